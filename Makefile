@@ -1,0 +1,43 @@
+# make serve, make test: each sets up what it needs once, and again when a requirements file changes.
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: serve test lint train evaluate clean
+.DELETE_ON_ERROR:
+
+serve: $(VENV)/.serve
+	SIDECAR_DEMO=$${SIDECAR_DEMO:-true} PRELOAD_MODELS=$${PRELOAD_MODELS:-true} \
+	REDIS_URL=$${REDIS_URL:-memory://} LANCEDB_URI=$${LANCEDB_URI:-.data/lancedb} \
+	exec $(BIN)/uvicorn osiris.server:app --host $(HOST) --port $(PORT)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+train: $(VENV)/.test
+	$(BIN)/python -m llm_sidecar.demo train
+
+evaluate: $(VENV)/.serve
+	$(BIN)/python -m llm_sidecar.demo evaluate
+
+clean:
+	rm -rf $(VENV) .data .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: requirements.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.test: requirements-tests.txt $(VENV)/.serve
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-tests.txt
+	touch $@

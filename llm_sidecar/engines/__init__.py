@@ -1,0 +1,48 @@
+"""Engines: the runtimes that can hold a language model, behind one Protocol.
+
+Which one runs a model follows from its files. The runtimes are imported by `load_engine` only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llm_sidecar.engines.base import (
+    Delta,
+    Engine,
+    FinishReason,
+    GenerationRequest,
+    Message,
+)
+from llm_sidecar.errors import ModelUnavailable
+
+__all__ = ["Delta", "Engine", "FinishReason", "GenerationRequest", "Message", "load_engine"]
+
+
+def load_engine(
+    folder: Path, *, device: str = "auto", threads: int = 1, adapter: Path | None = None
+) -> Engine:
+    """Loads the model in `folder` into this process.
+
+    Args:
+        folder: with a genai_config.json it runs on onnxruntime-genai, with a config.json on torch.
+        device: `auto`, `cpu` or `cuda`.
+        threads: of the runtime, on CPU.
+        adapter: folder of a LoRA adapter in the runtime's own format.
+
+    Raises:
+        ModelUnavailable: the folder holds no model, or the device is not there.
+        AdapterRejected: the adapter's folder lacks what the runtime loads.
+    """
+    if (folder / "genai_config.json").is_file():
+        from llm_sidecar.engines.onnx import OnnxEngine
+
+        return OnnxEngine(folder, device=device, threads=threads, adapter=adapter)
+    if (folder / "config.json").is_file():
+        from llm_sidecar.engines.torch import TorchEngine
+
+        return TorchEngine(folder, device=device, threads=threads, adapter=adapter)
+    raise ModelUnavailable(
+        f"{folder} holds no model: it needs a genai_config.json (onnxruntime-genai) "
+        "or a config.json (transformers)"
+    )

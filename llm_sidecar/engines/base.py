@@ -1,0 +1,167 @@
+"""What every engine can do, and the text handling that engines share.
+
+An engine is synchronous and serves one request at a time; it lives in a worker process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_sidecar.errors import InvalidRequest
+
+Message = dict[str, str]
+"""One chat turn: `{"role": "system" | "user" | "assistant", "content": text}`."""
+FinishReason = Literal["stop", "length"]
+
+PREFILL_CHUNK: Final = 256
+"""Prompt tokens processed between two chances to cancel."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What to generate.
+
+    Attributes:
+        messages: the chat so far.
+        max_tokens: greatest number of completion tokens.
+        guidance: JSON schema text (llguidance dialect) that the completion must follow, or None.
+        temperature: 0 is greedy; otherwise the logits are divided by it and sampled from.
+        seed: makes sampling repeatable.
+    """
+
+    messages: Sequence[Message]
+    max_tokens: int
+    guidance: str | None = None
+    temperature: float = 0.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """One step of a generation: new text, and the counts so far.
+
+    The last delta, and only it, has a finish reason.
+    """
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: FinishReason | None = None
+
+
+class Engine(Protocol):
+    """A loaded language model.
+
+    Attributes:
+        runtime: package that runs it.
+        device: `cpu` or `cuda`.
+        context_length: greatest number of prompt and completion tokens together.
+    """
+
+    runtime: str
+    device: str
+    context_length: int
+
+    def stream(self, request: GenerationRequest) -> Iterator[Delta]:
+        """Generates step by step; closing the iterator stops the generation.
+
+        Raises:
+            InvalidRequest: prompt and completion do not fit the context.
+        """
+        ...
+
+    def answer_probabilities(
+        self, messages: Sequence[Message], answers: Sequence[str]
+    ) -> dict[str, float]:
+        """Probability that the assistant's turn is each of `answers`, from one prefill.
+
+        Raises:
+            InvalidRequest: the prompt does not fit the context.
+        """
+        ...
+
+
+def check_context(prompt_tokens: int, max_tokens: int, context_length: int) -> None:
+    """Raises InvalidRequest unless prompt and completion fit."""
+    if prompt_tokens + max_tokens > context_length:
+        raise InvalidRequest(
+            f"prompt: it takes {prompt_tokens} tokens, which with max_length {max_tokens} is more "
+            f"than the model's context of {context_length}; shorten one of them"
+        )
+
+
+class SpecialTokens:
+    """Keeps a message from writing a chat template's own tokens (`<|end|>`, `<|im_start|>`).
+
+    Without this a prompt could end its turn and speak as the system.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the special tokens of `folder`'s tokenizer.json (Hugging Face tokenizers)."""
+        added = json.loads((folder / "tokenizer.json").read_bytes()).get("added_tokens", [])
+        tokens = [token["content"] for token in added if len(token["content"]) > 1]
+        longest_first = sorted(tokens, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if tokens else None
+
+    def neutralise(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with a space inside every special token that their content spells."""
+        if self._pattern is None:
+            return list(messages)
+        pattern = self._pattern
+        return [
+            {**message, "content": pattern.sub(_break, message["content"])} for message in messages
+        ]
+
+
+def _break(match: re.Match[str]) -> str:
+    return f"{match[0][0]} {match[0][1:]}"
+
+
+class AnswerTree:
+    """The answers as token sequences of one or two tokens, the second after one shared first.
+
+    `0` to `10` with a tokenizer that splits digits is such a tree: `10` is `1`, then `0`. So all
+    probabilities can be read after two positions, the prompt's last and that of `branch`.
+    """
+
+    def __init__(self, encoded: Mapping[str, Sequence[int]]) -> None:
+        branches = {tokens[0] for tokens in encoded.values() if len(tokens) == 2}
+        if len(branches) > 1 or any(len(tokens) not in (1, 2) for tokens in encoded.values()):
+            raise ValueError("the tokenizer splits the answers into more than one branch")
+        self._encoded = dict(encoded)
+        self.branch: int | None = branches.pop() if branches else None
+
+    def read(self, first: npt.NDArray[Any], second: npt.NDArray[Any] | None) -> dict[str, float]:
+        """Probability of each answer.
+
+        Args:
+            first: (vocabulary,) logits after the prompt.
+            second: (vocabulary,) logits after the prompt and `branch`; None without a branch.
+        """
+        p_first = softmax(first)
+        p_second = None if second is None else softmax(second)
+        longer = [tokens[1] for tokens in self._encoded.values() if len(tokens) == 2]
+        result = {}
+        for answer, tokens in self._encoded.items():
+            probability = float(p_first[tokens[0]])
+            if p_second is not None and tokens[0] == self.branch:
+                ends_here = 1.0 - float(p_second[longer].sum())
+                probability *= float(p_second[tokens[1]]) if len(tokens) == 2 else ends_here
+            result[answer] = probability
+        return result
+
+
+def softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Probabilities of the last axis, in float64."""
+    shifted = logits.astype(np.float64) - float(logits.max())
+    weights: npt.NDArray[np.float64] = np.exp(shifted)
+    weights /= weights.sum()
+    return weights

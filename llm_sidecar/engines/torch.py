@@ -1,0 +1,187 @@
+"""transformers on torch: folders in the Hugging Face format, safetensors only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import llguidance
+import llguidance.hf
+import numpy as np
+import torch
+from tokenizers.decoders import DecodeStream
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from llm_sidecar.engines.base import (
+    PREFILL_CHUNK,
+    AnswerTree,
+    Delta,
+    GenerationRequest,
+    Message,
+    SpecialTokens,
+    check_context,
+)
+from llm_sidecar.errors import AdapterRejected, ModelUnavailable
+
+
+class TorchEngine:
+    """Any causal language model that transformers knows without code of its own."""
+
+    runtime = "transformers"
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        device: str = "auto",
+        threads: int = 1,
+        adapter: Path | None = None,
+    ) -> None:
+        """Loads the model, in float32 on CPU and in its own precision on CUDA.
+
+        Args:
+            folder: config.json, *.safetensors and the tokenizer with its chat template.
+            device: `auto` takes CUDA where torch finds it.
+            threads: of torch's operators, on CPU.
+            adapter: folder of a PEFT LoRA adapter, in safetensors.
+
+        Raises:
+            ModelUnavailable: `cuda` is asked for and torch has none, or there is no chat template.
+            AdapterRejected: the adapter's weights are not there.
+        """
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ModelUnavailable("DEVICE=cuda, but torch finds no CUDA here; set DEVICE=cpu")
+        self.device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+        torch.set_num_threads(threads)
+        self.tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        if not self.tokenizer.chat_template:
+            raise ModelUnavailable("the model's tokenizer has no chat template; add one to it")
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32 if self.device == "cpu" else "auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        ).to(self.device)
+        if adapter is not None:
+            self._load_adapter(adapter)
+        self.model.eval()
+        self.context_length = int(self.model.config.max_position_embeddings)
+        self._eos = self._end_tokens()
+        self._special = SpecialTokens(folder)
+        self._guidance_tokenizer: Any = None
+        self._answer_trees: dict[tuple[str, ...], AnswerTree] = {}
+
+    def stream(self, request: GenerationRequest) -> Iterator[Delta]:
+        prompt = self._encode(request.messages)
+        count, limit = len(prompt), request.max_tokens
+        check_context(count, limit, self.context_length)
+        matcher = self._matcher(request.guidance)
+        random = torch.Generator(self.device)
+        if request.seed is not None:
+            random.manual_seed(request.seed)
+        decoder = DecodeStream(skip_special_tokens=True)
+        cache = DynamicCache(config=self.model.config)
+        for start in range(0, count - 1, PREFILL_CHUNK):
+            self._forward(prompt[start : min(start + PREFILL_CHUNK, count - 1)], cache)
+            yield Delta("", count, 0)
+        pending, done, ended = prompt[-1:], 0, False
+        while not ended and done < limit:
+            logits = self._forward(pending, cache)[-1]
+            token = self._sample(logits, matcher, request.temperature, random)
+            pending = [token]
+            if matcher is not None:
+                matcher.consume_token(token)
+                pending += matcher.compute_ff_tokens()
+                matcher.consume_tokens(pending[1:])
+            pending = pending[: limit - done]
+            done += len(pending)
+            ended = pending[-1] in self._eos or (matcher is not None and matcher.is_stopped())
+            written = [token for token in pending if token not in self._eos]
+            pieces = (decoder.step(self.tokenizer.backend_tokenizer, token) for token in written)
+            yield Delta("".join(piece or "" for piece in pieces), count, done)
+        yield Delta("", count, done, "stop" if ended else "length")
+
+    def answer_probabilities(
+        self, messages: Sequence[Message], answers: Sequence[str]
+    ) -> dict[str, float]:
+        prompt = self._encode(messages)
+        check_context(len(prompt), 2, self.context_length)
+        tree = self._answer_tree(tuple(answers))
+        branch = [] if tree.branch is None else [tree.branch]
+        cache = DynamicCache(config=self.model.config)
+        logits = self._forward(prompt + branch, cache, keep=1 + len(branch)).float().cpu().numpy()
+        return tree.read(logits[0], logits[1] if branch else None)
+
+    def _load_adapter(self, folder: Path) -> None:
+        # Other formats of PEFT are pickles.
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise AdapterRejected(f"the adapter {folder.name} holds no adapter_model.safetensors")
+        self.model.load_adapter(str(folder))
+
+    def _forward(self, tokens: Sequence[int], cache: DynamicCache, keep: int = 1) -> torch.Tensor:
+        """Logits (keep, vocabulary) of the last positions; `cache` takes in the tokens."""
+        with torch.inference_mode():
+            ids = torch.tensor([list(tokens)], device=self.device)
+            out = self.model(
+                input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep
+            )
+        logits: torch.Tensor = out.logits[0]
+        return logits
+
+    def _sample(
+        self, logits: torch.Tensor, matcher: Any, temperature: float, random: torch.Generator
+    ) -> int:
+        logits = logits.float()
+        if matcher is not None:
+            bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+            allowed = np.unpackbits(bits, bitorder="little")[: logits.shape[-1]].astype(bool)
+            padding = (0, logits.shape[-1] - len(allowed))
+            mask = torch.from_numpy(np.pad(allowed, padding)).to(self.device)
+            logits = logits.masked_fill(~mask, float("-inf"))
+        if temperature == 0.0:
+            return int(logits.argmax())
+        weights = torch.softmax(logits / temperature, dim=-1)
+        return int(torch.multinomial(weights, 1, generator=random))
+
+    def _matcher(self, guidance: str | None) -> Any:
+        if guidance is None:
+            return None
+        if self._guidance_tokenizer is None:
+            self._guidance_tokenizer = llguidance.hf.from_tokenizer(self.tokenizer)
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(guidance)
+        matcher = llguidance.LLMatcher(self._guidance_tokenizer, grammar)
+        if matcher.is_error():
+            raise ValueError(f"the guidance schema is refused: {matcher.get_error()}")
+        return matcher
+
+    def _encode(self, messages: Sequence[Message]) -> list[int]:
+        text = self._template(self._special.neutralise(messages))
+        return self._tokens(text)
+
+    def _template(self, messages: Sequence[Message], header: bool = True) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=header
+        )
+        return text
+
+    def _tokens(self, text: str) -> list[int]:
+        tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return tokens
+
+    def _answer_tree(self, answers: tuple[str, ...]) -> AnswerTree:
+        if answers not in self._answer_trees:
+            turn = [{"role": "user", "content": "?"}]
+            header = self._template(turn)[len(self._template(turn, header=False)) :]
+            skip = len(self._tokens(header))
+            encoded = {answer: self._tokens(header + answer)[skip:] for answer in answers}
+            self._answer_trees[answers] = AnswerTree(encoded)
+        return self._answer_trees[answers]
+
+    def _end_tokens(self) -> frozenset[int]:
+        configured = self.model.generation_config.eos_token_id
+        tokens = configured if isinstance(configured, list) else [configured]
+        return frozenset(t for t in (*tokens, self.tokenizer.eos_token_id) if t is not None)

@@ -1,0 +1,74 @@
+"""Every error the sidecar raises on purpose: one root, typed subclasses.
+
+An error carries what its reader needs: a sentence that says what is wrong and what to do, the HTTP
+status it maps to, and after how many seconds a retry makes sense.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class SidecarError(Exception):
+    """Root of all errors here.
+
+    Attributes:
+        status: the HTTP status a server answers with.
+        detail: one sentence for the caller; holds no prompt, path or secret.
+        retry_after: seconds after which the same request may succeed, or None.
+    """
+
+    status: ClassVar[int] = 500
+
+    def __init__(self, detail: str, *, retry_after: int | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.retry_after = retry_after
+
+
+class SettingsError(SidecarError):
+    """An environment variable has a value that it cannot have."""
+
+
+class InvalidRequest(SidecarError):
+    """The request is well-formed but asks for something that cannot be done."""
+
+    status = 422
+
+
+class AdapterRejected(SidecarError):
+    """An adapter cannot be loaded; the one in use goes on."""
+
+    status = 409
+
+
+class TooLarge(SidecarError):
+    """The request is larger than the server takes."""
+
+    status = 413
+
+
+class QueueFull(SidecarError):
+    """As many requests wait as may wait."""
+
+    status = 429
+
+
+class Unavailable(SidecarError):
+    """A part that the request needs is missing, loading or broken."""
+
+    status = 503
+
+
+class ModelUnavailable(Unavailable):
+    """A model is missing, loading or has just died."""
+
+
+class DatabaseUnavailable(Unavailable):
+    """The database cannot be opened or written."""
+
+
+class DeadlineExceeded(SidecarError):
+    """The request took longer than its deadline."""
+
+    status = 504

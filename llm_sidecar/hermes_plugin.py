@@ -1,0 +1,145 @@
+"""The critique and the score of a proposal: how Hermes is asked, and how its answer is read."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any, Final
+
+from llm_sidecar import loader
+from llm_sidecar.engines import GenerationRequest, Message
+from llm_sidecar.errors import ModelUnavailable, SidecarError
+from llm_sidecar.model_host import Completion, ModelHost
+
+log = logging.getLogger(__name__)
+
+SYSTEM_PROMPT: Final = (
+    "You are Hermes, the risk officer of a trading desk. You judge trade proposals by their reward "
+    "to risk, their stop and whether the rationale follows from the market context."
+)
+CRITIQUE_TASK: Final = "Criticise this proposal in at most three sentences."
+SCORE_TASK: Final = (
+    "Score this proposal from 0 (reject) to 10 (excellent). Answer with the number only."
+)
+SCORE_ANSWERS: Final = tuple(str(n) for n in range(11))
+
+_LOW_MASS: Final = 0.5
+"""Probability of all eleven answers together under which the log warns that Hermes would rather
+say something else, so that its score means little."""
+
+
+def build_messages(
+    task: str, proposal: Mapping[str, Any], context: str | None = None
+) -> list[Message]:
+    """The chat that gives Hermes a proposal and a task.
+
+    Critique and score differ only in the last line, so that they share one prefilled prefix.
+    """
+    parts = [] if context is None else [f"Market context:\n{context}"]
+    parts.append(f"Proposal:\n{json.dumps(proposal, separators=(',', ':'))}")
+    parts.append(task)
+    return [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": "\n\n".join(parts)},
+    ]
+
+
+def chat_messages(prompt: str) -> list[Message]:
+    """The chat of a free question to Hermes."""
+    return [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": prompt},
+    ]
+
+
+def expected_score(probabilities: Mapping[str, float]) -> float:
+    """The probability-weighted mean of the answers 0 to 10, divided by 10.
+
+    This is the expectation used by G-Eval (Liu et al. 2023, arXiv:2303.16634, section 2), over
+    answers normalised among themselves.
+
+    Args:
+        probabilities: next-answer probability of each of `SCORE_ANSWERS`; need not add up to 1.
+
+    Returns:
+        A score in [0, 1].
+
+    Raises:
+        ValueError: no answer has any probability.
+    """
+    total = sum(probabilities[answer] for answer in SCORE_ANSWERS)
+    if not total > 0.0:
+        raise ValueError("none of the answers 0 to 10 has any probability")
+    weighted = sum(int(answer) * probabilities[answer] for answer in SCORE_ANSWERS)
+    return float(weighted / total / 10.0)
+
+
+async def chat(
+    host: ModelHost, prompt: str, *, max_tokens: int, temperature: float = 0.0
+) -> Completion:
+    """Hermes' answer to a free question.
+
+    Raises:
+        InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
+    """
+    request = GenerationRequest(chat_messages(prompt), max_tokens, temperature=temperature)
+    return await host.generate(request)
+
+
+async def assess(
+    host: ModelHost,
+    proposal: Mapping[str, Any],
+    context: str | None = None,
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+) -> Completion:
+    """Hermes' critique of a proposal, in words.
+
+    Raises:
+        InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
+    """
+    messages = build_messages(CRITIQUE_TASK, proposal, context)
+    return await host.generate(GenerationRequest(messages, max_tokens, temperature=temperature))
+
+
+async def score(host: ModelHost, proposal: Mapping[str, Any], context: str | None = None) -> float:
+    """Hermes' score of a proposal, in [0, 1]: deterministic, from one forward pass.
+
+    Raises:
+        InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
+    """
+    messages = build_messages(SCORE_TASK, proposal, context)
+    return _read_score(await host.answer_probabilities(messages, SCORE_ANSWERS))
+
+
+def score_with_hermes(proposal: dict[str, Any], context: str | None = None) -> float:
+    """The score of a proposal, with Hermes loaded into this process on first use; for scripts.
+
+    Args:
+        proposal: the proposal as JSON types.
+        context: the market context it answers.
+
+    Returns:
+        A score in [0, 1], or -1.0 when scoring failed; the log says why.
+    """
+    try:
+        engine = loader.get_hermes_engine()
+        messages = build_messages(SCORE_TASK, proposal, context)
+        return _read_score(engine.answer_probabilities(messages, SCORE_ANSWERS))
+    except SidecarError as error:
+        log.error("scoring failed: %s", error.detail)
+    except (OSError, RuntimeError, TypeError, ValueError):
+        log.exception("scoring failed")
+    return -1.0
+
+
+def _read_score(probabilities: Mapping[str, float]) -> float:
+    mass = sum(probabilities.values())
+    if mass < _LOW_MASS:
+        log.warning("hermes gives the answers 0 to 10 a probability of only %.3f", mass)
+    try:
+        return expected_score(probabilities)
+    except ValueError as error:
+        raise ModelUnavailable(f"hermes gave no score: {error}") from error

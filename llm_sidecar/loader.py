@@ -1,0 +1,156 @@
+"""Where the models are, which adapter is newest, and getters that load on first use and keep.
+
+The server runs each model in a worker of its own (`model_host`) and takes only the finding from
+here; the getters are for scripts, which get the model in their own process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from llm_sidecar.engines import Engine, load_engine
+from llm_sidecar.errors import ModelUnavailable
+from llm_sidecar.settings import DEFAULT_HERMES, DEFAULT_PHI3, Settings
+
+DEMO_DIR: Final = Path(__file__).resolve().parent / "demo"
+_ADAPTER_NAME: Final = re.compile(r"(\d{8})(-dpo)?")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model on disk.
+
+    Attributes:
+        label: what `X-Model` and `/health` call it: `phi3/<folder>`, or `phi3/demo`.
+        folder: holds the files an engine loads.
+    """
+
+    label: str
+    folder: Path
+
+
+def locate_phi3(settings: Settings) -> ModelFiles:
+    """Phi-3's files.
+
+    Raises:
+        ModelUnavailable: there are none; names the variable to set.
+    """
+    return _locate("phi3", "MICRO_LLM_MODEL_PATH", settings.phi3_path, DEFAULT_PHI3, settings)
+
+
+def locate_hermes(settings: Settings) -> ModelFiles:
+    """Hermes' files.
+
+    Raises:
+        ModelUnavailable: there are none; names the variable to set.
+    """
+    return _locate("hermes", "HERMES_MODEL_PATH", settings.hermes_path, DEFAULT_HERMES, settings)
+
+
+def phi3_model_file(settings: Settings) -> Path:
+    """Where Phi-3's model file is looked for; the demo's where the demo stands in."""
+    path = settings.phi3_path or DEFAULT_PHI3
+    if settings.phi3_path is None and settings.demo and not path.exists():
+        return DEMO_DIR / "phi3" / "model.onnx"
+    return path
+
+
+def _locate(
+    name: str, variable: str, configured: Path | None, default: Path, settings: Settings
+) -> ModelFiles:
+    path = configured or default
+    if configured is None and settings.demo and not path.exists():
+        return ModelFiles(f"{name}/demo", DEMO_DIR / name)
+    folder = (path.parent if path.is_file() else path).resolve()
+    if any((folder / config).is_file() for config in ("genai_config.json", "config.json")):
+        return ModelFiles(f"{name}/{folder.name}", folder)
+    what = "holds no genai_config.json or config.json" if path.exists() else "does not exist"
+    raise ModelUnavailable(
+        f"The {name} model is missing: {path} {what}; set {variable} to the model, "
+        "or SIDECAR_DEMO=true to try the built-in toy",
+        retry_after=30,
+    )
+
+
+def get_latest_adapter_dir(base_path: Path | str) -> Path | None:
+    """The newest dated adapter.
+
+    Args:
+        base_path: folder of adapters.
+
+    Returns:
+        The newest `YYYYMMDD` or `YYYYMMDD-dpo` folder that holds an `adapter_config.json`, the
+        `-dpo` one of two of the same date; None where there is none.
+    """
+    base = Path(base_path)
+    if not base.is_dir():
+        return None
+    dated = [(adapter_date(path), path.name, path) for path in base.iterdir()]
+    valid = [
+        (date, name, path)
+        for date, name, path in dated
+        if date is not None and (path / "adapter_config.json").is_file()
+    ]
+    return max(valid)[2] if valid else None
+
+
+def adapter_date(folder: Path) -> datetime.date | None:
+    """The date in an adapter folder's name; None where the name is no date."""
+    match = _ADAPTER_NAME.fullmatch(folder.name)
+    if match is None:
+        return None
+    try:
+        return datetime.date.fromisoformat(match[1])
+    except ValueError:
+        return None
+
+
+def load_phi3_model() -> Engine:
+    """Loads Phi-3 into this process, as the environment says.
+
+    Raises:
+        SettingsError, ModelUnavailable: as the environment or the files are wrong.
+    """
+    settings = Settings.from_environ()
+    folder = locate_phi3(settings).folder
+    return load_engine(folder, device=settings.device, threads=settings.phi3_threads)
+
+
+def load_hermes_model() -> Engine:
+    """Loads Hermes into this process, as the environment says.
+
+    Raises:
+        SettingsError, ModelUnavailable: as the environment or the files are wrong.
+    """
+    settings = Settings.from_environ()
+    folder = locate_hermes(settings).folder
+    return load_engine(folder, device=settings.device, threads=settings.hermes_threads)
+
+
+get_phi3_engine = functools.cache(load_phi3_model)
+get_hermes_engine = functools.cache(load_hermes_model)
+
+
+def get_phi3_model_and_tokenizer() -> tuple[Any, Any]:
+    """The runtime's own Phi-3 model and tokenizer, loaded on first use and kept.
+
+    Raises:
+        SettingsError, ModelUnavailable: as the environment or the files are wrong.
+    """
+    engine: Any = get_phi3_engine()
+    return engine.model, engine.tokenizer
+
+
+def get_hermes_model_and_tokenizer() -> tuple[Any, Any]:
+    """The runtime's own Hermes model and tokenizer, loaded on first use and kept.
+
+    Raises:
+        SettingsError, ModelUnavailable: as the environment or the files are wrong.
+    """
+    engine: Any = get_hermes_engine()
+    return engine.model, engine.tokenizer

@@ -1,0 +1,439 @@
+"""An asynchronous handle on one worker process that holds one model.
+
+The host starts the worker when it is first needed, starts it again with backoff when it dies,
+queues requests first come, first served, and gives each a deadline. Cancelling the awaiting task
+stops the generation in the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from llm_sidecar.engines import FinishReason, GenerationRequest, Message
+from llm_sidecar.errors import (
+    AdapterRejected,
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelUnavailable,
+    QueueFull,
+)
+from llm_sidecar.loader import ModelFiles
+from llm_sidecar.worker_process import WorkerProcess
+
+log = logging.getLogger(__name__)
+
+State = Literal["unloaded", "loading", "ready", "failed"]
+
+_CANCEL_GRACE: Final = 30.0
+"""Seconds a worker has to give up a cancelled request before it is taken for hung and killed."""
+_BACKOFF_FIRST, _BACKOFF_MOST = 0.5, 30.0
+_SETTLED: Final = 60.0
+"""Seconds after which a worker counts as healthy, and the next failure starts the backoff anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished generation.
+
+    Attributes:
+        model: the label of the model that wrote it.
+    """
+
+    text: str
+    model: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostLimits:
+    """Bounds of a host; times in seconds.
+
+    Attributes:
+        queue_length: requests that may run and wait at once.
+        request_timeout: from admission to the answer.
+        load_wait: how long a request waits for a model that is loading.
+        load_timeout: how long a model may load.
+    """
+
+    queue_length: int = 64
+    request_timeout: float = 60.0
+    load_wait: float = 8.0
+    load_timeout: float = 300.0
+
+
+class ModelHost:
+    """One model in a worker process; see the module's docstring."""
+
+    def __init__(
+        self,
+        name: str,
+        locate: Callable[[], ModelFiles],
+        *,
+        device: str = "auto",
+        threads: int = 1,
+        limits: HostLimits | None = None,
+        warm_up: GenerationRequest,
+    ) -> None:
+        """Starts nothing.
+
+        Args:
+            name: `phi3` or `hermes`.
+            locate: finds the files at every load; raises ModelUnavailable.
+            device: `auto`, `cpu` or `cuda`.
+            threads: of the runtime, on CPU.
+            limits: bounds of queue and time.
+            warm_up: what the worker generates once before it counts as ready.
+        """
+        self.name = name
+        self._locate = locate
+        self._spec = {"device": device, "threads": threads, "warm_up": asdict(warm_up)}
+        self._adapter: Path | None = None
+        self._swapping = asyncio.Lock()
+        self._successor: WorkerProcess | None = None
+        self._limits = limits or HostLimits()
+        self._slot = asyncio.Semaphore(1)
+        self._admitted = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._state: State = "unloaded"
+        self._reason: str | None = None
+        self._worker: asyncio.Future[WorkerProcess] | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._watchdogs: set[asyncio.Task[None]] = set()
+        self._restarts = 0
+        self._next_load = 0.0
+        self._tokens_before = 0
+        self._recent_seconds = 1.0
+        self._closed = False
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        """The whole completion.
+
+        Raises:
+            InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
+        """
+        text: list[str] = []
+        last: dict[str, Any] = {}
+        model = ""
+        async with contextlib.aclosing(self._call("generate", request=asdict(request))) as steps:
+            async for label, message in steps:
+                model, last = label, message
+                text.append(message["text"])
+        return Completion(
+            "".join(text),
+            model,
+            last["finish_reason"],
+            last["prompt_tokens"],
+            last["completion_tokens"],
+        )
+
+    async def answer_probabilities(
+        self, messages: Sequence[Message], answers: Sequence[str]
+    ) -> dict[str, float]:
+        """Probability that the assistant's whole turn is each of `answers`.
+
+        Raises:
+            InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
+        """
+        call = self._call("choose", messages=list(messages), answers=list(answers))
+        async with contextlib.aclosing(call) as steps:
+            async for _, message in steps:
+                result: dict[str, float] = message["probabilities"]
+        return result
+
+    def preload(self) -> None:
+        """Starts to load the model now instead of at the first request.
+
+        Raises:
+            ModelUnavailable: its files are missing.
+        """
+        self._start()
+
+    @property
+    def adapter(self) -> Path | None:
+        """Folder of the adapter in use."""
+        return self._adapter
+
+    async def swap_adapter(self, adapter: Path | None) -> None:
+        """Loads the model with another adapter beside the one that runs, then sends requests to it.
+
+        Running and waiting requests are not lost; where it cannot be loaded all stays as it was.
+
+        Raises:
+            AdapterRejected: it cannot be loaded; says why.
+            ModelUnavailable: the model itself is missing or does not load.
+        """
+        async with self._swapping:
+            self._start()
+            by = time.monotonic() + self._limits.load_timeout
+            await self._ready(by)
+            try:
+                successor = await self._loaded_worker(adapter)
+            except ModelUnavailable as error:
+                name = None if adapter is None else adapter.name
+                raise AdapterRejected(f"The adapter {name} is refused: {error.detail}") from None
+            # With the slot held no request runs, and the next one meets the successor.
+            async with self._slot:
+                replaced = await self._ready(by)
+                self._successor, self._adapter = successor, adapter
+                self._worker = asyncio.get_running_loop().create_future()
+                self._state = "loading"
+                await replaced.stop()
+                await self._ready(by)
+
+    def available(self) -> bool:
+        """Whether a request would be served, now or after loading."""
+        if self._state == "unloaded":
+            return self._missing() is None
+        return self._state == "ready"
+
+    def status(self) -> dict[str, Any]:
+        """The state for `/health`: JSON types only."""
+        missing = self._missing() if self._state == "unloaded" else None
+        worker = self._live_worker()
+        return {
+            "state": self._state if missing is None else "failed",
+            "reason": missing or self._reason,
+            "model": worker.label if worker else None,
+            "runtime": worker.info["runtime"] if worker else None,
+            "device": worker.info["device"] if worker else None,
+            "pid": worker.process.pid if worker else None,
+            "requests": self._admitted,
+            "restarts": self._restarts,
+            "completion_tokens_total": self._tokens_before + (worker.tokens if worker else 0),
+        }
+
+    async def close(self, grace: float = 0.0) -> None:
+        """Refuses new requests, gives the running ones `grace` seconds, then ends the worker."""
+        self._closed = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                await self._idle.wait()
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.wait([self._supervisor])
+        for task in (*self._watchdogs,):
+            task.cancel()
+        self._state = "unloaded"
+
+    async def _call(self, op: str, **body: Any) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
+        """Admits a request, waits for its turn and the model, and yields (label, message)s."""
+        if self._closed:
+            raise ModelUnavailable("The server is shutting down; try again.", retry_after=5)
+        if self._admitted >= self._limits.queue_length:
+            wait = max(1, round(self._admitted * self._recent_seconds))
+            raise QueueFull(
+                f"The {self.name} queue is full; try again in {wait} s.", retry_after=wait
+            )
+        self._start()
+        ready_by = time.monotonic() + self._limits.load_wait
+        self._admitted += 1
+        self._idle.clear()
+        try:
+            async with asyncio.timeout(self._limits.request_timeout), self._slot:
+                started = time.monotonic()
+                async for step in self._converse(ready_by, op, body):
+                    yield step
+                self._recent_seconds += 0.2 * (time.monotonic() - started - self._recent_seconds)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"{self.name} did not answer within {self._limits.request_timeout:g} s; "
+                "try again later or with a smaller max_length."
+            ) from None
+        finally:
+            self._admitted -= 1
+            if not self._admitted:
+                self._idle.set()
+
+    async def _converse(
+        self, ready_by: float, op: str, body: dict[str, Any]
+    ) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
+        """Sends a request to the worker and yields its (label, message)s.
+
+        A request whose worker had died unnoticed before it began goes to the next worker.
+        """
+        begun = finished = False
+        while not finished:
+            worker = await self._ready(ready_by)
+            number, inbox = worker.send(op, body)
+            message: dict[str, Any] = {}
+            try:
+                while not finished:
+                    message = await inbox.get()
+                    finished = message["op"] in ("done", "error")
+                    begun |= message["op"] == "begun"
+                    if message["op"] in ("delta", "done"):
+                        yield worker.label, message
+            finally:
+                if not finished:
+                    self._watch(worker, number, inbox)
+            if message["op"] == "error":
+                if begun or "died" not in message:
+                    raise _as_exception(message, self.name)
+                finished = False
+
+    def _watch(
+        self, worker: WorkerProcess, number: int, inbox: asyncio.Queue[dict[str, Any]]
+    ) -> None:
+        """Cancels a request that nobody waits for, and kills a worker that does not let go."""
+        worker.cancel(number)
+
+        async def let_go() -> None:
+            try:
+                async with asyncio.timeout(_CANCEL_GRACE):
+                    while (await inbox.get())["op"] not in ("done", "error"):
+                        pass
+            except TimeoutError:
+                log.error("%s does not give up a cancelled request; killing it", self.name)
+                worker.process.kill()
+
+        task = asyncio.create_task(let_go())
+        self._watchdogs.add(task)
+        task.add_done_callback(self._watchdogs.discard)
+
+    def _start(self) -> None:
+        if self._supervisor is not None and not self._supervisor.done():
+            return
+        self._locate()
+        self._worker = asyncio.get_running_loop().create_future()
+        self._state, self._reason = "loading", None
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    async def _ready(self, by: float) -> WorkerProcess:
+        """The worker, as soon as it is ready; ModelUnavailable when it is not by then."""
+        while True:
+            future = self._worker
+            if future is None:
+                raise ModelUnavailable(f"{self.name} is not loaded.", retry_after=1)
+            if not future.done() and self._next_load > by:
+                raise ModelUnavailable(
+                    f"The {self.name} model is not available: {self._reason}.",
+                    retry_after=max(1, round(self._next_load - time.monotonic())),
+                )
+            if not future.done():
+                await asyncio.wait([future], timeout=max(0.0, by - time.monotonic()))
+            if not future.done():
+                raise ModelUnavailable(f"The {self.name} model is still loading.", retry_after=5)
+            worker = future.result()
+            if worker.alive:
+                return worker
+            # Its end is known here before the supervisor has run.
+            await asyncio.sleep(0)
+
+    async def _supervise(self) -> None:
+        """Keeps a worker running until it is cancelled; gives up when the first load fails."""
+        failures = 0
+        while True:
+            began = time.monotonic()
+            try:
+                async with self._running_worker() as worker:
+                    await worker.ended.wait()
+                    self._tokens_before += worker.tokens
+                    reason = f"The {self.name} worker ended ({worker.how_it_ended()})"
+                if self._successor is not None:
+                    continue
+            except ModelUnavailable as error:
+                reason = error.detail
+            except OSError as error:
+                reason = f"The {self.name} worker could not be started: {error.strerror}"
+            failures = 0 if time.monotonic() - began > _SETTLED else failures + 1
+            delay = min(_BACKOFF_MOST, _BACKOFF_FIRST * 2 ** (failures - 1)) if failures else 0.0
+            delay *= random.uniform(0.8, 1.2)
+            log.error("%s; starting it again in %.1f s", reason, delay)
+            self._fail(reason, delay)
+            self._restarts += 1
+            await asyncio.sleep(delay)
+            self._state = "loading"
+
+    def _fail(self, reason: str, delay: float) -> None:
+        """Tells those who wait for a load why it failed; the next ones wait for the next load."""
+        loading, self._worker = self._worker, asyncio.get_running_loop().create_future()
+        self._state, self._reason = "failed", reason
+        self._next_load = time.monotonic() + delay
+        if loading is not None and not loading.done():
+            loading.set_exception(
+                ModelUnavailable(
+                    f"The {self.name} model could not be loaded: {reason}",
+                    retry_after=max(1, round(delay)),
+                )
+            )
+            loading.exception()
+
+    @contextlib.asynccontextmanager
+    async def _running_worker(self) -> AsyncGenerator[WorkerProcess, None]:
+        successor, self._successor = self._successor, None
+        worker = successor or await self._loaded_worker(self._adapter)
+        try:
+            self._state, self._reason = "ready", None
+            assert self._worker is not None
+            self._worker.set_result(worker)
+            yield worker
+        finally:
+            await worker.stop()
+
+    async def _loaded_worker(self, adapter: Path | None) -> WorkerProcess:
+        files = self._locate()
+        began = time.monotonic()
+        worker = await WorkerProcess.start(files.label)
+        try:
+            async with asyncio.timeout(self._limits.load_timeout):
+                await worker.load(
+                    {
+                        **self._spec,
+                        "folder": str(files.folder),
+                        "adapter": None if adapter is None else str(adapter),
+                    }
+                )
+        except BaseException as error:
+            await worker.stop()
+            if isinstance(error, TimeoutError):
+                raise ModelUnavailable(
+                    f"it did not load within {self._limits.load_timeout:g} s"
+                ) from None
+            raise
+        log.info(
+            "%s is ready after %.1f s: %s on %s, %s",
+            self.name,
+            time.monotonic() - began,
+            files.label,
+            worker.info["runtime"],
+            worker.info["device"],
+        )
+        return worker
+
+    def _missing(self) -> str | None:
+        try:
+            self._locate()
+        except ModelUnavailable as error:
+            return error.detail
+        return None
+
+    def _live_worker(self) -> WorkerProcess | None:
+        if self._worker is None or not self._worker.done() or self._worker.exception():
+            return None
+        worker = self._worker.result()
+        return worker if worker.alive else None
+
+
+def _as_exception(message: dict[str, Any], name: str) -> Exception:
+    if "died" in message:
+        return ModelUnavailable(
+            f"The {name} worker ended while it answered ({message['died']}); try again.",
+            retry_after=1,
+        )
+    if message.get("invalid"):
+        return InvalidRequest(message["detail"])
+    return ModelUnavailable(
+        f"The {name} model failed on this request ({message['detail']}); see the log.",
+        retry_after=1,
+    )

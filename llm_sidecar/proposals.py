@@ -1,0 +1,199 @@
+"""The trade proposal: what it is, how Phi-3 is asked for it, and what it may write.
+
+Two schemas describe it. `Proposal` is the public contract. `GUIDANCE` is a narrowing of it that
+bounds every string and number and forbids free whitespace, so that a model under guided decoding
+can write nothing but a valid proposal of a known greatest length, whatever its weights say.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any, Final, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from llm_sidecar.engines import GenerationRequest, Message
+from llm_sidecar.errors import InvalidRequest, ModelUnavailable
+from llm_sidecar.model_host import Completion, ModelHost
+
+log = logging.getLogger(__name__)
+
+SYSTEM_PROMPT: Final = (
+    "You review open trades. Answer with one JSON object: ticker; action adjust, pass or abort; "
+    "side LONG or SHORT if known; new_stop_pct and new_target_pct, the distance from the current "
+    "price in percent, or null; confidence from 0 to 1; rationale, one short sentence."
+)
+
+
+class Proposal(BaseModel):
+    """The public schema of a proposal; see section 1 of the contract."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    ticker: str = Field(min_length=1)
+    action: Literal["adjust", "pass", "abort"]
+    # Left out where the context states none; null is not a side.
+    side: Literal["LONG", "SHORT"] = Field(default="LONG", validate_default=False)
+    new_stop_pct: float | None = None
+    new_target_pct: float | None = None
+    confidence: float = Field(ge=0.0, le=1.0)
+    rationale: str = Field(min_length=1)
+
+
+class Example(NamedTuple):
+    """A few-shot example: the prompt of an earlier request and the proposal it should have got."""
+
+    prompt: str
+    proposal: dict[str, Any]
+
+
+def _rationale_pattern() -> str:
+    """One sentence of 10 to 109 ASCII characters, with at most two decimal numbers in it.
+
+    The full stop is allowed inside a number and at the end only, and the end never follows a
+    digit, so neither a second sentence nor half a number (`2.` for `2.5`) can be written.
+    """
+    char, decimal = r"[A-Za-z0-9,;:%$()/+' -]", r"\.[0-9]"
+    body = "|".join(
+        (
+            f"{char}{{8,106}}",
+            f"{char}{{0,36}}{decimal}{char}{{0,68}}",
+            f"{char}{{0,68}}{decimal}{char}{{0,36}}",
+            f"{char}{{0,34}}{decimal}{char}{{0,34}}{decimal}{char}{{0,34}}",
+        )
+    )
+    return f"^[A-Z]({body})[A-Za-z%)]\\.$"
+
+
+_PERCENT: Final = {
+    "anyOf": [
+        {"type": "number", "minimum": 0, "maximum": 100, "multipleOf": 0.01},
+        {"type": "null"},
+    ]
+}
+
+GUIDANCE: Final = json.dumps(
+    {
+        "x-guidance": {"whitespace_flexible": False},
+        "type": "object",
+        "properties": {
+            "ticker": {"type": "string", "pattern": "^[A-Z0-9^][A-Z0-9./=_-]{0,11}$"},
+            "action": {"enum": ["adjust", "pass", "abort"]},
+            "side": {"enum": ["LONG", "SHORT"]},
+            "new_stop_pct": _PERCENT,
+            "new_target_pct": _PERCENT,
+            "confidence": {"type": "number", "minimum": 0, "maximum": 1, "multipleOf": 0.01},
+            "rationale": {"type": "string", "pattern": _rationale_pattern()},
+        },
+        "required": [
+            "ticker",
+            "action",
+            "new_stop_pct",
+            "new_target_pct",
+            "confidence",
+            "rationale",
+        ],
+        "additionalProperties": False,
+    }
+)
+"""The JSON schema the decoder follows (llguidance dialect). Its text never varies: runtimes keep
+the compiled grammar by it."""
+
+_LONGEST: Final = {
+    "ticker": "X" * 12,
+    "action": "adjust",
+    "side": "SHORT",
+    "new_stop_pct": 99.99,
+    "new_target_pct": 99.99,
+    "confidence": 0.99,
+    "rationale": "X" * 109,
+}
+"""As long as a guided proposal gets; 109 = 1 + 34 + 2 + 34 + 2 + 34 + 2 is the longest rationale."""
+
+MAX_COMPLETION_TOKENS: Final = len(json.dumps(_LONGEST, separators=(",", ":"))) + 4
+"""Tokens the longest guided proposal can take with any tokenizer: it is ASCII and a token is at
+least one character; two numbers may be written `100.00` (one character more each), the confidence
+never takes more than four, and the end of the turn takes one."""
+
+
+def dumps(proposal: dict[str, Any]) -> str:
+    """The compact JSON text that the guidance produces, for prompts and for training."""
+    return json.dumps(proposal, separators=(",", ":"))
+
+
+def build_messages(prompt: str, examples: Sequence[Example] = ()) -> list[Message]:
+    """The chat that asks Phi-3 for a proposal.
+
+    The system prompt and the few-shot examples come first and change rarely, so an engine can
+    keep their prefill; the market context is the last turn.
+    """
+    messages = [{"role": "system", "content": SYSTEM_PROMPT}]
+    for example in examples:
+        messages.append({"role": "user", "content": example.prompt})
+        messages.append({"role": "assistant", "content": dumps(example.proposal)})
+    messages.append({"role": "user", "content": prompt})
+    return messages
+
+
+def check_budget(max_tokens: int) -> None:
+    """Raises InvalidRequest unless `max_tokens` holds the longest proposal there can be."""
+    if max_tokens < MAX_COMPLETION_TOKENS:
+        raise InvalidRequest(
+            f"max_length: a proposal can take {MAX_COMPLETION_TOKENS} tokens; "
+            f"send at least that instead of {max_tokens}"
+        )
+
+
+def parse(text: str) -> dict[str, Any]:
+    """The proposal in a completion, with just the keys that were written.
+
+    Raises:
+        ValueError: the text is no valid proposal.
+    """
+    return Proposal.model_validate_json(text).model_dump(exclude_unset=True)
+
+
+async def propose(
+    host: ModelHost,
+    prompt: str,
+    examples: Sequence[Example] = (),
+    *,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+) -> tuple[dict[str, Any], Completion]:
+    """Asks Phi-3 for a proposal.
+
+    Args:
+        host: the model.
+        prompt: the market context.
+        examples: few-shot examples, oldest first; left out where they do not fit the context.
+        max_tokens: at least `MAX_COMPLETION_TOKENS`.
+        temperature: 0 is greedy.
+
+    Returns:
+        The valid proposal and the completion it came in.
+
+    Raises:
+        InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
+    """
+    check_budget(max_tokens)
+    try:
+        completion = await host.generate(
+            GenerationRequest(build_messages(prompt, examples), max_tokens, GUIDANCE, temperature)
+        )
+    except InvalidRequest:
+        if not examples:
+            raise
+        log.warning("the few-shot examples do not fit the context beside a long prompt")
+        return await propose(host, prompt, max_tokens=max_tokens, temperature=temperature)
+    try:
+        return parse(completion.text), completion
+    except ValueError as error:
+        log.error("phi3 broke the proposal schema under guidance: %s", type(error).__name__)
+        raise ModelUnavailable(
+            "phi3 wrote something that is no valid proposal, so nothing is returned; "
+            "check the model with another prompt.",
+            retry_after=1,
+        ) from None

@@ -1,0 +1,168 @@
+"""Every environment variable, in one frozen object."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+
+from llm_sidecar.errors import SettingsError
+
+DEFAULT_PHI3 = Path("/app/models/llm_micro/phi3.onnx")
+DEFAULT_HERMES = Path("/app/hermes-model")
+
+
+def _cores_per_model() -> int:
+    """Two models share the machine, so each gets half of the cores this process may use."""
+    return max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+class Settings(BaseModel):
+    """The configuration of one sidecar.
+
+    A field's alias is the environment variable, its description says what the variable takes.
+    """
+
+    model_config = ConfigDict(frozen=True, validate_by_name=True, validate_by_alias=True)
+
+    phi3_path: Path | None = Field(
+        None,
+        alias="MICRO_LLM_MODEL_PATH",
+        description="the path of the Phi-3 model file, beside its genai_config.json",
+    )
+    hermes_path: Path | None = Field(
+        None, alias="HERMES_MODEL_PATH", description="the path of the Hermes folder"
+    )
+    adapter_dir: Path = Field(
+        Path("/app/models/phi3/adapters"),
+        alias="PHI3_ADAPTER_DIR",
+        description="the path of a folder of dated adapters",
+    )
+    redis_url: SecretStr = Field(
+        SecretStr("redis://localhost:6379/0"),
+        alias="REDIS_URL",
+        description="a redis://, rediss:// or unix:// URL, or memory://",
+    )
+    lancedb_uri: str = Field(
+        "/app/lancedb_data",
+        alias="LANCEDB_URI",
+        description="a folder or an s3:// address",
+        min_length=1,
+    )
+    demo: bool = Field(False, alias="SIDECAR_DEMO", description="true or false")
+    preload: bool = Field(False, alias="PRELOAD_MODELS", description="true or false")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", alias="DEVICE", description="auto, cpu or cuda"
+    )
+    phi3_threads: int = Field(
+        default_factory=_cores_per_model,
+        alias="PHI3_THREADS",
+        ge=1,
+        le=1024,
+        description="an integer from 1 to 1024",
+    )
+    hermes_threads: int = Field(
+        default_factory=_cores_per_model,
+        alias="HERMES_THREADS",
+        ge=1,
+        le=1024,
+        description="an integer from 1 to 1024",
+    )
+    phi3_temperature: float = Field(
+        0.0,
+        alias="PHI3_TEMPERATURE",
+        ge=0,
+        le=2,
+        allow_inf_nan=False,
+        description="a number from 0 (greedy) to 2",
+    )
+    hermes_temperature: float = Field(
+        0.0,
+        alias="HERMES_TEMPERATURE",
+        ge=0,
+        le=2,
+        allow_inf_nan=False,
+        description="a number from 0 (greedy) to 2",
+    )
+    few_shot_examples: int = Field(
+        3,
+        alias="FEW_SHOT_EXAMPLES",
+        ge=0,
+        le=16,
+        description="an integer from 0 to 16",
+    )
+    queue_length: int = Field(
+        64,
+        alias="QUEUE_LENGTH",
+        ge=1,
+        le=10_000,
+        description="an integer from 1 to 10000: requests a model serves and keeps waiting",
+    )
+    request_timeout: float = Field(
+        60.0,
+        alias="REQUEST_TIMEOUT_SECONDS",
+        gt=0,
+        le=3600,
+        description="seconds, above 0 up to 3600",
+    )
+    load_wait: float = Field(
+        8.0,
+        alias="MODEL_LOAD_WAIT_SECONDS",
+        ge=0,
+        le=3600,
+        description="seconds from 0 to 3600 that a request waits for a loading model",
+    )
+    load_timeout: float = Field(
+        300.0,
+        alias="MODEL_LOAD_TIMEOUT_SECONDS",
+        gt=0,
+        le=3600,
+        description="seconds, above 0 up to 3600",
+    )
+    shutdown_grace: float = Field(
+        10.0,
+        alias="SHUTDOWN_GRACE_SECONDS",
+        ge=0,
+        le=3600,
+        description="seconds from 0 to 3600 that running requests get at shutdown",
+    )
+    max_body_bytes: int = Field(
+        1 << 20,
+        alias="MAX_BODY_BYTES",
+        ge=1024,
+        le=1 << 30,
+        description="an integer from 1024 to 1073741824",
+    )
+
+    @field_validator("redis_url")
+    @classmethod
+    def _known_scheme(cls, value: SecretStr) -> SecretStr:
+        if not value.get_secret_value().startswith(
+            ("redis://", "rediss://", "unix://", "memory://")
+        ):
+            raise ValueError("unknown scheme")
+        return value
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Reads the variables of `environ` (default: this process's); an empty one counts as unset.
+
+        Raises:
+            SettingsError: one line that names the first bad variable, its value and what it takes.
+        """
+        source = os.environ if environ is None else environ
+        known = {str(field.alias): name for name, field in cls.model_fields.items()}
+        values: dict[str, Any] = {key: source[key] for key in known if source.get(key)}
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            variable = str(error.errors(include_url=False, include_input=False)[0]["loc"][0])
+            field = cls.model_fields[known.get(variable, variable)]
+            # A Redis URL may hold a password.
+            value = "***" if field.annotation is SecretStr else repr(values[variable])
+            raise SettingsError(
+                f"{variable}={value} is not valid: it takes {field.description}"
+            ) from None

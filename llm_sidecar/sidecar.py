@@ -1,0 +1,282 @@
+"""The composition root: builds the parts from the settings, starts and stops them in order, and
+walks a request through them."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import json
+import logging
+import uuid
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from llm_sidecar import hermes_plugin, loader, proposals
+from llm_sidecar.archive import Archive
+from llm_sidecar.db import HermesScoreSchema, OrchestratorRunSchema, Phi3FeedbackSchema
+from llm_sidecar.engines import GenerationRequest
+from llm_sidecar.errors import DatabaseUnavailable, ModelUnavailable, SidecarError
+from llm_sidecar.event_bus import EventBus
+from llm_sidecar.model_host import Completion, HostLimits, ModelHost
+from llm_sidecar.settings import Settings
+
+log = logging.getLogger(__name__)
+
+PROPOSAL_CREATED: Final = "phi3.proposal.created"
+PROPOSAL_ASSESSED: Final = "phi3.proposal.assessed"
+FEEDBACK_SUBMITTED: Final = "phi3.feedback.submitted"
+
+
+@dataclass(frozen=True, slots=True)
+class AssessedProposal:
+    """What one walk from prompt to judged proposal gives."""
+
+    transaction_id: uuid.UUID
+    proposal: dict[str, Any]
+    completion: Completion
+    assessment: Completion
+    score: float
+
+
+class Sidecar:
+    """The models, the event bus and the database, and what they do together."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Builds the parts; opens, connects and loads nothing."""
+        self.settings = settings
+        limits = HostLimits(
+            queue_length=settings.queue_length,
+            request_timeout=settings.request_timeout,
+            load_wait=settings.load_wait,
+            load_timeout=settings.load_timeout,
+        )
+        self.phi3 = ModelHost(
+            "phi3",
+            lambda: loader.locate_phi3(settings),
+            device=settings.device,
+            threads=settings.phi3_threads,
+            limits=limits,
+            warm_up=GenerationRequest(proposals.build_messages("Hello."), 1, proposals.GUIDANCE),
+        )
+        self.hermes = ModelHost(
+            "hermes",
+            lambda: loader.locate_hermes(settings),
+            device=settings.device,
+            threads=settings.hermes_threads,
+            limits=limits,
+            warm_up=GenerationRequest(hermes_plugin.chat_messages("Hello."), 1),
+        )
+        self.bus = EventBus(settings.redis_url.get_secret_value())
+        self.archive = Archive(settings.lancedb_uri, examples=settings.few_shot_examples)
+
+    async def start(self) -> None:
+        """Starts the parts; none of them being away keeps the others from starting."""
+        if self.settings.demo:
+            log.warning("SIDECAR_DEMO is on: where no model is configured, a toy answers")
+        self.archive.start()
+        await self.bus.start()
+        await self.bus.subscribe(FEEDBACK_SUBMITTED, self._store_published_feedback)
+        if self.settings.preload:
+            for host in (self.phi3, self.hermes):
+                try:
+                    host.preload()
+                except ModelUnavailable as error:
+                    log.error("%s", error.detail)
+
+    async def close(self) -> None:
+        """Lets running generations end within the grace period, then stops every part."""
+        grace = self.settings.shutdown_grace
+        # Models first: what they still answer is yet to be stored and told.
+        await asyncio.gather(self.phi3.close(grace), self.hermes.close(grace))
+        await self.bus.close()
+        await self.archive.close()
+
+    async def generate_phi3(
+        self, prompt: str, max_tokens: int
+    ) -> tuple[dict[str, Any], Completion]:
+        """A proposal alone: not assessed, not stored, not told."""
+        return await proposals.propose(
+            self.phi3,
+            prompt,
+            self.archive.examples,
+            max_tokens=max_tokens,
+            temperature=self.settings.phi3_temperature,
+        )
+
+    async def generate_hermes(self, prompt: str, max_tokens: int) -> Completion:
+        """Hermes' answer to a free question."""
+        temperature = self.settings.hermes_temperature
+        return await hermes_plugin.chat(
+            self.hermes, prompt, max_tokens=max_tokens, temperature=temperature
+        )
+
+    async def propose(self, prompt: str, max_tokens: int) -> AssessedProposal:
+        """A proposal with Hermes' critique and score, stored and told to the other services."""
+        transaction_id = uuid.uuid4()
+        try:
+            result = await self._propose(transaction_id, prompt, max_tokens)
+        except SidecarError as error:
+            await self._log_run(transaction_id, prompt, error_message=error.detail)
+            raise
+        return result
+
+    async def _propose(
+        self, transaction_id: uuid.UUID, prompt: str, max_tokens: int
+    ) -> AssessedProposal:
+        proposal, completion = await self.generate_phi3(prompt, max_tokens)
+        await self._publish(PROPOSAL_CREATED, {**proposal, "transaction_id": str(transaction_id)})
+        assessment = await hermes_plugin.assess(
+            self.hermes,
+            proposal,
+            prompt,
+            max_tokens=max_tokens,
+            temperature=self.settings.hermes_temperature,
+        )
+        score = await hermes_plugin.score(self.hermes, proposal, prompt)
+        output = {"proposal": proposal, "assessment": assessment.text, "score": score}
+        await self._log_run(transaction_id, prompt, output=output)
+        await self._keep(
+            self.archive.log_hermes_score(
+                HermesScoreSchema(
+                    run_id=str(transaction_id), score=score, rationale=assessment.text
+                )
+            )
+        )
+        await self._publish(
+            PROPOSAL_ASSESSED,
+            {
+                "proposal_transaction_id": str(transaction_id),
+                "assessment_text": assessment.text,
+                "timestamp": _now().isoformat(),
+            },
+        )
+        return AssessedProposal(transaction_id, proposal, completion, assessment, score)
+
+    async def score(
+        self, proposal: Mapping[str, Any], context: str | None
+    ) -> tuple[uuid.UUID, float]:
+        """Scores a proposal and stores the score under the proposal's own id, or a new one."""
+        proposal_id = _uuid_or_none(proposal.get("id")) or uuid.uuid4()
+        score = await hermes_plugin.score(self.hermes, proposal, context)
+        rationale = proposal.get("rationale")
+        await self._keep(
+            self.archive.log_hermes_score(
+                HermesScoreSchema(
+                    run_id=str(proposal_id),
+                    score=score,
+                    rationale=rationale if isinstance(rationale, str) else "",
+                )
+            )
+        )
+        return proposal_id, score
+
+    async def submit_feedback(self, feedback: Phi3FeedbackSchema) -> None:
+        """Stores feedback, then tells the other services.
+
+        Raises:
+            DatabaseUnavailable: it is not stored; the caller still has it.
+        """
+        await self.archive.append_feedback(feedback)
+        await self._publish(FEEDBACK_SUBMITTED, feedback.model_dump(mode="json"))
+
+    async def swap_adapter(self) -> datetime.date | None:
+        """Takes Phi-3's newest adapter into use, or none where there is none.
+
+        Returns:
+            The date of the adapter in use.
+
+        Raises:
+            AdapterRejected: it cannot be loaded, and the one in use goes on.
+            ModelUnavailable: Phi-3 is missing or does not load.
+        """
+        newest = loader.get_latest_adapter_dir(self.settings.adapter_dir)
+        if newest != self.phi3.adapter:
+            await self.phi3.swap_adapter(newest)
+        return self.adapter_date()
+
+    def adapter_date(self) -> datetime.date | None:
+        """The date of Phi-3's adapter in use."""
+        adapter = self.phi3.adapter
+        return None if adapter is None else loader.adapter_date(adapter)
+
+    def missing(self) -> list[str]:
+        """The parts without which requests fail; the event bus is none of them."""
+        available = {
+            "phi3": self.phi3.available(),
+            "hermes": self.hermes.available(),
+            "database": self.archive.available(),
+        }
+        return [name for name, is_there in available.items() if not is_there]
+
+    def health(self) -> dict[str, Any]:
+        """The state of the whole and of each part: JSON types only."""
+        models = {"phi3": self.phi3.status(), "hermes": self.hermes.status()}
+        bus = self.bus.status()
+        missing = self.missing()
+        date = self.adapter_date()
+        status = "ok"
+        if missing or not bus["connected"]:
+            status = "error" if {"phi3", "hermes"} <= set(missing) else "partial_error"
+        return {
+            "status": status,
+            "hermes_loaded": models["hermes"]["state"] == "ready",
+            "phi3_loaded": models["phi3"]["state"] == "ready",
+            "phi3_model_file_exists": loader.phi3_model_file(self.settings).exists(),
+            "device": models["phi3"]["device"] or self.settings.device,
+            "phi3_adapter_date": None if date is None else date.isoformat(),
+            "mean_hermes_score_last_24h": self.archive.mean_score,
+            "num_hermes_scores_last_24h": self.archive.num_scores,
+            "models": models,
+            "event_bus": bus,
+            "database": self.archive.status(),
+            "speech": {"state": "unavailable", "reason": "this version has no voice"},
+        }
+
+    async def _store_published_feedback(self, payload: str) -> None:
+        """Keeps what any service publishes; our own is in the table already and stays one row."""
+        try:
+            feedback = Phi3FeedbackSchema.model_validate_json(payload)
+        except ValueError as error:
+            # The type only: the message quotes what people wrote.
+            log.error("feedback on the event bus is not valid: %s", type(error).__name__)
+            return
+        await self.archive.append_feedback(feedback)
+
+    async def _log_run(
+        self,
+        transaction_id: uuid.UUID,
+        prompt: str,
+        *,
+        output: Mapping[str, Any] | None = None,
+        error_message: str | None = None,
+    ) -> None:
+        run = OrchestratorRunSchema(
+            run_id=str(transaction_id),
+            input_query=prompt,
+            final_output="" if output is None else json.dumps(output),
+            status="error" if output is None else "success",
+            error_message=error_message,
+        )
+        await self._keep(self.archive.log_run(run))
+
+    async def _keep(self, writing: Coroutine[Any, Any, None]) -> None:
+        """A trader's answer does not wait for a database that is away: that goes to the log."""
+        try:
+            await writing
+        except DatabaseUnavailable as error:
+            log.error("a row is not stored: %s", error.detail)
+
+    async def _publish(self, channel: str, payload: Mapping[str, Any]) -> None:
+        await self.bus.publish(channel, json.dumps(payload))
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
+
+
+def _uuid_or_none(value: object) -> uuid.UUID | None:
+    try:
+        return uuid.UUID(value) if isinstance(value, str) else None
+    except ValueError:
+        return None

@@ -1,0 +1,151 @@
+"""The process that holds one engine: `python -m llm_sidecar.worker`, started by `model_host`.
+
+Both directions are one JSON object a line. In, on standard input: first what to load, then
+requests and cancellations. Out, on what was standard output: `ready` or `failed`, then for every
+request `begun`, `delta`s, and one `done` or `error`. The end of the input ends the process, so
+that no worker outlives its server, however that ended.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO, Any, Final
+
+from llm_sidecar.engines import Engine, GenerationRequest, load_engine
+from llm_sidecar.errors import SidecarError
+
+log = logging.getLogger(__name__)
+
+_FLUSH_SECONDS: Final = 0.02
+"""Text goes out at most this often after the first token: one line per token would keep the
+server's event loop busy with nothing else."""
+
+
+class Worker:
+    """Serves one engine, one request after the other, in order."""
+
+    def __init__(self, inbox: IO[bytes], outbox: IO[bytes]) -> None:
+        self._inbox = inbox
+        self._outbox = outbox
+        self._requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._cancelled: set[int] = set()
+        self._served = 0
+        self._tokens = 0
+
+    def run(self) -> None:
+        """Loads what the first line names, then serves until the input ends."""
+        spec = json.loads(self._inbox.readline())
+        # Before loading: the server may go away meanwhile.
+        threading.Thread(target=self._read, daemon=True).start()
+        try:
+            engine = load_engine(
+                Path(spec["folder"]),
+                device=spec["device"],
+                threads=spec["threads"],
+                adapter=None if spec["adapter"] is None else Path(spec["adapter"]),
+            )
+            self._warm(engine, spec["warm_up"])
+        except Exception as error:
+            log.exception("the model could not be loaded")
+            self._send({"op": "failed", "detail": _one_line(error)})
+            return
+        self._send(
+            {
+                "op": "ready",
+                "runtime": engine.runtime,
+                "device": engine.device,
+                "context_length": engine.context_length,
+            }
+        )
+        while True:
+            self._serve(engine, self._requests.get())
+
+    def _read(self) -> None:
+        for line in self._inbox:
+            message = json.loads(line)
+            if message["op"] == "cancel":
+                if message["id"] > self._served:
+                    self._cancelled.add(message["id"])
+            else:
+                self._requests.put(message)
+        os._exit(0)
+
+    def _warm(self, engine: Engine, request: dict[str, Any]) -> None:
+        for _ in engine.stream(GenerationRequest(**request)):
+            pass
+
+    def _serve(self, engine: Engine, message: dict[str, Any]) -> None:
+        number = message["id"]
+        self._send({"op": "begun", "id": number})
+        try:
+            if message["op"] == "generate":
+                self._generate(engine, number, GenerationRequest(**message["request"]))
+            else:
+                answer = engine.answer_probabilities(message["messages"], message["answers"])
+                self._send({"op": "done", "id": number, "probabilities": answer})
+        except SidecarError as error:
+            self._send({"op": "error", "id": number, "invalid": True, "detail": error.detail})
+        except Exception as error:
+            # The type only: a runtime's message may quote the prompt.
+            log.exception("a request failed in the engine")
+            self._send({"op": "error", "id": number, "detail": type(error).__name__})
+        finally:
+            self._served = number
+            self._cancelled.discard(number)
+
+    def _generate(self, engine: Engine, number: int, request: GenerationRequest) -> None:
+        text, sent, flushed = "", 0, 0.0
+        for delta in engine.stream(request):
+            text += delta.text
+            self._tokens += delta.completion_tokens - sent
+            sent = delta.completion_tokens
+            over = delta.finish_reason is not None or number in self._cancelled
+            now = time.monotonic()
+            if over or (sent and now - flushed >= _FLUSH_SECONDS):
+                self._send(
+                    {
+                        "op": "done" if over else "delta",
+                        "id": number,
+                        "text": text,
+                        "prompt_tokens": delta.prompt_tokens,
+                        "completion_tokens": sent,
+                        "finish_reason": delta.finish_reason,
+                        "total_tokens": self._tokens,
+                    }
+                )
+                text, flushed = "", now
+            if over:
+                return
+
+    def _send(self, message: dict[str, Any]) -> None:
+        self._outbox.write(json.dumps(message).encode() + b"\n")
+        self._outbox.flush()
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, SidecarError):
+        return error.detail
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def main() -> None:
+    """Runs a worker on the standard streams; whatever prints goes to standard error instead."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    outbox = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    try:
+        Worker(sys.stdin.buffer, outbox).run()
+    except BrokenPipeError:
+        # The server is gone, and nobody is left to tell.
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The server's end of one worker process: its pipes, and an inbox for every request it has."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from llm_sidecar.errors import ModelUnavailable
+
+_ROOT: Final = str(Path(__file__).resolve().parent.parent)
+_LINE_LIMIT: Final = 64 << 20
+"""Bytes of one line from the worker."""
+_EXIT_GRACE: Final = 3.0
+"""Seconds a worker has to end after its input was closed."""
+
+
+class WorkerProcess:
+    """A process running `llm_sidecar.worker`; the protocol is described there.
+
+    Attributes:
+        label: of the model it holds.
+        process: the process.
+        info: what it said when it was ready: runtime, device, context_length.
+        tokens: completion tokens it has generated.
+        ended: set once it has ended.
+    """
+
+    def __init__(self, label: str, process: asyncio.subprocess.Process) -> None:
+        self.label = label
+        self.process = process
+        self.info: dict[str, Any] = {}
+        self.tokens = 0
+        self.ended = asyncio.Event()
+        self._numbers = itertools.count(1)
+        self._inboxes: dict[int, asyncio.Queue[dict[str, Any]]] = {}
+        self._loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._reader = asyncio.create_task(self._read())
+
+    @classmethod
+    async def start(cls, label: str) -> WorkerProcess:
+        """Spawns a process in a session of its own, so that Ctrl-C reaches the server only."""
+        paths = [_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "llm_sidecar.worker",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,
+            limit=_LINE_LIMIT,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(paths),
+                "HF_HUB_OFFLINE": "1",
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+                "TRANSFORMERS_VERBOSITY": "error",
+                "TOKENIZERS_PARALLELISM": "false",
+            },
+        )
+        return cls(label, process)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended, as far as is known."""
+        return not self.ended.is_set()
+
+    async def load(self, spec: dict[str, Any]) -> None:
+        """Returns when the worker is ready; ModelUnavailable says why it is not."""
+        self._write(spec)
+        await self._loaded
+
+    def send(self, op: str, body: dict[str, Any]) -> tuple[int, asyncio.Queue[dict[str, Any]]]:
+        """Sends a request; returns its number and the inbox for what comes back.
+
+        The last message has the op `done` or `error`; one with a `died` says that the worker ended.
+        """
+        number = next(self._numbers)
+        inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._inboxes[number] = inbox
+        self._write({"op": op, "id": number, **body})
+        return number, inbox
+
+    def cancel(self, number: int) -> None:
+        """Asks the worker to give up a request, if it still has it."""
+        if number in self._inboxes:
+            self._write({"op": "cancel", "id": number})
+
+    async def stop(self) -> None:
+        """Closes the worker's input, which ends it; kills it when it does not end."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            async with asyncio.timeout(_EXIT_GRACE):
+                await self.ended.wait()
+        except TimeoutError:
+            self.process.kill()
+            await self.ended.wait()
+        await self._reader
+
+    def how_it_ended(self) -> str:
+        """Its exit status or the signal that ended it, in words."""
+        code = self.process.returncode
+        if code is not None and code < 0:
+            return f"signal {signal.Signals(-code).name}"
+        return f"exit status {code}"
+
+    def _write(self, message: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        # A closed pipe shows as the end of the output, which the reader handles.
+        if not self.process.stdin.is_closing():
+            self.process.stdin.write(json.dumps(message).encode() + b"\n")
+
+    async def _read(self) -> None:
+        assert self.process.stdout is not None
+        async for line in self.process.stdout:
+            self._dispatch(json.loads(line))
+        await self.process.wait()
+        self.ended.set()
+        died = {"op": "error", "died": self.how_it_ended()}
+        for inbox in self._inboxes.values():
+            inbox.put_nowait(died)
+        self._inboxes.clear()
+        if not self._loaded.done():
+            self._loaded.set_exception(ModelUnavailable(f"its worker ended: {self.how_it_ended()}"))
+            self._loaded.exception()
+
+    def _dispatch(self, message: dict[str, Any]) -> None:
+        match message["op"]:
+            case "ready":
+                self.info = message
+                self._loaded.set_result(None)
+            case "failed":
+                self._loaded.set_exception(ModelUnavailable(message["detail"]))
+            case _:
+                self.tokens = message.get("total_tokens", self.tokens)
+                final = message["op"] in ("done", "error")
+                number = message["id"]
+                inbox = self._inboxes.pop(number) if final else self._inboxes[number]
+                inbox.put_nowait(message)

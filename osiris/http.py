@@ -1,0 +1,99 @@
+"""What every route needs of HTTP: both spellings of a path, the sidecar, and the client's going."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel
+
+from llm_sidecar.model_host import Completion
+from llm_sidecar.sidecar import Sidecar
+from osiris.schemas import ErrorBody
+
+T = TypeVar("T")
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
+
+_DESCRIPTIONS = {
+    409: "The adapter cannot be loaded; the one in use goes on",
+    413: "The request is larger than the server takes",
+    422: "Bad input; the detail names the field",
+    429: "The queue is full; `Retry-After` says when to try again",
+    503: "A model or the database is missing or loading; `Retry-After` says when to try again",
+    504: "The request's deadline has passed",
+}
+
+
+class ClientGone(Exception):
+    """The client has hung up, so nobody waits for an answer."""
+
+
+def current_sidecar(request: Request) -> Sidecar:
+    """The sidecar of the app that serves the request."""
+    sidecar: Sidecar = request.app.state.sidecar
+    return sidecar
+
+
+CurrentSidecar = Annotated[Sidecar, Depends(current_sidecar)]
+
+
+def endpoint(
+    router: APIRouter,
+    method: str,
+    path: str,
+    *errors: int,
+    error_model: type[BaseModel] = ErrorBody,
+    **options: Any,
+) -> Callable[[Endpoint], Endpoint]:
+    """Registers a function for `path` with and without its trailing slash, and documents its
+    errors."""
+    responses: dict[int | str, dict[str, Any]] = {
+        status: {"model": error_model, "description": _DESCRIPTIONS[status]} for status in errors
+    }
+
+    def register(function: Endpoint) -> Endpoint:
+        bare = path.rstrip("/")
+        for spelling in (path, bare if path != bare else f"{path}/"):
+            router.add_api_route(
+                spelling,
+                function,
+                methods=[method],
+                responses=responses,
+                include_in_schema=spelling == path,
+                **options,
+            )
+        return function
+
+    return register
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client hangs up.
+
+    Raises:
+        ClientGone: it has hung up.
+    """
+    working = asyncio.ensure_future(work)
+    # The body is read already, so the only message still to come is the disconnect.
+    gone = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        for task in (working, gone):
+            task.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+def generation_headers(completion: Completion) -> dict[str, str]:
+    """The metadata of a generation that travels beside the body."""
+    return {
+        "X-Model": completion.model,
+        "X-Finish-Reason": completion.finish_reason,
+        "X-Prompt-Tokens": str(completion.prompt_tokens),
+        "X-Completion-Tokens": str(completion.completion_tokens),
+    }

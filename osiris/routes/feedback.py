@@ -1,0 +1,38 @@
+"""Feedback: what people say of proposals, kept for tuning and for the next prompt."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from pydantic import ValidationError
+
+from llm_sidecar.db import Phi3FeedbackSchema
+from llm_sidecar.proposals import Proposal
+from osiris.http import CurrentSidecar, endpoint
+from osiris.schemas import FeedbackRequest, FeedbackStored
+
+router = APIRouter(tags=["feedback"])
+
+
+@endpoint(router, "POST", "/feedback/phi3/", 413, 422, 503)
+async def submit_feedback(body: FeedbackRequest, sidecar: CurrentSidecar) -> FeedbackStored:
+    """Stores feedback and answers once the row is durable.
+
+    A client that hangs up meanwhile does not undo it, so nothing races the disconnect here.
+    """
+    await sidecar.submit_feedback(Phi3FeedbackSchema(**body.model_dump(exclude_none=True)))
+    return FeedbackStored(
+        message=_message(body.corrected_proposal), transaction_id=body.transaction_id
+    )
+
+
+def _message(corrected: dict[str, object] | None) -> str:
+    if corrected is None:
+        return "Feedback stored."
+    try:
+        Proposal.model_validate(corrected)
+    except ValidationError as error:
+        fields = ", ".join(sorted({".".join(map(str, e["loc"])) for e in error.errors()}))
+        return (
+            f"Feedback stored; corrected_proposal is no valid proposal ({fields}), so no example."
+        )
+    return "Feedback stored; the corrected proposal is an example for the next ones."

@@ -1,0 +1,73 @@
+"""Generation: proposals from Phi-3, text from Hermes, and both in one walk."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from llm_sidecar.errors import InvalidRequest
+from llm_sidecar.proposals import Proposal
+from osiris.http import CurrentSidecar, endpoint, generation_headers, unless_gone
+from osiris.schemas import GeneratedText, GenerateRequest, ModelId, PromptRequest, TradeAdjustment
+
+router = APIRouter(tags=["generation"])
+_ERRORS = (413, 422, 429, 503, 504)
+
+
+@endpoint(router, "POST", "/generate/", *_ERRORS, response_model=GeneratedText | Proposal)
+async def generate(
+    body: GenerateRequest,
+    request: Request,
+    sidecar: CurrentSidecar,
+    model_id: ModelId | None = None,
+) -> JSONResponse:
+    """Generates with the model that the body or the query names, Hermes unless one does."""
+    if model_id and body.model_id and model_id != body.model_id:
+        raise InvalidRequest(
+            f"model_id: the body says {body.model_id} and the query says {model_id}; send one"
+        )
+    if "phi3" in (model_id, body.model_id):
+        return await generate_phi3(body, request, sidecar)
+    return await generate_hermes(body, request, sidecar)
+
+
+@endpoint(router, "POST", "/generate/hermes/", *_ERRORS, response_model=GeneratedText)
+async def generate_hermes(
+    body: PromptRequest, request: Request, sidecar: CurrentSidecar
+) -> JSONResponse:
+    """Hermes' answer to a free question."""
+    completion = await unless_gone(request, sidecar.generate_hermes(body.prompt, body.max_length))
+    return JSONResponse({"generated_text": completion.text}, headers=generation_headers(completion))
+
+
+@endpoint(router, "POST", "/generate/phi3/", *_ERRORS, response_model=Proposal)
+async def generate_phi3(
+    body: PromptRequest, request: Request, sidecar: CurrentSidecar
+) -> JSONResponse:
+    """A trade proposal, always valid; neither assessed nor stored."""
+    proposal, completion = await unless_gone(
+        request, sidecar.generate_phi3(body.prompt, body.max_length)
+    )
+    return JSONResponse(proposal, headers=generation_headers(completion))
+
+
+@endpoint(router, "POST", "/propose_trade_adjustments/", *_ERRORS, response_model=TradeAdjustment)
+async def propose_trade_adjustments(
+    body: PromptRequest, request: Request, sidecar: CurrentSidecar
+) -> JSONResponse:
+    """A trade proposal with Hermes' critique; stored, and told on the event bus.
+
+    The generation headers are those of the proposal; `X-Hermes-Score` is Hermes' score.
+    """
+    result = await unless_gone(request, sidecar.propose(body.prompt, body.max_length))
+    return JSONResponse(
+        {
+            "transaction_id": str(result.transaction_id),
+            "phi3_proposal": result.proposal,
+            "hermes_assessment": result.assessment.text,
+        },
+        headers={
+            **generation_headers(result.completion),
+            "X-Hermes-Score": f"{result.score:.6f}",
+        },
+    )

@@ -1,0 +1,37 @@
+"""Operations: health, probes and adapters."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+
+from osiris.http import CurrentSidecar, endpoint
+from osiris.schemas import AdapterSwapped, Health, Probe
+
+router = APIRouter(tags=["operations"])
+
+
+@endpoint(router, "POST", "/adapters/swap", 409, 503)
+async def swap_adapters(sidecar: CurrentSidecar) -> AdapterSwapped:
+    """Takes the newest adapter into use; requests that run keep the one they began with."""
+    date = await sidecar.swap_adapter()
+    return AdapterSwapped(status="ok", phi3_adapter_date=None if date is None else date.isoformat())
+
+
+@endpoint(router, "GET", "/health")
+async def health(sidecar: CurrentSidecar) -> Health:
+    """The state of the whole and of each part; always 200."""
+    return Health(**sidecar.health())
+
+
+@endpoint(router, "GET", "/health/live")
+async def live() -> Probe:
+    """Whether the process serves requests at all."""
+    return Probe(status="ok")
+
+
+@endpoint(router, "GET", "/health/ready", 503, error_model=Probe)
+async def ready(sidecar: CurrentSidecar, response: Response) -> Probe:
+    """Whether every part that an answer needs is there."""
+    missing = sidecar.missing()
+    response.status_code = 503 if missing else 200
+    return Probe(status="unavailable" if missing else "ok", missing=missing)

@@ -1,0 +1,120 @@
+"""Request and response models of the HTTP contract."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, NaiveDatetime
+
+from llm_sidecar.proposals import Proposal
+
+MAX_PROMPT: Final = 32_768
+"""Characters; what the model's own context holds is checked where its tokenizer is."""
+MAX_LENGTH: Final = 8192
+"""Tokens."""
+
+Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT, pattern=r"\S")]
+ModelId = Literal["hermes", "phi3"]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class PromptRequest(_Request):
+    """What to generate from."""
+
+    prompt: Prompt = Field(examples=["Long AAPL from 182.40, now 191.10, RSI 78 after an 8 % run."])
+    max_length: int = Field(256, ge=1, le=MAX_LENGTH, description="greatest number of new tokens")
+
+
+class GenerateRequest(PromptRequest):
+    """A prompt and which model it goes to; the query parameter `model_id` says it as well."""
+
+    model_id: ModelId | None = Field(None, description="`hermes` unless given")
+
+
+class ScoreRequest(_Request):
+    """A proposal to score; its `id`, when that is a UUID, becomes the proposal_id."""
+
+    proposal: dict[str, Any] = Field(min_length=1)
+    context: str | None = Field(None, max_length=MAX_PROMPT)
+
+
+class FeedbackRequest(_Request):
+    """What somebody says of a proposal."""
+
+    transaction_id: str = Field(min_length=1, max_length=256)
+    feedback_type: Literal["correction", "rating", "qualitative_comment", "human_edit"]
+    feedback_content: str | dict[str, Any]
+    timestamp: AwareDatetime | NaiveDatetime | None = Field(
+        None, description="ISO 8601; now unless given, and UTC unless it says otherwise"
+    )
+    corrected_proposal: dict[str, Any] | None = None
+    schema_version: str = Field("1.0", min_length=1, max_length=32)
+
+
+class GeneratedText(BaseModel):
+    """Hermes' answer."""
+
+    generated_text: str
+
+
+class TradeAdjustment(BaseModel):
+    """A proposal and what Hermes says of it."""
+
+    transaction_id: uuid.UUID
+    phi3_proposal: Proposal
+    hermes_assessment: str
+
+
+class Score(BaseModel):
+    """A score, and the id under which it is stored."""
+
+    proposal_id: uuid.UUID
+    score: float = Field(ge=0, le=1)
+
+
+class FeedbackStored(BaseModel):
+    """Feedback that is durable."""
+
+    message: str
+    transaction_id: str
+
+
+class AdapterSwapped(BaseModel):
+    """The adapter in use."""
+
+    status: Literal["ok"]
+    phi3_adapter_date: str | None
+
+
+class ErrorBody(BaseModel):
+    """What went wrong, in one sentence, or for bad input one entry for every bad field."""
+
+    detail: str | list[dict[str, Any]]
+
+
+class Health(BaseModel):
+    """The state of the whole and of each part."""
+
+    status: Literal["ok", "partial_error", "error"]
+    hermes_loaded: bool
+    phi3_loaded: bool
+    phi3_model_file_exists: bool
+    device: str
+    phi3_adapter_date: str | None
+    mean_hermes_score_last_24h: float | None
+    num_hermes_scores_last_24h: int
+    models: dict[str, dict[str, Any]]
+    event_bus: dict[str, Any]
+    database: dict[str, Any]
+    speech: dict[str, Any]
+
+
+class Probe(BaseModel):
+    """What a probe says."""
+
+    status: Literal["ok", "unavailable"]
+    missing: list[str] = []

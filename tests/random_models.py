@@ -1,0 +1,83 @@
+"""Models of random weights in real formats, for tests that must hold whatever the weights say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+SPECIAL_TOKENS = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+CONTEXT_LENGTH = 8192
+
+
+def write_transformers_folder(folder: Path, *, architecture: str = "phi3", seed: int = 0) -> Path:
+    """A 0.3M-parameter model with random weights and a byte-level tokenizer, Phi-3 or Llama."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import (
+        GenerationConfig,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Phi3Config,
+        Phi3ForCausalLM,
+        PreTrainedTokenizerFast,
+    )
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    corpus = ['{"ticker":"ABC","action":"adjust","side":"LONG","confidence":0.5}'] * 4
+    backend.train_from_iterator(corpus, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL_TOKENS[1:4],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=CONTEXT_LENGTH,
+    )
+    torch.manual_seed(seed)
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": CONTEXT_LENGTH,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 4,
+        "initializer_range": 0.5,
+    }
+    if architecture == "phi3":
+        config = Phi3Config(original_max_position_embeddings=CONTEXT_LENGTH, **shape)
+        model = Phi3ForCausalLM(config)
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+    model.generation_config = GenerationConfig(eos_token_id=4, pad_token_id=0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def convert_to_onnx(source: Path, folder: Path) -> Path:
+    """Converts a transformers folder to an int4 onnxruntime-genai one with its builder."""
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "", "-i", source]
+    command += ["-o", folder, "-p", "int4", "-e", "cpu", "-c", folder / "cache"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"the model builder failed:\n{done.stdout}\n{done.stderr}")
+    return folder
