@@ -110,7 +110,7 @@ _LONGEST: Final = {
     "confidence": 0.99,
     "rationale": "X" * 109,
 }
-"""As long as a guided proposal gets; 109 = 1 + 34 + 2 + 34 + 2 + 34 + 2 is the longest rationale."""
+"""As long as a guided one gets; 109 = 1 + 34 + 2 + 34 + 2 + 34 + 2 is the longest rationale."""
 
 MAX_COMPLETION_TOKENS: Final = len(json.dumps(_LONGEST, separators=(",", ":"))) + 4
 """Tokens the longest guided proposal can take with any tokenizer: it is ASCII and a token is at

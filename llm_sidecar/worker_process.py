@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Final
@@ -31,40 +32,40 @@ class WorkerProcess:
         ended: set once it has ended.
     """
 
-    def __init__(self, label: str, process: asyncio.subprocess.Process) -> None:
+    def __init__(
+        self,
+        label: str,
+        process: subprocess.Popen[bytes],
+        stdin: asyncio.WriteTransport,
+        stdout: asyncio.StreamReader,
+    ) -> None:
+        """Use `WorkerProcess.start`."""
         self.label = label
         self.process = process
         self.info: dict[str, Any] = {}
         self.tokens = 0
         self.ended = asyncio.Event()
+        self._stdin = stdin
         self._numbers = itertools.count(1)
         self._inboxes: dict[int, asyncio.Queue[dict[str, Any]]] = {}
         self._loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._reader = asyncio.create_task(self._read())
+        self._reader = asyncio.create_task(self._read(stdout))
 
     @classmethod
     async def start(cls, label: str) -> WorkerProcess:
-        """Spawns a process in a session of its own, so that Ctrl-C reaches the server only."""
-        paths = [_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "llm_sidecar.worker",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,
-            limit=_LINE_LIMIT,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(paths),
-                "HF_HUB_OFFLINE": "1",
-                "HF_HUB_DISABLE_TELEMETRY": "1",
-                "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-                "TRANSFORMERS_VERBOSITY": "error",
-                "TOKENIZERS_PARALLELISM": "false",
-            },
-        )
-        return cls(label, process)
+        """Spawns a process in a session of its own, so that Ctrl-C reaches the server only.
+
+        With `subprocess`, whatever the event loop: it uses vfork, while uvloop's fork runs the
+        handlers of lancedb in the child, which may deadlock.
+        """
+        process = await asyncio.to_thread(_spawn)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        loop = asyncio.get_running_loop()
+        stdin, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, process.stdin)
+        stdout = asyncio.StreamReader(limit=_LINE_LIMIT)
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdout), process.stdout)
+        return cls(label, process, stdin, stdout)
 
     @property
     def alive(self) -> bool:
@@ -94,8 +95,7 @@ class WorkerProcess:
 
     async def stop(self) -> None:
         """Closes the worker's input, which ends it; kills it when it does not end."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        self._stdin.close()
         try:
             async with asyncio.timeout(_EXIT_GRACE):
                 await self.ended.wait()
@@ -112,16 +112,15 @@ class WorkerProcess:
         return f"exit status {code}"
 
     def _write(self, message: dict[str, Any]) -> None:
-        assert self.process.stdin is not None
         # A closed pipe shows as the end of the output, which the reader handles.
-        if not self.process.stdin.is_closing():
-            self.process.stdin.write(json.dumps(message).encode() + b"\n")
+        if not self._stdin.is_closing():
+            self._stdin.write(json.dumps(message).encode() + b"\n")
 
-    async def _read(self) -> None:
-        assert self.process.stdout is not None
-        async for line in self.process.stdout:
+    async def _read(self, stdout: asyncio.StreamReader) -> None:
+        async for line in stdout:
             self._dispatch(json.loads(line))
-        await self.process.wait()
+        await asyncio.to_thread(self.process.wait)
+        self._stdin.close()
         self.ended.set()
         died = {"op": "error", "died": self.how_it_ended()}
         for inbox in self._inboxes.values():
@@ -144,3 +143,23 @@ class WorkerProcess:
                 number = message["id"]
                 inbox = self._inboxes.pop(number) if final else self._inboxes[number]
                 inbox.put_nowait(message)
+
+
+def _spawn() -> subprocess.Popen[bytes]:
+    paths = [_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.Popen(
+        [sys.executable, "-m", "llm_sidecar.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+        start_new_session=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "TOKENIZERS_PARALLELISM": "false",
+        },
+    )

@@ -48,6 +48,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(router)
     app.add_exception_handler(SidecarError, _sidecar_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(400, _unreadable_body)
     app.add_exception_handler(ClientGone, _client_gone)
     app.add_exception_handler(Exception, _unexpected_error)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
@@ -77,6 +78,11 @@ async def _validation_error(request: Request, error: Exception) -> Response:
         for entry in error.errors()
     ]
     return JSONResponse({"detail": entries}, status_code=422)
+
+
+async def _unreadable_body(request: Request, error: Exception) -> Response:
+    """FastAPI says 400 where the body is no text at all; to a client that is bad input too."""
+    return JSONResponse({"detail": "The body is not JSON in UTF-8."}, status_code=422)
 
 
 async def _client_gone(request: Request, error: Exception) -> Response:

@@ -1,0 +1,35 @@
+"""The database room: feedback, runs and scores in LanceDB.
+
+Importing it imports neither lancedb nor pyarrow: those take seconds.
+"""
+
+from __future__ import annotations
+
+from llm_sidecar.db.cli import cli_main
+from llm_sidecar.db.schema import (
+    FEEDBACK,
+    RUNS,
+    SCORES,
+    TABLES,
+    HermesScoreSchema,
+    OrchestratorRunSchema,
+    Phi3FeedbackSchema,
+)
+from llm_sidecar.db.scripts import append_feedback, init_db, log_hermes_score, log_run
+from llm_sidecar.db.store import Store
+
+__all__ = [
+    "FEEDBACK",
+    "RUNS",
+    "SCORES",
+    "TABLES",
+    "HermesScoreSchema",
+    "OrchestratorRunSchema",
+    "Phi3FeedbackSchema",
+    "Store",
+    "append_feedback",
+    "cli_main",
+    "init_db",
+    "log_hermes_score",
+    "log_run",
+]

@@ -1,0 +1,118 @@
+"""What a row is: the pydantic models callers fill, and the Arrow schemas of the tables.
+
+Timestamps are aware UTC with microseconds; a naive one counts as UTC. An object in a text column
+(`feedback_content`, `corrected_proposal`) is stored as compact JSON text.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FEEDBACK: Final = "phi3_feedback"
+RUNS: Final = "orchestrator_runs"
+SCORES: Final = "hermes_scores"
+TABLES: Final = (FEEDBACK, RUNS, SCORES)
+
+FEEDBACK_KEY: Final = ("transaction_id", "timestamp", "feedback_type")
+"""What makes two feedback rows the same one, however often it is delivered."""
+
+
+def _as_utc(value: datetime.datetime) -> datetime.datetime:
+    if value.tzinfo is None:
+        return value.replace(tzinfo=datetime.UTC)
+    return value.astimezone(datetime.UTC)
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
+
+
+Timestamp = Annotated[datetime.datetime, AfterValidator(_as_utc)]
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    timestamp: Timestamp = Field(default_factory=_now)
+
+    def as_row(self) -> dict[str, Any]:
+        """Column values as Arrow takes them."""
+        return {
+            name: json.dumps(value, separators=(",", ":")) if isinstance(value, dict) else value
+            for name, value in self.model_dump().items()
+        }
+
+
+class Phi3FeedbackSchema(_Row):
+    """What somebody said of a proposal."""
+
+    transaction_id: str = Field(min_length=1)
+    feedback_type: Literal["correction", "rating", "qualitative_comment", "human_edit"]
+    feedback_content: str | dict[str, Any]
+    schema_version: str = "1.0"
+    corrected_proposal: dict[str, Any] | None = None
+
+
+class OrchestratorRunSchema(_Row):
+    """One walk from a prompt to a judged proposal; `run_id` is its transaction_id."""
+
+    run_id: str = Field(min_length=1)
+    input_query: str
+    final_output: str
+    status: str = Field(min_length=1)
+    error_message: str | None = None
+
+
+class HermesScoreSchema(_Row):
+    """A score in [0, 1]; `run_id` is the proposal's id."""
+
+    run_id: str = Field(min_length=1)
+    score: float = Field(ge=0.0, le=1.0, allow_inf_nan=False)
+    rationale: str = ""
+
+
+def arrow_schemas() -> dict[str, pa.Schema]:
+    """Arrow schema of every table, in the order of `TABLES`."""
+    import pyarrow as pa
+
+    def text(name: str, nullable: bool = False) -> pa.Field:
+        return pa.field(name, pa.string(), nullable)
+
+    time = pa.field("timestamp", pa.timestamp("us", tz="UTC"), nullable=False)
+    return {
+        FEEDBACK: pa.schema(
+            [
+                text("transaction_id"),
+                time,
+                text("feedback_type"),
+                text("feedback_content"),
+                text("schema_version"),
+                text("corrected_proposal", nullable=True),
+            ]
+        ),
+        RUNS: pa.schema(
+            [
+                text("run_id"),
+                time,
+                text("input_query"),
+                text("final_output"),
+                text("status"),
+                text("error_message", nullable=True),
+            ]
+        ),
+        SCORES: pa.schema(
+            [
+                text("run_id"),
+                time,
+                pa.field("score", pa.float64(), nullable=False),
+                text("rationale"),
+            ]
+        ),
+    }

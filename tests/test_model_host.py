@@ -1,0 +1,303 @@
+"""The host of a worker process, with a real worker that runs a model of random weights."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from live_server import is_running
+
+from llm_sidecar import hermes_plugin, proposals
+from llm_sidecar.engines import GenerationRequest
+from llm_sidecar.errors import (
+    AdapterRejected,
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelUnavailable,
+    QueueFull,
+)
+from llm_sidecar.loader import ModelFiles
+from llm_sidecar.model_host import HostLimits, ModelHost
+
+SHORT = GenerationRequest(proposals.build_messages("Long ABC"), 256, proposals.GUIDANCE)
+# Thousands of array items keep a worker busy for seconds, whatever its weights say.
+ENDLESS = GenerationRequest(
+    hermes_plugin.chat_messages("count"),
+    7000,
+    '{"type":"array","minItems":6900,"items":{"type":"integer"}}',
+)
+
+HostFactory = Callable[..., ModelHost]
+
+
+@pytest.fixture
+async def make_host(random_phi3_onnx: Path) -> AsyncIterator[HostFactory]:
+    hosts = []
+
+    def make(folder: Path = random_phi3_onnx, **limits: Any) -> ModelHost:
+        host = ModelHost(
+            "phi3",
+            lambda: ModelFiles("phi3/random", folder),
+            device="cpu",
+            limits=HostLimits(**{"load_wait": 60.0, **limits}),
+            warm_up=GenerationRequest(proposals.build_messages("Hi."), 1, proposals.GUIDANCE),
+        )
+        hosts.append(host)
+        return host
+
+    yield make
+    await asyncio.gather(*(host.close() for host in hosts))
+
+
+async def until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def failure(work: Awaitable[Any]) -> BaseException:
+    with pytest.raises(Exception) as caught:
+        await work
+    return caught.value
+
+
+def tokens(host: ModelHost) -> int:
+    count: int = host.status()["completion_tokens_total"]
+    return count
+
+
+async def test_nothing_runs_before_the_first_request(make_host: HostFactory) -> None:
+    host = make_host()
+    assert host.status()["state"] == "unloaded"
+    assert host.status()["pid"] is None
+    assert host.available()
+
+
+async def test_a_completion_comes_with_its_counts(make_host: HostFactory) -> None:
+    completion = await make_host().generate(SHORT)
+    proposals.parse(completion.text)
+    assert completion.model == "phi3/random"
+    assert completion.finish_reason == "stop"
+    assert completion.prompt_tokens > 100
+    assert 0 < completion.completion_tokens <= proposals.MAX_COMPLETION_TOKENS
+
+
+async def test_probabilities_come_from_the_worker(make_host: HostFactory) -> None:
+    messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, {"ticker": "ABC"})
+    found = await make_host().answer_probabilities(messages, hermes_plugin.SCORE_ANSWERS)
+    assert list(found) == list(hermes_plugin.SCORE_ANSWERS)
+
+
+async def test_requests_are_served_first_come_first_served(make_host: HostFactory) -> None:
+    host, order = make_host(), []
+
+    async def one(number: int) -> None:
+        await host.generate(SHORT)
+        order.append(number)
+
+    await asyncio.gather(*(one(number) for number in range(8)))
+    assert order == list(range(8))
+
+
+async def test_a_full_queue_refuses_at_once_and_says_when_to_retry(make_host: HostFactory) -> None:
+    host = make_host(queue_length=2)
+    running = [asyncio.create_task(host.generate(ENDLESS)) for _ in range(2)]
+    await until(lambda: tokens(host) > 0)
+    error = await failure(host.generate(SHORT))
+    assert isinstance(error, QueueFull)
+    assert error.retry_after is not None
+    assert error.retry_after >= 1
+    for task in running:
+        task.cancel()
+    await asyncio.wait(running)
+    await host.generate(SHORT)
+
+
+async def test_a_deadline_ends_the_generation(make_host: HostFactory) -> None:
+    host = make_host(request_timeout=1.5)
+    await host.generate(SHORT)
+    assert isinstance(await failure(host.generate(ENDLESS)), DeadlineExceeded)
+    await stops(host)
+
+
+async def test_cancelling_stops_the_worker_within_a_second(make_host: HostFactory) -> None:
+    host = make_host()
+    task = asyncio.create_task(host.generate(ENDLESS))
+    await until(lambda: tokens(host) > 0)
+    task.cancel()
+    await asyncio.wait([task])
+    await stops(host)
+    await host.generate(SHORT)
+
+
+async def stops(host: ModelHost) -> None:
+    """Passes when the worker's token counter stands still before a second is over."""
+    began = time.monotonic()
+    seen, since = tokens(host), began
+    while time.monotonic() - since < 0.25:
+        await asyncio.sleep(0.01)
+        if tokens(host) != seen:
+            seen, since = tokens(host), time.monotonic()
+    assert since - began < 1.0
+
+
+async def test_a_killed_worker_fails_its_request_and_the_next_one_succeeds(
+    make_host: HostFactory,
+) -> None:
+    host = make_host()
+    task = asyncio.create_task(host.generate(ENDLESS))
+    await until(lambda: tokens(host) > 0)
+    os.kill(host.status()["pid"], signal.SIGKILL)
+    error = await failure(task)
+    assert isinstance(error, ModelUnavailable)
+    assert error.retry_after == 1
+    assert "SIGKILL" in error.detail
+    before = tokens(host)
+    await host.generate(SHORT)
+    assert host.status()["restarts"] == 1
+    assert tokens(host) > before
+
+
+async def test_waiting_requests_survive_the_death_of_the_worker(make_host: HostFactory) -> None:
+    host = make_host()
+    first = asyncio.create_task(host.generate(ENDLESS))
+    await until(lambda: tokens(host) > 0)
+    waiting = [asyncio.create_task(host.generate(SHORT)) for _ in range(3)]
+    await asyncio.sleep(0)
+    os.kill(host.status()["pid"], signal.SIGKILL)
+    assert isinstance(await failure(first), ModelUnavailable)
+    assert len(await asyncio.gather(*waiting)) == 3
+
+
+async def test_a_worker_that_died_while_idle_is_not_noticed_by_the_next_request(
+    make_host: HostFactory,
+) -> None:
+    host = make_host()
+    await host.generate(SHORT)
+    os.kill(host.status()["pid"], signal.SIGKILL)
+    await host.generate(SHORT)
+
+
+async def test_a_request_that_cannot_fit_is_invalid_and_the_worker_goes_on(
+    make_host: HostFactory,
+) -> None:
+    host = make_host()
+    too_long = GenerationRequest(hermes_plugin.chat_messages("A" * 9000), 5)
+    assert isinstance(await failure(host.generate(too_long)), InvalidRequest)
+    await host.generate(SHORT)
+    assert host.status()["restarts"] == 0
+
+
+async def test_a_loading_model_is_waited_for_only_so_long(make_host: HostFactory) -> None:
+    host = make_host(load_wait=0.0)
+    error = await failure(host.generate(SHORT))
+    assert isinstance(error, ModelUnavailable)
+    assert "still loading" in error.detail
+    assert error.retry_after
+    await until(host.available)
+    await host.generate(SHORT)
+
+
+async def test_a_model_that_does_not_load_says_why(make_host: HostFactory, tmp_path: Path) -> None:
+    (tmp_path / "genai_config.json").write_text("{")
+    host = make_host(tmp_path)
+    error = await failure(host.generate(SHORT))
+    assert isinstance(error, ModelUnavailable)
+    assert "could not be loaded" in error.detail
+    assert host.status()["state"] == "failed"
+    assert host.status()["reason"]
+    assert not host.available()
+
+
+async def test_missing_files_are_found_without_starting_anything() -> None:
+    def locate() -> ModelFiles:
+        raise ModelUnavailable("set THE_VARIABLE", retry_after=30)
+
+    host = ModelHost("phi3", locate, warm_up=SHORT)
+    error = await failure(host.generate(SHORT))
+    assert isinstance(error, ModelUnavailable)
+    assert error.detail == "set THE_VARIABLE"
+    assert host.status()["reason"] == "set THE_VARIABLE"
+    await host.close()
+
+
+async def test_closing_lets_running_requests_end_and_refuses_new_ones(
+    make_host: HostFactory,
+) -> None:
+    host = make_host()
+    running = [asyncio.create_task(host.generate(SHORT)) for _ in range(3)]
+    await until(lambda: tokens(host) > 0)
+    pid = host.status()["pid"]
+    closing = asyncio.create_task(host.close(grace=30.0))
+    await asyncio.sleep(0)
+    assert isinstance(await failure(host.generate(SHORT)), ModelUnavailable)
+    assert len(await asyncio.gather(*running)) == 3
+    await closing
+    assert not is_running(pid)
+
+
+async def test_closing_ends_a_request_that_outlasts_its_grace(make_host: HostFactory) -> None:
+    host = make_host()
+    running = asyncio.create_task(host.generate(ENDLESS))
+    await until(lambda: tokens(host) > 0)
+    pid = host.status()["pid"]
+    await host.close(grace=0.05)
+    assert isinstance(await failure(running), ModelUnavailable)
+    assert not is_running(pid)
+
+
+async def test_an_adapter_that_does_not_load_is_refused_and_all_goes_on(
+    make_host: HostFactory, tmp_path: Path
+) -> None:
+    host = make_host()
+    await host.generate(SHORT)
+    pid = host.status()["pid"]
+    adapter = tmp_path / "20260101"
+    adapter.mkdir()
+    error = await failure(host.swap_adapter(adapter))
+    assert isinstance(error, AdapterRejected)
+    assert "20260101" in error.detail
+    assert host.adapter is None
+    assert host.status()["pid"] == pid
+    await host.generate(SHORT)
+
+
+# peft asks transformers by a name that transformers is giving up.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+async def test_swapping_adapters_under_load_loses_no_request(
+    make_host: HostFactory, random_phi3_torch: Path, tmp_path: Path
+) -> None:
+    host = make_host(random_phi3_torch)
+    adapter = write_adapter(random_phi3_torch, tmp_path / "20260101")
+    before = await host.generate(SHORT)
+    running = [asyncio.create_task(host.generate(SHORT)) for _ in range(12)]
+    await host.swap_adapter(adapter)
+    assert host.adapter == adapter
+    texts = {completion.text for completion in await asyncio.gather(*running)}
+    after = await host.generate(SHORT)
+    assert after.text != before.text
+    assert texts <= {before.text, after.text}
+    await host.swap_adapter(None)
+    assert (await host.generate(SHORT)).text == before.text
+    assert host.status()["restarts"] == 0
+
+
+def write_adapter(model: Path, folder: Path) -> Path:
+    """A PEFT LoRA adapter with random weights for the model in `model`."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    config = LoraConfig(
+        r=4, target_modules=["qkv_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    base = AutoModelForCausalLM.from_pretrained(model, local_files_only=True)
+    get_peft_model(base, config).save_pretrained(str(folder))
+    return folder
