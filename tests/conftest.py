@@ -23,15 +23,27 @@ def random_phi3_onnx(random_phi3_torch: Path, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="session")
-def random_llama_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A transformers folder of a Llama with random weights."""
-    return write_transformers_folder(tmp_path_factory.mktemp("llama"), architecture="llama")
+def random_hermes_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with random weights, converted to onnxruntime-genai: it loads in no time."""
+    source = tmp_path_factory.mktemp("hermes-torch")
+    write_transformers_folder(source, architecture="llama")
+    return convert_to_onnx(source, tmp_path_factory.mktemp("hermes-onnx"))
+
+
+@pytest.fixture(scope="session")
+def random_models(random_phi3_onnx: Path, random_hermes_onnx: Path) -> dict[str, str]:
+    """The environment that names two models of random weights."""
+    return {
+        "MICRO_LLM_MODEL_PATH": str(random_phi3_onnx / "model.onnx"),
+        "HERMES_MODEL_PATH": str(random_hermes_onnx),
+    }
 
 
 @pytest.fixture(scope="module")
-def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """A server with the demo models, an in-process bus and a database of its own."""
-    folder = tmp_path_factory.mktemp("server")
-    with serve(folder, SIDECAR_DEMO="true", PRELOAD_MODELS="true") as server:
-        server.wait_until_ready()
-        yield server
+def server(
+    random_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveServer]:
+    """A server with models of random weights, an in-process bus and a database of its own."""
+    with serve(tmp_path_factory.mktemp("server"), **random_models) as running:
+        running.wait_until_ready()
+        yield running

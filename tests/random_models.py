@@ -67,6 +67,9 @@ def write_transformers_folder(folder: Path, *, architecture: str = "phi3", seed:
         model = Phi3ForCausalLM(config)
     else:
         model = LlamaForCausalLM(LlamaConfig(**shape))
+    with torch.no_grad():
+        # Never the likeliest token: a greedy completion runs to its limit.
+        model.lm_head.weight[4] = 0.0
     model.generation_config = GenerationConfig(eos_token_id=4, pad_token_id=0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

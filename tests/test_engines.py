@@ -69,10 +69,24 @@ def test_a_long_prompt_is_prefilled_in_steps_that_can_be_cancelled(engine: Engin
 
 def test_a_prompt_that_exceeds_the_context_is_refused(engine: Engine) -> None:
     messages = hermes_plugin.chat_messages("A" * 9000)
-    with pytest.raises(InvalidRequest, match="context of 8192"):
+    with pytest.raises(InvalidRequest, match="context of 8"):
         list(engine.stream(GenerationRequest(messages, 10)))
-    with pytest.raises(InvalidRequest, match="context of 8192"):
+    with pytest.raises(InvalidRequest, match="context of 8"):
         engine.answer_probabilities(messages, hermes_plugin.SCORE_ANSWERS)
+
+
+@pytest.mark.parametrize("guidance", [None, proposals.GUIDANCE])
+def test_a_prompt_that_just_fits_the_context_is_served(
+    engine: Engine, guidance: str | None
+) -> None:
+    for characters in range(7500, 8300, 50):
+        request = GenerationRequest(hermes_plugin.chat_messages("A" * characters), 60, guidance)
+        try:
+            deltas = list(engine.stream(request))
+        except InvalidRequest:
+            break
+        assert deltas[-1].finish_reason in ("length", "stop")
+    assert deltas[-1].prompt_tokens > 7500
 
 
 def test_answer_probabilities_are_those_of_the_answers_written_out(engine: Engine) -> None:

@@ -83,12 +83,10 @@ class OnnxEngine:
     def stream(self, request: GenerationRequest) -> Iterator[Delta]:
         prompt = self._encode(request.messages)
         count, limit = len(prompt), request.max_tokens
-        check_context(count, limit, self.context_length)
+        headroom = 0 if request.guidance is None else _FAST_FORWARD_HEADROOM
+        check_context(count, limit, self.context_length - headroom)
         params = og.GeneratorParams(self.model)
-        params.set_search_options(
-            max_length=count + limit + _FAST_FORWARD_HEADROOM,
-            **_sampling(request),
-        )
+        params.set_search_options(max_length=count + limit + headroom, **_sampling(request))
         if request.guidance is not None:
             params.set_guidance("json_schema", request.guidance, True)
         generator = self._generator(params)
