@@ -156,6 +156,7 @@ def _spawn() -> subprocess.Popen[bytes]:
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),
+            "ORT_DISABLE_TELEMETRY": "1",
             "HF_HUB_OFFLINE": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,7 +81,10 @@ def convert_to_onnx(source: Path, folder: Path) -> Path:
     """Converts a transformers folder to an int4 onnxruntime-genai one with its builder."""
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "", "-i", source]
     command += ["-o", folder, "-p", "int4", "-e", "cpu", "-c", folder / "cache"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    environ = {**os.environ, "ORT_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run(
+        list(map(str, command)), env=environ, capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         raise RuntimeError(f"the model builder failed:\n{done.stdout}\n{done.stderr}")
     return folder

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
+
+# Read when the library loads. Without it both runtimes write a device id and events under
+# ~/.cache and send them; `disable_telemetry_events` comes too late for that.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import onnxruntime_genai as og
 
@@ -19,8 +24,6 @@ from llm_sidecar.engines.base import (
     check_context,
 )
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable
-
-og.disable_telemetry_events()
 
 _FAST_FORWARD_HEADROOM: Final = 128
 """Forced tokens may run past max_length and crash the attention kernel, so leave them room."""

@@ -1,0 +1,277 @@
+"""The server as a process: how it starts, what it loads, what it leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from live_server import ROOT, LiveServer, free_port, is_running, serve
+from redis_server import RedisServer
+
+from llm_sidecar.db import Store
+from llm_sidecar.event_bus import EventBus
+
+PROMPT = {"prompt": "Long ABC from 100, now 112.5, RSI 81."}
+LONG = PROMPT | {"max_length": 7900}
+
+
+def load_both(server: LiveServer) -> list[int]:
+    """Makes the server load its models; returns their processes."""
+    assert server.client.post("/propose_trade_adjustments", json=PROMPT).status_code == 200
+    return [server.worker("phi3"), server.worker("hermes")]
+
+
+def gone(server: LiveServer, pids: list[int], seconds: float = 5.0) -> None:
+    until = time.monotonic() + seconds
+    while any(map(is_running, pids)):
+        assert time.monotonic() < until, server.log.read_text()
+        time.sleep(0.02)
+
+
+def test_the_api_process_imports_no_model_runtime(
+    random_models: dict[str, str], tmp_path: Path
+) -> None:
+    script = """
+import asyncio, json, sys
+import httpx
+from llm_sidecar.settings import Settings
+from osiris.server import create_app
+
+async def main():
+    app = create_app(Settings.from_environ())
+    async with app.router.lifespan_context(app):
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            client.timeout = 60
+            prompt = {"prompt": "Long ABC"}
+            for path in ("/generate/phi3", "/generate/hermes", "/propose_trade_adjustments"):
+                assert (await client.post(path, json=prompt)).status_code == 200
+            assert (await client.post("/score/hermes", json={"proposal": {"a": 1}})).is_success
+            assert (await client.get("/health")).is_success
+
+asyncio.run(main())
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+    environ = random_models | {"REDIS_URL": "memory://", "LANCEDB_URI": str(tmp_path / "db")}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        env=environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = set(json.loads(done.stdout))
+    assert "lancedb" in loaded
+    assert not loaded & {"torch", "transformers", "onnxruntime", "onnxruntime_genai", "llguidance"}
+
+
+def test_importing_the_server_reads_no_environment() -> None:
+    command = [sys.executable, "-c", "import osiris.server"]
+    environ = {"QUEUE_LENGTH": "bad", "PYTHONPATH": str(ROOT)}
+    assert subprocess.run(command, env=environ, check=False).returncode == 0
+
+
+def test_a_bad_variable_stops_the_start_with_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "uvicorn", "osiris.server:app", "--port", str(free_port())],
+        env={"QUEUE_LENGTH": "many", "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert done.stderr.splitlines() == [
+        "QUEUE_LENGTH='many' is not valid: it takes an integer from 1 to 10000: "
+        "requests a model serves and keeps waiting"
+    ]
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_server_and_workers(
+    random_models: dict[str, str], tmp_path: Path, signal_number: int
+) -> None:
+    with serve(tmp_path, **random_models) as server:
+        workers = load_both(server)
+        server.stop(signal_number)
+        assert not any(map(is_running, workers))
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_ctrl_c_lets_a_running_request_end(random_models: dict[str, str], tmp_path: Path) -> None:
+    with serve(tmp_path, **random_models) as server:
+        load_both(server)
+
+        async def interrupted() -> httpx.Response:
+            async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+                asking = asyncio.create_task(client.post("/generate/hermes", json=LONG))
+                while not (await client.get("/health")).json()["models"]["hermes"]["requests"]:
+                    await asyncio.sleep(0.005)
+                server.process.send_signal(signal.SIGINT)
+                return await asking
+
+        response = asyncio.run(interrupted())
+        assert response.status_code == 200
+        assert server.process.wait(30) is not None
+
+
+def test_a_killed_server_leaves_no_worker(random_models: dict[str, str], tmp_path: Path) -> None:
+    with serve(tmp_path, **random_models) as server:
+        workers = load_both(server)
+        server.stop(signal.SIGKILL)
+        gone(server, workers)
+
+
+def test_a_killed_worker_is_503_and_the_next_request_succeeds(server: LiveServer) -> None:
+    async def kill_midway() -> httpx.Response:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            await client.post("/generate/hermes", json=PROMPT | {"max_length": 1})
+            before = (await client.get("/health")).json()["models"]["hermes"]
+            asking = asyncio.create_task(client.post("/generate/hermes", json=LONG))
+            now = before
+            while now["completion_tokens_total"] == before["completion_tokens_total"]:
+                now = (await client.get("/health")).json()["models"]["hermes"]
+            os.kill(now["pid"], signal.SIGKILL)
+            return await asking
+
+    response = asyncio.run(kill_midway())
+    assert response.status_code == 503
+    assert int(response.headers["Retry-After"]) >= 1
+    again = server.client.post("/generate/hermes", json=PROMPT | {"max_length": 5})
+    assert again.status_code == 200
+    assert server.client.get("/health").json()["models"]["hermes"]["restarts"] >= 1
+
+
+def test_reloading_leaves_no_worker(random_models: dict[str, str], tmp_path: Path) -> None:
+    watched = tmp_path / "watched"
+    watched.mkdir()
+    (watched / "module.py").write_text("")
+    options = ("--reload", "--reload-dir", str(watched))
+    with serve(tmp_path, *options, **random_models) as server:
+        workers = load_both(server)
+        (watched / "module.py").write_text("changed = True")
+        gone(server, workers, 15.0)
+        server.wait_until(lambda: server.client.get("/health/live").status_code == 200)
+        workers = load_both(server)
+        server.stop(signal.SIGINT)
+        gone(server, workers)
+
+
+def test_nothing_is_written_outside_the_configured_places(
+    random_models: dict[str, str], tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    temporary = tmp_path / "tmp"
+    for folder in (home, temporary):
+        folder.mkdir()
+    before = tracked_and_not()
+    with serve(tmp_path, HOME=str(home), TMPDIR=str(temporary), **random_models) as server:
+        load_both(server)
+    assert list(home.iterdir()) == []
+    assert list(temporary.iterdir()) == []
+    assert tracked_and_not() == before
+
+
+def tracked_and_not() -> set[Path]:
+    """Every file of the project but Python's and the tools' caches."""
+    hidden = {".git", ".venv", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
+    return {path for path in ROOT.rglob("*") if not hidden & set(path.parts)}
+
+
+# With a real Redis
+
+
+@pytest.fixture(scope="module")
+def redis_url() -> Any:
+    with RedisServer() as redis:
+        yield redis.url
+
+
+async def collect(url: str, *channels: str) -> tuple[EventBus, dict[str, asyncio.Queue[str]]]:
+    bus = EventBus(url)
+    await bus.connect()
+    queues: dict[str, asyncio.Queue[str]] = {}
+    for channel in channels:
+        queues[channel] = asyncio.Queue()
+        await bus.register_listener_queue(channel, queues[channel])
+    return bus, queues
+
+
+async def test_a_proposal_and_its_assessment_go_out_on_redis(
+    redis_url: str, random_models: dict[str, str], tmp_path: Path
+) -> None:
+    bus, queues = await collect(redis_url, "phi3.proposal.created", "phi3.proposal.assessed")
+    try:
+        with serve(tmp_path, **(random_models | {"REDIS_URL": redis_url})) as server:
+            response = await asyncio.to_thread(
+                server.client.post, "/propose_trade_adjustments", json=PROMPT
+            )
+            body = response.json()
+            async with asyncio.timeout(10):
+                created = json.loads(await queues["phi3.proposal.created"].get())
+                assessed = json.loads(await queues["phi3.proposal.assessed"].get())
+    finally:
+        await bus.close()
+    assert created == body["phi3_proposal"] | {"transaction_id": body["transaction_id"]}
+    assert set(assessed) == {"proposal_transaction_id", "assessment_text", "timestamp"}
+    assert assessed["proposal_transaction_id"] == body["transaction_id"]
+    assert assessed["assessment_text"] == body["hermes_assessment"]
+
+
+async def test_feedback_is_stored_once_whoever_publishes_it(
+    redis_url: str, random_models: dict[str, str], tmp_path: Path
+) -> None:
+    ours = {"transaction_id": "ours", "feedback_type": "rating", "feedback_content": "5"}
+    theirs = ours | {"transaction_id": "theirs", "timestamp": "2026-01-02T03:04:05Z"}
+    bus, queues = await collect(redis_url, "phi3.feedback.submitted")
+    try:
+        with serve(tmp_path, **(random_models | {"REDIS_URL": redis_url})) as server:
+            response = await asyncio.to_thread(server.client.post, "/feedback/phi3", json=ours)
+            assert response.status_code == 200
+            async with asyncio.timeout(10):
+                published = json.loads(await queues["phi3.feedback.submitted"].get())
+            assert published["transaction_id"] == "ours"
+            assert published["schema_version"] == "1.0"
+            await bus.publish("phi3.feedback.submitted", "not even json")
+            for _ in range(2):
+                await bus.publish("phi3.feedback.submitted", json.dumps(theirs))
+            await asyncio.to_thread(
+                server.wait_until,
+                lambda: server.client.get("/health").json()["database"]["rows_written"] >= 2,
+            )
+    finally:
+        await bus.close()
+    store = await Store.open(tmp_path / "lancedb")
+    rows = await store.last("phi3_feedback", 0)
+    await store.close()
+    assert sorted(row["transaction_id"] for row in rows) == ["ours", "theirs"]
+
+
+async def test_a_walk_leaves_a_run_and_a_score(
+    random_models: dict[str, str], tmp_path: Path
+) -> None:
+    with serve(tmp_path, **random_models) as server:
+        response = server.client.post("/propose_trade_adjustments", json=PROMPT)
+    transaction = response.json()["transaction_id"]
+    store = await Store.open(tmp_path / "lancedb")
+    (run,), (score,) = (
+        await store.last("orchestrator_runs", 0),
+        await store.last("hermes_scores", 0),
+    )
+    await store.close()
+    assert run["run_id"] == score["run_id"] == transaction
+    assert run["status"] == "success"
+    assert run["input_query"] == PROMPT["prompt"]
+    assert json.loads(run["final_output"])["proposal"] == response.json()["phi3_proposal"]
+    assert score["rationale"] == response.json()["hermes_assessment"]
+    assert score["score"] == pytest.approx(float(response.headers["X-Hermes-Score"]), abs=1e-6)
