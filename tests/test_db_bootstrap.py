@@ -1,0 +1,90 @@
+"""The first opening of a database, and the ones that go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm_sidecar.db import TABLES, Store, init_db
+from llm_sidecar.errors import DatabaseUnavailable
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = {"run_id": "r", "input_query": "q", "final_output": "", "status": "success"}
+
+
+async def test_the_first_opening_creates_folder_and_tables(tmp_path: Path) -> None:
+    place = tmp_path / "parents" / "are made" / "db"
+    store = await Store.open(place)
+    assert [await store.last(table, 0) for table in TABLES] == [[], [], []]
+    assert store.status()["state"] == "open"
+    await store.close()
+    assert sorted(path.name for path in place.iterdir()) == sorted(f"{t}.lance" for t in TABLES)
+
+
+async def test_the_second_opening_keeps_the_rows(tmp_path: Path) -> None:
+    for _ in range(2):
+        store = await Store.open(tmp_path)
+        await store.log_run(RUN)
+        await store.close()
+    store = await Store.open(tmp_path)
+    assert len(await store.last("orchestrator_runs", 0)) == 2
+    await store.close()
+
+
+def test_init_db_may_run_twice(tmp_path: Path) -> None:
+    for _ in range(2):
+        init_db(str(tmp_path / "db"))
+    assert (tmp_path / "db" / "hermes_scores.lance").is_dir()
+
+
+def test_processes_that_open_it_at_once_all_succeed(tmp_path: Path) -> None:
+    script = f"from llm_sidecar import db; db.log_run({RUN!r})"
+    environ = os.environ | {"LANCEDB_URI": str(tmp_path / "db"), "PYTHONPATH": str(ROOT)}
+    processes = [subprocess.Popen([sys.executable, "-c", script], env=environ) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+
+    async def count() -> int:
+        store = await Store.open(tmp_path / "db")
+        rows = await store.last("orchestrator_runs", 0)
+        await store.close()
+        return len(rows)
+
+    assert asyncio.run(count()) == 3
+
+
+async def test_a_place_that_cannot_be_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DatabaseUnavailable, match="cannot be opened") as caught:
+        await Store.open(tmp_path / "file" / "db")
+    assert "LANCEDB_URI" in caught.value.detail
+    assert "\n" not in caught.value.detail
+
+
+async def test_a_store_that_does_not_answer_is_given_up_at_the_deadline() -> None:
+    silent = socket.create_server(("127.0.0.1", 0))
+    port = silent.getsockname()[1]
+    uri = "s3://key:secret@bucket/db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT", f"http://127.0.0.1:{port}")
+        patch.setenv("AWS_ALLOW_HTTP", "true")
+        patch.setenv("AWS_ACCESS_KEY_ID", "k")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+        patch.setenv("AWS_REGION", "us-east-1")
+        with pytest.raises(DatabaseUnavailable) as caught:
+            await Store.open(uri, timeout=1.0)
+    silent.close()
+    assert "secret" not in caught.value.detail
+
+
+def test_importing_the_room_imports_neither_lancedb_nor_pyarrow() -> None:
+    script = "import json, sys, llm_sidecar.db; print(json.dumps(list(sys.modules)))"
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    printed = subprocess.check_output([sys.executable, "-c", script], env=environ)
+    assert not {"lancedb", "pyarrow"} & set(json.loads(printed))
