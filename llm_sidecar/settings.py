@@ -6,11 +6,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from llm_sidecar.errors import SettingsError
 
+_REDIS_SCHEMES = ("redis", "rediss", "unix", "memory")
 DEFAULT_PHI3 = Path("/app/models/llm_micro/phi3.onnx")
 DEFAULT_HERMES = Path("/app/hermes-model")
 
@@ -140,10 +142,10 @@ class Settings(BaseModel):
     @field_validator("redis_url")
     @classmethod
     def _known_scheme(cls, value: SecretStr) -> SecretStr:
-        if not value.get_secret_value().startswith(
-            ("redis://", "rediss://", "unix://", "memory://")
-        ):
-            raise ValueError("unknown scheme")
+        parts = urlsplit(value.get_secret_value())
+        # Reading the port raises ValueError where it is none.
+        if parts.scheme not in _REDIS_SCHEMES or parts.port == 0:
+            raise ValueError("no URL of a Redis")
         return value
 
     @classmethod

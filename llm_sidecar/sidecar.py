@@ -68,6 +68,7 @@ class Sidecar:
             warm_up=GenerationRequest(hermes_plugin.chat_messages("Hello."), 1),
         )
         self.bus = EventBus(settings.redis_url.get_secret_value())
+        self._connecting: asyncio.Task[None] | None = None
         self.archive = Archive(settings.lancedb_uri, examples=settings.few_shot_examples)
 
     async def start(self) -> None:
@@ -75,8 +76,9 @@ class Sidecar:
         if self.settings.demo:
             log.warning("SIDECAR_DEMO is on: where no model is configured, a toy answers")
         self.archive.start()
-        await self.bus.start()
         await self.bus.subscribe(FEEDBACK_SUBMITTED, self._store_published_feedback)
+        # Its first attempt may take seconds where Redis is away.
+        self._connecting = asyncio.create_task(self.bus.start())
         if self.settings.preload:
             for host in (self.phi3, self.hermes):
                 try:
@@ -89,6 +91,9 @@ class Sidecar:
         grace = self.settings.shutdown_grace
         # Models first: what they still answer is yet to be stored and told.
         await asyncio.gather(self.phi3.close(grace), self.hermes.close(grace))
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.wait([self._connecting])
         await self.bus.close()
         await self.archive.close()
 

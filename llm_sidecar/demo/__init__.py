@@ -1,0 +1,16 @@
+"""Two tiny trained models and the recipe that made them; see MODEL_CARD.md.
+
+They let the server, its tests and its documentation run without a download. They know a synthetic
+market only: never trade on what they say.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+PHI3_FOLDER: Final = Path(__file__).parent / "phi3"
+"""The proposal model, onnxruntime-genai format."""
+
+HERMES_FOLDER: Final = Path(__file__).parent / "hermes"
+"""The critique and score model, transformers format."""

@@ -1,0 +1,68 @@
+"""`python -m llm_sidecar.demo`: train the demo models, or measure them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from llm_sidecar.demo.evaluate import evaluate
+from llm_sidecar.demo.recipe import train_hermes, train_phi3
+from llm_sidecar.errors import ModelUnavailable
+
+_HERE = Path(__file__).parent
+
+
+def main() -> int:
+    """Runs the command line; returns the exit status."""
+    options = _parser().parse_args()
+    try:
+        return int(options.run(options))
+    except (ModelUnavailable, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m llm_sidecar.demo", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="train both models, within an hour on two cores")
+    train.add_argument("--out", type=Path, default=_HERE, help="folder for phi3/ and hermes/")
+    train.add_argument("--seed", type=int, default=1)
+    train.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    train.add_argument("--only", choices=("phi3", "hermes"), help="train one of them")
+    train.add_argument("--scale", type=float, default=1.0, help="train on this part of the tokens")
+    train.set_defaults(run=_train)
+    measure = commands.add_parser("evaluate", help="measure what the models promise")
+    measure.add_argument("--models", type=Path, default=_HERE, help="folder of phi3/ and hermes/")
+    measure.set_defaults(run=_evaluate)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    for name, train in (("phi3", train_phi3), ("hermes", train_hermes)):
+        if options.only in (None, name):
+            train(
+                options.out / name,
+                seed=options.seed,
+                threads=options.threads,
+                scale=options.scale,
+            )
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    figures = evaluate(options.models)
+    for figure in figures:
+        promise = "" if figure.promised is None else f"  at least {figure.promised:.1%}"
+        broken = "" if figure.kept else "  MISSED"
+        line = f"{figure.name:<48} {figure.value:7.1%} of {figure.count:3d}{promise}{broken}"
+        print(line)
+    return 0 if all(figure.kept for figure in figures) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

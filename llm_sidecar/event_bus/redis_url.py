@@ -1,0 +1,68 @@
+"""From a Redis URL to a client, and to a text that may be shown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit, urlunsplit
+from weakref import WeakValueDictionary
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+if TYPE_CHECKING:
+    from fakeredis import FakeServer
+
+CONNECT_TIMEOUT: Final = 3.0
+"""Seconds within which a connection stands, or Redis counts as away."""
+REPLY_TIMEOUT: Final = 5.0
+"""Seconds within which Redis answers a command, or it counts as away."""
+
+MEMORY: Final = "memory://"
+_shared_servers: WeakValueDictionary[str, FakeServer] = WeakValueDictionary()
+
+
+def make_client(url: str) -> Redis:
+    """A client that is not connected yet and tries every command once.
+
+    redis-py would reconnect and resubscribe by itself and say nothing. Told that no error is worth
+    a retry it raises at once, and whoever uses it sees every gap.
+
+    Raises:
+        ValueError: the URL cannot be read; the message does not repeat it, for its password.
+    """
+    options: dict[str, Any] = {
+        "decode_responses": True,
+        "encoding_errors": "replace",  # bytes of others that are no UTF-8 must not stop a reader
+        "protocol": 2,
+        "retry": Retry(NoBackoff(), 0, supported_errors=()),
+        "socket_connect_timeout": CONNECT_TIMEOUT,
+        "socket_timeout": REPLY_TIMEOUT,
+    }
+    if url.startswith(MEMORY):
+        return _memory_client(url.removeprefix(MEMORY), options)
+    try:
+        client: Redis = Redis.from_url(url, **options)
+    except ValueError:
+        raise ValueError("the Redis URL cannot be read") from None
+    return client
+
+
+def _memory_client(name: str, options: dict[str, Any]) -> Redis:
+    from fakeredis import FakeAsyncRedis, FakeServer  # only who asks for memory:// needs it
+
+    server = _shared_servers.get(name) or FakeServer()
+    if name:
+        _shared_servers[name] = server
+    return FakeAsyncRedis(server=server, **options)
+
+
+def masked(url: str) -> str:
+    """The URL with *** for its password and without its query, which can hold one too."""
+    if url.startswith(MEMORY):
+        return url
+    parts = urlsplit(url)
+    credentials, at, place = parts.netloc.rpartition("@")
+    user, colon, _ = credentials.partition(":")
+    secret = ":***" if colon else ""
+    return urlunsplit((parts.scheme, f"{user}{secret}{at}{place}", parts.path, "", ""))

@@ -1,0 +1,184 @@
+"""The receiving half of the bus: one connection, kept, and what comes in handed to the queues.
+
+One task reads the connection. A second one is the only one that writes to it, so a caller that is
+cancelled in the middle of a registration cannot tear it down for everybody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from dataclasses import dataclass, field
+from typing import Final
+
+from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from llm_sidecar.event_bus.redis_url import REPLY_TIMEOUT
+
+FIRST_DELAY: Final = 1.0
+LONGEST_DELAY: Final = 30.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Channel:
+    """The queues of a channel, and whether Redis has confirmed our subscription to it."""
+
+    queues: set[asyncio.Queue[str]] = field(default_factory=set)
+    live: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Subscriber:
+    """Subscribes to the channels that have queues, on one connection that it keeps restoring.
+
+    Args:
+        client: where the connection comes from; it must raise on errors, not retry.
+        name: how log lines call the Redis behind it.
+
+    Attributes:
+        connected: Redis is there and has confirmed every subscription.
+        outages: how often Redis was found to be away, at the start included.
+        dropped: messages that a full queue lost.
+    """
+
+    def __init__(self, client: Redis, name: str) -> None:
+        self.connected = False
+        self.outages = 0
+        self.dropped = 0
+        self._client = client
+        self._name = name
+        self._channels: dict[str, _Channel] = {}
+        self._attempted = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._trouble: Exception | None = None
+        self._away_since: float | None = None
+        self._seconds_away = 0.0
+
+    @property
+    def seconds_away(self) -> float:
+        """Seconds that Redis was away altogether, a present outage included."""
+        since = self._away_since
+        return self._seconds_away + (0.0 if since is None else time.monotonic() - since)
+
+    async def wait_attempted(self) -> None:
+        """Return once the first attempt to connect has succeeded or failed."""
+        await self._attempted.wait()
+
+    async def add(self, name: str, queue: asyncio.Queue[str]) -> None:
+        """Feed the queue; returns when Redis has confirmed it, or at once while it is away."""
+        channel = self._channels.setdefault(name, _Channel())
+        channel.queues.add(queue)
+        self._changed.set()
+        if self.connected:
+            try:
+                await asyncio.wait_for(channel.live.wait(), REPLY_TIMEOUT)
+            except TimeoutError:
+                self.restart(RedisTimeoutError(f"no answer to SUBSCRIBE {name}"))
+
+    def discard(self, name: str, queue: asyncio.Queue[str]) -> None:
+        """Stop feeding the queue."""
+        if name in self._channels:
+            self._channels[name].queues.discard(queue)
+            self._changed.set()
+
+    def restart(self, error: Exception) -> None:
+        """Connect anew: somebody else found Redis away, and the reader may be last to notice."""
+        if self.connected:
+            self._lost(error)
+            self._trouble = error
+            self._changed.set()
+
+    async def run(self) -> None:
+        """Hold a connection and dispatch what it brings, until cancelled."""
+        try:
+            delay = FIRST_DELAY
+            while True:
+                outages = self.outages
+                try:
+                    await self._session()
+                except Exception as error:  # noqa: BLE001 - whatever broke, starting over is right
+                    self._lost(error)
+                if self.outages > outages:  # it was connected until now, or never yet
+                    delay = FIRST_DELAY
+                await asyncio.sleep(delay * random.uniform(0.5, 1.0))
+                delay = min(2 * delay, LONGEST_DELAY)
+        finally:
+            self.connected = False
+            self._attempted.set()
+
+    async def _session(self) -> None:
+        """Connect, subscribe and dispatch until something fails."""
+        async with self._client.pubsub() as pubsub:
+            await pubsub.connect()
+            self._trouble = None
+            tasks = [asyncio.create_task(job(pubsub)) for job in (self._receive, self._follow)]
+            try:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                done.pop().result()
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _follow(self, pubsub: PubSub) -> None:
+        """Keep Redis's subscriptions equal to ours; raise the trouble that others had."""
+        held: set[str] = set()
+        while True:
+            self._changed.clear()
+            if self._trouble is not None:
+                raise self._trouble
+            for name, channel in list(self._channels.items()):
+                if channel.queues and name not in held:
+                    held.add(name)
+                    await pubsub.subscribe(name)
+                elif name in held and not channel.queues:
+                    held.discard(name)
+                    channel.live.clear()
+                    await pubsub.unsubscribe(name)
+            await self._changed.wait()
+
+    async def _receive(self, pubsub: PubSub) -> None:
+        while True:
+            wanted = (channel for channel in self._channels.values() if channel.queues)
+            if not self.connected and all(channel.live.is_set() for channel in wanted):
+                self._found()
+            message = await pubsub.get_message(timeout=None if self.connected else REPLY_TIMEOUT)
+            if message is None:
+                raise RedisTimeoutError("no answer to SUBSCRIBE")
+            channel = self._channels.get(message["channel"])
+            if channel is not None and message["type"] == "subscribe":
+                channel.live.set()
+            elif channel is not None and message["type"] == "message":
+                self._dispatch(channel, message["data"])
+
+    def _dispatch(self, channel: _Channel, payload: str) -> None:
+        for queue in channel.queues:
+            if queue.full():
+                queue.get_nowait()
+                queue.task_done()
+                self.dropped += 1
+            queue.put_nowait(payload)
+
+    def _found(self) -> None:
+        if self._away_since is not None:
+            seconds = time.monotonic() - self._away_since
+            self._seconds_away += seconds
+            self._away_since = None
+            log.info("Redis is back at %s after %.1f s", self._name, seconds)
+        self.connected = True
+        self._attempted.set()
+
+    def _lost(self, error: Exception) -> None:
+        self.connected = False
+        self._attempted.set()
+        for channel in self._channels.values():
+            channel.live.clear()
+        if self._away_since is None:
+            self._away_since = time.monotonic()
+            self.outages += 1
+            log.error("Redis is away at %s, trying again until it is back: %s", self._name, error)
