@@ -1,4 +1,4 @@
-"""How the API process answers while the models work: `python benchmarks/http.py`.
+"""How the API process answers while the models work: `python -m benchmarks.http`.
 
 Starts the server with the demo models, lets 16 clients ask for proposals without a pause, and
 meanwhile times `/health`, from a process of its own. Beside it stands the same on an idle server.
@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
 from multiprocessing.synchronize import Event
@@ -18,10 +17,7 @@ from pathlib import Path
 
 import httpx
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from live_server import serve  # noqa: E402 after the path it is found on
+from tests.live_server import serve
 
 PROMPT = {"prompt": "Long AAPL from 182.40, now 191.10, RSI 78 after a strong run."}
 CLIENTS = 16

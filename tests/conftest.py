@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from live_server import LiveServer, serve
-from random_models import convert_to_onnx, write_transformers_folder
+
+from tests.live_server import LiveServer, serve
+from tests.random_models import convert_to_onnx, write_transformers_folder
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live_server import is_running
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.engines import GenerationRequest
@@ -24,6 +23,7 @@ from llm_sidecar.errors import (
 )
 from llm_sidecar.loader import ModelFiles
 from llm_sidecar.model_host import HostLimits, ModelHost
+from tests.live_server import is_running
 
 SHORT = GenerationRequest(proposals.build_messages("Long ABC"), 256, proposals.GUIDANCE)
 # Thousands of array items keep a worker busy for seconds, whatever its weights say.

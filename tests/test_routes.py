@@ -12,9 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import LiveServer, serve
 
 from llm_sidecar.proposals import MAX_COMPLETION_TOKENS, Proposal
+from tests.live_server import LiveServer, serve
 
 PROMPT = {"prompt": "Long ABC from 100, now 112.5, RSI 81."}
 FEEDBACK = {"transaction_id": "t-1", "feedback_type": "rating", "feedback_content": "good"}

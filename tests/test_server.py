@@ -14,11 +14,11 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import ROOT, LiveServer, free_port, is_running, serve
-from redis_server import RedisServer
 
 from llm_sidecar.db import Store
 from llm_sidecar.event_bus import EventBus
+from tests.live_server import ROOT, LiveServer, free_port, is_running, serve
+from tests.redis_server import RedisServer
 
 PROMPT = {"prompt": "Long ABC from 100, now 112.5, RSI 81."}
 LONG = PROMPT | {"max_length": 7900}

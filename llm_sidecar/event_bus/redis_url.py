@@ -54,7 +54,8 @@ def _memory_client(name: str, options: dict[str, Any]) -> Redis:
     server = _shared_servers.get(name) or FakeServer()
     if name:
         _shared_servers[name] = server
-    return FakeAsyncRedis(server=server, **options)
+    client: Redis = FakeAsyncRedis(server=server, **options)
+    return client
 
 
 def masked(url: str) -> str:

@@ -1,0 +1,99 @@
+"""A real redis-server on a free port, for tests that need one to come and go."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from types import TracebackType
+from typing import Self
+
+import pytest
+
+
+def require_redis() -> None:
+    """Skip the test where there is no redis-server; fail it in CI, which has to have one."""
+    if shutil.which("redis-server") is None:
+        reason = "redis-server is not installed"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+class RedisServer:
+    """One redis-server on a loopback port that stays the same over restarts.
+
+    It keeps nothing on disk but its temporary folder, which goes with it. Use it as a context
+    manager, which starts and stops it, or start it later for a server that comes late.
+    """
+
+    def __init__(self, *options: str) -> None:
+        self.port = _free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._options = options
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        """Start it and return when it takes connections."""
+        self._folder = tempfile.TemporaryDirectory(prefix="redis-test-")
+        settings = {
+            "--port": str(self.port),
+            "--bind": "127.0.0.1",
+            "--dir": self._folder.name,
+            "--save": "",
+        }
+        command = ["redis-server", *(word for pair in settings.items() for word in pair)]
+        self._process = subprocess.Popen(
+            [*command, *self._options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert self._process.stdout is not None
+        said: list[str] = []
+        for line in self._process.stdout:
+            said.append(line)
+            if "Ready to accept connections" in line:
+                return
+        self.kill()
+        raise RuntimeError("redis-server did not start:\n" + "".join(said))
+
+    def kill(self) -> None:
+        """End it at once, as kill -9 does."""
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._process = None
+        self._folder.cleanup()
+
+    def freeze(self) -> None:
+        """Stop it answering while its connections stay open."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let a frozen one go on."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
