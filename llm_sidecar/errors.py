@@ -14,7 +14,7 @@ class SidecarError(Exception):
 
     Attributes:
         status: the HTTP status a server answers with.
-        detail: one sentence for the caller; holds no prompt, path or secret.
+        detail: one sentence for the caller; holds no prompt and no secret.
         retry_after: seconds after which the same request may succeed, or None.
     """
 

@@ -109,7 +109,12 @@ def _similarity(name: str, ours: object, theirs: object) -> float:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _prices(values: object) -> list[float]:
@@ -121,7 +126,7 @@ def _prices(values: object) -> list[float]:
 def _patch(content: str) -> dict[str, Any]:
     try:
         patch = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         patch = None
     if not isinstance(patch, dict):
         raise ValueError("patch_content must be the JSON text of a corrected proposal")

@@ -104,9 +104,10 @@ async def test_every_timestamp_is_kept_as_utc(store: Store, written: Any) -> Non
     assert row["timestamp"] == NOW
 
 
-def test_a_row_without_a_timestamp_is_of_now() -> None:
+@pytest.mark.parametrize("given", [{}, {"timestamp": None}])
+def test_a_row_without_a_timestamp_is_of_now(given: dict[str, Any]) -> None:
     before = datetime.datetime.now(datetime.UTC)
-    made = HermesScoreSchema(run_id="r", score=1.0).timestamp
+    made = HermesScoreSchema(run_id="r", score=1.0, **given).timestamp
     assert before <= made <= datetime.datetime.now(datetime.UTC)
 
 
@@ -116,7 +117,10 @@ def test_a_row_without_a_timestamp_is_of_now() -> None:
         {"feedback_type": "shout"},
         {"transaction_id": ""},
         {"timestamp": "noon"},
+        {"timestamp": "0001-01-01T00:00:00+05:00"},
         {"feedback_content": 3},
+        {"feedback_content": {"when": NOW}},
+        {"corrected_proposal": {"confidence": float("nan")}},
         {"other": 1},
     ],
 )
@@ -155,6 +159,33 @@ async def test_feedback_delivered_twice_is_one_row(store: Store, tmp_path: Path)
     await other_process.close()
     rows = await store.last("phi3_feedback", 0)
     assert sorted(row["feedback_type"] for row in rows) == ["human_edit", "rating"]
+
+
+async def test_different_feedback_in_the_same_second_is_two_rows(store: Store) -> None:
+    for content in ("the stop is too tight", "so is the target"):
+        await store.append_feedback(FEEDBACK | {"feedback_content": content})
+    assert len(await store.last("phi3_feedback", 0)) == 2
+
+
+async def test_a_write_that_never_ends_holds_up_no_other_and_no_shutdown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_sidecar.db.store._CALL_SECONDS", 0.2)
+    store = await Store.open(tmp_path / "db")
+    add = store._add
+
+    async def add_unless_a_run(table: str, values: list[dict[str, Any]]) -> None:
+        if table == "orchestrator_runs":
+            await asyncio.Event().wait()
+        await add(table, values)
+
+    monkeypatch.setattr(store, "_add", add_unless_a_run)
+    with pytest.raises(DatabaseUnavailable, match=r"longer than 0\.2 s"):
+        await store.log_run(RUN)
+    monkeypatch.setattr("llm_sidecar.db.store._CALL_SECONDS", 5.0)
+    await store.log_hermes_score({"run_id": "r-1", "score": 0.5})
+    async with asyncio.timeout(5):
+        await store.close()
 
 
 async def test_the_mean_score_is_that_of_the_time_asked_for(store: Store) -> None:
@@ -276,7 +307,7 @@ def test_query_runs_prints_the_last_five_as_json_lines(filled: Path) -> None:
     assert rows[0]["timestamp"] == "2026-01-02T03:10:05.678901+00:00"
 
 
-@pytest.mark.parametrize(("count", "lines"), [("2", 2), ("0", 7), ("-1", 7), ("100", 7)])
+@pytest.mark.parametrize(("count", "lines"), [("2", 2), ("0", 7), ("-1", 7), (str(10**30), 7)])
 def test_query_runs_takes_a_count(filled: Path, count: str, lines: int) -> None:
     assert len(run_cli(filled, "query-runs", "--last", count).stdout.splitlines()) == lines
 
@@ -309,6 +340,13 @@ def test_looking_for_a_database_that_is_not_there_creates_none(tmp_path: Path) -
     assert "There is no database" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_looking_into_an_empty_folder_creates_no_table(tmp_path: Path) -> None:
+    done = run_cli(tmp_path, "query-runs")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_terminal_gets_a_table_in_which_nothing_steers_it(

@@ -238,6 +238,7 @@ async def test_a_queue_can_come_back_to_a_channel_that_it_left_empty(bus: EventB
         await bus.publish("c", payload)
         assert await asyncio.wait_for(queue.get(), TIMEOUT) == payload
         await bus.unregister_listener_queue("c", queue)
+    await asyncio.wait_for(bus.close(), 2)  # while the last unsubscribing may still be under way
 
 
 async def test_a_channel_without_queues_is_given_back_to_redis(server: RedisServer) -> None:

@@ -58,6 +58,11 @@ def test_agreement_compares_field_by_field() -> None:
     assert proofable_reward({"proposal": LONG}, json.dumps(patch)) == pytest.approx(4.5 / 6)
 
 
+def test_a_number_beyond_every_float_agrees_with_nothing() -> None:
+    patch = LONG | {"new_stop_pct": 10**400}
+    assert proofable_reward({"proposal": LONG}, json.dumps(patch)) == pytest.approx(5 / 6)
+
+
 def test_the_parts_are_averaged() -> None:
     trace = {"proposal": LONG, "prices": [100, 105]}
     outcome = squash(2.0)
@@ -91,6 +96,8 @@ def test_a_confident_loser_earns_less_than_a_doubtful_one() -> None:
         ({"proposal": LONG, "prices": [100, float("nan")]}, None, "positive"),
         ({"proposal": LONG, "prices": [100, 0]}, None, "positive"),
         ({"proposal": LONG, "prices": [True, 1]}, None, "positive"),
+        ({"proposal": LONG, "prices": [1, 10**400]}, None, "positive"),
+        ({"proposal": LONG}, '{"a":' * 100_000, "JSON text"),
         ({"proposal": LONG}, "{", "JSON text"),
         ({"proposal": LONG}, "[]", "JSON text"),
     ],

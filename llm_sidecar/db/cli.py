@@ -8,7 +8,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 
 from llm_sidecar.db.schema import RUNS, TABLES
@@ -68,11 +67,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 async def _last(table: str, count: int) -> list[dict[str, Any]]:
-    uri = default_uri()
     # Looking must not create anything.
-    if "://" not in uri and not await asyncio.to_thread(Path(uri).is_dir):
-        raise DatabaseUnavailable(f"There is no database at {uri}; set LANCEDB_URI.")
-    store = await Store.open(uri)
+    store = await Store.open(default_uri(), create=False)
     try:
         return await store.last(table, count)
     finally:

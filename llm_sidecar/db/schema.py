@@ -10,7 +10,7 @@ import datetime
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -20,21 +20,45 @@ RUNS: Final = "orchestrator_runs"
 SCORES: Final = "hermes_scores"
 TABLES: Final = (FEEDBACK, RUNS, SCORES)
 
-FEEDBACK_KEY: Final = ("transaction_id", "timestamp", "feedback_type")
-"""What makes two feedback rows the same one, however often it is delivered."""
+FEEDBACK_KEY: Final = ("transaction_id", "timestamp", "feedback_type", "feedback_content")
+"""What makes two feedback rows the same one, however often it is delivered.
+
+The content is part of it because a client's clock may count in seconds. The corrected proposal is
+not: it may be null, and null equals nothing in a join.
+"""
 
 
 def _as_utc(value: datetime.datetime) -> datetime.datetime:
     if value.tzinfo is None:
         return value.replace(tzinfo=datetime.UTC)
-    return value.astimezone(datetime.UTC)
+    try:
+        return value.astimezone(datetime.UTC)
+    except OverflowError:
+        raise ValueError("in UTC it lies outside the years 1 to 9999") from None
 
 
 def _now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC)
 
 
-Timestamp = Annotated[datetime.datetime, AfterValidator(_as_utc)]
+def _or_now(value: object) -> object:
+    return _now() if value is None else value
+
+
+def _compact_json(value: dict[str, Any]) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def _is_json(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        _compact_json(value)
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError("it cannot be written as JSON") from None
+    return value
+
+
+Timestamp = Annotated[datetime.datetime, BeforeValidator(_or_now), AfterValidator(_as_utc)]
+JsonObject = Annotated[dict[str, Any], AfterValidator(_is_json)]
 
 
 class _Row(BaseModel):
@@ -45,7 +69,7 @@ class _Row(BaseModel):
     def as_row(self) -> dict[str, Any]:
         """Column values as Arrow takes them."""
         return {
-            name: json.dumps(value, separators=(",", ":")) if isinstance(value, dict) else value
+            name: _compact_json(value) if isinstance(value, dict) else value
             for name, value in self.model_dump().items()
         }
 
@@ -55,9 +79,9 @@ class Phi3FeedbackSchema(_Row):
 
     transaction_id: str = Field(min_length=1)
     feedback_type: Literal["correction", "rating", "qualitative_comment", "human_edit"]
-    feedback_content: str | dict[str, Any]
+    feedback_content: str | JsonObject
     schema_version: str = "1.0"
-    corrected_proposal: dict[str, Any] | None = None
+    corrected_proposal: JsonObject | None = None
 
 
 class OrchestratorRunSchema(_Row):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import hashlib
 import json
 import os
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
@@ -32,6 +33,8 @@ _CALL_SECONDS: Final = 5.0
 _OPEN_SECONDS: Final = 30.0
 _CACHE_BYTES: Final = 16 << 20
 _REMEMBERED_KEYS: Final = 10_000
+_MOST_ROWS: Final = 2**31 - 1
+"""The greatest limit that lancedb takes."""
 
 
 class Store:
@@ -48,18 +51,21 @@ class Store:
         self._tables = dict(tables)
         self._waiting: list[tuple[str, dict[str, Any], asyncio.Future[None]]] = []
         self._arrived = asyncio.Event()
-        self._stored_keys: dict[tuple[Any, ...], None] = {}
+        self._stored_keys: dict[bytes, None] = {}
         self._rows_written = 0
         self._closed = False
         self._writer = asyncio.create_task(self._write_batches())
 
     @classmethod
-    async def open(cls, uri: str | Path, *, timeout: float = _OPEN_SECONDS) -> Store:
+    async def open(
+        cls, uri: str | Path, *, timeout: float = _OPEN_SECONDS, create: bool = True
+    ) -> Store:
         """Connects and creates the tables that are missing.
 
         Args:
             uri: a folder, which is made where it is missing, or an `s3://` address.
             timeout: seconds.
+            create: False to create nothing: then a missing folder or table is an error.
 
         Raises:
             DatabaseUnavailable: it cannot be opened; says why.
@@ -69,7 +75,7 @@ class Store:
             # lancedb takes seconds to import, and the event loop has better to do.
             lancedb = await asyncio.to_thread(_import_lancedb)
             if "://" not in place:
-                await asyncio.to_thread(Path(place).mkdir, parents=True, exist_ok=True)
+                await asyncio.to_thread(_require_folder, Path(place), create)
             connection = await lancedb.connect_async(
                 place,
                 read_consistency_interval=datetime.timedelta(0),
@@ -78,7 +84,11 @@ class Store:
                 ),
             )
             tables = {
-                name: await connection.create_table(name, schema=schema, exist_ok=True)
+                name: await (
+                    connection.create_table(name, schema=schema, exist_ok=True)
+                    if create
+                    else connection.open_table(name)
+                )
                 for name, schema in arrow_schemas().items()
             }
         return cls(place, connection, tables)
@@ -193,7 +203,11 @@ class Store:
     ) -> None:
         try:
             values = [value for value, _ in rows]
-            await (self._merge_feedback(values) if table == FEEDBACK else self._add(table, values))
+            # One write that never ends must hold up neither the rows behind it nor the shutdown.
+            async with asyncio.timeout(_CALL_SECONDS):
+                await (
+                    self._merge_feedback(values) if table == FEEDBACK else self._add(table, values)
+                )
         except Exception as error:  # noqa: BLE001 every caller gets it, whatever lancedb raised
             for _, written in rows:
                 if not written.done():
@@ -223,7 +237,7 @@ class Store:
 
         query = query.order_by([ColumnOrdering(column_name="timestamp", ascending=False)])
         if count > 0:
-            query = query.limit(count)
+            query = query.limit(min(count, _MOST_ROWS))
         rows: list[dict[str, Any]] = await _read(query.to_list())
         return rows
 
@@ -245,8 +259,17 @@ def _arrow(table: str, values: list[dict[str, Any]]) -> Any:
     return pa.Table.from_pylist(values, schema=arrow_schemas()[table])
 
 
-def _feedback_key(values: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(values[column] for column in FEEDBACK_KEY)
+def _require_folder(folder: Path, create: bool) -> None:
+    if create:
+        folder.mkdir(parents=True, exist_ok=True)
+    elif not folder.is_dir():
+        raise FileNotFoundError("There is no database")
+
+
+def _feedback_key(values: Mapping[str, Any]) -> bytes:
+    """A digest of the key: a thousand contents of a megabyte are not to be kept in memory."""
+    key = json.dumps([str(values[column]) for column in FEEDBACK_KEY])
+    return hashlib.sha256(key.encode()).digest()
 
 
 async def _read(query: Coroutine[Any, Any, T]) -> T:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,8 +29,8 @@ from llm_sidecar.engines import Message
 
 _VOCABULARY: Final = 1024
 _TOKENIZER_CHATS: Final = 4000
-_PHI3: Final = Schedule(tokens=9_000_000)
-_HERMES: Final = Schedule(tokens=7_000_000)
+_PHI3: Final = Schedule(tokens=7_500_000)
+_HERMES: Final = Schedule(tokens=4_000_000)
 
 
 def train_phi3(folder: Path, *, seed: int, threads: int, scale: float = 1.0) -> None:
@@ -45,7 +46,8 @@ def train_phi3(folder: Path, *, seed: int, threads: int, scale: float = 1.0) -> 
     tokenizer = train_tokenizer(_texts(market.chats(seed + 1000)), PHI3, _VOCABULARY)
     config = Phi3Config(
         hidden_size=192,
-        intermediate_size=512,
+        # Not half the vocabulary: the builder takes a matrix of the head's shape for the head.
+        intermediate_size=576,
         num_hidden_layers=4,
         num_attention_heads=6,
         num_key_value_heads=6,
@@ -106,7 +108,7 @@ def _common(tokenizer: Any) -> dict[str, Any]:
 
 
 def _scaled(schedule: Schedule, scale: float) -> Schedule:
-    return Schedule(int(schedule.tokens * scale), schedule.batch_tokens, schedule.peak)
+    return replace(schedule, tokens=int(schedule.tokens * scale))
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:

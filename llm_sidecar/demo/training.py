@@ -36,12 +36,15 @@ class Schedule:
     Attributes:
         tokens: to train on, in all.
         batch_tokens: in one batch, padding included.
-        peak: greatest learning rate; it warms up over the first 2 % and falls as a cosine.
+        matrix_rate: greatest learning rate of the hidden matrices, which Muon trains.
+        other_rate: that of embeddings and norms, which AdamW trains. Both warm up over the first
+            2 % and fall as a cosine.
     """
 
     tokens: int
-    batch_tokens: int = 8192
-    peak: float = 2e-3
+    batch_tokens: int = 2048
+    matrix_rate: float = 2e-2
+    other_rate: float = 3e-3
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> Encoded:
@@ -74,7 +77,10 @@ def _generation_header(tokenizer: Any) -> str:
 def train(
     model: Any, tokenizer: Any, chats: Iterator[Sequence[Message]], schedule: Schedule, name: str
 ) -> None:
-    """Trains `model` in place with AdamW, writing a line of progress to standard error at times.
+    """Trains `model` in place, writing a line of progress to standard error at times.
+
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) needs fewer steps for the
+    matrices than AdamW does.
 
     Args:
         model: a transformers causal model in float32.
@@ -83,28 +89,31 @@ def train(
         schedule: how long and how fast.
         name: starts the lines of progress.
     """
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=schedule.peak, betas=(0.9, 0.98))
-    began = reported = time.monotonic()
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    optimizers = (
+        torch.optim.Muon(matrices, schedule.matrix_rate, weight_decay=0.01, momentum=0.95),
+        torch.optim.AdamW(others, schedule.other_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    )
     seen = 0
+    rates = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: _rate(seen / schedule.tokens))
+        for optimizer in optimizers
+    ]
+    began = reported = time.monotonic()
     losses: list[float] = []
     model.train()
     batches = _batches(tokenizer, chats, schedule.batch_tokens)
-    for step, (ids, mask, labels) in enumerate(batches, 1):
-        progress = seen / schedule.tokens
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.peak * _rate(progress)
-        # Half again as fast where the processor has bfloat16, and no worse in the end.
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+    for step, (ids, labels, tokens) in enumerate(batches, 1):
+        loss = _loss(model, ids, labels)
+        model.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            optimizer.step()
+            rate.step()
         losses.append(loss.item())
-        seen += int(mask.sum())
+        seen += tokens
         now = time.monotonic()
         if now - reported > 10 or seen >= schedule.tokens:
             speed = seen / (now - began)
@@ -119,6 +128,20 @@ def train(
     model.eval()
 
 
+def _loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the labelled tokens.
+
+    Padding is on the right, where causal attention never sees it, so no mask slows attention down;
+    and the head works on the labelled positions only.
+    """
+    # Half again as fast where the processor has bfloat16, and no worse in the end.
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        labelled = labels[:, 1:] != _IGNORED
+        logits = model.lm_head(hidden[:, :-1][labelled])
+    return torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][labelled])
+
+
 def _rate(progress: float) -> float:
     warm_up = min(1.0, progress / _WARM_UP + 0.01)
     cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
@@ -127,8 +150,8 @@ def _rate(progress: float) -> float:
 
 def _batches(
     tokenizer: Any, chats: Iterator[Sequence[Message]], batch_tokens: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Padded (ids, mask, labels) batches of chats of similar length, in random order."""
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """(ids, labels, number of tokens) batches of chats of similar length, in random order."""
     shuffle = torch.Generator().manual_seed(0)
     while True:
         pool, size = [], 0
@@ -146,13 +169,11 @@ def _batches(
                 yield _padded(batches[index], tokenizer.pad_token_id)
 
 
-def _padded(batch: list[Encoded], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _padded(batch: list[Encoded], pad: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     width = max(len(encoded.ids) for encoded in batch)
     ids = torch.full((len(batch), width), pad)
-    mask = torch.zeros((len(batch), width), dtype=torch.long)
     labels = torch.full((len(batch), width), _IGNORED)
     for row, encoded in enumerate(batch):
         ids[row, : len(encoded.ids)] = torch.tensor(encoded.ids)
-        mask[row, : len(encoded.ids)] = 1
         labels[row, : len(encoded.ids)] = torch.tensor(encoded.labels)
-    return ids, mask, labels
+    return ids, labels, sum(len(encoded.ids) for encoded in batch)

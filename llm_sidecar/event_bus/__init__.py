@@ -22,7 +22,7 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from llm_sidecar.event_bus.redis_url import make_client, masked
-from llm_sidecar.event_bus.subscriber import Subscriber
+from llm_sidecar.event_bus.subscriber import Subscriber, cancel
 
 __all__ = ["EventBus", "Handler", "RedisError"]
 
@@ -33,6 +33,8 @@ HANDLER_QUEUE: Final = 1_000
 """Messages that wait for one handler before its oldest is dropped."""
 DRAIN_TIMEOUT: Final = 5.0
 """Seconds that handlers have at the close to finish what waits for them."""
+CANCEL_TIMEOUT: Final = 5.0
+"""Seconds after which a task that resists being cancelled is left behind."""
 
 log = logging.getLogger(__name__)
 
@@ -142,14 +144,14 @@ class EventBus:
             return
         self._closed = True
         if self._running is not None:
-            await _cancel(self._running)
+            await cancel(self._running, patience=CANCEL_TIMEOUT)
         try:
             async with asyncio.timeout(DRAIN_TIMEOUT):
                 for queue in self._handlers.values():
                     await queue.join()
         except TimeoutError:
             log.warning("event handlers did not finish within %.0f s", DRAIN_TIMEOUT)
-        await _cancel(*self._handlers)
+        await cancel(*self._handlers, patience=CANCEL_TIMEOUT)
         async with self._publishing:  # a publish under way ends first, and that soon
             await self._client.aclose()
 
@@ -187,10 +189,3 @@ class EventBus:
         if self._closed:
             log.error("%s on an event bus that is closed", operation)
         return self._closed
-
-
-async def _cancel(*tasks: asyncio.Task[None]) -> None:
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        await asyncio.wait(tasks, timeout=DRAIN_TIMEOUT)

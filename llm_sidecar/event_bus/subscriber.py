@@ -118,12 +118,10 @@ class Subscriber:
             self._trouble = None
             tasks = [asyncio.create_task(job(pubsub)) for job in (self._receive, self._follow)]
             try:
-                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                done.pop().result()
+                ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                ended.pop().result()
             finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await cancel(*tasks, patience=0.5)
 
     async def _follow(self, pubsub: PubSub) -> None:
         """Keep Redis's subscriptions equal to ours; raise the trouble that others had."""
@@ -182,3 +180,21 @@ class Subscriber:
             self._away_since = time.monotonic()
             self.outages += 1
             log.error("Redis is away at %s, trying again until it is back: %s", self._name, error)
+
+
+async def cancel(*tasks: asyncio.Task[None], patience: float) -> None:
+    """Cancel tasks and return when they have ended, or after `patience` seconds.
+
+    They are asked ten times, because one cancellation can get lost: Python 3.11's `wait_for`, with
+    which redis-py sends, swallows it when it comes as the sending ends
+    (https://github.com/python/cpython/issues/86296).
+    """
+    for _ in range(10):
+        if not (pending := [task for task in tasks if not task.done()]):
+            break
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending, timeout=patience / 10)
+    for task in tasks:
+        if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+            log.debug("a task of the event bus ended with %r", error)

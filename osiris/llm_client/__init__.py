@@ -1,0 +1,196 @@
+"""The client that other Osiris services use, blocking and async.
+
+    with LLMClient() as client:
+        answer = client.generate("phi3", "AAPL at 190, long from 185, stop 180")
+
+    async with AsyncLLMClient() as client:
+        answer = await client.generate("phi3", "AAPL at 190, long from 185, stop 180")
+
+Both try again what may succeed the second time, and answer with the sidecar's own JSON, unchanged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import aclosing, closing
+from typing import Any, Self
+
+import httpx
+
+from osiris.llm_client.core import (
+    AudioEvents,
+    Core,
+    Plan,
+    Reply,
+    as_connection_error,
+    authorization,
+)
+from osiris.llm_client.endpoints import JSON, Endpoints
+from osiris.llm_client.errors import (
+    LLMClientConnectionError,
+    LLMClientError,
+    LLMClientHTTPError,
+)
+
+__all__ = [
+    "AsyncLLMClient",
+    "LLMClient",
+    "LLMClientConnectionError",
+    "LLMClientError",
+    "LLMClientHTTPError",
+]
+
+
+class LLMClient(Endpoints[JSON, str, bytes, bool]):
+    """The blocking client; a context manager, which closes it.
+
+    Args:
+        base_url: of the sidecar; `OSIRIS_SIDECAR_URL` or http://localhost:8000 unless given.
+        timeout: seconds for connecting, sending, and between two bytes of the answer, each.
+        retries: further tries after the first.
+        backoff_factor: seconds before the first retry, doubled for each one after it, less up to
+            half at random, 30 at most. A `Retry-After` of the sidecar is kept to; one of more than
+            two minutes is not waited for, the error comes at once.
+        api_key: sent as a bearer token.
+        transport: what carries the requests, instead of the network.
+        sleep: waits some seconds; for tests.
+        clock: seconds since 1970; for tests.
+
+    Raises:
+        ValueError: an argument that cannot be used.
+    """
+
+    _http: httpx.Client
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        timeout: float = 10.0,
+        retries: int = 3,
+        backoff_factor: float = 0.5,
+        api_key: str | None = None,
+        transport: httpx.BaseTransport | None = None,
+        *,
+        sleep: Callable[[float], object] = time.sleep,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._core = Core(base_url, retries, backoff_factor, clock)
+        self._http = httpx.Client(
+            base_url=self._core.base_url,
+            timeout=timeout,
+            headers=authorization(api_key),
+            transport=transport,
+        )
+        self._sleep = sleep
+
+    def stream_audio(self) -> Iterator[bytes]:
+        """Each WAV that goes out from now on, as the bytes of one file, until the sidecar ends.
+
+        It connects when the first one is asked for.
+
+        Raises:
+            LLMClientConnectionError: the stream broke; what goes out meanwhile is missed.
+        """
+        response = self._run(self._stream_plan(), stream=True)
+        with closing(response), as_connection_error():
+            yield from filter(None, map(AudioEvents().feed, response.iter_lines()))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, plan: Plan[Any], *, stream: bool = False) -> Any:
+        reply: Reply = None
+        try:
+            while True:
+                step = plan.send(reply)
+                if isinstance(step, float):
+                    self._sleep(step)
+                    continue
+                try:
+                    reply = self._http.send(step, stream=stream)
+                    if stream and not reply.is_success:
+                        reply.read()
+                except httpx.RequestError as error:
+                    reply = error
+        except StopIteration as end:
+            return end.value
+
+
+class AsyncLLMClient(
+    Endpoints[
+        Coroutine[Any, Any, JSON],
+        Coroutine[Any, Any, str],
+        Coroutine[Any, Any, bytes],
+        Coroutine[Any, Any, bool],
+    ]
+):
+    """`LLMClient` for asyncio: the same arguments and methods, each to be awaited."""
+
+    _http: httpx.AsyncClient
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        timeout: float = 10.0,
+        retries: int = 3,
+        backoff_factor: float = 0.5,
+        api_key: str | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+        *,
+        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._core = Core(base_url, retries, backoff_factor, clock)
+        self._http = httpx.AsyncClient(
+            base_url=self._core.base_url,
+            timeout=timeout,
+            headers=authorization(api_key),
+            transport=transport,
+        )
+        self._sleep = sleep
+
+    async def stream_audio(self) -> AsyncIterator[bytes]:
+        """Like `LLMClient.stream_audio`, for `async for`."""
+        response = await self._run(self._stream_plan(), stream=True)
+        events = AudioEvents()
+        async with aclosing(response):
+            with as_connection_error():
+                async for line in response.aiter_lines():
+                    if wav := events.feed(line):
+                        yield wav
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def _run(self, plan: Plan[Any], *, stream: bool = False) -> Any:
+        reply: Reply = None
+        try:
+            while True:
+                step = plan.send(reply)
+                if isinstance(step, float):
+                    await self._sleep(step)
+                    continue
+                try:
+                    reply = await self._http.send(step, stream=stream)
+                    if stream and not reply.is_success:
+                        await reply.aread()
+                except httpx.RequestError as error:
+                    reply = error
+        except StopIteration as end:
+            return end.value

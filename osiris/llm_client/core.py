@@ -1,0 +1,160 @@
+"""What a client decides, without input or output.
+
+When to try again and what an answer means is decided in generators that yield a request or a
+number of seconds to wait, and are sent what came of it. A client, blocking or async, only carries
+that out (https://sans-io.readthedocs.io).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import email.utils
+import logging
+import os
+import random
+import re
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Final, TypeVar
+
+import httpx
+
+from osiris.llm_client.errors import (
+    LLMClientConnectionError,
+    LLMClientError,
+    LLMClientHTTPError,
+)
+
+DEFAULT_URL: Final = "http://localhost:8000"
+LONGEST_BACKOFF: Final = 30.0
+"""Seconds between two tries at most, unless the server asks for more."""
+LONGEST_RETRY_AFTER: Final = 120.0
+"""A server that asks for more seconds than this is not waited for."""
+
+log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+Reply = httpx.Response | httpx.RequestError | None
+"""What came of a request; None after a wait."""
+Plan = Generator[httpx.Request | float, Reply, Answer]
+"""Yields a request, or seconds to wait; is sent what came of it; returns the answer."""
+
+
+class Core:
+    """Settings of a client and its decisions, without any input or output."""
+
+    def __init__(
+        self,
+        base_url: str | None,
+        retries: int,
+        backoff_factor: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self.base_url = httpx.URL(base_url or os.environ.get("OSIRIS_SIDECAR_URL") or DEFAULT_URL)
+        if self.base_url.scheme not in ("http", "https") or not self.base_url.host:
+            raise ValueError(f"the sidecar's URL is no http:// or https:// URL: {self.base_url!r}")
+        if retries < 0 or backoff_factor < 0:
+            raise ValueError("retries and backoff_factor are 0 or more")
+        self._retries = retries
+        self._backoff_factor = backoff_factor
+        self._clock = clock
+
+    def attempts(
+        self, request: httpx.Request, read: Callable[[httpx.Response], Answer]
+    ) -> Plan[Answer]:
+        """Try a request until it is answered, cannot succeed or has been tried often enough."""
+        failures = 0
+        while True:
+            reply = yield request
+            if isinstance(reply, httpx.Response) and reply.is_success:
+                return read(reply)
+            error, wait = self._judge(request, reply, failures)
+            if wait is None or failures == self._retries:
+                raise error
+            log.warning("%s %s: %s; again in %.1f s", request.method, request.url.path, error, wait)
+            yield wait
+            failures += 1
+
+    def probe(self, request: httpx.Request) -> Plan[bool]:
+        """Try once; True for 2xx, False for 503 or nobody there."""
+        reply = yield request
+        if isinstance(reply, httpx.Response) and not reply.is_success and reply.status_code != 503:
+            raise self._http_error(request, reply)
+        return isinstance(reply, httpx.Response) and reply.is_success
+
+    def _judge(
+        self, request: httpx.Request, reply: Reply, failures: int
+    ) -> tuple[LLMClientError, float | None]:
+        """What to raise in the end, and the seconds until the next try, or None for no other."""
+        doubled = self._backoff_factor * 2.0 ** min(failures, 64)
+        wait = min(LONGEST_BACKOFF, doubled) * random.uniform(0.5, 1.0)
+        if not isinstance(reply, httpx.Response):
+            broken = LLMClientConnectionError(f"{type(reply).__name__}: {reply}")
+            broken.__cause__ = reply
+            return broken, wait
+        error = self._http_error(request, reply)
+        wait = max(wait, error.retry_after or 0.0)
+        again = (error.status == 429 or error.status >= 500) and wait <= LONGEST_RETRY_AFTER
+        return error, wait if again else None
+
+    def _http_error(self, request: httpx.Request, reply: httpx.Response) -> LLMClientHTTPError:
+        try:
+            detail = reply.json()["detail"]
+        except (ValueError, KeyError, TypeError):  # not from the sidecar: a proxy's own page
+            detail = reply.text
+        request_id = reply.headers.get("X-Request-ID", request.headers["X-Request-ID"])
+        retry_after = self._seconds(reply.headers.get("Retry-After", ""))
+        return LLMClientHTTPError(reply.status_code, detail, request_id, retry_after)
+
+    def _seconds(self, retry_after: str) -> float | None:
+        """Seconds or an HTTP date (RFC 9110, section 10.2.3); None for anything else."""
+        if re.fullmatch("[0-9]{1,9}", retry_after):
+            return float(retry_after)
+        try:
+            when = email.utils.parsedate_to_datetime(retry_after)
+        except ValueError:
+            return None
+        return max(0.0, when.timestamp() - self._clock())
+
+
+class AudioEvents:
+    """Puts the WAVs of a stream of server-sent events together, line by line.
+
+    https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
+    """
+
+    def __init__(self) -> None:
+        self._data: list[str] = []
+
+    def feed(self, line: str) -> bytes | None:
+        """The WAV that this line completes, or None."""
+        name, _, value = line.partition(":")
+        if name == "data":
+            self._data.append(value.removeprefix(" "))
+        if line or not self._data:
+            return None
+        encoded = "".join(self._data)
+        self._data.clear()
+        try:
+            return base64.b64decode(encoded, validate=True)
+        except binascii.Error as error:
+            raise LLMClientError("an event of the audio stream is no base64") from error
+
+
+def authorization(api_key: str | None) -> dict[str, str]:
+    """The header that shows the key; ValueError for a key that no header can hold."""
+    if api_key is None:
+        return {}
+    if not re.fullmatch("[!-~]+", api_key):  # httpx would repeat the key in its own error
+        raise ValueError("an API key is one word of ASCII characters")
+    return {"Authorization": f"Bearer {api_key}"}
+
+
+@contextmanager
+def as_connection_error() -> Iterator[None]:
+    """Raise what breaks a stream as the client's own error."""
+    try:
+        yield
+    except httpx.RequestError as error:
+        raise LLMClientConnectionError(f"{type(error).__name__}: {error}") from error

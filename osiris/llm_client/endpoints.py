@@ -1,0 +1,171 @@
+"""Every endpoint but the audio stream, once for both clients."""
+
+from __future__ import annotations
+
+import base64
+import uuid
+from abc import ABC, abstractmethod
+from datetime import datetime
+from typing import Any, Final, Generic, TypeVar
+
+import httpx
+
+from osiris.llm_client.core import Core, Plan
+from osiris.llm_client.errors import LLMClientError
+
+STREAM_SILENCE: Final = 60.0
+"""Seconds without a byte, keep-alive comments included, after which a stream is broken."""
+
+JSON = dict[str, Any]
+
+JSONAnswer = TypeVar("JSONAnswer")
+Text = TypeVar("Text")
+Wav = TypeVar("Wav")
+Flag = TypeVar("Flag")
+
+
+class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
+    """Every endpoint but the stream, once for both clients.
+
+    All of them raise `LLMClientHTTPError` for an answer that is an error,
+    `LLMClientConnectionError` when the sidecar cannot be reached and `LLMClientError` for an answer
+    that cannot be read. 5xx, 429 and broken connections are tried again first.
+    """
+
+    _core: Core
+    _http: httpx.Client | httpx.AsyncClient
+
+    @abstractmethod
+    def _run(self, plan: Plan[Any]) -> Any:
+        """Carry out a plan and return its answer, or an awaitable of it."""
+
+    def generate(self, model_id: str, prompt: str, max_length: int = 256) -> JSONAnswer:
+        """Have `hermes` or `phi3` answer a prompt, in at most `max_length` new tokens.
+
+        Returns:
+            `{"generated_text": str}` from hermes, the proposal itself from phi3.
+        """
+        body = {"prompt": prompt, "max_length": max_length, "model_id": model_id}
+        return self._json("POST", "/generate/", body)
+
+    def propose_trade_adjustments(self, prompt: str, max_length: int = 256) -> JSONAnswer:
+        """Have a proposal made and judged.
+
+        Returns:
+            `{"transaction_id": str, "phi3_proposal": {...}, "hermes_assessment": str}`.
+        """
+        body = {"prompt": prompt, "max_length": max_length}
+        return self._json("POST", "/propose_trade_adjustments/", body)
+
+    def score_hermes(self, proposal: JSON, context: str | None = None) -> JSONAnswer:
+        """Have a proposal scored: `{"proposal_id": str, "score": float from 0 to 1}`."""
+        return self._json("POST", "/score/hermes/", _given(proposal=proposal, context=context))
+
+    def submit_feedback(
+        self,
+        transaction_id: str,
+        feedback_type: str,
+        feedback_content: str | JSON,
+        *,
+        timestamp: datetime | str | None = None,
+        corrected_proposal: JSON | None = None,
+        schema_version: str = "1.0",
+    ) -> JSONAnswer:
+        """Store what somebody says of a proposal: `{"message": str, "transaction_id": str}`.
+
+        The answer comes when the row is durable. When it gets lost on the way the request is sent
+        again, so the same feedback can be stored twice: at least once, with the same
+        `transaction_id` and content.
+
+        Args:
+            transaction_id: the proposal's.
+            feedback_type: `correction`, `rating`, `qualitative_comment` or `human_edit`.
+            feedback_content: text or an object.
+            timestamp: when it was said, ISO 8601 if it is text; the sidecar's now unless given.
+            corrected_proposal: the proposal as it should have been.
+            schema_version: of the feedback.
+        """
+        when = timestamp.isoformat() if isinstance(timestamp, datetime) else timestamp
+        body = _given(
+            transaction_id=transaction_id,
+            feedback_type=feedback_type,
+            feedback_content=feedback_content,
+            timestamp=when,
+            corrected_proposal=corrected_proposal,
+            schema_version=schema_version,
+        )
+        return self._json("POST", "/feedback/phi3/", body)
+
+    def speak(self, text: str, exaggeration: float = 0.5, ref_wav: bytes | None = None) -> Wav:
+        """Have a text spoken, in the voice of `ref_wav` (a WAV file's bytes) if given.
+
+        Returns:
+            The bytes of one WAV file.
+        """
+        ref_wav_b64 = None if ref_wav is None else base64.b64encode(ref_wav).decode()
+        body = _given(text=text, exaggeration=exaggeration, ref_wav_b64=ref_wav_b64)
+        request = self._request("POST", "/speak", body)
+        wav: Wav = self._run(self._core.attempts(request, _read_wav))
+        return wav
+
+    def swap_adapters(self) -> JSONAnswer:
+        """Use the newest adapter: `{"status": "ok", "phi3_adapter_date": str or None}`."""
+        return self._json("POST", "/adapters/swap")
+
+    def health(self) -> JSONAnswer:
+        """The state of the sidecar and of each of its parts."""
+        return self._json("GET", "/health")
+
+    def live(self) -> Flag:
+        """Whether the sidecar runs, asked once; False also when nobody is there."""
+        return self._probe("/health/live")
+
+    def ready(self) -> Flag:
+        """Whether the sidecar can take work, asked once; False also when nobody is there."""
+        return self._probe("/health/ready")
+
+    def metrics(self) -> Text:
+        """The metrics as Prometheus text; error 404 where they are off."""
+        request = self._request("GET", "/metrics")
+        text: Text = self._run(self._core.attempts(request, lambda response: response.text))
+        return text
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._core.base_url!r})"
+
+    def _json(self, method: str, path: str, body: JSON | None = None) -> JSONAnswer:
+        request = self._request(method, path, body)
+        answer: JSONAnswer = self._run(self._core.attempts(request, _read_json))
+        return answer
+
+    def _probe(self, path: str) -> Flag:
+        flag: Flag = self._run(self._core.probe(self._request("GET", path)))
+        return flag
+
+    def _request(self, method: str, path: str, body: JSON | None = None) -> httpx.Request:
+        # One id for all tries of a call, so that the sidecar's log shows them as one.
+        headers = {"X-Request-ID": str(uuid.uuid4())}
+        return self._http.build_request(method, path, json=body, headers=headers)
+
+    def _stream_plan(self) -> Plan[httpx.Response]:
+        request = self._request("GET", "/stream/audio")
+        request.extensions["timeout"] |= {"read": STREAM_SILENCE}
+        return self._core.attempts(request, lambda response: response)
+
+
+def _given(**fields: Any) -> JSON:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _read_json(response: httpx.Response) -> JSON:
+    try:
+        body = response.json()
+    except ValueError as error:
+        raise LLMClientError("the answer is no JSON") from error
+    if not isinstance(body, dict):
+        raise LLMClientError("the answer is no JSON object")
+    return body
+
+
+def _read_wav(response: httpx.Response) -> bytes:
+    return response.content

@@ -1,0 +1,33 @@
+"""What the clients raise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class LLMClientError(Exception):
+    """Root of what the clients raise; raised itself for an answer that cannot be read."""
+
+
+class LLMClientConnectionError(LLMClientError):
+    """The sidecar could not be reached, or the connection broke, on every try."""
+
+
+class LLMClientHTTPError(LLMClientError):
+    """The sidecar answered with an error, on the last try.
+
+    Attributes:
+        status: the HTTP status.
+        detail: the `detail` of the answer, or its text where it has none.
+        request_id: the `X-Request-ID` under which the sidecar logged the request.
+        retry_after: seconds that the answer asks to wait, or None.
+    """
+
+    def __init__(
+        self, status: int, detail: Any, request_id: str, retry_after: float | None = None
+    ) -> None:
+        super().__init__(f"HTTP {status}: {detail} (request {request_id})")
+        self.status = status
+        self.detail = detail
+        self.request_id = request_id
+        self.retry_after = retry_after

@@ -1,0 +1,101 @@
+"""Where models and adapters are looked for."""
+
+from __future__ import annotations
+
+import datetime
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm_sidecar import loader
+from llm_sidecar.errors import ModelUnavailable
+from llm_sidecar.settings import Settings
+from tests.live_server import ROOT
+
+
+def settings(**environ: str) -> Settings:
+    return Settings.from_environ(environ)
+
+
+def test_phi3_may_be_named_by_its_file_or_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "genai_config.json").write_text("{}")
+    (tmp_path / "phi3.onnx").write_text("")
+    for path in (tmp_path, tmp_path / "phi3.onnx"):
+        found = loader.locate_phi3(settings(MICRO_LLM_MODEL_PATH=str(path)))
+        assert found.folder == tmp_path
+        assert found.label == f"phi3/{tmp_path.name}"
+
+
+def test_hermes_is_a_transformers_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert loader.locate_hermes(settings(HERMES_MODEL_PATH=str(tmp_path))).folder == tmp_path
+
+
+@pytest.mark.parametrize("demo", ["true", "false"])
+def test_a_configured_model_that_is_missing_is_never_replaced(tmp_path: Path, demo: str) -> None:
+    environ = {"MICRO_LLM_MODEL_PATH": str(tmp_path / "gone.onnx"), "SIDECAR_DEMO": demo}
+    with pytest.raises(ModelUnavailable, match="MICRO_LLM_MODEL_PATH") as caught:
+        loader.locate_phi3(settings(**environ))
+    assert caught.value.retry_after
+
+
+def test_a_file_without_its_configuration_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "phi3.onnx").write_text("")
+    with pytest.raises(ModelUnavailable, match=r"holds no genai_config.json or config.json"):
+        loader.locate_phi3(settings(MICRO_LLM_MODEL_PATH=str(tmp_path / "phi3.onnx")))
+
+
+def test_without_a_model_and_without_the_demo_the_variable_is_named() -> None:
+    with pytest.raises(ModelUnavailable, match="set HERMES_MODEL_PATH"):
+        loader.locate_hermes(settings())
+
+
+def test_the_demo_stands_in_where_no_model_is_configured() -> None:
+    asked = settings(SIDECAR_DEMO="true")
+    assert loader.locate_phi3(asked).label == "phi3/demo"
+    assert loader.locate_hermes(asked).label == "hermes/demo"
+    assert loader.phi3_model_file(asked).exists()
+
+
+def make_adapters(base: Path, *names: str) -> None:
+    for name in names:
+        (base / name).mkdir()
+        (base / name / "adapter_config.json").write_text("{}")
+
+
+def test_the_newest_adapter_wins_and_dpo_beats_the_same_date(tmp_path: Path) -> None:
+    make_adapters(tmp_path, "20251231", "20260102", "20260102-dpo", "20260101-dpo")
+    assert loader.get_latest_adapter_dir(tmp_path) == tmp_path / "20260102-dpo"
+    make_adapters(tmp_path, "20260103")
+    assert loader.get_latest_adapter_dir(str(tmp_path)) == tmp_path / "20260103"
+
+
+def test_what_is_no_dated_adapter_is_passed_over(tmp_path: Path) -> None:
+    make_adapters(tmp_path, "20260101", "20261399", "latest", "20270101-sft", "120270101")
+    (tmp_path / "20280101").mkdir()
+    (tmp_path / "20290101").write_text("a file")
+    assert loader.get_latest_adapter_dir(tmp_path) == tmp_path / "20260101"
+
+
+def test_no_folder_or_an_empty_one_has_no_adapter(tmp_path: Path) -> None:
+    assert loader.get_latest_adapter_dir(tmp_path) is None
+    assert loader.get_latest_adapter_dir(tmp_path / "nowhere") is None
+
+
+def test_an_adapters_date_is_that_of_its_name() -> None:
+    assert loader.adapter_date(Path("20260102-dpo")) == datetime.date(2026, 1, 2)
+    assert loader.adapter_date(Path("20260230")) is None
+
+
+def test_getters_load_once_and_keep(random_models: dict[str, str]) -> None:
+    script = """
+from llm_sidecar import loader
+first, second = loader.get_phi3_model_and_tokenizer(), loader.get_phi3_model_and_tokenizer()
+assert first[0] is second[0] and first[1] is second[1]
+assert loader.get_hermes_model_and_tokenizer()[0] is not first[0]
+"""
+    command = [sys.executable, "-c", script]
+    environ = random_models | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run(command, env=environ, check=False).returncode == 0
