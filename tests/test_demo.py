@@ -1,0 +1,184 @@
+"""The demo: its synthetic market, its recipe, and the models that are shipped."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+
+import llguidance
+import pytest
+
+from llm_sidecar import hermes_plugin, proposals
+from llm_sidecar.demo import evaluate, judgement, market
+from llm_sidecar.demo.situations import SITUATIONS, answer
+from llm_sidecar.demo.tickers import random_ticker, split_of
+from llm_sidecar.engines import Engine, GenerationRequest, load_engine
+from llm_sidecar.loader import DEMO_DIR
+from tests.live_server import ROOT
+
+
+def cases(count: int, seed: int = 1) -> list[market.Case]:
+    rng = Random(seed)
+    return [market.draw(rng, "train") for _ in range(count)]
+
+
+# The synthetic market
+
+
+def test_every_answer_can_be_written_under_guidance() -> None:
+    tokenizer = llguidance.LLTokenizer("byte")
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(proposals.GUIDANCE)
+    for case in cases(300):
+        proposals.Proposal.model_validate(case.proposal)
+        matcher = llguidance.LLMatcher(tokenizer, grammar)
+        tokens = tokenizer.tokenize_str(proposals.dumps(case.proposal))
+        assert matcher.try_consume_tokens(tokens) == len(tokens), case
+        assert matcher.is_accepting(), case
+
+
+def test_every_prompt_names_its_ticker_and_every_rationale_its_situation() -> None:
+    for case in cases(500):
+        assert case.proposal["ticker"] in case.prompt
+        assert SITUATIONS[case.situation].keyword in case.proposal["rationale"].lower()
+
+
+def test_training_never_sees_a_held_out_ticker() -> None:
+    rng = Random(2)
+    assert all(split_of(random_ticker(rng, "train")) == "train" for _ in range(300))
+    assert all(split_of(random_ticker(rng, "held-out")) == "held-out" for _ in range(300))
+    assert all(split_of(case.proposal["ticker"]) == "train" for case in cases(300))
+
+
+def test_the_same_seed_gives_the_same_market() -> None:
+    assert cases(50) == cases(50)
+    assert cases(50) != cases(50, seed=2)
+
+
+def test_prompts_hardly_repeat() -> None:
+    assert len({case.prompt for case in cases(1000)}) > 995
+
+
+def test_a_side_is_hurt_by_what_helps_the_other() -> None:
+    long = answer("broke_support", "ABC", "LONG", "12.5", None)
+    short = answer("broke_support", "ABC", "SHORT", "12.5", None)
+    assert (long["action"], short["action"]) == ("abort", "adjust")
+    assert "12.5" in long["rationale"]
+    assert "side" not in answer("broke_support", "ABC", None, None, None)
+
+
+def test_a_wild_market_widens_and_a_calm_one_tightens() -> None:
+    stops = [answer("winner", "ABC", "LONG", None, atr)["new_stop_pct"] for atr in ("1", "2", "4")]
+    assert stops == sorted(stops)
+    assert len(set(stops)) == 3
+
+
+# What Hermes learns
+
+
+@pytest.mark.parametrize(
+    ("stop", "target", "points"), [(2, 2, 5), (1, 4, 10), (4, 1, 0), (2, 4, 7.5)]
+)
+def test_the_score_grows_with_reward_to_risk(stop: float, target: float, points: float) -> None:
+    proposal = {"new_stop_pct": stop, "new_target_pct": target}
+    assert judgement.score(proposal, fits=True) == pytest.approx(points)
+    assert judgement.score(proposal, fits=False) == pytest.approx(max(0, points - 3))
+
+
+def test_hermes_lessons_use_the_servers_own_prompts() -> None:
+    tasks = set()
+    for chat in itertools.islice(judgement.chats(1), 200):
+        assert chat[0]["content"] == hermes_plugin.SYSTEM_PROMPT
+        tasks.add(chat[1]["content"].rpartition("\n\n")[2])
+        if chat[1]["content"].endswith(hermes_plugin.SCORE_TASK):
+            assert chat[-1]["content"] in hermes_plugin.SCORE_ANSWERS
+    assert {hermes_plugin.SCORE_TASK, hermes_plugin.CRITIQUE_TASK} <= tasks
+
+
+# Measuring
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    assert evaluate.rank_correlation([1, 2, 3], [10, 20, 21]) == pytest.approx(1.0)
+    assert evaluate.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
+    # Worked by hand: ranks 1, 2.5, 2.5, 4 against 1, 3, 2, 4.
+    assert evaluate.rank_correlation([1, 5, 5, 9], [2, 6, 4, 8]) == pytest.approx(0.9486833)
+
+
+def test_a_missed_promise_is_told_from_a_kept_one() -> None:
+    assert evaluate.Figure("x", 0.99, 10, 0.99).kept
+    assert not evaluate.Figure("x", 0.98, 10, 0.99).kept
+    assert evaluate.Figure("x", 0.0, 10).kept
+
+
+def test_the_handwritten_prompts_hold_what_they_claim() -> None:
+    rows = [json.loads(line) for line in evaluate.HANDWRITTEN.read_text().splitlines()]
+    assert len(rows) == len({row["prompt"] for row in rows}) == 200
+    for row in rows:
+        assert row["ticker"] in row["prompt"]
+        assert row["side"] in ("LONG", "SHORT", None)
+
+
+# The recipe, from end to end but short
+
+
+@pytest.mark.parametrize("name", ["phi3", "hermes"])
+def test_the_recipe_makes_a_folder_that_an_engine_loads(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "llm_sidecar.demo", "train", "--only", name]
+    command += ["--scale", "0.0005", "--threads", "1", "--out", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{name}: step" in done.stderr
+    engine = load_engine(tmp_path / name, device="cpu")
+    assert engine.context_length == 8192
+    assert evaluate.propose(engine, "Long ABC, rsi 78")["rationale"]
+
+
+# The models that are shipped
+
+
+@pytest.fixture(scope="module")
+def phi3() -> Engine:
+    return load_engine(DEMO_DIR / "phi3", device="cpu")
+
+
+def test_the_shipped_models_are_small() -> None:
+    files = [path for name in ("phi3", "hermes") for path in (DEMO_DIR / name).rglob("*")]
+    assert sum(path.stat().st_size for path in files) <= 12_000_000
+
+
+def test_the_shipped_model_copies_unseen_tickers(phi3: Engine) -> None:
+    rng = Random(9)
+    drawn = [market.draw(rng, "held-out") for _ in range(40)]
+    written = [evaluate.propose(phi3, case.prompt) for case in drawn]
+    right = [c.proposal["ticker"] == got["ticker"] for c, got in zip(drawn, written, strict=True)]
+    assert sum(right) >= 36
+
+
+def test_the_shipped_model_answers_the_prompt_and_not_an_example(phi3: Engine) -> None:
+    examples = [proposals.Example(case.prompt, case.proposal) for case in cases(2)]
+    request = GenerationRequest(
+        proposals.build_messages("Long QZX from 100, RSI 81, overbought.", examples),
+        proposals.MAX_COMPLETION_TOKENS,
+        proposals.GUIDANCE,
+    )
+    text = "".join(delta.text for delta in phi3.stream(request))
+    assert proposals.parse(text)["ticker"] == "QZX"
+
+
+def test_the_shipped_hermes_prefers_more_reward_for_the_risk() -> None:
+    hermes = load_engine(DEMO_DIR / "hermes", device="cpu")
+    scores = []
+    for target in (1.0, 2.0, 4.0, 8.0):
+        proposal = answer("winner", "ABC", "LONG", None, None)
+        proposal |= {"new_stop_pct": 2.0, "new_target_pct": target}
+        messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, proposal)
+        found = hermes.answer_probabilities(messages, hermes_plugin.SCORE_ANSWERS)
+        assert sum(found.values()) > 0.9
+        scores.append(hermes_plugin.expected_score(found))
+    assert scores == sorted(scores)

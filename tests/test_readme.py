@@ -1,0 +1,65 @@
+"""The README's examples: each command is run, and gives an answer of the shape that it shows."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.live_server import ROOT, LiveServer, serve
+
+README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```bash\n(curl [^`]*?)```\n+```json\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    folder = tmp_path_factory.mktemp("demo")
+    with serve(folder, SIDECAR_DEMO="true", PRELOAD_MODELS="true") as running:
+        running.wait_until_ready()
+        yield running
+
+
+def shape(value: Any) -> Any:
+    """The keys and types of a JSON value; a number is a number, and null may stand for anything."""
+    if isinstance(value, dict):
+        return {key: shape(item) for key, item in value.items()}
+    if isinstance(value, bool) or value is None:
+        return "bool" if value is not None else None
+    return "number" if isinstance(value, int | float) else type(value).__name__
+
+
+def agree(shown: Any, found: Any) -> bool:
+    if shown is None or found is None:
+        return True
+    if isinstance(shown, dict) and isinstance(found, dict):
+        return shown.keys() == found.keys() and all(agree(shown[k], found[k]) for k in shown)
+    return bool(shown == found)
+
+
+def test_every_endpoint_of_this_version_has_an_example() -> None:
+    commands = " ".join(command for command, _ in EXAMPLES)
+    for path in (
+        "/propose_trade_adjustments/",
+        "/generate/",
+        "/score/hermes/",
+        "/feedback/phi3/",
+        "/adapters/swap",
+        "/health",
+        "/health/ready",
+    ):
+        assert f"localhost:8000{path}" in commands
+
+
+@pytest.mark.parametrize(("command", "shown"), EXAMPLES)
+def test_an_example_answers_as_shown(demo_server: LiveServer, command: str, shown: str) -> None:
+    words = shlex.split(command.replace("\\\n", " "))
+    words = [word.replace("http://localhost:8000", demo_server.url) for word in words]
+    words = [word.replace("localhost:8000", demo_server.url) for word in words]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert agree(shape(json.loads(shown)), shape(json.loads(done.stdout))), done.stdout
