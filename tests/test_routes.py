@@ -28,7 +28,7 @@ def tight_server(
     """A server with a queue of two, a short deadline and small bodies."""
     limits = {"QUEUE_LENGTH": "2", "REQUEST_TIMEOUT_SECONDS": "0.6", "MAX_BODY_BYTES": "4096"}
     folder = tmp_path_factory.mktemp("tight")
-    with serve(folder, **random_models, **limits) as running:
+    with serve(folder, **random_models, **limits, PRELOAD_MODELS="true") as running:
         running.wait_until_ready()
         yield running
 
@@ -251,7 +251,9 @@ def test_a_full_queue_is_429_and_a_deadline_is_504(tight_server: LiveServer) -> 
         if response.status_code == 429:
             assert int(response.headers["Retry-After"]) >= 1
             assert "queue is full" in response.json()["detail"]
-    assert post(tight_server, "/generate/phi3/", PROMPT).status_code == 200
+    tight_server.wait_until(
+        lambda: post(tight_server, "/generate/phi3/", PROMPT).status_code == 200, 20
+    )
 
 
 @pytest.mark.parametrize(
