@@ -302,6 +302,9 @@ async def test_the_status_of_a_healthy_bus(bus: EventBus, url: str) -> None:
         "url": url,
         "outages": 0,
         "seconds_away": 0.0,
+        "published": 0,
+        "published_late": 0,
+        "waiting": 0,
         "unpublished": 0,
         "handler_errors": 0,
         "dropped": 0,
@@ -318,18 +321,132 @@ async def test_connecting_to_nobody_raises_in_bounded_time(mortal: RedisServer) 
     await bus.close()
 
 
-async def test_starting_without_redis_publishes_nothing_and_says_so_once(
+async def test_starting_without_redis_keeps_what_is_published_and_says_so_once(
     mortal: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     bus = EventBus(mortal.url)
     await bus.start()
-    assert [await bus.publish("c", "lost") for _ in range(3)] == [False] * 3
+    assert [await bus.publish("c", "early") for _ in range(3)] == [False] * 3
     assert [r.getMessage().partition(" at ")[0] for r in caplog.records] == [
         "Redis is away",
         "not published to c, more are only counted: not connected",
     ]
     status = bus.status()
-    assert (status["connected"], status["outages"], status["unpublished"]) == (False, 1, 3)
+    assert (status["connected"], status["outages"], status["waiting"]) == (False, 1, 3)
+    await bus.close()
+    assert (bus.status()["waiting"], bus.status()["unpublished"]) == (0, 3)
+    assert "3 messages were never published" in caplog.text
+
+
+async def test_what_an_outage_held_back_goes_out_in_order(mortal: RedisServer) -> None:
+    bus, inbox = EventBus(mortal.url), Inbox()
+    await bus.start()
+    await bus.subscribe("c", inbox)
+    payloads = [str(n) for n in range(100)]
+    for payload in payloads:
+        assert not await bus.publish("c", payload)
+    mortal.start()
+    assert await inbox.take(len(payloads)) == payloads
+    await flows(bus, "c", inbox)
+    status = bus.status()
+    assert (status["published"], status["published_late"]) == (101, 100)
+    assert (status["waiting"], status["unpublished"]) == (0, 0)
+    await bus.close()
+
+
+async def test_a_kill_in_the_middle_of_ten_thousand_messages_loses_and_reorders_none(
+    mortal: RedisServer,
+) -> None:
+    mortal.start()
+    bus = EventBus(mortal.url)
+    heard: list[int] = []
+
+    async def hear(payload: str) -> None:
+        heard.append(int(payload))
+
+    await bus.connect()
+    await bus.subscribe("c", hear)
+    sent = []
+    for number in range(10_000):
+        if number == 5_000:
+            mortal.kill()
+        if number == 5_500:
+            mortal.start()
+            await until(lambda: bus.status()["connected"] and not bus.status()["waiting"])
+        sent.append(await bus.publish("c", str(number)))
+    await until(lambda: len(heard) >= 10_000)
+    assert heard == list(range(10_000))
+    assert sent == [not 5_000 <= number < 5_500 for number in range(10_000)]
+    status = bus.status()
+    assert (status["published"], status["published_late"]) == (10_000, 500)
+    assert (status["unpublished"], status["outages"], status["dropped"]) == (0, 1, 0)
+    await bus.close()
+
+
+async def test_the_outbox_is_bounded_and_drops_its_oldest(
+    mortal: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_sidecar.event_bus.publisher.OUTBOX_MESSAGES", 4)
+    monkeypatch.setattr("llm_sidecar.event_bus.publisher.OUTBOX_CHARACTERS", 1000)
+    bus, inbox = EventBus(mortal.url), Inbox()
+    await bus.start()
+    await bus.subscribe("c", inbox)
+    for payload in ("1", "2", "3", "4", "5"):
+        await bus.publish("c", payload)
+    assert (bus.status()["waiting"], bus.status()["unpublished"]) == (4, 1)
+    await bus.publish("c", "6" * 998)
+    assert (bus.status()["waiting"], bus.status()["unpublished"]) == (3, 3)
+    mortal.start()
+    assert await inbox.take(3) == ["4", "5", "6" * 998]
+    await bus.close()
+
+
+async def test_audio_does_not_wait_for_redis(mortal: RedisServer) -> None:
+    bus = EventBus(mortal.url)
+    await bus.start()
+    assert not await bus.publish("audio.bytes", "UklGRg==")
+    assert (bus.status()["waiting"], bus.status()["unpublished"]) == (0, 1)
+    await bus.close()
+
+
+async def test_what_redis_refuses_is_not_sent_again_and_holds_nothing_up() -> None:
+    require_redis()
+    with RedisServer() as server, redis.Redis(port=server.port) as operator:
+        bus, inbox = EventBus(server.url), Inbox()
+        await bus.connect()
+        await bus.subscribe("c", inbox)
+        operator.execute_command("ACL", "SETUSER", "default", "resetchannels", "&c")
+        assert not await bus.publish("secret", "1")
+        await flows(bus, "c", inbox)
+        assert (bus.status()["waiting"], bus.status()["unpublished"]) == (0, 1)
+        await bus.close()
+
+
+async def test_a_handlers_queue_is_bounded_in_characters_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("llm_sidecar.event_bus.HANDLER_CHARACTERS", 1000)
+    bus, inbox = EventBus("memory://"), Inbox()
+    seen: list[str] = []
+    stuck, release = asyncio.Event(), asyncio.Event()
+
+    async def slow(payload: str) -> None:
+        stuck.set()
+        await release.wait()
+        seen.append(payload[:1])
+
+    await bus.connect()
+    await bus.subscribe("c", slow)
+    await bus.subscribe("c", inbox)
+    await bus.publish("c", "0")
+    await asyncio.wait_for(stuck.wait(), TIMEOUT)
+    for number in range(1, 6):
+        await bus.publish("c", str(number) * 400)
+    await inbox.take(6)
+    assert bus.status()["dropped"] == 2
+    release.set()
+    await until(lambda: len(seen) == 4)
+    assert seen == ["0", "3", "4", "5"]
     await bus.close()
 
 
@@ -356,16 +473,17 @@ async def test_a_killed_redis_is_noticed_and_subscribed_to_again_when_it_is_back
     await flows(bus, "first", first)
     mortal.kill()
     await until(lambda: not bus.status()["connected"])
-    assert not await bus.publish("first", "lost")
+    assert not await bus.publish("first", "held back")
     late = Inbox()
     await bus.subscribe("late", late)
     mortal.start()
     await until(lambda: bus.status()["connected"])
+    assert await first.take() == ["held back"]
     await flows(bus, "first", first)
     await flows(bus, "second", second)
     await flows(bus, "late", late)
     status = bus.status()
-    assert (status["outages"], status["unpublished"]) == (1, 1)
+    assert (status["outages"], status["unpublished"]) == (1, 0)
     assert status["seconds_away"] > 0
     assert "Redis is back" in caplog.text
     await bus.close()
@@ -404,10 +522,11 @@ async def test_a_frozen_redis_is_found_by_the_publisher(
     await bus.connect()
     await bus.subscribe("c", inbox)
     mortal.freeze()
-    assert not await bus.publish("c", "unheard")
+    assert not await bus.publish("c", "held back")
     assert not bus.status()["connected"]
     mortal.thaw()
     await until(lambda: bus.status()["connected"])
+    assert await inbox.take() == ["held back"]
     await flows(bus, "c", inbox)
     assert bus.status()["outages"] == 1
     await bus.close()

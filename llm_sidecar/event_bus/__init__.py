@@ -6,8 +6,9 @@
     await bus.publish("phi3.proposal.created", payload)
     await bus.close()
 
-Delivery is at most once: what is published while a subscriber is away never reaches it
-(https://redis.io/docs/latest/develop/pubsub/). `EventBus.status` shows such gaps.
+What cannot be sent while Redis is away waits, within bounds, and goes out in order afterwards; what
+others publish while this subscriber is away never reaches it
+(https://redis.io/docs/latest/develop/pubsub/). `EventBus.status` shows both gaps.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from llm_sidecar.event_bus.publisher import Publisher
 from llm_sidecar.event_bus.redis_url import make_client, masked
-from llm_sidecar.event_bus.subscriber import Subscriber, cancel
+from llm_sidecar.event_bus.subscriber import PayloadQueue, Subscriber, cancel
 
 __all__ = ["EventBus", "Handler", "RedisError"]
 
@@ -30,7 +30,9 @@ Handler = Callable[[str], Awaitable[None]]
 """Takes the payload of one message."""
 
 HANDLER_QUEUE: Final = 1_000
-"""Messages that wait for one handler before its oldest is dropped."""
+HANDLER_CHARACTERS: Final = 64 << 20
+"""Messages that wait for one handler, and their characters together, before its oldest is
+dropped."""
 DRAIN_TIMEOUT: Final = 5.0
 """Seconds that handlers have at the close to finish what waits for them."""
 CANCEL_TIMEOUT: Final = 5.0
@@ -55,11 +57,9 @@ class EventBus:
         self._client = make_client(redis_url)
         self._url = masked(redis_url)
         self._subscriber = Subscriber(self._client, self._url)
-        self._running: asyncio.Task[None] | None = None
+        self._publisher = Publisher(self._client, self._subscriber)
+        self._running: list[asyncio.Task[None]] = []
         self._handlers: dict[asyncio.Task[None], asyncio.Queue[str]] = {}
-        self._publishing = asyncio.Lock()
-        self._publish_failed = False
-        self._unpublished = 0
         self._handler_errors = 0
         self._closed = False
 
@@ -80,14 +80,19 @@ class EventBus:
         """
         if self._refused("start"):
             return
-        if self._running is None:
-            self._running = asyncio.create_task(self._subscriber.run(), name="event-bus")
+        if not self._running:
+            self._running = [
+                asyncio.create_task(self._subscriber.run(), name="event-bus subscriber"),
+                asyncio.create_task(self._publisher.run(), name="event-bus publisher"),
+            ]
         await self._subscriber.wait_attempted()
 
     async def publish(self, event_type: str, payload: str) -> bool:
         """Send a payload to a channel, in the order of the calls, and say whether Redis took it.
 
-        False when it did not: each such message is counted, and the first of a row is logged.
+        Redis being away is no error here: the message waits, within the bounds of
+        `publisher.OUTBOX_MESSAGES`, and goes out when Redis is back. One on `audio.bytes` does not
+        wait. The first failure of a row is logged, every lost message is counted.
 
         Raises:
             TypeError: the payload is not a str.
@@ -95,21 +100,11 @@ class EventBus:
         if not isinstance(payload, str):
             raise TypeError(f"an event's payload is a str, not {type(payload).__name__}")
         try:
-            async with self._publishing:
-                self._check_open()
-                if not self._subscriber.connected:
-                    raise RedisConnectionError("not connected")
-                await self._client.publish(event_type, payload)
+            self._check_open()
         except RedisError as error:
-            if isinstance(error, RedisConnectionError | RedisTimeoutError):
-                self._subscriber.restart(error)
-            if self._closed or not self._publish_failed:
-                log.error("not published to %s, more are only counted: %s", event_type, error)
-            self._publish_failed = True
-            self._unpublished += 1
+            self._publisher.refuse(event_type, error)
             return False
-        self._publish_failed = False
-        return True
+        return await self._publisher.publish(event_type, payload)
 
     async def subscribe(self, event_type: str, handler: Handler) -> None:
         """Call the handler with each payload of a channel, one after the other.
@@ -119,7 +114,7 @@ class EventBus:
         """
         if self._refused("subscribe"):
             return
-        queue: asyncio.Queue[str] = asyncio.Queue(HANDLER_QUEUE)
+        queue = PayloadQueue(HANDLER_QUEUE, HANDLER_CHARACTERS)
         serving = asyncio.create_task(
             self._serve(event_type, handler, queue), name=f"event-bus {event_type}"
         )
@@ -143,8 +138,12 @@ class EventBus:
         if self._closed:
             return
         self._closed = True
-        if self._running is not None:
-            await cancel(self._running, patience=CANCEL_TIMEOUT)
+        try:
+            async with asyncio.timeout(DRAIN_TIMEOUT):
+                await self._publisher.drain()
+        except TimeoutError:
+            log.warning("what waited for Redis was not sent within %.0f s", DRAIN_TIMEOUT)
+        await cancel(*self._running, patience=CANCEL_TIMEOUT)
         try:
             async with asyncio.timeout(DRAIN_TIMEOUT):
                 for queue in self._handlers.values():
@@ -152,8 +151,8 @@ class EventBus:
         except TimeoutError:
             log.warning("event handlers did not finish within %.0f s", DRAIN_TIMEOUT)
         await cancel(*self._handlers, patience=CANCEL_TIMEOUT)
-        async with self._publishing:  # a publish under way ends first, and that soon
-            await self._client.aclose()
+        await self._publisher.stop()  # a publish under way ends first, and that soon
+        await self._client.aclose()
 
     def status(self) -> dict[str, Any]:
         """What `/health` shows: the connection now, and counts since the bus was made."""
@@ -162,7 +161,10 @@ class EventBus:
             "url": self._url,
             "outages": self._subscriber.outages,
             "seconds_away": round(self._subscriber.seconds_away, 3),
-            "unpublished": self._unpublished,
+            "published": self._publisher.published,
+            "published_late": self._publisher.late,
+            "waiting": self._publisher.waiting,
+            "unpublished": self._publisher.lost,
             "handler_errors": self._handler_errors,
             "dropped": self._subscriber.dropped,
         }

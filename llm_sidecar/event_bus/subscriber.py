@@ -33,6 +33,28 @@ class _Channel:
     live: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+class PayloadQueue(asyncio.Queue[str]):
+    """A queue of payloads that is full by their number or by their characters together."""
+
+    def __init__(self, messages: int, characters: int) -> None:
+        super().__init__(messages)
+        self._most = characters
+        self._held = 0
+
+    def full(self) -> bool:
+        """Whether one more would be too many."""
+        return super().full() or self._held >= self._most
+
+    def _put(self, item: str) -> None:
+        self._held += len(item)
+        super()._put(item)
+
+    def _get(self) -> str:
+        payload = super()._get()
+        self._held -= len(payload)
+        return payload
+
+
 class Subscriber:
     """Subscribes to the channels that have queues, on one connection that it keeps restoring.
 
@@ -41,13 +63,13 @@ class Subscriber:
         name: how log lines call the Redis behind it.
 
     Attributes:
-        connected: Redis is there and has confirmed every subscription.
+        here: set while Redis is there and has confirmed every subscription.
         outages: how often Redis was found to be away, at the start included.
         dropped: messages that a full queue lost.
     """
 
     def __init__(self, client: Redis, name: str) -> None:
-        self.connected = False
+        self.here = asyncio.Event()
         self.outages = 0
         self.dropped = 0
         self._client = client
@@ -58,6 +80,11 @@ class Subscriber:
         self._trouble: Exception | None = None
         self._away_since: float | None = None
         self._seconds_away = 0.0
+
+    @property
+    def connected(self) -> bool:
+        """Whether Redis is there and has confirmed every subscription."""
+        return self.here.is_set()
 
     @property
     def seconds_away(self) -> float:
@@ -108,7 +135,7 @@ class Subscriber:
                 await asyncio.sleep(delay * random.uniform(0.5, 1.0))
                 delay = min(2 * delay, LONGEST_DELAY)
         finally:
-            self.connected = False
+            self.here.clear()
             self._attempted.set()
 
     async def _session(self) -> None:
@@ -156,7 +183,7 @@ class Subscriber:
 
     def _dispatch(self, channel: _Channel, payload: str) -> None:
         for queue in channel.queues:
-            if queue.full():
+            while queue.full():
                 queue.get_nowait()
                 queue.task_done()
                 self.dropped += 1
@@ -168,11 +195,11 @@ class Subscriber:
             self._seconds_away += seconds
             self._away_since = None
             log.info("Redis is back at %s after %.1f s", self._name, seconds)
-        self.connected = True
+        self.here.set()
         self._attempted.set()
 
     def _lost(self, error: Exception) -> None:
-        self.connected = False
+        self.here.clear()
         self._attempted.set()
         for channel in self._channels.values():
             channel.live.clear()
