@@ -64,6 +64,10 @@ class ModelUnavailable(Unavailable):
     """A model is missing, loading or has just died."""
 
 
+class VoiceUnavailable(Unavailable):
+    """No voice can speak: it is missing, or its worker is."""
+
+
 class DatabaseUnavailable(Unavailable):
     """The database cannot be opened or written."""
 

@@ -43,6 +43,11 @@ class Settings(BaseModel):
         alias="PHI3_ADAPTER_DIR",
         description="the path of a folder of dated adapters",
     )
+    chatterbox_dir: Path = Field(
+        Path("/models/tts/chatterbox"),
+        alias="CHATTERBOX_MODEL_DIR",
+        description="the path of the folder of the Chatterbox weights",
+    )
     redis_url: SecretStr = Field(
         SecretStr("redis://localhost:6379/0"),
         alias="REDIS_URL",
@@ -123,6 +128,30 @@ class Settings(BaseModel):
         gt=0,
         le=3600,
         description="seconds, above 0 up to 3600",
+    )
+    tts_voice: Literal["auto", "espeak", "chatterbox"] = Field(
+        "auto", alias="TTS_VOICE", description="auto, espeak or chatterbox"
+    )
+    tts_queue_length: int = Field(
+        64,
+        alias="TTS_QUEUE_LENGTH",
+        ge=1,
+        le=10_000,
+        description="an integer from 1 to 10000: texts that are spoken and wait",
+    )
+    tts_timeout: float = Field(
+        120.0,
+        alias="TTS_TIMEOUT_SECONDS",
+        gt=0,
+        le=3600,
+        description="seconds, above 0 up to 3600",
+    )
+    max_audio_listeners: int = Field(
+        64,
+        alias="MAX_AUDIO_LISTENERS",
+        ge=1,
+        le=10_000,
+        description="an integer from 1 to 10000",
     )
     shutdown_grace: float = Field(
         10.0,

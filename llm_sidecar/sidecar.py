@@ -20,6 +20,9 @@ from llm_sidecar.errors import DatabaseUnavailable, ModelUnavailable, SidecarErr
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.model_host import Completion, HostLimits, ModelHost
 from llm_sidecar.settings import Settings
+from llm_sidecar.tts.listeners import AudioListeners
+from llm_sidecar.tts.remote import RemoteVoice
+from llm_sidecar.tts.speaker import Speaker
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ class AssessedProposal:
 
 
 class Sidecar:
-    """The models, the event bus and the database, and what they do together."""
+    """The models, the voice, the event bus and the database, and what they do together."""
 
     def __init__(self, settings: Settings) -> None:
         """Builds the parts; opens, connects and loads nothing."""
@@ -69,6 +72,15 @@ class Sidecar:
         )
         self.bus = EventBus(settings.redis_url.get_secret_value())
         self._connecting: asyncio.Task[None] | None = None
+        self.remote_voice = None if settings.tts_voice == "espeak" else RemoteVoice(self.bus)
+        self.speaker = Speaker(
+            self.bus,
+            voice=settings.tts_voice,
+            remote=self.remote_voice,
+            queue_length=settings.tts_queue_length,
+            timeout=settings.tts_timeout,
+        )
+        self.listeners = AudioListeners(self.bus, settings.max_audio_listeners)
         self.archive = Archive(settings.lancedb_uri, examples=settings.few_shot_examples)
 
     async def start(self) -> None:
@@ -77,6 +89,8 @@ class Sidecar:
             log.warning("SIDECAR_DEMO is on: where no model is configured, a toy answers")
         self.archive.start()
         await self.bus.subscribe(FEEDBACK_SUBMITTED, self._store_published_feedback)
+        if self.remote_voice is not None:
+            await self.remote_voice.start()
         # Its first attempt may take seconds where Redis is away.
         self._connecting = asyncio.create_task(self.bus.start())
         if self.settings.preload:
@@ -91,6 +105,8 @@ class Sidecar:
         grace = self.settings.shutdown_grace
         # Models first: what they still answer is yet to be stored and told.
         await asyncio.gather(self.phi3.close(grace), self.hermes.close(grace))
+        # What is still spoken goes out on the bus.
+        await self.speaker.close()
         if self._connecting is not None:
             self._connecting.cancel()
             await asyncio.wait([self._connecting])
@@ -221,7 +237,7 @@ class Sidecar:
         missing = self.missing()
         date = self.adapter_date()
         status = "ok"
-        if missing or not bus["connected"]:
+        if missing or not bus["connected"] or not self.speaker.available():
             status = "error" if {"phi3", "hermes"} <= set(missing) else "partial_error"
         return {
             "status": status,
@@ -235,7 +251,12 @@ class Sidecar:
             "models": models,
             "event_bus": bus,
             "database": self.archive.status(),
-            "speech": {"state": "unavailable", "reason": "this version has no voice"},
+            "speech": {
+                **self.speaker.status(),
+                "workers": [] if self.remote_voice is None else self.remote_voice.workers(),
+                "listeners": self.listeners.count,
+                "lost": self.listeners.lost,
+            },
         }
 
     async def _store_published_feedback(self, payload: str) -> None:

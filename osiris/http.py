@@ -21,7 +21,8 @@ _DESCRIPTIONS = {
     413: "The request is larger than the server takes",
     422: "Bad input; the detail names the field",
     429: "The queue is full; `Retry-After` says when to try again",
-    503: "A model or the database is missing or loading; `Retry-After` says when to try again",
+    503: "A model, the voice or the database is missing or loading; `Retry-After` says when to try "
+    "again",
     504: "The request's deadline has passed",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Mapping
 from typing import Final
 
 from fastapi import HTTPException
@@ -38,21 +39,23 @@ class RequestId:
 
 class BodyLimit:
     """Answers 413 to a body over the limit: by its declared length before a byte is read, and by
-    its real one where none is declared."""
+    its real one where none is declared. A path in `larger` takes at least what it says there."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, larger: Mapping[str, int]) -> None:
         self._app = app
         self._max_bytes = max_bytes
-        self._detail = f"The request's body is larger than {max_bytes} bytes; send less."
+        self._larger = larger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        max_bytes = max(self._max_bytes, self._larger.get(scope["path"].rstrip("/"), 0))
+        detail = f"The request's body is larger than {max_bytes} bytes; send less."
         declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdigit() and int(declared) > self._max_bytes:
+        if declared.isdigit() and int(declared) > max_bytes:
             refusal = JSONResponse(
-                {"detail": self._detail}, status_code=413, headers={"Connection": "close"}
+                {"detail": detail}, status_code=413, headers={"Connection": "close"}
             )
             await refusal(scope, receive, send)
             return
@@ -62,8 +65,8 @@ class BodyLimit:
             nonlocal taken
             message = await receive()
             taken += len(message.get("body", b""))
-            if taken > self._max_bytes:
-                raise HTTPException(413, self._detail, headers={"Connection": "close"})
+            if taken > max_bytes:
+                raise HTTPException(413, detail, headers={"Connection": "close"})
             return message
 
         await self._app(scope, bounded, send)

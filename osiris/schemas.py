@@ -5,7 +5,14 @@ from __future__ import annotations
 import uuid
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, NaiveDatetime
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NaiveDatetime,
+    StringConstraints,
+)
 
 from llm_sidecar.proposals import Proposal
 
@@ -13,6 +20,8 @@ MAX_PROMPT: Final = 32_768
 """Characters; what the model's own context holds is checked where its tokenizer is."""
 MAX_LENGTH: Final = 8192
 """Tokens."""
+MAX_SPEECH: Final = 5_000
+"""Characters of one spoken text."""
 
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT, pattern=r"\S")]
 ModelId = Literal["hermes", "phi3"]
@@ -53,6 +62,21 @@ class FeedbackRequest(_Request):
     )
     corrected_proposal: dict[str, Any] | None = None
     schema_version: str = Field("1.0", min_length=1, max_length=32)
+
+
+class SpeakRequest(_Request):
+    """A text to speak, how, and with whose voice."""
+
+    text: Annotated[
+        str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_SPEECH)
+    ] = Field(examples=["Take the profit on AAPL: RSI is at 78."])
+    exaggeration: float = Field(
+        0.5, ge=0, le=2, allow_inf_nan=False, description="0 is flat, 0.5 neutral, 2 theatrical"
+    )
+    ref_wav_b64: str | None = Field(
+        None,
+        description="base64 of a WAV of 1 to 30 s and at most 10 MB, whose voice to speak with",
+    )
 
 
 class GeneratedText(BaseModel):

@@ -18,7 +18,8 @@ from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from osiris.http import ClientGone
 from osiris.middleware import BodyLimit, RequestId
-from osiris.routes import feedback, generation, operations, scoring
+from osiris.routes import feedback, generation, operations, scoring, speech
+from osiris.shutdown import bound_shutdown
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         sidecar = Sidecar(settings)
         app.state.sidecar = sidecar
+        bound_shutdown(settings.shutdown_grace)
         try:
             await sidecar.start()
             yield
@@ -44,14 +46,18 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    for router in (generation.router, scoring.router, feedback.router, operations.router):
-        app.include_router(router)
+    for routes in (generation, scoring, feedback, speech, operations):
+        app.include_router(routes.router)
     app.add_exception_handler(SidecarError, _sidecar_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(400, _unreadable_body)
     app.add_exception_handler(ClientGone, _client_gone)
     app.add_exception_handler(Exception, _unexpected_error)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=settings.max_body_bytes,
+        larger={"/speak": speech.SPEAK_BODY_BYTES},
+    )
     app.add_middleware(RequestId)
     return app
 

@@ -39,6 +39,9 @@ def test_variables_are_read_and_empty_ones_count_as_unset() -> None:
         ("HERMES_TEMPERATURE", "2.5"),
         ("FEW_SHOT_EXAMPLES", "-1"),
         ("MAX_BODY_BYTES", "1e3"),
+        ("TTS_VOICE", "siri"),
+        ("TTS_TIMEOUT_SECONDS", "0"),
+        ("MAX_AUDIO_LISTENERS", "0"),
     ],
 )
 def test_a_bad_value_is_one_line_with_variable_value_and_what_it_takes(

@@ -125,6 +125,7 @@ class AudioEvents:
     """
 
     def __init__(self) -> None:
+        self._event = ""
         self._data: list[str] = []
 
     def feed(self, line: str) -> bytes | None:
@@ -132,10 +133,16 @@ class AudioEvents:
         name, _, value = line.partition(":")
         if name == "data":
             self._data.append(value.removeprefix(" "))
-        if line or not self._data:
+        elif name == "event":
+            self._event = value.removeprefix(" ")
+        if line:
             return None
-        encoded = "".join(self._data)
+        event, encoded = self._event, "".join(self._data)
+        self._event = ""
         self._data.clear()
+        # An event of this name says how many WAVs a slow listener lost.
+        if event == "lost" or not encoded:
+            return None
         try:
             return base64.b64decode(encoded, validate=True)
         except binascii.Error as error:

@@ -1,0 +1,97 @@
+"""`python -m llm_sidecar.tts`: a speech worker, which speaks for the sidecars on the same Redis."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llm_sidecar.errors import SettingsError, SidecarError
+from llm_sidecar.event_bus import EventBus
+from llm_sidecar.settings import Settings
+from llm_sidecar.tts.chatterbox import ChatterboxVoice
+from llm_sidecar.tts.worker import SpeechWorker
+
+log = logging.getLogger("llm_sidecar.tts")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        settings = Settings.from_environ()
+        bus = _bus(settings.redis_url.get_secret_value())
+        voice = ChatterboxVoice(
+            options.model_dir or settings.chatterbox_dir, options.device or settings.device
+        )
+        asyncio.run(_serve(bus, voice))
+    except SidecarError as error:
+        sys.stderr.write(f"{error.detail}\n")
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m llm_sidecar.tts",
+        description="Speaks for the sidecars on the same Redis, which REDIS_URL names.",
+    )
+    parser.add_argument("--voice", choices=("chatterbox",), default="chatterbox")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: DEVICE")
+    parser.add_argument(
+        "--model-dir", type=Path, help="folder of the weights; default: CHATTERBOX_MODEL_DIR"
+    )
+    return parser
+
+
+def _bus(url: str) -> EventBus:
+    if url.startswith("memory://"):
+        raise SettingsError("REDIS_URL=memory:// is of one process, and a worker needs two")
+    try:
+        return EventBus(url)
+    except ValueError as error:
+        raise SettingsError(f"REDIS_URL=*** is not valid: {error}") from None
+
+
+async def _serve(bus: EventBus, voice: ChatterboxVoice) -> None:
+    """Serves until a signal ends it."""
+    stop = asyncio.Event()
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
+    async with contextlib.AsyncExitStack() as stack:
+        # Last in, first out: what a part needs ends after it.
+        stack.push_async_callback(voice.close)
+        if not await _loaded(voice, stop):
+            return
+        stack.push_async_callback(bus.close)
+        connecting = asyncio.create_task(bus.start())
+        stack.callback(connecting.cancel)
+        worker = SpeechWorker(bus, voice)
+        stack.push_async_callback(worker.close)
+        await worker.start()
+        log.info("ready, as speech worker %s", worker.worker_id)
+        await stop.wait()
+
+
+async def _loaded(voice: ChatterboxVoice, stop: asyncio.Event) -> bool:
+    """Loads the voice; False if a signal came first."""
+    loading = asyncio.create_task(voice.load())
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([loading, stopped], return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            loading.result()
+        return not stop.is_set()
+    finally:
+        loading.cancel()
+        stopped.cancel()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

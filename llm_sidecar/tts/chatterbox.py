@@ -1,0 +1,257 @@
+"""Chatterbox, a voice that clones: https://github.com/resemble-ai/chatterbox.
+
+The package's pins exclude those of the sidecar, so it mostly runs in an environment of its own, as
+a worker (`python -m llm_sidecar.tts`). `ChatterboxTTS` is for whoever has the package at hand:
+
+    voice = ChatterboxTTS("/models/tts/chatterbox", "auto", bus)
+    wav = await voice.synth("Stop raised to 182.50.", exaggeration=0.7)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import os
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import numpy as np
+
+from llm_sidecar.errors import InvalidRequest, VoiceUnavailable
+from llm_sidecar.event_bus import EventBus
+from llm_sidecar.tts import text as texts
+from llm_sidecar.tts import wav as wavs
+from llm_sidecar.tts.reference import check_reference
+from llm_sidecar.tts.voice import Reference, Wav
+
+SAMPLE_RATE: Final = 24_000
+WEIGHTS: Final = ("ve.safetensors", "t3_cfg.safetensors", "s3gen.safetensors", "tokenizer.json")
+BUILT_IN_VOICE: Final = "conds.pt"
+"""How the voice without a reference sounds; without this file every request needs a reference."""
+AUDIO_BYTES: Final = "audio.bytes"
+
+SPEECH_TOKENS_AT_LEAST: Final = 50
+SPEECH_TOKENS_PER_TEXT_TOKEN: Final = 12
+"""Bound on the speech of a text, at 25 speech tokens a second: two seconds, and half a second for
+each token of text, which is one letter or more, or a digit. A model that misses its own stop would
+otherwise go on for forty seconds."""
+
+T = TypeVar("T")
+
+
+class ChatterboxTTS:
+    """Chatterbox in this process, which tells its speech on the event bus.
+
+    Args:
+        model_dir: the folder of the weights.
+        device: `auto`, `cpu` or `cuda`.
+        event_bus: where each part's WAV goes out, on `audio.bytes`, as soon as it is spoken.
+    """
+
+    def __init__(self, model_dir: str | Path, device: str, event_bus: EventBus) -> None:
+        self._voice = ChatterboxVoice(model_dir, device)
+        self._bus = event_bus
+
+    async def synth(
+        self, text: str, ref_wav: bytes | str | Path | None = None, exaggeration: float = 0.5
+    ) -> bytes:
+        """Speaks a text.
+
+        Args:
+            text: what to say.
+            ref_wav: a WAV file, or its path, of the voice to say it in; the built-in one if None.
+            exaggeration: 0 (flat) to 2 (dramatic).
+
+        Returns:
+            One WAV file, 16-bit PCM, mono, 24 kHz.
+
+        Raises:
+            InvalidRequest: nothing to say, a reference that is no WAV, a bad exaggeration.
+            VoiceUnavailable: the package or the weights are missing.
+        """
+        reference = None if ref_wav is None else await asyncio.to_thread(_reference, ref_wav)
+        spoken = []
+        async for part in self._voice.speak(text, exaggeration=exaggeration, reference=reference):
+            file = wavs.encode(part)
+            await self._bus.publish(AUDIO_BYTES, base64.b64encode(file).decode())
+            spoken.append(part)
+        if not spoken:
+            raise InvalidRequest("the text has nothing to say")
+        return wavs.encode(wavs.join(spoken))
+
+    async def close(self) -> None:
+        """Ends what it speaks and lets the model go."""
+        await self._voice.close()
+
+
+class ChatterboxVoice:
+    """Chatterbox as a `Voice`: one generation at a time, in a thread of its own.
+
+    Args:
+        model_dir: the folder of the weights, read at the first use or by `load`.
+        device: `auto` takes CUDA where torch finds it; `cpu`, `cuda`.
+    """
+
+    name = "chatterbox"
+    clones = True
+    sample_rate = SAMPLE_RATE
+
+    def __init__(self, model_dir: str | Path, device: str = "auto") -> None:
+        self._folder = Path(model_dir)
+        self._device = device
+        self._model: _Model | None = None
+        # The model keeps state between its steps, so its one thread is also its lock.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chatterbox")
+
+    async def load(self) -> None:
+        """Loads the model, unless it is there.
+
+        Raises:
+            VoiceUnavailable: the package or weights are missing, or do not load.
+        """
+        await self._run(self._loaded)
+
+    async def speak(
+        self, text: str, *, exaggeration: float, reference: Reference | None
+    ) -> AsyncIterator[Wav]:
+        """Speaks a text part by part; one that is cancelled stops within a speech token.
+
+        Raises:
+            InvalidRequest: the exaggeration is not from 0 to 2, or the reference has no speech.
+            VoiceUnavailable: as `load`; or no reference is given and there is no built-in voice.
+        """
+        if not 0 <= exaggeration <= 2:
+            raise InvalidRequest("exaggeration is a number from 0 to 2")
+        stop = threading.Event()
+        try:
+            model = await self._run(self._loaded)
+            speaker = await self._run(partial(model.speaker, reference))
+            for part in texts.split(text):
+                speech = await self._run(partial(model.speak, part, speaker, exaggeration, stop))
+                yield wavs.soften(speech, pause=0.0)
+        finally:
+            stop.set()
+
+    async def close(self) -> None:
+        """Returns when the thread has ended what it was at; what waits for it never starts."""
+        await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
+        self._model = None
+
+    def _loaded(self) -> _Model:
+        if self._model is None:
+            self._model = _Model(self._folder, self._device)
+        return self._model
+
+    async def _run(self, job: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, job)
+
+
+class _Stopped(Exception):
+    """Nobody waits for this speech any more."""
+
+
+class _Model:
+    """The package, on one thread."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        missing = [name for name in WEIGHTS if not (folder / name).is_file()]
+        if missing:
+            raise VoiceUnavailable(
+                f"CHATTERBOX_MODEL_DIR={folder} lacks {', '.join(missing)}: it takes the folder of "
+                "Chatterbox's weights"
+            )
+        # Nothing is fetched at run time, whatever the libraries would like; and no progress bars.
+        os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
+        try:
+            import torch
+            from chatterbox.tts import ChatterboxTTS as Package
+        except ImportError as error:
+            raise VoiceUnavailable(
+                f"Chatterbox cannot be imported here ({error}): install "
+                "requirements-chatterbox.txt in an environment of its own and run there "
+                "python -m llm_sidecar.tts --voice chatterbox"
+            ) from error
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        elif device == "cuda" and not torch.cuda.is_available():
+            raise VoiceUnavailable("torch finds no CUDA device for Chatterbox: use auto or cpu")
+        try:
+            # Safetensors, JSON and, with weights_only, the tensors of conds.pt: no code is read.
+            self._package = Package.from_local(folder, device)
+        except Exception as error:
+            raise VoiceUnavailable(
+                f"Chatterbox does not load from CHATTERBOX_MODEL_DIR={folder}: {_line(error)}"
+            ) from error
+        self._built_in = self._package.conds
+        self._t3 = self._package.t3 = _BoundedT3(self._package.t3)
+
+    def speaker(self, reference: Reference | None) -> Any:
+        """The conditionals of a voice: the reference's, or the built-in one's."""
+        if reference is None:
+            if self._built_in is None:
+                raise VoiceUnavailable(
+                    f"Chatterbox has no built-in voice, which {BUILT_IN_VOICE} in "
+                    "CHATTERBOX_MODEL_DIR would hold: send a reference"
+                )
+            return self._built_in
+        try:
+            # librosa, which reads it, takes an open file as well as a path.
+            self._package.prepare_conditionals(io.BytesIO(reference.wav))
+        except Exception as error:
+            raise InvalidRequest(f"the reference cannot be used: {_line(error)}") from error
+        return self._package.conds
+
+    def speak(self, part: str, speaker: Any, exaggeration: float, stop: threading.Event) -> Wav:
+        """One part of a text; raises _Stopped soon after `stop` is set."""
+        # The package would speak in the voice of whoever was cloned last.
+        self._package.conds = speaker
+        self._t3.stop = stop
+        return _pcm(self._package.generate(part, exaggeration=exaggeration).squeeze(0).numpy())
+
+
+class _BoundedT3:
+    """Chatterbox's text-to-speech-token model, which can be stopped and stops by itself.
+
+    The package lets it make 1,000 tokens of whatever text.
+    """
+
+    def __init__(self, t3: Any) -> None:
+        self.hp = t3.hp
+        self.stop = threading.Event()
+        self._t3 = t3
+
+    def inference(self, *, text_tokens: Any, max_new_tokens: int, **options: Any) -> Any:
+        bound = SPEECH_TOKENS_AT_LEAST + SPEECH_TOKENS_PER_TEXT_TOKEN * text_tokens.shape[-1]
+        with self._t3.tfmr.register_forward_pre_hook(self._check):
+            return self._t3.inference(
+                text_tokens=text_tokens, max_new_tokens=min(max_new_tokens, bound), **options
+            )
+
+    def _check(self, *_: Any) -> None:
+        if self.stop.is_set():
+            raise _Stopped
+
+
+def _pcm(samples: np.ndarray[Any, Any]) -> Wav:
+    """Samples from -1 to 1 as 16-bit ones."""
+    finite = np.nan_to_num(samples, posinf=1.0, neginf=-1.0)
+    return Wav((np.clip(finite, -1.0, 1.0) * 32767).astype(np.int16), SAMPLE_RATE)
+
+
+def _reference(given: bytes | str | Path) -> Reference:
+    try:
+        data = given if isinstance(given, bytes) else Path(given).read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"the reference cannot be read: {error.strerror}") from None
+    return check_reference(data)
+
+
+def _line(error: Exception) -> str:
+    """An error's type and first line: load_state_dict's has hundreds."""
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}"

@@ -1,0 +1,125 @@
+"""What sidecars and speech workers say to each other, as JSON on channels of the event bus.
+
+    worker  -> tts.worker.announced       Announcement, every two seconds
+    sidecar -> tts.requested.<worker_id>  SpeechRequest
+    sidecar -> tts.cancelled.<worker_id>  Cancellation
+    worker  -> tts.spoken.<sidecar_id>    Part 0, Part 1, ... and End; or a Failure
+
+A channel may lose messages, so parts are counted: whoever asked notices a gap.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
+
+ANNOUNCED: Final = "tts.worker.announced"
+MAX_TEXT: Final = 100_000
+MAX_REFERENCE: Final = 10 << 20
+"""Bytes of a reference WAV."""
+MAX_WAV: Final = 20 << 20
+"""Bytes of one part: four minutes at 44.1 kHz."""
+
+Id = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+ReplyChannel = Annotated[str, StringConstraints(pattern=r"^tts\.spoken\.[A-Za-z0-9_-]{1,64}$")]
+
+
+def requested(worker_id: str) -> str:
+    """The channel of a worker's requests."""
+    return f"tts.requested.{worker_id}"
+
+
+def cancelled(worker_id: str) -> str:
+    """The channel on which requests to a worker are taken back."""
+    return f"tts.cancelled.{worker_id}"
+
+
+def spoken(sidecar_id: str) -> str:
+    """The channel of the answers to a sidecar."""
+    return f"tts.spoken.{sidecar_id}"
+
+
+def base64_length(size: int) -> int:
+    """Characters that so many bytes take in base64."""
+    return -(-size // 3) * 4
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Announcement(_Message):
+    """A worker is there.
+
+    Attributes:
+        waiting: requests it has, the one that it speaks included.
+        leaving: it takes no more requests.
+    """
+
+    worker_id: Id
+    voice: str = Field(max_length=64)
+    clones: bool
+    sample_rate: int | None = None
+    waiting: int = Field(ge=0)
+    leaving: bool = False
+
+
+class ReplyTo(_Message):
+    """Where the answers to a request go: enough of one to refuse the rest of it."""
+
+    request_id: Id
+    reply_to: ReplyChannel
+
+
+class SpeechRequest(ReplyTo):
+    """A text to speak, in the voice of the reference if there is one."""
+
+    text: str = Field(max_length=MAX_TEXT)
+    exaggeration: float = Field(ge=0, le=2, allow_inf_nan=False)
+    ref_wav_b64: str | None = Field(None, max_length=base64_length(MAX_REFERENCE))
+
+
+class Cancellation(_Message):
+    """A request whose answer nobody waits for any more."""
+
+    # It must not match a request that is only bad.
+    model_config = ConfigDict(extra="forbid")
+
+    request_id: Id
+
+
+class Part(_Message):
+    """One part of the speech, a whole WAV file."""
+
+    request_id: Id
+    index: int = Field(ge=0)
+    wav_b64: str = Field(max_length=base64_length(MAX_WAV))
+
+
+class End(_Message):
+    """All of the speech is said: so many parts."""
+
+    request_id: Id
+    end: int = Field(ge=0)
+
+
+class Failure(_Message):
+    """No more parts come.
+
+    Attributes:
+        error: one sentence on why.
+        status: what kind of error, as an HTTP status.
+    """
+
+    request_id: Id
+    error: str = Field(max_length=1000)
+    status: int = 503
+
+
+Answer = Part | End | Failure
+
+INCOMING: Final[TypeAdapter[SpeechRequest | Cancellation]] = TypeAdapter(
+    SpeechRequest | Cancellation
+)
+ANSWER: Final[TypeAdapter[Answer]] = TypeAdapter(Answer)

@@ -1,0 +1,216 @@
+"""Speaks requests one after the other: each part goes out on the event bus, the whole is returned.
+
+speaker = Speaker(bus, voice="auto")
+spoken = await speaker.speak("Take the profit.", 0.5, None)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Protocol
+
+from llm_sidecar.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    QueueFull,
+    SidecarError,
+    VoiceUnavailable,
+)
+from llm_sidecar.event_bus import EventBus
+from llm_sidecar.tts import wav
+from llm_sidecar.tts.espeak import EspeakVoice
+from llm_sidecar.tts.text import speakable
+from llm_sidecar.tts.voice import Reference, Voice, Wav
+
+AUDIO_BYTES: Final = "audio.bytes"
+"""Channel of the event bus; a payload is base64 of one whole WAV."""
+
+VoiceChoice = Literal["auto", "espeak", "chatterbox"]
+
+
+class RemoteVoice(Voice, Protocol):
+    """A voice in another process, which may come and go."""
+
+    @property
+    def available(self) -> bool:
+        """Whether it has announced itself within the last seconds."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """A text as speech.
+
+    Attributes:
+        wav: a WAV file: the parts that went out, one after the other.
+        voice: the name of the voice.
+        cloned: whether it speaks with the reference's voice.
+    """
+
+    wav: bytes
+    voice: str
+    cloned: bool
+
+
+class Speaker:
+    """The voices, and a queue in front of them.
+
+    One request speaks at a time, whatever its voice, so the parts of two are never mixed on the
+    bus. A cancelled one stops after the part under way.
+    """
+
+    def __init__(
+        self,
+        bus: EventBus,
+        *,
+        voice: VoiceChoice = "auto",
+        remote: RemoteVoice | None = None,
+        queue_length: int = 64,
+        timeout: float = 120.0,
+    ) -> None:
+        """Loads nothing.
+
+        Args:
+            voice: `auto` takes the remote voice while it is available, else the embedded one.
+            remote: Chatterbox in its worker.
+            queue_length: requests that may speak and wait at once.
+            timeout: seconds from admission to the whole WAV.
+        """
+        self._bus = bus
+        self._setting = voice
+        self._embedded = EspeakVoice()
+        self._remote = remote
+        self._queue_length = queue_length
+        self._timeout = timeout
+        self._slot = asyncio.Lock()
+        self._admitted = 0
+        self._spoken = 0
+        self._recent_seconds = 0.1
+        self._closed = False
+
+    def choose(self) -> Voice:
+        """The voice that would speak now.
+
+        Raises:
+            VoiceUnavailable: the one that is asked for is not there; says what to do.
+        """
+        if self._closed:
+            raise VoiceUnavailable("The server is shutting down; try again.", retry_after=5)
+        if self._setting != "espeak" and self._remote is not None and self._remote.available:
+            return self._remote
+        if self._setting == "chatterbox":
+            raise VoiceUnavailable(
+                "No Chatterbox worker has announced itself: start one on the same REDIS_URL with "
+                "python -m llm_sidecar.tts --voice chatterbox, or set TTS_VOICE=auto.",
+                retry_after=5,
+            )
+        return self._embedded
+
+    async def speak(
+        self, text: str, exaggeration: float = 0.5, reference: Reference | None = None
+    ) -> Spoken:
+        """Speaks a text and publishes each part's WAV as soon as it exists.
+
+        Args:
+            exaggeration: 0 to 2, 0.5 is neutral.
+            reference: whose voice to speak with; a voice that cannot clone ignores it.
+
+        Raises:
+            InvalidRequest: nothing of the text can be spoken.
+            QueueFull, VoiceUnavailable, DeadlineExceeded
+        """
+        if not speakable(text):
+            raise InvalidRequest("text: there is no letter or digit in it to speak")
+        self.choose()
+        with self._admission():
+            try:
+                async with asyncio.timeout(self._timeout), self._slot:
+                    return await self._speak(text, exaggeration, reference)
+            except TimeoutError:
+                raise DeadlineExceeded(
+                    f"The text was not spoken within {self._timeout:g} s; "
+                    "try again later or with less text."
+                ) from None
+
+    async def _speak(self, text: str, exaggeration: float, reference: Reference | None) -> Spoken:
+        # The worker may have come or gone since the request was admitted.
+        voice = self.choose()
+        reference = reference if voice.clones else None
+        began = time.monotonic()
+        parts: list[Wav] = []
+        async with _closing(
+            voice.speak(text, exaggeration=exaggeration, reference=reference)
+        ) as speech:
+            async for part in speech:
+                parts.append(part)
+                await self._bus.publish(AUDIO_BYTES, base64.b64encode(wav.encode(part)).decode())
+                _stop_if_cancelled()
+        if not parts:
+            raise InvalidRequest("text: the voice knows no sound for anything in it")
+        self._spoken += 1
+        self._recent_seconds += 0.2 * (time.monotonic() - began - self._recent_seconds)
+        return Spoken(wav.encode(wav.join(parts)), voice.name, cloned=reference is not None)
+
+    @contextlib.contextmanager
+    def _admission(self) -> Iterator[None]:
+        if self._admitted >= self._queue_length:
+            wait = max(1, round(self._admitted * self._recent_seconds))
+            raise QueueFull(f"The speech queue is full; try again in {wait} s.", retry_after=wait)
+        self._admitted += 1
+        try:
+            yield
+        finally:
+            self._admitted -= 1
+
+    def available(self) -> bool:
+        """Whether a request would be spoken now."""
+        return self._unavailable() is None
+
+    def status(self) -> dict[str, Any]:
+        """The state for `/health`: JSON types only."""
+        reason = self._unavailable()
+        return {
+            "state": "ready" if reason is None else "unavailable",
+            "reason": reason,
+            "voice": self.choose().name if reason is None else None,
+            "waiting": self._admitted,
+            "spoken": self._spoken,
+        }
+
+    def _unavailable(self) -> str | None:
+        try:
+            self.choose()
+        except SidecarError as error:
+            return error.detail
+        return None
+
+    async def close(self) -> None:
+        """Refuses new requests, and frees the voices once the one that speaks has ended."""
+        self._closed = True
+        async with self._slot:
+            for voice in (self._embedded, self._remote):
+                if voice is not None:
+                    await voice.close()
+
+
+def _stop_if_cancelled() -> None:
+    """Python 3.11's `wait_for`, with which redis-py sends, swallows a cancellation that comes as
+    the sending ends (https://github.com/python/cpython/issues/86296)."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
+@contextlib.asynccontextmanager
+async def _closing(parts: AsyncIterator[Wav]) -> AsyncIterator[AsyncIterator[Wav]]:
+    """Ends the generator with the block, not whenever it is collected."""
+    try:
+        yield parts
+    finally:
+        if isinstance(parts, AsyncGenerator):
+            await parts.aclose()

@@ -1,0 +1,147 @@
+"""Cuts a text into the parts that are spoken one by one: at sentences, then clauses, then words.
+
+Cuts are made at white space alone, so `182.40`, `1,234`, `BRK.B` and `ES=F` stay whole, and the
+parts joined with spaces are the text with its white space evened out.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final
+
+MAX_PART: Final = 280
+"""Characters."""
+_FIRST_PART: Final = 120
+"""Characters after which the first part ends at a clause already, so that speech starts soon."""
+_SHORT_PART: Final = 60
+"""Characters below which a later part takes the next sentence too."""
+
+_SENTENCE_PAUSE, _CLAUSE_PAUSE = 0.3, 0.12
+_CLOSING: Final = "\"'”’»)]}*_"
+_SENTENCE_ENDS: Final = (".", "!", "?", "…", "。", "！", "？")
+_CLAUSE_ENDS: Final = (",", ";", ":", "—", "–", "，", "；", "：", "、")
+_DASHES: Final = frozenset({"-", "--", "–", "—"})
+_INITIALS: Final = re.compile(r"(?:[^\W\d_]\.)+")
+_ENUMERATOR: Final = re.compile(r"\d{1,3}\.")
+_ABBREVIATIONS: Final = frozenset(
+    "adj. al. approx. apr. assn. aug. ave. avg. bros. ca. cf. co. corp. dec. dept. dr. eq. esp."
+    " est. etc. ex. feb. fig. ft. gen. gov. hon. hr. hrs. inc. incl. intl. jan. jr. jul. jun. ltd."
+    " max. min. mr. mrs. ms. mt. mtg. no. nos. nov. oct. p. pct. ph.d. pp. pres. prev. prof. pt. q."
+    " rep. resp. rev. sec. sen. sep. sept. sr. st. vol. vs.".split()
+)
+
+
+def plain(text: str) -> str:
+    """The text without what no voice can say: control and private characters become spaces, and
+    invisible ones that only format (soft hyphens, direction marks) go."""
+    return "".join(map(_plain_character, text)).strip()
+
+
+def _plain_character(character: str) -> str:
+    category = unicodedata.category(character)
+    if category == "Cf":
+        return ""
+    # Blank lines are kept: they end a paragraph.
+    return " " if category.startswith("C") and character != "\n" else character
+
+
+def speakable(text: str) -> bool:
+    """Whether there is a letter or a digit to speak."""
+    return any(map(str.isalnum, text))
+
+
+def split(text: str) -> list[str]:
+    """The parts, none longer than `MAX_PART`; only a word that is longer is itself cut.
+
+    The first is short, the others are a sentence each, or several where they are short.
+    """
+    sentences = list(_sentences(plain(text)))
+    if not sentences:
+        return []
+    first, *rest = _split_long(sentences[0], _FIRST_PART)
+    rest = list(_split_long(" ".join(rest), MAX_PART)) if rest else []
+    for sentence in sentences[1:]:
+        rest.extend(_split_long(sentence, MAX_PART))
+    return [first, *_pack(rest, MAX_PART, enough=_SHORT_PART)]
+
+
+def pause_after(part: str) -> float:
+    """Seconds of silence that a reader leaves after a part that is not the last."""
+    ending = part.rstrip(_CLOSING)
+    if ending.endswith(_SENTENCE_ENDS):
+        return _SENTENCE_PAUSE
+    return _CLAUSE_PAUSE if ending.endswith(_CLAUSE_ENDS) else 0.0
+
+
+def _sentences(text: str) -> Iterator[str]:
+    for paragraph in re.split(r"\n\s*\n", text):
+        yield from _groups(paragraph.split(), _ends_sentence)
+
+
+def _clauses(sentence: str) -> Iterator[str]:
+    return _groups(sentence.split(), _ends_clause)
+
+
+def _groups(words: list[str], ends: Callable[[list[str], int], bool]) -> Iterator[str]:
+    start = 0
+    for i in range(len(words)):
+        if i + 1 == len(words) or ends(words, i):
+            yield " ".join(words[start : i + 1])
+            start = i + 1
+
+
+def _ends_clause(words: list[str], i: int) -> bool:
+    return words[i].rstrip(_CLOSING).endswith(_CLAUSE_ENDS)
+
+
+def _ends_sentence(words: list[str], i: int) -> bool:
+    """Whether a sentence ends with the word at `i`, which has one after it."""
+    word, following = words[i].rstrip(_CLOSING), words[i + 1]
+    # A dot before a small letter, or a dash, is no end whatever the word is.
+    if not word.endswith(_SENTENCE_ENDS) or following[0].islower() or following in _DASHES:
+        return False
+    if not word.endswith(".") or word.endswith(".."):
+        return True
+    word = word.lstrip("\"'“‘«([{*_$")
+    starts_sentence = i == 0 or words[i - 1].rstrip(_CLOSING).endswith(_SENTENCE_ENDS)
+    if starts_sentence and _ENUMERATOR.fullmatch(word):
+        return False
+    return not (_INITIALS.fullmatch(word) or word.lower() in _ABBREVIATIONS)
+
+
+def _split_long(sentence: str, limit: int) -> Iterator[str]:
+    """The sentence, or as many clauses and words at a time as fit, and at least one word."""
+    if len(sentence) <= limit:
+        yield sentence
+        return
+    pieces: list[str] = []
+    for clause in _clauses(sentence):
+        if len(clause) <= limit:
+            pieces.append(clause)
+        else:
+            pieces.extend(_pack(_words(clause), limit))
+    yield from _pack(pieces, limit)
+
+
+def _words(clause: str) -> Iterator[str]:
+    """What is no word of any language, or one that is written without spaces, is cut."""
+    for word in clause.split():
+        for start in range(0, len(word), MAX_PART):
+            yield word[start : start + MAX_PART]
+
+
+def _pack(pieces: Iterable[str], limit: int, *, enough: int | None = None) -> Iterator[str]:
+    """Joins neighbours while the result is at most `limit` long, and only as long as what is there
+    is shorter than `enough`."""
+    packed = ""
+    for piece in pieces:
+        wants_more = len(packed) < (limit if enough is None else enough)
+        if packed and (not wants_more or len(packed) + 1 + len(piece) > limit):
+            yield packed
+            packed = piece
+        else:
+            packed = f"{packed} {piece}".strip()
+    if packed:
+        yield packed

@@ -1,0 +1,417 @@
+"""Splitting, WAVs, references, the embedded voice, and the speaker that puts them on the bus."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from llm_sidecar.errors import DeadlineExceeded, InvalidRequest, QueueFull, VoiceUnavailable
+from llm_sidecar.event_bus import EventBus
+from llm_sidecar.tts import wav
+from llm_sidecar.tts.espeak import EspeakVoice
+from llm_sidecar.tts.listeners import BACKLOG, AudioListeners
+from llm_sidecar.tts.reference import MAX_REFERENCE_BYTES, read_reference
+from llm_sidecar.tts.speaker import AUDIO_BYTES, Speaker
+from llm_sidecar.tts.text import MAX_PART, pause_after, plain, split
+from llm_sidecar.tts.voice import Reference, Voice, Wav
+
+LONG = " ".join(f"The position number {n} is up and its stop moves with it." for n in range(20))
+
+
+def tone(seconds: float, rate: int = 16_000) -> Wav:
+    time = np.arange(int(seconds * rate)) / rate
+    return Wav((10_000 * np.sin(2 * np.pi * 220 * time)).astype(np.int16), rate)
+
+
+def loudness(samples: npt.NDArray[np.int16]) -> float:
+    return float(np.sqrt(np.mean(samples.astype(np.float64) ** 2)))
+
+
+async def parts_of(text: str, exaggeration: float = 0.5, voice: Voice | None = None) -> list[Wav]:
+    voice = voice or EspeakVoice()
+    speech = voice.speak(text, exaggeration=exaggeration, reference=None)
+    return [part async for part in speech]
+
+
+# Splitting
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("Hello there.", ["Hello there."]),
+        ("Sell it. The trend is over!", ["Sell it.", "The trend is over!"]),
+        ("Up 3.5 % vs. ES=F, e.g. to 1,234.56 today.", None),
+        ("BRK.B of Apple Inc. Or the U.S. Treasury, by Dr. Smith.", None),
+        ("1. Buy AAPL now.", None),
+        ("It closed at 182.40. Then it fell.", ["It closed at 182.40.", "Then it fell."]),
+        ("He said “Buy!” Then he left.", ["He said “Buy!”", "Then he left."]),
+        ("wait... then buy", None),
+        ("A heading\n\nAnd the text", ["A heading", "And the text"]),
+        (" \n\t ", []),
+    ],
+)
+def test_a_text_is_split_at_sentences_and_nowhere_else(text: str, parts: list[str] | None) -> None:
+    assert split(text) == ([text] if parts is None else parts)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LONG,
+        "value 1,234.56 and BRK.B or ES=F; " * 60,
+        "word " * 999,
+        "One. Two. " * 300,
+        "Ends in dots ... - and dashes — here: " * 40,
+        "“Quoted?” (Yes.) No! " * 50,
+    ],
+)
+def test_no_part_is_long_and_together_they_are_every_word(text: str) -> None:
+    parts = split(text)
+    assert max(map(len, parts)) <= MAX_PART
+    assert " ".join(parts).split() == text.split()
+
+
+def test_a_long_sentence_is_split_at_clauses_and_its_first_part_is_short() -> None:
+    sentence = ", ".join(["the stop moves up because the trend holds"] * 20)
+    first, *rest = split(sentence)
+    assert len(first) <= 120
+    assert all(part.endswith(",") for part in [first, *rest[:-1]])
+
+
+def test_a_word_longer_than_a_part_is_cut() -> None:
+    assert "".join(split("7" * 1000)) == "7" * 1000
+
+
+def test_short_sentences_after_the_first_go_together() -> None:
+    assert len(split("One is done. " * 100)) < 30
+
+
+def test_control_characters_are_spaces_and_invisible_ones_go() -> None:
+    assert plain("a\x00b\x01c\x7f\x1b[d \ue000\ud800so\u00adft\u200b") == "a b c  [d   soft"
+
+
+def test_a_pause_is_as_long_as_the_cut_is_deep() -> None:
+    assert pause_after("The end.”") > pause_after("so far,") > pause_after("so") == 0.0
+
+
+# WAVs and references
+
+
+def riff(kind: int, bits: int, data: bytes, *, channels: int = 1, extra: bytes = b"") -> bytes:
+    block = channels * bits // 8
+    layout = struct.pack("<HHIIHH", kind, channels, 8000, 8000 * block, block, bits) + extra
+    body = b"WAVEfmt " + struct.pack("<I", len(layout)) + layout
+    body += b"LIST" + struct.pack("<I", 3) + b"abc\0"
+    body += b"data" + struct.pack("<I", len(data)) + data
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def test_a_wav_is_read_as_it_was_written() -> None:
+    spoken = tone(0.1)
+    read = wav.decode(wav.encode(spoken))
+    assert read.sample_rate == spoken.sample_rate
+    assert np.array_equal(read.samples, spoken.samples)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "data"),
+    [
+        (1, 8, bytes([128, 192, 64])),
+        (1, 16, np.array([0, 2**14, -(2**14)], "<i2").tobytes()),
+        (1, 24, b"\0\0\0" + b"\0\0\x40" + b"\0\0\xc0"),
+        (1, 32, np.array([0, 2**30, -(2**30)], "<i4").tobytes()),
+        (3, 32, np.array([0, 0.5, -0.5], "<f4").tobytes()),
+        (3, 64, np.array([0, 0.5, -0.5], "<f8").tobytes()),
+    ],
+)
+def test_every_usual_format_gives_the_same_samples(kind: int, bits: int, data: bytes) -> None:
+    expected = [0, 2**14, -(2**14)]
+    assert wav.decode(riff(kind, bits, data)).samples.tolist() == expected
+    extensible = struct.pack("<HHIH", 22, bits, 0, kind) + b"\0" * 14
+    assert wav.decode(riff(0xFFFE, bits, data, extra=extensible)).samples.tolist() == expected
+
+
+def test_channels_are_mixed() -> None:
+    stereo = np.array([[100, 300], [-100, -300]], "<i2").tobytes()
+    assert wav.decode(riff(1, 16, stereo, channels=2)).samples.tolist() == [200, -200]
+
+
+def test_a_reference_is_the_file_as_sent_and_its_length() -> None:
+    file = wav.encode(tone(1.5))
+    assert read_reference(base64.b64encode(file).decode()) == Reference(file, 1.5)
+
+
+GOOD = wav.encode(tone(1.5))
+BAD_REFERENCES = {
+    "not base64": "!!!",
+    "not ascii": "é" * 8,
+    "data url": "data:audio/wav;base64," + base64.b64encode(GOOD).decode(),
+    "empty": "",
+    "no wav": base64.b64encode(b"ID3 is what an mp3 begins with").decode(),
+    "header only": base64.b64encode(GOOD[:12]).decode(),
+    "cut in the format": base64.b64encode(GOOD[:30]).decode(),
+    "no frames": base64.b64encode(wav.encode(tone(0))).decode(),
+    "half a second": base64.b64encode(wav.encode(tone(0.5))).decode(),
+    "ten minutes": base64.b64encode(wav.encode(tone(600, 800))).decode(),
+    "mu-law": base64.b64encode(riff(7, 8, bytes(16_000))).decode(),
+    "no channels": base64.b64encode(riff(1, 16, bytes(16_000), channels=0)).decode(),
+    "nan": base64.b64encode(riff(3, 32, np.full(16_000, np.nan, "<f4").tobytes())).decode(),
+}
+
+
+def test_a_reference_of_too_many_bytes_is_refused() -> None:
+    for size in (MAX_REFERENCE_BYTES + 1, MAX_REFERENCE_BYTES + 9):
+        with pytest.raises(InvalidRequest, match="larger"):
+            read_reference(base64.b64encode(bytes(size)).decode())
+
+
+@pytest.mark.parametrize("encoded", BAD_REFERENCES.values(), ids=BAD_REFERENCES)
+def test_a_bad_reference_is_refused_in_one_sentence(encoded: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"^ref_wav_b64: [^\n]{5,100}$"):
+        read_reference(encoded)
+
+
+def test_the_ends_of_a_part_fade() -> None:
+    part = wav.soften(Wav(np.full(1000, 9000, np.int16), 22_050), pause=0.1)
+    assert part.samples[0] == part.samples[999] == 0
+    assert part.samples[500] == 9000
+    assert len(part.samples) == 1000 + 2205
+
+
+# The embedded voice
+
+
+async def test_speech_is_audible_and_grows_with_the_text() -> None:
+    lengths = []
+    for words in (3, 6, 12):
+        whole = wav.join(await parts_of("momentum " * words))
+        assert whole.sample_rate == 22_050
+        assert loudness(whole.samples) > 1000
+        lengths.append(len(whole.samples) / whole.sample_rate)
+    assert lengths[0] > 0.8
+    assert lengths[1] / lengths[0] == pytest.approx(2, rel=0.25)
+    assert lengths[2] / lengths[1] == pytest.approx(2, rel=0.25)
+
+
+async def test_a_long_texts_first_part_is_less_than_a_tenth_of_it() -> None:
+    first, *rest = [len(part.samples) for part in await parts_of(LONG)]
+    assert first < (first + sum(rest)) / 10
+
+
+async def test_parts_join_without_a_click() -> None:
+    parts = await parts_of(LONG)
+    for part in parts:
+        assert abs(int(part.samples[0])) <= 20
+        assert abs(int(part.samples[-1])) <= 20
+        assert loudness(part.samples) > 1000
+
+
+async def test_sentences_have_a_pause_between_them() -> None:
+    first, last = await parts_of("Sell it now. The trend is over.")
+    silence = int(0.2 * first.sample_rate)
+    assert not first.samples[-silence:].any()
+    assert last.samples[-silence:].any()
+
+
+async def test_exaggeration_changes_rate_and_melody() -> None:
+    text = "The stop moves to one hundred and the target stays where it is."
+    flat, neutral, lively = [
+        len(wav.join(await parts_of(text, value)).samples) for value in (0.0, 0.5, 2.0)
+    ]
+    assert flat > 1.05 * neutral > 1.1 * lively
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<speak><break time='60s'/>Hi</speak>", "[[h@l'oU]] hi", "$(sleep 9) `id` | cat > x", "% & €"],
+)
+async def test_markup_is_plain_text(text: str) -> None:
+    seconds = sum(len(part.samples) / part.sample_rate for part in await parts_of(text))
+    assert 0.3 < seconds < 12.0
+
+
+def test_importing_the_voice_loads_neither_library_nor_model() -> None:
+    code = (
+        "import sys, llm_sidecar.tts.speaker; "
+        "print([m for m in ('torch', 'espeakng_loader', 'lancedb') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+# The speaker
+
+
+class SlowVoice:
+    """Yields the text's words, one when it is told to, and remembers how it ended."""
+
+    name = "chatterbox"
+    clones = True
+    available = True
+
+    def __init__(self) -> None:
+        self.go = asyncio.Semaphore(0)
+        self.ended: list[str] = []
+
+    async def speak(
+        self, text: str, *, exaggeration: float, reference: Reference | None
+    ) -> AsyncIterator[Wav]:
+        try:
+            for word in text.split():
+                await self.go.acquire()
+                yield Wav(np.full(10, int(word), np.int16), 24_000)
+        finally:
+            self.ended.append(text)
+
+    async def close(self) -> None:
+        self.ended.append("close")
+
+
+@pytest.fixture
+async def bus() -> AsyncIterator[EventBus]:
+    bus = EventBus("memory://")
+    await bus.start()
+    yield bus
+    await bus.close()
+
+
+async def heard(bus: EventBus) -> asyncio.Queue[str]:
+    queue: asyncio.Queue[str] = asyncio.Queue()
+    await bus.register_listener_queue(AUDIO_BYTES, queue)
+    return queue
+
+
+async def take(queue: asyncio.Queue[str]) -> bytes:
+    return base64.b64decode(await asyncio.wait_for(queue.get(), 5))
+
+
+async def test_a_text_of_one_part_goes_out_as_the_response_itself(bus: EventBus) -> None:
+    queue = await heard(bus)
+    spoken = await Speaker(bus).speak("Hello there.")
+    assert await take(queue) == spoken.wav
+    assert (spoken.voice, spoken.cloned) == ("espeak", False)
+
+
+async def test_the_parts_that_go_out_add_up_to_the_response(bus: EventBus) -> None:
+    queue = await heard(bus)
+    spoken = await Speaker(bus).speak(LONG)
+    parts = [wav.decode(await take(queue)) for _ in range(len(split(LONG)))]
+    assert wav.encode(wav.join(parts)) == spoken.wav
+
+
+async def test_the_first_part_goes_out_before_the_next_is_spoken(bus: EventBus) -> None:
+    queue, voice = await heard(bus), SlowVoice()
+    speaking = asyncio.create_task(Speaker(bus, remote=voice).speak("1 2"))
+    voice.go.release()
+    assert wav.decode(await take(queue)).samples[0] == 1
+    assert not speaking.done()
+    voice.go.release()
+    assert (await speaking).voice == "chatterbox"
+
+
+async def test_the_parts_of_two_requests_are_not_mixed(bus: EventBus) -> None:
+    queue, voice = await heard(bus), SlowVoice()
+    speaker = Speaker(bus, remote=voice)
+    both = asyncio.gather(speaker.speak("1 2 3"), speaker.speak("4 5 6"))
+    for _ in range(6):
+        voice.go.release()
+    await both
+    order = [int(wav.decode(await take(queue)).samples[0]) for _ in range(6)]
+    assert order == [1, 2, 3, 4, 5, 6]
+
+
+async def test_a_cancelled_request_ends_its_speech_and_the_next_one_speaks(bus: EventBus) -> None:
+    queue, voice = await heard(bus), SlowVoice()
+    speaker = Speaker(bus, remote=voice)
+    first = asyncio.create_task(speaker.speak("1 2"))
+    second = asyncio.create_task(speaker.speak("3"))
+    voice.go.release()
+    await take(queue)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert voice.ended == ["1 2"]
+    voice.go.release()
+    await second
+    assert speaker.status()["waiting"] == 0
+
+
+async def test_a_full_queue_and_a_passed_deadline_are_errors(bus: EventBus) -> None:
+    speaker = Speaker(bus, remote=SlowVoice(), queue_length=1, timeout=0.05)
+    first = asyncio.create_task(speaker.speak("1"))
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFull) as caught:
+        await speaker.speak("2")
+    assert caught.value.retry_after
+    with pytest.raises(DeadlineExceeded):
+        await first
+
+
+async def test_the_setting_and_who_is_there_choose_the_voice(bus: EventBus) -> None:
+    voice = SlowVoice()
+    assert Speaker(bus, voice="auto", remote=voice).choose() is voice
+    assert Speaker(bus, voice="espeak", remote=voice).choose().name == "espeak"
+    voice.available = False
+    assert Speaker(bus, voice="auto", remote=voice).choose().name == "espeak"
+    speaker = Speaker(bus, voice="chatterbox", remote=voice)
+    with pytest.raises(VoiceUnavailable, match="TTS_VOICE") as caught:
+        await speaker.speak("Hello.")
+    assert caught.value.retry_after
+    assert speaker.status()["state"] == "unavailable"
+
+
+async def test_only_a_voice_that_clones_is_given_the_reference(bus: EventBus) -> None:
+    voice = SlowVoice()
+    voice.go.release()
+    reference = Reference(GOOD, 1.5)
+    assert (await Speaker(bus, remote=voice).speak("1", 0.5, reference)).cloned
+    assert not (await Speaker(bus).speak("one", 0.5, reference)).cloned
+
+
+@pytest.mark.parametrize("text", ["...", "?!", "\N{WHITE SMILING FACE}", "\N{HANGUL FILLER}"])
+async def test_what_has_no_sound_is_bad_input_or_spoken(bus: EventBus, text: str) -> None:
+    try:
+        spoken = await Speaker(bus).speak(text)
+    except InvalidRequest as error:
+        assert re.match("text: ", error.detail)
+    else:
+        assert len(wav.decode(spoken.wav).samples)
+
+
+async def test_a_closed_speaker_refuses_and_has_closed_its_voices(bus: EventBus) -> None:
+    voice = SlowVoice()
+    speaker = Speaker(bus, remote=voice)
+    await speaker.close()
+    assert voice.ended == ["close"]
+    with pytest.raises(VoiceUnavailable):
+        await speaker.speak("Hello.")
+
+
+# Listeners
+
+
+async def test_a_slow_listener_loses_its_oldest_and_learns_how_many(bus: EventBus) -> None:
+    listeners = AudioListeners(bus, limit=2)
+    async with listeners.listen() as slow, listeners.listen() as quick:
+        received: list[Any] = []
+        for n in range(BACKLOG + 5):
+            await bus.publish(AUDIO_BYTES, str(n))
+            received.append(await asyncio.wait_for(quick.get(), 5))
+        assert received == [str(n) for n in range(BACKLOG + 5)]
+        assert (slow.take_lost(), quick.take_lost(), listeners.lost) == (5, 0, 5)
+        assert [slow.get_nowait() for _ in range(BACKLOG)] == received[5:]
+        with pytest.raises(QueueFull, match="MAX_AUDIO_LISTENERS"):
+            async with listeners.listen():
+                pass
+    assert listeners.count == 0
