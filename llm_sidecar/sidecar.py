@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import hashlib
 import json
 import logging
 import uuid
@@ -199,7 +200,10 @@ class Sidecar:
             DatabaseUnavailable: it is not stored; the caller still has it.
         """
         await self.archive.append_feedback(feedback)
-        await self._publish(FEEDBACK_SUBMITTED, feedback.model_dump(mode="json"))
+        # With its id, by which whoever hears of it knows it again.
+        feedback_id = feedback.as_row()["feedback_id"]
+        stored = feedback.model_dump(mode="json") | {"feedback_id": feedback_id}
+        await self._publish(FEEDBACK_SUBMITTED, stored)
 
     async def swap_adapter(self) -> datetime.date | None:
         """Takes Phi-3's newest adapter into use, or none where there is none.
@@ -267,6 +271,10 @@ class Sidecar:
             # The type only: the message quotes what people wrote.
             log.error("feedback on the event bus is not valid: %s", type(error).__name__)
             return
+        if feedback.feedback_id is None and not json.loads(payload).get("timestamp"):
+            # Each sidecar that hears it gives it a time of its own, and all of them the same id.
+            feedback_id = hashlib.sha256(payload.encode()).hexdigest()
+            feedback = feedback.model_copy(update={"feedback_id": feedback_id})
         await self.archive.append_feedback(feedback)
 
     async def _log_run(

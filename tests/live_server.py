@@ -50,6 +50,12 @@ class LiveServer:
     def wait_until_ready(self) -> None:
         self.wait_until(lambda: self.client.get("/health/ready").status_code == 200)
 
+    def wait_until_database_is_open(self) -> None:
+        def is_open() -> bool:
+            return bool(self.client.get("/health").json()["database"]["state"] == "open")
+
+        self.wait_until(is_open)
+
     def worker(self, name: str) -> int:
         """The process id of a model's worker."""
         pid: int = self.client.get("/health").json()["models"][name]["pid"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -63,6 +64,7 @@ async def test_a_row_comes_back_as_it_went_in(store: Store) -> None:
     await store.log_hermes_score({"run_id": "r-1", "timestamp": NOW, "score": 0.25})
     (feedback,) = await store.last("phi3_feedback", 5)
     assert feedback.pop("corrected_proposal") == '{"ticker":"ABC","confidence":0.5}'
+    assert len(feedback.pop("feedback_id")) == 64
     assert feedback == FEEDBACK | {"schema_version": "1.0"}
     (run,) = await store.last("orchestrator_runs", 5)
     assert run == RUN | {"error_message": None}
@@ -159,6 +161,42 @@ async def test_feedback_delivered_twice_is_one_row(store: Store, tmp_path: Path)
     await other_process.close()
     rows = await store.last("phi3_feedback", 0)
     assert sorted(row["feedback_type"] for row in rows) == ["human_edit", "rating"]
+
+
+def _append_the_same(folder: Path, number: int, rounds: int, barrier: Any) -> None:
+    """One of several processes that store the same feedback at the same moment."""
+
+    async def append() -> None:
+        store = await Store.open(folder)
+        for turn in range(rounds):
+            barrier.wait(30)
+            # Each gives it a time of its own, as sidecars do that hear it without one.
+            when = NOW + datetime.timedelta(seconds=number)
+            await store.append_feedback(
+                FEEDBACK | {"timestamp": when, "feedback_id": f"published-{turn}"}
+            )
+        await store.close()
+
+    asyncio.run(append())
+
+
+async def test_processes_that_store_the_same_feedback_at_once_store_it_once(tmp_path: Path) -> None:
+    await (await Store.open(tmp_path)).close()
+    spawn = multiprocessing.get_context("spawn")
+    barrier = spawn.Barrier(3)
+    processes = [
+        spawn.Process(target=_append_the_same, args=(tmp_path, number, 10, barrier))
+        for number in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        await asyncio.to_thread(process.join, 60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    store = await Store.open(tmp_path)
+    rows = await store.last("phi3_feedback", 0)
+    await store.close()
+    assert sorted(row["feedback_id"] for row in rows) == [f"published-{n}" for n in range(10)]
 
 
 async def test_different_feedback_in_the_same_second_is_two_rows(store: Store) -> None:

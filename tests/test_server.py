@@ -245,16 +245,45 @@ async def test_feedback_is_stored_once_whoever_publishes_it(
             await bus.publish("phi3.feedback.submitted", "not even json")
             for _ in range(2):
                 await bus.publish("phi3.feedback.submitted", json.dumps(theirs))
-            await asyncio.to_thread(
-                server.wait_until,
-                lambda: server.client.get("/health").json()["database"]["rows_written"] >= 2,
-            )
+            await asyncio.to_thread(wait_for_rows, server, 2)
     finally:
         await bus.close()
     store = await Store.open(tmp_path / "lancedb")
     rows = await store.last("phi3_feedback", 0)
     await store.close()
     assert sorted(row["transaction_id"] for row in rows) == ["ours", "theirs"]
+
+
+async def test_feedback_that_several_sidecars_hear_is_stored_once(
+    redis_url: str, random_models: dict[str, str], tmp_path: Path
+) -> None:
+    environ = random_models | {"REDIS_URL": redis_url}
+    bus, _ = await collect(redis_url, "phi3.feedback.submitted")
+    try:
+        with serve(tmp_path, **environ) as one, serve(tmp_path, **environ) as other:
+            for server in (one, other):
+                await asyncio.to_thread(server.wait_until_database_is_open)
+            for number in range(10):
+                feedback = {
+                    "transaction_id": f"t-{number}",
+                    "feedback_type": "rating",
+                    "feedback_content": "5",
+                }
+                await bus.publish("phi3.feedback.submitted", json.dumps(feedback))
+            for server in (one, other):
+                await asyncio.to_thread(wait_for_rows, server, 10)
+    finally:
+        await bus.close()
+    store = await Store.open(tmp_path / "lancedb")
+    rows = await store.last("phi3_feedback", 0)
+    await store.close()
+    assert sorted(row["transaction_id"] for row in rows) == [f"t-{n}" for n in range(10)]
+
+
+def wait_for_rows(server: LiveServer, count: int) -> None:
+    server.wait_until(
+        lambda: server.client.get("/health").json()["database"]["rows_written"] >= count
+    )
 
 
 async def test_a_walk_leaves_a_run_and_a_score(

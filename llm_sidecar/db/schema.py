@@ -7,6 +7,7 @@ Timestamps are aware UTC with microseconds; a naive one counts as UTC. An object
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -19,13 +20,6 @@ FEEDBACK: Final = "phi3_feedback"
 RUNS: Final = "orchestrator_runs"
 SCORES: Final = "hermes_scores"
 TABLES: Final = (FEEDBACK, RUNS, SCORES)
-
-FEEDBACK_KEY: Final = ("transaction_id", "timestamp", "feedback_type", "feedback_content")
-"""What makes two feedback rows the same one, however often it is delivered.
-
-The content is part of it because a client's clock may count in seconds. The corrected proposal is
-not: it may be null, and null equals nothing in a join.
-"""
 
 
 def _as_utc(value: datetime.datetime) -> datetime.datetime:
@@ -75,13 +69,28 @@ class _Row(BaseModel):
 
 
 class Phi3FeedbackSchema(_Row):
-    """What somebody said of a proposal."""
+    """What somebody said of a proposal.
 
+    Attributes:
+        feedback_id: makes two deliveries the same feedback. Where none is given it follows from
+            transaction, time, type and content; the content, because a clock may count in seconds.
+    """
+
+    feedback_id: str | None = Field(None, min_length=1, max_length=128)
     transaction_id: str = Field(min_length=1)
     feedback_type: Literal["correction", "rating", "qualitative_comment", "human_edit"]
     feedback_content: str | JsonObject
     schema_version: str = "1.0"
     corrected_proposal: JsonObject | None = None
+
+    def as_row(self) -> dict[str, Any]:
+        """Column values as Arrow takes them."""
+        row = super().as_row()
+        key = json.dumps([str(row[column]) for column in _FEEDBACK_KEY])
+        return row | {"feedback_id": self.feedback_id or hashlib.sha256(key.encode()).hexdigest()}
+
+
+_FEEDBACK_KEY: Final = ("transaction_id", "timestamp", "feedback_type", "feedback_content")
 
 
 class OrchestratorRunSchema(_Row):
@@ -119,6 +128,8 @@ def arrow_schemas() -> dict[str, pa.Schema]:
                 text("feedback_content"),
                 text("schema_version"),
                 text("corrected_proposal", nullable=True),
+                # Makes two processes that insert the same one at once conflict, and one retry.
+                text("feedback_id").with_metadata({"lance-schema:unenforced-primary-key": "true"}),
             ]
         ),
         RUNS: pa.schema(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
-import hashlib
 import json
 import os
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
@@ -14,7 +13,6 @@ from typing import Any, Final, TypeVar
 
 from llm_sidecar.db.schema import (
     FEEDBACK,
-    FEEDBACK_KEY,
     RUNS,
     SCORES,
     TABLES,
@@ -32,7 +30,7 @@ _CALL_SECONDS: Final = 5.0
 """Deadline of one read or write; a remote store takes far longer to fail by itself."""
 _OPEN_SECONDS: Final = 30.0
 _CACHE_BYTES: Final = 16 << 20
-_REMEMBERED_KEYS: Final = 10_000
+_REMEMBERED_IDS: Final = 10_000
 _MOST_ROWS: Final = 2**31 - 1
 """The greatest limit that lancedb takes."""
 
@@ -51,7 +49,7 @@ class Store:
         self._tables = dict(tables)
         self._waiting: list[tuple[str, dict[str, Any], asyncio.Future[None]]] = []
         self._arrived = asyncio.Event()
-        self._stored_keys: dict[bytes, None] = {}
+        self._stored_ids: dict[str, None] = {}
         self._rows_written = 0
         self._closed = False
         self._writer = asyncio.create_task(self._write_batches())
@@ -103,14 +101,14 @@ class Store:
         self._connection.close()
 
     async def append_feedback(self, row: Phi3FeedbackSchema | Mapping[str, Any]) -> None:
-        """Stores feedback, once however often it comes (see `FEEDBACK_KEY`).
+        """Stores feedback, once however often its `feedback_id` comes, also to other processes.
 
         Raises:
             pydantic.ValidationError: a dict is no feedback.
             DatabaseUnavailable: it is not certain that the row is stored; a retry is safe.
         """
         values = Phi3FeedbackSchema.model_validate(row).as_row()
-        if _feedback_key(values) not in self._stored_keys:
+        if values["feedback_id"] not in self._stored_ids:
             await self._append(FEEDBACK, values)
 
     async def log_run(self, row: OrchestratorRunSchema | Mapping[str, Any]) -> None:
@@ -225,12 +223,12 @@ class Store:
 
     async def _merge_feedback(self, values: list[dict[str, Any]]) -> None:
         # merge_insert takes two equal keys inside one batch for two rows.
-        unique = {_feedback_key(row): row for row in values}
-        merge = self._tables[FEEDBACK].merge_insert(list(FEEDBACK_KEY))
+        unique = {row["feedback_id"]: row for row in values}
+        merge = self._tables[FEEDBACK].merge_insert(["feedback_id"])
         await merge.when_not_matched_insert_all().execute(_arrow(FEEDBACK, list(unique.values())))
-        self._stored_keys.update(dict.fromkeys(unique))
-        while len(self._stored_keys) > _REMEMBERED_KEYS:
-            del self._stored_keys[next(iter(self._stored_keys))]
+        self._stored_ids.update(dict.fromkeys(unique))
+        while len(self._stored_ids) > _REMEMBERED_IDS:
+            del self._stored_ids[next(iter(self._stored_ids))]
 
     async def _newest(self, query: Any, count: int) -> list[dict[str, Any]]:
         from lancedb.query import ColumnOrdering
@@ -264,12 +262,6 @@ def _require_folder(folder: Path, create: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     elif not folder.is_dir():
         raise FileNotFoundError("There is no database")
-
-
-def _feedback_key(values: Mapping[str, Any]) -> bytes:
-    """A digest of the key: a thousand contents of a megabyte are not to be kept in memory."""
-    key = json.dumps([str(values[column]) for column in FEEDBACK_KEY])
-    return hashlib.sha256(key.encode()).digest()
 
 
 async def _read(query: Coroutine[Any, Any, T]) -> T:
