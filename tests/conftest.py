@@ -9,6 +9,7 @@ import pytest
 
 from tests.live_server import LiveServer, serve
 from tests.random_models import convert_to_onnx, write_transformers_folder
+from tests.redis_server import RedisServer
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +39,13 @@ def random_models(random_phi3_onnx: Path, random_hermes_onnx: Path) -> dict[str,
         "MICRO_LLM_MODEL_PATH": str(random_phi3_onnx / "model.onnx"),
         "HERMES_MODEL_PATH": str(random_hermes_onnx),
     }
+
+
+@pytest.fixture(scope="module")
+def redis_url() -> Iterator[str]:
+    """A real Redis that a module's tests share."""
+    with RedisServer() as redis:
+        yield redis.url
 
 
 @pytest.fixture(scope="module")

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import llguidance
 import pytest
+from transformers import AutoTokenizer
 
 from llm_sidecar import hermes_plugin, proposals
-from llm_sidecar.demo import evaluate, judgement, market
+from llm_sidecar.demo import evaluate, judgement, market, training
 from llm_sidecar.demo.situations import SITUATIONS, answer
 from llm_sidecar.demo.tickers import random_ticker, split_of
-from llm_sidecar.engines import Engine, GenerationRequest, load_engine
+from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
 from llm_sidecar.loader import DEMO_DIR
 from tests.live_server import ROOT
 
@@ -89,13 +90,54 @@ def test_the_score_grows_with_reward_to_risk(stop: float, target: float, points:
 
 
 def test_hermes_lessons_use_the_servers_own_prompts() -> None:
+    teach = judgement.teacher(1)
+    chats = [teach(1.0).messages for _ in range(200)]
+    whole = [chat for chat in chats if chat[0]["role"] == "system"]
+    assert len(whole) > 100
     tasks = set()
-    for chat in itertools.islice(judgement.chats(1), 200):
+    for chat in whole:
         assert chat[0]["content"] == hermes_plugin.SYSTEM_PROMPT
         tasks.add(chat[1]["content"].rpartition("\n\n")[2])
         if chat[1]["content"].endswith(hermes_plugin.SCORE_TASK):
             assert chat[-1]["content"] in hermes_plugin.SCORE_ANSWERS
     assert {hermes_plugin.SCORE_TASK, hermes_plugin.CRITIQUE_TASK} <= tasks
+
+
+# Lessons
+
+
+def test_lessons_begin_short_and_end_as_the_server_asks() -> None:
+    teach = market.teacher(1)
+    first = [teach(0.0) for _ in range(200)]
+    assert all(len(lesson.messages) == 2 for lesson in first)
+    assert all(len(lesson.messages[0]["content"]) <= 70 for lesson in first)
+    last = [teach(1.0) for _ in range(200)]
+    assert all(les.messages[0]["content"] == proposals.SYSTEM_PROMPT for les in last)
+    assert any(len(lesson.messages) > 3 for lesson in last)
+
+
+def test_only_what_the_assistant_says_is_learned() -> None:
+    tokenizer = load_tokenizer()
+    messages = [
+        Message(role="user", content="Long ABC"),
+        Message(role="assistant", content='{"ticker":"ABC","action":"pass"}'),
+    ]
+    whole = training.encode(tokenizer, training.Lesson(messages))
+    assert tokenizer.decode(whole.ids) == (
+        '<|user|>\nLong ABC<|end|>\n<|assistant|>\n{"ticker":"ABC","action":"pass"}<|end|>'
+    )
+    learned = [label for label in whole.labels if label >= 0]
+    assert tokenizer.decode(learned) == '{"ticker":"ABC","action":"pass"}<|end|>'
+    head = training.encode(tokenizer, training.Lesson(messages, last=13))
+    assert head.ids == whole.ids[: len(head.ids)]
+    assert tokenizer.decode([label for label in head.labels if label >= 0]).startswith(
+        '{"ticker":"AB'
+    )
+    assert tokenizer.eos_token_id not in head.labels
+
+
+def load_tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(DEMO_DIR / "phi3")
 
 
 # Measuring
@@ -125,18 +167,18 @@ def test_the_handwritten_prompts_hold_what_they_claim() -> None:
 # The recipe, from end to end but short
 
 
-@pytest.mark.parametrize("name", ["phi3", "hermes"])
-def test_the_recipe_makes_a_folder_that_an_engine_loads(name: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "llm_sidecar.demo", "train", "--only", name]
-    command += ["--scale", "0.0005", "--threads", "1", "--out", str(tmp_path)]
+def test_the_recipe_makes_folders_that_an_engine_loads(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "llm_sidecar.demo", "train"]
+    command += ["--scale", "0.0005", "--out", str(tmp_path)]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240
     )
     assert done.returncode == 0, done.stderr
-    assert f"{name}: step" in done.stderr
-    engine = load_engine(tmp_path / name, device="cpu")
-    assert engine.context_length == 8192
-    assert evaluate.propose(engine, "Long ABC, rsi 78")["rationale"]
+    for name in ("phi3", "hermes"):
+        assert f"{name}: step" in done.stderr
+        engine = load_engine(tmp_path / name, device="cpu")
+        assert engine.context_length == 8192
+        assert evaluate.propose(engine, "Long ABC, rsi 78")["rationale"]
 
 
 # The models that are shipped

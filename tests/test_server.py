@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -18,7 +17,6 @@ import pytest
 from llm_sidecar.db import Store
 from llm_sidecar.event_bus import EventBus
 from tests.live_server import ROOT, LiveServer, free_port, is_running, serve
-from tests.redis_server import RedisServer
 
 PROMPT = {"prompt": "Long ABC from 100, now 112.5, RSI 81."}
 LONG = PROMPT | {"max_length": 7900}
@@ -189,12 +187,6 @@ def tracked_and_not() -> set[Path]:
 
 
 # With a real Redis
-
-
-@pytest.fixture(scope="module")
-def redis_url() -> Any:
-    with RedisServer() as redis:
-        yield redis.url
 
 
 async def collect(url: str, *channels: str) -> tuple[EventBus, dict[str, asyncio.Queue[str]]]:

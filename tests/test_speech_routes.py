@@ -224,6 +224,19 @@ def test_every_listener_gets_every_wav(voice: LiveServer) -> None:
     voice.wait_until(lambda: listening(voice) == 0, 2)
 
 
+def test_a_listener_hears_what_other_sidecars_speak(redis_url: str, tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        folder.mkdir()
+    with (
+        serve(folders[0], REDIS_URL=redis_url) as one,
+        serve(folders[1], REDIS_URL=redis_url) as other,
+        listener(one) as lines,
+    ):
+        spoken = say(other, "Said next door.").content
+        assert event(lines) == spoken
+
+
 def test_a_long_texts_first_part_arrives_before_the_response(voice: LiveServer) -> None:
     with listener(voice) as lines, ThreadPoolExecutor(1) as pool:
         whole = pool.submit(say, voice, " ".join([LONG] * 4))

@@ -25,7 +25,7 @@ from llm_sidecar.event_bus import EventBus
 from llm_sidecar.tts import wav as wavs
 from llm_sidecar.tts.remote import RemoteVoice
 from llm_sidecar.tts.voice import Reference, Wav
-from tests.live_server import ROOT
+from tests.live_server import ROOT, serve
 from tests.redis_server import RedisServer, require_redis
 
 TIMEOUT = float(os.environ.get("CHATTERBOX_TEST_TIMEOUT", "600"))
@@ -175,6 +175,39 @@ async def test_a_bad_exaggeration_and_a_bad_reference_are_refused(voice: RemoteV
         await say(voice, "Up.", exaggeration=2.5)
     with pytest.raises(InvalidRequest):
         await say(voice, "Up.", reference=Reference(b"no WAV", 1.0))
+
+
+@pytest.mark.parametrize("cloning", [False, True])
+def test_a_server_speaks_through_it(
+    worker: Worker, server: RedisServer, tmp_path: Path, cloning: bool
+) -> None:
+    body = {"text": "Up."}
+    if cloning:
+        body["ref_wav_b64"] = base64.b64encode(siren(1.6).wav).decode()
+    with serve(
+        tmp_path,
+        REDIS_URL=server.url,
+        TTS_VOICE="chatterbox",
+        TTS_TIMEOUT_SECONDS=str(TIMEOUT),
+    ) as sidecar:
+        sidecar.client.timeout = TIMEOUT
+        sidecar.wait_until(
+            lambda: sidecar.client.get("/health").json()["speech"]["state"] == "ready"
+        )
+        started = time.monotonic()
+        response = sidecar.client.post("/speak", json=body)
+    assert response.status_code == 200, response.text
+    assert response.headers["x-voice"] == "chatterbox"
+    assert "x-voice-reference" not in response.headers
+    spoken = wavs.decode(response.content)
+    log.info(
+        "/speak %s a reference: %.2f s of speech at %d Hz within %.1f s",
+        "with" if cloning else "without",
+        len(spoken.samples) / spoken.sample_rate,
+        spoken.sample_rate,
+        time.monotonic() - started,
+    )
+    assert is_speech(spoken, "Up.")
 
 
 async def test_a_cancelled_text_makes_room_for_the_next(voice: RemoteVoice) -> None:
