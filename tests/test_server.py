@@ -282,6 +282,7 @@ async def test_a_walk_leaves_a_run_and_a_score(
     random_models: dict[str, str], tmp_path: Path
 ) -> None:
     with serve(tmp_path, **random_models) as server:
+        server.wait_until_database_is_open()
         response = server.client.post("/propose_trade_adjustments", json=PROMPT)
     transaction = response.json()["transaction_id"]
     store = await Store.open(tmp_path / "lancedb")
