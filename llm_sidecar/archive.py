@@ -42,6 +42,7 @@ class Archive:
             examples: greatest number of few-shot examples.
         """
         self.examples: tuple[Example, ...] = ()
+        self._corrected: dict[str, dict[str, Any]] = {}
         self.mean_score: float | None = None
         self.num_scores = 0
         self._uri = uri
@@ -75,16 +76,27 @@ class Archive:
         """Whether rows can be stored now."""
         return self._store is not None
 
-    async def append_feedback(self, feedback: Phi3FeedbackSchema) -> None:
-        """Stores feedback; a correction is a few-shot example from the next proposal on.
+    async def append_feedback(self, feedback: Phi3FeedbackSchema) -> bool:
+        """Stores feedback; a correction can be a few-shot example from the next proposal on.
+
+        Returns:
+            Whether it is one: its run is known, its prompt short and the correction valid.
 
         Raises:
             DatabaseUnavailable: the row is not stored.
         """
         store = await self._opened()
         await store.append_feedback(feedback)
-        if feedback.corrected_proposal is not None:
+        if feedback.corrected_proposal is None:
+            return False
+        try:
             await self._refresh_examples(store)
+        except DatabaseUnavailable as error:
+            # The row is stored, and that is what was asked for.
+            log.error("the examples are not refreshed: %s", error.detail)
+            self._stale.set()
+        example = self._corrected.get(feedback.transaction_id)
+        return example == feedback.corrected_proposal
 
     async def log_run(self, run: OrchestratorRunSchema) -> None:
         """Stores a run; raises DatabaseUnavailable where that is not possible."""
@@ -142,11 +154,12 @@ class Archive:
             return
         newest_first = await store.recent_corrections(4 * self._max_examples)
         usable = [
-            Example(prompt, corrected)
-            for prompt, corrected, _ in newest_first
+            (transaction_id, Example(prompt, corrected))
+            for prompt, corrected, transaction_id in newest_first
             if len(prompt) <= _LONGEST_EXAMPLE and _is_proposal(corrected)
-        ]
-        self.examples = tuple(reversed(usable[: self._max_examples]))
+        ][: self._max_examples]
+        self.examples = tuple(example for _, example in reversed(usable))
+        self._corrected = {name: example.proposal for name, example in usable}
 
 
 def _is_proposal(value: dict[str, Any]) -> bool:

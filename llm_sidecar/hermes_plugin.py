@@ -130,8 +130,9 @@ def score_with_hermes(proposal: dict[str, Any], context: str | None = None) -> f
         return _read_score(engine.answer_probabilities(messages, SCORE_ANSWERS))
     except SidecarError as error:
         log.error("scoring failed: %s", error.detail)
-    except (OSError, RuntimeError, TypeError, ValueError):
-        log.exception("scoring failed")
+    except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
+        # The type only: a runtime's message may quote the prompt.
+        log.error("scoring failed: %s", type(error).__name__)
     return -1.0
 
 
@@ -142,4 +143,4 @@ def _read_score(probabilities: Mapping[str, float]) -> float:
     try:
         return expected_score(probabilities)
     except ValueError as error:
-        raise ModelUnavailable(f"hermes gave no score: {error}") from error
+        raise ModelUnavailable(f"hermes gave no score: {error}", retry_after=1) from error

@@ -12,9 +12,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 from llm_sidecar.engines import Engine, load_engine
-from llm_sidecar.errors import ModelUnavailable
+from llm_sidecar.errors import AdapterRejected, ModelUnavailable
 from llm_sidecar.settings import DEFAULT_HERMES, DEFAULT_PHI3, Settings
 
 DEMO_DIR: Final = Path(__file__).resolve().parent / "demo"
@@ -55,21 +56,38 @@ def locate_hermes(settings: Settings) -> ModelFiles:
 def phi3_model_file(settings: Settings) -> Path:
     """Where Phi-3's model file is looked for; the demo's where the demo stands in."""
     path = settings.phi3_path or DEFAULT_PHI3
-    if settings.phi3_path is None and settings.demo and not path.exists():
+    if settings.phi3_path is None and settings.demo and not _exists(path):
         return DEMO_DIR / "phi3" / "model.onnx"
     return path
+
+
+def phi3_model_file_exists(settings: Settings) -> bool:
+    """Whether that file is there and may be seen."""
+    return _exists(phi3_model_file(settings))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        # A folder that may not be read, a name that is too long.
+        return False
 
 
 def _locate(
     name: str, variable: str, configured: Path | None, default: Path, settings: Settings
 ) -> ModelFiles:
     path = configured or default
-    if configured is None and settings.demo and not path.exists():
+    if configured is None and settings.demo and not _exists(path):
         return ModelFiles(f"{name}/demo", DEMO_DIR / name)
-    folder = (path.parent if path.is_file() else path).resolve()
-    if any((folder / config).is_file() for config in ("genai_config.json", "config.json")):
-        return ModelFiles(f"{name}/{folder.name}", folder)
-    what = "holds no genai_config.json or config.json" if path.exists() else "does not exist"
+    try:
+        folder = (path.parent if path.is_file() else path).resolve()
+        if any((folder / config).is_file() for config in ("genai_config.json", "config.json")):
+            # Quoted, because it travels in a header.
+            return ModelFiles(f"{name}/{quote(folder.name)}", folder)
+        what = "holds no genai_config.json or config.json" if path.exists() else "does not exist"
+    except OSError as error:
+        what = f"cannot be read: {error.strerror}"
     raise ModelUnavailable(
         f"The {name} model is missing: {path} {what}; set {variable} to the model, "
         "or SIDECAR_DEMO=true to try the built-in toy",
@@ -86,11 +104,19 @@ def get_latest_adapter_dir(base_path: Path | str) -> Path | None:
     Returns:
         The newest `YYYYMMDD` or `YYYYMMDD-dpo` folder that holds an `adapter_config.json`, the
         `-dpo` one of two of the same date; None where there is none.
+
+    Raises:
+        AdapterRejected: the folder cannot be read.
     """
     base = Path(base_path)
-    if not base.is_dir():
+    try:
+        dated = [(adapter_date(path), path.name, path) for path in base.iterdir()]
+    except FileNotFoundError:
         return None
-    dated = [(adapter_date(path), path.name, path) for path in base.iterdir()]
+    except OSError as error:
+        raise AdapterRejected(
+            f"The adapters cannot be read: {base}: {error.strerror}; set PHI3_ADAPTER_DIR."
+        ) from None
     valid = [
         (date, name, path)
         for date, name, path in dated

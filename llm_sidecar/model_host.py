@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -112,6 +113,7 @@ class ModelHost:
         self._watchdogs: set[asyncio.Task[None]] = set()
         self._restarts = 0
         self._next_load = 0.0
+        self._died = -math.inf
         self._tokens_before = 0
         self._recent_seconds = 1.0
         self._closed = False
@@ -177,19 +179,29 @@ class ModelHost:
             self._start()
             by = time.monotonic() + self._limits.load_timeout
             await self._ready(by)
+            name = None if adapter is None else adapter.name
             try:
                 successor = await self._loaded_worker(adapter)
             except ModelUnavailable as error:
-                name = None if adapter is None else adapter.name
                 raise AdapterRejected(f"The adapter {name} is refused: {error.detail}") from None
-            # With the slot held no request runs, and the next one meets the successor.
-            async with self._slot:
-                replaced = await self._ready(by)
-                self._successor, self._adapter = successor, adapter
-                self._worker = asyncio.get_running_loop().create_future()
-                self._state = "loading"
-                await replaced.stop()
-                await self._ready(by)
+            except OSError as error:
+                raise AdapterRejected(
+                    f"The adapter {name} is refused: no worker can be started: {error.strerror}"
+                ) from None
+            handed_over = False
+            try:
+                # With the slot held no request runs, and the next one meets the successor.
+                async with self._slot:
+                    replaced = await self._ready(by)
+                    self._successor, self._adapter = successor, adapter
+                    handed_over = True
+                    self._worker = asyncio.get_running_loop().create_future()
+                    self._state = "loading"
+                    await replaced.stop()
+                    await self._ready(by)
+            finally:
+                if not handed_over:
+                    await successor.stop()
 
     def available(self) -> bool:
         """Whether a request would be served, now or after loading."""
@@ -222,14 +234,20 @@ class ModelHost:
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.wait([self._supervisor])
+        if self._successor is not None:
+            await self._successor.stop()
+        if self._worker is not None and not self._worker.done():
+            self._worker.set_exception(
+                ModelUnavailable("The server is shutting down; try again.", retry_after=5)
+            )
+            self._worker.exception()
         for task in (*self._watchdogs,):
             task.cancel()
         self._state = "unloaded"
 
     async def _call(self, op: str, **body: Any) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
         """Admits a request, waits for its turn and the model, and yields (label, message)s."""
-        if self._closed:
-            raise ModelUnavailable("The server is shutting down; try again.", retry_after=5)
+        self._check_open()
         if self._admitted >= self._limits.queue_length:
             wait = max(1, round(self._admitted * self._recent_seconds))
             raise QueueFull(
@@ -301,7 +319,12 @@ class ModelHost:
         self._watchdogs.add(task)
         task.add_done_callback(self._watchdogs.discard)
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ModelUnavailable("The server is shutting down; try again.", retry_after=5)
+
     def _start(self) -> None:
+        self._check_open()
         if self._supervisor is not None and not self._supervisor.done():
             return
         self._locate()
@@ -310,18 +333,24 @@ class ModelHost:
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def _ready(self, by: float) -> WorkerProcess:
-        """The worker, as soon as it is ready; ModelUnavailable when it is not by then."""
+        """The worker, as soon as it is ready; ModelUnavailable when it is not by then.
+
+        One that has died meanwhile gets as long to be replaced as one that is loaded first.
+        """
         while True:
+            if self._supervisor is None or self._supervisor.done():
+                self._check_open()
             future = self._worker
             if future is None:
                 raise ModelUnavailable(f"{self.name} is not loaded.", retry_after=1)
-            if not future.done() and self._next_load > by:
+            until = max(by, self._died + self._limits.load_wait)
+            if not future.done() and self._next_load > until:
                 raise ModelUnavailable(
                     f"The {self.name} model is not available: {self._reason}.",
                     retry_after=max(1, round(self._next_load - time.monotonic())),
                 )
             if not future.done():
-                await asyncio.wait([future], timeout=max(0.0, by - time.monotonic()))
+                await asyncio.wait([future], timeout=max(0.0, until - time.monotonic()))
             if not future.done():
                 raise ModelUnavailable(f"The {self.name} model is still loading.", retry_after=5)
             worker = future.result()
@@ -331,13 +360,14 @@ class ModelHost:
             await asyncio.sleep(0)
 
     async def _supervise(self) -> None:
-        """Keeps a worker running until it is cancelled; gives up when the first load fails."""
+        """Keeps a worker running until it is cancelled."""
         failures = 0
         while True:
             began = time.monotonic()
             try:
                 async with self._running_worker() as worker:
                     await worker.ended.wait()
+                    self._died = time.monotonic()
                     self._tokens_before += worker.tokens
                     reason = f"The {self.name} worker ended ({worker.how_it_ended()})"
                 if self._successor is not None:

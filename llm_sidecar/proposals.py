@@ -27,6 +27,10 @@ SYSTEM_PROMPT: Final = (
 )
 
 
+def _without_default(schema: dict[str, Any]) -> None:
+    del schema["default"]
+
+
 class Proposal(BaseModel):
     """The public schema of a proposal; see section 1 of the contract."""
 
@@ -35,7 +39,9 @@ class Proposal(BaseModel):
     ticker: str = Field(min_length=1)
     action: Literal["adjust", "pass", "abort"]
     # Left out where the context states none; null is not a side.
-    side: Literal["LONG", "SHORT"] = Field(default="LONG", validate_default=False)
+    side: Literal["LONG", "SHORT"] = Field(
+        default="LONG", validate_default=False, json_schema_extra=_without_default
+    )
     new_stop_pct: float | None = None
     new_target_pct: float | None = None
     confidence: float = Field(ge=0.0, le=1.0)

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 PROPOSAL_CREATED: Final = "phi3.proposal.created"
 PROPOSAL_ASSESSED: Final = "phi3.proposal.assessed"
 FEEDBACK_SUBMITTED: Final = "phi3.feedback.submitted"
+_STORE_AGAIN: Final = 1.0
+"""Seconds after which feedback that could not be stored is tried again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,17 +195,21 @@ class Sidecar:
         )
         return proposal_id, score
 
-    async def submit_feedback(self, feedback: Phi3FeedbackSchema) -> None:
+    async def submit_feedback(self, feedback: Phi3FeedbackSchema) -> bool:
         """Stores feedback, then tells the other services.
+
+        Returns:
+            Whether it is a few-shot example for the next proposals.
 
         Raises:
             DatabaseUnavailable: it is not stored; the caller still has it.
         """
-        await self.archive.append_feedback(feedback)
         # With its id, by which whoever hears of it knows it again.
         feedback_id = feedback.as_row()["feedback_id"]
         stored = feedback.model_dump(mode="json") | {"feedback_id": feedback_id}
+        is_example = await self.archive.append_feedback(feedback)
         await self._publish(FEEDBACK_SUBMITTED, stored)
+        return is_example
 
     async def swap_adapter(self) -> datetime.date | None:
         """Takes Phi-3's newest adapter into use, or none where there is none.
@@ -247,7 +253,7 @@ class Sidecar:
             "status": status,
             "hermes_loaded": models["hermes"]["state"] == "ready",
             "phi3_loaded": models["phi3"]["state"] == "ready",
-            "phi3_model_file_exists": loader.phi3_model_file(self.settings).exists(),
+            "phi3_model_file_exists": loader.phi3_model_file_exists(self.settings),
             "device": models["phi3"]["device"] or self.settings.device,
             "phi3_adapter_date": None if date is None else date.isoformat(),
             "mean_hermes_score_last_24h": self.archive.mean_score,
@@ -275,7 +281,18 @@ class Sidecar:
             # Each sidecar that hears it gives it a time of its own, and all of them the same id.
             feedback_id = hashlib.sha256(payload.encode()).hexdigest()
             feedback = feedback.model_copy(update={"feedback_id": feedback_id})
-        await self.archive.append_feedback(feedback)
+        said = False
+        while True:
+            try:
+                await self.archive.append_feedback(feedback)
+            except DatabaseUnavailable as error:
+                # Nobody would send it again, so it waits, and what comes after it in the queue.
+                if not said:
+                    log.error("feedback of another service waits: %s", error.detail)
+                said = True
+                await asyncio.sleep(_STORE_AGAIN)
+            else:
+                return
 
     async def _log_run(
         self,

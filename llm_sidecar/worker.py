@@ -15,6 +15,7 @@ import queue
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -87,14 +88,17 @@ class Worker:
         try:
             if message["op"] == "generate":
                 self._generate(engine, number, GenerationRequest(**message["request"]))
+            elif number in self._cancelled:
+                self._send({"op": "done", "id": number, "probabilities": {}})
             else:
                 answer = engine.answer_probabilities(message["messages"], message["answers"])
                 self._send({"op": "done", "id": number, "probabilities": answer})
         except SidecarError as error:
             self._send({"op": "error", "id": number, "invalid": True, "detail": error.detail})
-        except Exception as error:
-            # The type only: a runtime's message may quote the prompt.
-            log.exception("a request failed in the engine")
+        except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
+            # Where and of which type only: a runtime's message may quote the prompt.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            log.error("a request failed in the engine: %s\n%s", type(error).__name__, where)
             self._send({"op": "error", "id": number, "detail": type(error).__name__})
         finally:
             self._served = number

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from llm_sidecar.errors import ModelUnavailable
+
+log = logging.getLogger(__name__)
 
 _ROOT: Final = str(Path(__file__).resolve().parent.parent)
 _LINE_LIMIT: Final = 64 << 20
@@ -75,7 +78,8 @@ class WorkerProcess:
     async def load(self, spec: dict[str, Any]) -> None:
         """Returns when the worker is ready; ModelUnavailable says why it is not."""
         self._write(spec)
-        await self._loaded
+        # Shielded: the worker may still answer after whoever waits has given up.
+        await asyncio.shield(self._loaded)
 
     def send(self, op: str, body: dict[str, Any]) -> tuple[int, asyncio.Queue[dict[str, Any]]]:
         """Sends a request; returns its number and the inbox for what comes back.
@@ -117,8 +121,13 @@ class WorkerProcess:
             self._stdin.write(json.dumps(message).encode() + b"\n")
 
     async def _read(self, stdout: asyncio.StreamReader) -> None:
-        async for line in stdout:
-            self._dispatch(json.loads(line))
+        try:
+            async for line in stdout:
+                self._dispatch(json.loads(line))
+        except (ValueError, KeyError) as error:
+            # Half a line, or one that is too long; the type only, as it may hold a prompt.
+            log.error("the worker of %s wrote no message: %s", self.label, type(error).__name__)
+            self.process.kill()
         await asyncio.to_thread(self.process.wait)
         self._stdin.close()
         self.ended.set()
@@ -137,6 +146,7 @@ class WorkerProcess:
                 self._loaded.set_result(None)
             case "failed":
                 self._loaded.set_exception(ModelUnavailable(message["detail"]))
+                self._loaded.exception()  # whoever waited may have given up
             case _:
                 self.tokens = message.get("total_tokens", self.tokens)
                 final = message["op"] in ("done", "error")

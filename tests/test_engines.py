@@ -67,6 +67,23 @@ def test_a_long_prompt_is_prefilled_in_steps_that_can_be_cancelled(engine: Engin
     assert first.prompt_tokens > 1000
 
 
+def test_a_text_that_is_cut_off_says_so(engine: Engine) -> None:
+    for limit in (1, 3, 7):
+        request = GenerationRequest([user("go")], limit)
+        last = list(engine.stream(request))[-1]
+        # Random weights hardly ever say that they are done.
+        assert (last.completion_tokens, last.finish_reason) == (limit, "length")
+
+
+def test_samples_without_a_seed_differ_and_with_one_repeat(engine: Engine) -> None:
+    def sampled(seed: int | None) -> set[str]:
+        request = GenerationRequest([user("go")], 12, temperature=1.5, seed=seed)
+        return {complete(engine, request) for _ in range(3)}
+
+    assert len(sampled(None)) > 1
+    assert len(sampled(7)) == 1
+
+
 def test_a_prompt_that_exceeds_the_context_is_refused(engine: Engine) -> None:
     messages = hermes_plugin.chat_messages("A" * 9000)
     with pytest.raises(InvalidRequest, match="context of 8"):

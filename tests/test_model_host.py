@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from llm_sidecar import hermes_plugin, proposals
+from llm_sidecar import hermes_plugin, proposals, worker_process
 from llm_sidecar.engines import GenerationRequest
 from llm_sidecar.errors import (
     AdapterRejected,
@@ -301,3 +303,109 @@ def write_adapter(model: Path, folder: Path) -> Path:
     base = AutoModelForCausalLM.from_pretrained(model, local_files_only=True)
     get_peft_model(base, config).save_pretrained(str(folder))
     return folder
+
+
+async def test_a_request_that_has_queued_longer_than_a_load_may_take_gets_the_next_worker(
+    make_host: HostFactory,
+) -> None:
+    host = make_host(load_wait=2.0)
+    await until_loaded(host)
+    running = asyncio.create_task(host.generate(ENDLESS))
+    await until(lambda: tokens(host) > 0)
+    waiting = asyncio.create_task(host.generate(SHORT))
+    began = time.monotonic()
+    await until(lambda: time.monotonic() > began + 2.1)
+    os.kill(host.status()["pid"], signal.SIGKILL)
+    assert isinstance(await failure(running), ModelUnavailable)
+    proposals.parse((await waiting).text)
+
+
+async def test_closing_refuses_what_still_waits(make_host: HostFactory) -> None:
+    host = make_host()
+    await host.generate(SHORT)
+    running = [asyncio.create_task(host.generate(ENDLESS)) for _ in range(3)]
+    await until(lambda: tokens(host) > 200)
+    await host.close(grace=0.05)
+    async with asyncio.timeout(2):
+        errors = [await failure(task) for task in running]
+    assert all(isinstance(error, ModelUnavailable) for error in errors)
+    with pytest.raises(ModelUnavailable, match="shutting down"):
+        host.preload()
+
+
+async def test_a_swap_that_is_cancelled_leaves_no_process(make_host: HostFactory) -> None:
+    host = make_host()
+    await host.generate(SHORT)
+    running = asyncio.create_task(host.generate(ENDLESS))
+    await until(lambda: tokens(host) > 200)
+    swapping = asyncio.create_task(host.swap_adapter(None))
+    await until(lambda: len(workers()) == 2)
+    (successor,) = workers() - {host.status()["pid"]}
+    await until(lambda: "onnxruntime_genai" in Path(f"/proc/{successor}/maps").read_text())
+    swapping.cancel()
+    await asyncio.wait([swapping])
+    await until(lambda: not is_running(successor))
+    running.cancel()
+    await asyncio.wait([running])
+
+
+def workers() -> set[int]:
+    """The worker processes of this one, whichever thread started them."""
+    lists = (path.read_text() for path in Path("/proc/self/task").glob("*/children"))
+    pids = {int(pid) for pids in lists for pid in pids.split()}
+    return {pid for pid in pids if is_running(pid) and "llm_sidecar.worker" in command_line(pid)}
+
+
+def command_line(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
+async def until_loaded(host: ModelHost) -> None:
+    host.preload()
+    await until(lambda: host.status()["state"] == "ready")
+
+
+def play_worker(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Lets a script stand for the worker process."""
+
+    def spawn() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+        )
+
+    monkeypatch.setattr(worker_process, "_spawn", spawn)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        """print('{"op": "rea', flush=True)""",
+        """print("{}", flush=True); input(); input()""",
+        """print("nonsense", flush=True); input(); input()""",
+    ],
+)
+async def test_a_worker_that_talks_nonsense_is_ended(
+    monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    play_worker(monkeypatch, script)
+    worker = await worker_process.WorkerProcess.start("phi3/fake")
+    async with asyncio.timeout(10):
+        assert isinstance(await failure(worker.load({})), ModelUnavailable)
+        await worker.stop()
+    assert not worker.alive
+
+
+async def test_a_worker_that_is_ready_too_late_still_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    # It answers with what it is sent second.
+    play_worker(monkeypatch, "input(); print(input(), flush=True)")
+    worker = await worker_process.WorkerProcess.start("phi3/fake")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await worker.load({})
+    worker._write({"op": "ready"})
+    async with asyncio.timeout(10):
+        await worker.stop()
+    assert worker.info == {"op": "ready"}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +14,9 @@ import pytest
 from tests.live_server import ROOT, LiveServer, serve
 
 README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```bash\n(curl [^`]*?)```\n+```json\n(.*?)```", README, re.DOTALL)
+EXAMPLES = re.findall(
+    r"<!-- example \w+ -->\n```bash\n([^`]*?)```\n+```(json|text)\n(.*?)```", README, re.DOTALL
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +45,15 @@ def agree(shown: Any, found: Any) -> bool:
 
 
 def test_every_endpoint_of_this_version_has_an_example() -> None:
-    commands = " ".join(command for command, _ in EXAMPLES)
+    assert len(EXAMPLES) == README.count("<!-- example ")
+    commands = " ".join(command for command, _, _ in EXAMPLES)
     for path in (
         "/propose_trade_adjustments/",
         "/generate/",
         "/score/hermes/",
         "/feedback/phi3/",
+        "/speak",
+        "/stream/audio",
         "/adapters/swap",
         "/health",
         "/health/ready",
@@ -56,10 +61,18 @@ def test_every_endpoint_of_this_version_has_an_example() -> None:
         assert f"localhost:8000{path}" in commands
 
 
-@pytest.mark.parametrize(("command", "shown"), EXAMPLES)
-def test_an_example_answers_as_shown(demo_server: LiveServer, command: str, shown: str) -> None:
-    words = shlex.split(command.replace("\\\n", " "))
-    words = [word.replace("http://localhost:8000", demo_server.url) for word in words]
-    words = [word.replace("localhost:8000", demo_server.url) for word in words]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert agree(shape(json.loads(shown)), shape(json.loads(done.stdout))), done.stdout
+@pytest.mark.parametrize(("command", "language", "shown"), EXAMPLES)
+def test_an_example_answers_as_shown(
+    demo_server: LiveServer, tmp_path: Path, command: str, language: str, shown: str
+) -> None:
+    done = subprocess.run(
+        ["bash", "-c", command.replace("localhost:8000", demo_server.url)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if language == "text":
+        assert done.stdout.strip() == shown.strip()
+    else:
+        assert agree(shape(json.loads(shown)), shape(json.loads(done.stdout))), done.stdout

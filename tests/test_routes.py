@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import uuid
@@ -141,7 +142,7 @@ def test_a_correction_is_an_example_for_the_next_proposal(server: LiveServer) ->
     }
     response = post(server, "/feedback/phi3/", correction)
     assert response.json()["transaction_id"] == transaction
-    assert "example" in response.json()["message"]
+    assert response.json()["message"].endswith("is an example for the next ones.")
     after = int(post(server, "/generate/phi3", PROMPT).headers["X-Prompt-Tokens"])
     assert after > before + 20
 
@@ -152,6 +153,12 @@ def test_a_corrected_proposal_that_is_none_is_stored_and_said_to_be_no_example(
     response = post(server, "/feedback/phi3/", FEEDBACK | {"corrected_proposal": {"ticker": "A"}})
     assert response.status_code == 200
     assert "no valid proposal (action, confidence, rationale)" in response.json()["message"]
+
+
+def test_a_correction_of_an_unknown_run_is_said_to_be_no_example(server: LiveServer) -> None:
+    response = post(server, "/feedback/phi3/", FEEDBACK | {"corrected_proposal": CORRECTED})
+    assert response.status_code == 200
+    assert "is no example" in response.json()["message"]
 
 
 # Request ids
@@ -214,6 +221,29 @@ def test_a_body_that_is_no_json_object_is_422(server: LiveServer, body: bytes) -
     response = server.client.post("/generate/phi3/", content=body, headers=headers)
     assert response.status_code == 422
     assert response.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("feedback_content", '{"secret plan": NaN}'),
+        ("feedback_content", '{"secret plan": 1e999}'),
+        ("feedback_content", '{"a":' * 100 + '"secret plan"' + "}" * 100),
+        ("corrected_proposal", '{"secret plan": -Infinity}'),
+        ("timestamp", '"0001-01-01T00:00:00+05:00"'),
+        ("timestamp", '"9999-12-31T23:59:59-05:00"'),
+    ],
+)
+def test_feedback_that_cannot_be_stored_is_422_and_not_repeated(
+    server: LiveServer, field: str, value: str
+) -> None:
+    body = json.dumps({name: given for name, given in FEEDBACK.items() if name != field})
+    content = f'{body[:-1]}, "{field}": {value}}}'
+    headers = {"Content-Type": "application/json"}
+    response = server.client.post("/feedback/phi3/", content=content, headers=headers)
+    assert response.status_code == 422, response.text
+    assert field in str(response.json()["detail"])
+    assert "secret plan" not in response.text + server.log.read_text()
 
 
 def test_a_422_does_not_repeat_the_input(server: LiveServer) -> None:

@@ -165,15 +165,16 @@ def test_reloading_leaves_no_worker(random_models: dict[str, str], tmp_path: Pat
         gone(server, workers)
 
 
-def test_nothing_is_written_outside_the_configured_places(
-    random_models: dict[str, str], tmp_path: Path
-) -> None:
+def test_nothing_is_written_outside_the_configured_places(tmp_path: Path) -> None:
     home = tmp_path / "home"
     temporary = tmp_path / "tmp"
     for folder in (home, temporary):
         folder.mkdir()
     before = tracked_and_not()
-    with serve(tmp_path, HOME=str(home), TMPDIR=str(temporary), **random_models) as server:
+    # The demo's models run on both runtimes.
+    environ = {"HOME": str(home), "TMPDIR": str(temporary), "SIDECAR_DEMO": "true"}
+    environ["MODEL_LOAD_WAIT_SECONDS"] = "60"
+    with serve(tmp_path, **environ) as server:
         load_both(server)
     assert list(home.iterdir()) == []
     assert list(temporary.iterdir()) == []
@@ -244,6 +245,29 @@ async def test_feedback_is_stored_once_whoever_publishes_it(
     rows = await store.last("phi3_feedback", 0)
     await store.close()
     assert sorted(row["transaction_id"] for row in rows) == ["ours", "theirs"]
+
+
+async def test_feedback_that_is_heard_before_the_database_is_there_is_stored(
+    redis_url: str, random_models: dict[str, str], tmp_path: Path
+) -> None:
+    feedback = {"transaction_id": "t", "feedback_type": "rating", "feedback_content": "5"}
+    in_the_way = tmp_path / "lancedb"
+    in_the_way.write_text("no folder")
+    bus, _ = await collect(redis_url, "phi3.feedback.submitted")
+    try:
+        with serve(tmp_path, **(random_models | {"REDIS_URL": redis_url})) as server:
+            await asyncio.to_thread(
+                server.wait_until,
+                lambda: server.client.get("/health").json()["database"]["state"] == "failed",
+            )
+            await bus.publish("phi3.feedback.submitted", json.dumps(feedback))
+            await asyncio.to_thread(
+                server.wait_until, lambda: "feedback of another service" in server.log.read_text()
+            )
+            in_the_way.unlink()
+            await asyncio.to_thread(wait_for_rows, server, 1)
+    finally:
+        await bus.close()
 
 
 async def test_feedback_that_several_sidecars_hear_is_stored_once(

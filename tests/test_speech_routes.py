@@ -147,6 +147,8 @@ def test_odd_text_is_plain_speech(voice: LiveServer, text: str) -> None:
 def test_only_speak_takes_large_bodies(voice: LiveServer) -> None:
     body = {"prompt": "x" * (2 << 20)}
     assert voice.client.post("/generate/phi3/", json=body).status_code == 413
+    ten_minutes = base64.b64encode(wav.encode(Wav(np.ones(16_000 * 600, np.int16), 16_000)))
+    assert say(voice, "Hi", ref_wav_b64=ten_minutes.decode()).status_code == 413
 
 
 def outline(spoken: npt.NDArray[np.int16]) -> tuple[int, npt.NDArray[np.floating[Any]]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,10 @@ import pytest
 from llm_sidecar.errors import InvalidRequest, VoiceUnavailable
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.tts import ChatterboxTTS
+from llm_sidecar.tts import wav as wavs
 from llm_sidecar.tts.__main__ import main
 from llm_sidecar.tts.chatterbox import WEIGHTS
+from tests.test_tts_remote import Tones
 
 
 @pytest.fixture
@@ -77,3 +81,16 @@ def test_bad_arguments_end_the_worker_with_2() -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--voice", "parrot"])
     assert caught.value.code == 2
+
+
+async def test_two_texts_at_once_are_not_mixed_on_the_bus() -> None:
+    bus, heard = EventBus("memory://"), asyncio.Queue[str]()
+    await bus.connect()
+    await bus.register_listener_queue("audio.bytes", heard)
+    voice = ChatterboxTTS("nowhere", "cpu", bus)
+    voice._voice = Tones()  # type: ignore[assignment]
+    wholes = await asyncio.gather(voice.synth("a a a"), voice.synth("bb bb bb"))
+    parts = [wavs.decode(base64.b64decode(await heard.get())) for _ in range(6)]
+    joined = (wavs.encode(wavs.join(parts[:3])), wavs.encode(wavs.join(parts[3:])))
+    assert joined == tuple(wholes)
+    await bus.close()

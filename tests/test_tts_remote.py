@@ -99,9 +99,18 @@ class House:
         return worker
 
     async def sidecar(
-        self, *, alive_for: float = TIMEOUT, part_timeout: float = TIMEOUT
+        self,
+        *,
+        alive_for: float = TIMEOUT,
+        part_timeout: float = TIMEOUT,
+        lost_after: float = TIMEOUT,
     ) -> RemoteVoice:
-        voice = RemoteVoice(await self.bus(), alive_for=alive_for, part_timeout=part_timeout)
+        voice = RemoteVoice(
+            await self.bus(),
+            alive_for=alive_for,
+            part_timeout=part_timeout,
+            lost_after=lost_after,
+        )
         self._stack.push_async_callback(voice.close)
         await voice.start()
         return voice
@@ -337,8 +346,11 @@ class Liar:
             await self._bus.publish(request["reply_to"], json.dumps(message))
 
     async def announce(self) -> None:
-        announcement = {"worker_id": "liar", "voice": "lies", "clones": False, "waiting": 0}
         await self._bus.subscribe(requested("liar"), self)
+        await self.announce_itself()
+
+    async def announce_itself(self) -> None:
+        announcement = {"worker_id": "liar", "voice": "lies", "clones": False, "waiting": 0}
         await self._bus.publish(ANNOUNCED, json.dumps(announcement))
 
 
@@ -365,6 +377,49 @@ async def test_parts_are_never_glued_together_wrongly(
     await until(lambda: sidecar.available)
     with pytest.raises(VoiceUnavailable, match=reason):
         await say(sidecar, "word word word")
+
+
+@pytest.mark.parametrize("answers", [[], [part(0)]])
+async def test_what_gets_lost_on_the_way_does_not_hold_up_a_request(
+    house: House, answers: list[dict[str, object]]
+) -> None:
+    sidecar = await house.sidecar(lost_after=0.2)
+    liar = Liar(await house.bus(), *answers)
+    await liar.announce()
+    await until(lambda: sidecar.available)
+    asking = asyncio.create_task(say(sidecar, "word word"))
+    while not asking.done():
+        # It has no request, it says.
+        await liar.announce_itself()
+        await asyncio.wait([asking], timeout=0.05)
+    with pytest.raises(VoiceUnavailable, match="lost") as caught:
+        await asking
+    assert caught.value.retry_after
+
+
+async def test_a_long_wait_in_a_workers_queue_is_no_loss(house: House) -> None:
+    voice = Tones()
+    voice.gate.clear()
+    sidecar = await house.sidecar(lost_after=0.1)
+    await house.worker(voice)
+    await until(lambda: sidecar.available)
+    asking = [asyncio.create_task(say(sidecar, "word")) for _ in range(2)]
+    await until(lambda: sidecar.workers()[0]["waiting"] == 2)
+    await asyncio.wait(asking, timeout=0.5)
+    voice.gate.set()
+    for asked in asking:
+        assert same(await asked, [tone("word")])
+
+
+async def test_without_redis_no_worker_counts_as_there() -> None:
+    require_redis()
+    with RedisServer() as server:
+        async with House(server.url) as house:
+            sidecar, _ = await pair(house)
+            server.kill()
+            async with asyncio.timeout(2):
+                while sidecar.available:
+                    await asyncio.sleep(0.005)
 
 
 async def test_a_part_that_takes_too_long_ends_the_request(house: House) -> None:

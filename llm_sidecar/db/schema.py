@@ -22,6 +22,10 @@ SCORES: Final = "hermes_scores"
 TABLES: Final = (FEEDBACK, RUNS, SCORES)
 
 
+_DEEPEST: Final = 64
+"""Levels of an object; whoever writes it as JSON recurses as deep."""
+
+
 def _as_utc(value: datetime.datetime) -> datetime.datetime:
     if value.tzinfo is None:
         return value.replace(tzinfo=datetime.UTC)
@@ -44,11 +48,25 @@ def _compact_json(value: dict[str, Any]) -> str:
 
 
 def _is_json(value: dict[str, Any]) -> dict[str, Any]:
+    if _depth(value) > _DEEPEST:
+        raise ValueError(f"it is nested more than {_DEEPEST} deep")
     try:
         _compact_json(value)
-    except (TypeError, ValueError, RecursionError):
+    except (TypeError, ValueError):
         raise ValueError("it cannot be written as JSON") from None
     return value
+
+
+def _depth(value: object) -> int:
+    """How deep objects and lists are nested, counted up to one more than `_DEEPEST`."""
+    depth, layer = 0, [value]
+    while layer and depth <= _DEEPEST:
+        parts = [part for part in layer if isinstance(part, dict | list)]
+        depth += bool(parts)
+        layer = [
+            inner for part in parts for inner in (part.values() if isinstance(part, dict) else part)
+        ]
+    return depth
 
 
 Timestamp = Annotated[datetime.datetime, BeforeValidator(_or_now), AfterValidator(_as_utc)]

@@ -98,14 +98,17 @@ class OnnxEngine:
                 yield Delta("", count, 0)
             generator.append_tokens(prompt[start : start + PREFILL_CHUNK])
         decode = self.tokenizer.create_stream().decode
-        done = 0
+        done, ended = 0, False
         while not generator.is_done() and done < limit:
             generator.generate_next_token()
             step = generator.get_sequence(0)[count + done : count + limit]
             done += len(step)
+            ended = int(step[-1]) in self._eos
             text = "".join(decode(token) for token in step if int(token) not in self._eos)
             yield Delta(text, count, done)
-        yield Delta("", count, done, "stop" if generator.is_done() else "length")
+        # Without headroom it is done at the limit too.
+        ended = ended or (headroom > 0 and generator.is_done())
+        yield Delta("", count, done, "stop" if ended else "length")
 
     def answer_probabilities(
         self, messages: Sequence[Message], answers: Sequence[str]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+# Nothing here is compiled, yet loading a model makes this folder where none is named.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
 
 import llguidance
 import llguidance.hf
@@ -81,7 +86,9 @@ class TorchEngine:
         check_context(count, limit, self.context_length)
         matcher = self._matcher(request.guidance)
         random = torch.Generator(self.device)
-        if request.seed is not None:
+        if request.seed is None:
+            random.seed()  # otherwise every generator begins alike
+        else:
             random.manual_seed(request.seed)
         decoder = DecodeStream(skip_special_tokens=True)
         cache = DynamicCache(config=self.model.config)

@@ -19,9 +19,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from llm_sidecar.event_bus.publisher import Publisher
-from llm_sidecar.event_bus.redis_url import make_client, masked
+from llm_sidecar.event_bus.redis_url import REPLY_TIMEOUT, make_client, masked
 from llm_sidecar.event_bus.subscriber import PayloadQueue, Subscriber, cancel
 
 __all__ = ["EventBus", "Handler", "RedisError"]
@@ -72,6 +73,13 @@ class EventBus:
         self._check_open()
         await self._client.ping()
         await self.start()
+        # An earlier start may have failed, and the next attempt be half a minute away.
+        self._subscriber.hurry()
+        try:
+            async with asyncio.timeout(REPLY_TIMEOUT):
+                await self._subscriber.here.wait()
+        except TimeoutError:
+            raise RedisTimeoutError("Redis does not confirm the subscriptions") from None
 
     async def start(self) -> None:
         """Connect, or while Redis is away keep trying in the background; never raises for that.

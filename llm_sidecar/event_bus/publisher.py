@@ -68,23 +68,26 @@ class Publisher:
 
         False leaves it waiting, unless the channel is one of `LIVE_ONLY` or Redis refused it.
         """
+        sent = False
         async with self._sending:
             try:
                 await self._flush()
                 await self._send(channel, payload)
+                sent, self._quiet = True, False
             except (RedisConnectionError, RedisTimeoutError) as error:
                 self._tell(channel, error)
                 if channel.startswith(LIVE_ONLY):
                     self.lost += 1
                 else:
                     self._keep(_Waiting(channel, payload))
-                return False
             except RedisError as error:
                 self._tell(channel, error)
                 self.lost += 1
-                return False
-        self._quiet = False
-        return True
+        if not sent:
+            # Without Redis nothing above waits, and a caller's loop would keep the bus from
+            # connecting.
+            await asyncio.sleep(0)
+        return sent
 
     async def run(self) -> None:
         """Sends what waits whenever Redis is back, until cancelled."""

@@ -7,6 +7,7 @@ cancelled in the middle of a registration cannot tear it down for everybody else
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -21,6 +22,8 @@ from llm_sidecar.event_bus.redis_url import REPLY_TIMEOUT
 
 FIRST_DELAY: Final = 1.0
 LONGEST_DELAY: Final = 30.0
+SILENCE: Final = 10.0
+"""Seconds after which a connection on which nothing has to be sent is asked for a sign of life."""
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +79,8 @@ class Subscriber:
         self._name = name
         self._channels: dict[str, _Channel] = {}
         self._attempted = asyncio.Event()
+        self._hurried = asyncio.Event()
+        self._heard = asyncio.Event()
         self._changed = asyncio.Event()
         self._trouble: Exception | None = None
         self._away_since: float | None = None
@@ -95,6 +100,10 @@ class Subscriber:
     async def wait_attempted(self) -> None:
         """Return once the first attempt to connect has succeeded or failed."""
         await self._attempted.wait()
+
+    def hurry(self) -> None:
+        """Try again now: somebody knows that Redis is there."""
+        self._hurried.set()
 
     async def add(self, name: str, queue: asyncio.Queue[str]) -> None:
         """Feed the queue; returns when Redis has confirmed it, or at once while it is away."""
@@ -132,7 +141,10 @@ class Subscriber:
                     self._lost(error)
                 if self.outages > outages:  # it was connected until now, or never yet
                     delay = FIRST_DELAY
-                await asyncio.sleep(delay * random.uniform(0.5, 1.0))
+                self._hurried.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(delay * random.uniform(0.5, 1.0)):
+                        await self._hurried.wait()
                 delay = min(2 * delay, LONGEST_DELAY)
         finally:
             self.here.clear()
@@ -165,7 +177,21 @@ class Subscriber:
                     held.discard(name)
                     channel.live.clear()
                     await pubsub.unsubscribe(name)
-            await self._changed.wait()
+            try:
+                async with asyncio.timeout(SILENCE):
+                    await self._changed.wait()
+            except TimeoutError:
+                await self._check_alive(pubsub)
+
+    async def _check_alive(self, pubsub: PubSub) -> None:
+        """Who only listens would never notice that the other end has stalled or is gone."""
+        self._heard.clear()
+        await pubsub.ping()
+        try:
+            async with asyncio.timeout(REPLY_TIMEOUT):
+                await self._heard.wait()
+        except TimeoutError:
+            raise RedisTimeoutError("no answer to PING") from None
 
     async def _receive(self, pubsub: PubSub) -> None:
         while True:
@@ -175,6 +201,7 @@ class Subscriber:
             message = await pubsub.get_message(timeout=None if self.connected else REPLY_TIMEOUT)
             if message is None:
                 raise RedisTimeoutError("no answer to SUBSCRIBE")
+            self._heard.set()
             channel = self._channels.get(message["channel"])
             if channel is not None and message["type"] == "subscribe":
                 channel.live.set()

@@ -56,6 +56,7 @@ class ChatterboxTTS:
     def __init__(self, model_dir: str | Path, device: str, event_bus: EventBus) -> None:
         self._voice = ChatterboxVoice(model_dir, device)
         self._bus = event_bus
+        self._slot = asyncio.Lock()
 
     async def synth(
         self, text: str, ref_wav: bytes | str | Path | None = None, exaggeration: float = 0.5
@@ -74,12 +75,17 @@ class ChatterboxTTS:
             InvalidRequest: nothing to say, a reference that is no WAV, a bad exaggeration.
             VoiceUnavailable: the package or the weights are missing.
         """
+        if not texts.speakable(text):
+            raise InvalidRequest("the text has nothing to say")
         reference = None if ref_wav is None else await asyncio.to_thread(_reference, ref_wav)
         spoken = []
-        async for part in self._voice.speak(text, exaggeration=exaggeration, reference=reference):
-            file = wavs.encode(part)
-            await self._bus.publish(AUDIO_BYTES, base64.b64encode(file).decode())
-            spoken.append(part)
+        # The parts of two texts are never mixed on the bus.
+        async with self._slot:
+            speech = self._voice.speak(text, exaggeration=exaggeration, reference=reference)
+            async for part in speech:
+                file = wavs.encode(part)
+                await self._bus.publish(AUDIO_BYTES, base64.b64encode(file).decode())
+                spoken.append(part)
         if not spoken:
             raise InvalidRequest("the text has nothing to say")
         return wavs.encode(wavs.join(spoken))

@@ -5,7 +5,8 @@
     sidecar -> tts.cancelled.<worker_id>  Cancellation
     worker  -> tts.spoken.<sidecar_id>    Part 0, Part 1, ... and End; or a Failure
 
-A channel may lose messages, so parts are counted: whoever asked notices a gap.
+A channel may lose messages, so parts are counted, and announcements list what a worker has:
+whoever asked notices a gap.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Announcement(_Message):
 
     Attributes:
         waiting: requests it has, the one that it speaks included.
+        requests: their ids, by which a sidecar sees that its own got lost.
         leaving: it takes no more requests.
     """
 
@@ -62,6 +64,7 @@ class Announcement(_Message):
     clones: bool
     sample_rate: int | None = None
     waiting: int = Field(ge=0)
+    requests: frozenset[Id] = Field(frozenset(), max_length=1000)
     leaving: bool = False
 
 

@@ -12,13 +12,15 @@ from llm_sidecar.tts.voice import Reference
 
 MAX_REFERENCE_BYTES: Final = 10 << 20
 MIN_SECONDS, MAX_SECONDS = 1.0, 30.0
+MIN_RATE, MAX_RATE = 8_000, 192_000
 
 
 def read_reference(encoded: str) -> Reference:
     """Decodes and checks a WAV in base64.
 
     Raises:
-        InvalidRequest: it is not base64, too large, no WAV, or too short or long; says which.
+        InvalidRequest: it is not base64, too large, no WAV, of an odd rate, or too short or
+            long; says which.
     """
     if len(encoded) > (MAX_REFERENCE_BYTES + 2) // 3 * 4:
         raise InvalidRequest(f"ref_wav_b64: the WAV is larger than {MAX_REFERENCE_BYTES} bytes")
@@ -33,7 +35,7 @@ def check_reference(file: bytes) -> Reference:
     """Checks a WAV file.
 
     Raises:
-        InvalidRequest: it is too large, no WAV, or too short or long; says which.
+        InvalidRequest: it is too large, no WAV, of an odd rate, or too short or long; says which.
     """
     if len(file) > MAX_REFERENCE_BYTES:
         raise InvalidRequest(f"ref_wav_b64: the WAV is larger than {MAX_REFERENCE_BYTES} bytes")
@@ -41,6 +43,10 @@ def check_reference(file: bytes) -> Reference:
         samples, rate = wav.decode(file)
     except ValueError as error:
         raise InvalidRequest(f"ref_wav_b64: the WAV {error}") from None
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise InvalidRequest(
+            f"ref_wav_b64: the WAV has {rate} samples a second; it takes {MIN_RATE} to {MAX_RATE}"
+        )
     seconds = len(samples) / rate
     if not MIN_SECONDS <= seconds <= MAX_SECONDS:
         raise InvalidRequest(

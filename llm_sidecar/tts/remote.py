@@ -9,7 +9,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -44,6 +44,9 @@ ALIVE_FOR: Final = 6.0
 """Seconds after its last announcement for which a worker counts as there."""
 PART_TIMEOUT: Final = 120.0
 """Seconds that the next part may take: the longest one on a CPU, behind another's."""
+LOST_AFTER: Final = 3.0
+"""Seconds for which a worker announces itself without a request that it was given, until that
+counts as lost: longer than any message is on its way."""
 RETRY_AFTER: Final = 5
 """Seconds after which a worker may be back."""
 ANSWERS: Final = 256
@@ -53,6 +56,8 @@ PARTS_AHEAD: Final = 64
 CANCEL_TIMEOUT: Final = 5.0
 """Seconds after which a task that resists being cancelled is left behind."""
 
+_LOST: Final = "a part of the speech was lost on its way"
+
 log = logging.getLogger(__name__)
 
 
@@ -61,16 +66,28 @@ class _Worker:
     """A worker that has announced itself.
 
     Attributes:
-        asked: requests of this sidecar's that it has.
+        asked: requests of this sidecar's that it was given, and since when it has announced
+            itself without them.
     """
 
     announcement: Announcement
     seen: float
-    asked: int = 0
+    asked: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def load(self) -> int:
-        return max(self.announcement.waiting, self.asked)
+        return max(self.announcement.waiting, len(self.asked))
+
+    def lost(self, now: float, patience: float) -> list[str]:
+        """The requests that it has not had for as long as that."""
+        for request_id, since in self.asked.items():
+            here = request_id in self.announcement.requests
+            self.asked[request_id] = None if here else since or now
+        return [
+            request_id
+            for request_id, since in self.asked.items()
+            if since is not None and now - since >= patience
+        ]
 
 
 class RemoteVoice:
@@ -80,6 +97,7 @@ class RemoteVoice:
         bus: its owner closes it, after the voice.
         alive_for: seconds after its last announcement for which a worker counts as there.
         part_timeout: seconds that the next part of a text may take.
+        lost_after: seconds for which a worker is without a request until that counts as lost.
 
     Attributes:
         name: the voice of the worker that was heard of last.
@@ -95,8 +113,10 @@ class RemoteVoice:
         *,
         alive_for: float = ALIVE_FOR,
         part_timeout: float = PART_TIMEOUT,
+        lost_after: float = LOST_AFTER,
     ) -> None:
         self._bus = bus
+        self._lost_after = lost_after
         self._alive_for = alive_for
         self._part_timeout = part_timeout
         self._replies = spoken(uuid.uuid4().hex)
@@ -126,8 +146,8 @@ class RemoteVoice:
 
     @property
     def available(self) -> bool:
-        """Whether a worker has announced itself within the last seconds."""
-        return any(True for _ in self._alive())
+        """Whether Redis is there, and a worker has announced itself within the last seconds."""
+        return bool(self._bus.status()["connected"]) and any(True for _ in self._alive())
 
     def workers(self) -> list[dict[str, Any]]:
         """What `/health` shows: the workers that are there, and what they have to do."""
@@ -151,14 +171,16 @@ class RemoteVoice:
         worker_id = worker.announcement.worker_id
         request_id = uuid.uuid4().hex
         answers = self._waiting[request_id] = asyncio.Queue(PARTS_AHEAD)
-        worker.asked += 1
+        worker.asked[request_id] = None
         ended = False
         try:
             payload = await asyncio.to_thread(
                 self._request, request_id, text, exaggeration, reference
             )
             if not await self._bus.publish(requested(worker_id), payload):
-                raise VoiceUnavailable("Redis is away, and with it the voice")
+                raise VoiceUnavailable(
+                    "Redis is away, and with it the voice", retry_after=RETRY_AFTER
+                )
             count = 0
             while not ended:
                 answer = await self._next(answers, worker_id)
@@ -171,9 +193,9 @@ class RemoteVoice:
                 elif isinstance(answer, End) and answer.end == count:
                     ended = True
                 else:
-                    raise VoiceUnavailable("a part of the speech was lost on its way")
+                    raise VoiceUnavailable(_LOST, retry_after=RETRY_AFTER)
         finally:
-            worker.asked -= 1
+            del worker.asked[request_id]
             del self._waiting[request_id]
             if not ended:
                 cancellation = Cancellation(request_id=request_id)
@@ -250,6 +272,11 @@ class RemoteVoice:
             log.info("speech worker %s is there", announcement.worker_id)
         else:
             known.announcement, known.seen = announcement, now
+            for request_id in known.lost(now, self._lost_after):
+                answers = self._waiting[request_id]
+                # One that has come is looked at first.
+                if answers.empty():
+                    answers.put_nowait(Failure(request_id=request_id, error=_LOST))
         for worker_id, worker in list(self._workers.items()):
             if now >= worker.seen + self._alive_for:
                 del self._workers[worker_id]
@@ -280,4 +307,4 @@ def _decode(part: Part) -> Wav:
     try:
         return wavs.decode(base64.b64decode(part.wav_b64, validate=True))
     except ValueError:
-        raise VoiceUnavailable("a part of the speech is no WAV") from None
+        raise VoiceUnavailable("a part of the speech is no WAV", retry_after=RETRY_AFTER) from None

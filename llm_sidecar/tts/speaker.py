@@ -111,6 +111,13 @@ class Speaker:
             )
         return self._embedded
 
+    def check_room(self) -> None:
+        """Raises QueueFull or VoiceUnavailable where a request would be refused now."""
+        self.choose()
+        if self._admitted >= self._queue_length:
+            wait = max(1, round(self._admitted * self._recent_seconds))
+            raise QueueFull(f"The speech queue is full; try again in {wait} s.", retry_after=wait)
+
     async def speak(
         self, text: str, exaggeration: float = 0.5, reference: Reference | None = None
     ) -> Spoken:
@@ -126,7 +133,6 @@ class Speaker:
         """
         if not speakable(text):
             raise InvalidRequest("text: there is no letter or digit in it to speak")
-        self.choose()
         with self._admission():
             try:
                 async with asyncio.timeout(self._timeout), self._slot:
@@ -158,9 +164,7 @@ class Speaker:
 
     @contextlib.contextmanager
     def _admission(self) -> Iterator[None]:
-        if self._admitted >= self._queue_length:
-            wait = max(1, round(self._admitted * self._recent_seconds))
-            raise QueueFull(f"The speech queue is full; try again in {wait} s.", retry_after=wait)
+        self.check_room()
         self._admitted += 1
         try:
             yield

@@ -112,6 +112,7 @@ class SpeechWorker:
             clones=self._voice.clones,
             sample_rate=getattr(self._voice, "sample_rate", None),
             waiting=len(self._requests),
+            requests=frozenset(self._requests),
             leaving=leaving,
         )
         await self._bus.publish(ANNOUNCED, announcement.model_dump_json())
@@ -163,7 +164,7 @@ class SpeechWorker:
         try:
             await self._say(request)
         except _NotSent:
-            # The bus has logged it, and whoever asked will notice the gap.
+            # The bus has logged it, and whoever asked sees that the request is here no more.
             return
         except SidecarError as error:
             await self._fail(request, error)

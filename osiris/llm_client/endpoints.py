@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import uuid
 from abc import ABC, abstractmethod
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final, Generic, TypeVar
 
 import httpx
@@ -74,18 +74,18 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
         """Store what somebody says of a proposal: `{"message": str, "transaction_id": str}`.
 
         The answer comes when the row is durable. When it gets lost on the way the request is sent
-        again, so the same feedback can be stored twice: at least once, with the same
-        `transaction_id` and content.
+        again with the same timestamp, by which the sidecar knows it for the same feedback.
 
         Args:
             transaction_id: the proposal's.
             feedback_type: `correction`, `rating`, `qualitative_comment` or `human_edit`.
             feedback_content: text or an object.
-            timestamp: when it was said, ISO 8601 if it is text; the sidecar's now unless given.
+            timestamp: when it was said, ISO 8601 if it is text; now unless given.
             corrected_proposal: the proposal as it should have been.
             schema_version: of the feedback.
         """
-        when = timestamp.isoformat() if isinstance(timestamp, datetime) else timestamp
+        when = datetime.now(UTC) if timestamp is None else timestamp
+        when = when.isoformat() if isinstance(when, datetime) else when
         body = _given(
             transaction_id=transaction_id,
             feedback_type=feedback_type,

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from pydantic import ValidationError
 
 from llm_sidecar.db import Phi3FeedbackSchema
+from llm_sidecar.errors import InvalidRequest
 from llm_sidecar.proposals import Proposal
 from osiris.http import CurrentSidecar, endpoint
 from osiris.schemas import FeedbackRequest, FeedbackStored
@@ -19,15 +20,23 @@ async def submit_feedback(body: FeedbackRequest, sidecar: CurrentSidecar) -> Fee
 
     A client that hangs up meanwhile does not undo it, so nothing races the disconnect here.
     """
-    await sidecar.submit_feedback(Phi3FeedbackSchema(**body.model_dump(exclude_none=True)))
+    try:
+        row = Phi3FeedbackSchema(**body.model_dump(exclude_none=True))
+    except ValidationError as error:
+        # Without the input, which pydantic's own text would quote.
+        reasons = (f"{entry['loc'][0]}: {entry['msg']}" for entry in error.errors())
+        raise InvalidRequest("; ".join(reasons)) from None
+    is_example = await sidecar.submit_feedback(row)
     return FeedbackStored(
-        message=_message(body.corrected_proposal), transaction_id=body.transaction_id
+        message=_message(body.corrected_proposal, is_example), transaction_id=body.transaction_id
     )
 
 
-def _message(corrected: dict[str, object] | None) -> str:
+def _message(corrected: dict[str, object] | None, is_example: bool) -> str:
     if corrected is None:
         return "Feedback stored."
+    if is_example:
+        return "Feedback stored; the corrected proposal is an example for the next ones."
     try:
         Proposal.model_validate(corrected)
     except ValidationError as error:
@@ -35,4 +44,7 @@ def _message(corrected: dict[str, object] | None) -> str:
         return (
             f"Feedback stored; corrected_proposal is no valid proposal ({fields}), so no example."
         )
-    return "Feedback stored; the corrected proposal is an example for the next ones."
+    return (
+        "Feedback stored; the corrected proposal is no example, as there is no run of this "
+        "transaction_id whose prompt is short enough."
+    )

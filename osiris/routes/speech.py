@@ -49,6 +49,8 @@ async def speak(body: SpeakRequest, request: Request, sidecar: CurrentSidecar) -
 
 
 async def _speak(sidecar: Sidecar, body: SpeakRequest) -> Spoken:
+    # A refusal costs no decoding.
+    sidecar.speaker.check_room()
     reference = None
     if body.ref_wav_b64 is not None:
         reference = await asyncio.to_thread(read_reference, body.ref_wav_b64)
