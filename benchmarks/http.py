@@ -1,7 +1,8 @@
 """How the API process answers while the models work: `python -m benchmarks.http`.
 
-Starts the server with the demo models, lets 16 clients ask for proposals without a pause, and
-meanwhile times `/health`, from a process of its own. Beside it stands the same on an idle server.
+Starts the server with the demo models, says after how long it answers, lets 16 clients ask for
+proposals without a pause, and meanwhile times `/health`, from a process of its own. Beside it
+stands the same on an idle server. Wanted: the first answer within 1.5 s, 99 of 100 within 50 ms.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=15.0, help="length of each measurement")
     seconds = parser.parse_args().seconds
+    started = time.monotonic()
     with (
         tempfile.TemporaryDirectory() as folder,
         serve(Path(folder), SIDECAR_DEMO="true", PRELOAD_MODELS="true") as server,
     ):
+        print(f"first answer {time.monotonic() - started:.2f} s after the start")
         server.wait_until_ready()
         server.client.post("/propose_trade_adjustments", json=PROMPT).raise_for_status()
         show("idle", probe(server.client, seconds))
