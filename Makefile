@@ -4,8 +4,10 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 VENV := .venv
 BIN := $(VENV)/bin
+CHATTERBOX_VENV := .venv-chatterbox
+STAND_IN := .data/chatterbox-stand-in
 
-.PHONY: serve test lint train evaluate clean
+.PHONY: serve test test-chatterbox lint train evaluate clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve
@@ -15,6 +17,11 @@ serve: $(VENV)/.serve
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+# Gigabytes and minutes: the real package with random weights, as a worker in its own environment.
+test-chatterbox: $(VENV)/.test $(CHATTERBOX_VENV)/.installed $(STAND_IN)/conds.pt
+	CHATTERBOX_PYTHON=$(CURDIR)/$(CHATTERBOX_VENV)/bin/python CHATTERBOX_STAND_IN=$(CURDIR)/$(STAND_IN) \
+	$(BIN)/python -m pytest tests/chatterbox -v -o log_cli=true -o log_cli_level=INFO
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -28,7 +35,7 @@ evaluate: $(VENV)/.serve
 	$(BIN)/python -m llm_sidecar.demo evaluate
 
 clean:
-	rm -rf $(VENV) .data .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(CHATTERBOX_VENV) .data .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
@@ -41,3 +48,11 @@ $(VENV)/.serve: requirements.txt | $(VENV)/bin/python
 $(VENV)/.test: requirements-tests.txt $(VENV)/.serve
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-tests.txt
 	touch $@
+
+$(CHATTERBOX_VENV)/.installed: requirements-chatterbox.txt
+	$(PYTHON) -m venv $(CHATTERBOX_VENV)
+	$(CHATTERBOX_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-chatterbox.txt
+	touch $@
+
+$(STAND_IN)/conds.pt: tests/chatterbox/stand_in.py | $(CHATTERBOX_VENV)/.installed
+	$(CHATTERBOX_VENV)/bin/python -m tests.chatterbox.stand_in $(STAND_IN)

@@ -103,7 +103,8 @@ class OnnxEngine:
             generator.generate_next_token()
             step = generator.get_sequence(0)[count + done : count + limit]
             done += len(step)
-            ended = int(step[-1]) in self._eos
+            # A step under guidance may end without a token.
+            ended = any(int(token) in self._eos for token in step)
             text = "".join(decode(token) for token in step if int(token) not in self._eos)
             yield Delta(text, count, done)
         # Without headroom it is done at the limit too.
