@@ -21,7 +21,7 @@ test: $(VENV)/.test
 # Gigabytes and minutes: the real package with random weights, as a worker in its own environment.
 test-chatterbox: $(VENV)/.test $(CHATTERBOX_VENV)/.installed $(STAND_IN)/conds.pt
 	CHATTERBOX_PYTHON=$(CURDIR)/$(CHATTERBOX_VENV)/bin/python CHATTERBOX_STAND_IN=$(CURDIR)/$(STAND_IN) \
-	$(BIN)/python -m pytest tests/chatterbox -v -o log_cli=true -o log_cli_level=INFO
+	$(BIN)/python -m pytest tests/chatterbox -v -o faulthandler_timeout=1200 -o log_cli=true -o log_cli_level=INFO
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -183,12 +183,6 @@ def test_the_recipe_makes_folders_that_an_engine_loads(tmp_path: Path) -> None:
 
 # The models that are shipped
 
-promised = pytest.mark.xfail(
-    strict=True,
-    reason="the shipped weights do not keep this promise yet, see the figures in MODEL_CARD.md; "
-    "once they do, this mark fails the suite and goes",
-)
-
 
 @pytest.fixture(scope="module")
 def phi3() -> Engine:
@@ -200,7 +194,6 @@ def test_the_shipped_models_are_small() -> None:
     assert sum(path.stat().st_size for path in files) <= 12_000_000
 
 
-@promised
 def test_the_shipped_model_copies_unseen_tickers(phi3: Engine) -> None:
     rng = Random(9)
     drawn = [market.draw(rng, "held-out") for _ in range(40)]
@@ -209,7 +202,11 @@ def test_the_shipped_model_copies_unseen_tickers(phi3: Engine) -> None:
     assert sum(right) >= 36
 
 
-@promised
+@pytest.mark.xfail(
+    strict=True,
+    reason="with few-shot examples before it the shipped model still copies their ticker; "
+    "once it does not, this mark fails the suite and goes",
+)
 def test_the_shipped_model_answers_the_prompt_and_not_an_example(phi3: Engine) -> None:
     examples = [proposals.Example(case.prompt, case.proposal) for case in cases(2)]
     request = GenerationRequest(
@@ -221,7 +218,6 @@ def test_the_shipped_model_answers_the_prompt_and_not_an_example(phi3: Engine) -
     assert proposals.parse(text)["ticker"] == "QZX"
 
 
-@promised
 def test_the_shipped_hermes_prefers_more_reward_for_the_risk() -> None:
     hermes = load_engine(DEMO_DIR / "hermes", device="cpu")
     scores = []

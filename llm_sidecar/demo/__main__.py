@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import multiprocessing.connection
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from llm_sidecar.demo.evaluate import evaluate
-from llm_sidecar.demo.recipe import train_hermes, train_phi3
+from llm_sidecar.demo.recipe import PROCESSES, Member, train_hermes, train_phi3
 from llm_sidecar.errors import ModelUnavailable
 
 _HERE = Path(__file__).parent
@@ -32,7 +35,6 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train both models, within an hour on two cores")
     train.add_argument("--out", type=Path, default=_HERE, help="folder for phi3/ and hermes/")
     train.add_argument("--seed", type=int, default=1)
-    train.add_argument("--threads", type=int, default=1, help="of each model's process")
     train.add_argument("--only", choices=("phi3", "hermes"), help="train one of them")
     train.add_argument("--scale", type=float, default=1.0, help="train on this part of the tokens")
     train.set_defaults(run=_train)
@@ -43,22 +45,36 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
-    """Trains each model in a process of its own: so small a one gains nothing from more threads."""
+    for name, train in (("phi3", train_phi3), ("hermes", train_hermes)):
+        if options.only in (None, name) and (status := _together(train, name, options)):
+            return status
+    return 0
+
+
+def _together(train: Callable[..., None], name: str, options: argparse.Namespace) -> int:
+    """Trains one model in several processes; returns the first exit status that is not 0."""
     spawn = multiprocessing.get_context("spawn")
-    processes = [
-        spawn.Process(
-            target=train,
-            args=(options.out / name,),
-            kwargs={"seed": options.seed, "threads": options.threads, "scale": options.scale},
-        )
-        for name, train in (("phi3", train_phi3), ("hermes", train_hermes))
-        if options.only in (None, name)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    return max(abs(process.exitcode or 0) for process in processes)
+    with tempfile.TemporaryDirectory() as folder:
+        running = [
+            spawn.Process(
+                target=train,
+                args=(options.out / name, Member(rank, PROCESSES, Path(folder, "meeting"))),
+                kwargs={"seed": options.seed, "scale": options.scale},
+                daemon=True,
+            )
+            for rank in range(PROCESSES)
+        ]
+        for process in running:
+            process.start()
+        while running:
+            multiprocessing.connection.wait([process.sentinel for process in running])
+            if failed := [process.exitcode for process in running if process.exitcode]:
+                # The other would wait for it for ever.
+                for process in running:
+                    process.terminate()
+                return abs(failed[0])
+            running = [process for process in running if process.exitcode is None]
+    return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:

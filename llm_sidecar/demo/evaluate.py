@@ -19,7 +19,7 @@ from llm_sidecar.demo.situations import SITUATIONS
 from llm_sidecar.engines import Engine, GenerationRequest, load_engine
 
 HANDWRITTEN: Final = Path(__file__).parent / "handwritten.jsonl"
-_HELD_OUT, _SCORED = 500, 200
+_HELD_OUT, _SCORED, _CRITICISED = 500, 200, 50
 _SEED: Final = 20_260_101
 """Of the held-out prompts; training draws with other seeds, and other tickers."""
 
@@ -77,10 +77,11 @@ def _held_out(engine: Engine) -> list[Figure]:
     cases = [draw(rng, "held-out") for _ in range(_HELD_OUT)]
     written = _with_progress("held-out prompts", engine, [case.prompt for case in cases])
     pairs = list(zip(cases, written, strict=True))
-    sided = [(case, got) for case, got in pairs if "side" in case.proposal]
+    sided = [(case, got) for case, got in pairs if not _sideless(case)]
     return [
         _share("held-out: ticker copied", [_same(c, g, "ticker") for c, g in pairs], 0.99),
         _share("held-out: side right", [_same(c, g, "side") for c, g in sided], 0.99),
+        _share("held-out: none made up", ["side" not in g for c, g in pairs if _sideless(c)]),
         _share("held-out: action", [_same(c, g, "action") for c, g in pairs]),
         _share("held-out: stop", [_same(c, g, "new_stop_pct") for c, g in pairs]),
         _share("held-out: target", [_same(c, g, "new_target_pct") for c, g in pairs]),
@@ -124,7 +125,28 @@ def _scores(engine: Engine) -> list[Figure]:
         ratios.append(ratio)
         scores.append(hermes_plugin.expected_score(found))
     correlation = rank_correlation(ratios, scores)
-    return [Figure("score against reward to risk: rank correlation", correlation, _SCORED, 0.9)]
+    return [
+        Figure("score against reward to risk: rank correlation", correlation, _SCORED, 0.9),
+        _critiques(engine),
+    ]
+
+
+def _critiques(engine: Engine) -> Figure:
+    """How often the first sentence has the right distances and the right word for them."""
+    rng = Random(_SEED)
+    right = []
+    for _ in range(_CRITICISED):
+        case = draw(rng, "held-out")
+        proposal = judgement.varied(rng, case, fits=True)
+        messages = hermes_plugin.build_messages(hermes_plugin.CRITIQUE_TASK, proposal, case.prompt)
+        written = "".join(d.text for d in engine.stream(GenerationRequest(messages, 100)))
+        expected, _, _ = judgement.critique(proposal, fits=True).partition(". ")
+        right.append(written.startswith(expected))
+    return _share("critique: first sentence right", right)
+
+
+def _sideless(case: Case) -> bool:
+    return "side" not in case.proposal
 
 
 def _same(case: Case, got: dict[str, Any], field: str) -> bool:

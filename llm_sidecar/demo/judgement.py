@@ -8,7 +8,6 @@ the context costs 3; a proposal that sets no stop or target is a 5.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from random import Random
 from typing import Any, Final
 
@@ -16,12 +15,17 @@ from llm_sidecar import hermes_plugin
 from llm_sidecar.demo.market import Case, draw
 from llm_sidecar.demo.situations import SITUATIONS
 from llm_sidecar.demo.tickers import Split
+from llm_sidecar.demo.training import Lesson, Teacher
 from llm_sidecar.engines import Message
+from llm_sidecar.proposals import dumps
 
 _NEUTRAL: Final = 5.0
 _MISMATCH: Final = 3.0
 _GRADES: Final = ((0.8, "poor"), (1.3, "thin"), (2.0, "fair"), (3.0, "good"))
 _TIGHT, _WIDE = 1.0, 3.5
+_BARE, _ALONE, _WHOLE = 0.2, 0.6, 0.8
+"""Parts of the training: until the first only bare distances, until the second proposals alone as
+well, from the third contexts as long as any."""
 
 
 def reward_to_risk(proposal: dict[str, Any]) -> float | None:
@@ -68,26 +72,67 @@ def critique(proposal: dict[str, Any], *, fits: bool | None) -> str:
     return " ".join(sentences)
 
 
-def chats(seed: int, split: Split = "train") -> Iterator[list[Message]]:
-    """Endless chats with Hermes: seven of ten a score, two a critique, one a comment."""
+def teacher(seed: int, split: Split = "train") -> Teacher:
+    """Hermes' lessons: scores of two bare distances, of proposals alone, then what the server asks.
+
+    Bare distances teach to divide at a tenth of the cost of a whole chat, a proposal alone teaches
+    to find them at less than half of it.
+    """
     rng = Random(seed)
-    while True:
-        case = draw(rng, split)
-        kind = rng.random()
-        if kind < 0.1:
-            comment = f"{case.proposal['ticker']}: {case.proposal['rationale']}"
-            yield [*hermes_plugin.chat_messages(case.prompt), _reply(comment)]
-            continue
-        context, fits = (case.prompt, rng.random() < 0.75) if rng.random() < 0.5 else (None, None)
-        proposal = varied(rng, case, fits is not False)
-        if kind < 0.3:
-            task, reply = hermes_plugin.CRITIQUE_TASK, critique(proposal, fits=fits)
-        else:
-            exact = score(proposal, fits=fits is not False)
-            # Drawn so that the mean over many is exact: the model learns the fraction.
-            reply = str(math.floor(exact) + (rng.random() < exact % 1))
-            task = hermes_plugin.SCORE_TASK
-        yield [*hermes_plugin.build_messages(task, proposal, context), _reply(reply)]
+
+    def lesson(progress: float) -> Lesson:
+        chance = rng.random()
+        if progress < _BARE or chance < 0.1:
+            return _bare(rng, draw(rng, split))
+        if progress < _ALONE or chance < 0.35:
+            return _alone(rng, draw(rng, split))
+        grown = min(1.0, (progress - _ALONE) / (_WHOLE - _ALONE))
+        return _whole(rng, draw(rng, split, round(100 + 600 * grown)))
+
+    return lesson
+
+
+def _bare(rng: Random, case: Case) -> Lesson:
+    """The score of two distances alone, or the sentence that weighs them."""
+    proposal = varied(rng, case, fits=True)
+    levels = dumps({key: proposal[key] for key in ("new_stop_pct", "new_target_pct")})[1:-1]
+    if rng.random() < 0.6:
+        asked = Message(role="user", content=levels)
+        return Lesson([asked, _reply(_drawn(score(proposal, fits=True), rng))])
+    weighed, _, _ = critique(proposal, fits=None).partition(". ")
+    asked = Message(role="user", content=f"{levels}\n\n{hermes_plugin.CRITIQUE_TASK}")
+    return Lesson([asked, _reply(weighed)], last=len(weighed))
+
+
+def _alone(rng: Random, case: Case) -> Lesson:
+    """The score of a proposal, and at times its critique, without the system's prompt."""
+    proposal = varied(rng, case, fits=True)
+    if rng.random() < 0.35:
+        task, reply = hermes_plugin.CRITIQUE_TASK, critique(proposal, fits=None)
+    else:
+        task, reply = hermes_plugin.SCORE_TASK, _drawn(score(proposal, fits=True), rng)
+    return Lesson([*hermes_plugin.build_messages(task, proposal)[1:], _reply(reply)])
+
+
+def _whole(rng: Random, case: Case) -> Lesson:
+    """As the server asks: half of them a score, four of ten a critique, else a comment."""
+    kind = rng.random()
+    if kind < 0.1:
+        comment = f"{case.proposal['ticker']}: {case.proposal['rationale']}"
+        return Lesson([*hermes_plugin.chat_messages(case.prompt), _reply(comment)])
+    context, fits = (case.prompt, rng.random() < 0.85) if rng.random() < 0.6 else (None, None)
+    proposal = varied(rng, case, fits is not False)
+    if kind < 0.5:
+        task, reply = hermes_plugin.CRITIQUE_TASK, critique(proposal, fits=fits)
+    else:
+        task = hermes_plugin.SCORE_TASK
+        reply = _drawn(score(proposal, fits=fits is not False), rng)
+    return Lesson([*hermes_plugin.build_messages(task, proposal, context), _reply(reply)])
+
+
+def _drawn(exact: float, rng: Random) -> str:
+    """A whole number beside `exact`, drawn so that its mean is exact: the model learns the rest."""
+    return str(math.floor(exact) + (rng.random() < exact % 1))
 
 
 def varied(rng: Random, case: Case, fits: bool) -> dict[str, Any]:
@@ -111,4 +156,4 @@ def varied(rng: Random, case: Case, fits: bool) -> dict[str, Any]:
 
 
 def _reply(text: str) -> Message:
-    return {"role": "assistant", "content": text}
+    return Message(role="assistant", content=text)

@@ -6,21 +6,21 @@ a model cannot live on the habits of one.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from random import Random
 from typing import Any, Final, NamedTuple
 
 from llm_sidecar.demo import prompts, variants
 from llm_sidecar.demo.situations import SITUATIONS, Side, answer
 from llm_sidecar.demo.tickers import Split, random_ticker
+from llm_sidecar.demo.training import Lesson, Teacher
 from llm_sidecar.engines import Message
 from llm_sidecar.proposals import Example, build_messages, dumps
 
-_SHORTEST_LIMIT, _LONGEST_PROMPT = 60, 700
+_SHORTEST_LIMIT, _LONGEST_PROMPT = 70, 700
 """Characters: of every prompt at the beginning of training, and in the end."""
-_SHORT_CHATS, _GROWING_CHATS = 12_000, 16_000
-"""Chats with short prompts only, and chats over which the limit then grows."""
+_SHORT, _LONG, _FINAL = 0.2, 0.55, 0.72
+"""Parts of the training: until the first prompts are short, from the second as long as any, from
+the third as the server sends them."""
 _STATED_ATR: Final = 0.25
 _NO_SIDE: Final = 0.12
 _WEIGHTS: Final = (3, 3, 3, 4, 4)
@@ -67,18 +67,32 @@ def _second_writer(rng: Random, split: Split) -> Case:
     return Case(prompt, answer(name, scene.ticker, side, number, scene.atr), name)
 
 
-def chats(seed: int, split: Split = "train") -> Iterator[list[Message]]:
-    """Endless chats with Phi-3, short ones first, then with up to three few-shot examples.
+def teacher(seed: int, split: Split = "train") -> Teacher:
+    """Phi-3's lessons: single short prompts and pieces of their answers first, whole chats last.
 
     Among few words attention soon finds what to copy and what to judge; from there it learns to
-    find them in long ones. Begun on long prompts, a model this small learns neither.
+    find them in long ones. Begun on long prompts, a model this small learns neither. A short
+    prompt without the system's, with one piece of its answer, is a lesson at a fifth of the cost.
     """
     rng = Random(seed)
-    for number in itertools.count():
-        progress = min(1.0, max(0, number - _SHORT_CHATS) / _GROWING_CHATS)
-        limit = _SHORTEST_LIMIT + round(progress * (_LONGEST_PROMPT - _SHORTEST_LIMIT))
-        turns = rng.choice((1, 1, 2, 3, 4)) if progress > 0.3 else 1
+
+    def lesson(progress: float) -> Lesson:
+        grown = min(1.0, max(0.0, (progress - _SHORT) / (_LONG - _SHORT)))
+        limit = _SHORTEST_LIMIT + round(grown * (_LONGEST_PROMPT - _SHORTEST_LIMIT))
+        final = progress > _FINAL
+        whole = rng.random() < (0.8 if final else 0.05 + 0.4 * grown)
+        turns = rng.choice((1, 1, 1, 1, 2, 3)) if whole and final else 1
         *before, last = (draw(rng, split, limit) for _ in range(turns))
         examples = [Example(case.prompt, case.proposal) for case in before]
-        reply = {"role": "assistant", "content": dumps(last.proposal)}
-        yield [*build_messages(last.prompt, examples), reply]
+        text = dumps(last.proposal)
+        messages = [*build_messages(last.prompt, examples), Message(role="assistant", content=text)]
+        if not final and rng.random() > 0.3 * grown:
+            messages = messages[1:]
+        if whole:
+            return Lesson(messages)
+        if rng.random() < 0.65:
+            # Up to `new`, so that no side is something to learn too.
+            return Lesson(messages, last=text.index('_stop_pct"'))
+        return Lesson(messages, first=text.index('"rationale"'))
+
+    return lesson

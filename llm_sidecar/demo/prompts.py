@@ -57,11 +57,8 @@ def labelled_prompt(rng: Random, split: Split) -> Labelled:
 
 
 def _recased(text: str, rng: Random) -> str:
-    """The text in lower case in one of four, in capitals in one of twenty."""
-    draw = rng.random()
-    if draw < 0.25:
-        return text.lower()
-    return text.upper() if draw < 0.3 else text
+    """The text in lower case in one of four; its codes stay as they are."""
+    return text.lower() if rng.random() < 0.25 else text
 
 
 def _misspelt(text: str, rng: Random) -> str:

@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
+import torch.distributed
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -23,27 +24,46 @@ from transformers import (
 )
 
 from llm_sidecar.demo import judgement, market
-from llm_sidecar.demo.tokenizer import CHATML, CONTEXT_LENGTH, PHI3, train_tokenizer
-from llm_sidecar.demo.training import Schedule, train
-from llm_sidecar.engines import Message
+from llm_sidecar.demo.tickers import ACRONYMS, INDEXES
+from llm_sidecar.demo.tokenizer import CHATML, CONTEXT_LENGTH, NUMBERS, PHI3, train_tokenizer
+from llm_sidecar.demo.training import Schedule, Teacher, prepare_attention, train
 
-_VOCABULARY: Final = 1024
-_TOKENIZER_CHATS: Final = 4000
-_PHI3: Final = Schedule(tokens=7_500_000)
-_HERMES: Final = Schedule(tokens=4_000_000)
+_VOCABULARY: Final = 2560
+_NUMBERS_VOCABULARY: Final = 1536
+_TOKENIZER_LESSONS: Final = 4000
+PROCESSES: Final = 2
+"""That train a model together: part of the recipe, as each draws lessons of its own."""
+_PHI3: Final = Schedule(tokens=20_000_000)
+_HERMES: Final = Schedule(tokens=6_000_000)
 
 
-def train_phi3(folder: Path, *, seed: int, threads: int, scale: float = 1.0) -> None:
+class Member(NamedTuple):
+    """One of the processes that train a model together.
+
+    Attributes:
+        rank: its number, from 0; that one writes the model.
+        size: how many there are.
+        meeting: a file, not there yet, by which they find each other.
+    """
+
+    rank: int
+    size: int
+    meeting: Path
+
+
+def train_phi3(folder: Path, member: Member, *, seed: int, scale: float = 1.0) -> None:
     """Trains the proposal model and writes it for onnxruntime-genai, in int4.
 
     Args:
         folder: replaced as a whole, once all went well.
+        member: this process among those that train together.
         seed: of weights and data.
-        threads: of torch.
         scale: part of the usual number of tokens.
     """
-    _prepare(seed, threads)
-    tokenizer = train_tokenizer(_texts(market.chats(seed + 1000)), PHI3, _VOCABULARY)
+    _prepare(seed, member)
+    tokenizer = train_tokenizer(
+        _texts(market.teacher(seed + 1000)), PHI3, _VOCABULARY, whole=(*ACRONYMS, *INDEXES)
+    )
     config = Phi3Config(
         hidden_size=192,
         # Not half the vocabulary: the builder takes a matrix of the head's shape for the head.
@@ -55,7 +75,10 @@ def train_phi3(folder: Path, *, seed: int, threads: int, scale: float = 1.0) -> 
         **_common(tokenizer),
     )
     model = Phi3ForCausalLM(config)
-    train(model, tokenizer, market.chats(seed), _scaled(_PHI3, scale), "phi3")
+    prepare_attention(model)
+    train(model, tokenizer, market.teacher(seed + member.rank), _scaled(_PHI3, scale), "phi3")
+    if member.rank > 0:
+        return
     with tempfile.TemporaryDirectory() as temporary:
         source, built = Path(temporary, "transformers"), Path(temporary, "built")
         _save(model, tokenizer, source)
@@ -63,13 +86,16 @@ def train_phi3(folder: Path, *, seed: int, threads: int, scale: float = 1.0) -> 
         _replace(built, folder)
 
 
-def train_hermes(folder: Path, *, seed: int, threads: int, scale: float = 1.0) -> None:
+def train_hermes(folder: Path, member: Member, *, seed: int, scale: float = 1.0) -> None:
     """Trains the critique and score model and writes it for transformers, in bfloat16.
 
     Args: as of `train_phi3`.
     """
-    _prepare(seed, threads)
-    tokenizer = train_tokenizer(_texts(judgement.chats(seed + 1000)), CHATML, _VOCABULARY)
+    _prepare(seed, member)
+    # Every percentage often enough to become a token of its own.
+    numbers = ["10", *(f"{tenths / 10}" for tenths in range(500))] * (_TOKENIZER_LESSONS // 4)
+    texts = itertools.chain(numbers, _texts(judgement.teacher(seed + 1000)))
+    tokenizer = train_tokenizer(texts, CHATML, _NUMBERS_VOCABULARY, apart=NUMBERS)
     config = LlamaConfig(
         hidden_size=160,
         intermediate_size=432,
@@ -79,21 +105,34 @@ def train_hermes(folder: Path, *, seed: int, threads: int, scale: float = 1.0) -
         **_common(tokenizer),
     )
     model = LlamaForCausalLM(config)
-    train(model, tokenizer, judgement.chats(seed), _scaled(_HERMES, scale), "hermes")
+    prepare_attention(model)
+    teacher = judgement.teacher(seed + member.rank)
+    train(model, tokenizer, teacher, _scaled(_HERMES, scale), "hermes")
+    if member.rank > 0:
+        return
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary, "transformers")
         _save(model.to(torch.bfloat16), tokenizer, source)
         _replace(source, folder)
 
 
-def _prepare(seed: int, threads: int) -> None:
+def _prepare(seed: int, member: Member) -> None:
     torch.manual_seed(seed)
-    torch.set_num_threads(threads)
+    # So small a model gains less from a second thread than from a second process.
+    torch.set_num_threads(1)
+    if member.size > 1:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=member.meeting.absolute().as_uri(),
+            rank=member.rank,
+            world_size=member.size,
+        )
 
 
-def _texts(chats: Iterable[Sequence[Message]]) -> Iterable[str]:
-    for chat in itertools.islice(chats, _TOKENIZER_CHATS):
-        yield from (message["content"] for message in chat)
+def _texts(teacher: Teacher) -> Iterable[str]:
+    for _ in range(_TOKENIZER_LESSONS):
+        yield from (message["content"] for message in teacher(1.0).messages)
 
 
 def _common(tokenizer: Any) -> dict[str, Any]:
