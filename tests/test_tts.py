@@ -21,9 +21,9 @@ from llm_sidecar.tts import wav
 from llm_sidecar.tts.espeak import EspeakVoice
 from llm_sidecar.tts.listeners import BACKLOG, AudioListeners
 from llm_sidecar.tts.reference import MAX_REFERENCE_BYTES, read_reference
-from llm_sidecar.tts.speaker import AUDIO_BYTES, Speaker
+from llm_sidecar.tts.speaker import Speaker
 from llm_sidecar.tts.text import MAX_PART, pause_after, plain, split
-from llm_sidecar.tts.voice import Reference, Voice, Wav
+from llm_sidecar.tts.voice import AUDIO_BYTES, Reference, Voice, Wav
 
 LONG = " ".join(f"The position number {n} is up and its stop moves with it." for n in range(20))
 

@@ -61,7 +61,7 @@ class Tones:
                     self.gate.clear()
                 await self.gate.wait()
                 if word == "break":
-                    raise RuntimeError("a string broke")
+                    raise RuntimeError(f"a string broke at {text}")
                 yield tone(word, exaggeration, reference)
             ended = True
         finally:
@@ -303,7 +303,8 @@ async def test_a_voice_that_fails_fails_the_request_and_not_the_worker(
     sidecar, _ = await pair(house)
     with pytest.raises(VoiceUnavailable, match="failed"):
         await say(sidecar, "first break")
-    assert "a string broke" in caplog.text
+    assert "the voice failed: RuntimeError" in caplog.text
+    assert "first break" not in caplog.text  # what was to be said
     assert same(await say(sidecar, "word"), [tone("word")])
 
 

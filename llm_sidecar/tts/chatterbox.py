@@ -27,13 +27,12 @@ from llm_sidecar.event_bus import EventBus
 from llm_sidecar.tts import text as texts
 from llm_sidecar.tts import wav as wavs
 from llm_sidecar.tts.reference import check_reference
-from llm_sidecar.tts.voice import Reference, Wav
+from llm_sidecar.tts.voice import AUDIO_BYTES, Reference, Wav
 
 SAMPLE_RATE: Final = 24_000
 WEIGHTS: Final = ("ve.safetensors", "t3_cfg.safetensors", "s3gen.safetensors", "tokenizer.json")
 BUILT_IN_VOICE: Final = "conds.pt"
 """How the voice without a reference sounds; without this file every request needs a reference."""
-AUDIO_BYTES: Final = "audio.bytes"
 
 SPEECH_TOKENS_AT_LEAST: Final = 50
 SPEECH_TOKENS_PER_TEXT_TOKEN: Final = 12

@@ -9,7 +9,7 @@ from typing import Final
 
 from llm_sidecar.errors import QueueFull
 from llm_sidecar.event_bus import EventBus
-from llm_sidecar.tts.speaker import AUDIO_BYTES
+from llm_sidecar.tts.voice import AUDIO_BYTES
 
 BACKLOG: Final = 16
 """WAVs that wait for one listener before its oldest is dropped; each is up to a few megabytes."""

@@ -15,10 +15,10 @@ from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
 
+from llm_sidecar.tts.reference import MAX_REFERENCE_BYTES
+
 ANNOUNCED: Final = "tts.worker.announced"
 MAX_TEXT: Final = 100_000
-MAX_REFERENCE: Final = 10 << 20
-"""Bytes of a reference WAV."""
 MAX_WAV: Final = 20 << 20
 """Bytes of one part: four minutes at 44.1 kHz."""
 
@@ -80,7 +80,7 @@ class SpeechRequest(ReplyTo):
 
     text: str = Field(max_length=MAX_TEXT)
     exaggeration: float = Field(ge=0, le=2, allow_inf_nan=False)
-    ref_wav_b64: str | None = Field(None, max_length=base64_length(MAX_REFERENCE))
+    ref_wav_b64: str | None = Field(None, max_length=base64_length(MAX_REFERENCE_BYTES))
 
 
 class Cancellation(_Message):

@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from llm_sidecar.errors import (
     DeadlineExceeded,
@@ -25,10 +25,7 @@ from llm_sidecar.event_bus import EventBus
 from llm_sidecar.tts import wav
 from llm_sidecar.tts.espeak import EspeakVoice
 from llm_sidecar.tts.text import speakable
-from llm_sidecar.tts.voice import Reference, Voice, Wav
-
-AUDIO_BYTES: Final = "audio.bytes"
-"""Channel of the event bus; a payload is base64 of one whole WAV."""
+from llm_sidecar.tts.voice import AUDIO_BYTES, Reference, Voice, Wav
 
 VoiceChoice = Literal["auto", "espeak", "chatterbox"]
 

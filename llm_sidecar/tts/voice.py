@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+AUDIO_BYTES: Final = "audio.bytes"
+"""Channel of the event bus; a payload is base64 of one whole WAV."""
 
 
 class Wav(NamedTuple):

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import logging
+import traceback
 import uuid
 from collections.abc import AsyncGenerator
 from typing import Final
@@ -168,8 +169,10 @@ class SpeechWorker:
             return
         except SidecarError as error:
             await self._fail(request, error)
-        except Exception:
-            log.exception("the voice failed")
+        except Exception as error:  # noqa: BLE001 - a voice's package raises anything
+            # Where and of which type only: its message may quote the text.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            log.error("the voice failed: %s\n%s", type(error).__name__, where)
             await self._fail(request, VoiceUnavailable("the voice failed: see the worker's log"))
 
     async def _say(self, request: SpeechRequest) -> None:
