@@ -124,6 +124,20 @@ least one character; two numbers may be written `100.00` (one character more eac
 never takes more than four, and the end of the turn takes one."""
 
 
+def is_valid(value: object) -> bool:
+    """Whether a value is a proposal by the public schema."""
+    try:
+        Proposal.model_validate(value)
+    except ValueError:
+        return False
+    return True
+
+
+def in_order(proposal: dict[str, Any]) -> dict[str, Any]:
+    """The proposal with its keys in the order in which the guidance has them written."""
+    return {key: proposal[key] for key in Proposal.model_fields if key in proposal}
+
+
 def dumps(proposal: dict[str, Any]) -> str:
     """The compact JSON text that the guidance produces, for prompts and for training."""
     return json.dumps(proposal, separators=(",", ":"))

@@ -8,14 +8,21 @@ import datetime
 import hashlib
 import json
 import logging
+import time
 import uuid
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from llm_sidecar import hermes_plugin, loader, proposals
 from llm_sidecar.archive import Archive
-from llm_sidecar.db import HermesScoreSchema, OrchestratorRunSchema, Phi3FeedbackSchema
+from llm_sidecar.db import (
+    HermesScoreSchema,
+    Latencies,
+    OrchestratorRunSchema,
+    Phi3FeedbackSchema,
+    ProposalSchema,
+)
 from llm_sidecar.engines import GenerationRequest
 from llm_sidecar.errors import DatabaseUnavailable, ModelUnavailable, SidecarError
 from llm_sidecar.event_bus import EventBus
@@ -148,7 +155,10 @@ class Sidecar:
     async def _propose(
         self, transaction_id: uuid.UUID, prompt: str, max_tokens: int
     ) -> AssessedProposal:
+        began = time.monotonic()
+        adapter = self.phi3.adapter
         proposal, completion = await self.generate_phi3(prompt, max_tokens)
+        proposed = time.monotonic()
         await self._publish(PROPOSAL_CREATED, {**proposal, "transaction_id": str(transaction_id)})
         assessment = await hermes_plugin.assess(
             self.hermes,
@@ -157,15 +167,33 @@ class Sidecar:
             max_tokens=max_tokens,
             temperature=self.settings.hermes_temperature,
         )
+        assessed = time.monotonic()
         score = await hermes_plugin.score(self.hermes, proposal, prompt)
+        latencies = Latencies(
+            proposal=proposed - began,
+            assessment=assessed - proposed,
+            score=time.monotonic() - assessed,
+        )
         output = {"proposal": proposal, "assessment": assessment.text, "score": score}
-        await self._log_run(transaction_id, prompt, output=output)
-        await self._keep(
-            self.archive.log_hermes_score(
+        await asyncio.gather(
+            self._log_run(transaction_id, prompt, output=output),
+            self._keep(
                 HermesScoreSchema(
                     run_id=str(transaction_id), score=score, rationale=assessment.text
                 )
-            )
+            ),
+            self._keep(
+                ProposalSchema(
+                    transaction_id=str(transaction_id),
+                    prompt=prompt,
+                    proposal=proposal,
+                    assessment=assessment.text,
+                    score=score,
+                    model=completion.model,
+                    adapter=None if adapter is None else adapter.name,
+                    latencies=latencies,
+                )
+            ),
         )
         await self._publish(
             PROPOSAL_ASSESSED,
@@ -185,12 +213,10 @@ class Sidecar:
         score = await hermes_plugin.score(self.hermes, proposal, context)
         rationale = proposal.get("rationale")
         await self._keep(
-            self.archive.log_hermes_score(
-                HermesScoreSchema(
-                    run_id=str(proposal_id),
-                    score=score,
-                    rationale=rationale if isinstance(rationale, str) else "",
-                )
+            HermesScoreSchema(
+                run_id=str(proposal_id),
+                score=score,
+                rationale=rationale if isinstance(rationale, str) else "",
             )
         )
         return proposal_id, score
@@ -247,7 +273,8 @@ class Sidecar:
         missing = self.missing()
         date = self.adapter_date()
         status = "ok"
-        if missing or not bus["connected"] or not self.speaker.available():
+        whole = bus["connected"] and self.speaker.available() and self.archive.is_whole()
+        if missing or not whole:
             status = "error" if {"phi3", "hermes"} <= set(missing) else "partial_error"
         return {
             "status": status,
@@ -309,12 +336,12 @@ class Sidecar:
             status="error" if output is None else "success",
             error_message=error_message,
         )
-        await self._keep(self.archive.log_run(run))
+        await self._keep(run)
 
-    async def _keep(self, writing: Coroutine[Any, Any, None]) -> None:
-        """A trader's answer does not wait for a database that is away: that goes to the log."""
+    async def _keep(self, row: OrchestratorRunSchema | HermesScoreSchema | ProposalSchema) -> None:
+        """A trader's answer does not hang on a full disk: that goes to the log."""
         try:
-            await writing
+            await self.archive.append(row)
         except DatabaseUnavailable as error:
             log.error("a row is not stored: %s", error.detail)
 

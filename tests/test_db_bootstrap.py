@@ -9,29 +9,31 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from llm_sidecar.db import TABLES, Store, init_db
+from llm_sidecar.db import TABLES, OrchestratorRunSchema, Store, init_db
 from llm_sidecar.errors import DatabaseUnavailable
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN = {"run_id": "r", "input_query": "q", "final_output": "", "status": "success"}
+RUN: dict[str, Any] = {"run_id": "r", "input_query": "q", "final_output": "", "status": "success"}
 
 
 async def test_the_first_opening_creates_folder_and_tables(tmp_path: Path) -> None:
     place = tmp_path / "parents" / "are made" / "db"
     store = await Store.open(place)
-    assert [await store.last(table, 0) for table in TABLES] == [[], [], []]
+    assert [await store.last(table, 0) for table in TABLES] == [[]] * len(TABLES)
     assert store.status()["state"] == "open"
     await store.close()
-    assert sorted(path.name for path in place.iterdir()) == sorted(f"{t}.lance" for t in TABLES)
+    names = [path.name for path in place.iterdir()]
+    assert sorted(names) == sorted(["_log", *(f"{table}.lance" for table in TABLES)])
 
 
 async def test_the_second_opening_keeps_the_rows(tmp_path: Path) -> None:
     for _ in range(2):
         store = await Store.open(tmp_path)
-        await store.log_run(RUN)
+        await store.append(OrchestratorRunSchema(**RUN))
         await store.close()
     store = await Store.open(tmp_path)
     assert len(await store.last("orchestrator_runs", 0)) == 2
@@ -67,13 +69,13 @@ async def test_a_place_that_cannot_be_says_so(tmp_path: Path) -> None:
     assert "\n" not in caught.value.detail
 
 
-async def test_a_store_that_does_not_answer_is_given_up_at_the_deadline() -> None:
+async def test_a_store_that_does_not_answer_is_given_up_at_the_deadline(tmp_path: Path) -> None:
     silent = socket.create_server(("127.0.0.1", 0))
     port = silent.getsockname()[1]
     uri = "s3://key:secret@bucket/db"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT", f"http://127.0.0.1:{port}")
-        patch.setenv("AWS_ALLOW_HTTP", "true")
+        patch.setenv("LANCEDB_LOG_DIR", str(tmp_path))
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         patch.setenv("AWS_ACCESS_KEY_ID", "k")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "s")
         patch.setenv("AWS_REGION", "us-east-1")

@@ -258,7 +258,7 @@ async def test_feedback_that_is_heard_before_the_database_is_there_is_stored(
         with serve(tmp_path, **(random_models | {"REDIS_URL": redis_url})) as server:
             await asyncio.to_thread(
                 server.wait_until,
-                lambda: server.client.get("/health").json()["database"]["state"] == "failed",
+                lambda: server.client.get("/health").json()["database"]["state"] == "away",
             )
             await bus.publish("phi3.feedback.submitted", json.dumps(feedback))
             await asyncio.to_thread(
@@ -306,18 +306,22 @@ async def test_a_walk_leaves_a_run_and_a_score(
     random_models: dict[str, str], tmp_path: Path
 ) -> None:
     with serve(tmp_path, **random_models) as server:
-        server.wait_until_database_is_open()
         response = server.client.post("/propose_trade_adjustments", json=PROMPT)
     transaction = response.json()["transaction_id"]
     store = await Store.open(tmp_path / "lancedb")
-    (run,), (score,) = (
-        await store.last("orchestrator_runs", 0),
-        await store.last("hermes_scores", 0),
-    )
+    found = await store.transaction(transaction)
     await store.close()
-    assert run["run_id"] == score["run_id"] == transaction
+    assert found.pop("phi3_feedback") == []
+    run, score, proposal = (rows[0] for rows in found.values())
     assert run["status"] == "success"
     assert run["input_query"] == PROMPT["prompt"]
     assert json.loads(run["final_output"])["proposal"] == response.json()["phi3_proposal"]
     assert score["rationale"] == response.json()["hermes_assessment"]
     assert score["score"] == pytest.approx(float(response.headers["X-Hermes-Score"]), abs=1e-6)
+    assert json.loads(proposal["proposal"]) == response.json()["phi3_proposal"]
+    assert proposal["prompt"] == PROMPT["prompt"]
+    assert proposal["assessment"] == score["rationale"]
+    assert proposal["score"] == score["score"]
+    assert proposal["model"] == response.headers["X-Model"]
+    assert proposal["adapter"] is None
+    assert all(seconds > 0 for seconds in proposal["latencies"].values())

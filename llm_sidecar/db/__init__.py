@@ -1,4 +1,4 @@
-"""The database room: feedback, runs and scores in LanceDB.
+"""The database room: feedback, runs, scores and proposals in LanceDB.
 
 Importing it imports neither lancedb nor pyarrow: those take seconds.
 """
@@ -8,24 +8,30 @@ from __future__ import annotations
 from llm_sidecar.db.cli import cli_main
 from llm_sidecar.db.schema import (
     FEEDBACK,
+    PROPOSALS,
     RUNS,
     SCORES,
     TABLES,
     HermesScoreSchema,
+    Latencies,
     OrchestratorRunSchema,
     Phi3FeedbackSchema,
+    ProposalSchema,
 )
 from llm_sidecar.db.scripts import append_feedback, init_db, log_hermes_score, log_run
 from llm_sidecar.db.store import Store
 
 __all__ = [
     "FEEDBACK",
+    "PROPOSALS",
     "RUNS",
     "SCORES",
     "TABLES",
     "HermesScoreSchema",
+    "Latencies",
     "OrchestratorRunSchema",
     "Phi3FeedbackSchema",
+    "ProposalSchema",
     "Store",
     "append_feedback",
     "cli_main",

@@ -1,21 +1,30 @@
-"""`python -m llm_sidecar.db`: looking at the tables."""
+"""`python -m llm_sidecar.db`: looking at the tables, and looking after them."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import datetime
 import json
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any, Final
 
+from llm_sidecar.db import cli_output as output
+from llm_sidecar.db.export import FORMATS, Export
+from llm_sidecar.db.migrate import migrate
+from llm_sidecar.db.place import default_uri, place_of
 from llm_sidecar.db.schema import RUNS, TABLES
-from llm_sidecar.db.store import Store, default_uri
-from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.db.statistics import statistics
+from llm_sidecar.db.store import Store
+from llm_sidecar.db.verify import verify
 
-_CELL: Final = 40
-"""Characters of a value that a table on a terminal shows."""
+Command = Callable[[argparse.Namespace], Coroutine[Any, Any, int]]
+_OPEN_SECONDS: Final = 60.0
+_SPANS: Final = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
 def cli_main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +34,8 @@ def cli_main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; this process's unless given.
 
     Returns:
-        The exit status: 0, 1 when the database cannot be read, 2 for bad arguments.
+        The exit status: 0; 1 when the database cannot be used or is not sound; 2 for bad arguments;
+        130 after Ctrl-C.
     """
     parser = _parser()
     try:
@@ -35,20 +45,20 @@ def cli_main(argv: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 0
+    command: Command = options.run
     try:
-        rows = asyncio.run(_last(options.table, options.last))
-    except DatabaseUnavailable as error:
-        sys.stderr.write(f"{error.detail}\n")
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    try:
-        _show(rows, options.table, as_json=options.json or not sys.stdout.isatty())
+        status = asyncio.run(command(options))
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read the output has seen enough; the interpreter must not flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # noqa: BLE001 lancedb raises many types
+        sys.stderr.write(f"{output.reason(error)}\n")
+        return 1
+    return status
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,44 +67,137 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m llm_sidecar.db", description="Looks at the tables.")
+    parser = _Parser(
+        prog="python -m llm_sidecar.db",
+        description="Looks at the database at LANCEDB_URI, and looks after it.",
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    query = commands.add_parser("query-runs", help="show the newest rows of a table")
+
+    def add(name: str, run: Command, text: str) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    query = add("query-runs", _query_runs, "show the newest rows of a table")
     query.add_argument("--last", type=int, default=5, metavar="N", help="0 or less for all; 5")
     query.add_argument("--table", choices=TABLES, default=RUNS, help=f"default: {RUNS}")
+    query.add_argument("--status", help="only runs with this status, such as error")
+    _add_since(query)
     query.add_argument("--json", action="store_true", help="JSON lines, as when piped")
+    stats = add("stats", _stats, "show rows, files and bytes of each table")
+    stats.add_argument("--json", action="store_true", help="JSON lines, as when piped")
+    add("compact", _compact, "join small files and delete versions that nobody reads any more")
+    add("migrate", _migrate, "bring tables of older versions to today's")
+    add("verify", _verify, "read every row, and check that ids are unique")
+    export = add("export", _export, "write training data from feedback, as JSON lines")
+    export.add_argument("--format", choices=FORMATS, required=True, dest="kind")
+    _add_since(export)
+    export.add_argument("--out", type=Path, help="a file; standard output unless given")
     return parser
 
 
-async def _last(table: str, count: int) -> list[dict[str, Any]]:
-    # Looking must not create anything.
-    store = await Store.open(default_uri(), create=False)
+def _add_since(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--since",
+        type=_time,
+        metavar="TIME",
+        help="only from this time on: ISO 8601 (UTC unless it says), or a span such as 24h or 7d",
+    )
+
+
+def _time(text: str) -> datetime.datetime:
     try:
-        return await store.last(table, count)
+        if text[-1:] in _SPANS:
+            span = datetime.timedelta(**{_SPANS[text[-1]]: float(text[:-1])})
+            return datetime.datetime.now(datetime.UTC) - span
+        found = datetime.datetime.fromisoformat(text)
+        aware = found.replace(tzinfo=datetime.UTC) if found.tzinfo is None else found
+        return aware.astimezone(datetime.UTC)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time such as 2026-01-31 or 7d") from None
+
+
+async def _with_store(work: Callable[[Store], Coroutine[Any, Any, int]]) -> int:
+    # Looking must not create anything.
+    store = await Store.open(default_uri(), create=False, timeout=_OPEN_SECONDS)
+    try:
+        for repair in store.status()["repairs"]:
+            sys.stderr.write(f"{repair}\n")
+        return await work(store)
     finally:
         await store.close()
 
 
-def _show(rows: list[dict[str, Any]], table: str, *, as_json: bool) -> None:
-    if not rows:
-        # Not on standard output when piped, where every line is a row.
-        (sys.stderr if as_json else sys.stdout).write(f"{table} is empty.\n")
-        return
-    if as_json:
-        for row in rows:
-            sys.stdout.write(json.dumps(row, default=lambda value: value.isoformat()) + "\n")
-        return
-    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    for line in cells:
-        padded = (text.ljust(width) for text, width in zip(line, widths, strict=True))
-        sys.stdout.write("  ".join(padded).rstrip() + "\n")
+async def _query_runs(options: argparse.Namespace) -> int:
+    if options.status is not None and options.table != RUNS:
+        sys.stderr.write(f"--status is of {RUNS} only; {options.table} has none\n")
+        return 2
+
+    async def work(store: Store) -> int:
+        rows = await store.last(
+            options.table, options.last, since=options.since, status=options.status
+        )
+        filtered = options.since or options.status is not None
+        empty = f"No row of {options.table} matches." if filtered else f"{options.table} is empty."
+        output.rows(rows, empty, as_json=options.json)
+        return 0
+
+    return await _with_store(work)
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    text = value.isoformat() if hasattr(value, "isoformat") else str(value)
-    # What people wrote must not steer the terminal.
-    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-    return text if len(text) <= _CELL else f"{text[: _CELL - 1]}…"
+async def _stats(options: argparse.Namespace) -> int:
+    async def work(store: Store) -> int:
+        found = await statistics(place_of(default_uri()), await store.opened())
+        output.rows(found, "", as_json=options.json)
+        return 0
+
+    return await _with_store(work)
+
+
+async def _compact(_: argparse.Namespace) -> int:
+    async def work(store: Store) -> int:
+        before, began = store.status()["fragments"], time.monotonic()
+        if not await store.compact():
+            sys.stderr.write("Another process compacts this database at the moment.\n")
+            return 1
+        for name, count in store.status()["fragments"].items():
+            sys.stdout.write(f"{name}: {before[name]} fragments before, {count} after\n")
+        sys.stdout.write(f"Compacted in {time.monotonic() - began:.1f} s.\n")
+        return 0
+
+    return await _with_store(work)
+
+
+async def _migrate(_: argparse.Namespace) -> int:
+    for line in await migrate(place_of(default_uri()), output.progress):
+        sys.stdout.write(f"{line}\n")
+    return 0
+
+
+async def _verify(_: argparse.Namespace) -> int:
+    async def work(store: Store) -> int:
+        found = await verify(await store.opened(), output.progress)
+        for table in found:
+            doubled = f"{table.doubled} ids come twice" if table.doubled else "ids are unique"
+            sys.stdout.write(
+                f"{table.table}: {table.rows} of {table.expected} rows are readable, {doubled}\n"
+            )
+        return 0 if all(table.is_sound for table in found) else 1
+
+    return await _with_store(work)
+
+
+async def _export(options: argparse.Namespace) -> int:
+    async def work(store: Store) -> int:
+        since = {} if options.since is None else {"since": options.since}
+        export = Export(await store.opened(), options.kind, **since)
+        with output.file_or_stdout(options.out) as write:
+            count = 0
+            async for row in export.rows(output.progress):
+                write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+        skipped = f"; left out: {export.skipped}" if str(export.skipped) else ""
+        sys.stderr.write(f"{count} rows{skipped}\n")
+        return 0
+
+    return await _with_store(work)

@@ -1,17 +1,29 @@
 """What a row is: the pydantic models callers fill, and the Arrow schemas of the tables.
 
 Timestamps are aware UTC with microseconds; a naive one counts as UTC. An object in a text column
-(`feedback_content`, `corrected_proposal`) is stored as compact JSON text.
+(`feedback_content`, `corrected_proposal`, `proposal`) is stored as compact JSON text.
+
+Every table has a key, by which a row that is written twice, after a crash for instance, is one row:
+`feedback_id`, and elsewhere `row_id`, which no caller sees.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import json
+import uuid
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -19,7 +31,18 @@ if TYPE_CHECKING:
 FEEDBACK: Final = "phi3_feedback"
 RUNS: Final = "orchestrator_runs"
 SCORES: Final = "hermes_scores"
-TABLES: Final = (FEEDBACK, RUNS, SCORES)
+PROPOSALS: Final = "proposals"
+TABLES: Final = (FEEDBACK, RUNS, SCORES, PROPOSALS)
+ROW_ID: Final = "row_id"
+KEYS: Final = {FEEDBACK: "feedback_id", RUNS: ROW_ID, SCORES: ROW_ID, PROPOSALS: ROW_ID}
+"""The column of each table that makes two deliveries the same row."""
+TRANSACTION: Final = {
+    FEEDBACK: "transaction_id",
+    RUNS: "run_id",
+    SCORES: "run_id",
+    PROPOSALS: "transaction_id",
+}
+"""The column of each table that says to which walk from prompt to proposal a row belongs."""
 
 
 _DEEPEST: Final = 64
@@ -78,12 +101,30 @@ class _Row(BaseModel):
 
     timestamp: Timestamp = Field(default_factory=_now)
 
+    @field_validator("*")
+    @classmethod
+    def _is_unicode(cls, value: object) -> object:
+        try:
+            return value if not isinstance(value, str) else value.encode().decode()
+        except UnicodeEncodeError:
+            raise ValueError("it is no Unicode: half of a surrogate pair is no character") from None
+
     def as_row(self) -> dict[str, Any]:
         """Column values as Arrow takes them."""
+        values = self.model_dump()
         return {
-            name: _compact_json(value) if isinstance(value, dict) else value
-            for name, value in self.model_dump().items()
+            name: _compact_json(value) if name in _JSON_TEXT and isinstance(value, dict) else value
+            for name, value in values.items()
         }
+
+
+_JSON_TEXT: Final = frozenset(("feedback_content", "corrected_proposal", "proposal"))
+
+
+class _Numbered(_Row):
+    def as_row(self) -> dict[str, Any]:
+        """Column values as Arrow takes them, under a new key."""
+        return super().as_row() | {ROW_ID: uuid.uuid4().hex}
 
 
 class Phi3FeedbackSchema(_Row):
@@ -104,14 +145,19 @@ class Phi3FeedbackSchema(_Row):
     def as_row(self) -> dict[str, Any]:
         """Column values as Arrow takes them."""
         row = super().as_row()
-        key = json.dumps([str(row[column]) for column in _FEEDBACK_KEY])
-        return row | {"feedback_id": self.feedback_id or hashlib.sha256(key.encode()).hexdigest()}
+        return row | {"feedback_id": self.feedback_id or feedback_key(row)}
+
+
+def feedback_key(row: dict[str, Any]) -> str:
+    """The `feedback_id` of feedback that brings none, from its column values."""
+    key = json.dumps([str(row[column]) for column in _FEEDBACK_KEY])
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
 _FEEDBACK_KEY: Final = ("transaction_id", "timestamp", "feedback_type", "feedback_content")
 
 
-class OrchestratorRunSchema(_Row):
+class OrchestratorRunSchema(_Numbered):
     """One walk from a prompt to a judged proposal; `run_id` is its transaction_id."""
 
     run_id: str = Field(min_length=1)
@@ -121,7 +167,7 @@ class OrchestratorRunSchema(_Row):
     error_message: str | None = None
 
 
-class HermesScoreSchema(_Row):
+class HermesScoreSchema(_Numbered):
     """A score in [0, 1]; `run_id` is the proposal's id."""
 
     run_id: str = Field(min_length=1)
@@ -129,6 +175,56 @@ class HermesScoreSchema(_Row):
     rationale: str = ""
 
 
+class Latencies(BaseModel):
+    """Seconds, queueing included; None for a part that did not happen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    proposal: float | None = Field(None, ge=0.0, allow_inf_nan=False)
+    assessment: float | None = Field(None, ge=0.0, allow_inf_nan=False)
+    score: float | None = Field(None, ge=0.0, allow_inf_nan=False)
+
+
+class ProposalSchema(_Numbered):
+    """A proposal with everything that made and judged it, so that a correction can be joined.
+
+    Attributes:
+        score: Hermes' score in [0, 1]; None where there is none.
+        model: the name of the model that wrote the proposal.
+        adapter: the name of its adapter; None without one.
+    """
+
+    transaction_id: str = Field(min_length=1)
+    prompt: str
+    proposal: JsonObject
+    assessment: str = ""
+    score: float | None = Field(None, ge=0.0, le=1.0, allow_inf_nan=False)
+    model: str
+    adapter: str | None = None
+    latencies: Latencies = Latencies()
+
+
+SCHEMAS: Final[dict[str, type[_Row]]] = {
+    FEEDBACK: Phi3FeedbackSchema,
+    RUNS: OrchestratorRunSchema,
+    SCORES: HermesScoreSchema,
+    PROPOSALS: ProposalSchema,
+}
+"""The pydantic model of each table."""
+
+VERSION: Final = "2"
+"""Of the tables' shapes, in their Arrow metadata: 2 has keys and aware timestamps in microseconds.
+Version 1 is whatever was written before; `migrate` brings it here."""
+_VERSION_KEY: Final = b"osiris_schema_version"
+
+
+def is_current(table: str, schema: pa.Schema) -> bool:
+    """Whether an Arrow schema is today's of that table."""
+    version = (schema.metadata or {}).get(_VERSION_KEY)
+    return bool(schema.equals(arrow_schemas()[table]) and version == VERSION.encode())
+
+
+@functools.cache
 def arrow_schemas() -> dict[str, pa.Schema]:
     """Arrow schema of every table, in the order of `TABLES`."""
     import pyarrow as pa
@@ -136,36 +232,50 @@ def arrow_schemas() -> dict[str, pa.Schema]:
     def text(name: str, nullable: bool = False) -> pa.Field:
         return pa.field(name, pa.string(), nullable)
 
+    def number(name: str, nullable: bool = False) -> pa.Field:
+        return pa.field(name, pa.float64(), nullable)
+
     time = pa.field("timestamp", pa.timestamp("us", tz="UTC"), nullable=False)
+    columns = {
+        FEEDBACK: [
+            text("transaction_id"),
+            time,
+            text("feedback_type"),
+            text("feedback_content"),
+            text("schema_version"),
+            text("corrected_proposal", nullable=True),
+        ],
+        RUNS: [
+            text("run_id"),
+            time,
+            text("input_query"),
+            text("final_output"),
+            text("status"),
+            text("error_message", nullable=True),
+        ],
+        SCORES: [text("run_id"), time, number("score"), text("rationale")],
+        PROPOSALS: [
+            text("transaction_id"),
+            time,
+            text("prompt"),
+            text("proposal"),
+            text("assessment"),
+            number("score", nullable=True),
+            text("model"),
+            text("adapter", nullable=True),
+            pa.field(
+                "latencies",
+                pa.struct([number(name, nullable=True) for name in Latencies.model_fields]),
+                nullable=False,
+            ),
+        ],
+    }
+    # The metadata makes two processes that insert the same key at once conflict, and one retry.
+    unique = {"lance-schema:unenforced-primary-key": "true"}
     return {
-        FEEDBACK: pa.schema(
-            [
-                text("transaction_id"),
-                time,
-                text("feedback_type"),
-                text("feedback_content"),
-                text("schema_version"),
-                text("corrected_proposal", nullable=True),
-                # Makes two processes that insert the same one at once conflict, and one retry.
-                text("feedback_id").with_metadata({"lance-schema:unenforced-primary-key": "true"}),
-            ]
-        ),
-        RUNS: pa.schema(
-            [
-                text("run_id"),
-                time,
-                text("input_query"),
-                text("final_output"),
-                text("status"),
-                text("error_message", nullable=True),
-            ]
-        ),
-        SCORES: pa.schema(
-            [
-                text("run_id"),
-                time,
-                pa.field("score", pa.float64(), nullable=False),
-                text("rationale"),
-            ]
-        ),
+        table: pa.schema(
+            [*columns[table], text(KEYS[table]).with_metadata(unique)],
+            metadata={_VERSION_KEY: VERSION},
+        )
+        for table in TABLES
     }

@@ -6,11 +6,12 @@ Async code uses `Store`, which stays open.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from llm_sidecar.db.place import default_uri
 from llm_sidecar.db.schema import HermesScoreSchema, OrchestratorRunSchema, Phi3FeedbackSchema
-from llm_sidecar.db.store import Store, default_uri
+from llm_sidecar.db.store import AnyRow, Store
 
 
 def init_db(uri: str | None = None) -> None:
@@ -23,37 +24,38 @@ def init_db(uri: str | None = None) -> None:
         DatabaseUnavailable: it cannot be opened.
     """
 
-    async def nothing(_: Store) -> None:
-        return
+    async def once() -> None:
+        await (await Store.open(uri or default_uri())).close()
 
-    _with_store(nothing, uri)
+    asyncio.run(once())
 
 
 def append_feedback(row: Phi3FeedbackSchema | Mapping[str, Any], *, uri: str | None = None) -> None:
-    """Stores feedback, once however often it comes.
+    """Stores feedback, once however often it comes; returns when it would survive a power loss.
 
     Raises:
         pydantic.ValidationError: a dict is no feedback.
         DatabaseUnavailable: it is not certain that the row is stored; a retry is safe.
     """
-    _with_store(lambda store: store.append_feedback(row), uri)
+    _append(Phi3FeedbackSchema.model_validate(row), uri)
 
 
 def log_run(row: OrchestratorRunSchema | Mapping[str, Any], *, uri: str | None = None) -> None:
-    """Stores a run; raises as `append_feedback` does."""
-    _with_store(lambda store: store.log_run(row), uri)
+    """Stores a run; returns and raises as `append_feedback` does."""
+    _append(OrchestratorRunSchema.model_validate(row), uri)
 
 
 def log_hermes_score(row: HermesScoreSchema | Mapping[str, Any], *, uri: str | None = None) -> None:
-    """Stores a score; raises as `append_feedback` does."""
-    _with_store(lambda store: store.log_hermes_score(row), uri)
+    """Stores a score; returns and raises as `append_feedback` does."""
+    _append(HermesScoreSchema.model_validate(row), uri)
 
 
-def _with_store(work: Callable[[Store], Awaitable[None]], uri: str | None) -> None:
+def _append(row: AnyRow, uri: str | None) -> None:
     async def once() -> None:
-        store = await Store.open(uri or default_uri())
+        store = Store(uri or default_uri())
+        store.start()
         try:
-            await work(store)
+            await store.append(row)
         finally:
             await store.close()
 

@@ -1,0 +1,277 @@
+"""The write-ahead log: rows on disk, synced, before anybody is told that they are stored.
+
+Each process that writes to a database has a folder of its own below the database's log folder. It
+holds a `lock` file, which the process keeps locked while it lives, and segments: files of records,
+of which only the last is written to. A folder whose lock is free is that of a process that has
+ended; whoever finds it takes over its rows (`abandoned_logs`).
+
+A record is a marker, the length and the CRC-32 of its payload (little-endian), and the payload:
+JSON text in UTF-8, `[table, {column: value}]`. One that a crash has cut off was never acknowledged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import os
+import struct
+import uuid
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+_MARKER: Final = b"\xf5ROW"
+"""A byte that no UTF-8 text has, so that no payload holds the marker."""
+_HEADER: Final = struct.Struct("<4sII")
+_SUFFIX: Final = ".log"
+_LOCK: Final = "lock"
+_TIME: Final = "timestamp"
+
+
+class Row(NamedTuple):
+    """One row on its way: its table, and the values of its columns."""
+
+    table: str
+    values: dict[str, Any]
+
+
+class Segment(NamedTuple):
+    """What a log file held.
+
+    Attributes:
+        rows: in the order of writing.
+        damaged: bytes before the last good record that are none; 0 unless the disk lost something
+            that had been synced.
+        torn: bytes after the last good record: a write that a crash cut off.
+    """
+
+    rows: list[Row]
+    damaged: int
+    torn: int
+
+
+def encode(row: Row) -> bytes:
+    """One record."""
+    values = {
+        name: value.isoformat() if isinstance(value, datetime.datetime) else value
+        for name, value in row.values.items()
+    }
+    payload = json.dumps([row.table, values], ensure_ascii=False, separators=(",", ":")).encode()
+    return _HEADER.pack(_MARKER, len(payload), zlib.crc32(payload)) + payload
+
+
+def read_segment(path: Path) -> Segment:
+    """The rows of a segment; steps over whatever is no record."""
+    data = path.read_bytes()
+    rows: list[Row] = []
+    damaged = position = good = 0
+    while (found := data.find(_MARKER, position)) >= 0:
+        end = _record_end(data, found)
+        if end is None:
+            position = found + 1
+            continue
+        damaged += found - good
+        rows.append(_decode(data[found + _HEADER.size : end]))
+        good = position = end
+    return Segment(rows, damaged, len(data) - good)
+
+
+def _record_end(data: bytes, start: int) -> int | None:
+    if len(data) - start < _HEADER.size:
+        return None
+    _, length, checksum = _HEADER.unpack_from(data, start)
+    end = start + _HEADER.size + length
+    if end > len(data) or zlib.crc32(data[start + _HEADER.size : end]) != checksum:
+        return None
+    return int(end)
+
+
+def _decode(payload: bytes) -> Row:
+    table, values = json.loads(payload)
+    values[_TIME] = datetime.datetime.fromisoformat(values[_TIME])
+    return Row(table, values)
+
+
+class Log:
+    """The folder that this process writes to. Every method blocks, for a disk's time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Makes a new folder in `folder`, the database's log folder, and locks it.
+
+        Raises:
+            OSError
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder / uuid.uuid4().hex
+        with locked(folder / _LOCK):
+            # Nobody takes the new folder for an abandoned one before it is locked.
+            self._folder.mkdir()
+            self._lock = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        sync_folder(folder)
+        self._file: int | None = None
+        self._size = 0
+        self._number = 0
+        self._unsealed: list[Path] = []
+
+    def append(self, records: Sequence[bytes]) -> None:
+        """Writes records and returns once they would survive a power loss.
+
+        Raises:
+            OSError: none of them is stored.
+        """
+        if self._file is None:
+            self._start_segment()
+        assert self._file is not None
+        data = memoryview(b"".join(records))
+        try:
+            written = 0
+            while written < len(data):
+                written += os.write(self._file, data[written:])
+            os.fdatasync(self._file)
+        except OSError:
+            self._take_back()
+            raise
+        self._size += len(data)
+
+    def _start_segment(self) -> None:
+        self._number += 1
+        path = self._folder / f"{self._number:08d}{_SUFFIX}"
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            sync_folder(self._folder)
+        except OSError:
+            os.close(file)
+            path.unlink(missing_ok=True)
+            raise
+        self._file, self._size = file, 0
+        self._unsealed.append(path)
+
+    def _take_back(self) -> None:
+        """Cuts off what a failed write left. Where even that fails, or after a failed sync, the
+        file's state is not known: nothing more is written to it."""
+        assert self._file is not None
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._file, self._size)
+            os.fdatasync(self._file)
+            return
+        os.close(self._file)
+        self._file = None
+
+    def seal(self) -> list[Path]:
+        """Ends the segment; the next append starts another.
+
+        Returns:
+            The segments that have been written since the last call.
+        """
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        sealed, self._unsealed = self._unsealed, []
+        return sealed
+
+    def close(self) -> None:
+        """Ends the segment, and frees the lock: from now on the folder counts as abandoned."""
+        self.seal()
+        if self._folder.is_dir() and not segments(self._folder):
+            _remove(self._folder)
+        os.close(self._lock)
+
+
+def segments(folder: Path) -> list[Path]:
+    """The segments in a process's folder, oldest first."""
+    return sorted(path for path in folder.iterdir() if path.suffix == _SUFFIX)
+
+
+class AbandonedLog:
+    """The folder of a process that has ended, held so that nobody else takes it."""
+
+    def __init__(self, folder: Path, lock: int) -> None:
+        """Use `abandoned_logs`."""
+        self.folder = folder
+        self._lock = lock
+
+    def remove(self) -> None:
+        """Deletes the folder; its rows are safe elsewhere."""
+        for path in segments(self.folder):
+            path.unlink()
+        _remove(self.folder)
+
+    def release(self) -> None:
+        """Lets others take it."""
+        os.close(self._lock)
+
+
+def abandoned_logs(folder: Path) -> Iterator[AbandonedLog]:
+    """The logs in `folder`, the database's log folder, whose process has ended; each one is locked
+    until its turn in the loop ends.
+
+    Raises:
+        OSError
+    """
+    if not folder.is_dir():
+        return
+    with locked(folder / _LOCK):
+        candidates = [path for path in folder.iterdir() if (path / _LOCK).is_file()]
+    for path in candidates:
+        try:
+            lock = os.open(path / _LOCK, os.O_RDWR)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            continue
+        log = AbandonedLog(path, lock)
+        try:
+            # Another process may have dealt with it between the opening and the locking.
+            if (path / _LOCK).is_file():
+                yield log
+        finally:
+            log.release()
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True, shared: bool = False) -> Iterator[bool]:
+    """Holds an advisory lock (flock) on a file, which is made where it is missing.
+
+    Gives False, and holds nothing, where another process has it and `wait` is False. The kernel
+    frees it when the process ends, however it ends.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        os.close(file)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder survive a power loss."""
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a process's folder, its lock file last."""
+    with contextlib.suppress(FileNotFoundError):
+        (folder / _LOCK).unlink(missing_ok=True)
+        try:
+            folder.rmdir()
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise

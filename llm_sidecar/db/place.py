@@ -1,0 +1,74 @@
+"""Where a database is, and where the files beside it go."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+DEFAULT_URI: Final = "/app/lancedb_data"
+_LOG: Final = "_log"
+_REMOTE_LOGS: Final = "/app/lancedb_log"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One database's place.
+
+    Attributes:
+        uri: what lancedb is given: an absolute folder, or an `s3://` address.
+        folder: the local folder; None for an object store.
+        log_folder: local folder of the write-ahead logs and the locks of every process that uses
+            the database on this machine.
+        storage_options: what lancedb is told of an object store.
+    """
+
+    uri: str
+    folder: Path | None
+    log_folder: Path
+    storage_options: dict[str, str]
+
+    @property
+    def shown(self) -> str:
+        """The address without credentials and query."""
+        scheme, separator, rest = self.uri.partition("://")
+        if not separator:
+            return self.uri
+        return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"
+
+    @property
+    def set_aside(self) -> Path:
+        """Where unreadable files go."""
+        return self.log_folder / "set_aside"
+
+
+def place_of(uri: str | Path, environ: Mapping[str, str] = os.environ) -> Place:
+    """The place that a folder or an address means.
+
+    The log of a local database lies inside it; that of an object store, which takes no appends,
+    below `LANCEDB_LOG_DIR`, which should outlive the container.
+
+    Args:
+        uri: a folder, or an `s3://` address.
+        environ: of `LANCEDB_LOG_DIR` and the usual AWS variables.
+    """
+    text = str(uri)
+    if "://" not in text:
+        # Absolute, as lancedb takes a relative one that begins with "db" for its cloud.
+        folder = Path(text).absolute()
+        return Place(str(folder), folder, folder / _LOG, {})
+    logs = Path(environ.get("LANCEDB_LOG_DIR") or _REMOTE_LOGS)
+    name = hashlib.sha256(text.encode()).hexdigest()[:16]
+    endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
+    options = {"endpoint": endpoint} if endpoint else {}
+    if endpoint and endpoint.startswith("http://"):
+        options["allow_http"] = "true"
+    return Place(text, None, logs.absolute() / name, options)
+
+
+def default_uri() -> str:
+    """`LANCEDB_URI`, or the folder in the container."""
+    return os.environ.get("LANCEDB_URI") or DEFAULT_URI

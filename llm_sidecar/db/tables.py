@@ -1,0 +1,259 @@
+"""The open tables: connecting, repairing what a crash left, writing rows, compacting."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import logging
+from collections.abc import AsyncIterator, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from llm_sidecar.db.disk import Disk
+from llm_sidecar.db.log import Row, locked
+from llm_sidecar.db.place import Place
+from llm_sidecar.db.schema import KEYS, TABLES, TRANSACTION, arrow_schemas, is_current
+from llm_sidecar.errors import DatabaseUnavailable
+
+log = logging.getLogger(__name__)
+
+_CACHE_BYTES: Final = 16 << 20
+_KEEP_VERSIONS: Final = datetime.timedelta(minutes=2)
+"""Old versions stay as long as somebody may still be reading them."""
+_LOCK_PAUSE: Final = 0.02
+FRAGMENTS: Final = 32
+"""A table with as many is worth compacting."""
+COMPACTING: Final = "compact.lock"
+"""Locked by who compacts, and touched when it is done."""
+
+
+class OldShape(DatabaseUnavailable):
+    """A table has the shape of an older version."""
+
+
+class Tables:
+    """The tables of one database, open for reading and writing.
+
+    Attributes:
+        repairs: what was done on opening, in words.
+    """
+
+    def __init__(self, place: Place, connection: Any, alive: contextlib.AsyncExitStack) -> None:
+        """Use `open_tables`."""
+        self.repairs: list[str] = []
+        self._place = place
+        self._connection = connection
+        self._alive = alive
+        self._disk = Disk(place) if place.folder else None
+        self._tables: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._tables[name]
+
+    async def open_all(self, *, create: bool) -> None:
+        """Repairs the database where this is the only process that has it open, then opens the
+        tables, creating those that are missing where `create` says so.
+
+        Raises:
+            OldShape: a table is of an older version.
+            Exception: whatever lancedb raises.
+        """
+        async with _locked_soon(self._place.log_folder / "opening.lock"):
+            with locked(self._place.log_folder / "alive.lock", wait=False) as alone:
+                if alone and self._disk is not None:
+                    await self._repair(self._disk)
+            # From here on nobody else is alone.
+            self._alive.enter_context(locked(self._place.log_folder / "alive.lock", shared=True))
+            for name, schema in arrow_schemas().items():
+                self._tables[name] = await (
+                    self._connection.create_table(name, schema=schema, exist_ok=True)
+                    if create
+                    else self._connection.open_table(name)
+                )
+                if not is_current(name, await self._tables[name].schema()):
+                    raise OldShape(
+                        f"The table {name} has the shape of an older version; stop what uses the "
+                        "database and run `python -m llm_sidecar.db migrate`."
+                    )
+
+    async def _repair(self, disk: Disk) -> None:
+        tables = await asyncio.to_thread(disk.tables)
+        synced = await asyncio.to_thread(disk.synced_versions)
+        newest: dict[str, int] = {}
+        for name in tables:
+            version = await self._first_readable(disk, name, (synced or {}).get(name, 0), synced)
+            if version:
+                newest[name] = version
+        await asyncio.to_thread(disk.adopt, newest)
+
+    async def _first_readable(
+        self, disk: Disk, name: str, synced: int, note: dict[str, int] | None
+    ) -> int:
+        """Sets unreadable versions aside until one is readable; 0 where none is left.
+
+        Only versions that may not have been synced are read whole.
+        """
+        while name in await asyncio.to_thread(disk.tables):
+            try:
+                table = await self._connection.open_table(name)
+                version = int(await table.version())
+                if note is not None and version > synced:
+                    await _read_whole(table)
+                    await _build_indices(table, again=True)
+                    version = int(await table.version())
+            except Exception as error:  # noqa: BLE001 lancedb raises many types for a bad file
+                done = await asyncio.to_thread(disk.set_newest_aside, name)
+                log.error("%s (%s)", done, one_line(error))
+                self.repairs.append(done)
+            else:
+                return version
+        return 0
+
+    async def add(self, table: str, rows: Sequence[Row]) -> None:
+        """Adds rows that cannot be there yet; raises whatever lancedb raises."""
+        await self._tables[table].add(await asyncio.to_thread(_arrow, table, rows))
+
+    async def merge(self, table: str, rows: Sequence[Row]) -> None:
+        """Adds those rows whose key is not there; raises whatever lancedb raises."""
+        data = await asyncio.to_thread(_arrow, table, rows)
+        merge = self._tables[table].merge_insert([KEYS[table]])
+        await merge.when_not_matched_insert_all().execute(data)
+
+    async def sync(self, tables: Iterable[str] = TABLES) -> None:
+        """Makes what the tables hold survive a power loss.
+
+        Raises:
+            OSError
+        """
+        if self._disk is not None:
+            versions = {name: int(await self._tables[name].version()) for name in tables}
+            await asyncio.to_thread(self._disk.sync, versions)
+
+    async def fragments(self, table: str) -> int:
+        """How many pieces the table is in."""
+        stats = await self._tables[table].stats()
+        return int(stats["fragment_stats"]["num_fragments"])
+
+    async def compact(self) -> bool:
+        """Joins small fragments, brings the indices up to date, deletes versions that nobody reads
+        any more; in one process at a time.
+
+        Returns:
+            Whether it was done: False where another process is at it.
+        """
+        with locked(self._place.log_folder / COMPACTING, wait=False) as mine:
+            if not mine:
+                return False
+            for name in TABLES:
+                table = self._tables[name]
+                await table.checkout_latest()
+                if await table.count_rows():
+                    await _build_indices(table)
+                await table.optimize(cleanup_older_than=_KEEP_VERSIONS)
+            await self.sync()
+            (self._place.log_folder / COMPACTING).touch()
+        return True
+
+    def last_compaction(self) -> datetime.datetime | None:
+        """When any process of this machine last finished one."""
+        try:
+            found = (self._place.log_folder / COMPACTING).stat()
+        except FileNotFoundError:
+            return None
+        return datetime.datetime.fromtimestamp(found.st_mtime, datetime.UTC)
+
+    async def close(self) -> None:
+        """Closes the connection; others may be alone again."""
+        self._connection.close()
+        await self._alive.aclose()
+
+
+async def open_tables(place: Place, *, create: bool) -> Tables:
+    """Connects and opens everything.
+
+    Raises:
+        FileNotFoundError: there is no database, and `create` is False.
+        OldShape: a table is of an older version.
+        Exception: whatever lancedb raises.
+    """
+    connection = await connect(place, create=create)
+    tables = Tables(place, connection, contextlib.AsyncExitStack())
+    try:
+        await tables.open_all(create=create)
+    except BaseException:
+        await tables.close()
+        raise
+    return tables
+
+
+async def connect(place: Place, *, create: bool) -> Any:
+    """An asynchronous lancedb connection.
+
+    Raises:
+        FileNotFoundError: there is no database, and `create` is False.
+        Exception: whatever lancedb raises.
+    """
+    # It takes seconds to import, and the event loop has better to do.
+    lancedb = await asyncio.to_thread(_import_lancedb)
+    await asyncio.to_thread(_require_folders, place, create)
+    return await lancedb.connect_async(
+        place.uri,
+        read_consistency_interval=datetime.timedelta(0),
+        storage_options=place.storage_options,
+        session=lancedb.Session(
+            index_cache_size_bytes=_CACHE_BYTES, metadata_cache_size_bytes=_CACHE_BYTES
+        ),
+    )
+
+
+async def _read_whole(table: Any) -> None:
+    async for _ in await table.query().to_batches():
+        pass
+
+
+async def _build_indices(table: Any, *, again: bool = False) -> None:
+    """Creates the indices that are missing; with `again` those that are there anew."""
+    from lancedb.index import BTree
+
+    present = {index.columns[0] for index in await table.list_indices()}
+    for column in ("timestamp", TRANSACTION[table.name]):
+        if (column in present) is again:
+            await table.create_index(column, config=BTree(), replace=again)
+
+
+def _import_lancedb() -> Any:
+    import lancedb
+
+    return lancedb
+
+
+def _arrow(table: str, rows: Sequence[Row]) -> Any:
+    """The rows as an Arrow table, one a key: a merge takes equal ones for different rows."""
+    import pyarrow as pa
+
+    unique = {row.values[KEYS[table]]: row.values for row in reversed(rows)}
+    return pa.Table.from_pylist(list(unique.values())[::-1], schema=arrow_schemas()[table])
+
+
+def _require_folders(place: Place, create: bool) -> None:
+    folder = place.folder
+    if folder is not None and not create and not any(folder.glob("*.lance")):
+        raise FileNotFoundError("There is no database")
+    place.log_folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.asynccontextmanager
+async def _locked_soon(path: Path) -> AsyncIterator[None]:
+    """Holds the lock on a file; waits for it without holding up the event loop."""
+    while True:
+        with locked(path, wait=False) as mine:
+            if mine:
+                yield
+                return
+        await asyncio.sleep(_LOCK_PAUSE)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, on one line of bounded length."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,54 @@
+"""Reading everything, to be sure that it can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llm_sidecar.db.questions import stream
+from llm_sidecar.db.schema import KEYS, TABLES, arrow_schemas
+from llm_sidecar.db.tables import Tables
+
+
+@dataclass(slots=True)
+class Verified:
+    """What reading a whole table found.
+
+    Attributes:
+        rows: that could be read.
+        expected: that the table says it has.
+        doubled: rows whose key an earlier one had.
+    """
+
+    table: str
+    rows: int = 0
+    expected: int = 0
+    doubled: int = 0
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether every row is there and once."""
+        return self.rows == self.expected and not self.doubled
+
+
+async def verify(tables: Tables, progress: Callable[[str], None]) -> list[Verified]:
+    """Reads every column of every row, and counts keys that come twice.
+
+    Args:
+        progress: is told now and then how far it is.
+
+    Raises:
+        Exception: whatever lancedb raises for what cannot be read.
+    """
+    found = []
+    for name in TABLES:
+        result = Verified(name, expected=await tables[name].count_rows())
+        seen: set[str] = set()
+        async for batch in stream(tables, name, columns=arrow_schemas()[name].names):
+            keys = batch[KEYS[name]]
+            result.rows += len(keys)
+            seen.update(keys)
+            progress(f"{name}: {result.rows} of {result.expected} rows")
+        result.doubled = result.rows - len(seen)
+        found.append(result)
+    return found

@@ -1,0 +1,482 @@
+"""The way of a row: into the log, where it is safe, and from there in batches into its table."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
+
+from llm_sidecar.db import log as wal
+from llm_sidecar.db.log import Row
+from llm_sidecar.db.place import Place
+from llm_sidecar.db.schema import FEEDBACK, TABLES
+from llm_sidecar.db.tables import FRAGMENTS, Tables, one_line, open_tables
+from llm_sidecar.errors import DatabaseUnavailable
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+_LOG_SECONDS: Final = 5.0
+"""Deadline of an acknowledgement."""
+_STALLED_SECONDS: Final = 10.0
+"""After which a write counts as stalled; it is waited for all the same."""
+_MOVE_EVERY: Final = 1.0
+"""Seconds between two batches, unless somebody asks for what waits, or much does: every batch
+leaves files behind."""
+_MOVE_ROWS: Final = 10_000
+_LOG_BYTES: Final = 64 << 20
+"""How much the log takes while LanceDB is away."""
+_KEEP_SECONDS: Final = 300.0
+_KEEP_BYTES: Final = 64 << 20
+"""How long, and how much at most, of the log stays once its rows are in their tables and synced: a
+second copy, should the newest files turn out unreadable all the same."""
+_BACKOFF_FIRST: Final = 0.5
+_BACKOFF_MOST: Final = 30.0
+_SWEEP_SECONDS: Final = 30.0
+"""How often logs are looked for whose process has died."""
+_COMPACT_PAUSE: Final = 5.0
+_COMPACT_SHARE: Final = 20.0
+"""Least seconds between two compactions, and how many times as long as the last one took."""
+_IDLE_SECONDS: Final = 600.0
+"""After the last row, when the versions that nobody reads any more are tidied away."""
+_CLOSE_SECONDS: Final = 10.0
+
+
+class _Waiting(NamedTuple):
+    row: Row
+    record: bytes
+    stored: asyncio.Future[None]
+
+
+class _Kept(NamedTuple):
+    path: Path
+    moved: float
+    size: int
+
+
+class Writer:
+    """The one writer that this process has for a database.
+
+    Attributes:
+        tables: None until the database is open.
+        state: `opening`, `open`, `away` (the log takes rows meanwhile) or `closed`.
+        reason: why it is away; None otherwise.
+        rows_written: rows acknowledged.
+        fragments: of each table, when last looked at.
+        repairs: what opening had to repair, in words.
+        log_failure: why the last rows could not be stored; None if they could.
+        compaction_failure: why the last compaction failed; None if it did not.
+    """
+
+    def __init__(self, place: Place, *, create: bool = True) -> None:
+        """Starts nothing."""
+        self.tables: Tables | None = None
+        self.state = "opening"
+        self.reason: str | None = None
+        self.rows_written = 0
+        self.fragments: dict[str, int] = {}
+        self.repairs: list[str] = []
+        self.log_failure: str | None = None
+        self.compaction_failure: str | None = None
+        self.failure: DatabaseUnavailable | None = None
+        self._place = place
+        self._create = create
+        self._log: wal.Log | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write-ahead-log")
+        self._log_lock = asyncio.Lock()
+        self._waiting: list[_Waiting] = []
+        self._arrived = asyncio.Event()
+        self._logged: list[Row] = []
+        self._logged_bytes = 0
+        self._moving: list[Row] = []
+        self._moving_bytes = 0
+        self._segments: list[Path] = []
+        self._kept: collections.deque[_Kept] = collections.deque()
+        self._certain = True
+        self._moved = 0
+        self._asked = asyncio.Event()
+        self._changed = asyncio.Condition()
+        self._end = asyncio.Event()
+        self._compaction_due = asyncio.Event()
+        self._swept = self._last_move = time.monotonic()
+        self._tidied = True
+        self._in_flight: asyncio.Future[Any] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Starts to take rows and to open the database."""
+        self._tasks = [
+            asyncio.create_task(self._keep_logging()),
+            asyncio.create_task(self._keep_moving()),
+            asyncio.create_task(self._keep_compacting()),
+        ]
+
+    async def opened(self, seconds: float) -> Tables:
+        """The tables, once they are open.
+
+        Raises:
+            DatabaseUnavailable: they are not within `seconds`, or the last attempt has failed.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds), self._changed:
+                await self._changed.wait_for(lambda: self.tables or self.failure)
+        if self.tables is None:
+            raise self.failure or DatabaseUnavailable(
+                f"The database at {self._place.shown} cannot be opened: it took longer than "
+                f"{seconds:g} s; check LANCEDB_URI.",
+                retry_after=5,
+            )
+        return self.tables
+
+    def has_room(self) -> bool:
+        """Whether the log takes rows."""
+        return (
+            self._log is not None and not self._end.is_set() and self._pending_bytes() < _LOG_BYTES
+        )
+
+    async def append(self, row: Row) -> None:
+        """Returns once the row would survive a power loss.
+
+        Raises:
+            DatabaseUnavailable: it is not stored; after a deadline that is not certain, and a retry
+                is safe for a row that brings its own key.
+        """
+        if self._end.is_set():
+            raise DatabaseUnavailable("The database is closed.", retry_after=5)
+        if self._pending_bytes() >= _LOG_BYTES:
+            raise DatabaseUnavailable(
+                f"The database takes no more rows until it is back: {self.reason or 'it is busy'}",
+                retry_after=30,
+            )
+        stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Waiting(row, wal.encode(row), stored))
+        self._arrived.set()
+        try:
+            async with asyncio.timeout(_LOG_SECONDS):
+                await asyncio.shield(stored)
+        except TimeoutError:
+            raise DatabaseUnavailable(
+                f"The row is not known to be stored: the disk took longer than {_LOG_SECONDS:g} s.",
+                retry_after=5,
+            ) from None
+
+    async def flush(self) -> None:
+        """Returns once every row acknowledged so far is in its table, or that has failed."""
+        target = self.rows_written
+        if self._moved >= target:
+            return
+        self._asked.set()
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._moved >= target or self.failure or self._end.is_set()
+            )
+
+    def rows_waiting(self) -> int:
+        """Rows that are in the log and not yet in their tables."""
+        return self.rows_written - self._moved
+
+    async def close(self) -> None:
+        """Moves what the log holds, within a bound, and ends; what is left is replayed later."""
+        if self._end.is_set():
+            return
+        self._end.set()
+        for event in (self._arrived, self._asked):
+            event.set()
+        try:
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await asyncio.wait(self._tasks[:-1])
+                # Scripts write a row each, and somebody has to tidy up after them.
+                await self._compact_if_due()
+        except TimeoutError:
+            log.error("%d rows stay in the log until the next start", self.rows_waiting())
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
+        self.state = "closed"
+        async with self._changed:
+            self._changed.notify_all()
+        if self._in_flight is None or self._in_flight.done():
+            await self._on_disk(self._close_log)
+        # Otherwise that write may still succeed, and who took over the log would store its rows
+        # twice; so its lock stays until the process ends.
+        self._thread.shutdown(wait=False)
+        if self.tables is not None:
+            await self.tables.close()
+
+    def _close_log(self) -> None:
+        for kept in self._kept:
+            kept.path.unlink(missing_ok=True)
+        if self._log is not None:
+            self._log.close()
+
+    def _pending_bytes(self) -> int:
+        return self._logged_bytes + self._moving_bytes
+
+    async def _on_disk(self, work: Callable[..., T], *arguments: Any) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, work, *arguments)
+
+    # Into the log
+
+    async def _keep_logging(self) -> None:
+        while self._waiting or not self._end.is_set():
+            await self._arrived.wait()
+            self._arrived.clear()
+            group, self._waiting = self._waiting, []
+            if group:
+                await self._log_group(group)
+            if self._end.is_set():
+                self._arrived.set()
+
+    async def _log_group(self, group: Sequence[_Waiting]) -> None:
+        async with self._log_lock:
+            try:
+                await self._on_disk(self._to_log, [waiting.record for waiting in group])
+            except OSError as error:
+                failure = DatabaseUnavailable(
+                    f"The row is not stored: {error.strerror or error}; free space at "
+                    f"{self._place.log_folder} or check LANCEDB_URI.",
+                    retry_after=5,
+                )
+                log.error("%d rows are refused: %s", len(group), failure.detail)
+                self.log_failure = failure.detail
+                for waiting in group:
+                    _fail(waiting.stored, failure)
+                return
+            self._logged += [waiting.row for waiting in group]
+            self._logged_bytes += sum(len(waiting.record) for waiting in group)
+            self.rows_written += len(group)
+            self.log_failure = None
+        for waiting in group:
+            if not waiting.stored.done():
+                waiting.stored.set_result(None)
+        if len(self._logged) >= _MOVE_ROWS:
+            self._asked.set()
+
+    def _to_log(self, records: Sequence[bytes]) -> None:
+        self._open_log().append(records)
+
+    def _open_log(self) -> wal.Log:
+        if self._log is None:
+            self._log = wal.Log(self._place.log_folder)
+        return self._log
+
+    # From the log into the tables
+
+    async def _keep_moving(self) -> None:
+        delay = _BACKOFF_FIRST
+        while not self._is_done():
+            try:
+                if self.tables is None:
+                    await self._open()
+                await self._sweep()
+                await self._move()
+                await self._forget_old_segments()
+            except Exception as error:  # noqa: BLE001 lancedb raises many types
+                await self._set_away(error)
+                if self._end.is_set():
+                    return
+                await _passed(delay, self._end)
+                delay = min(_BACKOFF_MOST, 2 * delay)
+            else:
+                delay = _BACKOFF_FIRST
+                await _passed(_MOVE_EVERY, self._asked)
+                self._asked.clear()
+
+    def _is_done(self) -> bool:
+        return self._end.is_set() and self._tasks[0].done() and not self.rows_waiting()
+
+    async def _open(self) -> None:
+        if self._create:
+            await self._on_disk(self._open_log)
+        tables = await open_tables(self._place, create=self._create)
+        try:
+            await self._take_over_abandoned(tables)
+        except BaseException:
+            await tables.close()
+            raise
+        self.repairs += tables.repairs
+        self._swept = time.monotonic()
+        for name in TABLES:
+            self.fragments[name] = await tables.fragments(name)
+        self.tables = tables
+        await self._set_open()
+
+    async def _set_open(self) -> None:
+        self.state, self.reason, self.failure = "open", None, None
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _set_away(self, error: Exception) -> None:
+        """Says why the tables cannot be used; they are opened anew, which may repair them."""
+        detail = (
+            error.detail
+            if isinstance(error, DatabaseUnavailable)
+            else f"The database at {self._place.shown} cannot be opened: {one_line(error)}; "
+            "check LANCEDB_URI."
+        )
+        if detail != self.reason:
+            log.error("%s", detail)
+        self.state, self.reason = "away", detail
+        self.failure = DatabaseUnavailable(detail, retry_after=5)
+        tables, self.tables = self.tables, None
+        if tables is not None:
+            await tables.close()
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _sweep(self) -> None:
+        """Takes over the rows of processes that have died since the last look."""
+        if self.tables is not None and time.monotonic() - self._swept > _SWEEP_SECONDS:
+            await self._take_over_abandoned(self.tables)
+            self._swept = time.monotonic()
+
+    async def _take_over_abandoned(self, tables: Tables) -> None:
+        for abandoned in wal.abandoned_logs(self._place.log_folder):
+            count = 0
+            for path in wal.segments(abandoned.folder):
+                segment = await self._on_disk(wal.read_segment, path)
+                await self._insert(tables, segment.rows, certain=False)
+                count += len(segment.rows)
+                if segment.damaged:
+                    kept = await self._on_disk(_set_aside, path, self._place.set_aside)
+                    self._note(
+                        f"{segment.damaged} bytes of a log are damaged; it is kept as {kept}"
+                    )
+            if count:
+                await tables.sync()
+                self._note(f"{count} rows of a process that has ended were replayed")
+            await self._on_disk(abandoned.remove)
+
+    def _note(self, done: str) -> None:
+        log.warning("%s", done)
+        self.repairs.append(done)
+
+    async def _move(self) -> None:
+        """Moves what the log holds into the tables."""
+        async with self._log_lock:
+            if self._log is not None and self._logged:
+                self._segments += await self._on_disk(self._log.seal)
+            self._moving += self._logged
+            self._moving_bytes += self._logged_bytes
+            self._logged, self._logged_bytes = [], 0
+        if not self._moving:
+            return
+        assert self.tables is not None
+        # What a failed attempt has stored is not known.
+        certain, self._certain = self._certain, False
+        await self._insert(self.tables, self._moving, certain=certain)
+        touched = {row.table for row in self._moving}
+        await self.tables.sync(touched)
+        now = time.monotonic()
+        self._kept += [_Kept(path, now, path.stat().st_size) for path in self._segments]
+        self._moved += len(self._moving)
+        self._moving, self._moving_bytes, self._segments = [], 0, []
+        self._certain = True
+        await self._set_open()
+        for name in touched:
+            self.fragments[name] = await self.tables.fragments(name)
+        self._last_move = now
+        self._tidied = False
+        if max(self.fragments.values()) >= FRAGMENTS:
+            self._compaction_due.set()
+
+    async def _insert(self, tables: Tables, rows: Sequence[Row], *, certain: bool) -> None:
+        """Stores rows in their tables.
+
+        Args:
+            certain: whether it is certain that none of them is there yet; feedback never is, as
+                several sidecars hear the same.
+        """
+        for name in TABLES:
+            mine = [row for row in rows if row.table == name]
+            for start in range(0, len(mine), _MOVE_ROWS):
+                batch = mine[start : start + _MOVE_ROWS]
+                store = tables.add if certain and name != FEEDBACK else tables.merge
+                await self._awaited(store(name, batch))
+
+    async def _awaited(self, writing: Coroutine[Any, Any, None]) -> None:
+        """Waits for a write as long as it takes: one that is given up may still succeed, and its
+        rows, written again, would be there twice."""
+        self._in_flight = asyncio.ensure_future(writing)
+        done, _ = await asyncio.wait([self._in_flight], timeout=_STALLED_SECONDS)
+        if not done:
+            self.state, self.reason = "away", f"A write takes longer than {_STALLED_SECONDS:g} s."
+            log.error("%s", self.reason)
+            await asyncio.wait([self._in_flight])
+        self._in_flight.result()
+
+    async def _forget_old_segments(self) -> None:
+        """Deletes what the log need not hold any more."""
+        size = sum(kept.size for kept in self._kept)
+        while self._kept and (
+            size > _KEEP_BYTES or time.monotonic() - self._kept[0].moved > _KEEP_SECONDS
+        ):
+            oldest = self._kept.popleft()
+            size -= oldest.size
+            await self._on_disk(oldest.path.unlink, True)
+        if not self._tidied and time.monotonic() - self._last_move > _IDLE_SECONDS:
+            self._tidied = True
+            self._compaction_due.set()
+
+    async def compact(self) -> bool:
+        """Compacts now; returns False where another process is at it.
+
+        Raises:
+            DatabaseUnavailable: the database is not open.
+            Exception: whatever lancedb raises.
+        """
+        tables = await self.opened(_LOG_SECONDS)
+        done = await tables.compact()
+        for name in TABLES:
+            self.fragments[name] = await tables.fragments(name)
+        return done
+
+    async def _keep_compacting(self) -> None:
+        while not self._end.is_set():
+            await _passed(math.inf, self._compaction_due)
+            pause = await self._compact_if_due()
+            await _passed(pause, self._end)
+
+    async def _compact_if_due(self) -> float:
+        """Compacts if that is due; returns seconds until the next one may begin."""
+        began = time.monotonic()
+        if self.tables is None or not self._compaction_due.is_set():
+            return _COMPACT_PAUSE
+        self._compaction_due.clear()
+        try:
+            await self.compact()
+        except Exception as error:  # noqa: BLE001 lancedb raises many types
+            log.error("compacting failed, and is tried again later: %s", one_line(error))
+            self.compaction_failure = one_line(error)
+        else:
+            self.compaction_failure = None
+        return max(_COMPACT_PAUSE, _COMPACT_SHARE * (time.monotonic() - began))
+
+
+async def _passed(seconds: float, unless: asyncio.Event) -> None:
+    """Waits for `seconds`, or less where the event is set."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(None if seconds == math.inf else seconds):
+            await unless.wait()
+
+
+def _fail(future: asyncio.Future[None], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+        # A caller whose deadline has passed does not fetch it.
+        future.exception()
+
+
+def _set_aside(path: Path, folder: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / f"{path.parent.name}-{path.name}"
+    path.replace(kept)
+    return kept.name
