@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import datetime
 import logging
+from pathlib import Path
 from typing import Any, Final
 
 from llm_sidecar.db import (
@@ -37,11 +38,12 @@ class Archive:
         num_scores: their number.
     """
 
-    def __init__(self, uri: str, *, examples: int) -> None:
+    def __init__(self, uri: str, *, log_dir: Path | None = None, examples: int) -> None:
         """Opens nothing.
 
         Args:
             uri: folder or object store of the database.
+            log_dir: where the log of an object store goes.
             examples: greatest number of few-shot examples.
         """
         self.examples: tuple[Example, ...] = ()
@@ -49,7 +51,7 @@ class Archive:
         self.mean_score: float | None = None
         self.num_scores = 0
         self._max_examples = examples
-        self._store = Store(uri)
+        self._store = Store(uri, log_dir=log_dir)
         self._stale = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -77,11 +79,12 @@ class Archive:
         """Whether rows can be stored and questions asked."""
         return self._store.is_open()
 
-    async def append_feedback(self, feedback: Phi3FeedbackSchema) -> bool:
+    async def append_feedback(self, feedback: Phi3FeedbackSchema) -> bool | None:
         """Stores feedback; a correction can be a few-shot example from the next proposal on.
 
         Returns:
-            Whether it is one: its run is known, its prompt short and the correction valid.
+            Whether it is one: its run is known, its prompt short and the correction valid. None
+            where that is not known before the database is back.
 
         Raises:
             DatabaseUnavailable: the row is not stored.
@@ -89,14 +92,15 @@ class Archive:
         await self._store.append(feedback)
         if feedback.corrected_proposal is None:
             return False
-        if self._store.is_open():
-            try:
-                await self._refresh_examples()
-            except DatabaseUnavailable as error:
-                # The row is stored, and that is what was asked for.
-                log.error("the examples are not refreshed: %s", error.detail)
-        else:
+        if not self._store.is_open():
+            return None
+        try:
+            await self._refresh_examples()
+        except DatabaseUnavailable as error:
+            # The row is stored, and that is what was asked for.
+            log.error("the examples are not refreshed: %s", error.detail)
             self._stale.set()
+            return None
         example = self._corrected.get(feedback.transaction_id)
         return example == feedback.corrected_proposal
 

@@ -14,6 +14,8 @@ from llm_sidecar.errors import SettingsError
 
 _REDIS_SCHEMES = ("redis", "rediss", "unix", "memory")
 DEFAULT_PHI3 = Path("/app/models/llm_micro/phi3.onnx")
+DEFAULT_LANCEDB_URI = "/app/lancedb_data"
+DEFAULT_LANCEDB_LOG_DIR = Path("/app/lancedb_log")
 DEFAULT_HERMES = Path("/app/hermes-model")
 
 
@@ -54,10 +56,15 @@ class Settings(BaseModel):
         description="a redis://, rediss:// or unix:// URL, or memory://",
     )
     lancedb_uri: str = Field(
-        "/app/lancedb_data",
+        DEFAULT_LANCEDB_URI,
         alias="LANCEDB_URI",
         description="a folder or an s3:// address",
         min_length=1,
+    )
+    lancedb_log_dir: Path = Field(
+        DEFAULT_LANCEDB_LOG_DIR,
+        alias="LANCEDB_LOG_DIR",
+        description="the path of a folder, for the log of a database on an s3:// address",
     )
     demo: bool = Field(False, alias="SIDECAR_DEMO", description="true or false")
     preload: bool = Field(False, alias="PRELOAD_MODELS", description="true or false")

@@ -91,7 +91,11 @@ class Sidecar:
             timeout=settings.tts_timeout,
         )
         self.listeners = AudioListeners(self.bus, settings.max_audio_listeners)
-        self.archive = Archive(settings.lancedb_uri, examples=settings.few_shot_examples)
+        self.archive = Archive(
+            settings.lancedb_uri,
+            log_dir=settings.lancedb_log_dir,
+            examples=settings.few_shot_examples,
+        )
 
     async def start(self) -> None:
         """Starts the parts; none of them being away keeps the others from starting."""
@@ -221,11 +225,12 @@ class Sidecar:
         )
         return proposal_id, score
 
-    async def submit_feedback(self, feedback: Phi3FeedbackSchema) -> bool:
+    async def submit_feedback(self, feedback: Phi3FeedbackSchema) -> bool | None:
         """Stores feedback, then tells the other services.
 
         Returns:
-            Whether it is a few-shot example for the next proposals.
+            Whether it is a few-shot example for the next proposals; None where that is not known
+            before the database is back.
 
         Raises:
             DatabaseUnavailable: it is not stored; the caller still has it.

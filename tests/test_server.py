@@ -296,6 +296,24 @@ async def test_feedback_that_several_sidecars_hear_is_stored_once(
     assert sorted(row["transaction_id"] for row in rows) == [f"t-{n}" for n in range(10)]
 
 
+async def test_what_a_killed_server_had_acknowledged_is_there_at_the_next_start(
+    random_models: dict[str, str], tmp_path: Path
+) -> None:
+    feedback = {"transaction_id": "t", "feedback_type": "rating", "feedback_content": "5"}
+    with serve(tmp_path, **random_models) as server:
+        # At once, so that most likely nothing has left the log yet.
+        responses = [server.client.post("/feedback/phi3", json=feedback) for _ in range(3)]
+        server.stop(signal.SIGKILL)
+    assert [response.status_code for response in responses] == [200] * 3
+    with serve(tmp_path, **random_models) as server:
+        server.wait_until_database_is_open()
+        repairs = server.client.get("/health").json()["database"]["repairs"]
+    assert any("replayed" in repair for repair in repairs)
+    store = await Store.open(tmp_path / "lancedb")
+    assert len(await store.last("phi3_feedback", 0)) == 3
+    await store.close()
+
+
 def wait_for_rows(server: LiveServer, count: int) -> None:
     server.wait_until(
         lambda: server.client.get("/health").json()["database"].get("rows_written", 0) >= count

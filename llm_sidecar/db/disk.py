@@ -99,6 +99,10 @@ class Disk:
         """The tables that are there, readable or not."""
         return [table for table in TABLES if self._table(table).is_dir()]
 
+    def newest_version(self, table: str) -> int:
+        """The version that the newest manifest's name says; 0 where there is none."""
+        return max((version for version, _ in self._manifests(table)), default=0)
+
     def set_newest_aside(self, table: str) -> str:
         """Moves the newest version of a table away; the whole table where it has no version left.
 

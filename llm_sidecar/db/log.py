@@ -141,7 +141,7 @@ class Log:
     def _start_segment(self) -> None:
         self._number += 1
         path = self._folder / f"{self._number:08d}{_SUFFIX}"
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             sync_folder(self._folder)
         except OSError:
@@ -234,6 +234,14 @@ def abandoned_logs(folder: Path) -> Iterator[AbandonedLog]:
                 yield log
         finally:
             log.release()
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a process left in the log folder that died before it had locked its own."""
+    with locked(folder / _LOCK):
+        for path in folder.iterdir():
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
 
 
 @contextlib.contextmanager

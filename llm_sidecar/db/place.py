@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-DEFAULT_URI: Final = "/app/lancedb_data"
+from llm_sidecar.settings import DEFAULT_LANCEDB_LOG_DIR, DEFAULT_LANCEDB_URI
+
 _LOG: Final = "_log"
-_REMOTE_LOGS: Final = "/app/lancedb_log"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +45,25 @@ class Place:
         return self.log_folder / "set_aside"
 
 
-def place_of(uri: str | Path, environ: Mapping[str, str] = os.environ) -> Place:
+def place_of(
+    uri: str | Path, log_dir: Path | None = None, environ: Mapping[str, str] = os.environ
+) -> Place:
     """The place that a folder or an address means.
 
     The log of a local database lies inside it; that of an object store, which takes no appends,
-    below `LANCEDB_LOG_DIR`, which should outlive the container.
+    below `log_dir`, which should outlive the container.
 
     Args:
         uri: a folder, or an `s3://` address.
-        environ: of `LANCEDB_LOG_DIR` and the usual AWS variables.
+        log_dir: `LANCEDB_LOG_DIR` unless given.
+        environ: of that and of the usual AWS variables.
     """
     text = str(uri)
     if "://" not in text:
         # Absolute, as lancedb takes a relative one that begins with "db" for its cloud.
         folder = Path(text).absolute()
         return Place(str(folder), folder, folder / _LOG, {})
-    logs = Path(environ.get("LANCEDB_LOG_DIR") or _REMOTE_LOGS)
+    logs = log_dir or Path(environ.get("LANCEDB_LOG_DIR") or DEFAULT_LANCEDB_LOG_DIR)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
     endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
     options = {"endpoint": endpoint} if endpoint else {}
@@ -71,4 +74,4 @@ def place_of(uri: str | Path, environ: Mapping[str, str] = os.environ) -> Place:
 
 def default_uri() -> str:
     """`LANCEDB_URI`, or the folder in the container."""
-    return os.environ.get("LANCEDB_URI") or DEFAULT_URI
+    return os.environ.get("LANCEDB_URI") or DEFAULT_LANCEDB_URI

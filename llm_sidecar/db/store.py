@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import math
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -39,14 +40,17 @@ class Store:
     wait for it. Several processes may use one database at once.
     """
 
-    def __init__(self, uri: str | Path, *, create: bool = True) -> None:
+    def __init__(
+        self, uri: str | Path, *, log_dir: Path | None = None, create: bool = True
+    ) -> None:
         """Opens nothing yet.
 
         Args:
             uri: a folder, which is made where it is missing, or an `s3://` address.
-            create: False to create nothing: then a missing folder or table is an error.
+            log_dir: where the log of an object store goes; `LANCEDB_LOG_DIR` unless given.
+            create: False to create no database where there is none.
         """
-        self._place = place_of(uri)
+        self._place = place_of(uri, log_dir)
         self._writer = Writer(self._place, create=create)
 
     @classmethod
@@ -158,7 +162,7 @@ class Store:
         Raises:
             DatabaseUnavailable: it failed.
         """
-        return await self._ask(lambda _: self._writer.compact(), seconds=None)
+        return await self._ask(lambda _: self._writer.compact(), seconds=math.inf)
 
     def status(self) -> dict[str, Any]:
         """The state for `/health`: JSON types only."""
@@ -177,13 +181,18 @@ class Store:
         }
 
     async def _ask(
-        self, question: Callable[[Tables], Awaitable[T]], seconds: float | None = _ASK_SECONDS
+        self, question: Callable[[Tables], Awaitable[T]], seconds: float | None = None
     ) -> T:
-        """Asks of everything that has been acknowledged so far."""
+        """Asks of everything that has been acknowledged so far.
+
+        Args:
+            seconds: the deadline; `_ASK_SECONDS` unless given.
+        """
+        seconds = seconds or _ASK_SECONDS
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(None if seconds == math.inf else seconds):
                 await self._writer.flush()
-                return await question(await self._writer.opened(seconds or _OPEN_SECONDS))
+                return await question(await self._writer.opened(min(seconds, _OPEN_SECONDS)))
         except DatabaseUnavailable:
             raise
         except TimeoutError:

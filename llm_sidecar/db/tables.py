@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from llm_sidecar.db.disk import Disk
-from llm_sidecar.db.log import Row, locked
+from llm_sidecar.db.log import Row, locked, sweep
 from llm_sidecar.db.place import Place
 from llm_sidecar.db.schema import KEYS, TABLES, TRANSACTION, arrow_schemas, is_current
 from llm_sidecar.errors import DatabaseUnavailable
@@ -53,9 +53,10 @@ class Tables:
 
     async def open_all(self, *, create: bool) -> None:
         """Repairs the database where this is the only process that has it open, then opens the
-        tables, creating those that are missing where `create` says so.
+        tables and creates those that are missing.
 
         Raises:
+            FileNotFoundError: there is no table at all, and `create` is False.
             OldShape: a table is of an older version.
             Exception: whatever lancedb raises.
         """
@@ -65,11 +66,11 @@ class Tables:
                     await self._repair(self._disk)
             # From here on nobody else is alone.
             self._alive.enter_context(locked(self._place.log_folder / "alive.lock", shared=True))
+            if not create and not (await self._connection.list_tables()).tables:
+                raise FileNotFoundError("There is no database")
             for name, schema in arrow_schemas().items():
-                self._tables[name] = await (
-                    self._connection.create_table(name, schema=schema, exist_ok=True)
-                    if create
-                    else self._connection.open_table(name)
+                self._tables[name] = await self._connection.create_table(
+                    name, schema=schema, exist_ok=True
                 )
                 if not is_current(name, await self._tables[name].schema()):
                     raise OldShape(
@@ -78,6 +79,7 @@ class Tables:
                     )
 
     async def _repair(self, disk: Disk) -> None:
+        await asyncio.to_thread(sweep, self._place.log_folder)
         tables = await asyncio.to_thread(disk.tables)
         synced = await asyncio.to_thread(disk.synced_versions)
         newest: dict[str, int] = {}
@@ -94,18 +96,30 @@ class Tables:
 
         Only versions that may not have been synced are read whole.
         """
+        intact = True
         while name in await asyncio.to_thread(disk.tables):
             try:
+                expected = await asyncio.to_thread(disk.newest_version, name)
                 table = await self._connection.open_table(name)
                 version = int(await table.version())
+                if version != expected:
+                    # lancedb takes a manifest of zeros for an empty one of version 0.
+                    raise ValueError(f"it says that it is version {version}")
                 if note is not None and version > synced:
                     await _read_whole(table)
                     await _build_indices(table, again=True)
+                    if intact:
+                        # Whoever wrote it may have left half-written files. What a version that is
+                        # set aside refers to stays.
+                        await table.optimize(
+                            cleanup_older_than=_KEEP_VERSIONS, delete_unverified=True
+                        )
                     version = int(await table.version())
             except Exception as error:  # noqa: BLE001 lancedb raises many types for a bad file
                 done = await asyncio.to_thread(disk.set_newest_aside, name)
                 log.error("%s (%s)", done, one_line(error))
                 self.repairs.append(done)
+                intact = False
             else:
                 return version
         return 0

@@ -105,6 +105,7 @@ class Writer:
         self._changed = asyncio.Condition()
         self._end = asyncio.Event()
         self._compaction_due = asyncio.Event()
+        self._compacting = asyncio.Lock()
         self._swept = self._last_move = time.monotonic()
         self._tidied = True
         self._in_flight: asyncio.Future[Any] | None = None
@@ -184,7 +185,7 @@ class Writer:
 
     async def close(self) -> None:
         """Moves what the log holds, within a bound, and ends; what is left is replayed later."""
-        if self._end.is_set():
+        if self._end.is_set() or not self._tasks:
             return
         self._end.set()
         for event in (self._arrived, self._asked):
@@ -239,10 +240,11 @@ class Writer:
         async with self._log_lock:
             try:
                 await self._on_disk(self._to_log, [waiting.record for waiting in group])
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 every caller gets it, whatever it is
+                reason = getattr(error, "strerror", None) or one_line(error)
                 failure = DatabaseUnavailable(
-                    f"The row is not stored: {error.strerror or error}; free space at "
-                    f"{self._place.log_folder} or check LANCEDB_URI.",
+                    f"The row is not stored: {reason}; free space at {self._place.log_folder} or "
+                    "check LANCEDB_URI.",
                     retry_after=5,
                 )
                 log.error("%d rows are refused: %s", len(group), failure.detail)
@@ -447,17 +449,18 @@ class Writer:
 
     async def _compact_if_due(self) -> float:
         """Compacts if that is due; returns seconds until the next one may begin."""
-        began = time.monotonic()
-        if self.tables is None or not self._compaction_due.is_set():
-            return _COMPACT_PAUSE
-        self._compaction_due.clear()
-        try:
-            await self.compact()
-        except Exception as error:  # noqa: BLE001 lancedb raises many types
-            log.error("compacting failed, and is tried again later: %s", one_line(error))
-            self.compaction_failure = one_line(error)
-        else:
-            self.compaction_failure = None
+        async with self._compacting:
+            began = time.monotonic()
+            if self.tables is None or not self._compaction_due.is_set():
+                return _COMPACT_PAUSE
+            self._compaction_due.clear()
+            try:
+                await self.compact()
+            except Exception as error:  # noqa: BLE001 lancedb raises many types
+                log.error("compacting failed, and is tried again later: %s", one_line(error))
+                self.compaction_failure = one_line(error)
+            else:
+                self.compaction_failure = None
         return max(_COMPACT_PAUSE, _COMPACT_SHARE * (time.monotonic() - began))
 
 

@@ -32,8 +32,8 @@ async def submit_feedback(body: FeedbackRequest, sidecar: CurrentSidecar) -> Fee
     )
 
 
-def _message(corrected: dict[str, object] | None, is_example: bool) -> str:
-    if corrected is None:
+def _message(corrected: dict[str, object] | None, is_example: bool | None) -> str:
+    if corrected is None or is_example is None:
         return "Feedback stored."
     if is_example:
         return "Feedback stored; the corrected proposal is an example for the next ones."

@@ -1,0 +1,156 @@
+"""The database beside plain LanceDB: `python -m benchmarks.data`.
+
+In one run: durable appends a second with many callers at once, and single rows added to a LanceDB
+table one after the other; what is on disk afterwards; and each question at ten thousand and at a
+million rows. Rows come at a steady rate of ten thousand a day, so that a large table is one that
+has run for a hundred times as long, and its last day is as full as that of a small one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import datetime
+import statistics
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final
+
+import lancedb
+import pyarrow as pa
+
+from llm_sidecar.db import RUNS, SCORES, HermesScoreSchema, Store
+from llm_sidecar.db.schema import arrow_schemas
+
+RATIONALE: Final = "The stop is close to the price and the target twice as far away. " * 2
+A_DAY: Final = 10_000
+SMALL: Final = A_DAY
+REPEATS: Final = 31
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--callers", type=int, default=64)
+    parser.add_argument("--appends", type=int, default=50_000)
+    parser.add_argument("--adds", type=int, default=300, help="of the plain side")
+    parser.add_argument("--large", type=int, default=1_000_000, help="rows of the large table")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(run(Path(folder), options))
+
+
+async def run(folder: Path, options: argparse.Namespace) -> None:
+    plain = await plain_adds(folder / "plain", options.adds)
+    durable, p99 = await durable_appends(folder / "durable", options.callers, options.appends)
+    print(f"plain table.add, one row after the other: {plain:,.0f} rows/s, nothing synced")
+    print(
+        f"durable appends, {options.callers} callers: {durable:,.0f} rows/s, p99 {p99 * 1e3:.1f} ms"
+        f" (wanted: 2,000 rows/s)"
+    )
+    print(f"ratio: {durable / plain:.0f} (wanted: 20)")
+    files, size = on_disk(folder / "durable")
+    print(f"{files} files (wanted: under 500), {size:.1f} MB after {options.appends:,} appends")
+    small = await answers(folder / "small", SMALL)
+    large = await answers(folder / "large", options.large)
+    print(f"median of {REPEATS}: {SMALL:,} rows, {options.large:,} rows, ratio (wanted: 3, 30 ms)")
+    for question, seconds in small.items():
+        print(
+            f"  {question:22}{seconds * 1e3:6.1f} ms {large[question] * 1e3:6.1f} ms"
+            f"  {large[question] / seconds:.2f}"
+        )
+
+
+def a_score(number: int) -> HermesScoreSchema:
+    return HermesScoreSchema(run_id=f"run-{number}", score=0.5, rationale=RATIONALE)
+
+
+async def plain_adds(folder: Path, count: int) -> float:
+    """Rows a second."""
+    connection = await lancedb.connect_async(folder)
+    schema = arrow_schemas()[SCORES]
+    table = await connection.create_table(SCORES, schema=schema)
+    began = time.perf_counter()
+    for number in range(count):
+        await table.add(pa.Table.from_pylist([a_score(number).as_row()], schema=schema))
+    return count / (time.perf_counter() - began)
+
+
+async def durable_appends(folder: Path, callers: int, count: int) -> tuple[float, float]:
+    """Rows a second until all are acknowledged, and the 99th percentile of an append in seconds."""
+    store = await Store.open(folder)
+    took: list[float] = []
+
+    async def caller(first: int) -> None:
+        for number in range(first, count, callers):
+            began = time.perf_counter()
+            await store.append(a_score(number))
+            took.append(time.perf_counter() - began)
+
+    began = time.perf_counter()
+    await asyncio.gather(*(caller(number) for number in range(callers)))
+    rate = count / (time.perf_counter() - began)
+    await store.close()
+    return rate, statistics.quantiles(took, n=100)[-1]
+
+
+def on_disk(folder: Path) -> tuple[int, float]:
+    """Files, and megabytes."""
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return len(sizes), sum(sizes) / 1e6
+
+
+async def answers(folder: Path, rows: int) -> dict[str, float]:
+    """Median seconds of each question."""
+    store = await Store.open(folder)
+    await fill(store, rows)
+    middle = f"run-{rows // 2}"
+    now = datetime.datetime.now(datetime.UTC)
+    questions: dict[str, Callable[[], Awaitable[Any]]] = {
+        "last 24 hours' mean": lambda: store.mean_score_since(now - datetime.timedelta(hours=24)),
+        "last 20 runs": lambda: store.last(RUNS, 20),
+        "one transaction": lambda: store.transaction(middle),
+    }
+    found = {}
+    for name, question in questions.items():
+        took = []
+        for _ in range(REPEATS + 2):
+            began = time.perf_counter()
+            await question()
+            took.append(time.perf_counter() - began)
+        # The first ones read the index from the disk.
+        found[name] = statistics.median(took[2:])
+    await store.close()
+    return found
+
+
+async def fill(store: Store, rows: int) -> None:
+    """Runs and scores up to now, one of each every 8.64 seconds."""
+    tables = await store.opened()
+    now = datetime.datetime.now(datetime.UTC)
+    step = datetime.timedelta(days=1) / A_DAY
+    for start in range(0, rows, 50_000):
+        numbers = range(start, min(rows, start + 50_000))
+        common = {
+            "run_id": [f"run-{number}" for number in numbers],
+            "timestamp": [now - step * (rows - 1 - number) for number in numbers],
+            "row_id": [f"{number:032}" for number in numbers],
+        }
+        count = len(numbers)
+        columns: dict[str, dict[str, list[Any]]] = {
+            SCORES: {"score": [0.5] * count, "rationale": [RATIONALE] * count},
+            RUNS: {
+                "input_query": [RATIONALE] * count,
+                "final_output": [RATIONALE * 2] * count,
+                "status": ["success"] * count,
+                "error_message": [None] * count,
+            },
+        }
+        for name, own in columns.items():
+            await tables[name].add(pa.table(common | own, schema=arrow_schemas()[name]))
+    await store.compact()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""The way of a row while the disk is full, LanceDB away, or a table broken."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from llm_sidecar.db import TABLES, HermesScoreSchema, OrchestratorRunSchema, Store, writer
+from llm_sidecar.errors import DatabaseUnavailable
+from tests.test_db_crash import crash
+
+SCORES = "hermes_scores"
+
+
+def score(name: str = "r", **values: str) -> HermesScoreSchema:
+    return HermesScoreSchema(run_id=name, score=0.5, **values)
+
+
+async def until(condition: Callable[[], object], seconds: float = 15.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+async def names(folder: Path) -> list[str]:
+    store = await Store.open(folder)
+    try:
+        return sorted(row["run_id"] for row in await store.last(SCORES, 0))
+    finally:
+        await store.close()
+
+
+def newest_segment(folder: Path) -> Path:
+    return max(folder.glob("_log/*/*.log"))
+
+
+async def killed(folder: Path) -> list[str]:
+    """The keys of the rows that a process, killed since, was told to be stored."""
+    found = await asyncio.to_thread(crash, "once", folder, 1.5)
+    return [str(key) for key in found["keys"]]
+
+
+def manifests(folder: Path) -> list[Path]:
+    return sorted((folder / f"{SCORES}.lance" / "_versions").glob("*.manifest"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a few megabytes."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system may be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+async def test_a_full_disk_refuses_rows_and_goes_on_when_there_is_space(small_disk: Path) -> None:
+    store = await Store.open(small_disk / "db")
+    await store.append(score("before"))
+    ballast = small_disk / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"x" * 4096)
+        except OSError:
+            pass
+    accepted, refused = ["before"], 0
+    for number in range(200):
+        try:
+            await store.append(score(f"full-{number}", rationale="x" * 2000))
+        except DatabaseUnavailable as error:
+            refused += 1
+            assert "No space left on device" in error.detail
+            assert error.retry_after
+            assert store.status()["reason"]
+            assert not store.is_open()
+        else:
+            accepted.append(f"full-{number}")
+    assert refused
+    ballast.unlink()
+    await store.append(score("after"))
+    accepted.append("after")
+    await until(lambda: store.status()["state"] == "open" and not store.status()["rows_waiting"])
+    assert store.is_open()
+    await store.close()
+    assert await names(small_disk / "db") == sorted(accepted)
+
+
+async def test_the_log_takes_rows_while_a_table_is_away(tmp_path: Path) -> None:
+    store = await Store.open(tmp_path)
+    table, hidden = tmp_path / f"{SCORES}.lance", tmp_path / "hidden"
+    table.rename(hidden)
+    table.write_text("in the way")
+    await store.append(score("meanwhile"))
+    await until(lambda: store.status()["state"] == "away")
+    await store.append(score("later"))
+    assert store.has_room()
+    assert store.status()["rows_waiting"] == 2
+    with pytest.raises(DatabaseUnavailable) as caught:
+        await store.last(SCORES, 1)
+    assert caught.value.retry_after
+    table.unlink()
+    hidden.rename(table)
+    await until(lambda: store.status()["state"] == "open" and not store.status()["rows_waiting"])
+    assert len(await store.last(SCORES, 0)) == 2
+    await store.close()
+
+
+async def test_a_database_that_is_away_takes_rows_up_to_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_LOG_BYTES", 2000)
+    store = await Store.open(tmp_path)
+    table = tmp_path / f"{SCORES}.lance"
+    table.rename(tmp_path / "hidden")
+    table.write_text("in the way")
+    accepted = []
+    with pytest.raises(DatabaseUnavailable, match="no more rows") as caught:
+        for number in range(100):
+            await store.append(score(f"{number:03}"))
+            accepted.append(f"{number:03}")
+    assert caught.value.retry_after
+    assert not store.has_room()
+    assert 5 < len(accepted) < 50
+    table.unlink()
+    (tmp_path / "hidden").rename(table)
+    await until(store.has_room)
+    await store.append(score("after"))
+    await store.close()
+    assert await names(tmp_path) == [*accepted, "after"]
+
+
+async def test_what_is_left_in_the_log_at_the_end_is_there_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_BACKOFF_FIRST", 0.05)
+    store = await Store.open(tmp_path)
+    table = tmp_path / f"{SCORES}.lance"
+    table.rename(tmp_path / "hidden")
+    table.write_text("in the way")
+    await store.append(score("left"))
+    await store.close()
+    table.unlink()
+    (tmp_path / "hidden").rename(table)
+    assert await names(tmp_path) == ["left"]
+
+
+async def test_rows_are_taken_before_the_database_is_open(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.start()
+    await store.append(score("early"))
+    assert store.status()["state"] == "opening"
+    assert [row["run_id"] for row in await store.last(SCORES, 1)] == ["early"]
+    await store.close()
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "zeros"])
+async def test_an_unreadable_newest_version_is_set_aside_and_its_rows_replayed(
+    tmp_path: Path, damage: str
+) -> None:
+    keys = await killed(tmp_path)
+    newest = manifests(tmp_path)[0]
+    content = newest.read_bytes()
+    damaged = {"empty": b"", "cut": content[:-10], "zeros": b"\0" * len(content)}[damage]
+    newest.write_bytes(damaged)
+    store = await Store.open(tmp_path)
+    # Every third row is a score.
+    scores = {key for key in keys if int(key.partition("-")[2]) % 3 == 2}
+    assert {row["run_id"] for row in await store.last(SCORES, 0)} >= scores
+    (repair,) = [text for text in store.status()["repairs"] if "set aside" in text]
+    await store.close()
+    assert SCORES in repair
+    (aside,) = (tmp_path / "_log" / "set_aside").iterdir()
+    assert aside.read_bytes() == damaged
+
+
+async def test_a_table_without_a_readable_version_is_set_aside_as_a_whole(tmp_path: Path) -> None:
+    await (await Store.open(tmp_path)).close()
+    for manifest in manifests(tmp_path):
+        manifest.write_bytes(b"")
+    store = await Store.open(tmp_path)
+    await store.append(score("new"))
+    assert len(store.status()["repairs"]) == 2
+    await store.close()
+    assert await names(tmp_path) == ["new"]
+
+
+async def test_a_table_that_may_not_be_read_is_not_set_aside(tmp_path: Path) -> None:
+    await (await Store.open(tmp_path)).close()
+    for manifest in manifests(tmp_path):
+        manifest.unlink()
+        manifest.mkdir()
+    with pytest.raises(DatabaseUnavailable):
+        await Store.open(tmp_path)
+    assert all(manifest.is_dir() for manifest in manifests(tmp_path))
+
+
+async def test_a_damaged_log_is_kept_and_what_is_readable_replayed(tmp_path: Path) -> None:
+    keys = await killed(tmp_path)
+    segment = newest_segment(tmp_path)
+    data = bytearray(segment.read_bytes())
+    data[len(data) // 2] ^= 1
+    segment.write_bytes(data)
+    store = await Store.open(tmp_path)
+    found = [row for table in TABLES for row in await store.last(table, 0)]
+    (repair,) = [text for text in store.status()["repairs"] if "damaged" in text]
+    await store.close()
+    assert len(found) >= len(keys) - 1
+    (aside,) = (tmp_path / "_log" / "set_aside").iterdir()
+    assert aside.name in repair
+    assert aside.read_bytes() == data
+
+
+async def test_fragments_and_files_stay_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_COMPACT_PAUSE", 0.0)
+    monkeypatch.setattr(writer, "_COMPACT_SHARE", 0.0)
+    store = await Store.open(tmp_path)
+    for number in range(100):
+        await store.append(score(str(number)))
+        # Each question has everything moved first, so each row is a commit.
+        await store.last(SCORES, 1)
+    await until(lambda: store.status()["fragments"][SCORES] < 40)
+    assert store.status()["last_compaction"]
+    assert len(await store.last(SCORES, 0)) == 100
+    await store.close()
+
+
+async def test_scripts_that_write_a_row_each_are_tidied_up_after(tmp_path: Path) -> None:
+    for number in range(40):
+        store = Store(tmp_path)
+        store.start()
+        await store.append(score(str(number)))
+        await store.close()
+    store = await Store.open(tmp_path)
+    assert store.status()["fragments"][SCORES] < 35
+    assert len(await store.last(SCORES, 0)) == 40
+    await store.close()
+
+
+async def test_one_process_at_a_time_compacts(tmp_path: Path) -> None:
+    one, other = await Store.open(tmp_path), await Store.open(tmp_path)
+    for number in range(10):
+        await one.append(OrchestratorRunSchema(
+            run_id=str(number), input_query="", final_output="", status="success"
+        ))  # fmt: skip
+    assert sorted(await asyncio.gather(one.compact(), other.compact())) == [False, True]
+    await one.close()
+    await other.close()
+
+
+async def test_a_caller_that_goes_away_costs_nobody_else_a_row(tmp_path: Path) -> None:
+    store = await Store.open(tmp_path)
+    appending = [asyncio.create_task(store.append(score(str(n)))) for n in range(20)]
+    await asyncio.sleep(0)
+    appending[3].cancel()
+    await asyncio.gather(*appending, return_exceptions=True)
+    found = {row["run_id"] for row in await store.last(SCORES, 0)}
+    await store.close()
+    assert found >= {str(n) for n in range(20) if n != 3}
