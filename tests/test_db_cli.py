@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
+import io
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import lancedb
+import pyarrow as pa
 import pytest
 
 from llm_sidecar import db
-from llm_sidecar.db import Store, cli_main
-from tests.test_db import NOW, RUN, run
+from llm_sidecar.db import RUNS, SCORES, TABLES, OrchestratorRunSchema, Store, cli_main
+from llm_sidecar.db.log import locked
+from llm_sidecar.db.tables import COMPACTING
+from tests.test_db import NOW, RUN, feedback, run, score
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,8 +65,15 @@ def test_query_runs_prints_the_last_five_as_json_lines(filled: Path) -> None:
 
 
 @pytest.mark.parametrize(("count", "lines"), [("2", 2), ("0", 7), ("-1", 7), (str(10**30), 7)])
-def test_query_runs_takes_a_count(filled: Path, count: str, lines: int) -> None:
-    assert len(run_cli(filled, "query-runs", "--last", count).stdout.splitlines()) == lines
+def test_query_runs_takes_a_count(
+    filled: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    count: str,
+    lines: int,
+) -> None:
+    monkeypatch.setenv("LANCEDB_URI", str(filled))
+    assert len(said(capsys, "query-runs", "--last", count)) == lines
 
 
 def test_an_empty_table_says_so(filled: Path) -> None:
@@ -122,3 +141,383 @@ def test_a_reader_that_has_seen_enough_is_no_error(filled: Path) -> None:
     )
     assert done.returncode == 0
     assert done.stderr == "{"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LANCEDB_URI", str(tmp_path / "db"))
+    return tmp_path / "db"
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    """The lines on standard output of a command that succeeds."""
+    capsys.readouterr()
+    assert cli_main(arguments) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def fill_in_pieces(folder: Path, pieces: int) -> None:
+    """One score after the other, so that each is a fragment of its own."""
+
+    async def fill() -> None:
+        store = await Store.open(folder)
+        for number in range(pieces):
+            await store.append(score(run_id=str(number)))
+            # A question moves what waits.
+            await store.last(SCORES, 1)
+        await store.close()
+
+    asyncio.run(fill())
+
+
+# Filters
+
+
+@pytest.fixture(scope="module")
+def mixed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mixed") / "db"
+    now = datetime.datetime.now(datetime.UTC)
+    ages = {"minute": 1 / 60, "hour": 1, "day": 30, "week": 200}
+    rows = [
+        *(run(run_id=str(n), timestamp=NOW + datetime.timedelta(minutes=n)) for n in range(3)),
+        *(
+            run(run_id=name, timestamp=now - datetime.timedelta(hours=hours), status="error")
+            for name, hours in ages.items()
+        ),
+    ]
+
+    async def fill(rows: list[OrchestratorRunSchema]) -> None:
+        store = await Store.open(folder)
+        await asyncio.gather(*map(store.append, rows))
+        await store.close()
+
+    asyncio.run(fill(rows))
+    return folder
+
+
+@pytest.fixture
+def mixed(mixed_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LANCEDB_URI", str(mixed_folder))
+
+
+def ids(lines: list[str]) -> list[str]:
+    return [json.loads(line)["run_id"] for line in lines]
+
+
+@pytest.mark.usefixtures("mixed")
+def test_status_takes_only_runs_of_that_status(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ids(said(capsys, "query-runs", "--status", "success")) == ["2", "1", "0"]
+    errors = ids(said(capsys, "query-runs", "--status", "error", "--last", "2"))
+    assert errors == ["minute", "hour"]
+
+
+@pytest.fixture
+def in_tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine whose local time is not UTC."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "JST-9")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("mixed", "in_tokyo")
+@pytest.mark.parametrize(
+    ("since", "expected"),
+    [
+        ("2026-01-02T03:05:05.678901Z", ["2", "1"]),
+        ("2026-01-02T03:05:05.678902", ["2"]),
+        ("2026-01-02 05:06:05.678901+02:00", ["2"]),
+        ("2026-01-02", ["2", "1", "0"]),
+        ("20260103", []),
+    ],
+)
+def test_since_takes_iso_times_which_are_utc_unless_they_say(
+    capsys: pytest.CaptureFixture[str], since: str, expected: list[str]
+) -> None:
+    lines = said(capsys, "query-runs", "--last", "0", "--status", "success", "--since", since)
+    assert ids(lines) == expected
+
+
+@pytest.mark.usefixtures("mixed")
+@pytest.mark.parametrize(
+    ("since", "expected"),
+    [
+        ("30m", ["minute"]),
+        ("24h", ["minute", "hour"]),
+        ("1.5d", ["minute", "hour", "day"]),
+        ("2w", ["minute", "hour", "day", "week"]),
+    ],
+)
+def test_since_takes_spans(
+    capsys: pytest.CaptureFixture[str], since: str, expected: list[str]
+) -> None:
+    assert ids(said(capsys, "query-runs", "--last", "0", "--since", since)) == expected
+
+
+@pytest.mark.usefixtures("mixed")
+def test_where_nothing_matches_it_says_so_and_not_among_the_rows(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli_main(["query-runs", "--status", "'; DROP TABLE"]) == 0
+    output = capsys.readouterr()
+    assert (output.out, output.err) == ("", "No row of orchestrator_runs matches.\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["query-runs", "--since", since]
+        for since in ("", "yesterday", "h", "nand", "infd", "1e30w", "99999999d", "2026-13-01")
+    ]
+    + [
+        ["query-runs", "--since", "0001-01-01T00:00:00+05:00"],
+        ["query-runs", "--last"],
+        ["query-runs", "--status", "error", "--table", "hermes_scores"],
+        ["export"],
+        ["export", "--format", "xml"],
+        ["export", "--format", "sft", "--since", "soon"],
+        ["verify", "everything"],
+        ["verify", "two\nlines"],
+    ],
+)
+def test_a_bad_value_is_one_line_and_exit_2_and_opens_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert cli_main(arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert len(output.err.splitlines()) == 1
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "holds"),
+    [
+        ("query-runs", "--since TIME"),
+        ("stats", "--json"),
+        ("compact", "join small files"),
+        ("migrate", "older versions"),
+        ("verify", "ids are unique"),
+        ("export", "{sft,dpo,jsonl}"),
+    ],
+)
+def test_every_command_explains_itself(
+    capsys: pytest.CaptureFixture[str], command: str, holds: str
+) -> None:
+    text = " ".join(said(capsys, command, "--help"))
+    assert f"usage: python -m llm_sidecar.db {command}" in text
+    assert holds in text
+    assert command in " ".join(said(capsys, "--help"))
+
+
+# Looking after it
+
+
+def test_stats_are_json_lines_when_piped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill_in_pieces(folder, 3)
+    found = {row["table"]: row for row in map(json.loads, said(capsys, "stats"))}
+    assert list(found) == [*TABLES, "(log)"]
+    scores = found[SCORES]
+    assert (scores["rows"], scores["fragments"], scores["last_compaction"]) == (3, 3, None)
+    files = [path for path in (folder / f"{SCORES}.lance").rglob("*") if path.is_file()]
+    assert scores["files"] == len(files)
+    assert scores["bytes"] == sum(path.stat().st_size for path in files)
+    assert scores["versions"] >= 4
+    assert found[RUNS]["rows"] == 0
+    assert found["(log)"]["rows"] is None
+    assert said(capsys, "compact")
+    (row,) = (row for row in map(json.loads, said(capsys, "stats")) if row["table"] == SCORES)
+    age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(
+        row["last_compaction"]
+    )
+    assert age < datetime.timedelta(minutes=5)
+
+
+def test_stats_are_a_table_on_a_terminal(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_in_pieces(folder, 1)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    header, *lines = said(capsys, "stats")
+    assert header.split()[:4] == ["table", "rows", "fragments", "versions"]
+    assert [line.split()[0] for line in lines] == [*TABLES, "(log)"]
+    assert lines[TABLES.index(SCORES)].split()[1:3] == ["1", "1"]
+    assert all(json.loads(line) for line in said(capsys, "stats", "--json"))
+
+
+def test_compact_joins_fragments_and_says_so(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill_in_pieces(folder, 4)
+    lines = said(capsys, "compact")
+    assert f"{SCORES}: 4 fragments before, 1 after" in lines
+    assert lines[-1].startswith("Compacted in ")
+    assert (
+        lancedb.connect(folder).open_table(SCORES).stats()["fragment_stats"]["num_fragments"] == 1
+    )
+    assert sorted(ids(said(capsys, "query-runs", "--table", SCORES))) == list("0123")
+
+
+def test_compact_leaves_it_to_another_process_that_is_at_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill_in_pieces(folder, 1)
+    with locked(folder / "_log" / COMPACTING):
+        assert cli_main(["compact"]) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err == "Another process compacts this database at the moment.\n"
+
+
+def test_verify_of_a_sound_database_counts_its_rows(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill_in_pieces(folder, 2)
+    assert said(capsys, "verify") == [
+        f"{table}: {2 if table == SCORES else 0} of {2 if table == SCORES else 0} rows are "
+        "readable, ids are unique"
+        for table in TABLES
+    ]
+
+
+def test_verify_finds_a_row_that_is_there_twice(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill_in_pieces(folder, 2)
+    table = lancedb.connect(folder).open_table(SCORES)
+    table.add(table.to_arrow())
+    assert cli_main(["verify"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{SCORES}: 4 of 4 rows are readable, 2 ids come twice" in lines
+    assert f"{RUNS}: 0 of 0 rows are readable, ids are unique" in lines
+
+
+def test_verify_fails_where_rows_cannot_be_read(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill_in_pieces(folder, 1)
+    (data,) = (folder / f"{SCORES}.lance" / "data").iterdir()
+    data.write_bytes(b"x" * data.stat().st_size)
+    assert cli_main(["verify"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# On a terminal
+
+
+class Terminal(io.StringIO):
+    """Standard output and standard error of somebody who sits before them."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def screen(self) -> list[str]:
+        """What is to be seen in the end: a line that was erased begins anew."""
+        return [line.rpartition("\r\x1b[K")[2] for line in self.getvalue().split("\n")[:-1]]
+
+
+def on_terminal(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, Terminal]:
+    """The exit status of a command that is run on a terminal, and the terminal."""
+    terminal = Terminal()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        patch.setattr(sys, "stderr", terminal)
+        return cli_main(arguments), terminal
+
+
+def test_progress_is_shown_on_a_terminal_and_gone_when_the_result_comes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_in_pieces(folder, 2)
+    status, terminal = on_terminal(monkeypatch, "verify")
+    assert status == 0
+    assert f"\r\x1b[K{SCORES}: 2 of 2 rows" in terminal.getvalue()
+    assert [line.split(":")[0] for line in terminal.screen()] == list(TABLES)
+
+
+def test_progress_does_not_run_into_the_rows_of_an_export(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db.export, "_AT_ONCE", 1)
+
+    async def fill() -> None:
+        store = await Store.open(folder)
+        for name in ("t-1", "t-2"):
+            await store.append(feedback(transaction_id=name))
+        await store.last(SCORES, 1)
+        await store.close()
+
+    asyncio.run(fill())
+    status, terminal = on_terminal(monkeypatch, "export", "--format", "jsonl")
+    assert status == 0
+    assert "1 of 2 feedback rows" in terminal.getvalue()
+    *rows, count = terminal.screen()
+    assert sorted(json.loads(row)["transaction_id"] for row in rows) == ["t-1", "t-2"]
+    assert count == "2 rows"
+
+
+def test_progress_is_gone_when_a_failure_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = [{"run_id": str(number), "score": 0.5} for number in range(3)]
+    lancedb.connect(folder).create_table(SCORES, pa.Table.from_pylist(old))
+    (folder / "_log").mkdir()
+    (folder / "_log" / "set_aside").write_text("in the way")
+    status, terminal = on_terminal(monkeypatch, "migrate")
+    assert status == 1
+    assert f"\r\x1b[K{SCORES}: 3 rows" in terminal.getvalue()
+    assert terminal.screen()[-1].startswith("The database cannot be used: ")
+
+
+def test_no_progress_is_written_into_a_file(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill_in_pieces(folder, 2)
+    for arguments in (["verify"], ["migrate"], ["export", "--format", "jsonl"]):
+        capsys.readouterr()
+        assert cli_main(arguments) == 0
+        output = capsys.readouterr()
+        assert "\x1b" not in output.out + output.err
+        assert output.err in ("", "0 rows\n")
+
+
+# Ctrl-C
+
+
+@contextlib.contextmanager
+def interrupting_store(monkeypatch: pytest.MonkeyPatch, logs: Path) -> Iterator[None]:
+    """An object store that never answers; who asks it gets Ctrl-C."""
+    held: list[Any] = []
+
+    def interrupt() -> None:
+        with contextlib.suppress(OSError):
+            held.append(server.accept()[0])
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        for name, value in {
+            "LANCEDB_URI": "s3://bucket/db",
+            "LANCEDB_LOG_DIR": str(logs),
+            "AWS_ENDPOINT_URL": address,
+            "AWS_ACCESS_KEY_ID": "nobody",
+            "AWS_SECRET_ACCESS_KEY": "nothing",
+            "AWS_REGION": "us-east-1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        thread = threading.Thread(target=interrupt, daemon=True)
+        thread.start()
+        yield
+        thread.join(30)
+    for connection in held:
+        connection.close()
+
+
+def test_ctrl_c_exits_130_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with interrupting_store(monkeypatch, tmp_path):
+        assert cli_main(["migrate"]) == 130
+    output = capsys.readouterr()
+    assert (output.out, output.err) == ("", "")

@@ -56,14 +56,15 @@ def cli_main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # noqa: BLE001 lancedb raises many types
-        sys.stderr.write(f"{output.reason(error)}\n")
+        output.note(output.reason(error))
         return 1
     return status
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        self.exit(2, f"{self.prog}: {message}\n")
+        # One line, whatever the arguments hold.
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,7 +123,7 @@ async def _with_store(work: Callable[[Store], Coroutine[Any, Any, int]]) -> int:
     store = await Store.open(default_uri(), create=False, timeout=_OPEN_SECONDS)
     try:
         for repair in store.status()["repairs"]:
-            sys.stderr.write(f"{repair}\n")
+            output.note(repair)
         return await work(store)
     finally:
         await store.close()
@@ -130,7 +131,7 @@ async def _with_store(work: Callable[[Store], Coroutine[Any, Any, int]]) -> int:
 
 async def _query_runs(options: argparse.Namespace) -> int:
     if options.status is not None and options.table != RUNS:
-        sys.stderr.write(f"--status is of {RUNS} only; {options.table} has none\n")
+        output.note(f"--status is of {RUNS} only; {options.table} has none")
         return 2
 
     async def work(store: Store) -> int:
@@ -158,19 +159,19 @@ async def _compact(_: argparse.Namespace) -> int:
     async def work(store: Store) -> int:
         before, began = store.status()["fragments"], time.monotonic()
         if not await store.compact():
-            sys.stderr.write("Another process compacts this database at the moment.\n")
+            output.note("Another process compacts this database at the moment.")
             return 1
         for name, count in store.status()["fragments"].items():
-            sys.stdout.write(f"{name}: {before[name]} fragments before, {count} after\n")
-        sys.stdout.write(f"Compacted in {time.monotonic() - began:.1f} s.\n")
+            output.line(f"{name}: {before[name]} fragments before, {count} after")
+        output.line(f"Compacted in {time.monotonic() - began:.1f} s.")
         return 0
 
     return await _with_store(work)
 
 
 async def _migrate(_: argparse.Namespace) -> int:
-    for line in await migrate(place_of(default_uri()), output.progress):
-        sys.stdout.write(f"{line}\n")
+    async for done in migrate(place_of(default_uri()), output.progress):
+        output.line(done)
     return 0
 
 
@@ -179,8 +180,8 @@ async def _verify(_: argparse.Namespace) -> int:
         found = await verify(await store.opened(), output.progress)
         for table in found:
             doubled = f"{table.doubled} ids come twice" if table.doubled else "ids are unique"
-            sys.stdout.write(
-                f"{table.table}: {table.rows} of {table.expected} rows are readable, {doubled}\n"
+            output.line(
+                f"{table.table}: {table.rows} of {table.expected} rows are readable, {doubled}"
             )
         return 0 if all(table.is_sound for table in found) else 1
 
@@ -194,10 +195,11 @@ async def _export(options: argparse.Namespace) -> int:
         with output.file_or_stdout(options.out) as write:
             count = 0
             async for row in export.rows(output.progress):
-                write(json.dumps(row, ensure_ascii=False) + "\n")
+                # ASCII, as half of a surrogate pair, which JSON can hold, has no UTF-8.
+                write(json.dumps(row) + "\n")
                 count += 1
         skipped = f"; left out: {export.skipped}" if str(export.skipped) else ""
-        sys.stderr.write(f"{count} rows{skipped}\n")
+        output.note(f"{count} rows{skipped}")
         return 0
 
     return await _with_store(work)

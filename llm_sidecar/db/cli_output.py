@@ -6,10 +6,10 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from llm_sidecar.db.tables import one_line
 from llm_sidecar.errors import SidecarError
@@ -17,6 +17,10 @@ from llm_sidecar.errors import SidecarError
 _CELL: Final = 40
 """Characters of a value that a table on a terminal shows."""
 _ERASE_LINE: Final = "\r\x1b[K"
+
+
+class Unwritable(SidecarError):
+    """The file that was asked for cannot be written."""
 
 
 def reason(error: Exception) -> str:
@@ -31,6 +35,17 @@ def progress(text: str) -> None:
     if sys.stderr.isatty():
         sys.stderr.write(f"{_ERASE_LINE}{text}")
         sys.stderr.flush()
+
+
+def line(text: str) -> None:
+    """Writes a line to standard output."""
+    _write_out(f"{text}\n")
+
+
+def note(text: str) -> None:
+    """Writes a line about the work, which is no part of what it gives."""
+    _end_progress()
+    sys.stderr.write(f"{text}\n")
 
 
 def rows(found: list[dict[str, Any]], if_empty: str, *, as_json: bool) -> None:
@@ -50,6 +65,12 @@ def rows(found: list[dict[str, Any]], if_empty: str, *, as_json: bool) -> None:
 def _end_progress() -> None:
     if sys.stderr.isatty():
         sys.stderr.write(_ERASE_LINE)
+        sys.stderr.flush()
+
+
+def _write_out(text: str) -> None:
+    _end_progress()
+    sys.stdout.write(text)
 
 
 def _table(found: list[dict[str, Any]]) -> None:
@@ -74,19 +95,56 @@ def file_or_stdout(path: Path | None) -> Iterator[Callable[[str], Any]]:
     """Gives what writes text: to standard output, or to a file that is there only once it is whole.
 
     Raises:
-        OSError: it cannot be written.
+        Unwritable: the file cannot be written; one of that name that was there is as it was.
     """
     if path is None:
-        yield sys.stdout.write
+        yield _write_out
         return
-    number, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+    with _said_of(path):
+        target = path.resolve()
+        # Nothing may take the place of a device or a pipe.
+        direct = target.exists() and not target.is_file()
+    if direct:
+        with _opened(path, target, "w") as file:
+            yield _writer(path, file)
+        return
+    whole = target.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        with os.fdopen(number, "w", encoding="utf-8") as file:
-            yield file.write
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
+        with _opened(path, whole, "x") as file:
+            yield _writer(path, file)
+            with _said_of(path):
+                file.flush()
+                os.fsync(file.fileno())
+        with _said_of(path):
+            whole.replace(target)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            whole.unlink()
         raise
+
+
+@contextlib.contextmanager
+def _opened(shown: Path, path: Path, mode: str) -> Iterator[IO[str]]:
+    with _said_of(shown):
+        file = path.open(mode, encoding="utf-8")
+    try:
+        yield file
+    finally:
+        with _said_of(shown):
+            file.close()
+
+
+def _writer(shown: Path, file: IO[str]) -> Callable[[str], Any]:
+    def write(text: str) -> None:
+        with _said_of(shown):
+            file.write(text)
+
+    return write
+
+
+@contextlib.contextmanager
+def _said_of(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Unwritable(f"{path} cannot be written: {error.strerror or error}") from None

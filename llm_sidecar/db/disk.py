@@ -75,15 +75,15 @@ class Disk:
     def _sync_table(self, table: str) -> None:
         known = self._synced.get(table, frozenset())
         found: set[Path] = set()
-        for folder, _, names in os.walk(self._table(table)):
-            paths = {Path(folder, name) for name in names if name != _HINT}
-            found |= paths
-            new = paths - known
-            for path in new:
-                # Another process may have tidied it away.
+        for folder, folders, names in os.walk(self._table(table)):
+            files = {Path(folder, name) for name in names if name != _HINT}
+            entries = files | {Path(folder, name) for name in folders}
+            found |= entries
+            # Another process may have tidied any of them away.
+            for path in files - known:
                 with contextlib.suppress(FileNotFoundError):
                     _sync_file(path)
-            if new or not known:
+            if entries - known or not known:
                 with contextlib.suppress(FileNotFoundError):
                     sync_folder(Path(folder))
         self._synced[table] = frozenset(found)

@@ -10,11 +10,10 @@ is about.
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, Final, Literal, NamedTuple
 
-from llm_sidecar.db.questions import stream
+from llm_sidecar.db.questions import json_object, stream
 from llm_sidecar.db.schema import FEEDBACK, PROPOSALS, RUNS
 from llm_sidecar.db.tables import Tables
 
@@ -116,14 +115,14 @@ class Export:
         proposals = self._tables[PROPOSALS].query().where(col("transaction_id").isin(wanted))
         for row in await proposals.to_list():
             walks[row["transaction_id"]] = Walk(
-                row["prompt"], _object(row["proposal"]), row["assessment"], row["score"]
+                row["prompt"], json_object(row["proposal"]), row["assessment"], row["score"]
             )
         return walks
 
     def _line(self, row: dict[str, Any], walk: Walk) -> dict[str, Any] | None:
         from llm_sidecar import proposals
 
-        corrected = _object(row["corrected_proposal"])
+        corrected = json_object(row["corrected_proposal"])
         if self._kind == "jsonl":
             shown = {**row, "timestamp": row["timestamp"].isoformat()}
             return {**shown, "corrected_proposal": corrected, **walk._asdict()}
@@ -137,24 +136,28 @@ class Export:
         chosen = _said(corrected)
         if self._kind == "sft":
             return {"prompt": prompt, "completion": chosen}
-        if walk.proposal is None or walk.proposal == corrected:
+        rejected = _said(walk.proposal)
+        if walk.proposal is None or rejected == chosen:
             self._skip("without_rejected")
             return None
-        return {"prompt": prompt, "chosen": chosen, "rejected": _said(walk.proposal)}
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
     def _skip(self, reason: str) -> None:
         self.skipped = self.skipped._replace(**{reason: getattr(self.skipped, reason) + 1})
 
 
 def _said(proposal: dict[str, Any] | None) -> list[dict[str, str]]:
-    """The proposal as Phi-3 says it: keys in the order of the guidance."""
+    """The proposal as Phi-3 says it: keys in the order of the guidance, and those distances as null
+    that a person leaves out."""
     from llm_sidecar import proposals
 
-    return [{"role": "assistant", "content": proposals.dumps(proposals.in_order(proposal or {}))}]
+    whole = {"new_stop_pct": None, "new_target_pct": None} | (proposal or {})
+    text = proposals.dumps(proposals.in_order(whole) | whole)
+    return [{"role": "assistant", "content": text}]
 
 
 def _walk_of_run(prompt: str, final_output: str) -> Walk:
-    output = _object(final_output) or {}
+    output = json_object(final_output) or {}
     proposal = output.get("proposal")
     return Walk(
         prompt,
@@ -162,11 +165,3 @@ def _walk_of_run(prompt: str, final_output: str) -> Walk:
         output.get("assessment"),
         output.get("score"),
     )
-
-
-def _object(text: str | None) -> dict[str, Any] | None:
-    try:
-        value = json.loads(text or "null")
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None

@@ -1,5 +1,5 @@
 """Bringing tables of older shapes to today's: string or naive timestamps, columns that were not
-there yet, objects that were not text.
+there yet, objects that were not text. A table that is not there at all is created.
 
 Each table is rewritten in one commit, so that it is either old or new, never half of each. A local
 one is copied to the files that are set aside before.
@@ -7,11 +7,13 @@ one is copied to the files that are set aside before.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import math
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any, Final
 
 from llm_sidecar.db.disk import Disk
@@ -25,6 +27,7 @@ from llm_sidecar.db.schema import (
     arrow_schemas,
     feedback_key,
     is_current,
+    require_not_newer,
 )
 from llm_sidecar.db.tables import connect
 from llm_sidecar.errors import DatabaseUnavailable
@@ -35,16 +38,17 @@ _NO_SCORE: Final = -1.0
 _DEFAULTS: Final = {"schema_version": "1.0"}
 _MILLISECONDS, _MICROSECONDS, _NANOSECONDS = 1e11, 1e14, 1e17
 """Numbers from these on are times since 1970 in that unit, smaller ones seconds."""
+_DATE_DIGITS: Final = 8
+"""Of a date such as 20260131."""
 
 
-async def migrate(place: Place, progress: Callable[[str], None]) -> list[str]:
+async def migrate(place: Place, progress: Callable[[str], None]) -> AsyncIterator[str]:
     """Migrates every table that needs it; may run as often as one likes.
+
+    Gives what was done, a line a table, as soon as it is done: a later table may fail.
 
     Args:
         progress: is told now and then how far it is.
-
-    Returns:
-        What was done, a line a table.
 
     Raises:
         DatabaseUnavailable: other processes use the database; nothing is changed.
@@ -59,11 +63,23 @@ async def migrate(place: Place, progress: Callable[[str], None]) -> list[str]:
                     "Another process uses the database; stop it and migrate again."
                 )
             names = set((await connection.list_tables()).tables)
-            return [
-                await _migrate_table(place, connection, name, progress)
-                for name in TABLES
-                if name in names
-            ]
+            if place.folder is not None:
+                # Of a database that has no note yet, what is there counts as synced.
+                Disk(place).adopt(
+                    {
+                        name: int(await (await connection.open_table(name)).version())
+                        for name in TABLES
+                        if name in names
+                    }
+                )
+            for name in TABLES:
+                if name in names:
+                    yield await _migrate_table(place, connection, name, progress)
+                else:
+                    # Who only looks at a database creates nothing, and would find it incomplete.
+                    schema = arrow_schemas()[name]
+                    await _sync(place, await connection.create_table(name, schema=schema))
+                    yield f"{name}: created, as it was not there."
     finally:
         connection.close()
 
@@ -75,22 +91,26 @@ async def _migrate_table(
 
     table, schema = await connection.open_table(name), arrow_schemas()[name]
     old = await table.schema()
+    require_not_newer(name, old)
     if is_current(name, old):
         return f"{name}: nothing to do, {await table.count_rows()} rows are of version {VERSION}."
     converter = _Converter(name)
     batches = []
     async for batch in await table.query().to_batches():
-        rows = [converter.convert(row) for row in batch.to_pylist()]
-        batches.append(pa.RecordBatch.from_pylist(rows, schema=schema))
+        batches.append(converter.convert(batch))
         progress(f"{name}: {converter.count} rows")
     kept = _keep_copy(place, name)
     reader = pa.RecordBatchReader.from_batches(schema, iter(batches))
     new = await connection.create_table(name, data=reader, schema=schema, mode="overwrite")
-    if place.folder is not None:
-        Disk(place).sync({name: int(await new.version())})
+    await _sync(place, new)
     return (
         f"{name}: {converter.count} rows brought to version {VERSION}{converter.notes(old)}{kept}."
     )
+
+
+async def _sync(place: Place, table: Any) -> None:
+    if place.folder is not None:
+        Disk(place).sync({table.name: int(await table.version())})
 
 
 def _keep_copy(place: Place, name: str) -> str:
@@ -98,7 +118,12 @@ def _keep_copy(place: Place, name: str) -> str:
         return ""
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
     kept = place.set_aside / f"{stamp}-{name}-before-migration.lance"
-    shutil.copytree(place.folder / f"{name}.lance", kept)
+    try:
+        shutil.copytree(place.folder / f"{name}.lance", kept)
+    except BaseException:
+        # Half a copy only takes up the space that is missing.
+        shutil.rmtree(kept, ignore_errors=True)
+        raise
     return f"; the old table is kept as {kept.name}"
 
 
@@ -112,7 +137,23 @@ class _Converter:
         self._seen: set[str] = set()
         self._without_time = 0
 
-    def convert(self, old: dict[str, Any]) -> dict[str, Any]:
+    def convert(self, batch: Any) -> Any:
+        """A batch of today's shape from one of an older."""
+        import pyarrow as pa
+
+        # Columns that are to go may hold what Python has no type for, so they are left alone.
+        columns = {
+            name: _values(batch.column(name))
+            for name in self._schema.names
+            if name in batch.schema.names
+        }
+        rows = [
+            self._row({name: values[number] for name, values in columns.items()})
+            for number in range(batch.num_rows)
+        ]
+        return pa.RecordBatch.from_pylist(rows, schema=self._schema)
+
+    def _row(self, old: dict[str, Any]) -> dict[str, Any]:
         row = {field.name: self._value(field, old.get(field.name)) for field in self._schema}
         row[KEYS[self._table]] = self._key(old, row)
         self.count += 1
@@ -123,15 +164,15 @@ class _Converter:
 
         if field.name == "timestamp":
             return self._time(value)
-        if value is None:
-            if field.nullable or pa.types.is_struct(field.type):
-                return None if field.nullable else {}
-            return _NO_SCORE if pa.types.is_floating(field.type) else _DEFAULTS.get(field.name, "")
         if pa.types.is_floating(field.type):
-            return float(value)
-        if pa.types.is_string(field.type) and not isinstance(value, str):
-            return json.dumps(value, separators=(",", ":"), default=str)
-        return value
+            value = _number_or_none(value)
+        elif pa.types.is_string(field.type):
+            value = _text_or_none(value)
+        if value is not None or field.nullable:
+            return value
+        if pa.types.is_struct(field.type):
+            return {}
+        return _NO_SCORE if pa.types.is_floating(field.type) else _DEFAULTS.get(field.name, "")
 
     def _time(self, value: Any) -> datetime.datetime:
         found = _time_of(value)
@@ -164,6 +205,45 @@ def _joined(names: Iterable[str]) -> str:
     return " and ".join(names)
 
 
+def _values(column: Any) -> list[Any]:
+    """The values of an Arrow column. Times become numbers of microseconds since 1970: Python's
+    have no nanoseconds, and not every year that Arrow has."""
+    import pyarrow as pa
+
+    if pa.types.is_date(column.type):
+        column = column.cast(pa.timestamp("ms"))
+    if not pa.types.is_timestamp(column.type):
+        return list(column.to_pylist())
+    per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[column.type.unit]
+    return [
+        None if ticks is None else _Microseconds(ticks * 10**6 // per_second)
+        for ticks in column.cast(pa.int64()).to_pylist()
+    ]
+
+
+class _Microseconds(int):
+    """Since 1970, in UTC; a number whose unit need not be guessed."""
+
+
+def _text_or_none(value: Any) -> str | None:
+    """Text as it is, an object as JSON text; None where there is none, or an object of nulls."""
+    if isinstance(value, str):
+        return value
+    value = _without_nulls(value)
+    return None if value in (None, {}) else json.dumps(value, separators=(",", ":"), default=str)
+
+
+def _without_nulls(value: Any) -> Any:
+    """What a struct column's writer gave it: in such a column every object has the keys of all,
+    those that it did not bring as nulls or, from pandas, as NaN."""
+    if isinstance(value, dict):
+        whole = {name: _without_nulls(inner) for name, inner in value.items()}
+        return {name: inner for name, inner in whole.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_nulls(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _time_of(value: Any) -> datetime.datetime | None:
     """A time in UTC; a naive one counts as UTC. None where it is no time."""
     for found in _readings(value):
@@ -177,26 +257,30 @@ def _time_of(value: Any) -> datetime.datetime | None:
 
 
 def _readings(value: Any) -> Iterator[datetime.datetime]:
-    if isinstance(value, datetime.datetime):
-        yield value
-    if isinstance(value, str):
-        try:
-            yield datetime.datetime.fromisoformat(value.strip())
-        except ValueError:
-            value = _number_or_none(value)
-    if isinstance(value, int | float):
-        for least, unit in ((_NANOSECONDS, 1e9), (_MICROSECONDS, 1e6), (_MILLISECONDS, 1e3)):
-            if abs(value) >= least:
-                value /= unit
-                break
-        try:
-            yield _NO_TIME + datetime.timedelta(seconds=value)
-        except (OverflowError, ValueError):
+    with contextlib.suppress(OverflowError, ValueError):
+        if isinstance(value, _Microseconds):
+            yield _NO_TIME + datetime.timedelta(microseconds=value)
             return
+        number = _number_or_none(value)
+        # A text of eight digits is a date, any other number a time since 1970.
+        text = value.strip() if isinstance(value, str) else ""
+        if number is None or len(text) == _DATE_DIGITS:
+            yield datetime.datetime.fromisoformat(text)
+        else:
+            yield _NO_TIME + datetime.timedelta(seconds=number / _per_second(number))
 
 
-def _number_or_none(text: str) -> float | None:
+def _per_second(number: float) -> float:
+    for least, unit in ((_NANOSECONDS, 1e9), (_MICROSECONDS, 1e6), (_MILLISECONDS, 1e3)):
+        if abs(number) >= least:
+            return unit
+    return 1.0
+
+
+def _number_or_none(value: Any) -> float | None:
+    """A number, also one that is written as text; None for what is none, NaN included."""
     try:
-        return float(text)
-    except ValueError:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
         return None
+    return number if math.isfinite(number) else None

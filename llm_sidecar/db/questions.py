@@ -134,10 +134,19 @@ async def recent_corrections(tables: Tables, count: int) -> list[Correction]:
     runs = await query.select(["run_id", "input_query"]).to_list()
     prompts = {run["run_id"]: run["input_query"] for run in runs}
     return [
-        Correction(prompts[name], json.loads(proposal), name)
-        for name, proposal in latest.items()
-        if name in prompts
+        Correction(prompts[name], proposal, name)
+        for name, proposal in ((name, json_object(text)) for name, text in latest.items())
+        if name in prompts and proposal is not None
     ][:count]
+
+
+def json_object(text: str | None) -> dict[str, Any] | None:
+    """The object that a text holds, or None: what older versions wrote need not be JSON."""
+    try:
+        value = json.loads(text or "null")
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 async def stream(

@@ -25,6 +25,8 @@ from pydantic import (
     field_validator,
 )
 
+from llm_sidecar.errors import DatabaseUnavailable
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -222,6 +224,17 @@ def is_current(table: str, schema: pa.Schema) -> bool:
     """Whether an Arrow schema is today's of that table."""
     version = (schema.metadata or {}).get(_VERSION_KEY)
     return bool(schema.equals(arrow_schemas()[table]) and version == VERSION.encode())
+
+
+def require_not_newer(table: str, schema: pa.Schema) -> None:
+    """Raises DatabaseUnavailable for a table that a later version of the sidecar has written."""
+    version = (schema.metadata or {}).get(_VERSION_KEY, b"1").decode()
+    if not version.isdigit() or int(version) > int(VERSION):
+        raise DatabaseUnavailable(
+            f"The table {table} is of version {version}, and this sidecar knows {VERSION}; "
+            "update the sidecar.",
+            retry_after=30,
+        )
 
 
 @functools.cache

@@ -174,7 +174,7 @@ class Store:
             "uri": self._place.shown,
             "rows_written": writer.rows_written,
             "rows_waiting": writer.rows_waiting(),
-            "fragments": writer.fragments,
+            "fragments": dict(writer.fragments),
             "last_compaction": None if compaction is None else compaction.isoformat(),
             "compaction_failure": writer.compaction_failure,
             "repairs": writer.repairs[-_SHOWN_REPAIRS:],

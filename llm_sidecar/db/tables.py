@@ -13,7 +13,14 @@ from typing import Any, Final
 from llm_sidecar.db.disk import Disk
 from llm_sidecar.db.log import Row, locked, sweep
 from llm_sidecar.db.place import Place
-from llm_sidecar.db.schema import KEYS, TABLES, TRANSACTION, arrow_schemas, is_current
+from llm_sidecar.db.schema import (
+    KEYS,
+    TABLES,
+    TRANSACTION,
+    arrow_schemas,
+    is_current,
+    require_not_newer,
+)
 from llm_sidecar.errors import DatabaseUnavailable
 
 log = logging.getLogger(__name__)
@@ -65,14 +72,22 @@ class Tables:
                 if alone and self._disk is not None:
                     await self._repair(self._disk)
             # From here on nobody else is alone.
-            self._alive.enter_context(locked(self._place.log_folder / "alive.lock", shared=True))
-            if not create and not (await self._connection.list_tables()).tables:
+            await self._alive.enter_async_context(
+                _locked_soon(self._place.log_folder / "alive.lock", shared=True)
+            )
+            present = (await self._connection.list_tables()).tables
+            if not create and not present:
                 raise FileNotFoundError("There is no database")
             for name, schema in arrow_schemas().items():
-                self._tables[name] = await self._connection.create_table(
-                    name, schema=schema, exist_ok=True
+                self._tables[name] = await (
+                    self._connection.open_table(name)
+                    if name in present
+                    # Another machine may just be creating it too.
+                    else self._connection.create_table(name, schema=schema, exist_ok=True)
                 )
-                if not is_current(name, await self._tables[name].schema()):
+                schema = await self._tables[name].schema()
+                require_not_newer(name, schema)
+                if not is_current(name, schema):
                     raise OldShape(
                         f"The table {name} has the shape of an older version; stop what uses the "
                         "database and run `python -m llm_sidecar.db migrate`."
@@ -258,10 +273,10 @@ def _require_folders(place: Place, create: bool) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _locked_soon(path: Path) -> AsyncIterator[None]:
+async def _locked_soon(path: Path, *, shared: bool = False) -> AsyncIterator[None]:
     """Holds the lock on a file; waits for it without holding up the event loop."""
     while True:
-        with locked(path, wait=False) as mine:
+        with locked(path, wait=False, shared=shared) as mine:
             if mine:
                 yield
                 return

@@ -30,6 +30,7 @@ _STALLED_SECONDS: Final = 10.0
 _MOVE_EVERY: Final = 1.0
 """Seconds between two batches, unless somebody asks for what waits, or much does: every batch
 leaves files behind."""
+_CLOSING_PAUSE: Final = 0.01
 _MOVE_ROWS: Final = 10_000
 _LOG_BYTES: Final = 64 << 20
 """How much the log takes while LanceDB is away."""
@@ -190,12 +191,19 @@ class Writer:
         self._end.set()
         for event in (self._arrived, self._asked):
             event.set()
+        logging_rows, moving, _ = self._tasks
         try:
             async with asyncio.timeout(_CLOSE_SECONDS):
-                await asyncio.wait(self._tasks[:-1])
+                await asyncio.wait([logging_rows])
+                if not self.rows_waiting():
+                    # It may be trying to reach a database that is away.
+                    moving.cancel()
+                await asyncio.wait([moving])
                 # Scripts write a row each, and somebody has to tidy up after them.
                 await self._compact_if_due()
         except TimeoutError:
+            log.warning("closing took longer than %g s", _CLOSE_SECONDS)
+        if self.rows_waiting():
             log.error("%d rows stay in the log until the next start", self.rows_waiting())
         for task in self._tasks:
             task.cancel()
@@ -289,7 +297,8 @@ class Writer:
                 delay = min(_BACKOFF_MOST, 2 * delay)
             else:
                 delay = _BACKOFF_FIRST
-                await _passed(_MOVE_EVERY, self._asked)
+                # While closing, only as long as rows are on their way into the log.
+                await _passed(_CLOSING_PAUSE if self._end.is_set() else _MOVE_EVERY, self._asked)
                 self._asked.clear()
 
     def _is_done(self) -> bool:
@@ -378,7 +387,7 @@ class Writer:
         touched = {row.table for row in self._moving}
         await self.tables.sync(touched)
         now = time.monotonic()
-        self._kept += [_Kept(path, now, path.stat().st_size) for path in self._segments]
+        self._kept += [_Kept(path, now, _size(path)) for path in self._segments]
         self._moved += len(self._moving)
         self._moving, self._moving_bytes, self._segments = [], 0, []
         self._certain = True
@@ -476,6 +485,13 @@ def _fail(future: asyncio.Future[None], error: Exception) -> None:
         future.set_exception(error)
         # A caller whose deadline has passed does not fetch it.
         future.exception()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _set_aside(path: Path, folder: Path) -> str:

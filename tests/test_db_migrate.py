@@ -1,0 +1,487 @@
+"""`migrate`, of tables in the shapes that they had before."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import lancedb
+import pyarrow as pa
+import pytest
+
+from llm_sidecar.db import (
+    FEEDBACK,
+    RUNS,
+    SCORES,
+    TABLES,
+    HermesScoreSchema,
+    Phi3FeedbackSchema,
+    Store,
+    cli_main,
+)
+from llm_sidecar.db.schema import KEYS, arrow_schemas
+from llm_sidecar.errors import DatabaseUnavailable
+from tests.test_db import NOW
+
+WRITTEN: Final = "2026-01-02T03:04:05.678901Z"
+TICKS: Final = 1_767_323_045_678_901
+"""`NOW` in microseconds since 1970."""
+OLD_FEEDBACK: Final = {
+    "transaction_id": "t-1",
+    "timestamp": WRITTEN,
+    "feedback_type": "rating",
+    "feedback_content": "good",
+}
+OLD_RUN: Final = {
+    "run_id": "r-1",
+    "timestamp": WRITTEN,
+    "input_query": "Long ABC",
+    "final_output": "{}",
+    "status": "success",
+}
+OLD_SCORE: Final = {"run_id": "r-1", "timestamp": WRITTEN, "score": 0.5, "rationale": "Fine."}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LANCEDB_URI", str(tmp_path / "db"))
+    return tmp_path / "db"
+
+
+@pytest.fixture
+def in_tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine whose local time is not UTC."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "JST-9")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+def write(folder: Path, table: str, rows: pa.Table | list[dict[str, Any]]) -> None:
+    """A table as an older version wrote it: of whatever shape its rows have."""
+    data = pa.Table.from_pylist(rows) if isinstance(rows, list) else rows
+    lancedb.connect(folder).create_table(table, data=data, mode="overwrite")
+
+
+def read(folder: Path, table: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = lancedb.connect(folder).open_table(table).to_arrow().to_pylist()
+    return rows
+
+
+def opened(folder: Path, table: str) -> list[dict[str, Any]]:
+    """The rows as the sidecar gives them, which opens nothing but tables of today's shape."""
+
+    async def ask() -> list[dict[str, Any]]:
+        store = await Store.open(folder, create=False)
+        try:
+            return await store.last(table, 0)
+        finally:
+            await store.close()
+
+    return asyncio.run(ask())
+
+
+def append(folder: Path, row: HermesScoreSchema | Phi3FeedbackSchema) -> None:
+    async def once() -> None:
+        store = Store(folder)
+        store.start()
+        await store.append(row)
+        await store.close()
+
+    asyncio.run(once())
+
+
+def scored_at(times: pa.Array) -> pa.Table:
+    numbers = range(len(times))
+    return pa.table(
+        {
+            "run_id": [str(number) for number in numbers],
+            "timestamp": times,
+            "score": [0.5 for _ in numbers],
+            "rationale": ["" for _ in numbers],
+        }
+    )
+
+
+def ticks(values: list[int], unit: str, tz: str | None = None) -> pa.Array:
+    return pa.array(values, pa.timestamp(unit, tz))
+
+
+MILLISECOND: Final = NOW.replace(microsecond=678_000)
+SECOND: Final = NOW.replace(microsecond=0)
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        (
+            pa.array(
+                [
+                    WRITTEN,
+                    "2026-01-02T05:04:05.678901+02:00",
+                    "2026-01-02T03:04:05.678901",
+                    "2026-01-02 03:04:05.678901",
+                    " 2026-01-02T03:04:05.678901234Z\n",
+                ]
+            ),
+            NOW,
+        ),
+        (ticks([TICKS], "us"), NOW),
+        (ticks([TICKS], "us", "UTC"), NOW),
+        (ticks([TICKS], "us", "+02:00"), NOW),
+        (ticks([TICKS * 1000 + 234], "ns"), NOW),
+        (ticks([TICKS * 1000 + 234], "ns", "Europe/Berlin"), NOW),
+        (ticks([TICKS // 1000], "ms"), MILLISECOND),
+        (ticks([TICKS // 1000], "ms", "UTC"), MILLISECOND),
+        (ticks([TICKS // 10**6], "s"), SECOND),
+        (pa.array([TICKS * 1000, TICKS]), NOW),
+        (pa.array([TICKS / 1e6]), NOW),
+        (pa.array([TICKS // 1000]), MILLISECOND),
+        (pa.array([TICKS // 10**6]), SECOND),
+        (pa.array([f"{TICKS / 1e6}", str(TICKS)]), NOW),
+        # Its digits would also make a time of the year 1711.
+        (
+            pa.array(["1711111141234"]),
+            datetime.datetime(2024, 3, 22, 12, 39, 1, 234_000, datetime.UTC),
+        ),
+        (pa.array([NOW.date()]), datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)),
+        (pa.array(["20260102"]), datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)),
+    ],
+    ids=[
+        "text", "us", "us-utc", "us-offset", "ns", "ns-zone", "ms", "ms-utc", "s", "epoch-ns-us",
+        "epoch-float", "epoch-ms", "epoch-s", "epoch-text", "epoch-like-date", "date", "date-text",
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("in_tokyo")
+def test_every_way_to_write_a_time_becomes_the_same_time(
+    folder: Path, times: pa.Array, expected: datetime.datetime
+) -> None:
+    write(folder, SCORES, scored_at(times))
+    assert cli_main(["migrate"]) == 0
+    rows = opened(folder, SCORES)
+    assert [row["timestamp"] for row in rows] == [expected] * len(times)
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        pa.array(["at noon", None, "", "9999-12-31T23:00:00-05:00", "nan", "1e300"]),
+        pa.array([float("nan"), float("inf"), 9e15, None]),
+        ticks([2**62], "s"),
+    ],
+    ids=["text", "number", "year"],
+)
+def test_a_row_whose_time_cannot_be_read_stays_and_is_told_of(
+    folder: Path, times: pa.Array, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readable = sum(value == 9e15 for value in times.to_pylist()) if len(times) > 1 else 0
+    write(folder, SCORES, scored_at(times))
+    assert cli_main(["migrate"]) == 0
+    found = [row["timestamp"].year for row in opened(folder, SCORES)]
+    assert found.count(1970) == len(times) - readable
+    told = f"{len(times) - readable} of them, without a readable time, now of 1970"
+    assert told in capsys.readouterr().out
+
+
+def test_the_first_shape_of_all_becomes_todays(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(folder, FEEDBACK, [OLD_FEEDBACK])
+    write(folder, RUNS, [OLD_RUN])
+    write(folder, SCORES, [OLD_SCORE])
+    assert cli_main(["migrate"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(
+        "phi3_feedback: 1 rows brought to version 2, "
+        "with schema_version and corrected_proposal and feedback_id added"
+    )
+    assert lines[1].startswith(
+        "orchestrator_runs: 1 rows brought to version 2, with error_message and row_id added"
+    )
+    assert lines[2].startswith("hermes_scores: 1 rows brought to version 2, with row_id added")
+    assert lines[3:] == ["proposals: created, as it was not there."]
+    (said,) = opened(folder, FEEDBACK)
+    assert len(said.pop("feedback_id")) == 64
+    assert said == OLD_FEEDBACK | {
+        "timestamp": NOW,
+        "schema_version": "1.0",
+        "corrected_proposal": None,
+    }
+    assert opened(folder, RUNS) == [OLD_RUN | {"timestamp": NOW, "error_message": None}]
+    assert opened(folder, SCORES) == [OLD_SCORE | {"timestamp": NOW}]
+
+
+def test_a_migrated_database_can_be_looked_at_and_is_sound(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(folder, RUNS, [OLD_RUN])
+    assert cli_main(["migrate"]) == 0
+    capsys.readouterr()
+    assert cli_main(["query-runs"]) == 0
+    assert json.loads(capsys.readouterr().out)["run_id"] == "r-1"
+    assert cli_main(["query-runs", "--table", "proposals"]) == 0
+    assert cli_main(["verify"]) == 0
+
+
+@pytest.mark.parametrize("create", [False, True])
+def test_an_old_table_is_not_opened_but_says_what_to_do(folder: Path, create: bool) -> None:
+    write(folder, RUNS, [OLD_RUN])
+    write(folder, FEEDBACK, [OLD_FEEDBACK])
+    told = r"phi3_feedback has the shape of an older .*llm_sidecar\.db migrate"
+    with pytest.raises(DatabaseUnavailable, match=told):
+        asyncio.run(Store.open(folder, create=create))
+    assert read(folder, RUNS) == [OLD_RUN]
+
+
+def test_a_table_of_a_later_version_is_neither_opened_nor_migrated(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(folder, RUNS, [OLD_RUN])
+
+    async def say_it_is_of_version_9() -> None:
+        connection = await lancedb.connect_async(folder)
+        later = arrow_schemas()[RUNS].with_metadata({"osiris_schema_version": "9"})
+        await connection.create_table(RUNS, schema=later, mode="overwrite")
+
+    asyncio.run(say_it_is_of_version_9())
+    with pytest.raises(DatabaseUnavailable, match="update the sidecar"):
+        asyncio.run(Store.open(folder))
+    assert cli_main(["migrate"]) == 1
+    assert "update the sidecar" in capsys.readouterr().err
+
+
+def test_feedback_ids_stay_and_rows_get_the_key_they_lacked(folder: Path) -> None:
+    at = {"timestamp": NOW}
+    last = {"schema_version": "1.0", "corrected_proposal": '{"n":1}', "feedback_id": "mine"}
+    write(folder, FEEDBACK, [OLD_FEEDBACK | at | last])
+    write(folder, RUNS, [OLD_RUN | at | {"error_message": "late"}] * 2)
+    write(folder, SCORES, [OLD_SCORE | at] * 2)
+    assert cli_main(["migrate"]) == 0
+    assert opened(folder, FEEDBACK) == [OLD_FEEDBACK | at | last]
+    assert opened(folder, RUNS) == [OLD_RUN | at | {"error_message": "late"}] * 2
+    for table in (RUNS, SCORES):
+        keys = {row["row_id"] for row in read(folder, table)}
+        assert len(keys) == 2
+        assert "" not in keys
+
+
+def test_feedback_that_is_delivered_again_after_migration_is_one_row(folder: Path) -> None:
+    write(folder, FEEDBACK, [OLD_FEEDBACK])
+    assert cli_main(["migrate"]) == 0
+    append(folder, Phi3FeedbackSchema.model_validate(OLD_FEEDBACK))
+    assert len(opened(folder, FEEDBACK)) == 1
+
+
+@pytest.mark.parametrize("key", [{}, {"feedback_id": "same"}, {"feedback_id": ""}])
+def test_rows_that_are_there_twice_stay_and_get_keys_of_their_own(
+    folder: Path, key: dict[str, str]
+) -> None:
+    write(folder, FEEDBACK, [OLD_FEEDBACK | key] * 3)
+    assert cli_main(["migrate"]) == 0
+    rows = opened(folder, FEEDBACK)
+    assert len({row["feedback_id"] for row in rows}) == len(rows) == 3
+
+
+def test_objects_in_struct_columns_become_the_json_that_was_meant(folder: Path) -> None:
+    proposal = {"ticker": "ABC", "new_stop_pct": 2.5, "legs": [{"size": 1}]}
+    contents = [{"stars": 5}, {"why": {"market": "thin"}}, {"stars": 0}, {"stars": 1}]
+    corrected = [proposal, {"ticker": "X", "side": "LONG", "new_stop_pct": float("nan")}, {}, None]
+    rows = [
+        OLD_FEEDBACK | {"transaction_id": str(n), "feedback_content": c, "corrected_proposal": p}
+        for n, (c, p) in enumerate(zip(contents, corrected, strict=True))
+    ]
+    write(folder, FEEDBACK, rows)
+    assert cli_main(["migrate"]) == 0
+    found = {row["transaction_id"]: row for row in opened(folder, FEEDBACK)}
+    assert [json.loads(found[str(n)]["feedback_content"]) for n in range(4)] == contents
+    assert json.loads(found["0"]["corrected_proposal"]) == proposal
+    # Of a missing number pandas makes NaN, which JSON does not have.
+    assert json.loads(found["1"]["corrected_proposal"]) == {"ticker": "X", "side": "LONG"}
+    assert [found[n]["corrected_proposal"] for n in "23"] == [None, None]
+
+
+def test_what_is_null_gets_a_value_where_todays_shape_demands_one(folder: Path) -> None:
+    write(
+        folder,
+        FEEDBACK,
+        [
+            OLD_FEEDBACK | {"schema_version": "0.9"},
+            {"transaction_id": "t-2", "timestamp": WRITTEN, "schema_version": None},
+        ],
+    )
+    write(folder, RUNS, [OLD_RUN, {"run_id": "r-2", "error_message": None}])
+    write(
+        folder,
+        SCORES,
+        [OLD_SCORE, OLD_SCORE | {"score": None}, OLD_SCORE | {"score": float("nan")}],
+    )
+    assert cli_main(["migrate"]) == 0
+    by_id = {row["transaction_id"]: row for row in opened(folder, FEEDBACK)}
+    assert by_id["t-1"]["schema_version"] == "0.9"
+    assert by_id["t-2"]["schema_version"] == "1.0"
+    assert by_id["t-2"]["feedback_type"] == by_id["t-2"]["feedback_content"] == ""
+    (run,) = (row for row in opened(folder, RUNS) if row["run_id"] == "r-2")
+    assert (run["input_query"], run["status"], run["error_message"]) == ("", "", None)
+    # -1 is the score of a failed scoring.
+    assert sorted(row["score"] for row in opened(folder, SCORES)) == [-1.0, -1.0, 0.5]
+
+
+def test_a_correction_that_is_no_json_hinders_no_other(folder: Path) -> None:
+    texts = ["{'ticker': 'ABC'}", "null", "", "[" * 100_000, '{"ticker":"ABC"}']
+    rows = [
+        OLD_FEEDBACK | {"transaction_id": str(number), "corrected_proposal": text}
+        for number, text in enumerate(texts)
+    ]
+    write(folder, FEEDBACK, rows)
+    write(folder, RUNS, [OLD_RUN | {"run_id": str(number)} for number in range(len(texts))])
+    assert cli_main(["migrate"]) == 0
+
+    async def ask() -> list[Any]:
+        store = await Store.open(folder)
+        try:
+            return list(await store.recent_corrections(9))
+        finally:
+            await store.close()
+
+    assert asyncio.run(ask()) == [("Long ABC", {"ticker": "ABC"}, "4")]
+
+
+def test_numbers_and_texts_in_each_others_columns_are_read_as_what_they_mean(folder: Path) -> None:
+    write(folder, SCORES, [OLD_SCORE | {"run_id": 7, "score": "0.25"}])
+    assert cli_main(["migrate"]) == 0
+    assert opened(folder, SCORES) == [OLD_SCORE | {"run_id": "7", "score": 0.25, "timestamp": NOW}]
+
+
+def test_a_column_that_nobody_knows_goes_and_is_named_and_kept_aside(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = pa.Table.from_pylist([OLD_SCORE])
+    old = old.append_column("heard_at", ticks([TICKS * 1000 + 1], "ns"))
+    write(folder, SCORES, old.append_column("mood", pa.array(["calm"])))
+    assert cli_main(["migrate"]) == 0
+    assert opened(folder, SCORES) == [OLD_SCORE | {"timestamp": NOW}]
+    line = capsys.readouterr().out.splitlines()[-2]
+    assert ", without heard_at and mood; the old table is kept as " in line
+    (kept,) = (folder / "_log" / "set_aside").iterdir()
+    assert line.endswith(f"{kept.name}.")
+    assert (
+        lancedb.connect(kept.parent)
+        .open_table(kept.stem)
+        .to_arrow()
+        .equals(old.append_column("mood", pa.array(["calm"])))
+    )
+
+
+def test_every_row_of_a_large_table_arrives(folder: Path) -> None:
+    write(folder, SCORES, [OLD_SCORE | {"run_id": str(number)} for number in range(10_000)])
+    assert cli_main(["migrate"]) == 0
+    assert {int(row["run_id"]) for row in read(folder, SCORES)} == set(range(10_000))
+
+
+def test_an_empty_table_is_migrated(folder: Path) -> None:
+    write(folder, SCORES, pa.Table.from_pylist([OLD_SCORE]).slice(1))
+    assert cli_main(["migrate"]) == 0
+    append(folder, HermesScoreSchema(run_id="new", score=1.0))
+    assert [row["run_id"] for row in opened(folder, SCORES)] == ["new"]
+
+
+def test_migrating_again_finds_nothing_to_do(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(folder, SCORES, [OLD_SCORE] * 3)
+    assert cli_main(["migrate"]) == 0
+    capsys.readouterr()
+    before = {table: (read(folder, table), version(folder, table)) for table in TABLES}
+    assert cli_main(["migrate"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{table}: nothing to do, {3 if table == SCORES else 0} rows are of version 2."
+        for table in TABLES
+    ]
+    assert {table: (read(folder, table), version(folder, table)) for table in TABLES} == before
+    assert len(list((folder / "_log" / "set_aside").iterdir())) == 1
+
+
+def version(folder: Path, table: str) -> int:
+    return int(lancedb.connect(folder).open_table(table).version)
+
+
+def test_the_key_of_every_table_is_marked_so_that_equal_inserts_conflict(folder: Path) -> None:
+    for table, row in ((FEEDBACK, OLD_FEEDBACK), (RUNS, OLD_RUN), (SCORES, OLD_SCORE)):
+        write(folder, table, [row])
+    assert cli_main(["migrate"]) == 0
+    for table in TABLES:
+        field = lancedb.connect(folder).open_table(table).schema.field(KEYS[table])
+        assert field.metadata == {b"lance-schema:unenforced-primary-key": b"true"}
+
+
+def test_rows_that_came_while_the_table_was_old_arrive_after_migration(folder: Path) -> None:
+    write(folder, SCORES, [OLD_SCORE])
+    append(folder, HermesScoreSchema(run_id="meanwhile", timestamp=NOW, score=0.25))
+    assert len(read(folder, SCORES)) == 1
+    assert cli_main(["migrate"]) == 0
+    assert sorted(row["run_id"] for row in opened(folder, SCORES)) == ["meanwhile", "r-1"]
+
+
+def written(folder: Path) -> dict[Path, int]:
+    """When each file of a table was last written."""
+    return {path: path.stat().st_mtime_ns for path in folder.glob("*.lance/**/*")}
+
+
+async def test_a_database_that_is_in_use_is_not_touched(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = await Store.open(folder)
+    write(folder, SCORES, [OLD_SCORE])
+    before = written(folder)
+    status = await asyncio.to_thread(cli_main, ["migrate"])
+    assert written(folder) == before
+    assert status == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err == "Another process uses the database; stop it and migrate again.\n"
+    assert not (folder / "_log" / "set_aside").exists()
+    await store.close()
+    assert await asyncio.to_thread(cli_main, ["migrate"]) == 0
+
+
+def test_what_was_done_is_told_even_where_a_later_table_fails(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(folder, FEEDBACK, [OLD_FEEDBACK])
+    write(folder, RUNS, [OLD_RUN])
+    (data,) = (folder / f"{RUNS}.lance" / "data").iterdir()
+    data.write_bytes(b"x" * data.stat().st_size)
+    assert cli_main(["migrate"]) == 1
+    output = capsys.readouterr()
+    (done,) = output.out.splitlines()
+    assert done.startswith(f"{FEEDBACK}: 1 rows brought")
+    assert len(output.err.splitlines()) == 1
+    assert version(folder, RUNS) == 1
+    assert [path.name.split("-")[1] for path in (folder / "_log" / "set_aside").iterdir()] == [
+        FEEDBACK
+    ]
+
+
+def test_a_table_that_cannot_be_kept_aside_stays_as_it_is(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(folder, SCORES, [OLD_SCORE])
+    (folder / "_log").mkdir()
+    (folder / "_log" / "set_aside").write_text("in the way")
+    assert cli_main(["migrate"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert read(folder, SCORES) == [OLD_SCORE]
+
+
+def test_without_a_database_there_is_nothing_to_migrate_and_nothing_is_made(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli_main(["migrate"]) == 1
+    assert "There is no database" in capsys.readouterr().err
+    assert not folder.exists()
