@@ -20,6 +20,7 @@ class Place:
 
     Attributes:
         uri: what lancedb is given: an absolute folder, or an `s3://` address.
+        shown: the address as it was given, without credentials and query.
         folder: the local folder; None for an object store.
         log_folder: local folder of the write-ahead logs and the locks of every process that uses
             the database on this machine.
@@ -27,17 +28,10 @@ class Place:
     """
 
     uri: str
+    shown: str
     folder: Path | None
     log_folder: Path
     storage_options: dict[str, str]
-
-    @property
-    def shown(self) -> str:
-        """The address without credentials and query."""
-        scheme, separator, rest = self.uri.partition("://")
-        if not separator:
-            return self.uri
-        return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"
 
     @property
     def set_aside(self) -> Path:
@@ -62,14 +56,16 @@ def place_of(
     if "://" not in text:
         # Absolute, as lancedb takes a relative one that begins with "db" for its cloud.
         folder = Path(text).absolute()
-        return Place(str(folder), folder, folder / _LOG, {})
+        return Place(str(folder), text, folder, folder / _LOG, {})
     logs = log_dir or Path(environ.get("LANCEDB_LOG_DIR") or DEFAULT_LANCEDB_LOG_DIR)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
     endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
     options = {"endpoint": endpoint} if endpoint else {}
     if endpoint and endpoint.startswith("http://"):
         options["allow_http"] = "true"
-    return Place(text, None, logs.absolute() / name, options)
+    scheme, _, rest = text.partition("://")
+    shown = f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"
+    return Place(text, shown, None, logs.absolute() / name, options)
 
 
 def default_uri() -> str:
