@@ -126,6 +126,10 @@ class Archive:
                 said = error.detail
                 await asyncio.sleep(_RETRY_PAUSE)
                 continue
+            except Exception:  # what is in memory would stay as it is for good
+                log.exception("what is kept in memory is not refreshed")
+                await asyncio.sleep(_RETRY_PAUSE)
+                continue
             said = None
             # A burst of scores is read once.
             await asyncio.sleep(_REFRESH_PAUSE)

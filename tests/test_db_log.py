@@ -13,7 +13,15 @@ from typing import Any
 
 import pytest
 
-from llm_sidecar.db.log import Log, Row, abandoned_logs, encode, read_segment, segments
+from llm_sidecar.db.log import (
+    Log,
+    Row,
+    abandoned_logs,
+    encode,
+    locked,
+    read_segment,
+    segments,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 NOW = datetime.datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=datetime.UTC)
@@ -82,8 +90,23 @@ def test_a_write_that_fails_leaves_nothing_behind_and_the_next_one_works(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     log.append([encode(row("after"))])
-    found = read_segment(segment_of(tmp_path))
-    assert (found.rows, found.damaged, found.torn) == ([row("before"), row("after")], 0, 0)
+    found = [read_segment(path) for path in log.seal()]
+    assert [segment.rows for segment in found] == [[row("before")], [row("after")]]
+    assert all(segment.damaged == segment.torn == 0 for segment in found)
+
+
+def test_writes_that_fail_leave_no_empty_segments(log: Log, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))
+    try:
+        for _ in range(3):
+            with pytest.raises(OSError, match="File too large"):
+                log.append([encode(row("too much"))])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.glob("*/*.log")) == []
+    log.append([encode(row("after"))])
+    assert read_segment(segment_of(tmp_path)).rows == [row("after")]
 
 
 def test_sealing_starts_a_new_segment(log: Log, tmp_path: Path) -> None:
@@ -98,7 +121,12 @@ def test_sealing_starts_a_new_segment(log: Log, tmp_path: Path) -> None:
 
 def test_a_log_in_use_is_nobody_elses(log: Log, tmp_path: Path) -> None:
     log.append([encode(row())])
-    assert list(abandoned_logs(tmp_path)) == []
+    assert abandoned_logs(tmp_path) == []
+
+
+def test_who_looks_for_logs_waits_for_nobody(tmp_path: Path) -> None:
+    with locked(tmp_path / "lock"):
+        assert abandoned_logs(tmp_path) is None
 
 
 def test_the_log_of_a_killed_process_can_be_taken_over_once(tmp_path: Path) -> None:
@@ -113,13 +141,14 @@ def test_the_log_of_a_killed_process_can_be_taken_over_once(tmp_path: Path) -> N
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=False,
     )
-    for log in abandoned_logs(tmp_path):
-        (path,) = segments(log.folder)
-        assert read_segment(path).rows == [row("of the dead")]
-        # While one has it, nobody else gets it.
-        assert list(abandoned_logs(tmp_path)) == []
-        log.remove()
-    assert list(abandoned_logs(tmp_path)) == []
+    (log,) = abandoned_logs(tmp_path) or []
+    (path,) = segments(log.folder)
+    assert read_segment(path).rows == [row("of the dead")]
+    # While one has it, nobody else gets it.
+    assert abandoned_logs(tmp_path) == []
+    log.remove()
+    log.release()
+    assert abandoned_logs(tmp_path) == []
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
@@ -127,8 +156,9 @@ def test_a_log_that_nobody_dealt_with_waits_for_the_next(tmp_path: Path) -> None
     log = Log(tmp_path)
     log.append([encode(row())])
     log.close()
-    assert sum(1 for _ in abandoned_logs(tmp_path)) == 1
-    assert sum(1 for _ in abandoned_logs(tmp_path)) == 1
+    for _ in range(2):
+        (found,) = abandoned_logs(tmp_path) or []
+        found.release()
 
 
 def test_a_log_without_rows_leaves_nothing_behind(tmp_path: Path) -> None:

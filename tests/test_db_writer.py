@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from llm_sidecar.db import TABLES, HermesScoreSchema, OrchestratorRunSchema, Store, writer
+from llm_sidecar.db import TABLES, HermesScoreSchema, OrchestratorRunSchema, Store, tables, writer
+from llm_sidecar.db.log import Log, Row, encode, locked, read_segment
 from llm_sidecar.errors import DatabaseUnavailable
 from tests.test_db_crash import crash
 
@@ -270,3 +274,105 @@ async def test_a_caller_that_goes_away_costs_nobody_else_a_row(tmp_path: Path) -
     found = {row["run_id"] for row in await store.last(SCORES, 0)}
     await store.close()
     assert found >= {str(n) for n in range(20) if n != 3}
+
+
+async def test_the_same_object_stored_again_is_one_row(tmp_path: Path) -> None:
+    store, row = await Store.open(tmp_path), score("once")
+    await store.append(row)
+    await store.last(SCORES, 1)
+    # As after an outcome that is not known.
+    store._writer._certain = False
+    await store.append(row)
+    assert len(await store.last(SCORES, 0)) == 1
+    await store.close()
+
+
+async def test_a_machine_that_lacks_something_costs_no_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = await killed(tmp_path)
+    (tmp_path / "_log" / "synced.json").write_text("damaged")
+
+    async def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "_read_whole", fail)
+        with pytest.raises(DatabaseUnavailable, match="No space left"):
+            await Store.open(tmp_path)
+    store = await Store.open(tmp_path)
+    found = [row for table in TABLES for row in await store.last(table, 0)]
+    assert not any("set aside" in repair for repair in store.status()["repairs"])
+    await store.close()
+    assert len(found) >= len(keys)
+
+
+async def test_rows_of_another_version_are_kept_and_hold_up_nobody(tmp_path: Path) -> None:
+    await (await Store.open(tmp_path)).close()
+    log = Log(tmp_path / "_log")
+    log.append([encode(Row(SCORES, score("ours").as_row()))])
+    later = score("theirs").as_row() | {"mood": "good"}
+    log.append([encode(Row(SCORES, later)), encode(Row("moods", later))])
+    log.close()
+    store = await Store.open(tmp_path)
+    (repair,) = [text for text in store.status()["repairs"] if "another version" in text]
+    assert "2 rows" in repair
+    assert [row["run_id"] for row in await store.last(SCORES, 0)] == ["ours"]
+    await store.close()
+    (aside,) = (tmp_path / "_log" / "set_aside").iterdir()
+    assert len(read_segment(aside).rows) == 3
+
+
+async def test_a_disk_that_hangs_refuses_rows_for_certain_and_within_the_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_LOG_SECONDS", 0.3)
+    store = await Store.open(tmp_path)
+    release = threading.Event()
+    hanging = asyncio.get_running_loop().run_in_executor(store._writer._thread, release.wait)
+    begun = asyncio.create_task(store.append(score("begun")))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    with pytest.raises(DatabaseUnavailable, match="is not stored"):
+        await store.append(score("not begun"))
+    with pytest.raises(DatabaseUnavailable, match="is not known to be stored"):
+        await begun
+    release.set()
+    await hanging
+    await store.append(score("after"))
+    rows = await store.last(SCORES, 0)
+    await store.close()
+    assert sorted(row["run_id"] for row in rows) == ["after", "begun"]
+
+
+async def test_another_process_that_holds_a_lock_holds_up_no_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_SWEEP_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "_MOVE_EVERY", 0.01)
+    store = await Store.open(tmp_path)
+    with locked(tmp_path / "_log" / "lock"):
+        async with asyncio.timeout(5):
+            for number in range(5):
+                await store.append(score(str(number)))
+                assert len(await store.last(SCORES, 0)) == number + 1
+    await store.close()
+
+
+async def test_nobody_counts_as_alone_while_a_given_up_write_runs(tmp_path: Path) -> None:
+    store = await Store.open(tmp_path)
+    opened = await store.opened()
+    end = asyncio.Event()
+    writing = asyncio.create_task(opened._to_its_end(end.wait()))
+    await asyncio.sleep(0)
+    writing.cancel()
+    await store.close()
+    with locked(tmp_path / "_log" / "alive.lock", wait=False) as alone:
+        assert not alone
+    end.set()
+    await until(lambda: is_free(tmp_path / "_log" / "alive.lock"))
+
+
+def is_free(path: Path) -> bool:
+    with locked(path, wait=False) as mine:
+        return mine

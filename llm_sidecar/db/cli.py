@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import datetime
 import json
 import os
@@ -177,7 +178,9 @@ async def _migrate(_: argparse.Namespace) -> int:
 
 async def _verify(_: argparse.Namespace) -> int:
     async def work(store: Store) -> int:
-        found = await verify(await store.opened(), output.progress)
+        tables = await store.opened()
+        async with tables.unchanging():
+            found = await verify(tables, output.progress)
         for table in found:
             doubled = f"{table.doubled} ids come twice" if table.doubled else "ids are unique"
             output.line(
@@ -191,8 +194,11 @@ async def _verify(_: argparse.Namespace) -> int:
 async def _export(options: argparse.Namespace) -> int:
     async def work(store: Store) -> int:
         since = {} if options.since is None else {"since": options.since}
-        export = Export(await store.opened(), options.kind, **since)
-        with output.file_or_stdout(options.out) as write:
+        tables = await store.opened()
+        export = Export(tables, options.kind, **since)
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(tables.unchanging())
+            write = stack.enter_context(output.file_or_stdout(options.out))
             count = 0
             async for row in export.rows(output.progress):
                 # ASCII, as half of a surrogate pair, which JSON can hold, has no UTF-8.

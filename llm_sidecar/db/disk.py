@@ -23,6 +23,7 @@ from llm_sidecar.db.schema import TABLES
 _NOTE: Final = "synced.json"
 _HINT: Final = "latest_version_hint.json"
 _MANIFEST: Final = ".manifest"
+_MAGIC: Final = b"LANC"
 _HIGHEST: Final = 2**64 - 1
 
 
@@ -113,13 +114,32 @@ class Disk:
             OSError: the files cannot be read or moved, which is no reason to set them aside.
         """
         manifests = self._manifests(table)
-        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
-        self._aside.mkdir(parents=True, exist_ok=True)
         if not manifests:
+            self._aside.mkdir(parents=True, exist_ok=True)
+            stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
             shutil.move(self._table(table), self._aside / f"{stamp}-{table}.lance")
             return f"{table}: no version can be read, so the table is set aside"
-        version, manifest = max(manifests)
+        return self._set_aside(table, *max(manifests))
+
+    def set_torn_aside(self, table: str) -> list[str]:
+        """Moves every version away whose manifest does not end as one does.
+
+        Returns:
+            What was done, in words, a line a version.
+
+        Raises:
+            OSError: the files cannot be read or moved.
+        """
+        return [
+            self._set_aside(table, version, manifest)
+            for version, manifest in self._manifests(table)
+            if not manifest.read_bytes().endswith(_MAGIC)
+        ]
+
+    def _set_aside(self, table: str, version: int, manifest: Path) -> str:
         manifest.read_bytes()
+        self._aside.mkdir(parents=True, exist_ok=True)
+        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
         shutil.move(manifest, self._aside / f"{stamp}-{table}-{version}{_MANIFEST}")
         manifest.with_name(_HINT).unlink(missing_ok=True)
         self._synced.pop(table, None)

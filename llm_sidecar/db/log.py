@@ -110,13 +110,22 @@ class Log:
         with locked(folder / _LOCK):
             # Nobody takes the new folder for an abandoned one before it is locked.
             self._folder.mkdir()
-            self._lock = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                self._lock = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            except OSError:
+                self._folder.rmdir()
+                raise
             fcntl.flock(self._lock, fcntl.LOCK_EX)
-        sync_folder(folder)
         self._file: int | None = None
+        self._path = self._folder
         self._size = 0
         self._number = 0
         self._unsealed: list[Path] = []
+        try:
+            sync_folder(folder)
+        except OSError:
+            self.close()
+            raise
 
     def append(self, records: Sequence[bytes]) -> None:
         """Writes records and returns once they would survive a power loss.
@@ -148,19 +157,26 @@ class Log:
             os.close(file)
             path.unlink(missing_ok=True)
             raise
-        self._file, self._size = file, 0
+        self._file, self._path, self._size = file, path, 0
         self._unsealed.append(path)
 
     def _take_back(self) -> None:
-        """Cuts off what a failed write left. Where even that fails, or after a failed sync, the
-        file's state is not known: nothing more is written to it."""
+        """Cuts off what a failed write left. Nothing more is written to the file: after a failed
+        sync nobody knows its state, and the kernel says so only once."""
         assert self._file is not None
         with contextlib.suppress(OSError):
             os.ftruncate(self._file, self._size)
             os.fdatasync(self._file)
-            return
-        os.close(self._file)
-        self._file = None
+        self._end_segment()
+        if not self._size:
+            self._unsealed.remove(self._path)
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+
+    def _end_segment(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
 
     def seal(self) -> list[Path]:
         """Ends the segment; the next append starts another.
@@ -168,18 +184,18 @@ class Log:
         Returns:
             The segments that have been written since the last call.
         """
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        self._end_segment()
         sealed, self._unsealed = self._unsealed, []
         return sealed
 
     def close(self) -> None:
         """Ends the segment, and frees the lock: from now on the folder counts as abandoned."""
-        self.seal()
-        if self._folder.is_dir() and not segments(self._folder):
-            _remove(self._folder)
-        os.close(self._lock)
+        try:
+            self.seal()
+            if self._folder.is_dir() and not segments(self._folder):
+                _remove(self._folder)
+        finally:
+            os.close(self._lock)
 
 
 def segments(folder: Path) -> list[Path]:
@@ -206,34 +222,37 @@ class AbandonedLog:
         os.close(self._lock)
 
 
-def abandoned_logs(folder: Path) -> Iterator[AbandonedLog]:
-    """The logs in `folder`, the database's log folder, whose process has ended; each one is locked
-    until its turn in the loop ends.
+def abandoned_logs(folder: Path) -> list[AbandonedLog] | None:
+    """Takes the logs in `folder`, the database's log folder, whose process has ended; never waits.
+
+    Returns:
+        The logs, to be released by the caller; None where another process is just looking.
 
     Raises:
         OSError
     """
-    if not folder.is_dir():
-        return
-    with locked(folder / _LOCK):
-        candidates = [path for path in folder.iterdir() if (path / _LOCK).is_file()]
-    for path in candidates:
-        try:
-            lock = os.open(path / _LOCK, os.O_RDWR)
-        except FileNotFoundError:
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            continue
-        log = AbandonedLog(path, lock)
-        try:
-            # Another process may have dealt with it between the opening and the locking.
-            if (path / _LOCK).is_file():
-                yield log
-        finally:
-            log.release()
+    with locked(folder / _LOCK, wait=False) as mine:
+        if not mine:
+            return None
+        taken = (_take(path) for path in folder.iterdir() if (path / _LOCK).is_file())
+        return [log for log in taken if log is not None]
+
+
+def _take(path: Path) -> AbandonedLog | None:
+    try:
+        lock = os.open(path / _LOCK, os.O_RDWR)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    if not (path / _LOCK).is_file():
+        # Another process has dealt with it between the opening and the locking.
+        os.close(lock)
+        return None
+    return AbandonedLog(path, lock)
 
 
 def sweep(folder: Path) -> None:

@@ -22,6 +22,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     field_validator,
 )
 
@@ -124,9 +125,12 @@ _JSON_TEXT: Final = frozenset(("feedback_content", "corrected_proposal", "propos
 
 
 class _Numbered(_Row):
+    # Of the object, so that storing the same one again is storing it once.
+    _row_id: str = PrivateAttr(default_factory=lambda: uuid.uuid4().hex)
+
     def as_row(self) -> dict[str, Any]:
-        """Column values as Arrow takes them, under a new key."""
-        return super().as_row() | {ROW_ID: uuid.uuid4().hex}
+        """Column values as Arrow takes them."""
+        return super().as_row() | {ROW_ID: self._row_id}
 
 
 class Phi3FeedbackSchema(_Row):
@@ -218,6 +222,11 @@ VERSION: Final = "2"
 """Of the tables' shapes, in their Arrow metadata: 2 has keys and aware timestamps in microseconds.
 Version 1 is whatever was written before; `migrate` brings it here."""
 _VERSION_KEY: Final = b"osiris_schema_version"
+
+
+def is_known(table: str, row: dict[str, Any]) -> bool:
+    """Whether a row, by its columns, is one of today's."""
+    return table in TABLES and set(row) == set(arrow_schemas()[table].names)
 
 
 def is_current(table: str, schema: pa.Schema) -> bool:

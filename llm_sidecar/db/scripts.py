@@ -35,7 +35,9 @@ def append_feedback(row: Phi3FeedbackSchema | Mapping[str, Any], *, uri: str | N
 
     Raises:
         pydantic.ValidationError: a dict is no feedback.
-        DatabaseUnavailable: it is not certain that the row is stored; a retry is safe.
+        DatabaseUnavailable: it is not certain that the row is stored. Storing the same model object
+            again is safe; a dict becomes a new row each time, unless it is feedback with a
+            `feedback_id` or a `timestamp`.
     """
     _append(Phi3FeedbackSchema.model_validate(row), uri)
 

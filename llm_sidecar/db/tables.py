@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import errno
 import logging
-from collections.abc import AsyncIterator, Iterable, Sequence
+import os
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +31,15 @@ _CACHE_BYTES: Final = 16 << 20
 _KEEP_VERSIONS: Final = datetime.timedelta(minutes=2)
 """Old versions stay as long as somebody may still be reading them."""
 _LOCK_PAUSE: Final = 0.02
+_OF_THE_MACHINE: Final = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EACCES,
+    errno.EROFS,
+)
 FRAGMENTS: Final = 32
 """A table with as many is worth compacting."""
 COMPACTING: Final = "compact.lock"
@@ -46,12 +57,14 @@ class Tables:
         repairs: what was done on opening, in words.
     """
 
-    def __init__(self, place: Place, connection: Any, alive: contextlib.AsyncExitStack) -> None:
+    def __init__(self, place: Place, connection: Any) -> None:
         """Use `open_tables`."""
         self.repairs: list[str] = []
         self._place = place
         self._connection = connection
-        self._alive = alive
+        # Held as long as any write of this process may be running.
+        self._alive = contextlib.ExitStack()
+        self._busy: set[asyncio.Task[None]] = set()
         self._disk = Disk(place) if place.folder else None
         self._tables: dict[str, Any] = {}
 
@@ -72,9 +85,11 @@ class Tables:
                 if alone and self._disk is not None:
                     await self._repair(self._disk)
             # From here on nobody else is alone.
-            await self._alive.enter_async_context(
-                _locked_soon(self._place.log_folder / "alive.lock", shared=True)
-            )
+            while not self._alive.enter_context(
+                locked(self._place.log_folder / "alive.lock", wait=False, shared=True)
+            ):
+                self._alive.close()
+                await asyncio.sleep(_LOCK_PAUSE)
             present = (await self._connection.list_tables()).tables
             if not create and not present:
                 raise FileNotFoundError("There is no database")
@@ -120,34 +135,67 @@ class Tables:
                 if version != expected:
                     # lancedb takes a manifest of zeros for an empty one of version 0.
                     raise ValueError(f"it says that it is version {version}")
-                if note is not None and version > synced:
+                unclean = note is not None and version > synced
+                if unclean:
                     await _read_whole(table)
-                    await _build_indices(table, again=True)
-                    if intact:
-                        # Whoever wrote it may have left half-written files. What a version that is
-                        # set aside refers to stays.
-                        await table.optimize(
-                            cleanup_older_than=_KEEP_VERSIONS, delete_unverified=True
-                        )
-                    version = int(await table.version())
-            except Exception as error:  # noqa: BLE001 lancedb raises many types for a bad file
+            except Exception as error:
+                if _is_of_the_machine(error):
+                    raise
                 done = await asyncio.to_thread(disk.set_newest_aside, name)
                 log.error("%s (%s)", done, one_line(error))
                 self.repairs.append(done)
                 intact = False
             else:
-                return version
+                if unclean:
+                    await self._set_torn_aside(disk, name)
+                    await self._tidy_after_crash(table, intact)
+                return int(await table.version())
         return 0
+
+    async def _set_torn_aside(self, disk: Disk, name: str) -> None:
+        """An older version that is cut off would end every later tidying."""
+        for done in await asyncio.to_thread(disk.set_torn_aside, name):
+            log.error("%s", done)
+            self.repairs.append(done)
+
+    async def _tidy_after_crash(self, table: Any, intact: bool) -> None:
+        """Builds the indices of a table anew, which may be torn, and deletes half-written files.
+
+        Args:
+            intact: no version was set aside; otherwise what such a one refers to stays.
+        """
+        try:
+            await _build_indices(table, again=True)
+            with locked(self._place.log_folder / COMPACTING, wait=False) as mine:
+                if mine and intact:
+                    await table.optimize(cleanup_older_than=_KEEP_VERSIONS, delete_unverified=True)
+        except Exception as error:  # noqa: BLE001 the rows are readable, and that is what counts
+            failed = f"{table.name}: tidying up after a crash failed: {one_line(error)}"
+            log.error("%s", failed)
+            self.repairs.append(failed)
 
     async def add(self, table: str, rows: Sequence[Row]) -> None:
         """Adds rows that cannot be there yet; raises whatever lancedb raises."""
-        await self._tables[table].add(await asyncio.to_thread(_arrow, table, rows))
+        data = await asyncio.to_thread(_arrow, table, rows)
+        await self._to_its_end(self._tables[table].add(data))
 
     async def merge(self, table: str, rows: Sequence[Row]) -> None:
         """Adds those rows whose key is not there; raises whatever lancedb raises."""
         data = await asyncio.to_thread(_arrow, table, rows)
-        merge = self._tables[table].merge_insert([KEYS[table]])
-        await merge.when_not_matched_insert_all().execute(data)
+        merge = self._tables[table].merge_insert([KEYS[table]]).when_not_matched_insert_all()
+        await self._to_its_end(merge.execute(data))
+
+    async def _to_its_end(self, writing: Coroutine[Any, Any, Any]) -> None:
+        """Waits for a write, which goes on when the caller is cancelled: lancedb would not stop it
+        either, and until it ends nobody else may count as alone."""
+
+        async def work() -> None:
+            await writing
+
+        task = asyncio.create_task(work())
+        self._busy.add(task)
+        task.add_done_callback(self._busy.discard)
+        await asyncio.shield(task)
 
     async def sync(self, tables: Iterable[str] = TABLES) -> None:
         """Makes what the tables hold survive a power loss.
@@ -171,6 +219,21 @@ class Tables:
         Returns:
             Whether it was done: False where another process is at it.
         """
+        done: list[bool] = []
+
+        async def work() -> None:
+            done.append(await self._compact())
+
+        await self._to_its_end(work())
+        return done[0]
+
+    @contextlib.asynccontextmanager
+    async def unchanging(self) -> AsyncIterator[None]:
+        """Meanwhile nobody compacts, so that no file of what is read for long is deleted."""
+        async with _locked_soon(self._place.log_folder / COMPACTING, shared=True):
+            yield
+
+    async def _compact(self) -> bool:
         with locked(self._place.log_folder / COMPACTING, wait=False) as mine:
             if not mine:
                 return False
@@ -193,9 +256,12 @@ class Tables:
         return datetime.datetime.fromtimestamp(found.st_mtime, datetime.UTC)
 
     async def close(self) -> None:
-        """Closes the connection; others may be alone again."""
+        """Closes the connection; others may be alone again once what runs has ended."""
         self._connection.close()
-        await self._alive.aclose()
+        if not self._busy:
+            self._alive.close()
+        for task in self._busy:
+            task.add_done_callback(lambda _: None if self._busy else self._alive.close())
 
 
 async def open_tables(place: Place, *, create: bool) -> Tables:
@@ -207,7 +273,7 @@ async def open_tables(place: Place, *, create: bool) -> Tables:
         Exception: whatever lancedb raises.
     """
     connection = await connect(place, create=create)
-    tables = Tables(place, connection, contextlib.AsyncExitStack())
+    tables = Tables(place, connection)
     try:
         await tables.open_all(create=create)
     except BaseException:
@@ -281,6 +347,12 @@ async def _locked_soon(path: Path, *, shared: bool = False) -> AsyncIterator[Non
                 yield
                 return
         await asyncio.sleep(_LOCK_PAUSE)
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """Whether an error says that the machine lacks something, and nothing of the file."""
+    text = str(error)
+    return any(os.strerror(number) in text for number in _OF_THE_MACHINE)
 
 
 def one_line(error: Exception) -> str:

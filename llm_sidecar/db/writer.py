@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from llm_sidecar.db import log as wal
 from llm_sidecar.db.log import Row
 from llm_sidecar.db.place import Place
-from llm_sidecar.db.schema import FEEDBACK, TABLES
+from llm_sidecar.db.schema import FEEDBACK, TABLES, is_known
 from llm_sidecar.db.tables import FRAGMENTS, Tables, one_line, open_tables
 from llm_sidecar.errors import DatabaseUnavailable
 
@@ -30,6 +30,7 @@ _STALLED_SECONDS: Final = 10.0
 _MOVE_EVERY: Final = 1.0
 """Seconds between two batches, unless somebody asks for what waits, or much does: every batch
 leaves files behind."""
+_MOVE_EVERY_REMOTE: Final = 5.0
 _CLOSING_PAUSE: Final = 0.01
 _MOVE_ROWS: Final = 10_000
 _LOG_BYTES: Final = 64 << 20
@@ -40,6 +41,8 @@ _KEEP_BYTES: Final = 64 << 20
 second copy, should the newest files turn out unreadable all the same."""
 _BACKOFF_FIRST: Final = 0.5
 _BACKOFF_MOST: Final = 30.0
+_OPEN_SECONDS: Final = 60.0
+_LOOK_AGAIN: Final = 0.02
 _SWEEP_SECONDS: Final = 30.0
 """How often logs are looked for whose process has died."""
 _COMPACT_PAUSE: Final = 5.0
@@ -89,10 +92,12 @@ class Writer:
         self.failure: DatabaseUnavailable | None = None
         self._place = place
         self._create = create
+        self._every = _MOVE_EVERY if place.folder is not None else _MOVE_EVERY_REMOTE
         self._log: wal.Log | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write-ahead-log")
         self._log_lock = asyncio.Lock()
         self._waiting: list[_Waiting] = []
+        self._waiting_bytes = 0
         self._arrived = asyncio.Event()
         self._logged: list[Row] = []
         self._logged_bytes = 0
@@ -158,15 +163,21 @@ class Writer:
                 retry_after=30,
             )
         stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(row, wal.encode(row), stored))
+        waiting = _Waiting(row, wal.encode(row), stored)
+        self._waiting.append(waiting)
+        self._waiting_bytes += len(waiting.record)
         self._arrived.set()
         try:
             async with asyncio.timeout(_LOG_SECONDS):
                 await asyncio.shield(stored)
         except TimeoutError:
+            begun = not any(other is waiting for other in self._waiting)
+            if not begun:
+                self._waiting = [other for other in self._waiting if other is not waiting]
+                self._waiting_bytes -= len(waiting.record)
+            known = "not known to be stored" if begun else "not stored"
             raise DatabaseUnavailable(
-                f"The row is not known to be stored: the disk took longer than {_LOG_SECONDS:g} s.",
-                retry_after=5,
+                f"The row is {known}: the disk took longer than {_LOG_SECONDS:g} s.", retry_after=5
             ) from None
 
     async def flush(self) -> None:
@@ -211,22 +222,29 @@ class Writer:
         self.state = "closed"
         async with self._changed:
             self._changed.notify_all()
-        if self._in_flight is None or self._in_flight.done():
-            await self._on_disk(self._close_log)
-        # Otherwise that write may still succeed, and who took over the log would store its rows
-        # twice; so its lock stays until the process ends.
-        self._thread.shutdown(wait=False)
-        if self.tables is not None:
-            await self.tables.close()
+        try:
+            # A write that is in flight may still succeed, and who took over the log would store its
+            # rows twice; so then its lock stays until the process ends.
+            if self._in_flight is None or self._in_flight.done():
+                async with asyncio.timeout(_LOG_SECONDS):
+                    await self._on_disk(self._close_log)
+        except (OSError, TimeoutError) as error:
+            log.error("the log could not be closed: %s", one_line(error))
+        finally:
+            self._thread.shutdown(wait=False)
+            if self.tables is not None:
+                await self.tables.close()
 
     def _close_log(self) -> None:
-        for kept in self._kept:
-            kept.path.unlink(missing_ok=True)
-        if self._log is not None:
-            self._log.close()
+        try:
+            for kept in self._kept:
+                kept.path.unlink(missing_ok=True)
+        finally:
+            if self._log is not None:
+                self._log.close()
 
     def _pending_bytes(self) -> int:
-        return self._logged_bytes + self._moving_bytes
+        return self._waiting_bytes + self._logged_bytes + self._moving_bytes
 
     async def _on_disk(self, work: Callable[..., T], *arguments: Any) -> T:
         loop = asyncio.get_running_loop()
@@ -241,6 +259,7 @@ class Writer:
             group, self._waiting = self._waiting, []
             if group:
                 await self._log_group(group)
+                self._waiting_bytes -= sum(len(waiting.record) for waiting in group)
             if self._end.is_set():
                 self._arrived.set()
 
@@ -298,7 +317,7 @@ class Writer:
             else:
                 delay = _BACKOFF_FIRST
                 # While closing, only as long as rows are on their way into the log.
-                await _passed(_CLOSING_PAUSE if self._end.is_set() else _MOVE_EVERY, self._asked)
+                await _passed(_CLOSING_PAUSE if self._end.is_set() else self._every, self._asked)
                 self._asked.clear()
 
     def _is_done(self) -> bool:
@@ -307,16 +326,16 @@ class Writer:
     async def _open(self) -> None:
         if self._create:
             await self._on_disk(self._open_log)
-        tables = await open_tables(self._place, create=self._create)
+        async with asyncio.timeout(_OPEN_SECONDS):
+            tables = await open_tables(self._place, create=self._create)
         try:
-            await self._take_over_abandoned(tables)
+            await self._take_over_abandoned(tables, wait=True)
         except BaseException:
             await tables.close()
             raise
         self.repairs += tables.repairs
         self._swept = time.monotonic()
-        for name in TABLES:
-            self.fragments[name] = await tables.fragments(name)
+        await self._count_fragments(tables)
         self.tables = tables
         await self._set_open()
 
@@ -349,22 +368,45 @@ class Writer:
             await self._take_over_abandoned(self.tables)
             self._swept = time.monotonic()
 
-    async def _take_over_abandoned(self, tables: Tables) -> None:
-        for abandoned in wal.abandoned_logs(self._place.log_folder):
-            count = 0
-            for path in wal.segments(abandoned.folder):
-                segment = await self._on_disk(wal.read_segment, path)
-                await self._insert(tables, segment.rows, certain=False)
-                count += len(segment.rows)
-                if segment.damaged:
-                    kept = await self._on_disk(_set_aside, path, self._place.set_aside)
-                    self._note(
-                        f"{segment.damaged} bytes of a log are damaged; it is kept as {kept}"
-                    )
-            if count:
-                await tables.sync()
-                self._note(f"{count} rows of a process that has ended were replayed")
-            await self._on_disk(abandoned.remove)
+    async def _take_over_abandoned(self, tables: Tables, *, wait: bool = False) -> None:
+        """Stores the rows of processes that have died.
+
+        Args:
+            wait: False to leave it, this time, to another process that is just looking too.
+        """
+        while (
+            found := await asyncio.to_thread(wal.abandoned_logs, self._place.log_folder)
+        ) is None:
+            if not wait:
+                return
+            await asyncio.sleep(_LOOK_AGAIN)
+        try:
+            for abandoned in found:
+                await self._take_over(tables, abandoned)
+        finally:
+            for abandoned in found:
+                abandoned.release()
+
+    async def _take_over(self, tables: Tables, abandoned: wal.AbandonedLog) -> None:
+        count = 0
+        for path in wal.segments(abandoned.folder):
+            segment = await asyncio.to_thread(wal.read_segment, path)
+            rows = [row for row in segment.rows if is_known(row.table, row.values)]
+            await self._insert(tables, rows, certain=False)
+            count += len(rows)
+            if unknown := len(segment.rows) - len(rows):
+                kept = await self._on_disk(_set_aside, path, self._place.set_aside)
+                self._note(
+                    f"a log has {unknown} rows of another version of the sidecar; it is kept "
+                    f"as {kept}"
+                )
+            elif segment.damaged:
+                kept = await self._on_disk(_set_aside, path, self._place.set_aside)
+                self._note(f"{segment.damaged} bytes of a log are damaged; it is kept as {kept}")
+        if count:
+            await tables.sync()
+            self._note(f"{count} rows of a process that has ended were replayed")
+        await self._on_disk(abandoned.remove)
 
     def _note(self, done: str) -> None:
         log.warning("%s", done)
@@ -392,11 +434,10 @@ class Writer:
         self._moving, self._moving_bytes, self._segments = [], 0, []
         self._certain = True
         await self._set_open()
-        for name in touched:
-            self.fragments[name] = await self.tables.fragments(name)
+        await self._count_fragments(self.tables)
         self._last_move = now
         self._tidied = False
-        if max(self.fragments.values()) >= FRAGMENTS:
+        if max(self.fragments.values(), default=0) >= FRAGMENTS:
             self._compaction_due.set()
 
     async def _insert(self, tables: Tables, rows: Sequence[Row], *, certain: bool) -> None:
@@ -410,7 +451,9 @@ class Writer:
             mine = [row for row in rows if row.table == name]
             for start in range(0, len(mine), _MOVE_ROWS):
                 batch = mine[start : start + _MOVE_ROWS]
-                store = tables.add if certain and name != FEEDBACK else tables.merge
+                # An object store may take a commit and lose its answer, and lancedb tries again.
+                certain = certain and name != FEEDBACK and self._place.folder is not None
+                store = tables.add if certain else tables.merge
                 await self._awaited(store(name, batch))
 
     async def _awaited(self, writing: Coroutine[Any, Any, None]) -> None:
@@ -446,9 +489,17 @@ class Writer:
         """
         tables = await self.opened(_LOG_SECONDS)
         done = await tables.compact()
-        for name in TABLES:
-            self.fragments[name] = await tables.fragments(name)
+        await self._count_fragments(tables)
         return done
+
+    async def _count_fragments(self, tables: Tables) -> None:
+        """Only to be shown, and to see when compacting is worth it."""
+        try:
+            async with asyncio.timeout(_LOG_SECONDS):
+                for name in TABLES:
+                    self.fragments[name] = await tables.fragments(name)
+        except Exception as error:  # noqa: BLE001 lancedb raises many types
+            log.warning("the fragments cannot be counted: %s", one_line(error))
 
     async def _keep_compacting(self) -> None:
         while not self._end.is_set():
