@@ -27,7 +27,7 @@ DASHBOARD = DEPLOYED / "grafana" / "dashboards" / "sidecar.json"
 RATE_INTERVAL: Final = "10s"
 """What Grafana puts for `$__rate_interval`, at this test's scrape interval of a second."""
 PROMPT = {"prompt": "Long ABC from 100, now 112.5, RSI 81.", "max_length": 256}
-LOAD: Final = (
+LOAD: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     ("/propose_trade_adjustments", PROMPT),
     ("/generate/hermes/", PROMPT | {"max_length": 60}),
     ("/score/hermes", {"proposal": {"ticker": "ABC"}}),
@@ -62,8 +62,8 @@ def promtool(*arguments: str, given: bytes = b"") -> None:
 class Prometheus:
     """One that scrapes a target every second and has loaded our rules."""
 
-    def __init__(self, port: int) -> None:
-        self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=10.0)
+    def __init__(self, client: httpx.Client) -> None:
+        self._client = client
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """The samples of an instant query that have a value."""
@@ -133,10 +133,11 @@ def prometheus(
     command += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address=127.0.0.1:{port}"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
-    running = Prometheus(port)
     try:
-        measured.wait_until(lambda: running.query('up{job="llm-sidecar"} == 1'))
-        yield running
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=10.0) as client:
+            running = Prometheus(client)
+            measured.wait_until(lambda: running.query('up{job="llm-sidecar"} == 1'))
+            yield running
     finally:
         process.terminate()
         process.wait(30)
@@ -223,7 +224,7 @@ def test_every_query_of_the_dashboard_returns_data(prometheus: Prometheus) -> No
     wait(all_answered, lambda: "no data for:\n" + "\n".join(waiting))
 
 
-def test_a_healthy_sidecar_fires_no_alert_and_every_rule_is_evaluated(
+def test_a_healthy_sidecar_under_load_raises_no_alert_and_every_rule_is_evaluated(
     prometheus: Prometheus,
 ) -> None:
     def rules() -> list[dict[str, Any]]:
@@ -232,7 +233,8 @@ def test_a_healthy_sidecar_fires_no_alert_and_every_rule_is_evaluated(
 
     wait(lambda: rules() and all(rule["health"] == "ok" for rule in rules()))
     assert len(rules()) == len(alerts())
-    assert [rule["name"] for rule in rules() if rule["state"] == "firing"] == []
+    # Not even one that waits for its time to be over.
+    assert [rule["name"] for rule in rules() if rule["state"] != "inactive"] == []
 
 
 def wait(condition: Any, otherwise: Any = lambda: "it did not come true") -> None:
