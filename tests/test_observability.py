@@ -65,15 +65,19 @@ class Prometheus:
     def __init__(self, client: httpx.Client) -> None:
         self._client = client
 
+    def is_ready(self) -> bool:
+        return self._client.get("/-/ready").status_code == 200
+
     def query(self, expression: str) -> list[dict[str, Any]]:
         """The samples of an instant query that have a value."""
-        response = self._client.get("/query", params={"query": expression})
+        response = self._client.get("/api/v1/query", params={"query": expression})
         assert response.status_code == 200, f"{expression}: {response.text}"
         found: list[dict[str, Any]] = response.json()["data"]["result"]
         return [sample for sample in found if sample["value"][1] != "NaN"]
 
     def get(self, path: str) -> Any:
-        return self._client.get(path).json()["data"]
+        """What its API has under a path."""
+        return self._client.get(f"/api/v1{path}").json()["data"]
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +138,9 @@ def prometheus(
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=10.0) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10.0) as client:
             running = Prometheus(client)
+            measured.wait_until(running.is_ready)
             measured.wait_until(lambda: running.query('up{job="llm-sidecar"} == 1'))
             yield running
     finally:
@@ -205,9 +210,13 @@ def test_every_metric_that_a_rule_or_the_dashboard_names_exists(prometheus: Prom
 
 def test_every_metric_of_the_sidecar_is_documented(measured: LiveServer) -> None:
     documented = set(re.findall(r"`((?:sidecar|http)_\w+)", (ROOT / "docs/metrics.md").read_text()))
-    text = measured.client.get("/metrics").text
-    exposed = set(re.findall(r"^# TYPE ((?:sidecar|http)_\w+)", text, re.MULTILINE))
-    assert documented == exposed
+
+    def exposed() -> set[str]:
+        text = measured.client.get("/metrics").text
+        return set(re.findall(r"^# TYPE ((?:sidecar|http)_\w+)", text, re.MULTILINE))
+
+    # Some are there once the database is open.
+    wait(lambda: documented == exposed(), lambda: f"differ: {documented ^ exposed()}")
 
 
 def test_every_query_of_the_dashboard_returns_data(prometheus: Prometheus) -> None:
@@ -239,7 +248,7 @@ def test_a_healthy_sidecar_under_load_raises_no_alert_and_every_rule_is_evaluate
 
 def wait(condition: Any, otherwise: Any = lambda: "it did not come true") -> None:
     """Waits for a condition on Prometheus, which scrapes and evaluates once a second."""
-    until = time.monotonic() + 30
+    until = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < until, otherwise()
         time.sleep(0.1)
