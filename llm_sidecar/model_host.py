@@ -13,7 +13,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -27,6 +27,7 @@ from llm_sidecar.errors import (
     QueueFull,
 )
 from llm_sidecar.loader import ModelFiles
+from llm_sidecar.telemetry.calls import CallObserver, ModelCall, Observers, Operation, observed
 from llm_sidecar.worker_process import WorkerProcess
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class ModelHost:
         threads: int = 1,
         limits: HostLimits | None = None,
         warm_up: GenerationRequest,
+        observer: CallObserver | None = None,
     ) -> None:
         """Starts nothing.
 
@@ -94,6 +96,7 @@ class ModelHost:
             threads: of the runtime, on CPU.
             limits: bounds of queue and time.
             warm_up: what the worker generates once before it counts as ready.
+            observer: hears of every call.
         """
         self.name = name
         self._locate = locate
@@ -103,7 +106,9 @@ class ModelHost:
         self._successor: WorkerProcess | None = None
         self._limits = limits or HostLimits()
         self._slot = asyncio.Semaphore(1)
+        self._observer = observer or Observers()
         self._admitted = 0
+        self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._state: State = "unloaded"
@@ -217,10 +222,13 @@ class ModelHost:
             "state": self._state if missing is None else "failed",
             "reason": missing or self._reason,
             "model": worker.label if worker else None,
+            "adapter": self._adapter_name(),
             "runtime": worker.info["runtime"] if worker else None,
             "device": worker.info["device"] if worker else None,
             "pid": worker.process.pid if worker else None,
             "requests": self._admitted,
+            "queue_length": self._limits.queue_length,
+            "running": self._running,
             "restarts": self._restarts,
             "completion_tokens_total": self._tokens_before + (worker.tokens if worker else 0),
         }
@@ -245,8 +253,28 @@ class ModelHost:
             task.cancel()
         self._state = "unloaded"
 
-    async def _call(self, op: str, **body: Any) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
+    async def _call(
+        self, op: Operation, **body: Any
+    ) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
         """Admits a request, waits for its turn and the model, and yields (label, message)s."""
+        with observed(self._observer, ModelCall(self.name, op)) as call, self._admission():
+            ready_by = time.monotonic() + self._limits.load_wait
+            try:
+                async with asyncio.timeout(self._limits.request_timeout), self._slot:
+                    started = time.monotonic()
+                    async for step in self._converse(call, ready_by, body):
+                        yield step
+                    elapsed = time.monotonic() - started
+                    self._recent_seconds += 0.2 * (elapsed - self._recent_seconds)
+            except TimeoutError:
+                raise DeadlineExceeded(
+                    f"{self.name} did not answer within {self._limits.request_timeout:g} s; "
+                    "try again later or with a smaller max_length."
+                ) from None
+
+    @contextlib.contextmanager
+    def _admission(self) -> Iterator[None]:
+        """Counts a request as long as it is here; refuses it where too many are."""
         self._check_open()
         if self._admitted >= self._limits.queue_length:
             wait = max(1, round(self._admitted * self._recent_seconds))
@@ -254,27 +282,17 @@ class ModelHost:
                 f"The {self.name} queue is full; try again in {wait} s.", retry_after=wait
             )
         self._start()
-        ready_by = time.monotonic() + self._limits.load_wait
         self._admitted += 1
         self._idle.clear()
         try:
-            async with asyncio.timeout(self._limits.request_timeout), self._slot:
-                started = time.monotonic()
-                async for step in self._converse(ready_by, op, body):
-                    yield step
-                self._recent_seconds += 0.2 * (time.monotonic() - started - self._recent_seconds)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"{self.name} did not answer within {self._limits.request_timeout:g} s; "
-                "try again later or with a smaller max_length."
-            ) from None
+            yield
         finally:
             self._admitted -= 1
             if not self._admitted:
                 self._idle.set()
 
     async def _converse(
-        self, ready_by: float, op: str, body: dict[str, Any]
+        self, call: ModelCall, ready_by: float, body: dict[str, Any]
     ) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
         """Sends a request to the worker and yields its (label, message)s.
 
@@ -283,16 +301,21 @@ class ModelHost:
         begun = finished = False
         while not finished:
             worker = await self._ready(ready_by)
-            number, inbox = worker.send(op, body)
+            call.served_by = worker.label
+            call.adapter = self._adapter_name()
+            number, inbox = worker.send(call.operation, body)
             message: dict[str, Any] = {}
+            self._running += 1
             try:
                 while not finished:
                     message = await inbox.get()
+                    call.note(message)
                     finished = message["op"] in ("done", "error")
                     begun |= message["op"] == "begun"
                     if message["op"] in ("delta", "done"):
                         yield worker.label, message
             finally:
+                self._running -= 1
                 if not finished:
                     self._watch(worker, number, inbox)
             if message["op"] == "error":
@@ -447,6 +470,9 @@ class ModelHost:
         except ModelUnavailable as error:
             return error.detail
         return None
+
+    def _adapter_name(self) -> str | None:
+        return None if self._adapter is None else self._adapter.name
 
     def _live_worker(self) -> WorkerProcess | None:
         if self._worker is None or not self._worker.done() or self._worker.exception():

@@ -167,6 +167,7 @@ class Settings(BaseModel):
         le=3600,
         description="seconds from 0 to 3600 that running requests get at shutdown",
     )
+    enable_metrics: bool = Field(False, alias="ENABLE_METRICS", description="true or false")
     max_body_bytes: int = Field(
         1 << 20,
         alias="MAX_BODY_BYTES",

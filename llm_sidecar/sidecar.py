@@ -28,6 +28,7 @@ from llm_sidecar.errors import DatabaseUnavailable, ModelUnavailable, SidecarErr
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.model_host import Completion, HostLimits, ModelHost
 from llm_sidecar.settings import Settings
+from llm_sidecar.telemetry.metrics import MetricsSink, NoMetrics
 from llm_sidecar.tts.listeners import AudioListeners
 from llm_sidecar.tts.remote import RemoteVoice
 from llm_sidecar.tts.speaker import Speaker
@@ -55,9 +56,15 @@ class AssessedProposal:
 class Sidecar:
     """The models, the voice, the event bus and the database, and what they do together."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Builds the parts; opens, connects and loads nothing."""
+    def __init__(self, settings: Settings, metrics: MetricsSink | None = None) -> None:
+        """Builds the parts; opens, connects and loads nothing.
+
+        Args:
+            settings: of all parts.
+            metrics: hears of calls, proposals and scores.
+        """
         self.settings = settings
+        self._metrics = metrics or NoMetrics()
         limits = HostLimits(
             queue_length=settings.queue_length,
             request_timeout=settings.request_timeout,
@@ -71,6 +78,7 @@ class Sidecar:
             threads=settings.phi3_threads,
             limits=limits,
             warm_up=GenerationRequest(proposals.build_messages("Hello."), 1, proposals.GUIDANCE),
+            observer=self._metrics,
         )
         self.hermes = ModelHost(
             "hermes",
@@ -79,6 +87,7 @@ class Sidecar:
             threads=settings.hermes_threads,
             limits=limits,
             warm_up=GenerationRequest(hermes_plugin.chat_messages("Hello."), 1),
+            observer=self._metrics,
         )
         self.bus = EventBus(settings.redis_url.get_secret_value())
         self._connecting: asyncio.Task[None] | None = None
@@ -131,13 +140,15 @@ class Sidecar:
         self, prompt: str, max_tokens: int
     ) -> tuple[dict[str, Any], Completion]:
         """A proposal alone: not assessed, not stored, not told."""
-        return await proposals.propose(
+        proposal, completion = await proposals.propose(
             self.phi3,
             prompt,
             self.archive.examples,
             max_tokens=max_tokens,
             temperature=self.settings.phi3_temperature,
         )
+        self._metrics.proposed(proposal["action"])
+        return proposal, completion
 
     async def generate_hermes(self, prompt: str, max_tokens: int) -> Completion:
         """Hermes' answer to a free question."""
@@ -172,7 +183,7 @@ class Sidecar:
             temperature=self.settings.hermes_temperature,
         )
         assessed = time.monotonic()
-        score = await hermes_plugin.score(self.hermes, proposal, prompt)
+        score = await self._score(proposal, prompt)
         latencies = Latencies(
             proposal=proposed - began,
             assessment=assessed - proposed,
@@ -214,7 +225,7 @@ class Sidecar:
     ) -> tuple[uuid.UUID, float]:
         """Scores a proposal and stores the score under the proposal's own id, or a new one."""
         proposal_id = _uuid_or_none(proposal.get("id")) or uuid.uuid4()
-        score = await hermes_plugin.score(self.hermes, proposal, context)
+        score = await self._score(proposal, context)
         rationale = proposal.get("rationale")
         await self._keep(
             HermesScoreSchema(
@@ -224,6 +235,11 @@ class Sidecar:
             )
         )
         return proposal_id, score
+
+    async def _score(self, proposal: Mapping[str, Any], context: str | None) -> float:
+        score = await hermes_plugin.score(self.hermes, proposal, context)
+        self._metrics.scored(score)
+        return score
 
     async def submit_feedback(self, feedback: Phi3FeedbackSchema) -> bool | None:
         """Stores feedback, then tells the other services.

@@ -17,6 +17,7 @@ from llm_sidecar.errors import SettingsError, SidecarError
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from osiris.http import ClientGone
+from osiris.metrics import install_metrics
 from osiris.middleware import BodyLimit, RequestId
 from osiris.routes import feedback, generation, operations, scoring, speech
 from osiris.shutdown import bound_shutdown
@@ -31,7 +32,8 @@ def create_app(settings: Settings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        sidecar = Sidecar(settings)
+        sidecar = Sidecar(settings, metrics)
+        metrics.watch(sidecar.health)
         app.state.sidecar = sidecar
         bound_shutdown(settings.shutdown_grace)
         try:
@@ -59,6 +61,7 @@ def create_app(settings: Settings) -> FastAPI:
         larger={"/speak": speech.SPEAK_BODY_BYTES},
     )
     app.add_middleware(RequestId)
+    metrics = install_metrics(app, settings)
     return app
 
 

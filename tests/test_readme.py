@@ -22,7 +22,8 @@ EXAMPLES = re.findall(
 @pytest.fixture(scope="module")
 def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = tmp_path_factory.mktemp("demo")
-    with serve(folder, SIDECAR_DEMO="true", PRELOAD_MODELS="true") as running:
+    environ = {"SIDECAR_DEMO": "true", "PRELOAD_MODELS": "true", "ENABLE_METRICS": "true"}
+    with serve(folder, **environ) as running:
         running.wait_until_ready()
         yield running
 
@@ -57,6 +58,7 @@ def test_every_endpoint_of_this_version_has_an_example() -> None:
         "/adapters/swap",
         "/health",
         "/health/ready",
+        "/metrics",
     ):
         assert f"localhost:8000{path}" in commands
 

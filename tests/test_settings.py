@@ -16,7 +16,7 @@ def test_an_empty_environment_gives_the_contracts_defaults() -> None:
     assert settings.lancedb_uri == "/app/lancedb_data"
     assert settings.adapter_dir == Path("/app/models/phi3/adapters")
     assert settings.phi3_path is settings.hermes_path is None
-    assert settings.demo is settings.preload is False
+    assert settings.demo is settings.preload is settings.enable_metrics is False
     assert settings.device == "auto"
 
 
@@ -32,6 +32,7 @@ def test_variables_are_read_and_empty_ones_count_as_unset() -> None:
     [
         ("DEVICE", "tpu"),
         ("SIDECAR_DEMO", "perhaps"),
+        ("ENABLE_METRICS", "perhaps"),
         ("QUEUE_LENGTH", "0"),
         ("QUEUE_LENGTH", "many"),
         ("REQUEST_TIMEOUT_SECONDS", "0"),

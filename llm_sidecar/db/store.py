@@ -174,9 +174,11 @@ class Store:
             "uri": self._place.shown,
             "rows_written": writer.rows_written,
             "rows_waiting": writer.rows_waiting(),
+            "log": writer.log_status(),
             "fragments": dict(writer.fragments),
             "last_compaction": None if compaction is None else compaction.isoformat(),
             "compaction_failure": writer.compaction_failure,
+            "compaction_failures": writer.compaction_failures,
             "repairs": writer.repairs[-_SHOWN_REPAIRS:],
         }
 

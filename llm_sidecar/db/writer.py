@@ -77,6 +77,7 @@ class Writer:
         repairs: what opening had to repair, in words.
         log_failure: why the last rows could not be stored; None if they could.
         compaction_failure: why the last compaction failed; None if it did not.
+        compaction_failures: how many have failed.
     """
 
     def __init__(self, place: Place, *, create: bool = True) -> None:
@@ -89,6 +90,7 @@ class Writer:
         self.repairs: list[str] = []
         self.log_failure: str | None = None
         self.compaction_failure: str | None = None
+        self.compaction_failures = 0
         self.failure: DatabaseUnavailable | None = None
         self._place = place
         self._create = create
@@ -147,6 +149,14 @@ class Writer:
         return (
             self._log is not None and not self._end.is_set() and self._pending_bytes() < _LOG_BYTES
         )
+
+    def log_status(self) -> dict[str, Any]:
+        """The state of the log: JSON types only."""
+        return {
+            "accepts_rows": self.has_room() and self.log_failure is None,
+            "bytes": self._pending_bytes(),
+            "most_bytes": _LOG_BYTES,
+        }
 
     async def append(self, row: Row) -> None:
         """Returns once the row would survive a power loss.
@@ -519,6 +529,7 @@ class Writer:
             except Exception as error:  # noqa: BLE001 lancedb raises many types
                 log.error("compacting failed, and is tried again later: %s", one_line(error))
                 self.compaction_failure = one_line(error)
+                self.compaction_failures += 1
             else:
                 self.compaction_failure = None
         return max(_COMPACT_PAUSE, _COMPACT_SHARE * (time.monotonic() - began))

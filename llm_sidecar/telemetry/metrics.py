@@ -1,0 +1,239 @@
+"""The Prometheus metrics of one sidecar, in a registry of its own.
+
+    metrics = Metrics()
+    sidecar = Sidecar(settings, metrics)
+    metrics.watch(sidecar.health)
+    metrics.render()
+
+What happens is counted here as it happens; what the parts count themselves is read from them when
+somebody scrapes (`telemetry.parts`). The names are vLLM's under a prefix of our own
+(https://docs.vllm.ai/en/stable/usage/metrics.html), for HTTP those of
+prometheus-fastapi-instrumentator. Every label value comes from a fixed set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    exposition,
+)
+
+from llm_sidecar.telemetry.calls import CANCELLED, UNEXPECTED, CallObserver, ModelCall
+from llm_sidecar.telemetry.parts import PartsCollector
+
+CONTENT_TYPE: Final = exposition.CONTENT_TYPE_PLAIN_0_0_4
+"""Of what `Metrics.render` returns."""
+
+REQUEST_SECONDS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120)
+"""A call of a model as a whole: a score of the demo model to the longest deadline in use."""
+QUEUE_SECONDS: Final = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60)
+FIRST_TOKEN_SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60)
+TOKEN_SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+HTTP_SECONDS: Final = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+SCORES: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+MODELS: Final = ("phi3", "hermes")
+SCORE: Final = "score"
+"""The finish reason of a call that generates nothing but the probabilities of a score."""
+_FINISH_REASONS: Final = ("stop", "length", SCORE)
+_ERRORS: Final = (
+    "QueueFull",
+    "ModelUnavailable",
+    "DeadlineExceeded",
+    "InvalidRequest",
+    CANCELLED,
+    UNEXPECTED,
+)
+_ACTIONS: Final = ("adjust", "pass", "abort")
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+class MetricsSink(CallObserver, Protocol):
+    """What a sidecar tells its metrics."""
+
+    def watch(self, health: Callable[[], Mapping[str, Any]]) -> None:
+        """Takes what `Sidecar.health` returns as the state of the parts from now on."""
+        ...
+
+    def proposed(self, action: str) -> None:
+        """A valid proposal was made."""
+        ...
+
+    def scored(self, score: float) -> None:
+        """Hermes has scored a proposal, in [0, 1]."""
+        ...
+
+
+class NoMetrics:
+    """Keeps nothing."""
+
+    def watch(self, health: Callable[[], Mapping[str, Any]]) -> None:
+        """Asks nothing."""
+
+    def proposed(self, action: str) -> None:
+        """Counts nothing."""
+
+    def scored(self, score: float) -> None:
+        """Counts nothing."""
+
+    def call_started(self, call: ModelCall) -> None:
+        """Counts nothing."""
+
+    def call_finished(self, call: ModelCall) -> None:
+        """Counts nothing."""
+
+
+class Metrics:
+    """Counts and measures, and writes it all in Prometheus' text format."""
+
+    def __init__(self) -> None:
+        # A process-wide switch: a time beside every counter would double what is scraped.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        self._parts = PartsCollector()
+        self._registry.register(self._parts)
+        self._define_calls()
+        self._define_proposals()
+        self._define_http()
+
+    def watch(self, health: Callable[[], Mapping[str, Any]]) -> None:
+        """Takes what `Sidecar.health` returns as the state of the parts from now on."""
+        self._parts.health = health
+
+    def render(self) -> bytes:
+        """Everything in Prometheus' text format, version 0.0.4."""
+        return exposition.generate_latest(self._registry)
+
+    def proposed(self, action: str) -> None:
+        """A valid proposal was made."""
+        self._proposals.labels(action).inc()
+
+    def scored(self, score: float) -> None:
+        """Hermes has scored a proposal, in [0, 1]."""
+        self._scores.observe(score)
+
+    def call_started(self, call: ModelCall) -> None:
+        """Nothing: what runs and waits is read from the hosts."""
+
+    def call_finished(self, call: ModelCall) -> None:
+        """Counts the call and, as far as it got, its times and tokens."""
+        model = call.model
+        self._prompt_tokens.labels(model).inc(call.prompt_tokens)
+        self._generation_tokens.labels(model).inc(call.completion_tokens)
+        if call.begun is not None:
+            self._queue_time.labels(model).observe(call.begun - call.queued)
+        if call.first_token is not None:
+            self._first_token.labels(model).observe(call.first_token - call.queued)
+        between_tokens = self._between_tokens.labels(model)
+        for seconds, tokens in call.steps:
+            between_tokens.observe(seconds / tokens)
+        if call.error is not None:
+            self._errors.labels(model, call.error).inc()
+        elif call.finished is not None:
+            self._latency.labels(model).observe(call.finished - call.queued)
+            self._successes.labels(model, call.finish_reason or SCORE).inc()
+
+    def answered(self, method: str, status: int, handler: str, seconds: float) -> None:
+        """An HTTP request was answered.
+
+        Args:
+            method: of any client's invention.
+            status: of the response.
+            handler: the route's template, or `none` where the request met no route.
+            seconds: until the response began.
+        """
+        method = method if method in _METHODS else "other"
+        self._requests.labels(method, f"{status // 100}xx", handler).inc()
+        self._durations.labels(method, handler).observe(seconds)
+
+    def _define_calls(self) -> None:
+        self._latency = self._histogram(
+            "sidecar_e2e_request_latency_seconds",
+            "Time from asking a model to its whole answer; answered calls only.",
+            REQUEST_SECONDS,
+        )
+        self._queue_time = self._histogram(
+            "sidecar_request_queue_time_seconds",
+            "Time from asking a model until its worker took the call up, loading included.",
+            QUEUE_SECONDS,
+        )
+        self._first_token = self._histogram(
+            "sidecar_time_to_first_token_seconds",
+            "Time from asking a model to the first token of its answer.",
+            FIRST_TOKEN_SECONDS,
+        )
+        self._between_tokens = self._histogram(
+            "sidecar_inter_token_latency_seconds",
+            "Time per token after the first, one observation for each message of a worker.",
+            TOKEN_SECONDS,
+        )
+        self._prompt_tokens = self._counter(
+            "sidecar_prompt_tokens", "Prompt tokens of generations."
+        )
+        self._generation_tokens = self._counter(
+            "sidecar_generation_tokens", "Tokens generated, those of broken off calls included."
+        )
+        self._successes = self._counter(
+            "sidecar_request_success",
+            "Answered calls of a model; a score has the finish reason score.",
+            finish_reason=_FINISH_REASONS,
+        )
+        self._errors = self._counter(
+            "sidecar_request_errors",
+            "Calls of a model without an answer; Cancelled if nobody waited for it any more.",
+            error=_ERRORS,
+        )
+
+    def _define_proposals(self) -> None:
+        self._proposals = Counter(
+            "sidecar_proposals",
+            "Valid proposals by their action.",
+            ["action"],
+            registry=self._registry,
+        )
+        for action in _ACTIONS:
+            self._proposals.labels(action)
+        self._scores = Histogram(
+            "sidecar_hermes_score",
+            "Scores that Hermes gave, from 0 to 1.",
+            buckets=SCORES,
+            registry=self._registry,
+        )
+
+    def _define_http(self) -> None:
+        self._requests = Counter(
+            "http_requests",
+            "HTTP requests by method, status class and route.",
+            ["method", "status", "handler"],
+            registry=self._registry,
+        )
+        self._durations = Histogram(
+            "http_request_duration_seconds",
+            "Time until an HTTP response began.",
+            ["method", "handler"],
+            buckets=HTTP_SECONDS,
+            registry=self._registry,
+        )
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        made = Histogram(name, text, ["model"], buckets=buckets, registry=self._registry)
+        for model in MODELS:
+            made.labels(model)
+        return made
+
+    def _counter(self, name: str, text: str, **label: tuple[str, ...]) -> Counter:
+        """A counter by model and one more label; its series are there from the start, as a rate
+        does not see the step from nothing to one."""
+        made = Counter(name, text, ["model", *label], registry=self._registry)
+        for model in MODELS:
+            for value in next(iter(label.values()), (None,)):
+                made.labels(*filter(None, (model, value)))
+        return made
