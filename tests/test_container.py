@@ -271,3 +271,40 @@ def test_the_collectors_pipeline_names_parts_that_it_has() -> None:
     for pipeline in config["service"]["pipelines"].values():
         for kind, names in pipeline.items():
             assert set(names) <= config[kind].keys()
+
+
+@pytest.mark.parametrize(
+    "alert",
+    [
+        "SidecarDown",
+        "ModelDown",
+        "QueueFilling",
+        "HighErrorRate",
+        "HighLatency",
+        "RedisAway",
+        "DatabaseNotCompacting",
+        "DatabaseAway",
+        "ScoreDrift",
+    ],
+)
+def test_the_guide_to_operations_says_what_to_do_for(alert: str) -> None:
+    assert f"\n### {alert}\n" in OPERATIONS
+
+
+def test_every_link_within_the_guide_leads_somewhere() -> None:
+    headings = re.findall(r"^#+ (.+)$", OPERATIONS, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = re.findall(r"\]\(#([^)]+)\)", OPERATIONS)
+    assert links
+    assert set(links) <= anchors
+
+
+def test_where_an_alert_points_to_is_there() -> None:
+    rules = ROOT / "deploy" / "observability" / "alerts.yml"
+    if not rules.exists():
+        pytest.skip("the rules are not in the tree yet")
+    headings = {heading.lower() for heading in re.findall(r"^### (\w+)$", OPERATIONS, re.MULTILINE)}
+    headings |= set(re.findall(r'^<a id="(\w+)">', OPERATIONS, re.MULTILINE))
+    targets = set(re.findall(r"docs/OPERATIONS\.md#(\w+)", rules.read_text()))
+    assert targets
+    assert targets <= headings
