@@ -56,7 +56,7 @@ def locate_hermes(settings: Settings) -> ModelFiles:
 def phi3_model_file(settings: Settings) -> Path:
     """Where Phi-3's model file is looked for; the demo's where the demo stands in."""
     path = settings.phi3_path or DEFAULT_PHI3
-    if settings.phi3_path is None and settings.demo and not _exists(path):
+    if settings.phi3_path is None and settings.demo and not _anything_at(path):
         return DEMO_DIR / "phi3" / "model.onnx"
     return path
 
@@ -74,11 +74,20 @@ def _exists(path: Path) -> bool:
         return False
 
 
+def _anything_at(path: Path) -> bool:
+    """Whether a model was put there; an empty folder is a mount point with nothing mounted."""
+    try:
+        return path.exists() and not (path.is_dir() and next(path.iterdir(), None) is None)
+    except OSError:
+        # What may not be read may be a model: saying so is better than a toy in its place.
+        return True
+
+
 def _locate(
     name: str, variable: str, configured: Path | None, default: Path, settings: Settings
 ) -> ModelFiles:
     path = configured or default
-    if configured is None and settings.demo and not _exists(path):
+    if configured is None and settings.demo and not _anything_at(path):
         return ModelFiles(f"{name}/demo", DEMO_DIR / name)
     try:
         folder = (path.parent if path.is_file() else path).resolve()

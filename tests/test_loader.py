@@ -59,6 +59,19 @@ def test_the_demo_stands_in_where_no_model_is_configured() -> None:
     assert loader.phi3_model_file(asked).exists()
 
 
+def test_an_empty_mount_point_is_no_model_but_a_folder_with_anything_in_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "DEFAULT_HERMES", tmp_path)
+    asked = settings(SIDECAR_DEMO="true")
+    assert loader.locate_hermes(asked).label == "hermes/demo"
+    with pytest.raises(ModelUnavailable, match="HERMES_MODEL_PATH"):
+        loader.locate_hermes(settings())
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ModelUnavailable, match=r"holds no genai_config\.json"):
+        loader.locate_hermes(asked)
+
+
 def make_adapters(base: Path, *names: str) -> None:
     for name in names:
         (base / name).mkdir()

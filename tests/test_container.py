@@ -1,0 +1,310 @@
+"""The container: what docker-compose makes of the files, and what they promise to an operator.
+
+Nothing here builds an image or starts a container; docs/OPERATIONS.md tells how that was tried.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llm_sidecar.settings import DEFAULT_HERMES, DEFAULT_PHI3, Settings
+from tests.live_server import ROOT
+
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+OPERATIONS = (ROOT / "docs" / "OPERATIONS.md").read_text()
+COMPOSE_FILES = tuple(sorted(path.name for path in ROOT.glob("docker-compose*.yml")))
+ALIASES = {str(field.alias) for field in Settings.model_fields.values()}
+OVERRIDES = {
+    "models": ["docker-compose.models.yml"],
+    "cuda": ["docker-compose.cuda.yml"],
+    "models-cuda": ["docker-compose.models.yml", "docker-compose.cuda.yml"],
+}
+HOST_FOLDERS = {"PHI3_HOST_DIR": "/srv/phi3", "HERMES_HOST_DIR": "/srv/hermes"}
+WRITTEN_BY_THE_METRICS = ("prometheus.yml", "alerts.yml", "grafana")
+"""Below deploy/observability, what the dashboards and rules bring."""
+
+
+def compose_config(*files: str, profile: str | None = None, **environ: str) -> dict[str, Any]:
+    """The configuration that docker-compose reads from the files, with only these variables set."""
+    if shutil.which("docker-compose") is None:
+        reason = "docker-compose is not installed"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    config: dict[str, Any] = yaml.safe_load(_config(files, profile, tuple(environ.items())))
+    return config
+
+
+@functools.cache
+def _config(files: Sequence[str], profile: str | None, environ: Sequence[tuple[str, str]]) -> str:
+    chosen = [word for name in ("docker-compose.yml", *files) for word in ("-f", name)]
+    profiles = ["--profile", profile] if profile else []
+    # An empty file in place of a developer's own .env.
+    with tempfile.NamedTemporaryFile(suffix=".env") as empty:
+        done = subprocess.run(
+            ["docker-compose", "--env-file", empty.name, *chosen, *profiles, "config"],
+            cwd=ROOT,
+            env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", **dict(environ)},
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def services_of(name: str) -> dict[str, dict[str, Any]]:
+    """A compose file's services as they are written, before any variable is filled in."""
+    services: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / name).read_text())["services"]
+    return services
+
+
+def seconds(duration: str) -> float:
+    """The seconds of a duration as compose writes it: 40s, 1m30s."""
+    units = {"h": 3600, "m": 60, "s": 1}
+    return sum(float(n) * units[unit] for n, unit in re.findall(r"([\d.]+)([hms])", duration))
+
+
+@pytest.mark.parametrize("profile", [None, "speech", "observability"])
+def test_the_compose_file_is_valid(profile: str | None) -> None:
+    config = compose_config(profile=profile)
+    assert {"redis", "llm-sidecar"} <= config["services"].keys()
+
+
+@pytest.mark.parametrize("overrides", OVERRIDES.values(), ids=OVERRIDES.keys())
+def test_the_overrides_are_valid(overrides: list[str]) -> None:
+    compose_config(*overrides, **HOST_FOLDERS)
+
+
+def test_only_redis_and_the_sidecar_start_without_a_profile() -> None:
+    services = services_of("docker-compose.yml")
+    assert {name for name, service in services.items() if "profiles" not in service} == {
+        "redis",
+        "llm-sidecar",
+    }
+
+
+@pytest.mark.parametrize("profile", [None, "speech", "observability"])
+@pytest.mark.parametrize("service", ["llm-sidecar", "chatterbox"])
+def test_the_settings_take_what_compose_sets(service: str, profile: str | None) -> None:
+    settings = Settings.from_environ(environment(compose_config(profile=profile), service))
+    assert settings.redis_url.get_secret_value() == "redis://redis:6379/0"
+
+
+def environment(config: dict[str, Any], service: str) -> dict[str, str]:
+    """What a service's container gets; a variable that is passed on and not set has no value."""
+    variables = config["services"][service]["environment"]
+    return {name: str(value) for name, value in variables.items() if value is not None}
+
+
+def test_the_demo_answers_unless_real_models_are_mounted() -> None:
+    assert Settings.from_environ(environment(compose_config(), "llm-sidecar")).demo
+    real = compose_config("docker-compose.models.yml", SIDECAR_DEMO="true", **HOST_FOLDERS)
+    assert not Settings.from_environ(environment(real, "llm-sidecar")).demo
+
+
+def test_real_models_are_mounted_read_only_where_the_sidecar_looks() -> None:
+    real = compose_config("docker-compose.models.yml", **HOST_FOLDERS)
+    mounts = {
+        mount["target"]: mount
+        for mount in real["services"]["llm-sidecar"]["volumes"]
+        if isinstance(mount, dict)
+    }
+    assert mounts[str(DEFAULT_PHI3.parent)]["source"] == "/srv/phi3"
+    assert mounts[str(DEFAULT_HERMES)]["source"] == "/srv/hermes"
+    assert all(mount["read_only"] for mount in mounts.values())
+
+
+def test_the_container_is_not_killed_within_the_grace_period() -> None:
+    sidecar = compose_config()["services"]["llm-sidecar"]
+    settings = Settings.from_environ(environment(compose_config(), "llm-sidecar"))
+    assert seconds(sidecar["stop_grace_period"]) > settings.shutdown_grace + 15
+
+
+def test_a_variable_without_a_value_does_not_take_away_one_of_the_image() -> None:
+    in_the_image = set(re.findall(r"^ENV (\w+)=|^    (\w+)=\S+ ?\\?$", DOCKERFILE, re.MULTILINE))
+    names = {name for pair in in_the_image for name in pair if name}
+    assert {"PRELOAD_MODELS", "PATH"} <= names
+    for service in services_of("docker-compose.yml").values():
+        variables = service.get("environment", {})
+        assert not {name for name in names & variables.keys() if variables[name] is None}
+
+
+def test_every_setting_can_be_given_to_the_compose_file() -> None:
+    variables = services_of("docker-compose.yml")["llm-sidecar"]["environment"].keys()
+    # Paths inside the container stay as they are: what changes is what is mounted there.
+    paths = {
+        "MICRO_LLM_MODEL_PATH",
+        "HERMES_MODEL_PATH",
+        "PHI3_ADAPTER_DIR",
+        "CHATTERBOX_MODEL_DIR",
+        "LANCEDB_LOG_DIR",
+    }
+    assert variables >= ALIASES - paths
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", *COMPOSE_FILES])
+def test_every_variable_is_a_setting_or_documented(name: str) -> None:
+    text = (ROOT / name).read_text()
+    used = set(re.findall(r"\$\{(\w+)", text)) | set(re.findall(r"^ARG (\w+)", text, re.MULTILINE))
+    if name != "Dockerfile":
+        for service, content in services_of(name).items():
+            # Grafana's own are its documentation's.
+            if service != "grafana":
+                used |= content.get("environment", {}).keys()
+    unknown = {variable for variable in used - ALIASES if f"`{variable}`" not in OPERATIONS}
+    assert not unknown
+
+
+@pytest.mark.parametrize("variable", sorted(ALIASES))
+def test_every_setting_is_in_the_guide_to_operations(variable: str) -> None:
+    assert f"`{variable}`" in OPERATIONS
+
+
+def test_every_path_that_the_dockerfile_copies_is_there() -> None:
+    copies = re.findall(r"^COPY (?!--from)(?:--\S+ )*(.+)$", DOCKERFILE, re.MULTILINE)
+    sources = [source for line in copies for source in line.split()[:-1]]
+    assert {"llm_sidecar", "osiris", "requirements.txt"} <= set(sources)
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    for source in sources:
+        assert (ROOT / source).exists(), source
+        # Everything is ignored but what is named.
+        assert f"!{source}" in ignored
+
+
+@pytest.mark.parametrize("name", COMPOSE_FILES)
+def test_every_image_is_pinned(name: str) -> None:
+    images = [service["image"] for service in services_of(name).values() if "image" in service]
+    for image in images:
+        tag = image.partition(":")[2].replace("${SIDECAR_TAG:-", "").replace("}", "")
+        assert re.match(r"v?\d+\.\d+\.\d+", tag), image
+
+
+def test_the_base_image_is_pinned_and_the_same_everywhere() -> None:
+    base = re.search(r"^ARG PYTHON_IMAGE=(.+)$", DOCKERFILE, re.MULTILINE)
+    assert base is not None
+    assert re.fullmatch(r"python:3\.11\.\d+-slim-\w+", base[1])
+    assert (
+        base[1] in services_of("docker-compose.yml")["llm-sidecar"]["build"]["args"]["PYTHON_IMAGE"]
+    )
+    stages = re.findall(r"^FROM (\S+)(?: AS (\S+))?$", DOCKERFILE, re.MULTILINE)
+    known = {"${PYTHON_IMAGE}"} | {name for _, name in stages}
+    assert {source for source, _ in stages} <= known
+
+
+@pytest.mark.parametrize("service", ["llm-sidecar", "chatterbox"])
+def test_the_build_takes_its_target_and_arguments(service: str) -> None:
+    build = services_of("docker-compose.yml")[service]["build"]
+    assert f" AS {build['target']}\n" in DOCKERFILE
+    assert build["args"].keys() <= set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    "service", ["redis", "llm-sidecar", "chatterbox", "prometheus", "grafana", "otel-collector"]
+)
+def test_no_service_can_do_more_than_it_needs(service: str) -> None:
+    config = services_of("docker-compose.yml")[service]
+    assert config["read_only"] is True
+    assert config["cap_drop"] == ["ALL"]
+    assert config["security_opt"] == ["no-new-privileges:true"]
+
+
+def test_the_images_run_as_a_user_that_is_not_root() -> None:
+    for stage in ("sidecar", "chatterbox"):
+        body = re.split(rf"^FROM base AS {stage}$", DOCKERFILE, flags=re.MULTILINE)[1]
+        assert "\nUSER 10001:10001\n" in re.split(r"^FROM ", body, flags=re.MULTILINE)[0]
+
+
+def test_only_this_machine_reaches_the_published_ports() -> None:
+    services = compose_config(profile="observability")["services"]
+    ports = [port for service in services.values() for port in service.get("ports", [])]
+    assert len(ports) == 3
+    for port in ports:
+        text = port if isinstance(port, str) else port.get("host_ip", "")
+        assert text.startswith("127.0.0.1"), port
+
+
+def test_the_container_starts_the_server_without_a_shell() -> None:
+    commands = re.findall(r"^CMD (.+)$", DOCKERFILE, re.MULTILINE)
+    assert json.loads(commands[0]) == [
+        *("uvicorn", "osiris.server:app"),
+        *("--host", "0.0.0.0", "--port", "8000"),
+    ]
+    assert all(isinstance(json.loads(command), list) for command in commands)
+
+
+def test_what_is_mounted_from_the_repository_is_there() -> None:
+    mounted = set()
+    for service in services_of("docker-compose.yml").values():
+        for volume in service.get("volumes", []):
+            if isinstance(volume, str) and volume.startswith("./"):
+                mounted.add(Path(volume.partition(":")[0]))
+    observability = Path("deploy/observability")
+    assert mounted == {
+        observability / "prometheus.yml",
+        observability / "alerts.yml",
+        observability / "otel-collector.yml",
+        observability / "grafana" / "provisioning",
+        observability / "grafana" / "dashboards",
+    }
+    missing = {path for path in mounted if not (ROOT / path).exists()}
+    if missing and not any(
+        (ROOT / observability / name).exists() for name in WRITTEN_BY_THE_METRICS
+    ):
+        pytest.skip("the dashboards and rules are not in the tree yet")
+    assert not missing
+
+
+def test_the_collectors_pipeline_names_parts_that_it_has() -> None:
+    config = yaml.safe_load((ROOT / "deploy/observability/otel-collector.yml").read_text())
+    for pipeline in config["service"]["pipelines"].values():
+        for kind, names in pipeline.items():
+            assert set(names) <= config[kind].keys()
+
+
+@pytest.mark.parametrize(
+    "alert",
+    [
+        "SidecarDown",
+        "ModelDown",
+        "QueueFilling",
+        "HighErrorRate",
+        "HighLatency",
+        "RedisAway",
+        "DatabaseNotCompacting",
+        "DatabaseAway",
+        "ScoreDrift",
+    ],
+)
+def test_the_guide_to_operations_says_what_to_do_for(alert: str) -> None:
+    assert f"\n### {alert}\n" in OPERATIONS
+
+
+def test_every_link_within_the_guide_leads_somewhere() -> None:
+    headings = re.findall(r"^#+ (.+)$", OPERATIONS, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = re.findall(r"\]\(#([^)]+)\)", OPERATIONS)
+    assert links
+    assert set(links) <= anchors
+
+
+def test_where_an_alert_points_to_is_there() -> None:
+    rules = ROOT / "deploy" / "observability" / "alerts.yml"
+    if not rules.exists():
+        pytest.skip("the rules are not in the tree yet")
+    headings = {heading.lower() for heading in re.findall(r"^### (\w+)$", OPERATIONS, re.MULTILINE)}
+    headings |= set(re.findall(r'^<a id="(\w+)">', OPERATIONS, re.MULTILINE))
+    targets = set(re.findall(r"docs/OPERATIONS\.md#(\w+)", rules.read_text()))
+    assert targets
+    assert targets <= headings
