@@ -13,7 +13,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -27,7 +27,15 @@ from llm_sidecar.errors import (
     QueueFull,
 )
 from llm_sidecar.loader import ModelFiles
-from llm_sidecar.worker_process import WorkerProcess
+from llm_sidecar.telemetry.calls import (
+    CallObserver,
+    ModelCall,
+    Observers,
+    Operation,
+    WorkerDeath,
+    observed,
+)
+from llm_sidecar.worker_process import WorkerEnded, WorkerProcess
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +92,8 @@ class ModelHost:
         threads: int = 1,
         limits: HostLimits | None = None,
         warm_up: GenerationRequest,
+        observer: CallObserver | None = None,
+        on_death: Callable[[WorkerDeath], None] = lambda death: None,
     ) -> None:
         """Starts nothing.
 
@@ -94,6 +104,8 @@ class ModelHost:
             threads: of the runtime, on CPU.
             limits: bounds of queue and time.
             warm_up: what the worker generates once before it counts as ready.
+            observer: hears of every call.
+            on_death: hears of every end of a worker that nobody asked for.
         """
         self.name = name
         self._locate = locate
@@ -103,7 +115,11 @@ class ModelHost:
         self._successor: WorkerProcess | None = None
         self._limits = limits or HostLimits()
         self._slot = asyncio.Semaphore(1)
+        self._observer = observer or Observers()
+        self._on_death = on_death
+        self._serving: ModelCall | None = None
         self._admitted = 0
+        self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._state: State = "unloaded"
@@ -221,6 +237,7 @@ class ModelHost:
             "device": worker.info["device"] if worker else None,
             "pid": worker.process.pid if worker else None,
             "requests": self._admitted,
+            "running": self._running,
             "restarts": self._restarts,
             "completion_tokens_total": self._tokens_before + (worker.tokens if worker else 0),
         }
@@ -245,8 +262,28 @@ class ModelHost:
             task.cancel()
         self._state = "unloaded"
 
-    async def _call(self, op: str, **body: Any) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
+    async def _call(
+        self, op: Operation, **body: Any
+    ) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
         """Admits a request, waits for its turn and the model, and yields (label, message)s."""
+        with observed(self._observer, ModelCall(self.name, op)) as call, self._admission():
+            ready_by = time.monotonic() + self._limits.load_wait
+            try:
+                async with asyncio.timeout(self._limits.request_timeout), self._slot:
+                    started = time.monotonic()
+                    async for step in self._converse(call, ready_by, body):
+                        yield step
+                    elapsed = time.monotonic() - started
+                    self._recent_seconds += 0.2 * (elapsed - self._recent_seconds)
+            except TimeoutError:
+                raise DeadlineExceeded(
+                    f"{self.name} did not answer within {self._limits.request_timeout:g} s; "
+                    "try again later or with a smaller max_length."
+                ) from None
+
+    @contextlib.contextmanager
+    def _admission(self) -> Iterator[None]:
+        """Counts a request as long as it is here; refuses it where too many are."""
         self._check_open()
         if self._admitted >= self._limits.queue_length:
             wait = max(1, round(self._admitted * self._recent_seconds))
@@ -254,27 +291,17 @@ class ModelHost:
                 f"The {self.name} queue is full; try again in {wait} s.", retry_after=wait
             )
         self._start()
-        ready_by = time.monotonic() + self._limits.load_wait
         self._admitted += 1
         self._idle.clear()
         try:
-            async with asyncio.timeout(self._limits.request_timeout), self._slot:
-                started = time.monotonic()
-                async for step in self._converse(ready_by, op, body):
-                    yield step
-                self._recent_seconds += 0.2 * (time.monotonic() - started - self._recent_seconds)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"{self.name} did not answer within {self._limits.request_timeout:g} s; "
-                "try again later or with a smaller max_length."
-            ) from None
+            yield
         finally:
             self._admitted -= 1
             if not self._admitted:
                 self._idle.set()
 
     async def _converse(
-        self, ready_by: float, op: str, body: dict[str, Any]
+        self, call: ModelCall, ready_by: float, body: dict[str, Any]
     ) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
         """Sends a request to the worker and yields its (label, message)s.
 
@@ -283,16 +310,24 @@ class ModelHost:
         begun = finished = False
         while not finished:
             worker = await self._ready(ready_by)
-            number, inbox = worker.send(op, body)
+            call.served_by = worker.label
+            call.adapter = None if self._adapter is None else self._adapter.name
+            number, inbox = worker.send(call.operation, body)
+            self._serving = call
             message: dict[str, Any] = {}
+            self._running += 1
             try:
                 while not finished:
                     message = await inbox.get()
+                    call.note(message)
                     finished = message["op"] in ("done", "error")
                     begun |= message["op"] == "begun"
                     if message["op"] in ("delta", "done"):
                         yield worker.label, message
             finally:
+                self._running -= 1
+                if "died" not in message:
+                    self._serving = None
                 if not finished:
                     self._watch(worker, number, inbox)
             if message["op"] == "error":
@@ -372,8 +407,11 @@ class ModelHost:
                     reason = f"The {self.name} worker ended ({worker.how_it_ended()})"
                 if self._successor is not None:
                     continue
+                self._tell_death(worker.how_it_ended())
             except ModelUnavailable as error:
                 reason = error.detail
+                if isinstance(error, WorkerEnded):
+                    self._tell_death(error.how)
             except OSError as error:
                 reason = f"The {self.name} worker could not be started: {error.strerror}"
             failures = 0 if time.monotonic() - began > _SETTLED else failures + 1
@@ -384,6 +422,12 @@ class ModelHost:
             self._restarts += 1
             await asyncio.sleep(delay)
             self._state = "loading"
+
+    def _tell_death(self, how: str) -> None:
+        # The request it served may have heard of it already, or be about to.
+        call, self._serving = self._serving, None
+        adapter = None if self._adapter is None else self._adapter.name
+        self._on_death(WorkerDeath(self.name, adapter, how, call))
 
     def _fail(self, reason: str, delay: float) -> None:
         """Tells those who wait for a load why it failed; the next ones wait for the next load."""

@@ -28,6 +28,7 @@ from llm_sidecar.errors import DatabaseUnavailable, ModelUnavailable, SidecarErr
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.model_host import Completion, HostLimits, ModelHost
 from llm_sidecar.settings import Settings
+from llm_sidecar.telemetry.instruments import Instrument
 from llm_sidecar.tts.listeners import AudioListeners
 from llm_sidecar.tts.remote import RemoteVoice
 from llm_sidecar.tts.speaker import Speaker
@@ -55,8 +56,14 @@ class AssessedProposal:
 class Sidecar:
     """The models, the voice, the event bus and the database, and what they do together."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Builds the parts; opens, connects and loads nothing."""
+    def __init__(self, settings: Settings, telemetry: Instrument | None = None) -> None:
+        """Builds the parts; opens, connects and loads nothing.
+
+        Args:
+            settings: of all parts.
+            telemetry: hears of model calls and of workers' deaths; its owner starts and stops it.
+        """
+        telemetry = telemetry or Instrument()
         self.settings = settings
         limits = HostLimits(
             queue_length=settings.queue_length,
@@ -71,6 +78,8 @@ class Sidecar:
             threads=settings.phi3_threads,
             limits=limits,
             warm_up=GenerationRequest(proposals.build_messages("Hello."), 1, proposals.GUIDANCE),
+            observer=telemetry,
+            on_death=telemetry.worker_died,
         )
         self.hermes = ModelHost(
             "hermes",
@@ -79,6 +88,8 @@ class Sidecar:
             threads=settings.hermes_threads,
             limits=limits,
             warm_up=GenerationRequest(hermes_plugin.chat_messages("Hello."), 1),
+            observer=telemetry,
+            on_death=telemetry.worker_died,
         )
         self.bus = EventBus(settings.redis_url.get_secret_value())
         self._connecting: asyncio.Task[None] | None = None
