@@ -49,6 +49,8 @@ def create_app(settings: Settings) -> FastAPI:
         version=_version(),
         lifespan=lifespan,
         redirect_slashes=False,
+        # FastAPI's own would export the texts of errors, if its variable asked it to.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     for routes in (generation, scoring, feedback, speech, operations, profiling):
         app.include_router(routes.router)

@@ -57,9 +57,11 @@ class Sentry(Instrument):
         self._dsn = dsn
         self._environment = environment
         self._sample_rate = traces_sample_rate
+        self._release = ""
 
     def install(self, app: FastAPI) -> None:
         """Sees the errors that nothing inside of the app has answered."""
+        self._release = f"osiris-llm-sidecar@{app.version}"
         traced = self._sample_rate > 0
         app.add_middleware(_ReportErrors, transaction=_transaction if traced else _no_transaction)
 
@@ -68,6 +70,8 @@ class Sentry(Instrument):
         sentry_sdk.init(
             self._dsn,
             environment=self._environment,
+            # Otherwise the SDK asks git.
+            release=self._release,
             # None switches its tracing off, 0 leaves it on.
             traces_sample_rate=self._sample_rate or None,
             default_integrations=False,
@@ -95,7 +99,8 @@ class Sentry(Instrument):
         span = sentry_sdk.get_current_span()
         if span is not None and call.finished is not None:
             child = span.start_child(
-                op="gen_ai.chat",
+                # Not `gen_ai.…`: the SDK sends those apart, past `before_send_transaction`.
+                op="model.call",
                 name=f"{call.operation} {call.model}",
                 start_timestamp=call.queued_unix,
             )
