@@ -15,9 +15,13 @@ from llm_sidecar.telemetry.calls import ModelCall
 _OUTSIDE: Final = re.compile(r"https://fonts\.googleapis\.com/[^\"'`\s<>\\]*")
 """The page works without the fonts that pyinstrument's would fetch."""
 _COLUMNS: Final = ("model", "operation", "queue", "prefill", "decode", "total", "tokens", "outcome")
-_STYLE: Final = (
-    "font: 14px sans-serif; color: #eee; background: #222; padding: 8px 16px; text-align: left"
-)
+_STYLE: Final = """<style>
+body { display: flex; flex-direction: column; height: 100vh }
+#model-calls { font: 14px sans-serif; padding: 8px 16px }
+#model-calls td, #model-calls th { padding-right: 24px; text-align: left }
+#app { flex: 1; position: relative; transform: translate(0) }
+</style>"""
+"""The transform keeps what pyinstrument fixes to the window within the rest of it."""
 
 
 def render(heading: str, calls: Sequence[ModelCall], session: Session) -> str:
@@ -28,16 +32,17 @@ def render(heading: str, calls: Sequence[ModelCall], session: Session) -> str:
         calls: of models that the request made; times in seconds.
         session: the samples.
     """
+    session.target_description = heading
     page = _OUTSIDE.sub("data:,", HTMLRenderer().render(session))
-    above = f'<div id="model-calls" style="{_STYLE}"><p>{html.escape(heading)}</p>{_table(calls)}'
-    return page.replace("<body>", f"<body>{above}</div>", 1)
+    above = f'{_STYLE}<div id="model-calls"><p>{html.escape(heading)}</p>{_table(calls)}</div>'
+    return page.replace("<body>", f"<body>{above}", 1)
 
 
 def _table(calls: Sequence[ModelCall]) -> str:
     if not calls:
         return "<p>No model was asked.</p>"
     rows = "".join(_row("td", _cells(call)) for call in calls)
-    return f'<table cellpadding="4">{_row("th", _COLUMNS)}{rows}</table>'
+    return f"<table>{_row('th', _COLUMNS)}{rows}</table>"
 
 
 def _row(tag: str, cells: Iterable[str]) -> str:
