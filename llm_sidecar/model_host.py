@@ -27,8 +27,15 @@ from llm_sidecar.errors import (
     QueueFull,
 )
 from llm_sidecar.loader import ModelFiles
-from llm_sidecar.telemetry.calls import CallObserver, ModelCall, Observers, Operation, observed
-from llm_sidecar.worker_process import WorkerProcess
+from llm_sidecar.telemetry.calls import (
+    CallObserver,
+    ModelCall,
+    Observers,
+    Operation,
+    WorkerDeath,
+    observed,
+)
+from llm_sidecar.worker_process import WorkerEnded, WorkerProcess
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +93,7 @@ class ModelHost:
         limits: HostLimits | None = None,
         warm_up: GenerationRequest,
         observer: CallObserver | None = None,
+        on_death: Callable[[WorkerDeath], None] = lambda death: None,
     ) -> None:
         """Starts nothing.
 
@@ -97,6 +105,7 @@ class ModelHost:
             limits: bounds of queue and time.
             warm_up: what the worker generates once before it counts as ready.
             observer: hears of every call.
+            on_death: hears of every end of a worker that nobody asked for.
         """
         self.name = name
         self._locate = locate
@@ -107,6 +116,8 @@ class ModelHost:
         self._limits = limits or HostLimits()
         self._slot = asyncio.Semaphore(1)
         self._observer = observer or Observers()
+        self._on_death = on_death
+        self._serving: ModelCall | None = None
         self._admitted = 0
         self._running = 0
         self._idle = asyncio.Event()
@@ -304,6 +315,7 @@ class ModelHost:
             call.served_by = worker.label
             call.adapter = self._adapter_name()
             number, inbox = worker.send(call.operation, body)
+            self._serving = call
             message: dict[str, Any] = {}
             self._running += 1
             try:
@@ -316,6 +328,8 @@ class ModelHost:
                         yield worker.label, message
             finally:
                 self._running -= 1
+                if "died" not in message:
+                    self._serving = None
                 if not finished:
                     self._watch(worker, number, inbox)
             if message["op"] == "error":
@@ -395,8 +409,11 @@ class ModelHost:
                     reason = f"The {self.name} worker ended ({worker.how_it_ended()})"
                 if self._successor is not None:
                     continue
+                self._tell_death(worker.how_it_ended())
             except ModelUnavailable as error:
                 reason = error.detail
+                if isinstance(error, WorkerEnded):
+                    self._tell_death(error.how)
             except OSError as error:
                 reason = f"The {self.name} worker could not be started: {error.strerror}"
             failures = 0 if time.monotonic() - began > _SETTLED else failures + 1
@@ -407,6 +424,11 @@ class ModelHost:
             self._restarts += 1
             await asyncio.sleep(delay)
             self._state = "loading"
+
+    def _tell_death(self, how: str) -> None:
+        # The request it served may have heard of it already, or be about to.
+        call, self._serving = self._serving, None
+        self._on_death(WorkerDeath(self.name, self._adapter_name(), how, call))
 
     def _fail(self, reason: str, delay: float) -> None:
         """Tells those who wait for a load why it failed; the next ones wait for the next load."""

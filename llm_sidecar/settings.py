@@ -175,6 +175,27 @@ class Settings(BaseModel):
         le=1 << 30,
         description="an integer from 1024 to 1073741824",
     )
+    profiling: bool = Field(False, alias="ENABLE_PROFILING", description="true or false")
+    otel_endpoint: str | None = Field(
+        None,
+        alias="OTEL_EXPORTER_OTLP_ENDPOINT",
+        description="the http:// or https:// URL of an OTLP receiver",
+    )
+    otel_service_name: str = Field(
+        "osiris_llm_sidecar", alias="OTEL_SERVICE_NAME", description="a name"
+    )
+    sentry_dsn: SecretStr = Field(
+        SecretStr(""), alias="SENTRY_DSN", description="https://KEY@HOST/PROJECT"
+    )
+    sentry_env: str | None = Field(None, alias="SENTRY_ENV", description="a name")
+    sentry_traces_sample_rate: float = Field(
+        0.0,
+        alias="SENTRY_TRACES_SAMPLE_RATE",
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="a number from 0 to 1",
+    )
 
     @field_validator("redis_url")
     @classmethod
@@ -183,6 +204,22 @@ class Settings(BaseModel):
         # Reading the port raises ValueError where it is none.
         if parts.scheme not in _REDIS_SCHEMES or parts.port == 0:
             raise ValueError("no URL of a Redis")
+        return value
+
+    @field_validator("otel_endpoint")
+    @classmethod
+    def _http_url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError("no HTTP URL")
+        return value
+
+    @field_validator("sentry_dsn")
+    @classmethod
+    def _known_project(cls, value: SecretStr) -> SecretStr:
+        parts = urlsplit(cls._http_url(value.get_secret_value()))
+        if not parts.username or not parts.path.rpartition("/")[2].isdecimal():
+            raise ValueError("no DSN")
         return value
 
     @classmethod

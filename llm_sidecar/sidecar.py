@@ -28,6 +28,8 @@ from llm_sidecar.errors import DatabaseUnavailable, ModelUnavailable, SidecarErr
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.model_host import Completion, HostLimits, ModelHost
 from llm_sidecar.settings import Settings
+from llm_sidecar.telemetry.calls import Observers
+from llm_sidecar.telemetry.instruments import Instrument
 from llm_sidecar.telemetry.metrics import MetricsSink, NoMetrics
 from llm_sidecar.tts.listeners import AudioListeners
 from llm_sidecar.tts.remote import RemoteVoice
@@ -56,15 +58,23 @@ class AssessedProposal:
 class Sidecar:
     """The models, the voice, the event bus and the database, and what they do together."""
 
-    def __init__(self, settings: Settings, metrics: MetricsSink | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: MetricsSink | None = None,
+        telemetry: Instrument | None = None,
+    ) -> None:
         """Builds the parts; opens, connects and loads nothing.
 
         Args:
             settings: of all parts.
             metrics: hears of calls, proposals and scores.
+            telemetry: hears of model calls and of workers' deaths; its owner starts and stops it.
         """
+        telemetry = telemetry or Instrument()
         self.settings = settings
         self._metrics = metrics or NoMetrics()
+        observers = Observers(self._metrics, telemetry)
         limits = HostLimits(
             queue_length=settings.queue_length,
             request_timeout=settings.request_timeout,
@@ -78,7 +88,8 @@ class Sidecar:
             threads=settings.phi3_threads,
             limits=limits,
             warm_up=GenerationRequest(proposals.build_messages("Hello."), 1, proposals.GUIDANCE),
-            observer=self._metrics,
+            observer=observers,
+            on_death=telemetry.worker_died,
         )
         self.hermes = ModelHost(
             "hermes",
@@ -87,7 +98,8 @@ class Sidecar:
             threads=settings.hermes_threads,
             limits=limits,
             warm_up=GenerationRequest(hermes_plugin.chat_messages("Hello."), 1),
-            observer=self._metrics,
+            observer=observers,
+            on_death=telemetry.worker_died,
         )
         self.bus = EventBus(settings.redis_url.get_secret_value())
         self._connecting: asyncio.Task[None] | None = None

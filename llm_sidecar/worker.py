@@ -2,8 +2,9 @@
 
 Both directions are one JSON object a line. In, on standard input: first what to load, then
 requests and cancellations. Out, on what was standard output: `ready` or `failed`, then for every
-request `begun`, `delta`s, and one `done` or `error`. The end of the input ends the process, so
-that no worker outlives its server, however that ended.
+request `begun`, `delta`s, and one `done` or `error`; each with the monotonic time at which it was
+sent. The end of the input ends the process, so that no worker outlives its server, however that
+ended.
 """
 
 from __future__ import annotations
@@ -129,6 +130,7 @@ class Worker:
                 return
 
     def _send(self, message: dict[str, Any]) -> None:
+        message["at"] = time.monotonic()
         self._outbox.write(json.dumps(message).encode() + b"\n")
         self._outbox.flush()
 

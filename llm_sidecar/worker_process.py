@@ -24,6 +24,18 @@ _EXIT_GRACE: Final = 3.0
 """Seconds a worker has to end after its input was closed."""
 
 
+class WorkerEnded(ModelUnavailable):
+    """The process ended while it loaded its model.
+
+    Attributes:
+        how: its exit status or signal, in words.
+    """
+
+    def __init__(self, how: str) -> None:
+        super().__init__(f"its worker ended: {how}")
+        self.how = how
+
+
 class WorkerProcess:
     """A process running `llm_sidecar.worker`; the protocol is described there.
 
@@ -136,7 +148,7 @@ class WorkerProcess:
             inbox.put_nowait(died)
         self._inboxes.clear()
         if not self._loaded.done():
-            self._loaded.set_exception(ModelUnavailable(f"its worker ended: {self.how_it_ended()}"))
+            self._loaded.set_exception(WorkerEnded(self.how_it_ended()))
             self._loaded.exception()
 
     def _dispatch(self, message: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ T = TypeVar("T")
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 _DESCRIPTIONS = {
+    404: "It is off, or there is nothing yet; the detail says which",
     409: "The adapter cannot be loaded; the one in use goes on",
     413: "The request is larger than the server takes",
     422: "Bad input; the detail names the field",

@@ -16,10 +16,11 @@ from fastapi.responses import JSONResponse, Response
 from llm_sidecar.errors import SettingsError, SidecarError
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
+from llm_sidecar.telemetry import instruments
 from osiris.http import ClientGone
 from osiris.metrics import install_metrics
 from osiris.middleware import BodyLimit, RequestId
-from osiris.routes import feedback, generation, operations, scoring, speech
+from osiris.routes import feedback, generation, operations, profiling, scoring, speech
 from osiris.shutdown import bound_shutdown
 
 log = logging.getLogger(__name__)
@@ -29,10 +30,12 @@ _CLIENT_CLOSED_REQUEST: Final = 499
 
 def create_app(settings: Settings) -> FastAPI:
     """The application; its parts start and stop with its lifespan."""
+    telemetry = instruments.build(settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        sidecar = Sidecar(settings, metrics)
+        telemetry.start()
+        sidecar = Sidecar(settings, metrics, telemetry)
         metrics.watch(sidecar.health)
         app.state.sidecar = sidecar
         bound_shutdown(settings.shutdown_grace)
@@ -41,14 +44,17 @@ def create_app(settings: Settings) -> FastAPI:
             yield
         finally:
             await sidecar.close()
+            await telemetry.close()
 
     app = FastAPI(
         title="Osiris LLM sidecar",
         version=_version(),
         lifespan=lifespan,
         redirect_slashes=False,
+        # FastAPI's own would export the texts of errors, if its variable asked it to.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
-    for routes in (generation, scoring, feedback, speech, operations):
+    for routes in (generation, scoring, feedback, speech, operations, profiling):
         app.include_router(routes.router)
     app.add_exception_handler(SidecarError, _sidecar_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -60,6 +66,7 @@ def create_app(settings: Settings) -> FastAPI:
         max_bytes=settings.max_body_bytes,
         larger={"/speak": speech.SPEAK_BODY_BYTES},
     )
+    telemetry.install(app)
     app.add_middleware(RequestId)
     metrics = install_metrics(app, settings)
     return app

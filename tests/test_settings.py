@@ -43,6 +43,9 @@ def test_variables_are_read_and_empty_ones_count_as_unset() -> None:
         ("TTS_VOICE", "siri"),
         ("TTS_TIMEOUT_SECONDS", "0"),
         ("MAX_AUDIO_LISTENERS", "0"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "localhost:4317"),
+        ("SENTRY_TRACES_SAMPLE_RATE", "1.5"),
+        ("ENABLE_PROFILING", "maybe"),
     ],
 )
 def test_a_bad_value_is_one_line_with_variable_value_and_what_it_takes(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ class ModelCall:
         finish_reason: `stop` or `length`.
         error: the name of its class in `llm_sidecar.errors`, `CANCELLED` or `UNEXPECTED`; None for
             one that was answered.
+        context: of the request, for those who hear of the call outside of it.
     """
 
     model: str
@@ -63,15 +65,26 @@ class ModelCall:
     steps: list[tuple[float, int]] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
+    context: contextvars.Context = field(default_factory=contextvars.copy_context, repr=False)
     _last: float = 0.0
 
     def note(self, message: Mapping[str, Any]) -> None:
-        """Takes the time, and the counts, of a message from the worker."""
-        now = time.monotonic()
+        """Takes the time, and the counts, of a message from the worker.
+
+        The time is the worker's own: processes of one machine share the monotonic clock.
+        """
+        now = message.get("at", time.monotonic())
         if message["op"] == "begun":
             self.begun = now
         elif "completion_tokens" in message:
             self._note_tokens(now, message)
+
+    def phases(self) -> list[tuple[str, float, float]]:
+        """(name, beginning, end) of queue, prefill and decode, as far as the call got."""
+        names = ("queue", "prefill", "decode")
+        reached = (self.queued, self.begun, self.first_token, self.finished)
+        times = [moment for moment in reached if moment is not None]
+        return list(zip(names, times, times[1:], strict=False))
 
     def _note_tokens(self, now: float, message: Mapping[str, Any]) -> None:
         new = message["completion_tokens"] - self.completion_tokens
@@ -83,6 +96,23 @@ class ModelCall:
         self.prompt_tokens = message["prompt_tokens"]
         self.completion_tokens = message["completion_tokens"]
         self.finish_reason = message["finish_reason"]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDeath:
+    """The end of a worker that nobody asked for.
+
+    Attributes:
+        model: `phi3` or `hermes`.
+        adapter: the name of the adapter it had.
+        how: its exit status or signal, in words.
+        call: what it was serving, if anything.
+    """
+
+    model: str
+    adapter: str | None
+    how: str
+    call: ModelCall | None
 
 
 class CallObserver(Protocol):

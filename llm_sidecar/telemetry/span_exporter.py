@@ -1,0 +1,91 @@
+"""A span exporter that says once when its endpoint is away, and lets no text of a request out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Final
+from urllib.parse import urlsplit
+
+from opentelemetry.sdk.trace import Event, ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.trace import Status
+from opentelemetry.util.types import AttributeValue
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER: Final = 5.0
+"""Seconds after a failed delivery in which spans are dropped without another try."""
+
+_SDK_LOGGERS: Final = ("opentelemetry.exporter", "opentelemetry.sdk._shared_internal")
+"""What writes a line or more for every failed delivery."""
+_TEXTS: Final = frozenset({"exception.message", "exception.stacktrace", "url.query"})
+_URLS: Final = frozenset({"http.url", "http.target", "url.full"})
+
+
+class CarefulExporter(SpanExporter):
+    """Delivers through another exporter.
+
+    Args:
+        exporter: delivers within a short timeout.
+        endpoint: where to; the log names its host.
+    """
+
+    def __init__(self, exporter: SpanExporter, endpoint: str) -> None:
+        self._exporter = exporter
+        self._place = urlsplit(endpoint).netloc.rpartition("@")[2]
+        self._failing = False
+        self._not_before = 0.0
+        for name in _SDK_LOGGERS:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Delivers the spans, or drops them."""
+        if time.monotonic() < self._not_before:
+            return SpanExportResult.FAILURE
+        result = self._exporter.export([scrubbed(span) for span in spans])
+        self._note(result is SpanExportResult.SUCCESS)
+        return result
+
+    def shutdown(self) -> None:
+        """Ends a retry that is under way."""
+        self._exporter.shutdown()
+
+    def _note(self, delivered: bool) -> None:
+        if delivered and self._failing:
+            log.info("traces are delivered to %s again", self._place)
+        elif not delivered and not self._failing:
+            log.warning("traces are lost until %s takes them", self._place)
+        self._failing = not delivered
+        if not delivered:
+            self._not_before = time.monotonic() + RETRY_AFTER
+
+
+def scrubbed(span: ReadableSpan) -> ReadableSpan:
+    """The span without what might quote a request: queries, and the texts of exceptions."""
+    return ReadableSpan(
+        name=span.name,
+        context=span.context,
+        parent=span.parent,
+        resource=span.resource,
+        attributes=_scrubbed(span.attributes or {}),
+        events=[
+            Event(event.name, _scrubbed(event.attributes or {}), event.timestamp)
+            for event in span.events
+        ],
+        links=span.links,
+        kind=span.kind,
+        status=Status(span.status.status_code),
+        start_time=span.start_time,
+        end_time=span.end_time,
+        instrumentation_scope=span.instrumentation_scope,
+    )
+
+
+def _scrubbed(attributes: Mapping[str, AttributeValue]) -> dict[str, AttributeValue]:
+    return {
+        name: str(value).partition("?")[0] if name in _URLS else value
+        for name, value in attributes.items()
+        if name not in _TEXTS
+    }

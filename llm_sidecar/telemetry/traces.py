@@ -1,0 +1,161 @@
+"""OpenTelemetry traces: a span per HTTP request, per Redis command and per model call.
+
+    traces = Traces("http://localhost:4318", "osiris_llm_sidecar")
+    traces.install(app)
+    traces.start()
+    ...
+    await traces.close()
+
+Model calls follow the conventions for generative AI
+(https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/), without any content: no prompt,
+no completion, no query string and no exception's text leaves this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+from opentelemetry.instrumentation.propagators import (
+    TraceResponsePropagator,
+    set_global_response_propagator,
+)
+from opentelemetry.instrumentation.redis import RedisInstrumentor
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, format_trace_id
+
+from llm_sidecar.telemetry.calls import ModelCall, Operation
+from llm_sidecar.telemetry.instruments import UNOBSERVED, Instrument
+from llm_sidecar.telemetry.span_exporter import CarefulExporter
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+QUEUE_SPANS: Final = 2048
+"""Spans that wait to be delivered; beyond it the oldest is dropped."""
+DELIVERY_INTERVAL: Final = 1.0
+"""Seconds between two deliveries."""
+REQUEST_TIMEOUT: Final = 2.0
+"""Seconds an endpoint has to take one delivery, retries included."""
+FLUSH_TIMEOUT: Final = 1.0
+"""Seconds that the last delivery may hold up the shutdown."""
+OPERATIONS: Final[dict[Operation, str]] = {"generate": "chat", "choose": "score"}
+"""`gen_ai.operation.name`; reading the probabilities of given answers has no name in the
+conventions."""
+_PROVIDER: Final = "osiris"
+_LOGGERS: Final = ("", "uvicorn", "uvicorn.access", "uvicorn.error")
+
+
+class Traces(Instrument):
+    """Traces to one OTLP endpoint over HTTP."""
+
+    def __init__(self, endpoint: str, service_name: str) -> None:
+        """Connects to nothing.
+
+        Args:
+            endpoint: base URL; the path of traces is appended to it.
+            service_name: `service.name` of every span.
+        """
+        self._endpoint = f"{endpoint.rstrip('/')}/v1/traces"
+        # The conventions' variables for resource attributes and for the sampler hold as well.
+        self._provider = TracerProvider(
+            resource=Resource.create({"service.name": service_name}), shutdown_on_exit=False
+        )
+        self._tracer = self._provider.get_tracer("llm_sidecar")
+        self._redis = RedisInstrumentor()
+
+    def install(self, app: FastAPI) -> None:
+        """Traces the app's requests, which continue the caller's `traceparent`."""
+        FastAPIInstrumentor.instrument_app(
+            app,
+            tracer_provider=self._provider,
+            excluded_urls=",".join(rf"//[^/]+{path}(/|$)" for path in UNOBSERVED),
+            exclude_spans=["receive", "send"],
+        )
+
+    def start(self) -> None:
+        """Delivers from now on, names the trace in log lines and in a `traceresponse` header."""
+        exporter = OTLPSpanExporter(self._endpoint, timeout=REQUEST_TIMEOUT)
+        self._provider.add_span_processor(
+            BatchSpanProcessor(
+                CarefulExporter(exporter, self._endpoint),
+                max_queue_size=QUEUE_SPANS,
+                schedule_delay_millis=DELIVERY_INTERVAL * 1000,
+            )
+        )
+        self._redis.instrument(tracer_provider=self._provider, request_hook=_name_channel)
+        set_global_response_propagator(TraceResponsePropagator())  # type: ignore[no-untyped-call]
+        for handler in {h for name in _LOGGERS for h in logging.getLogger(name).handlers}:
+            handler.addFilter(TraceIdFilter())
+
+    async def close(self) -> None:
+        """Delivers what is left, unless the endpoint takes too long."""
+        self._redis.uninstrument()
+        set_global_response_propagator(None)  # type: ignore[no-untyped-call]
+        # A thread that nobody waits for any further: the SDK's own shutdown takes up to 30 s.
+        flushing = threading.Thread(target=self._provider.shutdown, daemon=True)
+        flushing.start()
+        await asyncio.to_thread(flushing.join, FLUSH_TIMEOUT)
+
+    def call_finished(self, call: ModelCall) -> None:
+        """Writes the call's span, under that of the request."""
+        operation = OPERATIONS[call.operation]
+        span = self._tracer.start_span(
+            f"{operation} {call.model}",
+            kind=SpanKind.CLIENT,
+            start_time=_unix_ns(call, call.queued),
+            attributes={
+                "gen_ai.operation.name": operation,
+                "gen_ai.provider.name": _PROVIDER,
+                "gen_ai.request.model": call.model,
+            },
+        )
+        if span.is_recording():
+            span.set_attributes(_outcome(call))
+            for name, began, ended in call.phases():
+                span.add_event(name, {"duration": ended - began}, _unix_ns(call, began))
+        if call.error is not None:
+            span.set_status(Status(StatusCode.ERROR))
+        span.end(None if call.finished is None else _unix_ns(call, call.finished))
+
+
+class TraceIdFilter(logging.Filter):
+    """Sets `trace_id` on the records that are logged within a trace; lets every record pass."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Sets the trace's id in 32 hexadecimal digits."""
+        context = trace.get_current_span().get_span_context()
+        if context.is_valid:
+            record.trace_id = format_trace_id(context.trace_id)
+        return True
+
+
+def _outcome(call: ModelCall) -> dict[str, Any]:
+    """What is known only afterwards."""
+    attributes = {
+        "gen_ai.response.model": call.served_by,
+        "gen_ai.usage.input_tokens": call.prompt_tokens or None,
+        "gen_ai.usage.output_tokens": call.completion_tokens or None,
+        "gen_ai.response.finish_reasons": call.finish_reason and [call.finish_reason],
+        "error.type": call.error,
+        "osiris.adapter": call.adapter,
+    }
+    return {name: value for name, value in attributes.items() if value is not None}
+
+
+def _unix_ns(call: ModelCall, moment: float) -> int:
+    return int((call.queued_unix + moment - call.queued) * 1e9)
+
+
+def _name_channel(span: Span, client: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """The channel only: what follows it is the payload."""
+    if args[0] == "PUBLISH" and span.is_recording():
+        span.set_attribute("messaging.destination.name", str(args[1]))

@@ -1,0 +1,19 @@
+"""The app as it is served, and one route more that fails as a defect would."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import Body, FastAPI
+
+from osiris import server
+from osiris.http import CurrentSidecar
+
+app: FastAPI = server.app
+
+
+@app.post("/fail/{what}")
+async def fail(what: str, sidecar: CurrentSidecar, prompt: str = Body(embed=True)) -> Any:
+    """Asks a model, then raises an error whose text and variables quote the prompt."""
+    completion = await sidecar.generate_hermes(prompt, 4)
+    raise RuntimeError(f"defect after {completion.text} on {prompt}")

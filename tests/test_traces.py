@@ -1,0 +1,271 @@
+"""Traces as a real server delivers them to a local OTLP receiver."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from opentelemetry.sdk.trace import TracerProvider
+
+from llm_sidecar.telemetry.traces import TraceIdFilter
+from tests.live_server import ROOT, LiveServer, free_port, serve
+from tests.receiver import Receiver
+from tests.redis_server import RedisServer, require_redis
+
+SECRET = "ZXQSECRET"
+PROMPT = {"prompt": f"Long {SECRET} from 100, now 112.5.", "max_length": 256}
+TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+PATIENT = {"MODEL_LOAD_WAIT_SECONDS": "60"}
+SCORED = {"proposal": {"ticker": "ABC"}}
+TRACEPARENT = {"traceparent": f"00-{TRACE}-{CALLER}-01"}
+
+
+def spans(receiver: Receiver) -> list[Span]:
+    found = []
+    for request in list(receiver.requests):
+        message = ExportTraceServiceRequest.FromString(request.body)
+        for resource in message.resource_spans:
+            attributes = {a.key: a.value.string_value for a in resource.resource.attributes}
+            assert attributes["service.name"] == "sidecar-under-test"
+            found += [span for scope in resource.scope_spans for span in scope.spans]
+    return found
+
+
+def attributes(span: Span) -> dict[str, Any]:
+    def value(attribute: Any) -> Any:
+        kind = attribute.value.WhichOneof("value")
+        found = getattr(attribute.value, kind)
+        return [item.string_value for item in found.values] if kind == "array_value" else found
+
+    return {attribute.key: value(attribute) for attribute in span.attributes}
+
+
+def named(found: list[Span], name: str) -> list[Span]:
+    return [span for span in found if span.name == name]
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Receiver]:
+    with Receiver() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def traced(
+    receiver: Receiver, random_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveServer]:
+    require_redis()
+    environ = {
+        **random_models,
+        **PATIENT,
+        "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url,
+        "OTEL_SERVICE_NAME": "sidecar-under-test",
+    }
+    with (
+        RedisServer() as redis,
+        serve(tmp_path_factory.mktemp("traced"), REDIS_URL=redis.url, **environ) as running,
+    ):
+        running.wait_until_ready()
+        connected: Callable[[], Any] = lambda: running.client.get("/health").json()["event_bus"]  # noqa: E731
+        running.wait_until(lambda: connected()["connected"])
+        yield running
+
+
+def trace_of(server: LiveServer, receiver: Receiver, trace_id: str) -> list[Span]:
+    """The spans of a trace, once the last one to end, the request's, is there."""
+
+    def whole() -> list[Span]:
+        found = [span for span in spans(receiver) if span.trace_id.hex() == trace_id]
+        return found if any(span.kind == Span.SPAN_KIND_SERVER for span in found) else []
+
+    result: list[Span] = server.wait_until(whole)
+    return result
+
+
+def test_a_proposal_is_a_request_three_model_calls_and_two_messages(
+    traced: LiveServer, receiver: Receiver
+) -> None:
+    answer = traced.client.post(
+        f"/propose_trade_adjustments/?note={SECRET}", json=PROMPT, headers=TRACEPARENT
+    )
+    assert answer.status_code == 200
+    found = trace_of(traced, receiver, TRACE)
+    names = sorted(span.name for span in found)
+    assert names == [
+        "POST /propose_trade_adjustments/",
+        "PUBLISH",
+        "PUBLISH",
+        "chat hermes",
+        "chat phi3",
+        "score hermes",
+    ]
+    (request,) = [span for span in found if span.kind == Span.SPAN_KIND_SERVER]
+    assert request.parent_span_id.hex() == CALLER
+    assert all(span.parent_span_id == request.span_id for span in found if span is not request)
+    assert answer.headers["traceresponse"] == f"00-{TRACE}-{request.span_id.hex()}-01"
+    channels = {attributes(span)["messaging.destination.name"] for span in named(found, "PUBLISH")}
+    assert channels == {"phi3.proposal.created", "phi3.proposal.assessed"}
+
+
+def test_a_model_call_has_the_attributes_of_the_conventions_and_its_phases(
+    traced: LiveServer, receiver: Receiver
+) -> None:
+    answer = traced.client.post("/generate/hermes/", json=PROMPT)
+    trace_id = answer.headers["traceresponse"].split("-")[1]
+    (span,) = named(trace_of(traced, receiver, trace_id), "chat hermes")
+    assert attributes(span) == {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "osiris",
+        "gen_ai.request.model": "hermes",
+        "gen_ai.response.model": answer.headers["X-Model"],
+        "gen_ai.usage.input_tokens": int(answer.headers["X-Prompt-Tokens"]),
+        "gen_ai.usage.output_tokens": int(answer.headers["X-Completion-Tokens"]),
+        "gen_ai.response.finish_reasons": [answer.headers["X-Finish-Reason"]],
+    }
+    assert [event.name for event in span.events] == ["queue", "prefill", "decode"]
+    times = [event.time_unix_nano for event in span.events]
+    assert span.start_time_unix_nano == times[0] < times[1] < times[2] < span.end_time_unix_nano
+    seconds = sum(event.attributes[0].value.double_value for event in span.events)
+    lasted = (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9
+    assert seconds == pytest.approx(lasted, abs=1e-3)
+
+
+def test_a_score_is_a_request_and_one_model_call_without_tokens(
+    traced: LiveServer, receiver: Receiver
+) -> None:
+    answer = traced.client.post(
+        "/score/hermes", json={"proposal": {"ticker": SECRET}, "context": SECRET}
+    )
+    trace_id = answer.headers["traceresponse"].split("-")[1]
+    found = trace_of(traced, receiver, trace_id)
+    assert sorted(span.name for span in found) == ["POST /score/hermes", "score hermes"]
+    (call,) = named(found, "score hermes")
+    assert [event.name for event in call.events] == ["queue", "prefill"]
+    assert "gen_ai.usage.input_tokens" not in attributes(call)
+
+
+def test_a_call_that_fails_names_its_error(traced: LiveServer, receiver: Receiver) -> None:
+    answer = traced.client.post("/generate/hermes/", json=PROMPT | {"max_length": 100_000})
+    assert answer.status_code == 422
+    trace_id = answer.headers["traceresponse"].split("-")[1]
+    found = trace_of(traced, receiver, trace_id)
+    for span in named(found, "chat hermes"):
+        assert attributes(span)["error.type"] == "InvalidRequest"
+        assert span.status.code == span.status.STATUS_CODE_ERROR
+
+
+def test_a_callers_decision_not_to_sample_holds(traced: LiveServer, receiver: Receiver) -> None:
+    unsampled = "1" * 32
+    header = {"traceparent": f"00-{unsampled}-{CALLER}-00"}
+    assert traced.client.post("/score/hermes", json=SCORED, headers=header).is_success
+    answer = traced.client.post("/score/hermes", json=SCORED)
+    # What was asked later has been delivered, so the first one never will be.
+    trace_of(traced, receiver, answer.headers["traceresponse"].split("-")[1])
+    assert unsampled not in {span.trace_id.hex() for span in spans(receiver)}
+
+
+def test_probes_are_not_traced_and_no_prompt_is_in_any_byte(
+    traced: LiveServer, receiver: Receiver
+) -> None:
+    """Reads what all tests above have sent."""
+    trace_id = traced.client.post("/generate/phi3", json=PROMPT).headers["traceresponse"]
+    trace_of(traced, receiver, trace_id.split("-")[1])
+    assert {request.path for request in receiver.requests} == {"/v1/traces"}
+    assert SECRET.encode() not in receiver.bytes
+    assert not [span.name for span in spans(receiver) if "/health" in span.name]
+
+
+def test_an_error_that_nobody_expected_leaves_its_text_out(
+    random_models: dict[str, str], tmp_path: Path
+) -> None:
+    with Receiver() as receiver:
+        environ = {
+            **random_models,
+            **PATIENT,
+            "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url,
+            "OTEL_SERVICE_NAME": "sidecar-under-test",
+        }
+        with serve(tmp_path, app="tests.failing_app:app", **environ) as server:
+            assert server.client.post("/fail/x", json={"prompt": SECRET}).status_code == 500
+            # Without a wait: the shutdown delivers what is left.
+            server.stop()
+        (request,) = named(spans(receiver), "POST /fail/{what}")
+        assert [event.name for event in request.events] == ["exception"]
+        assert request.status.code == request.status.STATUS_CODE_ERROR
+        assert request.status.message == ""
+        assert SECRET.encode() not in receiver.bytes
+
+
+@pytest.mark.parametrize("hanging", [True, False], ids=["hanging", "down"])
+def test_an_endpoint_that_is_away_costs_one_warning_and_no_time(
+    random_models: dict[str, str], tmp_path: Path, hanging: bool
+) -> None:
+    with Receiver(hanging=True) as receiver:
+        url = receiver.url if hanging else f"http://127.0.0.1:{free_port()}"
+        environ = {**random_models, **PATIENT, "OTEL_EXPORTER_OTLP_ENDPOINT": url}
+        with serve(tmp_path, **environ) as server:
+            server.wait_until_ready()
+
+            def ask() -> httpx.Response:
+                return server.client.post("/score/hermes", json=SCORED)
+
+            assert ask().is_success
+            began = time.monotonic()
+            server.wait_until(
+                lambda: ask().is_success and "traces are lost" in server.log.read_text()
+            )
+            assert time.monotonic() - began < 30
+            assert ask().is_success
+            began = time.monotonic()
+            server.stop()
+            # The models' workers and the database end within this time too.
+            assert time.monotonic() - began < 15
+    said = server.log.read_text()
+    assert said.count("traces are lost") == 1
+    assert said.count("WARNING llm_sidecar.telemetry") == 1
+    assert "opentelemetry" not in said
+    assert "Traceback" not in said
+
+
+def test_a_log_record_within_a_trace_carries_its_id() -> None:
+    record = logging.LogRecord("x", logging.INFO, "x", 1, "x", None, None)
+    tracer = TracerProvider(shutdown_on_exit=False).get_tracer("x")
+    with tracer.start_as_current_span("x") as span:
+        assert TraceIdFilter().filter(record)
+    assert record.__dict__["trace_id"] == f"{span.get_span_context().trace_id:032x}"
+    outside = logging.LogRecord("x", logging.INFO, "x", 1, "x", None, None)
+    assert TraceIdFilter().filter(outside)
+    assert "trace_id" not in outside.__dict__
+
+
+def test_what_is_off_is_not_imported(tmp_path: Path) -> None:
+    script = """
+import asyncio, json, sys
+from llm_sidecar.settings import Settings
+from osiris.server import create_app
+
+async def main():
+    app = create_app(Settings.from_environ())
+    async with app.router.lifespan_context(app):
+        pass
+
+asyncio.run(main())
+print(json.dumps([name for name in sys.modules]))
+"""
+    environ = {"REDIS_URL": "memory://", "LANCEDB_URI": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    # FastAPI and redis-py import some of OpenTelemetry by themselves, but nothing that acts.
+    costly = ("opentelemetry.sdk.trace", "opentelemetry.exporter", "opentelemetry.instrumentation")
+    loaded = json.loads(done.stdout)
+    assert not [n for n in loaded if n.startswith((*costly, "sentry_sdk", "pyinstrument"))]
