@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import Body
+from fastapi import Body, FastAPI
 
 from osiris.http import CurrentSidecar
-from osiris.server import app
+from osiris.server import app as served
+
+app: FastAPI = served
 
 
 @app.post("/fail/{what}")
