@@ -6,10 +6,10 @@ from typing import Any
 
 from fastapi import Body, FastAPI
 
-from osiris import server
 from osiris.http import CurrentSidecar
+from osiris.server import app as served
 
-app: FastAPI = server.app
+app: FastAPI = served
 
 
 @app.post("/fail/{what}")

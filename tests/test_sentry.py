@@ -7,9 +7,11 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from llm_sidecar.errors import SettingsError
@@ -118,7 +120,7 @@ def test_an_expected_error_is_no_event_and_a_route_is_a_transaction(
     assert not items(sentry, "event")
 
 
-def test_a_workers_death_is_one_event_with_the_request_it_cost(
+def test_a_workers_death_while_it_is_idle_is_one_event(
     reporting: LiveServer, sentry: Receiver
 ) -> None:
     sentry.requests.clear()
@@ -127,6 +129,29 @@ def test_a_workers_death_is_one_event_with_the_request_it_cost(
     (event,) = reporting.wait_until(lambda: items(sentry, "event"))
     assert event["message"] == "The hermes worker ended (signal SIGKILL)"
     assert event["tags"] == {"model": "hermes"}
+
+
+def test_a_workers_death_while_it_answers_names_the_request(
+    reporting: LiveServer, sentry: Receiver
+) -> None:
+    sentry.requests.clear()
+    assert reporting.client.post("/score/hermes/", json=SCORED).is_success
+    long = {"prompt": SECRET, "max_length": 7900}
+    headers = {"X-Request-ID": "cut-short"}
+
+    def running() -> bool:
+        return bool(reporting.client.get("/health").json()["models"]["hermes"]["running"])
+
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(
+            httpx.post, f"{reporting.url}/generate/hermes/", json=long, headers=headers, timeout=60
+        )
+        reporting.wait_until(running)
+        os.kill(reporting.worker("hermes"), signal.SIGKILL)
+        assert answer.result().status_code == 503
+    (event,) = reporting.wait_until(lambda: items(sentry, "event"))
+    assert event["message"] == "The hermes worker ended (signal SIGKILL)"
+    assert event["tags"] == {"model": "hermes", "request_id": "cut-short"}
 
 
 def test_nothing_that_anybody_sent_is_in_any_byte(reporting: LiveServer, sentry: Receiver) -> None:

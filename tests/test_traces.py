@@ -7,7 +7,7 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,30 @@ def named(found: list[Span], name: str) -> list[Span]:
 @pytest.fixture(scope="module")
 def receiver() -> Iterator[Receiver]:
     with Receiver() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def traced(
+    receiver: Receiver, random_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveServer]:
+    require_redis()
+    environ = {
+        **random_models,
+        **PATIENT,
+        "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url,
+        "OTEL_SERVICE_NAME": "sidecar-under-test",
+    }
+    with (
+        RedisServer() as redis,
+        serve(tmp_path_factory.mktemp("traced"), REDIS_URL=redis.url, **environ) as running,
+    ):
+        running.wait_until_ready()
+
+        def is_connected() -> bool:
+            return bool(running.client.get("/health").json()["event_bus"]["connected"])
+
+        running.wait_until(is_connected)
         yield running
 
 
