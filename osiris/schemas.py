@@ -16,14 +16,14 @@ from pydantic import (
 
 from llm_sidecar.proposals import Proposal
 
-MAX_PROMPT: Final = 32_768
-"""Characters; what the model's own context holds is checked where its tokenizer is."""
 MAX_LENGTH: Final = 8192
 """Tokens."""
 MAX_SPEECH: Final = 5_000
 """Characters of one spoken text."""
 
-Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT, pattern=r"\S")]
+# How long it may be is a setting; what the model's own context holds is checked where its tokenizer
+# is.
+Prompt = Annotated[str, Field(min_length=1, pattern=r"\S")]
 ModelId = Literal["hermes", "phi3"]
 
 
@@ -48,7 +48,7 @@ class ScoreRequest(_Request):
     """A proposal to score; its `id`, when that is a UUID, becomes the proposal_id."""
 
     proposal: dict[str, Any] = Field(min_length=1)
-    context: str | None = Field(None, max_length=MAX_PROMPT)
+    context: str | None = None
 
 
 class FeedbackRequest(_Request):
@@ -140,5 +140,5 @@ class Health(BaseModel):
 class Probe(BaseModel):
     """What a probe says."""
 
-    status: Literal["ok", "unavailable"]
+    status: Literal["ok", "unavailable", "draining"]
     missing: list[str] = []

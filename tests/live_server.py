@@ -76,6 +76,7 @@ def serve(folder: Path, *options: str, **environ: str) -> Iterator[LiveServer]:
     settings = {
         "REDIS_URL": "memory://",
         "LANCEDB_URI": str(folder / "lancedb"),
+        "SHUTDOWN_DRAIN_SECONDS": "0",
         "PATH": os.environ["PATH"],
         "PYTHONPATH": str(ROOT),
         **environ,
