@@ -43,8 +43,9 @@ def start_request(server: LiveServer, head: bytes) -> socket.socket:
 
 def all_of(connection: socket.socket) -> bytes:
     received = b""
-    while data := connection.recv(1 << 16):
-        received += data
+    with connection:
+        while data := connection.recv(1 << 16):
+            received += data
     return received
 
 
@@ -69,7 +70,6 @@ def test_each_key_opens_in_each_header(closed: LiveServer, headers: dict[str, st
     [
         {},
         {"Authorization": "Bearer"},
-        {"Authorization": "Bearer "},
         {"Authorization": f"Basic {KEYS[0]}"},
         {"Authorization": KEYS[0]},
         {"Authorization": f"Bearer {KEYS[0]}x"},

@@ -14,7 +14,6 @@ import pytest
 from tests.live_server import LiveServer, serve
 
 KEY = "a-key-of-the-tests-0123"
-OPERATIONS = ("get", "post")
 
 
 @pytest.fixture(scope="module")
