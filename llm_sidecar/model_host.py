@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import math
 import random
@@ -367,7 +368,8 @@ class ModelHost:
         self._locate()
         self._worker = asyncio.get_running_loop().create_future()
         self._state, self._reason = "loading", None
-        self._supervisor = asyncio.create_task(self._supervise())
+        # It outlives the request that was the first, so it does not log in its name.
+        self._supervisor = asyncio.create_task(self._supervise(), context=contextvars.Context())
 
     async def _ready(self, by: float) -> WorkerProcess:
         """The worker, as soon as it is ready; ModelUnavailable when it is not by then.

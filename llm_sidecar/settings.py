@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
 
 from llm_sidecar.errors import SettingsError
+from llm_sidecar.logs import LogFormat
 
 _REDIS_SCHEMES = ("redis", "rediss", "unix", "memory")
 DEFAULT_PHI3 = Path("/app/models/llm_micro/phi3.onnx")
 DEFAULT_LANCEDB_URI = "/app/lancedb_data"
 DEFAULT_LANCEDB_LOG_DIR = Path("/app/lancedb_log")
 DEFAULT_HERMES = Path("/app/hermes-model")
+
+
+_API_KEY: Final = re.compile(r"[!-+\--~]{16,}")
+"""Visible ASCII without a comma; shorter ones can be guessed."""
+_ORIGIN: Final = re.compile(r"\*|https?://[^\s/?#@*]+")
+
+
+def _split(value: object) -> object:
+    """The parts of a comma-separated variable, the empty ones too."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
 def _cores_per_model() -> int:
@@ -197,6 +217,61 @@ class Settings(BaseModel):
         description="a number from 0 to 1",
     )
 
+    max_prompt_chars: int = Field(
+        32_768,
+        alias="MAX_PROMPT_CHARS",
+        ge=1,
+        le=1 << 24,
+        description="an integer from 1 to 16777216",
+    )
+    max_concurrent_requests: int = Field(
+        256,
+        alias="MAX_CONCURRENT_REQUESTS",
+        ge=1,
+        le=100_000,
+        description="an integer from 1 to 100000",
+    )
+    body_timeout: float = Field(
+        10.0,
+        alias="BODY_TIMEOUT_SECONDS",
+        gt=0,
+        le=3600,
+        description="seconds, above 0 up to 3600",
+    )
+    shutdown_drain: float = Field(
+        0.5,
+        alias="SHUTDOWN_DRAIN_SECONDS",
+        ge=0,
+        le=3600,
+        description="seconds from 0 to 3600 that the socket still accepts at shutdown",
+    )
+    api_keys: Annotated[tuple[SecretStr, ...], BeforeValidator(_split)] = Field(
+        (),
+        alias="SIDECAR_API_KEYS",
+        description="keys of 16 or more visible ASCII characters, separated by commas",
+    )
+    metrics_need_key: bool = Field(False, alias="METRICS_NEED_KEY", description="true or false")
+    cors_origins: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
+        (),
+        alias="CORS_ORIGINS",
+        description="origins such as https://desk.example, separated by commas, or *",
+    )
+    log_format: LogFormat = Field("auto", alias="LOG_FORMAT", description="auto, json or text")
+
+    @field_validator("api_keys")
+    @classmethod
+    def _strong_keys(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if not all(_API_KEY.fullmatch(key.get_secret_value()) for key in value):
+            raise ValueError("a key is empty, short or no word")
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _known_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(map(_ORIGIN.fullmatch, value)):
+            raise ValueError("no origin")
+        return value
+
     @field_validator("redis_url")
     @classmethod
     def _known_scheme(cls, value: SecretStr) -> SecretStr:
@@ -238,7 +313,7 @@ class Settings(BaseModel):
             variable = str(error.errors(include_url=False, include_input=False)[0]["loc"][0])
             field = cls.model_fields[known.get(variable, variable)]
             # A Redis URL may hold a password.
-            value = "***" if field.annotation is SecretStr else repr(values[variable])
+            value = "***" if "SecretStr" in str(field.annotation) else repr(values[variable])
             raise SettingsError(
                 f"{variable}={value} is not valid: it takes {field.description}"
             ) from None

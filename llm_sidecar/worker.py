@@ -22,6 +22,7 @@ from typing import IO, Any, Final
 
 from llm_sidecar.engines import Engine, GenerationRequest, load_engine
 from llm_sidecar.errors import SidecarError
+from llm_sidecar.logs import log_to_stderr
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ def _one_line(error: Exception) -> str:
 
 def main() -> None:
     """Runs a worker on the standard streams; whatever prints goes to standard error instead."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr(os.environ.get("LOG_FORMAT", "auto"))
     outbox = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     try:

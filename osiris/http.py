@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 
 from llm_sidecar.model_host import Completion
@@ -69,6 +70,26 @@ def endpoint(
         return function
 
     return register
+
+
+def check_length(sidecar: Sidecar, **texts: str | None) -> None:
+    """Refuses a text of the body that is longer than a prompt may be, by its field's name.
+
+    Raises:
+        RequestValidationError: one is.
+    """
+    limit = sidecar.settings.max_prompt_chars
+    errors = [
+        {
+            "loc": ("body", field),
+            "msg": f"has {len(text)} characters, and MAX_PROMPT_CHARS takes {limit}",
+            "type": "string_too_long",
+        }
+        for field, text in texts.items()
+        if text is not None and len(text) > limit
+    ]
+    if errors:
+        raise RequestValidationError(errors)
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -1,8 +1,10 @@
-"""ASGI middleware: the request id, and a bound on the body."""
+"""ASGI middleware: the request id, security headers, and bounds on a body's size and time."""
 
 from __future__ import annotations
 
+import asyncio
 import re
+import time
 import uuid
 from collections.abc import Mapping
 from typing import Final
@@ -12,11 +14,15 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llm_sidecar.logs import log_context
+from osiris.paths import route_path
+
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class RequestId:
-    """Echoes a well-formed `X-Request-ID`, or makes one, and puts it into `scope["state"]`."""
+    """Echoes a well-formed `X-Request-ID`, or makes one, and puts it into `scope["state"]`
+    and into every log line of the request."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -28,6 +34,8 @@ class RequestId:
         sent = Headers(scope=scope).get("x-request-id", "")
         request_id = sent if _REQUEST_ID.fullmatch(sent) else str(uuid.uuid4())
         scope.setdefault("state", {})["request_id"] = request_id
+        # Never reset: the server's own line about an error comes after the request.
+        log_context.set({"request_id": request_id})
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -37,36 +45,121 @@ class RequestId:
         await self._app(scope, receive, send_with_id)
 
 
-class BodyLimit:
-    """Answers 413 to a body over the limit: by its declared length before a byte is read, and by
-    its real one where none is declared. A path in `larger` takes at least what it says there."""
+SECURITY_HEADERS: Final = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+_CSP: Final = "default-src 'none'; frame-ancestors 'none'"
+_CSP_OF_PAGES: Final = (
+    "default-src 'self' 'unsafe-inline' data: https://cdn.jsdelivr.net "
+    "https://fastapi.tiangolo.com; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
+"""`/docs` and other pages carry their scripts inside, or have them from FastAPI's own places."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, larger: Mapping[str, int]) -> None:
+
+class SecurityHeaders:
+    """Tells browsers to keep, guess and embed nothing; a header that is there already stays."""
+
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._max_bytes = max_bytes
-        self._larger = larger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        max_bytes = max(self._max_bytes, self._larger.get(scope["path"].rstrip("/"), 0))
-        detail = f"The request's body is larger than {max_bytes} bytes; send less."
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+                is_page = headers.get("content-type", "").startswith("text/html")
+                headers.setdefault("Content-Security-Policy", _CSP_OF_PAGES if is_page else _CSP)
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+
+class BodyLimit:
+    """Answers 413 to a body over the limit: by its declared length before a byte is read, and by
+    its real one where none is declared; and 408 to one that does not come in time. A path in
+    `larger` takes at least what it says there."""
+
+    def __init__(
+        self, app: ASGIApp, max_bytes: int, larger: Mapping[str, int], seconds: float
+    ) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._larger = larger
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        max_bytes = max(self._max_bytes, self._larger.get(route_path(scope).rstrip("/"), 0))
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdigit() and int(declared) > max_bytes:
             refusal = JSONResponse(
-                {"detail": detail}, status_code=413, headers={"Connection": "close"}
+                {"detail": _too_large(max_bytes)},
+                status_code=413,
+                headers={"Connection": "close"},
             )
             await refusal(scope, receive, send)
             return
-        taken = 0
+        body = _Body(receive, max_bytes, self._seconds)
+        await self._app(scope, body.receive, body.noting(send))
 
-        async def bounded() -> Message:
-            nonlocal taken
-            message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > max_bytes:
-                raise HTTPException(413, detail, headers={"Connection": "close"})
-            return message
 
-        await self._app(scope, bounded, send)
+class _Body:
+    """The body of one request, within its limits."""
+
+    def __init__(self, receive: Receive, max_bytes: int, seconds: float) -> None:
+        self._receive = receive
+        self._max_bytes = max_bytes
+        self._seconds = seconds
+        self._deadline = time.monotonic() + seconds
+        self._taken = 0
+        self._whole = False
+        self._answered = False
+
+    def noting(self, send: Send) -> Send:
+        """`send`, which notes that the answer has begun."""
+
+        async def send_and_note(message: Message) -> None:
+            self._answered = True
+            await send(message)
+
+        return send_and_note
+
+    async def receive(self) -> Message:
+        """The next message.
+
+        Raises:
+            HTTPException: 413 or 408.
+        """
+        if self._whole:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(self._deadline - time.monotonic()):
+                message = await self._receive()
+        except TimeoutError:
+            if self._answered:
+                # Who owes the rest of a body that nobody needs is taken for gone.
+                return {"type": "http.disconnect"}
+            raise HTTPException(
+                408,
+                f"The request's body did not arrive within {self._seconds:g} s.",
+                headers={"Connection": "close"},
+            ) from None
+        self._whole = not message.get("more_body", False)
+        self._taken += len(message.get("body", b""))
+        if self._taken > self._max_bytes:
+            detail = _too_large(self._max_bytes)
+            raise HTTPException(413, detail, headers={"Connection": "close"})
+        return message
+
+
+def _too_large(max_bytes: int) -> str:
+    return f"The request's body is larger than {max_bytes} bytes; send less."

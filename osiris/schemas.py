@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import (
     AwareDatetime,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NaiveDatetime,
@@ -16,15 +17,22 @@ from pydantic import (
 
 from llm_sidecar.proposals import Proposal
 
-MAX_PROMPT: Final = 32_768
-"""Characters; what the model's own context holds is checked where its tokenizer is."""
 MAX_LENGTH: Final = 8192
 """Tokens."""
 MAX_SPEECH: Final = 5_000
 """Characters of one spoken text."""
 
-Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT, pattern=r"\S")]
+# How long it may be is a setting; what the model's own context holds is checked where its tokenizer
+# is.
+Prompt = Annotated[str, Field(min_length=1, pattern=r"\S")]
 ModelId = Literal["hermes", "phi3"]
+
+
+def _text_only(value: object) -> object:
+    """A number may count seconds or milliseconds, and from when is a guess as well."""
+    if isinstance(value, int | float):
+        raise ValueError("a date and time is a text as ISO 8601 has it")
+    return value
 
 
 class _Request(BaseModel):
@@ -48,7 +56,7 @@ class ScoreRequest(_Request):
     """A proposal to score; its `id`, when that is a UUID, becomes the proposal_id."""
 
     proposal: dict[str, Any] = Field(min_length=1)
-    context: str | None = Field(None, max_length=MAX_PROMPT)
+    context: str | None = None
 
 
 class FeedbackRequest(_Request):
@@ -57,7 +65,7 @@ class FeedbackRequest(_Request):
     transaction_id: str = Field(min_length=1, max_length=256)
     feedback_type: Literal["correction", "rating", "qualitative_comment", "human_edit"]
     feedback_content: str | dict[str, Any]
-    timestamp: AwareDatetime | NaiveDatetime | None = Field(
+    timestamp: Annotated[AwareDatetime | NaiveDatetime | None, BeforeValidator(_text_only)] = Field(
         None, description="ISO 8601; now unless given, and UTC unless it says otherwise"
     )
     corrected_proposal: dict[str, Any] | None = None
@@ -71,7 +79,12 @@ class SpeakRequest(_Request):
         str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_SPEECH)
     ] = Field(examples=["Take the profit on AAPL: RSI is at 78."])
     exaggeration: float = Field(
-        0.5, ge=0, le=2, allow_inf_nan=False, description="0 is flat, 0.5 neutral, 2 theatrical"
+        0.5,
+        ge=0,
+        le=2,
+        allow_inf_nan=False,
+        strict=True,
+        description="0 is flat, 0.5 neutral, 2 theatrical",
     )
     ref_wav_b64: str | None = Field(
         None,
@@ -140,5 +153,5 @@ class Health(BaseModel):
 class Probe(BaseModel):
     """What a probe says."""
 
-    status: Literal["ok", "unavailable"]
+    status: Literal["ok", "unavailable", "draining"]
     missing: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 from collections.abc import AsyncIterator
@@ -11,26 +12,45 @@ from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 
 from llm_sidecar.errors import SettingsError, SidecarError
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.telemetry import instruments
+from llm_sidecar.telemetry.instruments import Instrument
+from osiris import logs, openapi
+from osiris.access import ApiKeys
+from osiris.admission import Admission
 from osiris.http import ClientGone
+from osiris.logs import AccessLog
 from osiris.metrics import install_metrics
-from osiris.middleware import BodyLimit, RequestId
+from osiris.middleware import SECURITY_HEADERS, BodyLimit, RequestId, SecurityHeaders
 from osiris.routes import feedback, generation, operations, profiling, scoring, speech
-from osiris.shutdown import bound_shutdown
+from osiris.shutdown import Shutdown
 
 log = logging.getLogger(__name__)
 
 _CLIENT_CLOSED_REQUEST: Final = 499
+_EXPOSED_HEADERS: Final = (
+    "Retry-After",
+    "X-Completion-Tokens",
+    "X-Finish-Reason",
+    "X-Hermes-Score",
+    "X-Model",
+    "X-Prompt-Tokens",
+    "X-Request-ID",
+    "X-Voice",
+    "X-Voice-Reference",
+)
+"""What a script of another origin may read."""
 
 
 def create_app(settings: Settings) -> FastAPI:
     """The application; its parts start and stop with its lifespan."""
     telemetry = instruments.build(settings)
+    shutdown = Shutdown(settings.shutdown_grace, settings.shutdown_drain)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -38,12 +58,12 @@ def create_app(settings: Settings) -> FastAPI:
         sidecar = Sidecar(settings, metrics, telemetry)
         metrics.watch(sidecar.health)
         app.state.sidecar = sidecar
-        bound_shutdown(settings.shutdown_grace)
+        shutdown.install()
         try:
             await sidecar.start()
             yield
         finally:
-            await sidecar.close()
+            await shutdown.close(sidecar.close())
             await telemetry.close()
 
     app = FastAPI(
@@ -61,15 +81,49 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(400, _unreadable_body)
     app.add_exception_handler(ClientGone, _client_gone)
     app.add_exception_handler(Exception, _unexpected_error)
+    app.state.shutdown = shutdown
+    app.openapi = openapi.document(app, settings)  # type: ignore[method-assign]
+    _add_middleware(app, settings, shutdown, telemetry)
+    metrics = install_metrics(app, settings)
+    return app
+
+
+def _add_middleware(
+    app: FastAPI, settings: Settings, shutdown: Shutdown, telemetry: Instrument
+) -> None:
+    """From the innermost to the outermost: what is refused is refused before the body is read, and
+    answered with every header and a line in the log."""
     app.add_middleware(
         BodyLimit,
         max_bytes=settings.max_body_bytes,
         larger={"/speak": speech.SPEAK_BODY_BYTES},
+        seconds=settings.body_timeout,
     )
+    app.add_middleware(Admission, max_requests=settings.max_concurrent_requests, shutdown=shutdown)
+    if settings.api_keys:
+        app.add_middleware(
+            ApiKeys, keys=settings.api_keys, metrics_need_key=settings.metrics_need_key
+        )
+    if settings.cors_origins:
+        # A key travels in a header that scripts set; browsers need not add anything to it.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
+            expose_headers=_EXPOSED_HEADERS,
+        )
+    app.add_middleware(AccessLog, routes=functools.cache(lambda: _spellings(app)))
+    # Around the line in the log, which carries the trace's id.
     telemetry.install(app)
+    app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestId)
-    metrics = install_metrics(app, settings)
-    return app
+
+
+def _spellings(app: FastAPI) -> dict[str, str]:
+    """The documented spelling of each path, by its spelling without the last slash."""
+    of_its_own = filter(None, (app.docs_url, app.redoc_url, app.openapi_url))
+    return {path.rstrip("/"): path for path in (*app.openapi()["paths"], *of_its_own)}
 
 
 def _version() -> str:
@@ -111,7 +165,8 @@ async def _unexpected_error(request: Request, error: Exception) -> Response:
     return JSONResponse(
         {"detail": f"Something failed that should not; the log has it under {request_id}."},
         status_code=500,
-        headers={"X-Request-ID": request_id},
+        # It is answered outside of the middleware.
+        headers={"X-Request-ID": request_id, **SECURITY_HEADERS},
     )
 
 
@@ -119,17 +174,11 @@ def __getattr__(name: str) -> Any:
     """Makes `app` when a server asks for it, so that importing this module reads no environment."""
     if name != "app":
         raise AttributeError(name)
-    _log_to_stderr()
     try:
-        app = create_app(Settings.from_environ())
+        settings = Settings.from_environ()
     except SettingsError as error:
         sys.exit(error.detail)
+    logs.configure(settings.log_format)
+    app = create_app(settings)
     globals()["app"] = app
     return app
-
-
-def _log_to_stderr() -> None:
-    """Gives this project's loggers a handler, unless whoever runs the server has done so."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for name in ("llm_sidecar", "osiris"):
-        logging.getLogger(name).setLevel(logging.INFO)

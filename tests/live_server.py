@@ -78,6 +78,7 @@ def serve(
     settings = {
         "REDIS_URL": "memory://",
         "LANCEDB_URI": str(folder / "lancedb"),
+        "SHUTDOWN_DRAIN_SECONDS": "0",
         "PATH": os.environ["PATH"],
         "PYTHONPATH": str(ROOT),
         **environ,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from llm_sidecar.errors import SettingsError, SidecarError
 from llm_sidecar.event_bus import EventBus
+from llm_sidecar.logs import log_to_stderr
 from llm_sidecar.settings import Settings
 from llm_sidecar.tts.chatterbox import ChatterboxVoice
 from llm_sidecar.tts.worker import SpeechWorker
@@ -23,9 +24,10 @@ log = logging.getLogger("llm_sidecar.tts")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     options = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         settings = Settings.from_environ()
+        log_to_stderr(settings.log_format)
+        logging.getLogger().setLevel(logging.INFO)
         bus = _bus(settings.redis_url.get_secret_value())
         voice = ChatterboxVoice(
             options.model_dir or settings.chatterbox_dir, options.device or settings.device

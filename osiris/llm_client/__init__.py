@@ -53,7 +53,7 @@ class LLMClient(Endpoints[JSON, str, bytes, bool]):
         backoff_factor: seconds before the first retry, doubled for each one after it, less up to
             half at random, 30 at most. A `Retry-After` of the sidecar is kept to; one of more than
             two minutes is not waited for, the error comes at once.
-        api_key: sent as a bearer token.
+        api_key: sent as a bearer token; `SIDECAR_API_KEY` unless given.
         transport: what carries the requests, instead of the network.
         sleep: waits some seconds; for tests.
         clock: seconds since 1970; for tests.

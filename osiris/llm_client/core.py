@@ -150,7 +150,10 @@ class AudioEvents:
 
 
 def authorization(api_key: str | None) -> dict[str, str]:
-    """The header that shows the key; ValueError for a key that no header can hold."""
+    """The header that shows the key, or `SIDECAR_API_KEY`'s where none is given; ValueError for a
+    key that no header can hold."""
+    if api_key is None:
+        api_key = os.environ.get("SIDECAR_API_KEY") or None
     if api_key is None:
         return {}
     if not re.fullmatch("[!-~]+", api_key):  # httpx would repeat the key in its own error

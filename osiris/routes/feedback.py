@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from llm_sidecar.db import Phi3FeedbackSchema
 from llm_sidecar.errors import InvalidRequest
 from llm_sidecar.proposals import Proposal
-from osiris.http import CurrentSidecar, endpoint
+from osiris.http import CurrentSidecar, check_length, endpoint
 from osiris.schemas import FeedbackRequest, FeedbackStored
 
 router = APIRouter(tags=["feedback"])
@@ -20,6 +20,8 @@ async def submit_feedback(body: FeedbackRequest, sidecar: CurrentSidecar) -> Fee
 
     A client that hangs up meanwhile does not undo it, so nothing races the disconnect here.
     """
+    if isinstance(body.feedback_content, str):
+        check_length(sidecar, feedback_content=body.feedback_content)
     try:
         row = Phi3FeedbackSchema(**body.model_dump(exclude_none=True))
     except ValidationError as error:

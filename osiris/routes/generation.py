@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse
 
 from llm_sidecar.errors import InvalidRequest
 from llm_sidecar.proposals import Proposal
-from osiris.http import CurrentSidecar, endpoint, generation_headers, unless_gone
+from osiris.http import CurrentSidecar, check_length, endpoint, generation_headers, unless_gone
 from osiris.schemas import GeneratedText, GenerateRequest, ModelId, PromptRequest, TradeAdjustment
 
 router = APIRouter(tags=["generation"])
@@ -36,6 +36,7 @@ async def generate_hermes(
     body: PromptRequest, request: Request, sidecar: CurrentSidecar
 ) -> JSONResponse:
     """Hermes' answer to a free question."""
+    check_length(sidecar, prompt=body.prompt)
     completion = await unless_gone(request, sidecar.generate_hermes(body.prompt, body.max_length))
     return JSONResponse({"generated_text": completion.text}, headers=generation_headers(completion))
 
@@ -45,6 +46,7 @@ async def generate_phi3(
     body: PromptRequest, request: Request, sidecar: CurrentSidecar
 ) -> JSONResponse:
     """A trade proposal, always valid; neither assessed nor stored."""
+    check_length(sidecar, prompt=body.prompt)
     proposal, completion = await unless_gone(
         request, sidecar.generate_phi3(body.prompt, body.max_length)
     )
@@ -59,6 +61,7 @@ async def propose_trade_adjustments(
 
     The generation headers are those of the proposal; `X-Hermes-Score` is Hermes' score.
     """
+    check_length(sidecar, prompt=body.prompt)
     result = await unless_gone(request, sidecar.propose(body.prompt, body.max_length))
     return JSONResponse(
         {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from osiris.http import CurrentSidecar, endpoint
 from osiris.schemas import AdapterSwapped, Health, Probe
@@ -30,8 +30,11 @@ async def live() -> Probe:
 
 
 @endpoint(router, "GET", "/health/ready", 503, error_model=Probe)
-async def ready(sidecar: CurrentSidecar, response: Response) -> Probe:
-    """Whether every part that an answer needs is there."""
+async def ready(request: Request, sidecar: CurrentSidecar, response: Response) -> Probe:
+    """Whether every part that an answer needs is there; `draining` once the server is to end."""
+    if request.app.state.shutdown.draining:
+        response.status_code = 503
+        return Probe(status="draining")
     missing = sidecar.missing()
     response.status_code = 503 if missing else 200
     return Probe(status="unavailable" if missing else "ok", missing=missing)

@@ -15,7 +15,7 @@ from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.tts.listeners import Backlog
 from llm_sidecar.tts.reference import read_reference
 from llm_sidecar.tts.speaker import Spoken
-from osiris.http import CurrentSidecar, endpoint, unless_gone
+from osiris.http import CurrentSidecar, check_length, endpoint, unless_gone
 from osiris.schemas import SpeakRequest
 
 router = APIRouter(tags=["speech"])
@@ -41,6 +41,7 @@ async def speak(body: SpeakRequest, request: Request, sidecar: CurrentSidecar) -
     `X-Voice` names the voice. `X-Voice-Reference: ignored` says that the reference was not used,
     because this voice cannot clone.
     """
+    check_length(sidecar, text=body.text)
     spoken = await unless_gone(request, _speak(sidecar, body))
     headers = {"X-Voice": spoken.voice}
     if body.ref_wav_b64 is not None and not spoken.cloned:
@@ -65,14 +66,14 @@ async def _backlog(sidecar: CurrentSidecar) -> AsyncIterator[Backlog]:
 
 @endpoint(router, "GET", "/stream/audio", 429, response_class=EventSourceResponse)
 async def stream_audio(
-    backlog: Annotated[Backlog, Depends(_backlog)],
+    request: Request, backlog: Annotated[Backlog, Depends(_backlog)]
 ) -> EventSourceResponse:
     """Server-sent events: every WAV that goes out on `audio.bytes`, base64, one event each.
 
     A listener that is too slow loses its oldest ones; an event named `lost` says how many, where
     they would have been. Comments keep a silent stream open.
     """
-    ending = anyio.Event()
+    ending: anyio.Event = request.app.state.shutdown.streams_end
     return EventSourceResponse(
         _events(backlog, ending),
         ping=KEEP_ALIVE,

@@ -1,0 +1,103 @@
+"""Admission: how many requests are at work at once, and none once the server is to end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Final
+
+from fastapi.responses import JSONResponse
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from osiris.paths import is_probe_or_metrics
+from osiris.shutdown import Shutdown
+
+_ENDING: Final = "The server is shutting down; try again."
+_RETRY_ENDING: Final = 5
+"""Seconds until another server, or this one again, is likely to be there."""
+_RETRY_FULL: Final = 1
+_BODY_SECONDS: Final = 1.0
+_BODY_BYTES: Final = 1 << 20
+
+
+class Admission:
+    """Answers 429 beyond `max_requests` at once, and 503 while the server drains; probes and
+    metrics are always let through."""
+
+    def __init__(self, app: ASGIApp, max_requests: int, shutdown: Shutdown) -> None:
+        self._app = app
+        self._max_requests = max_requests
+        self._shutdown = shutdown
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        answer = _Answer(send, self._shutdown)
+        if is_probe_or_metrics(scope):
+            await self._app(scope, receive, answer.send)
+        elif self._shutdown.draining:
+            self._shutdown.asked()
+            await _read_away(receive)
+            await _ending(scope, receive, answer.send)
+        elif self._shutdown.running >= self._max_requests:
+            # The connection stays open, and what comes of the body is thrown away unread.
+            await _refusal(
+                429,
+                f"{self._max_requests} requests are at work, which is MAX_CONCURRENT_REQUESTS; "
+                "try again later.",
+                _RETRY_FULL,
+            )(scope, receive, send)
+        else:
+            await self._admit(scope, receive, answer)
+
+    async def _admit(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        with self._shutdown.request():
+            try:
+                await self._app(scope, receive, answer.send)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if not self._shutdown.draining or task is None:
+                    raise
+                # Its grace period is over; what has begun cannot be taken back.
+                task.uncancel()
+                if not answer.begun:
+                    await _ending(scope, receive, answer.send)
+
+
+class _Answer:
+    """What is sent, in whose head a client is told to leave once the server drains."""
+
+    def __init__(self, send: Send, shutdown: Shutdown) -> None:
+        self._send = send
+        self._shutdown = shutdown
+        self.begun = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.begun = True
+            if self._shutdown.draining:
+                MutableHeaders(scope=message)["Connection"] = "close"
+        await self._send(message)
+
+
+def _refusal(status: int, detail: str, retry_after: int) -> JSONResponse:
+    return JSONResponse({"detail": detail}, status, headers={"Retry-After": str(retry_after)})
+
+
+async def _ending(scope: Scope, receive: Receive, send: Send) -> None:
+    await _refusal(503, _ENDING, _RETRY_ENDING)(scope, receive, send)
+
+
+async def _read_away(receive: Receive) -> None:
+    """Reads what is sent anyway: closing a connection over unread bytes resets it, and the client
+    may lose the answer."""
+    taken = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_BODY_SECONDS):
+            while taken < _BODY_BYTES:
+                message = await receive()
+                taken += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return

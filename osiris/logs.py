@@ -1,0 +1,86 @@
+"""The server's log: uvicorn's lines in the project's format, and one line a request."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llm_sidecar.logs import LogFormat, log_context, log_to_stderr
+from osiris.paths import is_probe_or_metrics, route_path
+
+__all__ = ["AccessLog", "configure", "log_context"]
+
+access_log = logging.getLogger("osiris.access")
+_CLIENT_CLOSED_REQUEST: Final = 499
+_SERVER_ERROR: Final = 500
+
+
+def configure(log_format: LogFormat) -> None:
+    """Logs to standard error, uvicorn's loggers included, unless logging is configured already.
+
+    Our line a request replaces uvicorn's, which quotes the query; `--no-access-log` turns it off.
+    """
+    if not log_to_stderr(log_format):
+        return
+    for name in ("llm_sidecar", "osiris"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    by_uvicorn = logging.getLogger("uvicorn.access")
+    access_log.disabled = logging.getLogger("uvicorn").hasHandlers() and not by_uvicorn.handlers
+    by_uvicorn.handlers.clear()
+    # Without a handler anywhere uvicorn does not even make its line.
+    by_uvicorn.propagate = False
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+
+
+class AccessLog:
+    """Logs method, route, status and duration of each request but probes and metrics.
+
+    Args:
+        routes: the documented spelling of each path, by its spelling without the last slash; an
+            address that is none of them may hold anything, so it is not shown.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Callable[[], Mapping[str, str]]) -> None:
+        self._app = app
+        self._routes = routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or is_probe_or_metrics(scope):
+            await self._app(scope, receive, send)
+            return
+        # Until a response begins: nobody is there to take one.
+        status = _CLIENT_CLOSED_REQUEST
+        began = time.perf_counter()
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        except Exception:
+            # It is answered further out.
+            status = _SERVER_ERROR
+            raise
+        finally:
+            self._log(scope, status, round(1000 * (time.perf_counter() - began), 1))
+
+    def _log(self, scope: Scope, status: int, duration_ms: float) -> None:
+        method = scope["method"]
+        route = self._routes().get(route_path(scope).rstrip("/"), "unmatched")
+        access_log.info(
+            "%s %s %d in %.1f ms",
+            method,
+            route,
+            status,
+            duration_ms,
+            extra={"method": method, "route": route, "status": status, "duration_ms": duration_ms},
+        )

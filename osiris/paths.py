@@ -1,0 +1,31 @@
+"""Which paths are open to everybody, and how a request's path is read."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from starlette.types import Scope
+
+PROBES: Final = frozenset({"/health", "/health/live", "/health/ready"})
+METRICS: Final = "/metrics"
+
+
+def route_path(scope: Scope) -> str:
+    """The path as the routes know it: without what a proxy in front of the server adds."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+def is_probe(scope: Scope) -> bool:
+    """Whether the request is for a probe."""
+    return route_path(scope).rstrip("/") in PROBES
+
+
+def is_metrics(scope: Scope) -> bool:
+    """Whether the request is for the metrics."""
+    return route_path(scope).rstrip("/") == METRICS
+
+
+def is_probe_or_metrics(scope: Scope) -> bool:
+    """Whether the request is one that machines send every few seconds."""
+    return is_probe(scope) or is_metrics(scope)
