@@ -84,27 +84,6 @@ def traced(
         yield running
 
 
-@pytest.fixture(scope="module")
-def traced(
-    receiver: Receiver, random_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LiveServer]:
-    require_redis()
-    environ = {
-        **random_models,
-        **PATIENT,
-        "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url,
-        "OTEL_SERVICE_NAME": "sidecar-under-test",
-    }
-    with (
-        RedisServer() as redis,
-        serve(tmp_path_factory.mktemp("traced"), REDIS_URL=redis.url, **environ) as running,
-    ):
-        running.wait_until_ready()
-        connected: Callable[[], Any] = lambda: running.client.get("/health").json()["event_bus"]  # noqa: E731
-        running.wait_until(lambda: connected()["connected"])
-        yield running
-
-
 def trace_of(server: LiveServer, receiver: Receiver, trace_id: str) -> list[Span]:
     """The spans of a trace, once the last one to end, the request's, is there."""
 
