@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any, Final
 
 from fastapi import FastAPI
@@ -62,6 +63,10 @@ def _describe(made: dict[str, Any], settings: Settings) -> None:
 def _describe_operation(operation: dict[str, Any], path: str, settings: Settings) -> None:
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
     responses = operation["responses"]
+    for status, response in responses.items():
+        # FastAPI gives errors the content type of the route's own answer, be it a sound.
+        if int(status) >= HTTPStatus.BAD_REQUEST and len(response.get("content", {})) == 1:
+            response["content"] = {"application/json": response["content"].popitem()[1]}
     if path != METRICS:
         for status, description in _ANYWHERE.items():
             responses[status] = {"description": description, "content": content}

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import (
     AwareDatetime,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NaiveDatetime,
@@ -25,6 +26,13 @@ MAX_SPEECH: Final = 5_000
 # is.
 Prompt = Annotated[str, Field(min_length=1, pattern=r"\S")]
 ModelId = Literal["hermes", "phi3"]
+
+
+def _text_only(value: object) -> object:
+    """A number may count seconds or milliseconds, and from when is a guess as well."""
+    if isinstance(value, int | float):
+        raise ValueError("a date and time is a text as ISO 8601 has it")
+    return value
 
 
 class _Request(BaseModel):
@@ -57,7 +65,7 @@ class FeedbackRequest(_Request):
     transaction_id: str = Field(min_length=1, max_length=256)
     feedback_type: Literal["correction", "rating", "qualitative_comment", "human_edit"]
     feedback_content: str | dict[str, Any]
-    timestamp: AwareDatetime | NaiveDatetime | None = Field(
+    timestamp: Annotated[AwareDatetime | NaiveDatetime | None, BeforeValidator(_text_only)] = Field(
         None, description="ISO 8601; now unless given, and UTC unless it says otherwise"
     )
     corrected_proposal: dict[str, Any] | None = None
@@ -71,7 +79,12 @@ class SpeakRequest(_Request):
         str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_SPEECH)
     ] = Field(examples=["Take the profit on AAPL: RSI is at 78."])
     exaggeration: float = Field(
-        0.5, ge=0, le=2, allow_inf_nan=False, description="0 is flat, 0.5 neutral, 2 theatrical"
+        0.5,
+        ge=0,
+        le=2,
+        allow_inf_nan=False,
+        strict=True,
+        description="0 is flat, 0.5 neutral, 2 theatrical",
     )
     ref_wav_b64: str | None = Field(
         None,

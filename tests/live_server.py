@@ -69,7 +69,9 @@ class LiveServer:
 
 
 @contextlib.contextmanager
-def serve(folder: Path, *options: str, **environ: str) -> Iterator[LiveServer]:
+def serve(
+    folder: Path, *options: str, app: str = "osiris.server:app", **environ: str
+) -> Iterator[LiveServer]:
     """A server whose configuration is `environ` alone, with its data in `folder`."""
     port = free_port()
     log = folder / f"server-{port}.log"
@@ -81,7 +83,7 @@ def serve(folder: Path, *options: str, **environ: str) -> Iterator[LiveServer]:
         "PYTHONPATH": str(ROOT),
         **environ,
     }
-    command = [sys.executable, "-m", "uvicorn", "osiris.server:app", "--port", str(port), *options]
+    command = [sys.executable, "-m", "uvicorn", app, "--port", str(port), *options]
     with log.open("wb") as stderr:
         process = subprocess.Popen(command, env=settings, cwd=ROOT, stdout=stderr, stderr=stderr)
     server = LiveServer(port, process, log)

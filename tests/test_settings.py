@@ -42,6 +42,14 @@ def test_variables_are_read_and_empty_ones_count_as_unset() -> None:
         ("TTS_VOICE", "siri"),
         ("TTS_TIMEOUT_SECONDS", "0"),
         ("MAX_AUDIO_LISTENERS", "0"),
+        ("MAX_PROMPT_CHARS", "0"),
+        ("MAX_CONCURRENT_REQUESTS", "-1"),
+        ("BODY_TIMEOUT_SECONDS", "0"),
+        ("SHUTDOWN_DRAIN_SECONDS", "soon"),
+        ("METRICS_NEED_KEY", "perhaps"),
+        ("LOG_FORMAT", "xml"),
+        ("CORS_ORIGINS", "desk.example"),
+        ("CORS_ORIGINS", "https://desk.example/path"),
     ],
 )
 def test_a_bad_value_is_one_line_with_variable_value_and_what_it_takes(
@@ -58,6 +66,25 @@ def test_a_bad_redis_url_is_refused_without_its_password(url: str) -> None:
     with pytest.raises(SettingsError, match=r"REDIS_URL=\*\*\* is not valid") as caught:
         Settings.from_environ({"REDIS_URL": url})
     assert "hidden" not in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [",", "long-enough-key-1,", "long-enough-key-1,hidden", "hidden and with blanks", "é" * 20],
+)
+def test_a_weak_api_key_is_refused_without_showing_one(keys: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_environ({"SIDECAR_API_KEYS": keys})
+    assert caught.value.detail == (
+        "SIDECAR_API_KEYS=*** is not valid: it takes keys of 16 or more visible ASCII characters, "
+        "separated by commas"
+    )
+
+
+def test_api_keys_show_in_no_representation() -> None:
+    settings = Settings.from_environ({"SIDECAR_API_KEYS": "hidden-from-all-1, hidden-from-all-2"})
+    assert [key.get_secret_value()[-1] for key in settings.api_keys] == ["1", "2"]
+    assert "hidden" not in repr(settings) + str(settings) + settings.model_dump_json()
 
 
 def test_a_password_shows_in_no_representation() -> None:

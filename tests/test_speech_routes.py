@@ -316,9 +316,8 @@ def test_open_streams_do_not_hold_up_a_shutdown(tmp_path: Path, reads: bool) -> 
             while reads and (data := stream.recv(1 << 16)):
                 received += data
             status = server.process.wait(10)
-        assert time.monotonic() - began < (1.5 if reads else 3.0)
-        # uvicorn ends by the signal it was sent, once all is shut down.
-        assert status in (0, -signal.SIGTERM)
+        assert time.monotonic() - began < (3.0 if reads else 5.0)
+        assert status == 0
         log = server.log.read_text()
         assert "Application shutdown complete" in log
         assert "Traceback" not in log

@@ -1,0 +1,230 @@
+"""Who may ask, how much at once, and what every answer carries."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from osiris.llm_client import LLMClient
+from tests.live_server import ROOT, LiveServer, free_port, serve
+
+KEYS = ("first-key-0123456789", "second-key-012345678")
+BEARER = {"Authorization": f"Bearer {KEYS[0]}"}
+LIMITS = {
+    "MAX_CONCURRENT_REQUESTS": "2",
+    "MAX_PROMPT_CHARS": "100",
+    "BODY_TIMEOUT_SECONDS": "0.5",
+    "CORS_ORIGINS": "https://desk.example",
+}
+
+
+@pytest.fixture(scope="module")
+def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A server without models, with keys and narrow limits."""
+    keys = f"{KEYS[0]}, {KEYS[1]}"
+    with serve(tmp_path_factory.mktemp("closed"), SIDECAR_API_KEYS=keys, **LIMITS) as running:
+        yield running
+
+
+def start_request(server: LiveServer, head: bytes) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    connection.sendall(head)
+    return connection
+
+
+def all_of(connection: socket.socket) -> bytes:
+    received = b""
+    with connection:
+        while data := connection.recv(1 << 16):
+            received += data
+    return received
+
+
+# Keys
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        BEARER,
+        {"Authorization": f"bearer  {KEYS[1]}"},
+        {"X-API-Key": KEYS[1]},
+        {"X-API-Key": "wrong", **BEARER},
+    ],
+)
+def test_each_key_opens_in_each_header(closed: LiveServer, headers: dict[str, str]) -> None:
+    assert closed.client.get("/openapi.json", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": "Bearer"},
+        {"Authorization": f"Basic {KEYS[0]}"},
+        {"Authorization": KEYS[0]},
+        {"Authorization": f"Bearer {KEYS[0]}x"},
+        {"Authorization": f"Bearer {KEYS[0][:-1]}"},
+        {"Authorization": f"Bearer {KEYS[0]},{KEYS[1]}"},
+        {"X-API-Key": ""},
+        {"X-API-Key": b"\xff\xfe"},
+    ],
+)
+def test_nothing_else_does(closed: LiveServer, headers: Any) -> None:
+    response = closed.client.post("/generate/", json={"prompt": "x"}, headers=headers)
+    assert response.status_code == 401
+    assert response.headers["WWW-Authenticate"].startswith("Bearer")
+    assert "X-API-Key" in response.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/docs", "/redoc", "/openapi.json", "/stream/audio", "/nothing", "/health/../docs"]
+)
+def test_every_other_path_is_closed(closed: LiveServer, path: str) -> None:
+    assert closed.client.get(path).status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/health", "/health/", "/health/live", "/health/ready"])
+def test_probes_are_open(closed: LiveServer, path: str) -> None:
+    assert closed.client.get(path).status_code in (200, 503)
+
+
+def test_metrics_are_open_unless_closed(closed: LiveServer, tmp_path: Path) -> None:
+    assert closed.client.get("/metrics").status_code != 401
+    with serve(tmp_path, SIDECAR_API_KEYS=KEYS[0], METRICS_NEED_KEY="true") as server:
+        assert server.client.get("/metrics").status_code == 401
+        assert server.client.get("/metrics", headers=BEARER).status_code != 401
+
+
+def test_a_refusal_does_not_wait_for_the_body(closed: LiveServer) -> None:
+    head = b"POST /generate/ HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+    with start_request(closed, head) as connection:
+        assert connection.recv(12) == b"HTTP/1.1 401"
+
+
+def test_a_weak_key_stops_the_start_without_being_shown(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "uvicorn", "osiris.server:app", "--port", str(free_port())],
+        env={"SIDECAR_API_KEYS": f"{KEYS[0]},weak", "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("SIDECAR_API_KEYS=*** is not valid")
+    assert "weak" not in done.stderr
+    assert KEYS[0] not in done.stderr
+
+
+def test_the_client_sends_the_environments_key(
+    closed: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SIDECAR_API_KEY", KEYS[1])
+    with LLMClient(closed.url) as client:
+        assert client.speak("Filled.").startswith(b"RIFF")
+
+
+def test_keys_are_in_no_log(closed: LiveServer) -> None:
+    closed.client.get(f"/docs?key={KEYS[0]}", headers=BEARER)
+    assert KEYS[0] not in closed.log.read_text()
+
+
+# Limits
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/generate/hermes/", {"prompt": "x" * 101}, "prompt"),
+        ("/generate/phi3/", {"prompt": "x" * 101}, "prompt"),
+        ("/propose_trade_adjustments/", {"prompt": "x" * 101}, "prompt"),
+        ("/score/hermes/", {"proposal": {"a": 1}, "context": "x" * 101}, "context"),
+        ("/score/hermes/", {"proposal": {"a": "x" * 101}}, "proposal"),
+        ("/speak", {"text": "x" * 101}, "text"),
+    ],
+)
+def test_a_long_text_is_422_with_field_and_limit(
+    closed: LiveServer, path: str, body: Any, field: str
+) -> None:
+    response = closed.client.post(path, json=body, headers=BEARER)
+    assert response.status_code == 422
+    assert response.json()["detail"][0]["loc"] == ["body", field]
+    assert "MAX_PROMPT_CHARS takes 100" in response.json()["detail"][0]["msg"]
+    assert "xxx" not in response.text
+
+
+def test_more_requests_than_may_be_at_work_are_429(closed: LiveServer) -> None:
+    def listen() -> Any:
+        return httpx.stream("GET", f"{closed.url}/stream/audio", headers=BEARER, timeout=30)
+
+    def speak() -> httpx.Response:
+        return closed.client.post("/speak", json={"text": "Hi."}, headers=BEARER)
+
+    with listen() as one, listen() as two:
+        assert one.status_code == two.status_code == 200
+        response = speak()
+        assert response.status_code == 429
+        assert int(response.headers["Retry-After"]) >= 1
+        assert "MAX_CONCURRENT_REQUESTS" in response.json()["detail"]
+        assert closed.client.get("/health/live").status_code == 200
+    closed.wait_until(lambda: speak().status_code == 200, 10)
+
+
+def test_half_a_body_is_408_and_the_server_goes_on(closed: LiveServer) -> None:
+    head = (
+        b"POST /speak HTTP/1.1\r\nHost: x\r\nX-API-Key: %s\r\nContent-Type: application/json\r\n"
+        b'Content-Length: 1000\r\n\r\n{"text":' % KEYS[0].encode()
+    )
+    with ThreadPoolExecutor(2) as pool:
+        connections = [start_request(closed, head) for _ in range(2)]
+        answers = list(pool.map(all_of, connections))
+    for answer in answers:
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b"did not arrive within 0.5 s" in answer
+    assert closed.client.post("/speak", json={"text": "Hi."}, headers=BEARER).status_code == 200
+
+
+# Headers
+
+
+@pytest.mark.parametrize("path", ["/health", "/docs", "/nothing", "/openapi.json"])
+@pytest.mark.parametrize("headers", [{}, BEARER])
+def test_every_answer_has_security_headers(
+    closed: LiveServer, path: str, headers: dict[str, str]
+) -> None:
+    sent = closed.client.get(path, headers=headers).headers
+    assert sent["X-Content-Type-Options"] == "nosniff"
+    assert sent["Referrer-Policy"] == "no-referrer"
+    assert sent["Cache-Control"] == "no-store"
+    assert "frame-ancestors 'none'" in sent["Content-Security-Policy"]
+    scripts = "cdn.jsdelivr.net" in sent["Content-Security-Policy"]
+    assert scripts == (path == "/docs" and bool(headers))
+
+
+def test_other_origins_may_ask_where_configured_only(closed: LiveServer, tmp_path: Path) -> None:
+    asked = {
+        "Origin": "https://desk.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization",
+    }
+    preflight = closed.client.options("/generate/", headers=asked)
+    assert preflight.status_code == 200
+    assert preflight.headers["Access-Control-Allow-Origin"] == "https://desk.example"
+    assert "Access-Control-Allow-Credentials" not in preflight.headers
+    other = closed.client.options("/generate/", headers=asked | {"Origin": "https://evil.example"})
+    assert "Access-Control-Allow-Origin" not in other.headers
+    with serve(tmp_path) as server:
+        assert server.client.options("/generate/", headers=asked).status_code == 405
+        answer = server.client.get("/health", headers={"Origin": "https://desk.example"})
+        assert "Access-Control-Allow-Origin" not in answer.headers

@@ -1,0 +1,133 @@
+"""Log lines: what is in them, and what never is."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_sidecar.logs import JsonFormatter, TextFormatter, log_context
+from tests.live_server import LiveServer, serve
+
+
+def record(message: str, *args: object, **attributes: Any) -> logging.LogRecord:
+    made = logging.makeLogRecord({"name": "osiris.x", "levelname": "INFO", "msg": message})
+    made.args = args
+    made.created = 1_700_000_000.25
+    vars(made).update(attributes)
+    return made
+
+
+@pytest.fixture
+def in_a_request() -> Iterator[None]:
+    token = log_context.set({"request_id": "order-77", "trace_id": "abc"})
+    yield
+    log_context.reset(token)
+
+
+@pytest.mark.usefixtures("in_a_request")
+def test_a_json_line_has_time_level_logger_message_context_and_fields() -> None:
+    line = json.loads(JsonFormatter().format(record("%d\nrows", 3, rows=3, path=Path("/x"))))
+    assert line == {
+        "timestamp": "2023-11-14T22:13:20.250+00:00",
+        "level": "INFO",
+        "logger": "osiris.x",
+        "message": "3\nrows",
+        "request_id": "order-77",
+        "trace_id": "abc",
+        "rows": 3,
+        "path": "/x",
+    }
+
+
+def test_a_field_cannot_replace_what_every_line_has() -> None:
+    line = json.loads(JsonFormatter().format(record("m", level="none", timestamp="never")))
+    assert line["level"] == "INFO"
+    assert line["timestamp"].startswith("2023")
+
+
+def test_an_exception_has_type_and_stack() -> None:
+    try:
+        raise ZeroDivisionError("nothing to share")
+    except ZeroDivisionError:
+        text = JsonFormatter().format(record("failed", exc_info=sys.exc_info()))
+    exception = json.loads(text)["exception"]
+    assert exception["type"] == "ZeroDivisionError"
+    assert "nothing to share" in exception["stack"]
+    assert "\n" not in text
+
+
+@pytest.mark.usefixtures("in_a_request")
+def test_a_line_for_people_ends_with_the_requests_id() -> None:
+    assert TextFormatter().format(record("done")).endswith(" INFO osiris.x: done [order-77]")
+
+
+# A running server's
+
+
+def lines(server: LiveServer) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in server.log.read_text().splitlines()]
+
+
+def of_requests(server: LiveServer) -> list[dict[str, Any]]:
+    return [line for line in lines(server) if line["logger"] == "osiris.access"]
+
+
+def test_a_server_logs_json_with_one_line_a_request(tmp_path: Path) -> None:
+    with serve(tmp_path) as server:
+        ask = server.client
+        ask.post("/speak?why=hidden", json={"text": "hidden"}, headers={"X-Request-ID": "one"})
+        ask.post("/speak/", json={"hidden": 1}, headers={"X-Request-ID": "two"})
+        ask.get("/hidden", headers={"X-Request-ID": "three"})
+        ask.get("/health")
+        ask.get("/health/ready")
+        ask.get("/metrics")
+        assert server.stop() == 0
+        seen = of_requests(server)
+        loggers = {line["logger"] for line in lines(server)}
+        log = server.log.read_text()
+    shown = [(x["request_id"], x["method"], x["route"], x["status"]) for x in seen]
+    assert shown == [
+        ("one", "POST", "/speak", 200),
+        ("two", "POST", "/speak", 422),
+        ("three", "GET", "unmatched", 404),
+    ]
+    assert all(line["duration_ms"] > 0 for line in seen)
+    assert "uvicorn.error" in loggers
+    assert "uvicorn.access" not in loggers
+    assert "hidden" not in log
+
+
+def test_text_is_for_people_and_no_access_log_is_kept_to(tmp_path: Path) -> None:
+    with serve(tmp_path, "--no-access-log", LOG_FORMAT="text") as server:
+        server.client.post("/speak", json={"text": "Hi."})
+        assert server.stop() == 0
+        log = server.log.read_text()
+    assert "INFO uvicorn.error: Application startup complete." in log
+    assert "osiris.access" not in log
+    assert "{" not in log
+
+
+def test_an_error_that_was_not_foreseen_is_logged_with_the_requests_id(tmp_path: Path) -> None:
+    script = tmp_path / "broken.py"
+    script.write_text(
+        "from osiris.server import app\n"
+        "@app.get('/broken')\n"
+        "async def broken() -> None:\n"
+        "    raise ZeroDivisionError\n"
+    )
+    with serve(tmp_path, "--app-dir", str(tmp_path), app="broken:app") as server:
+        answer = server.client.get("/broken", headers={"X-Request-ID": "seven"})
+        server.stop()
+        errors = [line for line in lines(server) if line["level"] == "ERROR"]
+    assert answer.status_code == 500
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert "ZeroDivisionError" not in answer.text
+    assert [(e["request_id"], e["exception"]["type"]) for e in errors] == [
+        ("seven", "ZeroDivisionError")
+    ]

@@ -1,0 +1,125 @@
+"""The server against its own OpenAPI document, and against what is not HTTP at all."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.live_server import LiveServer, serve
+
+KEY = "a-key-of-the-tests-0123"
+
+
+@pytest.fixture(scope="module")
+def strict(
+    random_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveServer]:
+    """A server that answers, with a key and short deadlines."""
+    limits = {"REQUEST_TIMEOUT_SECONDS": "1", "BODY_TIMEOUT_SECONDS": "1"}
+    with serve(
+        tmp_path_factory.mktemp("strict"),
+        PRELOAD_MODELS="true",
+        SIDECAR_API_KEYS=KEY,
+        **limits,
+        **random_models,
+    ) as running:
+        running.wait_until_ready()
+        yield running
+
+
+@pytest.fixture
+def document(strict: LiveServer) -> dict[str, Any]:
+    made: dict[str, Any] = strict.client.get("/openapi.json", headers={"X-API-Key": KEY}).json()
+    return made
+
+
+def test_the_document_says_how_to_get_in(document: dict[str, Any]) -> None:
+    schemes = document["components"]["securitySchemes"]
+    assert schemes["bearer"]["scheme"] == "bearer"
+    assert schemes["apiKey"]["name"] == "X-API-Key"
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            is_open = path.startswith("/health")
+            assert ("401" in operation["responses"]) != is_open, path
+            assert operation.get("security") == (None if is_open else [{n: []} for n in schemes])
+
+
+def test_the_document_has_the_configured_limit(document: dict[str, Any]) -> None:
+    prompt = document["components"]["schemas"]["PromptRequest"]["properties"]["prompt"]
+    assert prompt["maxLength"] == 32_768
+
+
+def test_no_answer_is_undocumented_and_nothing_invalid_is_taken(
+    strict: LiveServer, tmp_path: Path
+) -> None:
+    """A 500 is documented nowhere, while 503 and 504 are. What is valid by the schema may still be
+    refused with 422, as a prompt that is too long for the model. The stream never ends."""
+    command = [
+        *(str(Path(sys.executable).parent / "schemathesis"), "run", f"{strict.url}/openapi.json"),
+        *("--header", f"Authorization: Bearer {KEY}", "--exclude-path", "/stream/audio"),
+        *("--exclude-checks", "not_a_server_error,positive_data_acceptance"),
+        *("--seed", "1", "--max-examples", "3", "--request-timeout", "20", "--no-color"),
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert strict.client.get("/health/ready").status_code == 200
+    assert "Traceback" not in strict.log.read_text()
+
+
+POST = b"POST /speak HTTP/1.1\r\nHost: x\r\nX-API-Key: %s\r\n" % KEY.encode()
+MALFORMED = {
+    "no request": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+    "no version": b"GET /health\r\n\r\n",
+    "a bad version": b"GET /health HTTP/9.9\r\nHost: x\r\n\r\n",
+    "a bad header": b"GET /health HTTP/1.1\r\nHost x\r\n\r\n",
+    "a bad length": POST + b"Content-Length: -5\r\n\r\n",
+    "two lengths": POST + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+    "length and chunks": POST
+    + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+    "a bad chunk": POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n",
+    "a huge body": POST + b"Content-Length: 99999999999\r\n\r\n{",
+    "a huge header": b"GET /health HTTP/1.1\r\nX: " + b"x" * 1_000_000 + b"\r\n\r\n",
+    "a huge path": b"GET /" + b"x" * 200_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    "half a body": POST + b'Content-Length: 100\r\n\r\n{"text"',
+    "half a chunk": POST + b'Transfer-Encoding: chunked\r\n\r\n64\r\n{"text"',
+    "a websocket": b"GET /stream/audio HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n"
+    b"Upgrade: websocket\r\nSec-WebSocket-Key: eA==\r\nSec-WebSocket-Version: 13\r\n\r\n",
+    "an odd path": b"GET /%ff%00%2e%2e/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("request_", MALFORMED.values(), ids=MALFORMED)
+def test_what_is_no_good_request_leaves_it_serving(strict: LiveServer, request_: bytes) -> None:
+    host, port = strict.url.removeprefix("http://").split(":")
+    answer = b""
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        try:
+            connection.sendall(request_)
+            while data := connection.recv(1 << 16):
+                answer += data
+        except ConnectionError:
+            # Closed over what was still being sent.
+            pass
+    status = int(answer.split(b" ")[1]) if answer else None
+    assert status is None or 200 <= status < 500, answer
+    assert b"Traceback" not in answer
+    assert strict.client.get("/health/live").status_code == 200
+
+
+def test_slow_requests_leave_it_serving(strict: LiveServer) -> None:
+    host, port = strict.url.removeprefix("http://").split(":")
+    slow = [socket.create_connection((host, int(port)), timeout=30) for _ in range(100)]
+    try:
+        for connection in slow:
+            connection.sendall(b"POST /speak HTTP/1.1\r\nHost: x\r\nX-")
+        speech = strict.client.post("/speak", json={"text": "Hi."}, headers={"X-API-Key": KEY})
+        assert speech.status_code == 200
+    finally:
+        for connection in slow:
+            connection.close()
