@@ -1,13 +1,15 @@
-"""The server's end of one worker process: its pipes, and an inbox for every request it has."""
+"""The server's end of one worker process: its socket, and an inbox for every request it has."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +53,7 @@ class WorkerProcess:
         self,
         label: str,
         process: subprocess.Popen[bytes],
-        stdin: asyncio.WriteTransport,
+        stdin: asyncio.StreamWriter,
         stdout: asyncio.StreamReader,
     ) -> None:
         """Use `WorkerProcess.start`."""
@@ -61,6 +63,7 @@ class WorkerProcess:
         self.tokens = 0
         self.ended = asyncio.Event()
         self._stdin = stdin
+        self._takes_input = True
         self._numbers = itertools.count(1)
         self._inboxes: dict[int, asyncio.Queue[dict[str, Any]]] = {}
         self._loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -71,15 +74,17 @@ class WorkerProcess:
         """Spawns a process in a session of its own, so that Ctrl-C reaches the server only.
 
         With `subprocess`, whatever the event loop: it uses vfork, while uvloop's fork runs the
-        handlers of lancedb in the child, which may deadlock.
+        handlers of lancedb in the child, which may deadlock. And through a socket: uvloop closes
+        the descriptor of a pipe twice, and the second time it may be somebody else's.
         """
-        process = await asyncio.to_thread(_spawn)
-        assert process.stdin is not None
-        assert process.stdout is not None
-        loop = asyncio.get_running_loop()
-        stdin, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, process.stdin)
-        stdout = asyncio.StreamReader(limit=_LINE_LIMIT)
-        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdout), process.stdout)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                process = await asyncio.to_thread(_spawn, theirs)
+            except BaseException:
+                ours.close()
+                raise
+        stdout, stdin = await asyncio.open_connection(sock=ours, limit=_LINE_LIMIT)
         return cls(label, process, stdin, stdout)
 
     @property
@@ -110,8 +115,11 @@ class WorkerProcess:
             self._write({"op": "cancel", "id": number})
 
     async def stop(self) -> None:
-        """Closes the worker's input, which ends it; kills it when it does not end."""
-        self._stdin.close()
+        """Ends the worker's input, which ends it; kills it when it does not end."""
+        self._takes_input = False
+        if not self._stdin.is_closing():
+            with contextlib.suppress(OSError):  # it has ended already
+                self._stdin.write_eof()
         try:
             async with asyncio.timeout(_EXIT_GRACE):
                 await self.ended.wait()
@@ -129,13 +137,16 @@ class WorkerProcess:
 
     def _write(self, message: dict[str, Any]) -> None:
         # A closed pipe shows as the end of the output, which the reader handles.
-        if not self._stdin.is_closing():
+        if self._takes_input and not self._stdin.is_closing():
             self._stdin.write(json.dumps(message).encode() + b"\n")
 
     async def _read(self, stdout: asyncio.StreamReader) -> None:
         try:
             async for line in stdout:
                 self._dispatch(json.loads(line))
+        except ConnectionError:
+            # It ended with something unread.
+            pass
         except (ValueError, KeyError) as error:
             # Half a line, or one that is too long; the type only, as it may hold a prompt.
             log.error("the worker of %s wrote no message: %s", self.label, type(error).__name__)
@@ -167,13 +178,12 @@ class WorkerProcess:
                 inbox.put_nowait(message)
 
 
-def _spawn() -> subprocess.Popen[bytes]:
+def _spawn(end: socket.socket) -> subprocess.Popen[bytes]:
     paths = [_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
         [sys.executable, "-m", "llm_sidecar.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        bufsize=0,
+        stdin=end.fileno(),
+        stdout=end.fileno(),
         start_new_session=True,
         env={
             **os.environ,

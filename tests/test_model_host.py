@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -374,12 +375,9 @@ async def until_loaded(host: ModelHost) -> None:
 def play_worker(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     """Lets a script stand for the worker process."""
 
-    def spawn() -> subprocess.Popen[bytes]:
+    def spawn(end: socket.socket) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [sys.executable, "-c", script],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
+            [sys.executable, "-c", script], stdin=end.fileno(), stdout=end.fileno()
         )
 
     monkeypatch.setattr(worker_process, "_spawn", spawn)

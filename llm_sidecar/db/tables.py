@@ -43,7 +43,9 @@ _OF_THE_MACHINE: Final = (
 FRAGMENTS: Final = 32
 """A table with as many is worth compacting."""
 COMPACTING: Final = "compact.lock"
-"""Locked by who compacts, and touched when it is done."""
+"""Locked by who compacts."""
+_COMPACTED: Final = "compacted"
+"""Touched when it is done."""
 
 
 class OldShape(DatabaseUnavailable):
@@ -244,13 +246,13 @@ class Tables:
                     await _build_indices(table)
                 await table.optimize(cleanup_older_than=_KEEP_VERSIONS)
             await self.sync()
-            (self._place.log_folder / COMPACTING).touch()
+            (self._place.log_folder / _COMPACTED).touch()
         return True
 
     def last_compaction(self) -> datetime.datetime | None:
         """When any process of this machine last finished one."""
         try:
-            found = (self._place.log_folder / COMPACTING).stat()
+            found = (self._place.log_folder / _COMPACTED).stat()
         except FileNotFoundError:
             return None
         return datetime.datetime.fromtimestamp(found.st_mtime, datetime.UTC)

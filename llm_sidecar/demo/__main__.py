@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import multiprocessing.connection
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -64,6 +65,8 @@ def _together(train: Callable[..., None], name: str, options: argparse.Namespace
             )
             for rank in range(PROCESSES)
         ]
+        # The end of this process ends the others too, however it is asked to.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         for process in running:
             process.start()
         while running:
