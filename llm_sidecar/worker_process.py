@@ -136,7 +136,7 @@ class WorkerProcess:
         return f"exit status {code}"
 
     def _write(self, message: dict[str, Any]) -> None:
-        # A closed pipe shows as the end of the output, which the reader handles.
+        # A closed socket shows as the end of the output, which the reader handles.
         if self._takes_input and not self._stdin.is_closing():
             self._stdin.write(json.dumps(message).encode() + b"\n")
 
