@@ -29,20 +29,14 @@ WORKDIR /app
 FROM base AS sidecar-packages
 # cpu or cuda.
 ARG ACCELERATOR=cpu
-# An index with torch wheels of that kind. Without one torch comes from the default index, whose
-# wheel runs on both but brings gigabytes of CUDA libraries. Build arguments stay in the build cache:
-# no password belongs into it.
-ARG EXTRA_INDEX_URL=
 COPY requirements.txt /build/
-# The extra index is asked for torch alone, so that it cannot stand in for any other package.
+# pip is configured by the base image, if at all: PYTHON_IMAGE can be one with an /etc/pip.conf.
 RUN python3.11 -m venv /opt/venv \
     && case "$ACCELERATOR" in \
         cpu) ;; \
         cuda) sed -i 's/^onnxruntime-genai==/onnxruntime-genai-cuda==/' /build/requirements.txt ;; \
         *) echo "ACCELERATOR=$ACCELERATOR: it takes cpu or cuda" >&2; exit 1 ;; \
     esac \
-    && pip install --no-cache-dir ${EXTRA_INDEX_URL:+--extra-index-url "$EXTRA_INDEX_URL"} \
-        "$(grep '^torch==' /build/requirements.txt)" \
     && pip install --no-cache-dir -r /build/requirements.txt
 
 
@@ -68,12 +62,9 @@ CMD ["uvicorn", "osiris.server:app", "--host", "0.0.0.0", "--port", "8000"]
 
 
 FROM base AS chatterbox-packages
-# An index with wheels of torch and torchaudio for this machine; none is needed.
-ARG EXTRA_INDEX_URL=
 COPY requirements-chatterbox.txt /build/
 RUN python3.11 -m venv /opt/venv \
-    && pip install --no-cache-dir ${EXTRA_INDEX_URL:+--extra-index-url "$EXTRA_INDEX_URL"} \
-        -r /build/requirements-chatterbox.txt
+    && pip install --no-cache-dir -r /build/requirements-chatterbox.txt
 
 
 # The speech worker serves no port: it takes texts from the bus and gives WAVs to it.

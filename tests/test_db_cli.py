@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -209,16 +208,6 @@ def test_status_takes_only_runs_of_that_status(capsys: pytest.CaptureFixture[str
     assert ids(said(capsys, "query-runs", "--status", "success")) == ["2", "1", "0"]
     errors = ids(said(capsys, "query-runs", "--status", "error", "--last", "2"))
     assert errors == ["minute", "hour"]
-
-
-@pytest.fixture
-def in_tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A machine whose local time is not UTC."""
-    with monkeypatch.context() as patch:
-        patch.setenv("TZ", "JST-9")
-        time.tzset()
-        yield
-    time.tzset()
 
 
 @pytest.mark.usefixtures("mixed", "in_tokyo")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import datetime
 import json
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,16 +49,6 @@ OLD_SCORE: Final = {"run_id": "r-1", "timestamp": WRITTEN, "score": 0.5, "ration
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LANCEDB_URI", str(tmp_path / "db"))
     return tmp_path / "db"
-
-
-@pytest.fixture
-def in_tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A machine whose local time is not UTC."""
-    with monkeypatch.context() as patch:
-        patch.setenv("TZ", "JST-9")
-        time.tzset()
-        yield
-    time.tzset()
 
 
 def write(folder: Path, table: str, rows: pa.Table | list[dict[str, Any]]) -> None:
