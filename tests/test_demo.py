@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import llguidance
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from llm_sidecar import hermes_plugin, proposals
-from llm_sidecar.demo import evaluate, judgement, market, training
+from llm_sidecar.demo import evaluate, judgement, lessons, market
+from llm_sidecar.demo.muon import Muon, orthogonal
 from llm_sidecar.demo.situations import SITUATIONS, answer
 from llm_sidecar.demo.tickers import random_ticker, split_of
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
@@ -122,18 +125,82 @@ def test_only_what_the_assistant_says_is_learned() -> None:
         Message(role="user", content="Long ABC"),
         Message(role="assistant", content='{"ticker":"ABC","action":"pass"}'),
     ]
-    whole = training.encode(tokenizer, training.Lesson(messages))
+    whole = lessons.encode(tokenizer, lessons.Lesson(messages))
     assert tokenizer.decode(whole.ids) == (
         '<|user|>\nLong ABC<|end|>\n<|assistant|>\n{"ticker":"ABC","action":"pass"}<|end|>'
     )
     learned = [label for label in whole.labels if label >= 0]
     assert tokenizer.decode(learned) == '{"ticker":"ABC","action":"pass"}<|end|>'
-    head = training.encode(tokenizer, training.Lesson(messages, last=13))
+    head = lessons.encode(tokenizer, lessons.Lesson(messages, last=13))
     assert head.ids == whole.ids[: len(head.ids)]
     assert tokenizer.decode([label for label in head.labels if label >= 0]).startswith(
         '{"ticker":"AB'
     )
     assert tokenizer.eos_token_id not in head.labels
+
+
+def test_hints_lead_from_each_copied_token_to_the_same_token_of_the_prompt() -> None:
+    tokenizer = load_tokenizer()
+    case = market.Case(
+        "We shorted QX.L, RSI 81.5 hot, ATR 3.2%",
+        answer("overbought", "QX.L", "SHORT", "81.5", "3.2"),
+        "overbought",
+        ("RSI 81.5 hot",),
+        "3.2",
+    )
+    text = proposals.dumps(case.proposal)
+    messages = [Message(role="user", content=case.prompt), Message(role="assistant", content=text)]
+    lesson = lessons.Lesson(messages, hints=market.hints(case, text))
+    encoded = lessons.encode(tokenizer, lesson)
+
+    def tokens(places: Sequence[int]) -> str:
+        return "".join(tokenizer.decode([encoded.ids[at]]) for at in places)
+
+    found = [(look.way, tokens([look.at + 1]), tokens(look.sources)) for look in encoded.looks]
+    copied = [(answered, asked) for way, answered, asked in found if way == "copied"]
+    assert "".join(answered for answered, _ in copied) == "QX.L81.5"
+    assert all(answered == asked for answered, asked in copied)
+    reasons = {way: {asked for w, _, asked in found if w == way} for way, _, _ in found}
+    assert reasons["side"] == {" shorted"}
+    assert reasons["situation"] == {"RSI 81.5 hot"}
+    assert reasons["range"] == {"3.2"}
+    assert {"side", "SHORT"} <= {tokens([at]) for at in encoded.decisions}
+
+
+def test_nearly_every_hint_has_a_source() -> None:
+    ways: dict[str, list[bool]] = {}
+    for case in cases(500):
+        for hint in market.hints(case, proposals.dumps(case.proposal)):
+            stated = {"side": "side" in case.proposal, "range": case.atr is not None}
+            if stated.get(hint.way, True):
+                ways.setdefault(hint.way, []).append(bool(hint.sources))
+    shares = {way: sum(found) / len(found) for way, found in ways.items()}
+    assert shares["copied"] > 0.99
+    assert all(share > 0.9 for share in shares.values()), shares
+
+
+def test_muons_steps_are_orthogonal() -> None:
+    for shape in ((48, 96), (96, 48), (64, 64)):
+        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        values = torch.linalg.svdvals(orthogonal(matrix))
+        assert values.min() > 0.3
+        assert values.max() < 1.4
+
+
+def test_muon_takes_the_steps_of_torchs_own() -> None:
+    matrices = [
+        torch.nn.Parameter(torch.randn(24, 40, generator=torch.Generator().manual_seed(1)))
+        for _ in range(2)
+    ]
+    optimizers = (
+        Muon(matrices[:1], 0.02),
+        torch.optim.Muon(matrices[1:], 0.02, weight_decay=0.01, momentum=0.95),
+    )
+    for step in range(3):
+        for matrix, optimizer in zip(matrices, optimizers, strict=True):
+            matrix.grad = torch.randn(24, 40, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+    torch.testing.assert_close(matrices[0], matrices[1], atol=2e-3, rtol=0)
 
 
 def load_tokenizer() -> Any:

@@ -12,10 +12,10 @@ from random import Random
 from typing import Any, Final
 
 from llm_sidecar import hermes_plugin
+from llm_sidecar.demo.lessons import Lesson, Teacher
 from llm_sidecar.demo.market import Case, draw
 from llm_sidecar.demo.situations import SITUATIONS
 from llm_sidecar.demo.tickers import Split
-from llm_sidecar.demo.training import Lesson, Teacher
 from llm_sidecar.engines import Message
 from llm_sidecar.proposals import dumps
 

@@ -6,13 +6,16 @@ a model cannot live on the habits of one.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from random import Random
 from typing import Any, Final, NamedTuple
 
 from llm_sidecar.demo import prompts, variants
+from llm_sidecar.demo.lessons import Hint, Lesson, Teacher
+from llm_sidecar.demo.positions import SIDE_WORDS
 from llm_sidecar.demo.situations import SITUATIONS, Side, answer
 from llm_sidecar.demo.tickers import Split, random_ticker
-from llm_sidecar.demo.training import Lesson, Teacher
 from llm_sidecar.engines import Message
 from llm_sidecar.proposals import Example, build_messages, dumps
 
@@ -27,11 +30,19 @@ _WEIGHTS: Final = (3, 3, 3, 4, 4)
 
 
 class Case(NamedTuple):
-    """A prompt, and the proposal that the rule of `situations` gives for it."""
+    """A prompt, and the proposal that the rule of `situations` gives for it.
+
+    Attributes:
+        situation: key of `SITUATIONS`.
+        phrases: that say so in the prompt, but for their case and typing errors.
+        atr: the average true range in percent that it states, or None.
+    """
 
     prompt: str
     proposal: dict[str, Any]
     situation: str
+    phrases: Sequence[str] = ()
+    atr: str | None = None
 
 
 def draw(rng: Random, split: Split, longest: int = _LONGEST_PROMPT) -> Case:
@@ -44,7 +55,9 @@ def draw(rng: Random, split: Split, longest: int = _LONGEST_PROMPT) -> Case:
 
 def _first_writer(rng: Random, split: Split) -> Case:
     labelled = prompts.labelled_prompt(rng, split)
-    return Case(labelled.prompt, labelled.proposal, labelled.situation)
+    return Case(
+        labelled.prompt, labelled.proposal, labelled.situation, labelled.phrases, labelled.atr
+    )
 
 
 def _second_writer(rng: Random, split: Split) -> Case:
@@ -64,7 +77,8 @@ def _second_writer(rng: Random, split: Split) -> Case:
     prompt = rng.choices(variants.LAYOUTS, _WEIGHTS)[0](told)
     states_number = told.number_told and "<n>" in SITUATIONS[name].measured
     number = scene.number if states_number else None
-    return Case(prompt, answer(name, scene.ticker, side, number, scene.atr), name)
+    proposal = answer(name, scene.ticker, side, number, scene.atr)
+    return Case(prompt, proposal, name, told.phrases, scene.atr)
 
 
 def teacher(seed: int, split: Split = "train") -> Teacher:
@@ -88,11 +102,62 @@ def teacher(seed: int, split: Split = "train") -> Teacher:
         messages = [*build_messages(last.prompt, examples), Message(role="assistant", content=text)]
         if not final and rng.random() > 0.3 * grown:
             messages = messages[1:]
+        found = hints(last, text)
         if whole:
-            return Lesson(messages)
+            return Lesson(messages, hints=found)
         if rng.random() < 0.65:
             # Up to `new`, so that no side is something to learn too.
-            return Lesson(messages, last=text.index('_stop_pct"'))
-        return Lesson(messages, first=text.index('"rationale"'))
+            return Lesson(messages, last=text.index('_stop_pct"'), hints=found)
+        return Lesson(messages, first=text.index('"rationale"'), hints=found)
 
     return lesson
+
+
+def hints(case: Case, text: str) -> list[Hint]:
+    """Where the prompt has what its answer, written as `text`, copies or decides by."""
+    prompt = case.prompt
+    ticker = _value(text, "ticker")
+    found = [Hint("copied", *ticker, _whole(text[slice(*ticker)], prompt))]
+    for number in _STATED_NUMBER.finditer(text, text.index('"rationale"')):
+        found.append(Hint("copied", *number.span(), _whole(number[0], prompt)))
+    side = case.proposal.get("side")
+    words = [m.span() for m in SIDE_WORDS[side].finditer(prompt)] if side else []
+    # With no side to be told, the next field's name comes in the place of the side's.
+    name = text.index("side" if side else "new_stop_pct")
+    found.append(Hint("side", name, name + 3, words))
+    for field in ("action", "side") if side else ("action",):
+        found.append(Hint("side", *_value(text, field), words))
+    phrases: list[tuple[int, int]] = []
+    for phrase in case.phrases:
+        # A number by itself may be anywhere; it is the one behind its name.
+        numeric = not any(character.isalpha() for character in phrase)
+        end = phrases[-1][1] if phrases else len(prompt)
+        near = (end, end + _NEAR + len(phrase)) if numeric else (0, len(prompt))
+        place = prompt.lower().find(phrase.lower(), *near)
+        if place >= 0:
+            phrases.append((place, place + len(phrase)))
+    atr = _whole(case.atr, prompt) if case.atr else []
+    for field in ("action", "new_stop_pct", "new_target_pct", "confidence", "rationale"):
+        found.append(Hint("situation", *_value(text, field), phrases))
+        if field.endswith("_pct"):
+            found.append(Hint("range", *_value(text, field), atr))
+    return found
+
+
+_NEAR: Final = 12
+_STATED_NUMBER: Final = re.compile(r"(?<= )\d+(?:\.\d+)?")
+
+
+def _value(text: str, field: str) -> tuple[int, int]:
+    """Where the value of a field of the JSON `text` is, its quotes left out."""
+    found = re.compile(rf'"{field}":"?([^",}}]+)').search(text)
+    if found is None:
+        raise ValueError(f"no {field} in {text}")
+    return found.span(1)
+
+
+def _whole(word: str, prompt: str) -> list[tuple[int, int]]:
+    """Where the prompt has the word alone, or else where it has it within others."""
+    pattern = re.escape(word)
+    alone = list(re.finditer(rf"(?<![A-Za-z\d]){pattern}(?![A-Za-z\d]|\.\d)", prompt))
+    return [match.span() for match in alone or re.finditer(pattern, prompt)]

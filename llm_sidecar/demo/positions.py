@@ -6,6 +6,7 @@ last tables say the instrument without a side, or use a side's words for somethi
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from llm_sidecar.demo.situations import Side
@@ -113,11 +114,11 @@ SIDE_AFTER: Final[dict[Side, tuple[str, ...]]] = {
 """The side, where the instrument was named before."""
 
 TAGS: Final[dict[Side, str]] = {
-    "LONG": "{long|lng|LONG|Lng|L|l|lg|bot|b|B|buy|bought|BUY|BOT|bull|long <qty>|+<qty>|L<qty>|"
-    "bot <qty>|lng <qty>|l/<qty>|long <qty> sh|bto|BTO|ln|net long|bullish|b <qty>|own <qty>|holding "
-    "<qty>|LNG|+<qty>sh}",
-    "SHORT": "{short|shrt|SHORT|sht|S|s|sh|sld|ss|SS|sell|sold|SELL|SLD|bear|short <qty>|-<qty>|S<qty>|"
-    "sld <qty>|shrt <qty>|s/<qty>|short <qty> sh|sto|STO|srt|net short|bearish|ss <qty>|sold <qty>|"
+    "LONG": "{long|lng|LONG|Lng|L|lg|bot|B|buy|bought|BUY|BOT|bull|long <qty>|+<qty>|L<qty>|"
+    "bot <qty>|lng <qty>|long <qty> sh|bto|BTO|net long|bullish|own <qty>|holding <qty>|LNG|"
+    "+<qty>sh}",
+    "SHORT": "{short|shrt|SHORT|sht|S|sld|ss|SS|sell|sold|SELL|SLD|bear|short <qty>|-<qty>|S<qty>|"
+    "sld <qty>|shrt <qty>|short <qty> sh|sto|STO|net short|bearish|ss <qty>|sold <qty>|"
     "sold short <qty>|SHRT|-<qty>sh}",
 }
 """A desk's shorthand."""
@@ -128,15 +129,31 @@ FIELD_KEYS: Final = (
     "type|ord|sd|d|action_taken|holding|trade_type|open_position|our_side|long_short|we_are}"
 )
 FIELD_VALUES: Final[dict[Side, str]] = {
-    "LONG": "{long|LONG|Long|L|l|buy|BUY|Buy|B|bot|bought|BOT|bull|bullish|net long|BTO|lng|Bought|"
-    "BOUGHT|long_only|LNG|1|+1|+|long|LONG|BUY|buy}",
-    "SHORT": "{short|SHORT|Short|S|s|sell|SELL|Sell|sold|SLD|sld|SS|bear|bearish|net short|STO|shrt|"
-    "sell_short|SELL_SHORT|sell short|SSHORT|-1|-|short|SHORT|SELL|sell}",
+    "LONG": "{long|LONG|Long|L|buy|BUY|Buy|B|bot|bought|BOT|bull|bullish|net long|BTO|lng|Bought|"
+    "BOUGHT|long_only|LNG|long|LONG|BUY|buy}",
+    "SHORT": "{short|SHORT|Short|S|sell|SELL|Sell|sold|SLD|sld|SS|bear|bearish|net short|STO|shrt|"
+    "sell_short|SELL_SHORT|sell short|SSHORT|short|SHORT|SELL|sell}",
 }
 SIGNED_KEYS: Final = (
     "{qty|size|pos|position|net|net_qty|shares|units|lots|contracts|exposure|holding|quantity|Qty|"
     "POS|net_pos|posn|signed_qty|Position|inventory}"
 )
+
+SIDE_WORDS: Final[dict[str, re.Pattern[str]]] = {
+    "LONG": re.compile(
+        r"(?i)(?<![a-z])(?:longs?(?:_only)?(?!-?[a-z]|-?_? ?term)|lng|lg|bot|bought|buy(?:ers?)?|bto|bull(?:s|ish)?"
+        r"|owns?|owners?|holds?|holding|purchased|picked up|accumulated|scooped up|loaded up|grabbed|added"
+        r"|acquired|upside|higher|rise|rises|goes up|climbs|rallies|b|l(?=\b|\d))(?![a-z])"
+        r"|(?<=\b54=)1\b|(?<![\w.])\+(?=\d[\d,]*k?(?![\d.,%]))"
+    ),
+    "SHORT": re.compile(
+        r"(?i)(?<![a-z])(?:short(?:s|ed|-sold| selling)?(?!-?[a-z]|-?_? ?term)|shrt|sht|sold|sld|sell(?:er|ers)?"
+        r"|sell_short|ss|s?short|sto|bear(?:s|ish)?|faded|fading|against|downside|lower|fall|falls|goes down|drops"
+        r"|slides|borrowed|s(?=\b|\d))(?![a-z])"
+        r"|(?<=\b54=)2\b|(?<![\w.])-(?=\d[\d,]*k?(?![\d.,%]))"
+    ),
+}
+"""Words that tell a side, if they speak of the position."""
 
 STOPS: Final[dict[Side, str]] = {
     "LONG": "{stop {at|is|sits at|rests at|=|:|in at} <stop_below>|sell stop {at|} <stop_below>|sl "

@@ -18,12 +18,19 @@ _WORD: Final = re.compile(r"[a-z]{4,}")
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A prompt, and the proposal that follows from it by the rule of `situations`."""
+    """A prompt, and the proposal that follows from it by the rule of `situations`.
+
+    Attributes:
+        phrases: that tell the situation, as they were before case and spelling were disturbed.
+        atr: average true range in percent as the prompt states it, or None.
+    """
 
     prompt: str
     proposal: dict[str, Any]
     situation: str
     layout: str
+    phrases: tuple[str, ...]
+    atr: str | None
 
     @property
     def ticker(self) -> str:
@@ -53,7 +60,8 @@ def labelled_prompt(rng: Random, split: Split) -> Labelled:
     number = scene.number if scene.number and scene.number in text else None
     atr = scene.atr if scene.atr and scene.atr in text else None
     proposal = answer(scene.situation, scene.ticker, scene.side, number, atr)
-    return Labelled(text, proposal, scene.situation, layout.__name__)
+    phrases = tuple(scene.finish(phrase) for phrase in scene.phrases)
+    return Labelled(text, proposal, scene.situation, layout.__name__, phrases, atr)
 
 
 def _recased(text: str, rng: Random) -> str:

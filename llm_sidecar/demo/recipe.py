@@ -24,16 +24,17 @@ from transformers import (
 )
 
 from llm_sidecar.demo import judgement, market
-from llm_sidecar.demo.tickers import ACRONYMS, INDEXES
+from llm_sidecar.demo.lessons import Teacher
+from llm_sidecar.demo.tickers import ACRONYMS, INDEXES, KEYWORDS
 from llm_sidecar.demo.tokenizer import CHATML, CONTEXT_LENGTH, NUMBERS, PHI3, train_tokenizer
-from llm_sidecar.demo.training import Schedule, Teacher, prepare_attention, train
+from llm_sidecar.demo.training import Schedule, prepare_attention, train
 
-_VOCABULARY: Final = 2560
+_VOCABULARY: Final = 2816
 _NUMBERS_VOCABULARY: Final = 1536
 _TOKENIZER_LESSONS: Final = 4000
 PROCESSES: Final = 2
 """That train a model together: part of the recipe, as each draws lessons of its own."""
-_PHI3: Final = Schedule(tokens=20_000_000)
+_PHI3: Final = Schedule(tokens=12_000_000)
 _HERMES: Final = Schedule(tokens=6_000_000)
 
 
@@ -62,7 +63,10 @@ def train_phi3(folder: Path, member: Member, *, seed: int, scale: float = 1.0) -
     """
     _prepare(seed, member)
     tokenizer = train_tokenizer(
-        _texts(market.teacher(seed + 1000)), PHI3, _VOCABULARY, whole=(*ACRONYMS, *INDEXES)
+        _texts(market.teacher(seed + 1000)),
+        PHI3,
+        _VOCABULARY,
+        whole=(*ACRONYMS, *INDEXES, *KEYWORDS),
     )
     config = Phi3Config(
         hidden_size=192,

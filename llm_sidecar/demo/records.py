@@ -12,8 +12,8 @@ from llm_sidecar.demo.scene import Scene
 _TICK: Final = chr(0xE000)
 _TICKER_KEYS: Final = (
     "{ticker|symbol|sym|Ticker|Symbol|SYMBOL|TICKER|SYM|instrument|inst|asset|security|sec|stock|tkr|"
-    "tick|underlying|ul|code|ric|product|contract|pair|market|mkt|s|t|tk|equity|issue|instr|bbg|secid|"
-    "epic|paper|line|name|id|what|focus|subject|holding_in|Instrument|stk|und|coin|fx|issuer_code}"
+    "tick|underlying|ul|code|ric|product|contract|pair|market|mkt|tk|equity|issue|instr|bbg|secid|"
+    "epic|paper|name|focus|subject|holding_in|Instrument|stk|und|coin|fx|issuer_code}"
 )
 _NOISE_FIELDS: Final = (
     ("{price|px|last|mark|mid|last_px|close|Last|PX}", "<price>"),
@@ -46,14 +46,13 @@ _NOISE_FIELDS: Final = (
 def _pairs(scene: Scene) -> list[tuple[str, str]]:
     """The scene as keys and values, the instrument first in half of the cases."""
     rng = scene.rng
-    odd = rng.random() < 0.08
-    head = [(lexicon.nonce(rng) if odd else scene.say(_TICKER_KEYS), _TICK)]
+    head = [(scene.say(_TICKER_KEYS), _TICK)]
     if scene.side is not None:
         if rng.random() < 0.13:
-            sign = "-" if scene.side == "SHORT" else rng.choice(("+", ""))
+            sign = "-" if scene.side == "SHORT" else "+"
             head.append((scene.say(SIGNED_KEYS), sign + scene.say("<qty>")))
         else:
-            key = lexicon.nonce(rng) if odd else scene.say(FIELD_KEYS)
+            key = lexicon.nonce(rng) if rng.random() < 0.04 else scene.say(FIELD_KEYS)
             head.append((key, scene.say(FIELD_VALUES[scene.side])))
             if rng.random() < 0.35:
                 head.append((scene.say("{qty|size|shares|units|lots}"), scene.say("<qty>")))
@@ -123,7 +122,7 @@ def _fix(scene: Scene) -> str:
     rng = scene.rng
     tags = ["35=" + rng.choice("D8AE"), f"55={_TICK}"]
     if scene.side is not None:
-        tags.append("54=" + ("1" if scene.side == "LONG" else rng.choice("255")))
+        tags.append(f"54={1 if scene.side == 'LONG' else 2}")
     tags += [
         scene.say(t) for t in rng.sample(("38=<qty>", "44=<price>", "1=<acc>", "49=<acronym>"), 2)
     ]

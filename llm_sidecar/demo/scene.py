@@ -27,6 +27,7 @@ class Scene:
         situation: key of `SITUATIONS`.
         number: the situation's number once a phrase has stated it.
         atr: average true range in percent once a phrase has stated it.
+        phrases: that told the situation.
     """
 
     rng: Random
@@ -38,6 +39,7 @@ class Scene:
     number: str | None = None
     atr: str | None = None
     codes: list[str] = field(default_factory=list)
+    phrases: list[str] = field(default_factory=list)
 
     @classmethod
     def draw(cls, rng: Random, split: Split) -> Scene:
@@ -57,14 +59,19 @@ class Scene:
         return self.say(self.rng.choice(templates))
 
     def situation_sentence(self) -> str:
-        return self.one_of(PHRASES[self.situation].sentences)
+        return self._telling(self.one_of(PHRASES[self.situation].sentences))
 
     def situation_shorthand(self) -> str:
-        return self.one_of(PHRASES[self.situation].shorthand)
+        return self._telling(self.one_of(PHRASES[self.situation].shorthand))
 
     def situation_field(self) -> tuple[str, str]:
         key, value = self.rng.choice(PHRASES[self.situation].fields)
-        return self.say(key), self.say(value)
+        key, value = self._telling(self.say(key)), self._telling(self.say(value))
+        return key, value
+
+    def _telling(self, phrase: str) -> str:
+        self.phrases.append(phrase)
+        return phrase
 
     def atr_sentence(self) -> str:
         return self.say(ATR)
@@ -88,8 +95,8 @@ class Scene:
         return self.code(random_ticker(self.rng, self.split))
 
     def acronym(self) -> str:
-        """A usual acronym or an invented one; never a held-out ticker in training."""
-        if self.rng.random() < 0.5:
+        """A usual acronym or, seldom, an invented one; never a held-out ticker in training."""
+        if self.rng.random() < 0.85:
             return self.code(self.rng.choice(ACRONYMS))
         invented = root_code(self.rng)
         return self.code(invented) if split_of(invented) == self.split else self.acronym()

@@ -25,9 +25,19 @@ ACRONYMS: Final = (
 INDEXES: Final = (
     "SPY QQQ IWM DIA VIX SPX NDX DXY TLT XLK XLF XLE SMH RUT DAX FTSE HYG GLD"
 ).split()
-"""Market references that prompts mention beside their instrument; never a ticker here."""
+"""Market references that prompts mention beside their instrument, or for it."""
 
-_TABOO: Final = frozenset(ACRONYMS) | frozenset(INDEXES)
+KEYWORDS: Final = (
+    "TICKER SYMBOL INSTRUMENT INSTR INST ASSET SECURITY STOCK CODE PRODUCT CONTRACT MARKET EQUITY "
+    "PAIR RIC TKR UNDERLYING DIRECTION DIR POSITION BIAS TRADE EXPOSURE BOOK HOLDING ENTRY PRICE "
+    "COST OPEN HIGH LOW CLOSE BID ASK VOL VOLUME SIZE SHARES UNITS LOTS MARK MID SPOT NOW TARGET "
+    "ACCT ACCOUNT DESK TRADER USER VENUE EXCH CCY PEER BENCH SIGNAL STATE EVENT SETUP FLAG TIME "
+    "TS ID REF STATUS SECTOR THEME TAG TYPE ALERT INFO UPDATE LOG WARN ROW ORDER RISK REVIEW CALL "
+    "CUT RAISED BREAKING WIRE EARNINGS GUIDANCE TREND RANGE FLAT NONE NULL TRUE FALSE YES NO ALL"
+).split()
+"""What a form writes in capitals beside its values; never a ticker here."""
+
+_TABOO: Final = frozenset(ACRONYMS) | frozenset(KEYWORDS)
 _EXCHANGE_SUFFIXES: Final = (
     ".L .DE .PA .AS .TO .V .AX .MI .SW .ST .OL .HE .CO .BR .MC .SA .NS .BO .KS .SI .OQ .N .O .K"
 ).split()
@@ -38,7 +48,12 @@ _CURRENCIES: Final = (
 
 
 def split_of(ticker: str) -> Split:
-    """Every tenth ticker by hash is held out: training never sees it, in any role."""
+    """Every tenth ticker by hash is held out: training never sees it, in any role.
+
+    Market references are seen as such, so none of them is held out.
+    """
+    if ticker.upper() in INDEXES:
+        return "train"
     digest = hashlib.sha256(ticker.upper().encode()).digest()
     return "held-out" if digest[0] % 10 == 0 else "train"
 
@@ -46,7 +61,8 @@ def split_of(ticker: str) -> Split:
 def random_ticker(rng: Random, split: Split = "train") -> str:
     """A ticker of at most 12 characters from `split`, that is no usual acronym."""
     while True:
-        ticker = _random_code(rng)
+        # An index is an instrument too, at times.
+        ticker = rng.choice(INDEXES) if rng.random() < 0.02 else _random_code(rng)
         if len(ticker) <= 12 and ticker not in _TABOO and split_of(ticker) == split:
             return ticker
 
@@ -62,11 +78,11 @@ def root_code(rng: Random) -> str:
 
 def _random_code(rng: Random) -> str:
     kind = rng.random()
-    if kind < 0.72:
+    if kind < 0.68:
         return root_code(rng)
-    if kind < 0.77:
+    if kind < 0.73:
         return root_code(rng) + rng.choice(".-/") + rng.choice("ABCKP")
-    if kind < 0.82:
+    if kind < 0.78:
         return root_code(rng) + rng.choice(("", "", "1", "3", "4")) + rng.choice(_EXCHANGE_SUFFIXES)
     if kind < 0.86:
         digits = str(rng.randrange(1, 9999)).zfill(4)

@@ -5,48 +5,31 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import torch
 import torch.distributed
 
-from llm_sidecar.engines import Message
+from llm_sidecar.demo.lessons import IGNORED, Encoded, Look, Teacher, Way, encode
+from llm_sidecar.demo.muon import Muon, has_bfloat16
 
-_IGNORED: Final = -100
-"""Label of a token that no loss is taken of (torch's convention)."""
 _POOL: Final = 48
 """Batches' worth of examples that are sorted by length together, so that little is padding."""
 
 
-class Lesson(NamedTuple):
-    """One chat to learn from.
-
-    Attributes:
-        messages: the last is the assistant's.
-        first, last: the characters of its text that are shown, as of a slice. A short piece teaches
-            what it holds at a part of the cost.
-    """
-
-    messages: Sequence[Message]
-    first: int = 0
-    last: int | None = None
-
-
-Teacher = Callable[[float], Lesson]
-"""Gives the next lesson for the part of the training that is done, 0 to 1."""
-
-
-class Encoded(NamedTuple):
-    """One lesson: token ids, and labels that are `_IGNORED` outside the assistant's turns."""
-
-    ids: list[int]
-    labels: list[int]
-
-
-_SHORT_ROW: Final = 320
+_SHORT_ROW: Final = 640
 _WARM_UP: Final = 0.02
+_LOOKING: Final[dict[Way, slice]] = {
+    "copied": slice(0, 2),
+    "range": slice(0, 2),
+    "side": slice(2, 4),
+    "situation": slice(4, 6),
+}
+"""The heads of the last layer that hints go to, by their way."""
+_LOOKING_WEIGHT: Final = 0.3
+_DECISION_WEIGHT: Final = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,47 +49,6 @@ class Schedule:
     batch_tokens: int = 1280
     matrix_rate: float = 2e-2
     other_rate: float = 5e-3
-
-
-def encode(tokenizer: Any, lesson: Lesson) -> Encoded:
-    """The chat as the template writes it, with labels on the assistant's turns and their end."""
-    ids: list[int] = []
-    labels: list[int] = []
-    header = _generation_header(tokenizer)
-    for message in lesson.messages:
-        text = tokenizer.apply_chat_template([message], tokenize=False)
-        if message["role"] != "assistant":
-            turn = tokenizer.encode(text, add_special_tokens=False)
-            ids += turn
-            labels += [_IGNORED] * len(turn)
-            continue
-        prompt = tokenizer.encode(header, add_special_tokens=False)
-        reply = tokenizer.encode(message["content"], add_special_tokens=False)
-        rest = tokenizer.encode("\n", add_special_tokens=False)
-        if message is lesson.messages[-1]:
-            reply, rest = _piece(tokenizer, message["content"], lesson), []
-        if message is not lesson.messages[-1] or lesson.last is None:
-            reply.append(tokenizer.eos_token_id)
-        ids += prompt + reply + rest
-        labels += [_IGNORED] * len(prompt) + reply + [_IGNORED] * len(rest)
-    return Encoded(ids, labels)
-
-
-def _piece(tokenizer: Any, text: str, lesson: Lesson) -> list[int]:
-    """The tokens of the whole text that begin in the lesson's piece of it."""
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    last = len(text) if lesson.last is None else lesson.last
-    return [
-        token
-        for token, (begin, _) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-        if lesson.first <= begin < last
-    ]
-
-
-def _generation_header(tokenizer: Any) -> str:
-    user = [{"role": "user", "content": "?"}]
-    whole: str = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
-    return whole[len(tokenizer.apply_chat_template(user, tokenize=False)) :]
 
 
 def prepare_attention(model: Any) -> None:
@@ -141,8 +83,7 @@ def train(model: Any, tokenizer: Any, teacher: Teacher, schedule: Schedule, name
     Inside a torch.distributed group each process learns from lessons of its own, and all take the
     same steps along the mean of their gradients. Give each the same weights and another teacher.
 
-    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) needs fewer steps for the
-    matrices than AdamW does.
+    Muon needs fewer steps for the matrices than AdamW does.
 
     Args:
         model: a transformers causal model in float32.
@@ -154,7 +95,7 @@ def train(model: Any, tokenizer: Any, teacher: Teacher, schedule: Schedule, name
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = (
-        torch.optim.Muon(matrices, schedule.matrix_rate, weight_decay=0.01, momentum=0.95),
+        Muon(matrices, schedule.matrix_rate),
         torch.optim.AdamW(others, schedule.other_rate, betas=(0.9, 0.98), weight_decay=0.0),
     )
     seen = 0
@@ -165,12 +106,11 @@ def train(model: Any, tokenizer: Any, teacher: Teacher, schedule: Schedule, name
     began = reported = time.monotonic()
     losses: list[float] = []
     model.train()
-    batches = _batches(tokenizer, teacher, schedule)
-    for step, (ids, labels, tokens) in enumerate(batches, 1):
-        loss = _loss(model, ids, labels)
+    for step, batch in enumerate(_batches(tokenizer, teacher, schedule), 1):
+        loss = _loss(model, batch)
         model.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        tokens = _share(model, tokens)
+        tokens = _share(model, batch.tokens)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, rate in zip(optimizers, rates, strict=True):
             optimizer.step()
@@ -212,25 +152,56 @@ def _share(model: Any, tokens: int) -> int:
     return round(flat[-1].item())
 
 
-def _loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _loss(model: Any, batch: _Batch) -> torch.Tensor:
     """Cross-entropy of the labelled tokens, averaged over each lesson and then over the lessons.
 
-    So a score of one token weighs as much as a critique of fifty.
+    So a score of one token weighs as much as a critique of fifty. Some heads are also told where
+    to look, which they find by themselves only after millions of tokens (supervised attention:
+    Liu et al. 2016, "Neural Machine Translation with Supervised Attention", arXiv:1609.04186).
     Padding is on the right, where causal attention never sees it, so no mask slows attention down;
     and the head works on the labelled positions only.
     """
-    # The fused kernel is slow in the backward pass of short rows, the plain one big on long ones.
-    model.set_attn_implementation("eager" if ids.shape[1] <= _SHORT_ROW else "sdpa")
-    # Half again as fast where the processor has bfloat16, and no worse in the end.
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        labelled = labels[:, 1:] != _IGNORED
-        logits = model.lm_head(hidden[:, :-1][labelled])
+    short = batch.ids.shape[1] <= _SHORT_ROW
+    # The fused kernel is slow in the backward pass of short rows, the plain one big on long ones;
+    # and only the plain one shows where it looks.
+    model.set_attn_implementation("eager" if short else "sdpa")
+    looking = short and any(batch.looks)
+    # Half again as fast where the processor has bfloat16, and no worse in the end; twenty times as
+    # slow where it has not.
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16()):
+        found = model.model(input_ids=batch.ids, use_cache=False, output_attentions=looking)
+        labelled = batch.labels[:, 1:] != IGNORED
+        logits = model.lm_head(found.last_hidden_state[:, :-1][labelled])
     losses = torch.nn.functional.cross_entropy(
-        logits.float(), labels[:, 1:][labelled], reduction="none"
+        logits.float(), batch.labels[:, 1:][labelled], reduction="none"
     )
-    weights = 1.0 / labelled.sum(1, keepdim=True).expand_as(labelled)[labelled]
-    return (losses * weights).sum() / len(ids)
+    weights = batch.weights[:, 1:]
+    weights = (weights / weights.sum(1, keepdim=True))[labelled]
+    loss = (losses * weights).sum() / len(batch.ids)
+    return loss + _LOOKING_WEIGHT * _looking(found.attentions[-1], batch) if looking else loss
+
+
+def _looking(attention: torch.Tensor, batch: _Batch) -> torch.Tensor:
+    """Mean over the looks of minus the logarithm of the attention on their sources.
+
+    Args:
+        attention: of one layer, (rows, heads, from, to).
+    """
+    losses = []
+    for way, heads in _LOOKING.items():
+        looks = [
+            (r, look) for r, some in enumerate(batch.looks) for look in some if look.way == way
+        ]
+        if not looks:
+            continue
+        sources = torch.zeros(len(looks), attention.shape[-1])
+        for index, (_, look) in enumerate(looks):
+            sources[index, look.sources] = 1.0
+        rows = torch.tensor([row for row, _ in looks])
+        places = torch.tensor([look.at for _, look in looks])
+        seen = attention[rows, :, places][:, heads]
+        losses.append(-torch.log((seen.float() * sources[:, None]).sum(-1) + 1e-4).mean(1))
+    return torch.cat(losses).mean()
 
 
 def _rate(progress: float) -> float:
@@ -239,10 +210,18 @@ def _rate(progress: float) -> float:
     return warm_up * (0.02 + 0.98 * cosine)
 
 
-def _batches(
-    tokenizer: Any, teacher: Teacher, schedule: Schedule
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """(ids, labels, number of tokens) batches of lessons of similar length, in random order."""
+class _Batch(NamedTuple):
+    """Lessons of similar length, padded: ids, labels and weights of the losses, and the looks."""
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+    looks: list[list[Look]]
+    tokens: int
+
+
+def _batches(tokenizer: Any, teacher: Teacher, schedule: Schedule) -> Iterator[_Batch]:
+    """Batches of lessons of similar length, in random order."""
     shuffle = torch.Generator().manual_seed(0)
     drawn = 0
     while True:
@@ -264,11 +243,15 @@ def _batches(
                 yield _padded(batches[index], tokenizer.pad_token_id)
 
 
-def _padded(batch: list[Encoded], pad: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+def _padded(batch: list[Encoded], pad: int) -> _Batch:
     width = max(len(encoded.ids) for encoded in batch)
     ids = torch.full((len(batch), width), pad)
-    labels = torch.full((len(batch), width), _IGNORED)
+    labels = torch.full((len(batch), width), IGNORED)
     for row, encoded in enumerate(batch):
         ids[row, : len(encoded.ids)] = torch.tensor(encoded.ids)
         labels[row, : len(encoded.ids)] = torch.tensor(encoded.labels)
-    return ids, labels, sum(len(encoded.ids) for encoded in batch)
+    weights = (labels != IGNORED).float()
+    for row, encoded in enumerate(batch):
+        weights[row, encoded.decisions] = _DECISION_WEIGHT
+    looks = [encoded.looks for encoded in batch]
+    return _Batch(ids, labels, weights, looks, sum(len(encoded.ids) for encoded in batch))

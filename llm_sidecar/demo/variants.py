@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from typing import Final
 
@@ -39,11 +39,22 @@ class Scene:
 
 @dataclass(slots=True)
 class Told:
-    """A prompt under construction: remembers whether the situation's number was written."""
+    """A prompt under construction.
+
+    Attributes:
+        number_told: whether the situation's number was written.
+        phrases: that told the situation.
+    """
 
     rng: Random
     scene: Scene
     number_told: bool = False
+    phrases: list[str] = field(default_factory=list)
+
+    def tell(self, template: str) -> str:
+        """`spin` of a template that tells the situation."""
+        self.phrases.append(" ".join(self.spin(template).split()))
+        return self.phrases[-1]
 
     def spin(self, template: str) -> str:
         return spin(template, self.rng, self._slot)
@@ -150,13 +161,13 @@ _ATR_PROSE: Final = (
     "{ATR|The ATR|Daily ATR|Average true range|The average true range|Its daily range (ATR)} {is|at|of|stands at|runs at|:} <a>{%| percent| pct}",
 )
 
-_LONG_SHORT_HAND: Final = "{long|lng|LONG|Long|L|bot|bought|BOT|Bot|buy|BUY|+|lg|longs|long pos|we own|hold|own|b|B|we long|net long|BTO|bull|bullish|Lng}"
-_SHORT_SHORT_HAND: Final = "{short|shrt|SHORT|Short|S|sold|sld|SOLD|Sold|sell|SELL|-|sh|shorts|short pos|we short|net short|ss|SS|STO|bear|bearish|sht|Shrt|SLD|faded|sold short}"
+_LONG_SHORT_HAND: Final = "{long|lng|LONG|Long|L|bot|bought|BOT|Bot|buy|BUY|+|lg|longs|long pos|we own|hold|own|B|we long|net long|BTO|bull|bullish|Lng}"
+_SHORT_SHORT_HAND: Final = "{short|shrt|SHORT|Short|S|sold|sld|SOLD|Sold|sell|SELL|-|shorts|short pos|we short|net short|ss|SS|STO|bear|bearish|sht|Shrt|SLD|faded|sold short}"
 _SIDE_KEYS: Final = "{side|Side|SIDE|direction|Direction|dir|DIR|position|Position|pos|POS|bias|way|bs|buy_sell|ls|pos_side|trade_side|stance|exposure|trade|type|action|order_side|book|holding|we_are|leg|view}"
 _LONG_VALUES: Final = "{LONG|LONG|long|long|Long|L|BUY|buy|Buy|B|bought|BOT|bull|bullish|+<q>|long <q>|LONG <q>|<q> long|net long|1 (long)|BUY_TO_OPEN|long_only|buyer|lng}"
 _SHORT_VALUES: Final = "{SHORT|SHORT|short|short|Short|S|SELL|sell|Sell|sold|SLD|bear|bearish|-<q>|short <q>|SHORT <q>|<q> short|net short|-1 (short)|SELL_SHORT|sell_short|SS|seller|shrt}"
 _NO_SIDE_VALUES: Final = "{FLAT|flat|none|NONE|n/a|-|?|null|unknown|no position}"
-_TICKER_KEYS: Final = "{ticker|Ticker|TICKER|symbol|Symbol|SYMBOL|sym|SYM|tkr|TKR|instrument|Instrument|INSTR|inst|ric|RIC|underlying|und|asset|name|security|sec|stock|code|product|contract|55|pair|market|id|instr_id|secId|bbg|equity}"
+_TICKER_KEYS: Final = "{ticker|Ticker|TICKER|symbol|Symbol|SYMBOL|sym|SYM|tkr|TKR|instrument|Instrument|INSTR|inst|ric|RIC|underlying|und|asset|name|security|sec|stock|code|product|contract|55|pair|market|instr_id|secId|bbg|equity}"
 _NOISE_FIELDS: Final = (
     ("{entry|avg|avg_px|entry_price|px_in|cost|open_px|in|fill|avgPrice}", "<e>"),
     ("{last|px|price|mark|mid|spot|close|now|LastPx|quote}", "<p>"),
@@ -179,13 +190,16 @@ _ATR_KEYS: Final = "{atr_pct|ATR%|atr%|atr|ATR|atrp|atr_14_pct}"
 
 
 def _sentence(told: Told, template: str) -> str:
-    text = " ".join(told.spin(template).split()).replace(" ,", ",")
+    return _finished(told, " ".join(told.spin(template).split()).replace(" ,", ","))
+
+
+def _finished(told: Told, text: str) -> str:
     text = text[:1].upper() + text[1:] if told.rng.random() < 0.9 else text
     return text if text.endswith(("?", "!")) else f"{text}."
 
 
 def _situation_sentence(told: Told) -> str:
-    return _sentence(told, told.rng.choice(PHRASES[told.scene.situation].sentences))
+    return _finished(told, told.tell(told.rng.choice(PHRASES[told.scene.situation].sentences)))
 
 
 def _side_prose(told: Told) -> str:
@@ -259,7 +273,7 @@ def shorthand(told: Told) -> str:
     start = " ".join(part for part in head if part)
     if rng.random() < 0.6:
         start += told.spin("{ @ | @| at | from | avg | in | cost |, entry }<e>")
-    bits = [told.spin(rng.choice(PHRASES[scene.situation].shorthand))]
+    bits = [told.tell(rng.choice(PHRASES[scene.situation].shorthand))]
     extra = (
         "{stp|stop|sl|s/l|st} <e>",
         "{tgt|target|tp|t} <e>",
@@ -301,7 +315,7 @@ def fields(told: Told) -> str:
     if scene.side is not None or rng.random() < 0.4:
         pairs.append((told.spin(_SIDE_KEYS), told.spin(values)))
     key, value = rng.choice(PHRASES[scene.situation].fields)
-    pairs.append((told.spin(key), told.spin(value)))
+    pairs.append((told.tell(key), told.tell(value)))
     if scene.atr:
         pairs.append(
             (told.spin(_ATR_KEYS), told.spin("{<a>|<a>%}") if rng.random() < 0.5 else scene.atr)
@@ -405,9 +419,9 @@ def table(told: Told) -> str:
 
 def _remark(told: Told) -> str:
     phrases = PHRASES[told.scene.situation]
-    if told.rng.random() < 0.5:
-        return told.spin(told.rng.choice(phrases.shorthand))
-    return told.spin(told.rng.choice(phrases.sentences)).strip()
+    return told.tell(
+        told.rng.choice(phrases.shorthand if told.rng.random() < 0.5 else phrases.sentences)
+    )
 
 
 def _held(told: Told) -> str:
@@ -499,7 +513,7 @@ def _indicators(told: Told) -> tuple[list[list[str]], bool]:
     rows += [[name, f"{told.scene.price * rng.uniform(0.9, 1.1):.2f}"] for name in names]
     if rng.random() < 0.5:
         key, value = rng.choice(PHRASES[told.scene.situation].fields)
-        rows.insert(rng.randrange(1, len(rows) + 1), [told.spin(key), told.spin(value)])
+        rows.insert(rng.randrange(1, len(rows) + 1), [told.tell(key), told.tell(value)])
     return rows, False
 
 

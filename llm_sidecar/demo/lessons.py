@@ -1,0 +1,173 @@
+"""Lessons as tokens: what is learned of a chat, and where its answer is to be found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, Literal, NamedTuple
+
+from llm_sidecar.engines import Message
+
+IGNORED: Final = -100
+"""Label of a token that no loss is taken of (torch's convention)."""
+
+Way = Literal["copied", "side", "situation", "range"]
+"""What is looked for: characters to copy, the words that tell the side or the situation, or the
+average true range, by which distances are chosen."""
+
+
+class Hint(NamedTuple):
+    """Where in the last user message a piece of the answer is to be found.
+
+    Attributes:
+        way: where it is `copied`, each character of the piece stands at the same place in each
+            source. Otherwise the sources decide how the piece begins.
+        first, last: the piece's characters in the answer, as of a slice.
+        sources: slices of the user's message; none where it says nothing of it.
+    """
+
+    way: Way
+    first: int
+    last: int
+    sources: Sequence[tuple[int, int]]
+
+
+class Lesson(NamedTuple):
+    """One chat to learn from.
+
+    Attributes:
+        messages: the last is the assistant's, the one before it the user's.
+        first, last: the characters of its text that are shown, as of a slice. A short piece teaches
+            what it holds at a part of the cost.
+        hints: to parts of that text.
+    """
+
+    messages: Sequence[Message]
+    first: int = 0
+    last: int | None = None
+    hints: Sequence[Hint] = ()
+
+
+Teacher = Callable[[float], Lesson]
+"""Gives the next lesson for the part of the training that is done, 0 to 1."""
+
+
+class Look(NamedTuple):
+    """Where attention belongs when a token is predicted: `sources` are positions, as is `at`."""
+
+    way: Way
+    at: int
+    sources: Sequence[int]
+
+
+class Encoded(NamedTuple):
+    """One lesson as tokens.
+
+    Attributes:
+        ids: of all its tokens.
+        labels: the same, and `IGNORED` outside the assistant's turns.
+        looks: from the hints, for those tokens that have sources.
+        decisions: positions of the tokens that begin a piece which is not copied.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    looks: list[Look]
+    decisions: list[int]
+
+
+class _Placed(NamedTuple):
+    """A token: its place in the chat, and its characters in its message's text."""
+
+    at: int
+    first: int
+    last: int
+
+
+def encode(tokenizer: Any, lesson: Lesson) -> Encoded:
+    """The chat as the template writes it, with labels on the assistant's turns and their end."""
+    ids: list[int] = []
+    labels: list[int] = []
+    asked: list[_Placed] = []
+    answered: list[_Placed] = []
+    header = tokenizer.encode(_generation_header(tokenizer), add_special_tokens=False)
+    end_of_turn = [tokenizer.eos_token_id]
+    rest = tokenizer.encode("\n", add_special_tokens=False)
+    for message in lesson.messages:
+        content = message["content"]
+        if message["role"] != "assistant":
+            text = tokenizer.apply_chat_template([message], tokenize=False)
+            turn, places = _tokens(tokenizer, text, len(ids), text.index(content))
+            if message["role"] == "user":
+                asked = places
+            ids += turn
+            labels += [IGNORED] * len(turn)
+            continue
+        ids += header
+        labels += [IGNORED] * len(header)
+        is_last = message is lesson.messages[-1]
+        first, last = (lesson.first, lesson.last) if is_last else (0, None)
+        reply, answered = _tokens(tokenizer, content, len(ids), 0, first, last)
+        if last is None:
+            reply = reply + end_of_turn
+        ids += reply
+        labels += reply
+        if not is_last:
+            ids += rest
+            labels += [IGNORED] * len(rest)
+    looks = [look for hint in lesson.hints for look in _looks(hint, asked, answered)]
+    decisions = [
+        begun[0].at
+        for hint in lesson.hints
+        if hint.way != "copied" and (begun := _within(answered, hint.first, hint.last))
+    ]
+    return Encoded(ids, labels, looks, decisions)
+
+
+def _generation_header(tokenizer: Any) -> str:
+    user = [{"role": "user", "content": "?"}]
+    whole: str = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+    return whole[len(tokenizer.apply_chat_template(user, tokenize=False)) :]
+
+
+def _tokens(
+    tokenizer: Any, text: str, start: int, content: int, first: int = 0, last: int | None = None
+) -> tuple[list[int], list[_Placed]]:
+    """The tokens of the whole text that begin within `first` and `last`, and their places.
+
+    Args:
+        start: place of the first of them in the chat.
+        content: where in `text` the message's own text begins.
+    """
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    last = len(text) if last is None else last
+    chosen = [
+        (token, begin, end)
+        for token, (begin, end) in zip(
+            encoding["input_ids"], encoding["offset_mapping"], strict=True
+        )
+        if first <= begin < last
+    ]
+    places = [
+        _Placed(start + index, begin - content, end - content)
+        for index, (_, begin, end) in enumerate(chosen)
+    ]
+    return [token for token, _, _ in chosen], places
+
+
+def _within(tokens: Sequence[_Placed], first: int, last: int) -> list[_Placed]:
+    return [token for token in tokens if token.first < last and token.last > first]
+
+
+def _looks(hint: Hint, asked: Sequence[_Placed], answered: Sequence[_Placed]) -> Iterator[Look]:
+    """A token is predicted where the one before it stands, so that is where to look from."""
+    for number, token in enumerate(_within(answered, hint.first, hint.last)):
+        sources: set[int] = set()
+        if hint.way == "copied":
+            offset = max(token.first, hint.first) - hint.first
+            for first, _ in hint.sources:
+                sources |= {t.at for t in _within(asked, first + offset, first + offset + 1)}
+        elif number == 0:
+            for first, last in hint.sources:
+                sources |= {t.at for t in _within(asked, first, last)}
+        if sources:
+            yield Look(hint.way, token.at - 1, sorted(sources))
