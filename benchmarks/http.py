@@ -1,54 +1,73 @@
-"""How the API process answers while the models work: `python -m benchmarks.http`.
+"""What HTTP costs: `python -m benchmarks.http`.
 
-Starts the server with the demo models, says after how long it answers, lets 16 clients ask for
-proposals without a pause, and meanwhile times `/health`, from a process of its own. Beside it
-stands the same on an idle server. Wanted: the first answer within 1.5 s, 99 of 100 within 50 ms.
+1. How the API process answers while the models work: after how long it answers first, and how long
+   `/health` takes while 16 clients ask for proposals without a pause. Wanted: the first answer
+   within 1.5 s, 99 of 100 probes within 50 ms.
+2. `/health` against an endpoint of bare FastAPI, requests per second. Wanted: 0.6 of them.
+3. Metrics, traces, Sentry, profiling, keys and JSON logs all on, against all of it off, requests
+   per second; and the same with an OTLP receiver and a Sentry that hang, and that are not there.
+   Wanted: at most 5 % less.
+
+Both sides of a ratio run in turns, and the ratio is that of their medians.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import json
 import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Final
 
 import httpx
 
-from tests.live_server import serve
+from benchmarks import load
+from tests.live_server import LiveServer, free_port, serve
+from tests.receiver import Receiver
 
-PROMPT = {"prompt": "Long AAPL from 182.40, now 191.10, RSI 78 after a strong run."}
-CLIENTS = 16
-PAUSE = 0.01
+PROMPT: Final = {"prompt": "Long AAPL from 182.40, now 191.10, RSI 78 after a strong run."}
+FEEDBACK: Final = {"transaction_id": "t", "feedback_type": "rating", "feedback_content": "5"}
+DEMO: Final = {"SIDECAR_DEMO": "true", "PRELOAD_MODELS": "true"}
+KEY: Final = "a-key-for-the-benchmark"
+CLIENTS: Final = 16
+PAUSE: Final = 0.01
 """Seconds between two probes."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=15.0, help="length of each measurement")
-    seconds = parser.parse_args().seconds
+    parser.add_argument("--rounds", type=int, default=7, help="in which both sides take turns")
+    options = parser.parse_args()
+    responsiveness(options.seconds)
+    against_bare_fastapi(options.seconds, options.rounds)
+    observed(options.seconds, options.rounds)
+
+
+def responsiveness(seconds: float) -> None:
     started = time.monotonic()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        serve(Path(folder), SIDECAR_DEMO="true", PRELOAD_MODELS="true") as server,
-    ):
+    with tempfile.TemporaryDirectory() as folder, serve(Path(folder), **DEMO) as server:
         print(f"first answer {time.monotonic() - started:.2f} s after the start")
         server.wait_until_ready()
         server.client.post("/propose_trade_adjustments", json=PROMPT).raise_for_status()
         show("idle", probe(server.client, seconds))
         context = multiprocessing.get_context("spawn")
         stop, answered = context.Event(), context.Value("i", 0)
-        load = context.Process(target=run_clients, args=(server.url, stop, answered))
-        load.start()
+        clients = context.Process(target=run_clients, args=(server.url, stop, answered))
+        clients.start()
         server.wait_until(lambda: answered.value >= CLIENTS)
         before, began = answered.value, time.monotonic()
         latencies = probe(server.client, seconds)
         rate = (answered.value - before) / (time.monotonic() - began)
         stop.set()
-        load.join()
+        clients.join()
         show(f"{CLIENTS} clients, {rate:.1f} proposals/s", latencies)
 
 
@@ -84,6 +103,81 @@ def run_clients(url: str, stop: Event, answered: multiprocessing.sharedctypes.Sy
             await asyncio.gather(*(one(client) for _ in range(CLIENTS)))
 
     asyncio.run(every())
+
+
+def against_bare_fastapi(seconds: float, rounds: int) -> None:
+    # Neither writes a line for each request: ours never does for probes.
+    quiet = "--no-access-log"
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serve(Path(folder), quiet, app="benchmarks.bare:app") as bare,
+        serve(Path(folder), quiet, **DEMO) as ours,
+    ):
+        ours.wait_until_ready()
+        message = load.request("GET", "/health")
+        servers = {"bare FastAPI": bare, "the sidecar": ours}
+        in_turns("/health", servers, message, 4, seconds, rounds)
+
+
+def observed(seconds: float, rounds: int) -> None:
+    with contextlib.ExitStack() as stack:
+        on = {
+            "all on": (Receiver(), Receiver()),
+            "all on, receivers hang": (Receiver(hanging=True), Receiver(hanging=True)),
+        }
+        ports = {
+            name: [stack.enter_context(receiver).port for receiver in receivers]
+            for name, receivers in on.items()
+        }
+        ports["all on, receivers away"] = [free_port(), free_port()]
+        environs = {"all off": DEMO, **{name: everything(*pair) for name, pair in ports.items()}}
+        servers = {}
+        for name, environ in environs.items():
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            servers[name] = stack.enter_context(serve(folder, **environ))
+        for server in servers.values():
+            server.wait_until_ready()
+        for what, path, body, clients in (
+            ("proposals", "/propose_trade_adjustments/", PROMPT, 4),
+            ("feedback", "/feedback/phi3/", FEEDBACK, CLIENTS),
+        ):
+            message = load.request("POST", path, json.dumps(body).encode(), {"X-API-Key": KEY})
+            in_turns(what, servers, message, clients, seconds, rounds)
+
+
+def everything(otlp_port: int, sentry_port: int) -> dict[str, str]:
+    return {
+        **DEMO,
+        "ENABLE_METRICS": "true",
+        "ENABLE_PROFILING": "true",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{otlp_port}",
+        "SENTRY_DSN": f"http://key@127.0.0.1:{sentry_port}/1",
+        "SENTRY_TRACES_SAMPLE_RATE": "1.0",
+        "SIDECAR_API_KEYS": KEY,
+        "LOG_FORMAT": "json",
+    }
+
+
+def in_turns(
+    what: str,
+    servers: Mapping[str, LiveServer],
+    message: bytes,
+    connections: int,
+    seconds: float,
+    rounds: int,
+) -> None:
+    """Prints each server's median rate, and its ratio to the first one's."""
+    rates: dict[str, list[float]] = {name: [] for name in servers}
+    for number in range(rounds + 1):
+        for name, server in servers.items():
+            rate = load.rate(server.url, message, connections=connections, seconds=seconds / rounds)
+            # The first round warms up.
+            if number > 0:
+                rates[name].append(rate)
+    first = statistics.median(next(iter(rates.values())))
+    for name, found in rates.items():
+        median = statistics.median(found)
+        print(f"{what}, {name}: {median:,.1f} requests/s, {median / first:.3f} of the first")
 
 
 if __name__ == "__main__":

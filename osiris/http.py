@@ -33,8 +33,11 @@ class ClientGone(Exception):
     """The client has hung up, so nobody waits for an answer."""
 
 
-def current_sidecar(request: Request) -> Sidecar:
-    """The sidecar of the app that serves the request."""
+async def current_sidecar(request: Request) -> Sidecar:
+    """The sidecar of the app that serves the request.
+
+    A coroutine, because FastAPI calls what is none in a thread, which takes longer than a probe.
+    """
     sidecar: Sidecar = request.app.state.sidecar
     return sidecar
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llm_sidecar.logs import log_context
@@ -39,7 +39,7 @@ class RequestId:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
         await self._app(scope, receive, send_with_id)
@@ -58,6 +58,13 @@ _CSP_OF_PAGES: Final = (
 """`/docs` and other pages carry their scripts inside, or have them from FastAPI's own places."""
 
 
+_RAW_HEADERS: Final = tuple(
+    (name.lower().encode(), value.encode()) for name, value in SECURITY_HEADERS.items()
+)
+_RAW_CSP: Final = (b"content-security-policy", _CSP.encode())
+_RAW_CSP_OF_PAGES: Final = (b"content-security-policy", _CSP_OF_PAGES.encode())
+
+
 class SecurityHeaders:
     """Tells browsers to keep, guess and embed nothing; a header that is there already stays."""
 
@@ -71,11 +78,14 @@ class SecurityHeaders:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in SECURITY_HEADERS.items():
-                    headers.setdefault(name, value)
-                is_page = headers.get("content-type", "").startswith("text/html")
-                headers.setdefault("Content-Security-Policy", _CSP_OF_PAGES if is_page else _CSP)
+                # As ASGI has them, in lower case: Starlette's view would read each one five times.
+                headers = dict(message["headers"])
+                is_page = headers.get(b"content-type", b"").startswith(b"text/html")
+                added = (*_RAW_HEADERS, _RAW_CSP_OF_PAGES if is_page else _RAW_CSP)
+                message["headers"] = [
+                    *message["headers"],
+                    *(header for header in added if header[0] not in headers),
+                ]
             await send(message)
 
         await self._app(scope, receive, send_with_headers)

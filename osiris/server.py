@@ -74,7 +74,8 @@ def create_app(settings: Settings) -> FastAPI:
         # FastAPI's own would export the texts of errors, if its variable asked it to.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
-    for routes in (generation, scoring, feedback, speech, operations, profiling):
+    # In the order in which they are looked through, so what is asked most comes first.
+    for routes in (operations, generation, scoring, feedback, speech, profiling):
         app.include_router(routes.router)
     app.add_exception_handler(SidecarError, _sidecar_error)
     app.add_exception_handler(RequestValidationError, _validation_error)

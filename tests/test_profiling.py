@@ -145,3 +145,14 @@ async def test_requests_at_the_same_time_are_profiled_each_and_kept_once_a_templ
     assert profiling.latest("/items/{item}/") is kept
     assert profiling.latest("/nowhere") is None
     assert "No model was asked." in kept.page()
+
+
+def test_under_load_some_requests_a_second_are_profiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: clock)
+    profiling = Profiling()
+    assert [profiling.admits() for _ in range(12)] == 10 * [True] + 2 * [False]
+    clock += 0.25
+    assert [profiling.admits() for _ in range(3)] == [True, True, False]
+    clock += 3600
+    assert sum(profiling.admits() for _ in range(100)) == 10

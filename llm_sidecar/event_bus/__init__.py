@@ -162,10 +162,15 @@ class EventBus:
         await self._publisher.stop()  # a publish under way ends first, and that soon
         await self._client.aclose()
 
+    @property
+    def connected(self) -> bool:
+        """Whether Redis is there."""
+        return self._subscriber.connected
+
     def status(self) -> dict[str, Any]:
         """What `/health` shows: the connection now, and counts since the bus was made."""
         return {
-            "connected": self._subscriber.connected,
+            "connected": self.connected,
             "url": self._url,
             "outages": self._subscriber.outages,
             "seconds_away": round(self._subscriber.seconds_away, 3),

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 _UNPROFILED: Final = (*UNOBSERVED, "/stream/")
 """How paths begin that are not profiled; a stream lasts for days, and its samples would pile up."""
 
+_PER_SECOND: Final = 10.0
+"""Requests that are profiled, in the long run and at once: a profile costs some milliseconds, and
+under load the latest one is as good as any."""
+
 _CALLS: ContextVar[list[ModelCall] | None] = ContextVar("profiled_calls", default=None)
 
 
@@ -69,9 +73,11 @@ class Profiling(Instrument):
 
     def __init__(self) -> None:
         self._profiles: dict[str, Profile] = {}
+        self._allowance = _PER_SECOND
+        self._replenished = time.monotonic()
 
     def install(self, app: FastAPI) -> None:
-        """Profiles every request, and lets routes find the profiles at `app.state.profiles`."""
+        """Profiles requests, and lets routes find the profiles at `app.state.profiles`."""
         app.state.profiles = self
         app.add_middleware(_ProfileRequests, profiling=self)
 
@@ -84,6 +90,17 @@ class Profiling(Instrument):
         if path is not None:
             return self._profiles.get(_key(path))
         return next(reversed(self._profiles.values()), None)
+
+    def admits(self) -> bool:
+        """Whether one more request may be profiled now (a token bucket)."""
+        now = time.monotonic()
+        gained = (now - self._replenished) * _PER_SECOND
+        self._allowance = min(_PER_SECOND, self._allowance + gained)
+        self._replenished = now
+        if self._allowance < 1.0:
+            return False
+        self._allowance -= 1.0
+        return True
 
     def keep(self, profile: Profile) -> None:
         """Replaces the latest of its route, and is the latest of all."""
@@ -98,14 +115,15 @@ class Profiling(Instrument):
 
 
 class _ProfileRequests:
-    """ASGI middleware that profiles each request in a context of its own."""
+    """ASGI middleware that profiles requests, each in a context of its own."""
 
     def __init__(self, app: ASGIApp, profiling: Profiling) -> None:
         self._app = app
         self._profiling = profiling
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].startswith(_UNPROFILED):
+        observed = scope["type"] == "http" and not scope["path"].startswith(_UNPROFILED)
+        if not observed or not self._profiling.admits():
             await self._app(scope, receive, send)
             return
         profile = Profile(datetime.datetime.now(datetime.UTC), scope["method"])

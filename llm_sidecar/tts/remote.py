@@ -147,7 +147,7 @@ class RemoteVoice:
     @property
     def available(self) -> bool:
         """Whether Redis is there, and a worker has announced itself within the last seconds."""
-        return bool(self._bus.status()["connected"]) and any(True for _ in self._alive())
+        return self._bus.connected and any(True for _ in self._alive())
 
     def workers(self) -> list[dict[str, Any]]:
         """What `/health` shows: the workers that are there, and what they have to do."""

@@ -93,7 +93,7 @@ class SpeechWorker:
         for request in self._requests.values():
             await self._fail(request, VoiceUnavailable("the voice is shutting down"))
         self._requests.clear()
-        if self._tasks and self._bus.status()["connected"]:
+        if self._tasks and self._bus.connected:
             await self._say_there(leaving=True)
 
     def _channels(self) -> tuple[str, str]:
@@ -102,7 +102,7 @@ class SpeechWorker:
 
     async def _announce(self) -> None:
         while True:
-            if self._bus.status()["connected"]:
+            if self._bus.connected:
                 await self._say_there()
             await asyncio.sleep(self._announce_every)
 

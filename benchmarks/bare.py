@@ -1,0 +1,13 @@
+"""The least that FastAPI can do, to be compared with."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+app = FastAPI()
+
+
+@app.get("/health")
+@app.get("/health/live")
+async def health() -> dict[str, str]:
+    return {"status": "ok"}
