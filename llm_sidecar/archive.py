@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import datetime
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,19 +39,28 @@ class Archive:
         num_scores: their number.
     """
 
-    def __init__(self, uri: str, *, log_dir: Path | None = None, examples: int) -> None:
+    def __init__(
+        self,
+        uri: str,
+        *,
+        log_dir: Path | None = None,
+        examples: int,
+        on_examples: Callable[[], None] = lambda: None,
+    ) -> None:
         """Opens nothing.
 
         Args:
             uri: folder or object store of the database.
             log_dir: where the log of an object store goes.
             examples: greatest number of few-shot examples.
+            on_examples: is called where `examples` has changed.
         """
         self.examples: tuple[Example, ...] = ()
         self._corrected: dict[str, dict[str, Any]] = {}
         self.mean_score: float | None = None
         self.num_scores = 0
         self._max_examples = examples
+        self._on_examples = on_examples
         self._store = Store(uri, log_dir=log_dir)
         self._stale = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -146,5 +156,7 @@ class Archive:
             for prompt, corrected, transaction_id in newest_first
             if len(prompt) <= _LONGEST_EXAMPLE and is_valid(corrected)
         ][: self._max_examples]
-        self.examples = tuple(example for _, example in reversed(usable))
+        before, self.examples = self.examples, tuple(e for _, e in reversed(usable))
+        if self.examples != before:
+            self._on_examples()
         self._corrected = {name: example.proposal for name, example in usable}

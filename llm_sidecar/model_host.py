@@ -55,6 +55,7 @@ class Completion:
 
     Attributes:
         model: the label of the model that wrote it.
+        cached_tokens: of the prompt, that were read for an earlier one.
     """
 
     text: str
@@ -62,6 +63,7 @@ class Completion:
     finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,7 @@ class ModelHost:
         threads: int = 1,
         limits: HostLimits | None = None,
         warm_up: GenerationRequest,
+        prefix: Callable[[], GenerationRequest] | None = None,
         observer: CallObserver | None = None,
         on_death: Callable[[WorkerDeath], None] = lambda death: None,
     ) -> None:
@@ -105,12 +108,15 @@ class ModelHost:
             threads: of the runtime, on CPU.
             limits: bounds of queue and time.
             warm_up: what the worker generates once before it counts as ready.
+            prefix: gives the turns that requests begin with at present, and all else as they have
+                it; a worker has read them before it counts as ready.
             observer: hears of every call.
             on_death: hears of every end of a worker that nobody asked for.
         """
         self.name = name
         self._locate = locate
         self._spec = {"device": device, "threads": threads, "warm_up": asdict(warm_up)}
+        self._prefix = prefix
         self._adapter: Path | None = None
         self._swapping = asyncio.Lock()
         self._successor: WorkerProcess | None = None
@@ -154,6 +160,7 @@ class ModelHost:
             last["finish_reason"],
             last["prompt_tokens"],
             last["completion_tokens"],
+            last["cached_tokens"],
         )
 
     async def answer_probabilities(
@@ -177,6 +184,17 @@ class ModelHost:
             ModelUnavailable: its files are missing.
         """
         self._start()
+
+    async def prepare(self) -> None:
+        """Has a prefix that has changed read beside the old one, while nobody asks for anything.
+
+        Returns once that is done, and at once where no model is loaded, which will begin with it.
+        """
+        worker = self._live_worker()
+        if worker is None or self._prefix is None:
+            return
+        _, inbox = worker.send("prepare", {"request": asdict(self._prefix())})
+        await inbox.get()
 
     @property
     def adapter(self) -> Path | None:
@@ -468,6 +486,7 @@ class ModelHost:
                     {
                         **self._spec,
                         "folder": str(files.folder),
+                        "prefix": None if self._prefix is None else asdict(self._prefix()),
                         "adapter": None if adapter is None else str(adapter),
                     }
                 )

@@ -157,6 +157,12 @@ def build_messages(prompt: str, examples: Sequence[Example] = ()) -> list[Messag
     return messages
 
 
+def prefix(examples: Sequence[Example], temperature: float) -> GenerationRequest:
+    """The turns that every request for a proposal begins with, for a model to read beforehand."""
+    *beginning, _ = build_messages("", examples)
+    return GenerationRequest(beginning, MAX_COMPLETION_TOKENS, GUIDANCE, temperature)
+
+
 def check_budget(max_tokens: int) -> None:
     """Raises InvalidRequest unless `max_tokens` holds the longest proposal there can be."""
     if max_tokens < MAX_COMPLETION_TOKENS:

@@ -4,6 +4,7 @@ walks a request through them."""
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import datetime
 import hashlib
 import json
@@ -88,6 +89,7 @@ class Sidecar:
             threads=settings.phi3_threads,
             limits=limits,
             warm_up=GenerationRequest(proposals.build_messages("Hello."), 1, proposals.GUIDANCE),
+            prefix=lambda: proposals.prefix(self.archive.examples, settings.phi3_temperature),
             observer=observers,
             on_death=telemetry.worker_died,
         )
@@ -116,7 +118,13 @@ class Sidecar:
             settings.lancedb_uri,
             log_dir=settings.lancedb_log_dir,
             examples=settings.few_shot_examples,
+            on_examples=self._prepare_examples,
         )
+        self._preparing: asyncio.Task[None] | None = None
+
+    def _prepare_examples(self) -> None:
+        # A worker that prepares one already gives it up for the newer.
+        self._preparing = asyncio.create_task(self.phi3.prepare(), context=contextvars.Context())
 
     async def start(self) -> None:
         """Starts the parts; none of them being away keeps the others from starting."""

@@ -1,10 +1,10 @@
 """The process that holds one engine: `python -m llm_sidecar.worker`, started by `model_host`.
 
 Both directions are one JSON object a line. In, on standard input: first what to load, then
-requests and cancellations. Out, on what was standard output: `ready` or `failed`, then for every
-request `begun`, `delta`s, and one `done` or `error`; each with the monotonic time at which it was
-sent. The end of the input ends the process, so that no worker outlives its server, however that
-ended.
+requests, cancellations and prefixes to prepare. Out, on what was standard output: `ready` or
+`failed`, then for every request `begun`, `delta`s, and one `done` or `error`, for every prefix the
+last of them alone; each with the monotonic time at which it was sent. The end of the input ends the
+process, so that no worker outlives its server, however that ended.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -54,7 +55,11 @@ class Worker:
                 threads=spec["threads"],
                 adapter=None if spec["adapter"] is None else Path(spec["adapter"]),
             )
-            self._warm(engine, spec["warm_up"])
+            for _ in engine.stream(GenerationRequest(**spec["warm_up"])):
+                pass
+            if spec["prefix"] is not None:
+                for _ in engine.prepare(GenerationRequest(**spec["prefix"])):
+                    pass
         except Exception as error:
             log.exception("the model could not be loaded")
             self._send({"op": "failed", "detail": _one_line(error)})
@@ -67,8 +72,7 @@ class Worker:
                 "context_length": engine.context_length,
             }
         )
-        while True:
-            self._serve(engine, self._requests.get())
+        self._serve_all(engine)
 
     def _read(self) -> None:
         for line in self._inbox:
@@ -80,9 +84,38 @@ class Worker:
                 self._requests.put(message)
         os._exit(0)
 
-    def _warm(self, engine: Engine, request: dict[str, Any]) -> None:
-        for _ in engine.stream(GenerationRequest(**request)):
-            pass
+    def _serve_all(self, engine: Engine) -> None:
+        """Serves requests in order, and prepares a prefix step by step while there are none."""
+        preparing: tuple[int, Iterator[None]] | None = None
+        while True:
+            try:
+                message = self._requests.get(block=preparing is None)
+            except queue.Empty:
+                assert preparing is not None
+                if self._prepared(*preparing):
+                    preparing = None
+                continue
+            if message["op"] != "prepare":
+                self._serve(engine, message)
+                continue
+            if preparing is not None:
+                # What it prepared is out of date.
+                self._send({"op": "done", "id": preparing[0]})
+            preparing = message["id"], engine.prepare(GenerationRequest(**message["request"]))
+
+    def _prepared(self, number: int, steps: Iterator[None]) -> bool:
+        """Takes one more step; returns whether it was the last."""
+        try:
+            next(steps)
+        except StopIteration:
+            self._send({"op": "done", "id": number})
+        except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
+            # The type only: a runtime's message may quote the prompt.
+            log.error("a prefix could not be prepared: %s", type(error).__name__)
+            self._send({"op": "error", "id": number, "detail": type(error).__name__})
+        else:
+            return False
+        return True
 
     def _serve(self, engine: Engine, message: dict[str, Any]) -> None:
         number = message["id"]
@@ -122,6 +155,7 @@ class Worker:
                         "text": text,
                         "prompt_tokens": delta.prompt_tokens,
                         "completion_tokens": sent,
+                        "cached_tokens": delta.cached_tokens,
                         "finish_reason": delta.finish_reason,
                         "total_tokens": self._tokens,
                     }

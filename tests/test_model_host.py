@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,18 @@ HostFactory = Callable[..., ModelHost]
 async def make_host(random_phi3_onnx: Path) -> AsyncIterator[HostFactory]:
     hosts = []
 
-    def make(folder: Path = random_phi3_onnx, **limits: Any) -> ModelHost:
+    def make(
+        folder: Path = random_phi3_onnx,
+        prefix: Callable[[], GenerationRequest] | None = None,
+        **limits: Any,
+    ) -> ModelHost:
         host = ModelHost(
             "phi3",
             lambda: ModelFiles("phi3/random", folder),
             device="cpu",
             limits=HostLimits(**{"load_wait": 60.0, **limits}),
             warm_up=GenerationRequest(proposals.build_messages("Hi."), 1, proposals.GUIDANCE),
+            prefix=prefix,
         )
         hosts.append(host)
         return host
@@ -89,6 +95,67 @@ async def test_a_completion_comes_with_its_counts(make_host: HostFactory) -> Non
     assert completion.finish_reason == "stop"
     assert completion.prompt_tokens > 100
     assert 0 < completion.completion_tokens <= proposals.MAX_COMPLETION_TOKENS
+
+
+async def test_a_prompt_is_read_from_where_it_parts_from_an_earlier_one(
+    make_host: HostFactory,
+) -> None:
+    host = make_host()
+    first = await host.generate(SHORT)
+    assert first.cached_tokens < first.prompt_tokens - 1
+    again = await host.generate(SHORT)
+    assert again.text == first.text
+    assert again.cached_tokens == again.prompt_tokens - 1
+
+
+def prefix_of(text: str) -> GenerationRequest:
+    return proposals.prefix([proposals.Example(text, {"ticker": "ABC"})], 0.0)
+
+
+def after(prefix: GenerationRequest) -> GenerationRequest:
+    return replace(prefix, messages=[*prefix.messages, {"role": "user", "content": "Long ABC"}])
+
+
+async def test_a_worker_has_read_the_prefix_before_its_first_request(
+    make_host: HostFactory,
+) -> None:
+    prefix = prefix_of(200 * "word ")
+    host = make_host(prefix=lambda: prefix)
+    completion = await host.generate(after(prefix))
+    assert completion.prompt_tokens > 500
+    assert completion.prompt_tokens - completion.cached_tokens < 50
+
+
+async def test_a_new_prefix_is_prepared_beside_the_old_one(make_host: HostFactory) -> None:
+    old, new = prefix_of(200 * "old "), prefix_of(200 * "new ")
+    current = old
+    host = make_host(prefix=lambda: current)
+    await host.prepare()  # nothing is loaded yet
+    await host.generate(after(old))
+    current = new
+    await host.prepare()
+    for prefix in (new, old):
+        completion = await host.generate(after(prefix))
+        assert completion.prompt_tokens - completion.cached_tokens < 50
+
+
+async def test_requests_go_before_a_prefix_that_is_prepared(make_host: HostFactory) -> None:
+    prefixes = [prefix_of("short"), prefix_of(3000 * "x "), prefix_of(2500 * "y ")]
+    current = prefixes[0]
+    host = make_host(prefix=lambda: current)
+    await host.generate(SHORT)
+    current = prefixes[1]
+    replaced = asyncio.create_task(host.prepare())
+    await asyncio.sleep(0)
+    current = prefixes[2]
+    preparing = asyncio.create_task(host.prepare())
+    await host.generate(SHORT)
+    assert not preparing.done()
+    async with asyncio.timeout(60):
+        await replaced
+        await preparing
+    completion = await host.generate(after(prefixes[2]))
+    assert completion.prompt_tokens - completion.cached_tokens < 50
 
 
 async def test_probabilities_come_from_the_worker(make_host: HostFactory) -> None:

@@ -48,12 +48,15 @@ class GenerationRequest:
 class Delta:
     """One step of a generation: new text, and the counts so far.
 
-    The last delta, and only it, has a finish reason.
+    Attributes:
+        cached_tokens: of the prompt, that were read for an earlier one.
+        finish_reason: of the last delta, and of it alone.
     """
 
     text: str
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
     finish_reason: FinishReason | None = None
 
 
@@ -73,8 +76,20 @@ class Engine(Protocol):
     def stream(self, request: GenerationRequest) -> Iterator[Delta]:
         """Generates step by step; closing the iterator stops the generation.
 
+        What the prompt shares with an earlier one is not read again.
+
         Raises:
             InvalidRequest: prompt and completion do not fit the context.
+        """
+        ...
+
+    def prepare(self, request: GenerationRequest) -> Iterator[None]:
+        """Reads `messages`, which prompts to come begin with, step by step, beside what is kept.
+
+        Reads nothing where they do not fit the context with the completion.
+
+        Args:
+            request: with the turns that come first, and all else as it will be.
         """
         ...
 

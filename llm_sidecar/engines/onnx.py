@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 # Read when the library loads. Without it both runtimes write a device id and events under
 # ~/.cache and send them; `disable_telemetry_events` comes too late for that.
@@ -23,13 +24,43 @@ from llm_sidecar.engines.base import (
     SpecialTokens,
     check_context,
 )
+from llm_sidecar.engines.prefixes import Kept, Prefixes
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable
 
 _FAST_FORWARD_HEADROOM: Final = 128
 """Forced tokens may run past max_length and crash the attention kernel, so leave them room."""
 
+_ROOM_STEP: Final = 512
+"""Tokens by which room grows; a prepared prefix has as many for the prompt that follows."""
+
 _ADAPTER: Final = "active"
 _ADAPTER_FILE: Final = "adapter.onnx_adapter"
+
+
+class _Kind(NamedTuple):
+    """What a generator is made for, and cannot be changed afterwards."""
+
+    guidance: str | None = None
+    temperature: float = 0.0
+    seed: int | None = None
+
+
+class _Cache:
+    """A generator, which keeps its attention states between two prompts.
+
+    Attributes:
+        room: greatest number of tokens of prompt and completion.
+    """
+
+    rewinds = True
+
+    def __init__(self, generator: Any, room: int) -> None:
+        self.generator = generator
+        self.room = room
+
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first tokens; the guidance begins anew."""
+        self.generator.rewind_to(length)
 
 
 class OnnxEngine:
@@ -82,34 +113,43 @@ class OnnxEngine:
         self._special = SpecialTokens(folder)
         self._answer_trees: dict[tuple[str, ...], AnswerTree] = {}
         self._adapters = None if adapter is None else self._load_adapter(adapter)
+        self._prefixes: Prefixes[_Kind, _Cache] = Prefixes(self._new_cache)
 
     def stream(self, request: GenerationRequest) -> Iterator[Delta]:
         prompt = self._encode(request.messages)
         count, limit = len(prompt), request.max_tokens
-        headroom = 0 if request.guidance is None else _FAST_FORWARD_HEADROOM
+        guided = request.guidance is not None
+        headroom = _FAST_FORWARD_HEADROOM if guided else 0
         check_context(count, limit, self.context_length - headroom)
-        params = og.GeneratorParams(self.model)
-        params.set_search_options(max_length=count + limit + headroom, **_sampling(request))
-        if request.guidance is not None:
-            params.set_guidance("json_schema", request.guidance, True)
-        generator = self._generator(params)
-        for start in range(0, count, PREFILL_CHUNK):
-            if start:
-                yield Delta("", count, 0)
-            generator.append_tokens(prompt[start : start + PREFILL_CHUNK])
-        decode = self.tokenizer.create_stream().decode
-        done, ended = 0, False
-        while not generator.is_done() and done < limit:
-            generator.generate_next_token()
-            step = generator.get_sequence(0)[count + done : count + limit]
-            done += len(step)
-            # A step under guidance may end without a token.
-            ended = any(int(token) in self._eos for token in step)
-            text = "".join(decode(token) for token in step if int(token) not in self._eos)
-            yield Delta(text, count, done)
-        # Without headroom it is done at the limit too.
-        ended = ended or (headroom > 0 and generator.is_done())
-        yield Delta("", count, done, "stop" if ended else "length")
+        kind = _Kind(request.guidance, request.temperature, request.seed)
+        with self._borrowed(kind, prompt, count + limit + headroom) as kept:
+            cached = len(kept.tokens)
+            for _ in self._read(kept, prompt):
+                yield Delta("", count, 0, cached)
+            generator = kept.cache.generator
+            decode = self.tokenizer.create_stream().decode
+            done, ended = 0, False
+            while not generator.is_done() and done < limit:
+                generator.generate_next_token()
+                step = generator.get_sequence(0)[count + done : count + limit]
+                done += len(step)
+                # A step under guidance may end without a token.
+                ended = any(int(token) in self._eos for token in step)
+                text = "".join(decode(token) for token in step if int(token) not in self._eos)
+                yield Delta(text, count, done, cached)
+            # Unguided it is done where its room ends, too.
+            ended = ended or (guided and generator.is_done())
+        yield Delta("", count, done, cached, "stop" if ended else "length")
+
+    def prepare(self, request: GenerationRequest) -> Iterator[None]:
+        prompt = self._encode(request.messages, header=False)
+        headroom = 0 if request.guidance is None else _FAST_FORWARD_HEADROOM
+        room = len(prompt) + request.max_tokens + headroom
+        if room > self.context_length:
+            return
+        kind = _Kind(request.guidance, request.temperature, request.seed)
+        with self._borrowed(kind, (), min(room + _ROOM_STEP, self.context_length)) as kept:
+            yield from self._read(kept, prompt)
 
     def answer_probabilities(
         self, messages: Sequence[Message], answers: Sequence[str]
@@ -117,22 +157,47 @@ class OnnxEngine:
         prompt = self._encode(messages)
         check_context(len(prompt), 2, self.context_length)
         tree = self._answer_tree(tuple(answers))
-        params = og.GeneratorParams(self.model)
-        params.set_search_options(max_length=len(prompt) + 2, do_sample=False)
-        generator = self._generator(params)
-        generator.append_tokens(prompt)
-        first = generator.get_logits().reshape(-1)
-        second = None
-        if tree.branch is not None:
-            generator.append_tokens([tree.branch])
-            second = generator.get_logits().reshape(-1)
+        # The one that a critique has just been written with, as a rule.
+        with self._borrowed(_Kind(), prompt, len(prompt) + 2) as kept:
+            for _ in self._read(kept, prompt):
+                pass
+            generator = kept.cache.generator
+            first = generator.get_logits().reshape(-1)
+            second = None
+            if tree.branch is not None:
+                generator.append_tokens([tree.branch])
+                second = generator.get_logits().reshape(-1)
         return tree.read(first, second)
 
-    def _generator(self, params: Any) -> Any:
+    def _borrowed(
+        self, kind: _Kind, prompt: Sequence[int], room: int
+    ) -> contextlib.AbstractContextManager[Kept[_Cache]]:
+        if kind.seed is not None:
+            # Its random numbers have to begin anew.
+            return contextlib.nullcontext(Kept(self._new_cache(kind, room)))
+        return self._prefixes.borrowed(kind, prompt, room)
+
+    def _read(self, kept: Kept[_Cache], prompt: Sequence[int]) -> Iterator[None]:
+        """Reads what is left of a prompt in steps, between which it can be cancelled."""
+        begin = len(kept.tokens)
+        for start in range(begin, len(prompt), PREFILL_CHUNK):
+            if start > begin:
+                yield
+            chunk = prompt[start : start + PREFILL_CHUNK]
+            kept.cache.generator.append_tokens(chunk)
+            kept.tokens += chunk
+
+    def _new_cache(self, kind: _Kind, room: int) -> _Cache:
+        # Room is made in steps, so that a prompt that is a little longer than the last one fits.
+        room = min(self.context_length, -(-room // _ROOM_STEP) * _ROOM_STEP)
+        params = og.GeneratorParams(self.model)
+        params.set_search_options(max_length=room, **_sampling(kind))
+        if kind.guidance is not None:
+            params.set_guidance("json_schema", kind.guidance, True)
         generator = og.Generator(self.model, params)
         if self._adapters is not None:
             generator.set_active_adapter(self._adapters, _ADAPTER)
-        return generator
+        return _Cache(generator, room)
 
     def _load_adapter(self, folder: Path) -> Any:
         file = folder / _ADAPTER_FILE
@@ -142,11 +207,12 @@ class OnnxEngine:
         adapters.load(str(file), _ADAPTER)
         return adapters
 
-    def _encode(self, messages: Sequence[Message]) -> Any:
+    def _encode(self, messages: Sequence[Message], header: bool = True) -> list[int]:
         text = self.tokenizer.apply_chat_template(
-            json.dumps(self._special.neutralise(messages)), add_generation_prompt=True
+            json.dumps(self._special.neutralise(messages)), add_generation_prompt=header
         )
-        return self.tokenizer.encode(text)
+        tokens: list[int] = self.tokenizer.encode(text).tolist()
+        return tokens
 
     def _answer_tree(self, answers: tuple[str, ...]) -> AnswerTree:
         if answers not in self._answer_trees:
@@ -163,10 +229,10 @@ class OnnxEngine:
         return self._answer_trees[answers]
 
 
-def _sampling(request: GenerationRequest) -> dict[str, Any]:
-    if request.temperature == 0.0:
+def _sampling(kind: _Kind) -> dict[str, Any]:
+    if kind.temperature == 0.0:
         return {"do_sample": False}
-    options = {"do_sample": True, "temperature": request.temperature, "top_k": 0, "top_p": 1.0}
-    if request.seed is not None:
-        options["random_seed"] = request.seed
+    options = {"do_sample": True, "temperature": kind.temperature, "top_k": 0, "top_p": 1.0}
+    if kind.seed is not None:
+        options["random_seed"] = kind.seed
     return options

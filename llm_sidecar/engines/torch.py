@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +28,29 @@ from llm_sidecar.engines.base import (
     SpecialTokens,
     check_context,
 )
+from llm_sidecar.engines.prefixes import Kept, Prefixes
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable
+
+
+class _Cache:
+    """Attention states that can be cut.
+
+    Attributes:
+        room: greatest number of tokens; they take as much memory as they need.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.states = DynamicCache(config=config)
+        self.room = sys.maxsize
+
+    @property
+    def rewinds(self) -> bool:
+        """A layer with a sliding window has lost what it would go back to."""
+        return not any(self.states.is_sliding)
+
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first tokens."""
+        self.states.crop(length - self.states.get_seq_length())
 
 
 class TorchEngine:
@@ -79,6 +102,9 @@ class TorchEngine:
         self._special = SpecialTokens(folder)
         self._guidance_tokenizer: Any = None
         self._answer_trees: dict[tuple[str, ...], AnswerTree] = {}
+        self._prefixes: Prefixes[None, _Cache] = Prefixes(
+            lambda kind, room: _Cache(self.model.config)
+        )
 
     def stream(self, request: GenerationRequest) -> Iterator[Delta]:
         prompt = self._encode(request.messages)
@@ -91,26 +117,35 @@ class TorchEngine:
         else:
             random.manual_seed(request.seed)
         decoder = DecodeStream(skip_special_tokens=True)
-        cache = DynamicCache(config=self.model.config)
-        for start in range(0, count - 1, PREFILL_CHUNK):
-            self._forward(prompt[start : min(start + PREFILL_CHUNK, count - 1)], cache)
-            yield Delta("", count, 0)
-        pending, done, ended = prompt[-1:], 0, False
-        while not ended and done < limit:
-            logits = self._forward(pending, cache)[-1]
-            token = self._sample(logits, matcher, request.temperature, random)
-            pending = [token]
-            if matcher is not None:
-                matcher.consume_token(token)
-                pending += matcher.compute_ff_tokens()
-                matcher.consume_tokens(pending[1:])
-            pending = pending[: limit - done]
-            done += len(pending)
-            ended = pending[-1] in self._eos or (matcher is not None and matcher.is_stopped())
-            written = [token for token in pending if token not in self._eos]
-            pieces = (decoder.step(self.tokenizer.backend_tokenizer, token) for token in written)
-            yield Delta("".join(piece or "" for piece in pieces), count, done)
-        yield Delta("", count, done, "stop" if ended else "length")
+        with self._prefixes.borrowed(None, prompt, count + limit) as kept:
+            cached = len(kept.tokens)
+            for _ in self._read(kept, prompt[:-1]):
+                yield Delta("", count, 0, cached)
+            pending, done, ended = prompt[-1:], 0, False
+            while not ended and done < limit:
+                logits = self._forward(pending, kept.cache.states)[-1]
+                token = self._sample(logits, matcher, request.temperature, random)
+                pending = [token]
+                if matcher is not None:
+                    matcher.consume_token(token)
+                    pending += matcher.compute_ff_tokens()
+                    matcher.consume_tokens(pending[1:])
+                pending = pending[: limit - done]
+                done += len(pending)
+                ended = pending[-1] in self._eos or (matcher is not None and matcher.is_stopped())
+                written = [token for token in pending if token not in self._eos]
+                pieces = (decoder.step(self.tokenizer.backend_tokenizer, t) for t in written)
+                yield Delta("".join(piece or "" for piece in pieces), count, done, cached)
+        yield Delta("", count, done, cached, "stop" if ended else "length")
+
+    def prepare(self, request: GenerationRequest) -> Iterator[None]:
+        prompt = self._tokens(
+            self._template(self._special.neutralise(request.messages), header=False)
+        )
+        if len(prompt) + request.max_tokens > self.context_length:
+            return
+        with self._prefixes.borrowed(None, (), len(prompt)) as kept:
+            yield from self._read(kept, prompt)
 
     def answer_probabilities(
         self, messages: Sequence[Message], answers: Sequence[str]
@@ -119,9 +154,20 @@ class TorchEngine:
         check_context(len(prompt), 2, self.context_length)
         tree = self._answer_tree(tuple(answers))
         branch = [] if tree.branch is None else [tree.branch]
-        cache = DynamicCache(config=self.model.config)
-        logits = self._forward(prompt + branch, cache, keep=1 + len(branch)).float().cpu().numpy()
-        return tree.read(logits[0], logits[1] if branch else None)
+        with self._prefixes.borrowed(None, prompt, len(prompt) + 2) as kept:
+            rest = prompt[len(kept.tokens) :] + branch
+            logits = self._forward(rest, kept.cache.states, keep=1 + len(branch))
+            kept.tokens = prompt
+        values = logits.float().cpu().numpy()
+        return tree.read(values[0], values[1] if branch else None)
+
+    def _read(self, kept: Kept[_Cache], prompt: Sequence[int]) -> Iterator[None]:
+        """Reads what is left of a prompt in steps, after each of which it can be cancelled."""
+        for start in range(len(kept.tokens), len(prompt), PREFILL_CHUNK):
+            chunk = prompt[start : start + PREFILL_CHUNK]
+            self._forward(chunk, kept.cache.states)
+            kept.tokens += chunk
+            yield
 
     def _load_adapter(self, folder: Path) -> None:
         # Other formats of PEFT are pickles.

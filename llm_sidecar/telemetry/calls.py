@@ -44,6 +44,7 @@ class ModelCall:
         served_by: the label of the model that served it, as in `X-Model`.
         adapter: the name of the adapter it was served with.
         prompt_tokens, completion_tokens: as far as it got.
+        cached_tokens: of the prompt's, that were read for an earlier one.
         steps: (seconds, tokens) of each message after the first token.
         finish_reason: `stop` or `length`.
         error: the name of its class in `llm_sidecar.errors`, `CANCELLED` or `UNEXPECTED`; None for
@@ -62,6 +63,7 @@ class ModelCall:
     adapter: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
     steps: list[tuple[float, int]] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
@@ -95,6 +97,7 @@ class ModelCall:
         self._last = now
         self.prompt_tokens = message["prompt_tokens"]
         self.completion_tokens = message["completion_tokens"]
+        self.cached_tokens = message["cached_tokens"]
         self.finish_reason = message["finish_reason"]
 
 

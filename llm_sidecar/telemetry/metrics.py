@@ -127,6 +127,7 @@ class Metrics:
         """Counts the call and, as far as it got, its times and tokens."""
         model = call.model
         self._prompt_tokens.labels(model).inc(call.prompt_tokens)
+        self._cached_tokens.labels(model).inc(call.cached_tokens)
         self._generation_tokens.labels(model).inc(call.completion_tokens)
         if call.begun is not None:
             self._queue_time.labels(model).observe(call.begun - call.queued)
@@ -177,6 +178,10 @@ class Metrics:
         )
         self._prompt_tokens = self._counter(
             "sidecar_prompt_tokens", "Prompt tokens of generations."
+        )
+        self._cached_tokens = self._counter(
+            "sidecar_prefix_cache_hits",
+            "Prompt tokens of generations that were read for an earlier prompt.",
         )
         self._generation_tokens = self._counter(
             "sidecar_generation_tokens", "Tokens generated, those of broken off calls included."

@@ -143,6 +143,7 @@ def _outcome(call: ModelCall) -> dict[str, Any]:
     attributes = {
         "gen_ai.response.model": call.served_by,
         "gen_ai.usage.input_tokens": call.prompt_tokens or None,
+        "gen_ai.usage.cache_read.input_tokens": call.cached_tokens or None,
         "gen_ai.usage.output_tokens": call.completion_tokens or None,
         "gen_ai.response.finish_reasons": call.finish_reason and [call.finish_reason],
         "error.type": call.error,

@@ -1,0 +1,183 @@
+"""Prefix reuse: the same answers, for less reading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from llm_sidecar import hermes_plugin, proposals
+from llm_sidecar.demo import market
+from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
+from llm_sidecar.engines.prefixes import MOST_KEPT, Kept, Prefixes, shared
+
+
+class Cache:
+    """Remembers what it was told to forget."""
+
+    def __init__(self, room: int, rewinds: bool = True) -> None:
+        self.room = room
+        self.rewinds = rewinds
+        self.rewound: list[int] = []
+
+    def rewind(self, length: int) -> None:
+        self.rewound.append(length)
+
+
+def prefixes(**options: Any) -> Prefixes[str, Cache]:
+    return Prefixes(lambda kind, room: Cache(room, **options))
+
+
+def read(kept: Prefixes[str, Cache], prompt: Sequence[int], kind: str = "", room: int = 9) -> int:
+    """How many tokens of a prompt had to be read."""
+    with kept.borrowed(kind, prompt, room) as cache:
+        rest = list(prompt[len(cache.tokens) :])
+        cache.tokens += rest
+    return len(rest)
+
+
+def test_only_what_differs_is_read() -> None:
+    kept = prefixes()
+    assert read(kept, [1, 2, 3, 4]) == 4
+    assert read(kept, [1, 2, 3, 5]) == 1
+    assert read(kept, [1, 2, 6]) == 1
+
+
+def test_the_last_token_is_always_read() -> None:
+    kept = prefixes()
+    assert read(kept, [1, 2, 3]) == 3
+    assert read(kept, [1, 2, 3]) == 1
+    assert read(kept, [1, 2]) == 1
+
+
+def test_another_kind_or_too_little_room_shares_nothing() -> None:
+    kept = prefixes()
+    assert read(kept, [1, 2, 3], room=9) == 3
+    assert read(kept, [1, 2, 3], kind="other") == 3
+    assert read(kept, [1, 2, 3], room=10) == 3
+    assert read(kept, [1, 2, 3], room=9) == 1
+
+
+def test_a_cache_that_cannot_forget_is_not_shared() -> None:
+    kept = prefixes(rewinds=False)
+    assert read(kept, [1, 2, 3]) == 3
+    assert read(kept, [1, 2, 3]) == 3
+
+
+def test_the_longest_beginning_is_taken_and_few_caches_are_kept() -> None:
+    kept = prefixes()
+    for number in range(MOST_KEPT + 1):
+        assert read(kept, [number, number, number]) == 3
+    assert read(kept, [0, 0, 0]) == 3  # the oldest is gone
+    assert read(kept, [MOST_KEPT, MOST_KEPT, 9]) == 1
+
+
+def test_a_cache_survives_a_cancellation_and_no_failure() -> None:
+    kept = prefixes()
+
+    def stop(error: type[BaseException]) -> None:
+        with pytest.raises(error), kept.borrowed("", [1, 2, 3], 9) as cache:
+            cache.tokens[:] = [1, 2]
+            raise error
+
+    stop(GeneratorExit)
+    assert read(kept, [1, 2, 3]) == 1
+    stop(ValueError)
+    assert read(kept, [1, 2, 3]) == 3
+
+
+def test_shared_counts_from_the_beginning() -> None:
+    assert shared([1, 2, 3], [1, 2, 4]) == 2
+    assert shared([1, 2], [1, 2, 4]) == 2
+    assert shared([], [1]) == 0
+
+
+# On real runtimes
+
+
+@pytest.fixture(scope="module", params=["random_phi3_onnx", "random_phi3_torch"])
+def folder(request: pytest.FixtureRequest) -> Iterator[Path]:
+    yield request.getfixturevalue(request.param)
+
+
+def complete(engine: Engine, request: GenerationRequest) -> str:
+    return "".join(delta.text for delta in engine.stream(request))
+
+
+def chats(count: int) -> list[list[Message]]:
+    """Chats of which some share their examples, in no order."""
+    rng = Random(1)
+    examples = [
+        [
+            proposals.Example(case.prompt, case.proposal)
+            for case in (market.draw(rng, "train", 120) for _ in range(2))
+        ]
+        for _ in range(3)
+    ]
+    return [
+        proposals.build_messages(market.draw(rng, "train", 120).prompt, rng.choice(examples))
+        for _ in range(count)
+    ]
+
+
+def test_answers_are_those_of_an_engine_that_has_read_nothing_before(folder: Path) -> None:
+    used = load_engine(folder, device="cpu")
+    for chat in chats(4):
+        for request in (
+            GenerationRequest(chat, 200, proposals.GUIDANCE),
+            GenerationRequest(chat, 20),
+        ):
+            fresh = load_engine(folder, device="cpu")
+            assert complete(used, request) == complete(fresh, request)
+
+
+def test_a_cancelled_generation_leaves_nothing_behind(folder: Path) -> None:
+    engine = load_engine(folder, device="cpu")
+    first, second = chats(2)
+    request = GenerationRequest(second, 200, proposals.GUIDANCE)
+    expected = complete(load_engine(folder, device="cpu"), request)
+    steps = engine.stream(GenerationRequest(first, 200, proposals.GUIDANCE))
+    for _ in range(5):
+        next(steps)
+    steps.close()  # type: ignore[attr-defined]
+    assert complete(engine, request) == expected
+
+
+def test_a_score_is_the_same_whatever_was_read_before(folder: Path) -> None:
+    engine = load_engine(folder, device="cpu")
+    proposal = {"ticker": "ABC", "action": "pass", "confidence": 0.5, "rationale": "None."}
+
+    def score() -> dict[str, float]:
+        messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, proposal, "Long ABC.")
+        return engine.answer_probabilities(messages, hermes_plugin.SCORE_ANSWERS)
+
+    first = score()
+    critique = hermes_plugin.build_messages(hermes_plugin.CRITIQUE_TASK, proposal, "Long ABC.")
+    complete(engine, GenerationRequest(critique, 10))
+    for again in (score(), score()):
+        assert again == pytest.approx(first, rel=0, abs=1e-6)
+
+
+def test_what_is_prepared_is_not_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: Any = load_engine(folder, device="cpu")
+    chat = chats(1)[0]
+    for _ in engine.prepare(GenerationRequest(chat[:-1], 200, proposals.GUIDANCE)):
+        pass
+    taken: list[int] = []
+    borrowed = engine._prefixes.borrowed
+
+    def noting(kind: Any, prompt: Sequence[int], room: int) -> Any:
+        context = borrowed(kind, prompt, room)
+        kept: Kept[Any] = context.__enter__()
+        taken.append(len(prompt) - len(kept.tokens))
+        context.__exit__(None, None, None)
+        return borrowed(kind, prompt, room)
+
+    monkeypatch.setattr(engine._prefixes, "borrowed", noting)
+    complete(engine, GenerationRequest(chat, 200, proposals.GUIDANCE))
+    assert len(taken) == 1
+    prefix = sum(len(turn["content"]) for turn in chat[:-1])
+    assert 0 < taken[0] < prefix / 4
