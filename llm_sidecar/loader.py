@@ -1,7 +1,8 @@
 """Where the models are, which adapter is newest, and getters that load on first use and keep.
 
 The server runs each model in a worker of its own (`model_host`) and takes only the finding from
-here; the getters are for scripts, which get the model in their own process.
+here; the getters are for scripts, which get the model in their own process. As a program,
+`python -m llm_sidecar.loader`, it prepares models: see `conversion`.
 """
 
 from __future__ import annotations
@@ -189,3 +190,11 @@ def get_hermes_model_and_tokenizer() -> tuple[Any, Any]:
     """
     engine: Any = get_hermes_engine()
     return engine.model, engine.tokenizer
+
+
+if __name__ == "__main__":
+    import sys
+
+    from llm_sidecar.conversion import main
+
+    sys.exit(main())

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from llm_sidecar.conversion import build
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -78,13 +77,6 @@ def write_transformers_folder(folder: Path, *, architecture: str = "phi3", seed:
 
 
 def convert_to_onnx(source: Path, folder: Path) -> Path:
-    """Converts a transformers folder to an int4 onnxruntime-genai one with its builder."""
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "", "-i", source]
-    command += ["-o", folder, "-p", "int4", "-e", "cpu", "-c", folder / "cache"]
-    environ = {**os.environ, "ORT_DISABLE_TELEMETRY": "1"}
-    done = subprocess.run(
-        list(map(str, command)), env=environ, capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"the model builder failed:\n{done.stdout}\n{done.stderr}")
+    """Converts a transformers folder to an int4 onnxruntime-genai one."""
+    build(source, folder, "int4")
     return folder

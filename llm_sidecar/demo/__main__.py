@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llm_sidecar.demo.evaluate import evaluate
 from llm_sidecar.demo.recipe import PROCESSES, Member, train_hermes, train_phi3
-from llm_sidecar.errors import ModelUnavailable
+from llm_sidecar.errors import SidecarError
 
 _HERE = Path(__file__).parent
 
@@ -23,7 +23,7 @@ def main() -> int:
     options = _parser().parse_args()
     try:
         return int(options.run(options))
-    except (ModelUnavailable, OSError) as error:
+    except (SidecarError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
     except KeyboardInterrupt:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
@@ -23,6 +21,7 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
+from llm_sidecar.conversion import build
 from llm_sidecar.demo import judgement, market
 from llm_sidecar.demo.lessons import Teacher
 from llm_sidecar.demo.tickers import ACRONYMS, INDEXES, KEYWORDS
@@ -86,7 +85,7 @@ def train_phi3(folder: Path, member: Member, *, seed: int, scale: float = 1.0) -
     with tempfile.TemporaryDirectory() as temporary:
         source, built = Path(temporary, "transformers"), Path(temporary, "built")
         _save(model, tokenizer, source)
-        _build(source, built)
+        build(source, built, "int4")
         _replace(built, folder)
 
 
@@ -160,17 +159,6 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _build(source: Path, folder: Path) -> None:
-    """Converts with the runtime's own builder; what it prints is shown where it fails."""
-    cache = folder.with_name("cache")
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "", "-p", "int4"]
-    command += ["-e", "cpu", "-i", str(source), "-o", str(folder), "-c", str(cache)]
-    environ = {**os.environ, "ORT_DISABLE_TELEMETRY": "1"}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise OSError(f"the model builder failed: {done.stderr[-2000:]}")
 
 
 def _replace(source: Path, folder: Path) -> None:

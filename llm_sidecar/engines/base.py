@@ -93,6 +93,14 @@ class Engine(Protocol):
         """
         ...
 
+    def next_token(self, messages: Sequence[Message]) -> tuple[list[int], npt.NDArray[np.float64]]:
+        """The prompt's tokens, and the probability of each token, (vocabulary,), to come next.
+
+        Raises:
+            InvalidRequest: the prompt does not fit the context.
+        """
+        ...
+
     def answer_probabilities(
         self, messages: Sequence[Message], answers: Sequence[str]
     ) -> dict[str, float]:

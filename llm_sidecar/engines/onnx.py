@@ -13,6 +13,8 @@ from typing import Any, Final, NamedTuple
 # ~/.cache and send them; `disable_telemetry_events` comes too late for that.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
+import numpy as np
+import numpy.typing as npt
 import onnxruntime_genai as og
 
 from llm_sidecar.engines.base import (
@@ -23,6 +25,7 @@ from llm_sidecar.engines.base import (
     Message,
     SpecialTokens,
     check_context,
+    softmax,
 )
 from llm_sidecar.engines.prefixes import Kept, Prefixes
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable
@@ -168,6 +171,14 @@ class OnnxEngine:
                 generator.append_tokens([tree.branch])
                 second = generator.get_logits().reshape(-1)
         return tree.read(first, second)
+
+    def next_token(self, messages: Sequence[Message]) -> tuple[list[int], npt.NDArray[np.float64]]:
+        prompt = self._encode(messages)
+        check_context(len(prompt), 1, self.context_length)
+        with self._borrowed(_Kind(), prompt, len(prompt) + 1) as kept:
+            for _ in self._read(kept, prompt):
+                pass
+            return prompt, softmax(kept.cache.generator.get_logits().reshape(-1))
 
     def _borrowed(
         self, kind: _Kind, prompt: Sequence[int], room: int

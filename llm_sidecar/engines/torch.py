@@ -15,6 +15,7 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
 import llguidance
 import llguidance.hf
 import numpy as np
+import numpy.typing as npt
 import torch
 from tokenizers.decoders import DecodeStream
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -27,6 +28,7 @@ from llm_sidecar.engines.base import (
     Message,
     SpecialTokens,
     check_context,
+    softmax,
 )
 from llm_sidecar.engines.prefixes import Kept, Prefixes
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable
@@ -157,9 +159,17 @@ class TorchEngine:
         with self._prefixes.borrowed(None, prompt, len(prompt) + 2) as kept:
             rest = prompt[len(kept.tokens) :] + branch
             logits = self._forward(rest, kept.cache.states, keep=1 + len(branch))
-            kept.tokens = prompt
+            kept.tokens = list(prompt)
         values = logits.float().cpu().numpy()
         return tree.read(values[0], values[1] if branch else None)
+
+    def next_token(self, messages: Sequence[Message]) -> tuple[list[int], npt.NDArray[np.float64]]:
+        prompt = self._encode(messages)
+        check_context(len(prompt), 1, self.context_length)
+        with self._prefixes.borrowed(None, prompt, len(prompt)) as kept:
+            logits = self._forward(prompt[len(kept.tokens) :], kept.cache.states)[-1]
+            kept.tokens = list(prompt)
+        return prompt, softmax(logits.float().cpu().numpy())
 
     def _read(self, kept: Kept[_Cache], prompt: Sequence[int]) -> Iterator[None]:
         """Reads what is left of a prompt in steps, after each of which it can be cancelled."""
