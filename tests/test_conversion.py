@@ -97,5 +97,7 @@ def test_the_builders_own_complaint_is_passed_on(llama: Path, tmp_path: Path) ->
     broken = tmp_path / "broken"
     shutil.copytree(llama, broken)
     (broken / "config.json").write_text('{"architectures": ["Nothing"], "model_type": "llama"}')
-    with pytest.raises(ConversionFailed, match=r"builder failed: \w+Error: .*not currently supported"):
+    with pytest.raises(
+        ConversionFailed, match=r"builder failed: \w+Error: .*not currently supported"
+    ):
         convert(broken, tmp_path / "out", "int4")
