@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CHATTERBOX_VENV := .venv-chatterbox
 STAND_IN := .data/chatterbox-stand-in
 
-.PHONY: serve test test-chatterbox lint train evaluate clean
+.PHONY: serve test test-chatterbox lint bench train evaluate clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve
@@ -27,6 +27,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.inference
 
 train: $(VENV)/.test
 	$(BIN)/python -m llm_sidecar.demo train

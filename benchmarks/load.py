@@ -28,7 +28,7 @@ def request(
     return f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode() + body
 
 
-def rate(url: str, message: bytes, *, connections: int, seconds: float) -> float:
+def rate(url: str, message: bytes, *, connections: int, requests: int) -> float:
     """Requests per second that a server answers with 200 to `connections` clients at once.
 
     Raises:
@@ -36,42 +36,58 @@ def rate(url: str, message: bytes, *, connections: int, seconds: float) -> float
     """
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(_rate, url, message, connections, seconds).result()
+        return pool.submit(_rate, url, message, connections, requests).result()
 
 
-def _rate(url: str, message: bytes, connections: int, seconds: float) -> float:
-    return uvloop.run(_run(url, message, connections, seconds))
+def _rate(url: str, message: bytes, connections: int, requests: int) -> float:
+    return uvloop.run(_run(url, message, connections, requests))
 
 
-async def _run(url: str, message: bytes, connections: int, seconds: float) -> float:
+async def _run(url: str, message: bytes, connections: int, requests: int) -> float:
     address = urlsplit(url)
     host, port = address.hostname or "127.0.0.1", address.port or 80
     loop = asyncio.get_running_loop()
-    ended: asyncio.Future[None] = loop.create_future()
-    clients = [_Client(message, ended) for _ in range(connections)]
-    for client in clients:
-        await loop.create_connection(lambda c=client: c, host, port)  # type: ignore[misc]
-    began, before = time.perf_counter(), sum(client.answered for client in clients)
-    try:
-        await asyncio.wait_for(ended, seconds)
-    except TimeoutError:
-        answered = sum(client.answered for client in clients) - before
-        return answered / (time.perf_counter() - began)
-    raise RuntimeError("the server ended the load")
+    work = _Work(message, requests, loop.create_future())
+    began = time.perf_counter()
+    for _ in range(connections):
+        await loop.create_connection(lambda: _Client(work), host, port)
+    await work.over
+    return requests / (time.perf_counter() - began)
+
+
+class _Work:
+    """What all clients have to do together."""
+
+    def __init__(self, message: bytes, requests: int, over: asyncio.Future[None]) -> None:
+        self.message = message
+        self.over = over
+        self._unsent = self._unanswered = requests
+
+    def take(self) -> bool:
+        """Whether there is one more request to send."""
+        self._unsent -= 1
+        return self._unsent >= 0
+
+    def answered(self) -> None:
+        self._unanswered -= 1
+        if self._unanswered == 0 and not self.over.done():
+            self.over.set_result(None)
+
+    def fail(self, why: str) -> None:
+        if not self.over.done():
+            self.over.set_exception(RuntimeError(why))
 
 
 class _Client(asyncio.Protocol):
     """Sends the next request once the last one is answered."""
 
-    def __init__(self, message: bytes, ended: asyncio.Future[None]) -> None:
-        self.answered = 0
-        self._message = message
-        self._ended = ended
+    def __init__(self, work: _Work) -> None:
+        self._work = work
         self._taken = bytearray()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._transport.write(self._message)
+        self._send()
 
     def data_received(self, data: bytes) -> None:
         self._taken += data
@@ -86,15 +102,15 @@ class _Client(asyncio.Protocol):
         if len(body) < length:
             return
         if not head.startswith(b"HTTP/1.1 200"):
-            self._end(RuntimeError(head.decode(errors="replace").split("\r\n")[0]))
+            self._work.fail(head.decode(errors="replace").split("\r\n")[0])
             return
         self._taken.clear()
-        self.answered += 1
-        self._transport.write(self._message)
+        self._work.answered()
+        self._send()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end(RuntimeError("the server ended a connection"))
+        self._work.fail("the server ended a connection")
 
-    def _end(self, error: Exception) -> None:
-        if not self._ended.done():
-            self._ended.set_exception(error)
+    def _send(self) -> None:
+        if self._work.take():
+            self._transport.write(self._work.message)

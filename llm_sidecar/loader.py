@@ -20,6 +20,7 @@ from llm_sidecar.errors import AdapterRejected, ModelUnavailable
 from llm_sidecar.settings import DEFAULT_HERMES, DEFAULT_PHI3, Settings
 
 DEMO_DIR: Final = Path(__file__).resolve().parent / "demo"
+_DEMO_PHI3_FILE: Final = DEMO_DIR / "phi3" / "model.onnx"
 _ADAPTER_NAME: Final = re.compile(r"(\d{8})(-dpo)?")
 
 
@@ -58,7 +59,7 @@ def phi3_model_file(settings: Settings) -> Path:
     """Where Phi-3's model file is looked for; the demo's where the demo stands in."""
     path = settings.phi3_path or DEFAULT_PHI3
     if settings.phi3_path is None and settings.demo and not _anything_at(path):
-        return DEMO_DIR / "phi3" / "model.onnx"
+        return _DEMO_PHI3_FILE
     return path
 
 

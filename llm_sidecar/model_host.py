@@ -44,6 +44,8 @@ State = Literal["unloaded", "loading", "ready", "failed"]
 
 _CANCEL_GRACE: Final = 30.0
 """Seconds a worker has to give up a cancelled request before it is taken for hung and killed."""
+_LOOK_SECONDS: Final = 0.2
+"""Seconds for which it is known whether a model's files are there."""
 _BACKOFF_FIRST, _BACKOFF_MOST = 0.5, 30.0
 _SETTLED: Final = 60.0
 """Seconds after which a worker counts as healthy, and the next failure starts the backoff anew."""
@@ -140,6 +142,8 @@ class ModelHost:
         self._tokens_before = 0
         self._recent_seconds = 1.0
         self._closed = False
+        self._look_again = 0.0
+        self._missing_reason: str | None = None
 
     async def generate(self, request: GenerationRequest) -> Completion:
         """The whole completion.
@@ -508,11 +512,17 @@ class ModelHost:
         return worker
 
     def _missing(self) -> str | None:
-        try:
-            self._locate()
-        except ModelUnavailable as error:
-            return error.detail
-        return None
+        """Why the files cannot be loaded; every probe asks, so it is not always looked at anew."""
+        now = time.monotonic()
+        if now >= self._look_again:
+            self._look_again = now + _LOOK_SECONDS
+            try:
+                self._locate()
+            except ModelUnavailable as error:
+                self._missing_reason = error.detail
+            else:
+                self._missing_reason = None
+        return self._missing_reason
 
     def _adapter_name(self) -> str | None:
         return None if self._adapter is None else self._adapter.name

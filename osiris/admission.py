@@ -36,7 +36,7 @@ class Admission:
             return
         answer = _Answer(send, self._shutdown)
         if is_probe_or_metrics(scope):
-            await self._app(scope, receive, answer.send)
+            await self._app(scope, receive, answer.send if self._shutdown.draining else send)
         elif self._shutdown.draining:
             self._shutdown.asked()
             await _read_away(receive)

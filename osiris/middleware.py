@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llm_sidecar.logs import log_context
-from osiris.paths import route_path
+from osiris.paths import is_probe_or_metrics, route_path
 
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -106,6 +106,10 @@ class BodyLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if scope["method"] == "GET" and is_probe_or_metrics(scope):
+            # None of these reads a body.
             await self._app(scope, receive, send)
             return
         max_bytes = max(self._max_bytes, self._larger.get(route_path(scope).rstrip("/"), 0))

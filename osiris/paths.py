@@ -8,6 +8,7 @@ from starlette.types import Scope
 
 PROBES: Final = frozenset({"/health", "/health/live", "/health/ready"})
 METRICS: Final = "/metrics"
+_BY_MACHINES: Final = PROBES | {METRICS}
 
 
 def route_path(scope: Scope) -> str:
@@ -28,4 +29,4 @@ def is_metrics(scope: Scope) -> bool:
 
 def is_probe_or_metrics(scope: Scope) -> bool:
     """Whether the request is one that machines send every few seconds."""
-    return is_probe(scope) or is_metrics(scope)
+    return route_path(scope).rstrip("/") in _BY_MACHINES

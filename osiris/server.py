@@ -27,7 +27,7 @@ from osiris.http import ClientGone
 from osiris.logs import AccessLog
 from osiris.metrics import install_metrics
 from osiris.middleware import SECURITY_HEADERS, BodyLimit, RequestId, SecurityHeaders
-from osiris.routes import feedback, generation, operations, profiling, scoring, speech
+from osiris.routes import adapters, feedback, generation, probes, profiling, scoring, speech
 from osiris.shutdown import Shutdown
 
 log = logging.getLogger(__name__)
@@ -74,8 +74,8 @@ def create_app(settings: Settings) -> FastAPI:
         # FastAPI's own would export the texts of errors, if its variable asked it to.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
-    # In the order in which they are looked through, so what is asked most comes first.
-    for routes in (operations, generation, scoring, feedback, speech, profiling):
+    probes.install(app)
+    for routes in (generation, scoring, feedback, speech, adapters, profiling):
         app.include_router(routes.router)
     app.add_exception_handler(SidecarError, _sidecar_error)
     app.add_exception_handler(RequestValidationError, _validation_error)

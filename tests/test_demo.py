@@ -269,11 +269,6 @@ def test_the_shipped_model_copies_unseen_tickers(phi3: Engine) -> None:
     assert sum(right) >= 36
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="with few-shot examples before it the shipped model still copies their ticker; "
-    "once it does not, this mark fails the suite and goes",
-)
 def test_the_shipped_model_answers_the_prompt_and_not_an_example(phi3: Engine) -> None:
     examples = [proposals.Example(case.prompt, case.proposal) for case in cases(2)]
     request = GenerationRequest(

@@ -66,7 +66,7 @@ class Encoded(NamedTuple):
         ids: of all its tokens.
         labels: the same, and `IGNORED` outside the assistant's turns.
         looks: from the hints, for those tokens that have sources.
-        decisions: positions of the tokens that begin a piece which is not copied.
+        decisions: positions of the tokens that begin a hint's piece.
     """
 
     ids: list[int]
@@ -116,9 +116,7 @@ def encode(tokenizer: Any, lesson: Lesson) -> Encoded:
             labels += [IGNORED] * len(rest)
     looks = [look for hint in lesson.hints for look in _looks(hint, asked, answered)]
     decisions = [
-        begun[0].at
-        for hint in lesson.hints
-        if hint.way != "copied" and (begun := _within(answered, hint.first, hint.last))
+        begun[0].at for hint in lesson.hints if (begun := _within(answered, hint.first, hint.last))
     ]
     return Encoded(ids, labels, looks, decisions)
 

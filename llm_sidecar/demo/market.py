@@ -21,11 +21,11 @@ from llm_sidecar.proposals import Example, build_messages, dumps
 
 _SHORTEST_LIMIT, _LONGEST_PROMPT = 70, 700
 """Characters: of every prompt at the beginning of training, and in the end."""
-_SHORT, _LONG, _FINAL = 0.2, 0.55, 0.72
+_SHORT, _LONG, _FINAL = 0.2, 0.6, 0.8
 """Parts of the training: until the first prompts are short, from the second as long as any, from
 the third as the server sends them."""
 _STATED_ATR: Final = 0.25
-_NO_SIDE: Final = 0.12
+_NO_SIDE: Final = 0.18
 _WEIGHTS: Final = (3, 3, 3, 4, 4)
 
 

@@ -13,7 +13,8 @@ from llm_sidecar.demo.scene import Scene
 from llm_sidecar.demo.situations import Side, answer
 from llm_sidecar.demo.tickers import Split
 
-_WORD: Final = re.compile(r"[a-z]{4,}")
+_WORD: Final = re.compile(r"[a-z]{6,}")
+"""What may be misspelt: of a shorter word too little is left to tell it from another."""
 
 
 @dataclass(frozen=True, slots=True)

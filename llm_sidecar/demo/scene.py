@@ -43,9 +43,9 @@ class Scene:
 
     @classmethod
     def draw(cls, rng: Random, split: Split) -> Scene:
-        """A random scene; the position's side is unstated in one of eight."""
+        """A random scene; the position's side is unstated in one of six."""
         side: Side | None = rng.choice(("LONG", "SHORT"))
-        if rng.random() < 0.125:
+        if rng.random() < 0.18:
             side = None
         price = round(10 ** rng.uniform(0.4, 3.2), 2)
         ticker = random_ticker(rng, split)

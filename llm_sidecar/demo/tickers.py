@@ -86,7 +86,7 @@ def _random_code(rng: Random) -> str:
         return root_code(rng) + rng.choice(("", "", "1", "3", "4")) + rng.choice(_EXCHANGE_SUFFIXES)
     if kind < 0.86:
         digits = str(rng.randrange(1, 9999)).zfill(4)
-        return digits + rng.choice((".T", ".HK", ".SS", ".SZ", ".KS", ".TW", ""))
+        return digits + rng.choice((".T", ".HK", ".SS", ".SZ", ".KS", ".TW"))
     if kind < 0.91:
         return root_code(rng)[:5] + rng.choice(_CRYPTO_QUOTES)
     if kind < 0.95:

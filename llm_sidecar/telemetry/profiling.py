@@ -29,9 +29,12 @@ if TYPE_CHECKING:
 _UNPROFILED: Final = (*UNOBSERVED, "/stream/")
 """How paths begin that are not profiled; a stream lasts for days, and its samples would pile up."""
 
-_PER_SECOND: Final = 10.0
-"""Requests that are profiled, in the long run and at once: a profile costs some milliseconds, and
-under load the latest one is as good as any."""
+_INTERVAL: Final = 0.005
+"""Seconds between two samples, of which each costs every request of the moment some time."""
+_PER_SECOND: Final = 1.0
+_AT_ONCE: Final = 5.0
+"""Requests that are profiled, in the long run and at once: samples cost some percent of a core, and
+under load the latest profile is as good as any."""
 
 _CALLS: ContextVar[list[ModelCall] | None] = ContextVar("profiled_calls", default=None)
 
@@ -73,7 +76,7 @@ class Profiling(Instrument):
 
     def __init__(self) -> None:
         self._profiles: dict[str, Profile] = {}
-        self._allowance = _PER_SECOND
+        self._allowance = _AT_ONCE
         self._replenished = time.monotonic()
 
     def install(self, app: FastAPI) -> None:
@@ -95,7 +98,7 @@ class Profiling(Instrument):
         """Whether one more request may be profiled now (a token bucket)."""
         now = time.monotonic()
         gained = (now - self._replenished) * _PER_SECOND
-        self._allowance = min(_PER_SECOND, self._allowance + gained)
+        self._allowance = min(_AT_ONCE, self._allowance + gained)
         self._replenished = now
         if self._allowance < 1.0:
             return False
@@ -136,7 +139,7 @@ class _ProfileRequests:
 
         token = _CALLS.set(profile.calls)
         # Awaited work is followed into the tasks it starts, whose contexts are copies of this one.
-        profiler = Profiler(async_mode="enabled")
+        profiler = Profiler(_INTERVAL, async_mode="enabled")
         profiler.start()
         try:
             await self._app(scope, receive, send_and_note)

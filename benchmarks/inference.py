@@ -1,0 +1,421 @@
+"""How fast models answer: `make bench` writes benchmarks/RESULTS.md.
+
+Each row is a ratio whose two sides ran in turns in this run, on models of about 100 million random
+weights unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import datetime
+import itertools
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+
+import httpx
+import onnxruntime_genai as og
+
+from benchmarks import models
+from llm_sidecar import hermes_plugin, proposals
+from llm_sidecar.demo import market
+from llm_sidecar.engines import Engine, GenerationRequest, load_engine
+from tests.live_server import LiveServer, serve
+
+RESULTS: Final = Path(__file__).with_name("RESULTS.md")
+THREADS: Final = 2
+_RNG: Final = Random(7)
+PACKAGES: Final = (
+    "onnxruntime-genai",
+    "onnxruntime",
+    "torch",
+    "transformers",
+    "fastapi",
+    "uvicorn",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured promise.
+
+    Attributes:
+        wanted: the greatest value there may be, or the least where `least`.
+    """
+
+    name: str
+    value: float
+    wanted: float
+    detail: str
+    least: bool = False
+    unit: str = ""
+
+    def __str__(self) -> str:
+        kept = self.value >= self.wanted if self.least else self.value <= self.wanted
+        limit = f"{'at least' if self.least else 'at most'} {self.wanted:g}{self.unit}"
+        reached = f"{self.value:.3g}{self.unit}{'' if kept else ' (missed)'}"
+        return f"| {self.name} | {reached} | {limit} | {self.detail} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=tuple(MEASURES), default=list(MEASURES))
+    parser.add_argument("--rounds", type=int, default=8, help="in which both sides take turns")
+    options = parser.parse_args()
+    lines = [*_machine(), "", "| what | reached | wanted | how |", "|---|---|---|---|"]
+    for line in lines:
+        print(line)
+    for name in options.only:
+        for row in MEASURES[name](options.rounds):
+            lines.append(str(row))
+            print(row, flush=True)
+    if options.only == list(MEASURES):
+        RESULTS.write_text("\n".join(["# Results of `make bench`", "", *lines]) + "\n")
+
+
+def _machine() -> list[str]:
+    names = [
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    cpu = names[0].partition(":")[2].strip() if names else platform.processor()
+    installed = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return [
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {cpu}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}, {installed}. {THREADS} threads a model; Phi-3 of "
+        f"{models.size(models.transformers_model('phi3'))} parameters, Llama of "
+        f"{models.size(models.transformers_model('llama'))}, both in int4 unless a row says "
+        "otherwise. Ratios are of medians.",
+    ]
+
+
+def prompts(count: int) -> list[str]:
+    """Prompts of about the same length that no run has seen before."""
+    drawn: list[str] = []
+    while len(drawn) < count:
+        prompt = market.draw(_RNG, "train").prompt
+        if 100 <= len(prompt) <= 200:
+            drawn.append(prompt)
+    return drawn
+
+
+def examples(count: int) -> list[proposals.Example]:
+    cases = [market.draw(_RNG, "train", 300) for _ in range(count)]
+    return [proposals.Example(case.prompt, case.proposal) for case in cases]
+
+
+def _median(seconds: Sequence[float]) -> str:
+    return f"{1000 * statistics.median(seconds):.0f} ms"
+
+
+# 1. A guided proposal over HTTP
+
+
+class Bare:
+    """The loop that a program with onnxruntime-genai alone would write.
+
+    Args:
+        reuse: whether it keeps one generator and rewinds it, and has forced tokens written at once.
+    """
+
+    def __init__(self, model: Any, *, reuse: bool) -> None:
+        self._model = model
+        self._tokenizer = og.Tokenizer(model)
+        self._reuse = reuse
+        self._generator: Any = None
+        self._tokens: list[int] = []
+
+    def propose(self, messages: Sequence[dict[str, str]]) -> str:
+        text = self._tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
+        tokens = self._tokenizer.encode(text).tolist()
+        shared = 0
+        if self._generator is None or not self._reuse:
+            params = og.GeneratorParams(self._model)
+            params.set_search_options(max_length=2048, do_sample=False)
+            params.set_guidance("json_schema", proposals.GUIDANCE, self._reuse)
+            self._generator = og.Generator(self._model, params)
+        else:
+            while tokens[shared] == self._tokens[shared]:
+                shared += 1
+            self._generator.rewind_to(shared)
+        self._generator.append_tokens(tokens[shared:])
+        self._tokens = tokens
+        while not self._generator.is_done():
+            self._generator.generate_next_token()
+        written: str = self._tokenizer.decode(self._generator.get_sequence(0)[len(tokens) :])
+        return written.removesuffix("<|end|>")
+
+
+def proposals_over_http(rounds: int) -> Iterator[Row]:
+    model = _bare_model(models.onnx_model("phi3"))
+    with tempfile.TemporaryDirectory() as folder, _server(Path(folder)) as server:
+        shots = _correct(server, 3)
+        reuse, plain = Bare(model, reuse=True), Bare(model, reuse=False)
+        sides: dict[str, Callable[[str], str]] = {
+            "http": lambda prompt: _proposal(server, prompt),
+            "bare": lambda prompt: reuse.propose(proposals.build_messages(prompt, shots)),
+            "plain": lambda prompt: plain.propose(proposals.build_messages(prompt, shots)),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for number, prompt in enumerate(prompts(rounds + 1)):
+            answers = {}
+            for name, side in sides.items():
+                began = time.perf_counter()
+                answers[name] = json.loads(side(prompt))
+                if number:  # the first one warms up
+                    seconds[name].append(time.perf_counter() - began)
+            assert answers["http"] == answers["bare"] == answers["plain"], answers
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    detail = ", ".join(f"{name} {1000 * time:.0f} ms" for name, time in median.items())
+    name = "guided proposal over HTTP, three examples, against a bare loop"
+    yield Row(
+        f"{name} with prefix reuse and forced tokens", median["http"] / median["bare"], 1.10, detail
+    )
+    yield Row(f"{name} without", median["http"] / median["plain"], 0.5, detail)
+
+
+def _bare_model(folder: Path) -> Any:
+    config = og.Config(str(folder))
+    session = {"intra_op_num_threads": THREADS, "session.intra_op.allow_spinning": "0"}
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+    return og.Model(config)
+
+
+def _server(folder: Path, **environ: str) -> Any:
+    phi3, hermes = models.onnx_model("phi3"), models.onnx_model("llama")
+    return serve(
+        folder,
+        MICRO_LLM_MODEL_PATH=str((phi3 / "model.onnx").absolute()),
+        HERMES_MODEL_PATH=str(hermes.absolute()),
+        PHI3_THREADS=str(THREADS),
+        HERMES_THREADS=str(THREADS),
+        PRELOAD_MODELS="true",
+        **environ,
+    )
+
+
+def _proposal(server: LiveServer, prompt: str) -> str:
+    answer = server.client.post("/generate/phi3/", json={"prompt": prompt, "max_length": 256})
+    answer.raise_for_status()
+    return answer.text
+
+
+def _correct(server: LiveServer, count: int) -> list[proposals.Example]:
+    """Gives the server corrections, and returns the examples that it makes of them."""
+    server.wait_until_ready()
+    server.wait_until_database_is_open()
+    shots = examples(count)
+    for shot in shots:
+        answer = server.client.post(
+            "/propose_trade_adjustments/", json={"prompt": shot.prompt, "max_length": 256}
+        )
+        answer.raise_for_status()
+        server.client.post(
+            "/feedback/phi3/",
+            json={
+                "transaction_id": answer.json()["transaction_id"],
+                "feedback_type": "correction",
+                "feedback_content": "so",
+                "corrected_proposal": shot.proposal,
+            },
+        ).raise_for_status()
+    return shots
+
+
+# 2. and 4. Prefixes and scores, in the engine
+
+
+def first_token(rounds: int) -> Iterator[Row]:
+    engine = load_engine(models.onnx_model("phi3"), device="cpu", threads=THREADS)
+    cold, warm = [], []
+    shots: list[proposals.Example] = []
+    tokens = 0
+    while tokens < 600:
+        shots += examples(1)
+        tokens = len(engine.next_token(proposals.build_messages("", shots)[:-1])[0])
+    for number, prompt in enumerate(prompts(rounds + 1)):
+        # Other examples, so that nothing of them is known yet.
+        unknown = proposals.Example(f"{number}", shots[0].proposal)
+        cold.append(_until_first(engine, proposals.build_messages(prompt, [unknown, *shots])))
+        again = proposals.build_messages(prompt + " Now?", [unknown, *shots])
+        _until_first(engine, again)
+        short = proposals.build_messages("Long ABC?", [unknown, *shots])
+        warm.append(_until_first(engine, short))
+    ratio = statistics.median(warm[1:]) / statistics.median(cold[1:])
+    detail = f"{_median(warm[1:])}, cold {_median(cold[1:])}"
+    yield Row(
+        f"time to first token after a shared prefix of {tokens} tokens, against a cold one",
+        ratio,
+        0.1,
+        detail,
+    )
+
+
+def _until_first(engine: Engine, messages: list[dict[str, str]]) -> float:
+    began = time.perf_counter()
+    for delta in engine.stream(GenerationRequest(messages, 8, proposals.GUIDANCE)):
+        if delta.completion_tokens:
+            break
+    return time.perf_counter() - began
+
+
+def one_score(rounds: int) -> Iterator[Row]:
+    engine = load_engine(models.onnx_model("llama"), device="cpu", threads=THREADS)
+    scores, answers, differences = [], [], []
+    for prompt in prompts(rounds + 1):
+        proposal = market.draw(_RNG, "train").proposal
+        # Each a prompt of its own, of which only the system's turn is known.
+        messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, proposal, prompt)
+        began = time.perf_counter()
+        found = engine.answer_probabilities(messages, hermes_plugin.SCORE_ANSWERS)
+        scores.append(time.perf_counter() - began)
+        again = engine.answer_probabilities(messages, hermes_plugin.SCORE_ANSWERS)
+        differences.append(
+            abs(hermes_plugin.expected_score(found) - hermes_plugin.expected_score(again))
+        )
+        other = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, proposal, prompt[::-1])
+        began = time.perf_counter()
+        for _ in engine.stream(GenerationRequest(other, 10)):
+            pass
+        answers.append(time.perf_counter() - began)
+    ratio = statistics.median(scores[1:]) / statistics.median(answers[1:])
+    detail = f"{_median(scores[1:])}, answer {_median(answers[1:])}"
+    yield Row("one score, against an answer of ten tokens", ratio, 0.6, detail)
+    yield Row(
+        "one score, greatest difference on repeat",
+        max(differences),
+        1e-6,
+        f"{len(differences)} scores",
+    )
+
+
+# 5. Sixteen at once
+
+
+def sixteen_at_once(rounds: int) -> Iterator[Row]:
+    del rounds
+    with tempfile.TemporaryDirectory() as folder, _server(Path(folder)) as server:
+        server.wait_until_ready()
+        asked = prompts(17)
+        _proposal(server, asked.pop())
+        began = time.perf_counter()
+        for prompt in asked:
+            _proposal(server, prompt)
+        one_by_one = time.perf_counter() - began
+        together, order, probes = asyncio.run(_together(server.url, asked))
+    percentile = statistics.quantiles(probes, n=100)[98]
+    name = "sixteen proposals at once"
+    yield Row(
+        f"{name}, against one after the other",
+        together / one_by_one,
+        1.05,
+        f"{together:.1f} s and {one_by_one:.1f} s",
+    )
+    yield Row(
+        f"{name}: 99th percentile of `/health` meanwhile",
+        1000 * percentile,
+        20,
+        f"{len(probes)} probes",
+        unit=" ms",
+    )
+    late = sum(one > other for one, other in itertools.pairwise(order))
+    yield Row(f"{name}: served out of order", late, 0, "by the time of their answers")
+
+
+async def _together(url: str, asked: Sequence[str]) -> tuple[float, list[int], list[float]]:
+    order: list[int] = []
+    probes: list[float] = []
+    async with httpx.AsyncClient(base_url=url, timeout=120.0) as client:
+
+        async def one(number: int, prompt: str) -> None:
+            body = {"prompt": prompt, "max_length": 256}
+            (await client.post("/generate/phi3/", json=body)).raise_for_status()
+            order.append(number)
+
+        async def probe() -> None:
+            while True:
+                began = time.perf_counter()
+                (await client.get("/health")).raise_for_status()
+                probes.append(time.perf_counter() - began)
+                await asyncio.sleep(0.005)
+
+        probing = asyncio.create_task(probe())
+        began = time.perf_counter()
+        tasks = []
+        for number, prompt in enumerate(asked):
+            tasks.append(asyncio.create_task(one(number, prompt)))
+            # So that they come in this order.
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*tasks)
+        seconds = time.perf_counter() - began
+        probing.cancel()
+    return seconds, order, probes
+
+
+# 7. Memory and start
+
+
+def memory_and_start(rounds: int) -> Iterator[Row]:
+    del rounds
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        everything = {
+            "SIDECAR_DEMO": "true",
+            "PRELOAD_MODELS": "true",
+            "ENABLE_METRICS": "true",
+            "SIDECAR_API_KEYS": "a-key-for-the-benchmark",
+        }
+        with serve(Path(folder), **everything) as server:
+            server.client.headers["X-API-Key"] = everything["SIDECAR_API_KEYS"]
+            body = {"prompt": prompts(1)[0]}
+            server.wait_until(
+                lambda: server.client.post("/generate/phi3/", json=body).status_code == 200
+            )
+            first = time.perf_counter() - began
+            server.wait_until_ready()
+            server.wait_until_database_is_open()
+            for path, sent in (
+                ("/propose_trade_adjustments/", body),
+                ("/generate/hermes/", body),
+                ("/speak", {"text": "Stop moved."}),
+                (
+                    "/feedback/phi3/",
+                    {"transaction_id": "t", "feedback_type": "rating", "feedback_content": "5"},
+                ),
+            ):
+                server.client.post(path, json=sent).raise_for_status()
+            server.client.get("/metrics").raise_for_status()
+            status = Path(f"/proc/{server.process.pid}/status").read_text()
+    resident = next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))
+    yield Row(
+        "resident memory of the API process, every part in use",
+        int(resident) / 1024,
+        200,
+        "demo models",
+        unit=" MB",
+    )
+    yield Row(
+        "from the start of the server to the first proposal", first, 6, "demo models", unit=" s"
+    )
+
+
+MEASURES: Final[dict[str, Callable[[int], Iterator[Row]]]] = {
+    "proposals": proposals_over_http,
+    "prefix": first_token,
+    "score": one_score,
+    "sixteen": sixteen_at_once,
+    "start": memory_and_start,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Probes: what orchestrators, load balancers and people ask every second of the day."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
+from pydantic_core import to_json
+from starlette.types import Receive, Scope, Send
+
+from llm_sidecar.sidecar import Sidecar
+from osiris.http import endpoint
+from osiris.schemas import Health, Probe
+
+_JSON: Final = "application/json"
+
+
+class ProbeRoute(APIRoute):
+    """A route that is documented like any other, and whose function answers a request itself.
+
+    It has no dependencies, no body and nothing to check, all of which would take FastAPI longer
+    than the answer.
+    """
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers; another method than the route's gets FastAPI's own refusal."""
+        if scope["method"] not in (self.methods or ()):
+            await super().handle(scope, receive, send)
+            return
+        response: Response = await self.endpoint(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+
+def install(app: FastAPI) -> None:
+    """Adds the probes; call it before other routes, as a path is compared with one by one."""
+    shared: dict[str, Any] = {"tags": ["operations"], "route_class_override": ProbeRoute}
+    endpoint(app.router, "GET", "/health", response_model=Health, **shared)(health)
+    endpoint(app.router, "GET", "/health/live", response_model=Probe, **shared)(live)
+    ready_errors = {"error_model": Probe, "response_model": Probe}
+    endpoint(app.router, "GET", "/health/ready", 503, **ready_errors, **shared)(ready)
+
+
+async def health(request: Request) -> Response:
+    """The state of the whole and of each part; always 200."""
+    sidecar: Sidecar = request.app.state.sidecar
+    return Response(to_json(sidecar.health()), media_type=_JSON)
+
+
+async def live(request: Request) -> Response:
+    """Whether the process serves requests at all."""
+    return _answer(200, Probe(status="ok"))
+
+
+async def ready(request: Request) -> Response:
+    """Whether every part that an answer needs is there; `draining` once the server is to end."""
+    if request.app.state.shutdown.draining:
+        return _answer(503, Probe(status="draining"))
+    sidecar: Sidecar = request.app.state.sidecar
+    missing = sidecar.missing()
+    if missing:
+        return _answer(503, Probe(status="unavailable", missing=missing))
+    return _answer(200, Probe(status="ok"))
+
+
+def _answer(status: int, probe: Probe) -> Response:
+    return Response(probe.model_dump_json(), status, media_type=_JSON)
