@@ -31,7 +31,7 @@ lint: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.inference
 
-train: $(VENV)/.test
+train: $(VENV)/.serve
 	$(BIN)/python -m llm_sidecar.demo train
 
 evaluate: $(VENV)/.serve

@@ -65,6 +65,11 @@ class Archive:
         self._stale = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def log_folder(self) -> Path:
+        """A local folder that outlives the server, beside the database or its log."""
+        return self._store.log_folder
+
     def start(self) -> None:
         """Begins to take rows and to open the database."""
         self._store.start()

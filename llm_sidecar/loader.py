@@ -119,21 +119,44 @@ def get_latest_adapter_dir(base_path: Path | str) -> Path | None:
     Raises:
         AdapterRejected: the folder cannot be read.
     """
+    return max(_adapters(base_path), default=(None, None, None))[2]
+
+
+def find_adapter_dir(base_path: Path | str, name: str) -> Path:
+    """The adapter of a name, or of a date: its `-dpo` one before its plain one.
+
+    Args:
+        base_path: folder of adapters.
+        name: `YYYYMMDD` or `YYYYMMDD-dpo`.
+
+    Raises:
+        AdapterRejected: there is none, or the folder cannot be read.
+    """
+    found = [a for a in _adapters(base_path) if a[1] == name or a[1].partition("-")[0] == name]
+    if not found:
+        raise AdapterRejected(
+            f"There is no adapter {name}: PHI3_ADAPTER_DIR holds no such folder with an "
+            "adapter_config.json."
+        )
+    return max(found)[2]
+
+
+def _adapters(base_path: Path | str) -> list[tuple[datetime.date, str, Path]]:
+    """(date, name, folder) of each dated adapter."""
     base = Path(base_path)
     try:
         dated = [(adapter_date(path), path.name, path) for path in base.iterdir()]
     except FileNotFoundError:
-        return None
+        return []
     except OSError as error:
         raise AdapterRejected(
             f"The adapters cannot be read: {base}: {error.strerror}; set PHI3_ADAPTER_DIR."
         ) from None
-    valid = [
+    return [
         (date, name, path)
         for date, name, path in dated
         if date is not None and (path / "adapter_config.json").is_file()
     ]
-    return max(valid)[2] if valid else None
 
 
 def adapter_date(folder: Path) -> datetime.date | None:

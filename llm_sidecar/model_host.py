@@ -205,6 +205,10 @@ class ModelHost:
         """Folder of the adapter in use."""
         return self._adapter
 
+    def begin_with(self, adapter: Path) -> None:
+        """The adapter that the model is first loaded with; call it before anything is asked."""
+        self._adapter = adapter
+
     async def swap_adapter(self, adapter: Path | None) -> None:
         """Loads the model with another adapter beside the one that runs, then sends requests to it.
 

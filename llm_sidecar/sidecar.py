@@ -28,6 +28,7 @@ from llm_sidecar.engines import GenerationRequest
 from llm_sidecar.errors import DatabaseUnavailable, ModelUnavailable, SidecarError
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.model_host import Completion, HostLimits, ModelHost
+from llm_sidecar.remembered import RememberedAdapter
 from llm_sidecar.settings import Settings
 from llm_sidecar.telemetry.calls import Observers
 from llm_sidecar.telemetry.instruments import Instrument
@@ -121,6 +122,7 @@ class Sidecar:
             on_examples=self._prepare_examples,
         )
         self._preparing: asyncio.Task[None] | None = None
+        self._remembered = RememberedAdapter(self.archive.log_folder, settings.adapter_dir)
 
     def _prepare_examples(self) -> None:
         # A worker that prepares one already gives it up for the newer.
@@ -131,6 +133,8 @@ class Sidecar:
         if self.settings.demo:
             log.warning("SIDECAR_DEMO is on: where no model is configured, a toy answers")
         self.archive.start()
+        if remembered := self._remembered.load():
+            self.phi3.begin_with(remembered)
         await self.bus.subscribe(FEEDBACK_SUBMITTED, self._store_published_feedback)
         if self.remote_voice is not None:
             await self.remote_voice.start()
@@ -278,8 +282,12 @@ class Sidecar:
         await self._publish(FEEDBACK_SUBMITTED, stored)
         return is_example
 
-    async def swap_adapter(self) -> datetime.date | None:
-        """Takes Phi-3's newest adapter into use, or none where there is none.
+    async def swap_adapter(self, name: str | None = None) -> datetime.date | None:
+        """Takes an adapter of Phi-3's into use, and remembers it for the next start.
+
+        Args:
+            name: `YYYYMMDD` or `YYYYMMDD-dpo`; the newest where none is named, and none where
+                there is none.
 
         Returns:
             The date of the adapter in use.
@@ -288,9 +296,15 @@ class Sidecar:
             AdapterRejected: it cannot be loaded, and the one in use goes on.
             ModelUnavailable: Phi-3 is missing or does not load.
         """
-        newest = loader.get_latest_adapter_dir(self.settings.adapter_dir)
-        if newest != self.phi3.adapter:
-            await self.phi3.swap_adapter(newest)
+        folder = self.settings.adapter_dir
+        chosen = (
+            loader.get_latest_adapter_dir(folder)
+            if name is None
+            else loader.find_adapter_dir(folder, name)
+        )
+        if chosen != self.phi3.adapter:
+            await self.phi3.swap_adapter(chosen)
+        await asyncio.to_thread(self._remembered.save, chosen)
         return self.adapter_date()
 
     def adapter_date(self) -> datetime.date | None:

@@ -120,6 +120,14 @@ class FeedbackStored(BaseModel):
     transaction_id: str
 
 
+class AdapterChoice(BaseModel):
+    """Which adapter to take into use: the newest where none is named."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    adapter: str | None = Field(default=None, pattern=r"^\d{8}(-dpo)?$")
+
+
 class AdapterSwapped(BaseModel):
     """The adapter in use."""
 

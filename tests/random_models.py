@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from llm_sidecar.conversion import build
@@ -79,4 +80,22 @@ def write_transformers_folder(folder: Path, *, architecture: str = "phi3", seed:
 def convert_to_onnx(source: Path, folder: Path) -> Path:
     """Converts a transformers folder to an int4 onnxruntime-genai one."""
     build(source, folder, "int4")
+    return folder
+
+
+def write_adapter(model: Path, folder: Path, seed: int = 1) -> Path:
+    """A PEFT LoRA adapter with random weights for the model in `model`."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=4, target_modules=["qkv_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    base = AutoModelForCausalLM.from_pretrained(model, local_files_only=True)
+    with warnings.catch_warnings():
+        # transformers' business with peft
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        get_peft_model(base, config).save_pretrained(str(folder))
     return folder

@@ -247,6 +247,10 @@ CALLS: dict[str, tuple[Callable[[Any], Any], tuple[str, str, Any]]] = {
         ),
     ),
     "swap": (lambda c: c.swap_adapters(), ("POST", "/adapters/swap", None)),
+    "swap to one": (
+        lambda c: c.swap_adapters("20260102"),
+        ("POST", "/adapters/swap", {"adapter": "20260102"}),
+    ),
     "health": (lambda c: c.health(), ("GET", "/health", None)),
 }
 

@@ -28,6 +28,7 @@ from llm_sidecar.errors import (
 from llm_sidecar.loader import ModelFiles
 from llm_sidecar.model_host import HostLimits, ModelHost
 from tests.live_server import is_running
+from tests.random_models import write_adapter
 
 SHORT = GenerationRequest(proposals.build_messages("Long ABC"), 256, proposals.GUIDANCE)
 # Thousands of array items keep a worker busy for seconds, whatever its weights say.
@@ -340,7 +341,6 @@ async def test_an_adapter_that_does_not_load_is_refused_and_all_goes_on(
 
 
 # peft asks transformers by a name that transformers is giving up.
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 async def test_swapping_adapters_under_load_loses_no_request(
     make_host: HostFactory, random_phi3_torch: Path, tmp_path: Path
 ) -> None:
@@ -357,21 +357,6 @@ async def test_swapping_adapters_under_load_loses_no_request(
     await host.swap_adapter(None)
     assert (await host.generate(SHORT)).text == before.text
     assert host.status()["restarts"] == 0
-
-
-def write_adapter(model: Path, folder: Path) -> Path:
-    """A PEFT LoRA adapter with random weights for the model in `model`."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(1)
-    config = LoraConfig(
-        r=4, target_modules=["qkv_proj"], task_type="CAUSAL_LM", init_lora_weights=False
-    )
-    base = AutoModelForCausalLM.from_pretrained(model, local_files_only=True)
-    get_peft_model(base, config).save_pretrained(str(folder))
-    return folder
 
 
 async def test_a_request_that_has_queued_longer_than_a_load_may_take_gets_the_next_worker(

@@ -164,6 +164,11 @@ class Store:
         """
         return await self._ask(lambda _: self._writer.compact(), seconds=math.inf)
 
+    @property
+    def log_folder(self) -> Path:
+        """The local folder of the write-ahead logs."""
+        return self._place.log_folder
+
     def status(self) -> dict[str, Any]:
         """The state for `/health`: JSON types only."""
         writer = self._writer

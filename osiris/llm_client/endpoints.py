@@ -108,9 +108,14 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
         wav: Wav = self._run(self._core.attempts(request, _read_wav))
         return wav
 
-    def swap_adapters(self) -> JSONAnswer:
-        """Use the newest adapter: `{"status": "ok", "phi3_adapter_date": str or None}`."""
-        return self._json("POST", "/adapters/swap")
+    def swap_adapters(self, adapter: str | None = None) -> JSONAnswer:
+        """Use an adapter: `{"status": "ok", "phi3_adapter_date": str or None}`.
+
+        Args:
+            adapter: its date, `YYYYMMDD`; the newest where none is named.
+        """
+        body = None if adapter is None else {"adapter": adapter}
+        return self._json("POST", "/adapters/swap", body)
 
     def health(self) -> JSONAnswer:
         """The state of the sidecar and of each of its parts."""

@@ -1,0 +1,129 @@
+"""Adapters of a running server: chosen, refused, remembered."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llm_sidecar import loader
+from llm_sidecar.errors import AdapterRejected
+from llm_sidecar.remembered import RememberedAdapter
+from tests.live_server import LiveServer, serve
+from tests.random_models import write_adapter
+
+PROMPT = {"prompt": "Long ABC from 100, now 112.5.", "max_length": 256}
+
+
+@pytest.fixture(scope="module")
+def adapters(random_phi3_torch: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two good ones, and a newer one that is half written."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for day in (1, 2, 3):
+        write_adapter(random_phi3_torch, folder / f"2026010{day}", seed=day)
+    (folder / "20260103" / "adapter_model.safetensors").unlink()
+    return folder
+
+
+@contextlib.contextmanager
+def running(folder: Path, adapters: Path, phi3: Path, hermes: Path) -> Iterator[LiveServer]:
+    environ = {
+        "MICRO_LLM_MODEL_PATH": str(phi3),
+        "HERMES_MODEL_PATH": str(hermes),
+        "PHI3_ADAPTER_DIR": str(adapters),
+        "PRELOAD_MODELS": "true",
+    }
+    with serve(folder, **environ) as server:
+        server.wait_until_ready()
+        yield server
+
+
+def swap(server: LiveServer, name: str | None = None) -> tuple[int, str]:
+    body = None if name is None else {"adapter": name}
+    answer = server.client.post("/adapters/swap", json=body)
+    said = answer.json()
+    return answer.status_code, str(said.get("detail", said.get("phi3_adapter_date")))
+
+
+def proposal(server: LiveServer) -> str:
+    answer = server.client.post("/generate/phi3/", json=PROMPT)
+    assert answer.status_code == 200
+    return answer.text
+
+
+def test_an_adapter_is_chosen_refused_and_remembered(
+    adapters: Path, random_phi3_torch: Path, random_hermes_onnx: Path, tmp_path: Path
+) -> None:
+    with running(tmp_path, adapters, random_phi3_torch, random_hermes_onnx) as server:
+        assert swap(server, "20260101") == (200, "2026-01-01")
+        first = proposal(server)
+        assert swap(server, "20260102") == (200, "2026-01-02")
+        second = proposal(server)
+        assert second != first
+        # The newest one is half written.
+        status, why = swap(server)
+        assert status == 409
+        assert "20260103" in why
+        assert "adapter_model.safetensors" in why
+        status, why = swap(server, "20250101")
+        assert status == 409
+        assert "20250101" in why
+        assert swap(server, "../20260101")[0] == 422
+        assert proposal(server) == second
+        health = server.client.get("/health").json()
+        assert health["phi3_adapter_date"] == "2026-01-02"
+    with running(tmp_path, adapters, random_phi3_torch, random_hermes_onnx) as server:
+        assert server.client.get("/health").json()["phi3_adapter_date"] == "2026-01-02"
+        assert proposal(server) == second
+
+
+def test_an_adapter_that_has_gone_is_said_to_have_gone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "adapters" / "20260101"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").touch()
+    remembered = RememberedAdapter(tmp_path / "log", folder.parent)
+    assert remembered.load() is None
+    assert caplog.messages == []
+    remembered.save(folder)
+    assert remembered.load() == folder
+    shutil.rmtree(folder)
+    assert remembered.load() is None
+    assert "20260101" in caplog.text
+    remembered.save(None)
+    caplog.clear()
+    assert remembered.load() is None
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("name", ["../adapters/20260101", "/", "20260101\0", "x" * 5000, "é"])
+def test_a_name_that_is_none_leads_nowhere(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "adapters" / "20260101"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").touch()
+    (tmp_path / "phi3_adapter").write_bytes(name.encode("latin-1"))
+    assert RememberedAdapter(tmp_path, folder.parent).load() is None
+
+
+def test_a_file_that_cannot_be_written_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    RememberedAdapter(tmp_path / "file", tmp_path).save(tmp_path / "20260101")
+    assert "not remembered" in caplog.text
+
+
+def test_a_date_means_its_dpo_adapter_and_a_name_itself(tmp_path: Path) -> None:
+    for name in ("20260101", "20260101-dpo", "20260102"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").touch()
+    assert loader.find_adapter_dir(tmp_path, "20260101").name == "20260101-dpo"
+    assert loader.find_adapter_dir(tmp_path, "20260102").name == "20260102"
+    with pytest.raises(AdapterRejected, match="20260103"):
+        loader.find_adapter_dir(tmp_path, "20260103")
+    with pytest.raises(AdapterRejected, match="20260101"):
+        loader.find_adapter_dir(tmp_path / "nowhere", "20260101")
