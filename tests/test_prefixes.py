@@ -12,6 +12,7 @@ import pytest
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.demo import market
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
+from llm_sidecar.engines.base import PREFILL_CHUNK, prefill_steps
 from llm_sidecar.engines.prefixes import MOST_KEPT, Kept, Prefixes, shared
 
 
@@ -42,15 +43,16 @@ def read(kept: Prefixes[str, Cache], prompt: Sequence[int], kind: str = "", room
 def test_only_what_differs_is_read() -> None:
     kept = prefixes()
     assert read(kept, [1, 2, 3, 4]) == 4
-    assert read(kept, [1, 2, 3, 5]) == 1
-    assert read(kept, [1, 2, 6]) == 1
+    assert read(kept, [1, 2, 3, 5, 6, 7]) == 3
+    assert read(kept, [1, 8, 9]) == 2
 
 
-def test_the_last_token_is_always_read() -> None:
+def test_the_last_two_tokens_are_always_read() -> None:
     kept = prefixes()
     assert read(kept, [1, 2, 3]) == 3
-    assert read(kept, [1, 2, 3]) == 1
-    assert read(kept, [1, 2]) == 1
+    assert read(kept, [1, 2, 3]) == 2
+    assert read(kept, [1, 2]) == 2
+    assert read(kept, [1]) == 1
 
 
 def test_another_kind_or_too_little_room_shares_nothing() -> None:
@@ -58,7 +60,7 @@ def test_another_kind_or_too_little_room_shares_nothing() -> None:
     assert read(kept, [1, 2, 3], room=9) == 3
     assert read(kept, [1, 2, 3], kind="other") == 3
     assert read(kept, [1, 2, 3], room=10) == 3
-    assert read(kept, [1, 2, 3], room=9) == 1
+    assert read(kept, [1, 2, 3], room=9) == 2
 
 
 def test_a_cache_that_cannot_forget_is_not_shared() -> None:
@@ -72,7 +74,7 @@ def test_the_longest_beginning_is_taken_and_few_caches_are_kept() -> None:
     for number in range(MOST_KEPT + 1):
         assert read(kept, [number, number, number]) == 3
     assert read(kept, [0, 0, 0]) == 3  # the oldest is gone
-    assert read(kept, [MOST_KEPT, MOST_KEPT, 9]) == 1
+    assert read(kept, [MOST_KEPT, MOST_KEPT, 9]) == 2
 
 
 def test_a_cache_survives_a_cancellation_and_no_failure() -> None:
@@ -84,9 +86,19 @@ def test_a_cache_survives_a_cancellation_and_no_failure() -> None:
             raise error
 
     stop(GeneratorExit)
-    assert read(kept, [1, 2, 3]) == 1
+    assert read(kept, [1, 2, 3]) == 2
     stop(ValueError)
     assert read(kept, [1, 2, 3]) == 3
+
+
+@pytest.mark.parametrize("count", [1, 2, 255, 256, 257, 258, 512, 513, 769])
+def test_no_token_is_read_alone(count: int) -> None:
+    steps = list(prefill_steps(3, 3 + count))
+    assert [start for start, _ in steps] == [3, *(stop for _, stop in steps[:-1])]
+    assert steps[-1][1] == 3 + count
+    sizes = [stop - start for start, stop in steps]
+    assert max(sizes) <= PREFILL_CHUNK
+    assert min(sizes) > 1 or count == 1
 
 
 def test_shared_counts_from_the_beginning() -> None:

@@ -121,6 +121,21 @@ def check_context(prompt_tokens: int, max_tokens: int, context_length: int) -> N
         )
 
 
+def prefill_steps(begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """The slices in which a prompt's tokens are read.
+
+    None is of one token where there are more: runtimes reckon a single token otherwise than
+    several, with results that differ in the last digits, and an answer should not depend on what
+    was read before.
+    """
+    while begin < end:
+        stop = min(begin + PREFILL_CHUNK, end)
+        if end - stop == 1 and stop - begin > 2:
+            stop -= 1
+        yield begin, stop
+        begin = stop
+
+
 class SpecialTokens:
     """Keeps a message from writing a chat template's own tokens (`<|end|>`, `<|im_start|>`).
 

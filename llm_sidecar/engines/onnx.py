@@ -18,13 +18,13 @@ import numpy.typing as npt
 import onnxruntime_genai as og
 
 from llm_sidecar.engines.base import (
-    PREFILL_CHUNK,
     AnswerTree,
     Delta,
     GenerationRequest,
     Message,
     SpecialTokens,
     check_context,
+    prefill_steps,
     softmax,
 )
 from llm_sidecar.engines.prefixes import Kept, Prefixes
@@ -190,13 +190,11 @@ class OnnxEngine:
 
     def _read(self, kept: Kept[_Cache], prompt: Sequence[int]) -> Iterator[None]:
         """Reads what is left of a prompt in steps, between which it can be cancelled."""
-        begin = len(kept.tokens)
-        for start in range(begin, len(prompt), PREFILL_CHUNK):
-            if start > begin:
+        for start, stop in prefill_steps(len(kept.tokens), len(prompt)):
+            kept.cache.generator.append_tokens(prompt[start:stop])
+            kept.tokens += prompt[start:stop]
+            if stop < len(prompt):
                 yield
-            chunk = prompt[start : start + PREFILL_CHUNK]
-            kept.cache.generator.append_tokens(chunk)
-            kept.tokens += chunk
 
     def _new_cache(self, kind: _Kind, room: int) -> _Cache:
         # Room is made in steps, so that a prompt that is a little longer than the last one fits.

@@ -15,6 +15,10 @@ MOST_KEPT: Final = 3
 the examples that are about to replace theirs, one for everything else."""
 
 
+_LEFT: Final = 2
+"""Tokens of a prompt that are always read."""
+
+
 class Cache(Protocol):
     """Attention states of a token sequence.
 
@@ -65,7 +69,8 @@ class Prefixes(Generic[K, C]):
 
         Args:
             kind: only caches of the same one are shared.
-            prompt: its tokens. The last one is always left to be read: its logits are wanted.
+            prompt: its tokens. The last two are always left to be read: the logits of the last one
+                are wanted, and one token alone would be reckoned otherwise (see `prefill_steps`).
             room: tokens that the cache must take.
         """
         kept = self._take(kind, prompt, room) or Kept(self._make(kind, room))
@@ -80,7 +85,7 @@ class Prefixes(Generic[K, C]):
 
     def _take(self, kind: K, prompt: Sequence[int], room: int) -> Kept[C] | None:
         suited = [
-            (min(shared(kept.tokens, prompt), len(prompt) - 1), index)
+            (min(shared(kept.tokens, prompt), len(prompt) - _LEFT), index)
             for index, (its_kind, kept) in enumerate(self._kept)
             if its_kind == kind and kept.cache.room >= room and kept.cache.rewinds
         ]

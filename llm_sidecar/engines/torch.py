@@ -21,13 +21,13 @@ from tokenizers.decoders import DecodeStream
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from llm_sidecar.engines.base import (
-    PREFILL_CHUNK,
     AnswerTree,
     Delta,
     GenerationRequest,
     Message,
     SpecialTokens,
     check_context,
+    prefill_steps,
     softmax,
 )
 from llm_sidecar.engines.prefixes import Kept, Prefixes
@@ -173,10 +173,9 @@ class TorchEngine:
 
     def _read(self, kept: Kept[_Cache], prompt: Sequence[int]) -> Iterator[None]:
         """Reads what is left of a prompt in steps, after each of which it can be cancelled."""
-        for start in range(len(kept.tokens), len(prompt), PREFILL_CHUNK):
-            chunk = prompt[start : start + PREFILL_CHUNK]
-            self._forward(chunk, kept.cache.states)
-            kept.tokens += chunk
+        for start, stop in prefill_steps(len(kept.tokens), len(prompt)):
+            self._forward(prompt[start:stop], kept.cache.states)
+            kept.tokens += prompt[start:stop]
             yield
 
     def _load_adapter(self, folder: Path) -> None:
