@@ -28,7 +28,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.test
+bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.inference
 
 train: $(VENV)/.serve
@@ -50,6 +50,10 @@ $(VENV)/.serve: requirements.txt | $(VENV)/bin/python
 
 $(VENV)/.test: requirements-tests.txt $(VENV)/.serve
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-tests.txt
+	touch $@
+
+$(VENV)/.bench: requirements-bench.txt $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-bench.txt
 	touch $@
 
 $(CHATTERBOX_VENV)/.installed: requirements-chatterbox.txt
