@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Final
 
 import httpx
+import psutil
 
 from benchmarks import load
 from tests.live_server import LiveServer, free_port, serve
@@ -170,22 +171,36 @@ def in_turns(
     requests: int,
     rounds: int,
 ) -> None:
-    """Prints each server's median rate, and the median of its ratios to the first of the round."""
+    """Prints each server's median rate, the median of its ratios to the first of the round, and the
+    processor time of a request, in which the server has to be the only one at work."""
     rates: dict[str, list[float]] = {name: [] for name in servers}
+    busy = dict.fromkeys(servers, 0.0)
     # The first round warms up.
     for number in range(rounds + 1):
         for name in random.sample(list(servers), len(servers)):
+            before = processor_seconds(servers[name].process.pid)
             rate = load.rate(servers[name].url, message, connections=connections, requests=requests)
             if number > 0:
                 rates[name].append(rate)
-    first = next(iter(rates.values()))
+                busy[name] += processor_seconds(servers[name].process.pid) - before
+    first = next(iter(servers))
     for name, found in rates.items():
-        ratios = sorted(one / other for one, other in zip(found, first, strict=True))
+        ratios = sorted(one / other for one, other in zip(found, rates[first], strict=True))
         low, middle, high = statistics.quantiles(ratios, n=4)
         print(
             f"{what}, {name}: {statistics.median(found):,.1f} requests/s, {middle:.3f} of the "
-            f"first (quartiles {low:.3f} and {high:.3f})"
+            f"first (quartiles {low:.3f} and {high:.3f}); processor time "
+            f"{1000 * busy[name] / rounds / requests:.2f} ms a request, "
+            f"{busy[name] / busy[first]:.3f} of the first",
+            flush=True,
         )
+
+
+def processor_seconds(pid: int) -> float:
+    """What a process, its threads and its children have used."""
+    process = psutil.Process(pid)
+    used = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+    return float(sum(times.user + times.system for times in used))
 
 
 if __name__ == "__main__":
