@@ -34,7 +34,8 @@ COPY requirements.txt /build/
 RUN python3.11 -m venv /opt/venv \
     && case "$ACCELERATOR" in \
         cpu) ;; \
-        cuda) sed -i 's/^onnxruntime-genai==/onnxruntime-genai-cuda==/' /build/requirements.txt ;; \
+        cuda) sed -i -e 's/^onnxruntime-genai==/onnxruntime-genai-cuda==/' -e '/^onnxruntime==/d' \
+            /build/requirements.txt ;; \
         *) echo "ACCELERATOR=$ACCELERATOR: it takes cpu or cuda" >&2; exit 1 ;; \
     esac \
     && pip install --no-cache-dir -r /build/requirements.txt

@@ -7,7 +7,6 @@ The runtime's own builder converts; what comes out is kept only if it agrees wit
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
@@ -140,16 +139,21 @@ def build(
         raise ConversionFailed(f"the model builder failed: {said or 'it said nothing'}")
 
 
-def compare(first: Path, second: Path) -> Agreement:
+def compare(first: Path, second: Path, adapter: Path | None = None) -> Agreement:
     """How far the models in two folders are apart on a few of the sidecar's own prompts.
+
+    Args:
+        first, second: folders of models.
+        adapter: folder of one that the second is loaded with.
 
     Raises:
         ConversionFailed: they do not read the prompts as the same tokens.
+        AdapterRejected: the second does not run with the adapter.
     """
     chats = _chats()
     # One after the other: both at once may be more than the machine holds.
     tokens, expected = _answers(first, chats)
-    others, found = _answers(second, chats)
+    others, found = _answers(second, chats, adapter)
     if tokens != others:
         raise ConversionFailed("the converted tokenizer splits text otherwise than the original")
     apart = [
@@ -159,10 +163,10 @@ def compare(first: Path, second: Path) -> Agreement:
 
 
 def _answers(
-    folder: Path, chats: Sequence[Sequence[Message]]
+    folder: Path, chats: Sequence[Sequence[Message]], adapter: Path | None = None
 ) -> tuple[list[list[int]], list[np.ndarray]]:
     """The prompts' tokens, and the probabilities of each token to come next."""
-    engine = load_engine(folder, device="cpu", threads=os.cpu_count() or 1)
+    engine = load_engine(folder, device="cpu", threads=os.cpu_count() or 1, adapter=adapter)
     read = [engine.next_token(chat) for chat in chats]
     return [tokens for tokens, _ in read], [probabilities for _, probabilities in read]
 
@@ -177,38 +181,3 @@ def _chats() -> list[list[Message]]:
         proposals.build_messages(_CONTEXT),
         proposals.build_messages("Short TSLA, lost support at 212, ATR 4.1%.", [example]),
     ]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `python -m llm_sidecar.loader`; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llm_sidecar.loader", description="Prepare models for the sidecar."
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser(
-        "convert", help="make an onnxruntime-genai folder of a transformers one"
-    )
-    command.add_argument("source", type=Path, metavar="SOURCE", help="a transformers folder")
-    command.add_argument("out", type=Path, metavar="OUT", help="a folder that is not there yet")
-    command.add_argument("--precision", choices=tuple(MOST_APART), default="int4")
-    options = parser.parse_args(arguments)
-    try:
-        agreement = convert(options.source, options.out, options.precision, _say)
-    except SidecarError as error:
-        _say(error.detail)
-        return 1
-    except OSError as error:
-        _say(f"{error.filename or options.out}: {error.strerror}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    distances = ", ".join(f"{distance:.3f}" for distance in agreement.distances)
-    sys.stdout.write(
-        f"{options.out} agrees with {options.source}: their next tokens are "
-        f"{agreement.mean:.3f} apart on average ({distances})\n"
-    )
-    return 0
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")

@@ -2,7 +2,7 @@
 
 The server runs each model in a worker of its own (`model_host`) and takes only the finding from
 here; the getters are for scripts, which get the model in their own process. As a program,
-`python -m llm_sidecar.loader`, it prepares models: see `conversion`.
+`python -m llm_sidecar.loader`, it prepares models: see `preparing`.
 """
 
 from __future__ import annotations
@@ -219,6 +219,6 @@ def get_hermes_model_and_tokenizer() -> tuple[Any, Any]:
 if __name__ == "__main__":
     import sys
 
-    from llm_sidecar.conversion import main
+    from llm_sidecar.preparing import main
 
     sys.exit(main())

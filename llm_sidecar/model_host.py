@@ -14,7 +14,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -135,7 +135,7 @@ class ModelHost:
         self._reason: str | None = None
         self._worker: asyncio.Future[WorkerProcess] | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._watchdogs: set[asyncio.Task[None]] = set()
+        self._errands: set[asyncio.Task[None]] = set()
         self._restarts = 0
         self._next_load = 0.0
         self._died = -math.inf
@@ -210,7 +210,7 @@ class ModelHost:
         self._adapter = adapter
 
     async def swap_adapter(self, adapter: Path | None) -> None:
-        """Loads the model with another adapter beside the one that runs, then sends requests to it.
+        """Has requests answered with another adapter, or with none, from the next one on.
 
         Running and waiting requests are not lost; where it cannot be loaded all stays as it was.
 
@@ -218,33 +218,57 @@ class ModelHost:
             AdapterRejected: it cannot be loaded; says why.
             ModelUnavailable: the model itself is missing or does not load.
         """
+        # Whoever asks for it may go away meanwhile.
+        await asyncio.shield(self._run_errand(self._swap(adapter)))
+
+    async def _swap(self, adapter: Path | None) -> None:
         async with self._swapping:
             self._start()
             by = time.monotonic() + self._limits.load_timeout
-            await self._ready(by)
-            name = None if adapter is None else adapter.name
+            worker = await self._ready(by)
             try:
-                successor = await self._loaded_worker(adapter)
-            except ModelUnavailable as error:
+                if adapter is None or self._adapter is None:
+                    await self._hand_over(adapter, by)
+                else:
+                    await self._swap_within(worker, adapter)
+            except AdapterRejected as error:
+                name = None if adapter is None else adapter.name
                 raise AdapterRejected(f"The adapter {name} is refused: {error.detail}") from None
-            except OSError as error:
-                raise AdapterRejected(
-                    f"The adapter {name} is refused: no worker can be started: {error.strerror}"
-                ) from None
-            handed_over = False
-            try:
-                # With the slot held no request runs, and the next one meets the successor.
-                async with self._slot:
-                    replaced = await self._ready(by)
-                    self._successor, self._adapter = successor, adapter
-                    handed_over = True
-                    self._worker = asyncio.get_running_loop().create_future()
-                    self._state = "loading"
-                    await replaced.stop()
-                    await self._ready(by)
-            finally:
-                if not handed_over:
-                    await successor.stop()
+        self._run_errand(self.prepare())
+
+    async def _swap_within(self, worker: WorkerProcess, adapter: Path) -> None:
+        """Has a worker, which has an adapter, take another between two requests."""
+        _, inbox = worker.send("adapter", {"folder": str(adapter)})
+        message = await inbox.get()
+        if message["op"] == "error":
+            raise AdapterRejected(message.get("detail") or f"its worker ended: {message['died']}")
+        self._adapter = adapter
+
+    async def _hand_over(self, adapter: Path | None, by: float) -> None:
+        """Loads the model with the adapter in a worker beside the one that runs, and switches.
+
+        A model that is loaded without one has no room for adapters, and is faster for it.
+        """
+        try:
+            successor = await self._loaded_worker(adapter)
+        except ModelUnavailable as error:
+            raise AdapterRejected(error.detail) from None
+        except OSError as error:
+            raise AdapterRejected(f"no worker can be started: {error.strerror}") from None
+        handed_over = False
+        try:
+            # With the slot held no request runs, and the next one meets the successor.
+            async with self._slot:
+                replaced = await self._ready(by)
+                self._successor, self._adapter = successor, adapter
+                handed_over = True
+                self._worker = asyncio.get_running_loop().create_future()
+                self._state = "loading"
+                await replaced.stop()
+                await self._ready(by)
+        finally:
+            if not handed_over:
+                await successor.stop()
 
     def available(self) -> bool:
         """Whether a request would be served, now or after loading."""
@@ -287,8 +311,10 @@ class ModelHost:
                 ModelUnavailable("The server is shutting down; try again.", retry_after=5)
             )
             self._worker.exception()
-        for task in (*self._watchdogs,):
+        for task in self._errands:
             task.cancel()
+        if self._errands:
+            await asyncio.wait(self._errands)
         self._state = "unloaded"
 
     async def _call(
@@ -340,7 +366,6 @@ class ModelHost:
         while not finished:
             worker = await self._ready(ready_by)
             call.served_by = worker.label
-            call.adapter = self._adapter_name()
             number, inbox = worker.send(call.operation, body)
             self._serving = call
             message: dict[str, Any] = {}
@@ -379,9 +404,14 @@ class ModelHost:
                 log.error("%s does not give up a cancelled request; killing it", self.name)
                 worker.process.kill()
 
-        task = asyncio.create_task(let_go())
-        self._watchdogs.add(task)
-        task.add_done_callback(self._watchdogs.discard)
+        self._run_errand(let_go())
+
+    def _run_errand(self, errand: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Runs what outlives the request that it began with, and so does not log in its name."""
+        task = asyncio.create_task(errand, context=contextvars.Context())
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)
+        return task
 
     def _check_open(self) -> None:
         if self._closed:

@@ -1,10 +1,10 @@
 """The process that holds one engine: `python -m llm_sidecar.worker`, started by `model_host`.
 
 Both directions are one JSON object a line. In, on standard input: first what to load, then
-requests, cancellations and prefixes to prepare. Out, on what was standard output: `ready` or
-`failed`, then for every request `begun`, `delta`s, and one `done` or `error`, for every prefix the
-last of them alone; each with the monotonic time at which it was sent. The end of the input ends the
-process, so that no worker outlives its server, however that ended.
+requests, cancellations, prefixes to prepare and adapters to use. Out, on what was standard output:
+`ready` or `failed`, then for every request `begun`, `delta`s, and one `done` or `error`, for every
+prefix and adapter the last of them alone; each with the monotonic time at which it was sent. The
+end of the input ends the process, so that no worker outlives its server, however that ended.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import IO, Any, Final
 
 from llm_sidecar.engines import Engine, GenerationRequest, load_engine
+from llm_sidecar.engines.base import one_line
 from llm_sidecar.errors import SidecarError
 from llm_sidecar.logs import log_to_stderr
 
@@ -42,6 +43,7 @@ class Worker:
         self._cancelled: set[int] = set()
         self._served = 0
         self._tokens = 0
+        self._adapter: str | None = None
 
     def run(self) -> None:
         """Loads what the first line names, then serves until the input ends."""
@@ -55,6 +57,7 @@ class Worker:
                 threads=spec["threads"],
                 adapter=None if spec["adapter"] is None else Path(spec["adapter"]),
             )
+            self._adapter = None if spec["adapter"] is None else Path(spec["adapter"]).name
             for _ in engine.stream(GenerationRequest(**spec["warm_up"])):
                 pass
             if spec["prefix"] is not None:
@@ -62,7 +65,7 @@ class Worker:
                     pass
         except Exception as error:
             log.exception("the model could not be loaded")
-            self._send({"op": "failed", "detail": _one_line(error)})
+            self._send({"op": "failed", "detail": one_line(error)})
             return
         self._send(
             {
@@ -86,7 +89,7 @@ class Worker:
 
     def _serve_all(self, engine: Engine) -> None:
         """Serves requests in order, and prepares a prefix step by step while there are none."""
-        preparing: tuple[int, Iterator[None]] | None = None
+        preparing: tuple[int, Generator[None]] | None = None
         while True:
             try:
                 message = self._requests.get(block=preparing is None)
@@ -95,15 +98,32 @@ class Worker:
                 if self._prepared(*preparing):
                     preparing = None
                 continue
-            if message["op"] != "prepare":
+            if message["op"] not in ("prepare", "adapter"):
                 self._serve(engine, message)
                 continue
             if preparing is not None:
                 # What it prepared is out of date.
+                preparing[1].close()
                 self._send({"op": "done", "id": preparing[0]})
-            preparing = message["id"], engine.prepare(GenerationRequest(**message["request"]))
+                preparing = None
+            if message["op"] == "adapter":
+                self._use_adapter(engine, message)
+            else:
+                steps = engine.prepare(GenerationRequest(**message["request"]))
+                preparing = message["id"], steps
 
-    def _prepared(self, number: int, steps: Iterator[None]) -> bool:
+    def _use_adapter(self, engine: Engine, message: dict[str, Any]) -> None:
+        folder = Path(message["folder"])
+        try:
+            engine.use_adapter(folder)
+        except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
+            log.error("the adapter %s is refused: %s", folder.name, one_line(error))
+            self._send({"op": "error", "id": message["id"], "detail": one_line(error)})
+        else:
+            self._adapter = folder.name
+            self._send({"op": "done", "id": message["id"]})
+
+    def _prepared(self, number: int, steps: Generator[None]) -> bool:
         """Takes one more step; returns whether it was the last."""
         try:
             next(steps)
@@ -119,7 +139,7 @@ class Worker:
 
     def _serve(self, engine: Engine, message: dict[str, Any]) -> None:
         number = message["id"]
-        self._send({"op": "begun", "id": number})
+        self._send({"op": "begun", "id": number, "adapter": self._adapter})
         try:
             if message["op"] == "generate":
                 self._generate(engine, number, GenerationRequest(**message["request"]))
@@ -168,12 +188,6 @@ class Worker:
         message["at"] = time.monotonic()
         self._outbox.write(json.dumps(message).encode() + b"\n")
         self._outbox.flush()
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, SidecarError):
-        return error.detail
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 from llm_sidecar.conversion import build
 
@@ -17,7 +18,9 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<
 CONTEXT_LENGTH = 8192
 
 
-def write_transformers_folder(folder: Path, *, architecture: str = "phi3", seed: int = 0) -> Path:
+def write_transformers_folder(
+    folder: Path, *, architecture: str = "phi3", seed: int = 0, hidden_size: int = 64
+) -> Path:
     """A 0.3M-parameter model with random weights and a byte-level tokenizer, Phi-3 or Llama."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -52,7 +55,7 @@ def write_transformers_folder(folder: Path, *, architecture: str = "phi3", seed:
     torch.manual_seed(seed)
     shape = {
         "vocab_size": len(tokenizer),
-        "hidden_size": 64,
+        "hidden_size": hidden_size,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -83,16 +86,19 @@ def convert_to_onnx(source: Path, folder: Path) -> Path:
     return folder
 
 
-def write_adapter(model: Path, folder: Path, seed: int = 1) -> Path:
-    """A PEFT LoRA adapter with random weights for the model in `model`."""
+def write_adapter(model: Path, folder: Path, seed: int = 1, **settings: Any) -> Path:
+    """A PEFT LoRA adapter with random weights for the model in `model`.
+
+    Args:
+        settings: of PEFT's LoraConfig, beside or instead of rank 4 and `qkv_proj`.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = LoraConfig(
-        r=4, target_modules=["qkv_proj"], task_type="CAUSAL_LM", init_lora_weights=False
-    )
+    usual = {"r": 4, "target_modules": ["qkv_proj"], "init_lora_weights": False}
+    config = LoraConfig(task_type="CAUSAL_LM", **{**usual, **settings})
     base = AutoModelForCausalLM.from_pretrained(model, local_files_only=True)
     with warnings.catch_warnings():
         # transformers' business with peft

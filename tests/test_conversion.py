@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_sidecar import conversion
+from llm_sidecar import conversion, preparing
 from llm_sidecar.conversion import ConversionFailed, compare, convert
 from llm_sidecar.engines import GenerationRequest, load_engine
 from tests.random_models import write_transformers_folder
@@ -68,7 +68,7 @@ def test_an_interrupted_conversion_leaves_nothing(
         convert(llama, tmp_path / "converted", "fp32", interrupted)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(conversion, "_say", interrupted)
-    assert conversion.main(["convert", str(llama), str(tmp_path / "converted")]) == 130
+    assert preparing.main(["convert", str(llama), str(tmp_path / "converted")]) == 130
     assert list(tmp_path.iterdir()) == []
 
 
@@ -76,7 +76,7 @@ def test_what_cannot_be_converted_is_said_in_a_line(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(source: Path, out: Path) -> str:
-        assert conversion.main(["convert", str(source), str(out)]) == 1
+        assert preparing.main(["convert", str(source), str(out)]) == 1
         said = capsys.readouterr().err
         assert said.count("\n") == 1
         return said

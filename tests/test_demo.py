@@ -139,7 +139,7 @@ def test_only_what_the_assistant_says_is_learned() -> None:
     assert tokenizer.eos_token_id not in head.labels
 
 
-def test_hints_lead_from_each_copied_token_to_the_same_token_of_the_prompt() -> None:
+def test_hints_lead_from_each_token_to_where_the_prompt_has_it() -> None:
     tokenizer = load_tokenizer()
     case = market.Case(
         "We shorted QX.L, RSI 81.5 hot, ATR 3.2%",
@@ -158,10 +158,16 @@ def test_hints_lead_from_each_copied_token_to_the_same_token_of_the_prompt() -> 
 
     found = [(look.way, tokens([look.at + 1]), tokens(look.sources)) for look in encoded.looks]
     copied = [(answered, asked) for way, answered, asked in found if way == "copied"]
-    assert "".join(answered for answered, _ in copied) == "QX.L81.5"
-    assert all(answered == asked for answered, asked in copied)
+    # The first token and the one behind are known where the word has been read.
+    ticker = [("Q", "L,"), ("X", "X"), (".", "."), ("L", "L"), ('","', ",")]
+    assert copied[: len(ticker)] == ticker
+    assert [asked for _, asked in copied[len(ticker) :]] == ["5 hot", "1", ".", "5", " hot"]
+    words = [
+        (tokens([look.at]), tokens(look.sources)) for look in encoded.looks if look.way == "word"
+    ]
+    assert {("L", "Q"), (",", "Q"), (" hot", "8")} <= set(words)
     reasons = {way: {asked for w, _, asked in found if w == way} for way, _, _ in found}
-    assert reasons["side"] == {" shorted"}
+    assert reasons["side"] == {" shorted "}
     assert reasons["situation"] == {"RSI 81.5 hot"}
     assert reasons["range"] == {"3.2"}
     assert {"side", "SHORT"} <= {tokens([at]) for at in encoded.decisions}

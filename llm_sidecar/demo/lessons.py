@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
@@ -10,9 +11,13 @@ from llm_sidecar.engines import Message
 IGNORED: Final = -100
 """Label of a token that no loss is taken of (torch's convention)."""
 
-Way = Literal["copied", "side", "situation", "range"]
-"""What is looked for: characters to copy, the words that tell the side or the situation, or the
-average true range, by which distances are chosen."""
+Way = Literal["copied", "side", "situation", "range", "word"]
+"""What is looked for: characters to copy, the words that tell the side or the situation, the average
+true range, by which distances are chosen, or, within a prompt, where a word begins."""
+
+_WORD: Final = re.compile(r"[A-Z\d^](?:[A-Z\d.^/=-]*[A-Z\d])?(?![a-z])")
+"""A code or a number: of many tokens, as capitals and digits are kept apart."""
+_WORDS_TAUGHT: Final = 16
 
 
 class Hint(NamedTuple):
@@ -22,13 +27,14 @@ class Hint(NamedTuple):
         way: where it is `copied`, each character of the piece stands at the same place in each
             source. Otherwise the sources decide how the piece begins.
         first, last: the piece's characters in the answer, as of a slice.
-        sources: slices of the user's message; none where it says nothing of it.
+        sources: slices of the user's message, empty where they are not known; None where it says
+            nothing of it, and attention belongs on the message's beginning.
     """
 
     way: Way
     first: int
     last: int
-    sources: Sequence[tuple[int, int]]
+    sources: Sequence[tuple[int, int]] | None
 
 
 class Lesson(NamedTuple):
@@ -65,7 +71,7 @@ class Encoded(NamedTuple):
     Attributes:
         ids: of all its tokens.
         labels: the same, and `IGNORED` outside the assistant's turns.
-        looks: from the hints, for those tokens that have sources.
+        looks: from the hints, for those tokens that have sources, and along the prompt's words.
         decisions: positions of the tokens that begin a hint's piece.
     """
 
@@ -88,6 +94,7 @@ def encode(tokenizer: Any, lesson: Lesson) -> Encoded:
     ids: list[int] = []
     labels: list[int] = []
     asked: list[_Placed] = []
+    question = ""
     answered: list[_Placed] = []
     header = tokenizer.encode(_generation_header(tokenizer), add_special_tokens=False)
     end_of_turn = [tokenizer.eos_token_id]
@@ -98,7 +105,7 @@ def encode(tokenizer: Any, lesson: Lesson) -> Encoded:
             text = tokenizer.apply_chat_template([message], tokenize=False)
             turn, places = _tokens(tokenizer, text, len(ids), text.index(content))
             if message["role"] == "user":
-                asked = places
+                asked, question = places, content
             ids += turn
             labels += [IGNORED] * len(turn)
             continue
@@ -115,6 +122,8 @@ def encode(tokenizer: Any, lesson: Lesson) -> Encoded:
             ids += rest
             labels += [IGNORED] * len(rest)
     looks = [look for hint in lesson.hints for look in _looks(hint, asked, answered)]
+    if looks:
+        looks += _word_looks(question, asked)
     decisions = [
         begun[0].at for hint in lesson.hints if (begun := _within(answered, hint.first, hint.last))
     ]
@@ -157,15 +166,50 @@ def _within(tokens: Sequence[_Placed], first: int, last: int) -> list[_Placed]:
 
 
 def _looks(hint: Hint, asked: Sequence[_Placed], answered: Sequence[_Placed]) -> Iterator[Look]:
-    """A token is predicted where the one before it stands, so that is where to look from."""
-    for number, token in enumerate(_within(answered, hint.first, hint.last)):
-        sources: set[int] = set()
-        if hint.way == "copied":
+    """A token is predicted where the one before it stands, so that is where to look from.
+
+    Attention is causal: what a word's first token holds knows nothing of the word, which the last
+    one and the one behind it do. So these say which word it is that is copied, and that it ends.
+    """
+    piece = _within(answered, hint.first, hint.last)
+    if not piece:
+        return
+    if hint.way == "copied":
+        for number, token in enumerate([*piece, *_behind(answered, hint.last)]):
+            sources: set[int] = set()
             offset = max(token.first, hint.first) - hint.first
-            for first, _ in hint.sources:
-                sources |= {t.at for t in _within(asked, first + offset, first + offset + 1)}
-        elif number == 0:
-            for first, last in hint.sources:
-                sources |= {t.at for t in _within(asked, first, last)}
-        if sources:
-            yield Look(hint.way, token.at - 1, sorted(sources))
+            for first, last in hint.sources or ():
+                end = _behind(asked, last)
+                if number == 0:
+                    sources |= {t.at for t in (*_within(asked, last - 1, last), *end)}
+                elif token.first < hint.last:
+                    sources |= {t.at for t in _within(asked, first + offset, first + offset + 1)}
+                else:
+                    sources |= {t.at for t in end}
+            if sources:
+                yield Look(hint.way, token.at - 1, sorted(sources))
+        return
+    sources = set() if hint.sources is not None else {asked[0].at}
+    for first, last in hint.sources or ():
+        sources |= {t.at for t in _within(asked, first, last)}
+        if hint.way == "side":
+            sources |= {t.at for t in _behind(asked, last)}
+    if sources:
+        yield Look(hint.way, piece[0].at - 1, sorted(sources))
+
+
+def _word_looks(text: str, tokens: Sequence[_Placed]) -> Iterator[Look]:
+    """From all tokens of a word of several, and the one behind it, to the first."""
+    words = [
+        [*inside, *_behind(tokens, match.end())]
+        for match in _WORD.finditer(text)
+        if len(inside := _within(tokens, *match.span())) > 1
+    ]
+    for word in words[:: 1 + len(words) // _WORDS_TAUGHT]:
+        for token in word[1:]:
+            yield Look("word", token.at, [word[0].at])
+
+
+def _behind(tokens: Sequence[_Placed], last: int) -> Sequence[_Placed]:
+    """The first token that begins at character `last` or later, if there is one."""
+    return [token for token in tokens if token.first >= last][:1]

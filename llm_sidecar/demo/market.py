@@ -121,7 +121,7 @@ def hints(case: Case, text: str) -> list[Hint]:
     for number in _STATED_NUMBER.finditer(text, text.index('"rationale"')):
         found.append(Hint("copied", *number.span(), _whole(number[0], prompt)))
     side = case.proposal.get("side")
-    words = [m.span() for m in SIDE_WORDS[side].finditer(prompt)] if side else []
+    words = [m.span() for m in SIDE_WORDS[side].finditer(prompt)] if side else None
     # With no side to be told, the next field's name comes in the place of the side's.
     name = text.index("side" if side else "new_stop_pct")
     found.append(Hint("side", name, name + 3, words))
@@ -136,7 +136,7 @@ def hints(case: Case, text: str) -> list[Hint]:
         place = prompt.lower().find(phrase.lower(), *near)
         if place >= 0:
             phrases.append((place, place + len(phrase)))
-    atr = _whole(case.atr, prompt) if case.atr else []
+    atr = _whole(case.atr, prompt) if case.atr else None
     for field in ("action", "new_stop_pct", "new_target_pct", "confidence", "rationale"):
         found.append(Hint("situation", *_value(text, field), phrases))
         if field.endswith("_pct"):

@@ -5,29 +5,31 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import torch
 import torch.distributed
 
-from llm_sidecar.demo.lessons import IGNORED, Encoded, Look, Teacher, Way, encode
+from llm_sidecar.demo.lessons import IGNORED, Encoded, Teacher, Way, encode
 from llm_sidecar.demo.muon import Muon, has_bfloat16
 
 _POOL: Final = 48
 """Batches' worth of examples that are sorted by length together, so that little is padding."""
-
+_AGAIN: Final = 0.3
+"""The most of these that are lessons which were missed before."""
 
 _SHORT_ROW: Final = 640
 _WARM_UP: Final = 0.02
-_LOOKING: Final[dict[Way, slice]] = {
-    "copied": slice(0, 2),
-    "range": slice(0, 2),
-    "side": slice(2, 4),
-    "situation": slice(4, 6),
+_LOOKING: Final[dict[Way, tuple[int, slice]]] = {
+    "word": (1, slice(0, 2)),
+    "copied": (-1, slice(0, 2)),
+    "range": (-1, slice(0, 2)),
+    "side": (-1, slice(2, 4)),
+    "situation": (-1, slice(4, 6)),
 }
-"""The heads of the last layer that hints go to, by their way."""
+"""The layer and the heads in it that looks go to, by their way."""
 _LOOKING_WEIGHT: Final = 0.3
 _DECISION_WEIGHT: Final = 4.0
 
@@ -106,8 +108,10 @@ def train(model: Any, tokenizer: Any, teacher: Teacher, schedule: Schedule, name
     began = reported = time.monotonic()
     losses: list[float] = []
     model.train()
-    for step, batch in enumerate(_batches(tokenizer, teacher, schedule), 1):
-        loss = _loss(model, batch)
+    missed: list[Encoded] = []
+    for step, batch in enumerate(_batches(tokenizer, teacher, schedule, missed), 1):
+        loss, wrong = _loss(model, batch)
+        missed += [batch.lessons[row] for row in wrong]
         model.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         tokens = _share(model, batch.tokens)
@@ -152,8 +156,9 @@ def _share(model: Any, tokens: int) -> int:
     return round(flat[-1].item())
 
 
-def _loss(model: Any, batch: _Batch) -> torch.Tensor:
-    """Cross-entropy of the labelled tokens, averaged over each lesson and then over the lessons.
+def _loss(model: Any, batch: _Batch) -> tuple[torch.Tensor, list[int]]:
+    """Cross-entropy of the labelled tokens, averaged over each lesson and then over the lessons;
+    and the rows in which another token was the likeliest somewhere.
 
     So a score of one token weighs as much as a critique of fifty. Some heads are also told where
     to look, which they find by themselves only after millions of tokens (supervised attention:
@@ -165,7 +170,7 @@ def _loss(model: Any, batch: _Batch) -> torch.Tensor:
     # The fused kernel is slow in the backward pass of short rows, the plain one big on long ones;
     # and only the plain one shows where it looks.
     model.set_attn_implementation("eager" if short else "sdpa")
-    looking = short and any(batch.looks)
+    looking = short and any(lesson.looks for lesson in batch.lessons)
     # Half again as fast where the processor has bfloat16, and no worse in the end; twenty times as
     # slow where it has not.
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16()):
@@ -178,28 +183,34 @@ def _loss(model: Any, batch: _Batch) -> torch.Tensor:
     weights = batch.weights[:, 1:]
     weights = (weights / weights.sum(1, keepdim=True))[labelled]
     loss = (losses * weights).sum() / len(batch.ids)
-    return loss + _LOOKING_WEIGHT * _looking(found.attentions[-1], batch) if looking else loss
+    if looking:
+        loss = loss + _LOOKING_WEIGHT * _looking(found.attentions, batch)
+    wrong = logits.argmax(-1) != batch.labels[:, 1:][labelled]
+    return loss, sorted(set(labelled.nonzero()[:, 0][wrong].tolist()))
 
 
-def _looking(attention: torch.Tensor, batch: _Batch) -> torch.Tensor:
+def _looking(attentions: Sequence[torch.Tensor], batch: _Batch) -> torch.Tensor:
     """Mean over the looks of minus the logarithm of the attention on their sources.
 
     Args:
-        attention: of one layer, (rows, heads, from, to).
+        attentions: of each layer, (rows, heads, from, to).
     """
     losses = []
-    for way, heads in _LOOKING.items():
+    for way, (layer, heads) in _LOOKING.items():
         looks = [
-            (r, look) for r, some in enumerate(batch.looks) for look in some if look.way == way
+            (row, look)
+            for row, lesson in enumerate(batch.lessons)
+            for look in lesson.looks
+            if look.way == way
         ]
         if not looks:
             continue
-        sources = torch.zeros(len(looks), attention.shape[-1])
+        sources = torch.zeros(len(looks), attentions[layer].shape[-1])
         for index, (_, look) in enumerate(looks):
             sources[index, look.sources] = 1.0
         rows = torch.tensor([row for row, _ in looks])
         places = torch.tensor([look.at for _, look in looks])
-        seen = attention[rows, :, places][:, heads]
+        seen = attentions[layer][rows, :, places][:, heads]
         losses.append(-torch.log((seen.float() * sources[:, None]).sum(-1) + 1e-4).mean(1))
     return torch.cat(losses).mean()
 
@@ -211,23 +222,39 @@ def _rate(progress: float) -> float:
 
 
 class _Batch(NamedTuple):
-    """Lessons of similar length, padded: ids, labels and weights of the losses, and the looks."""
+    """Lessons of similar length, and padded: their ids, labels and weights of the losses."""
 
     ids: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
-    looks: list[list[Look]]
+    lessons: list[Encoded]
     tokens: int
 
 
-def _batches(tokenizer: Any, teacher: Teacher, schedule: Schedule) -> Iterator[_Batch]:
-    """Batches of lessons of similar length, in random order."""
+def _batches(
+    tokenizer: Any, teacher: Teacher, schedule: Schedule, missed: list[Encoded]
+) -> Iterator[_Batch]:
+    """Batches of lessons of similar length, in random order.
+
+    Lessons that were missed are given once more: in the end most are known, and what is rare is
+    learned of these (as hard examples are mined: Shrivastava et al. 2016, "Training Region-based
+    Object Detectors with Online Hard Example Mining", arXiv:1604.03540).
+
+    Args:
+        missed: grows as the batches are learned from; emptied at each new pool.
+    """
     shuffle = torch.Generator().manual_seed(0)
     drawn = 0
     while True:
         progress = min(1.0, drawn * _processes() / schedule.tokens)
         batch_tokens = round(schedule.batch_tokens * (1.0 + 2.0 * progress))
-        pool, size = [], 0
+        pool: list[Encoded] = []
+        size = 0
+        for index in torch.randperm(len(missed), generator=shuffle).tolist():
+            if size < _AGAIN * _POOL * batch_tokens:
+                pool.append(missed[index])
+                size += len(pool[-1].ids)
+        missed.clear()
         while size < _POOL * batch_tokens:
             pool.append(encode(tokenizer, teacher(progress)))
             size += len(pool[-1].ids)
@@ -253,5 +280,4 @@ def _padded(batch: list[Encoded], pad: int) -> _Batch:
     weights = (labels != IGNORED).float()
     for row, encoded in enumerate(batch):
         weights[row, encoded.decisions] = _DECISION_WEIGHT
-    looks = [encoded.looks for encoded in batch]
-    return _Batch(ids, labels, weights, looks, sum(len(encoded.ids) for encoded in batch))
+    return _Batch(ids, labels, weights, batch, sum(len(encoded.ids) for encoded in batch))

@@ -5,7 +5,12 @@ Which one runs a model follows from its files. The runtimes are imported by `loa
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# Read when the library loads. Without it onnxruntime and onnxruntime-genai write a device id and
+# events under ~/.cache and send them; `disable_telemetry_events` comes too late for that.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 from llm_sidecar.engines.base import (
     Delta,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
@@ -15,11 +15,14 @@ from typing import Any, Final, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from llm_sidecar.errors import InvalidRequest
+from llm_sidecar.errors import InvalidRequest, SidecarError
 
 Message = dict[str, str]
 """One chat turn: `{"role": "system" | "user" | "assistant", "content": text}`."""
 FinishReason = Literal["stop", "length"]
+
+PROBE: Final[Sequence[Message]] = ({"role": "user", "content": "Long ABC. What now?"},)
+"""What a model has to answer before an adapter is taken into use."""
 
 PREFILL_CHUNK: Final = 256
 """Prompt tokens processed between two chances to cancel."""
@@ -83,13 +86,25 @@ class Engine(Protocol):
         """
         ...
 
-    def prepare(self, request: GenerationRequest) -> Iterator[None]:
+    def prepare(self, request: GenerationRequest) -> Generator[None]:
         """Reads `messages`, which prompts to come begin with, step by step, beside what is kept.
 
         Reads nothing where they do not fit the context with the completion.
 
         Args:
             request: with the turns that come first, and all else as it will be.
+        """
+        ...
+
+    def use_adapter(self, folder: Path) -> None:
+        """Answers with another LoRA adapter from the next request on.
+
+        Args:
+            folder: of an adapter in the runtime's own format.
+
+        Raises:
+            AdapterRejected: says why; all is as before. One of them: no adapter was loaded with the
+                model, so that it has no room for one.
         """
         ...
 
@@ -195,6 +210,13 @@ class AnswerTree:
                 probability *= float(p_second[tokens[1]]) if len(tokens) == 2 else ends_here
             result[answer] = probability
         return result
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong while a model or an adapter was loaded, for the log and for `/health`."""
+    if isinstance(error, SidecarError):
+        return error.detail
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
-
-# Read when the library loads. Without it both runtimes write a device id and events under
-# ~/.cache and send them; `disable_telemetry_events` comes too late for that.
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime_genai as og
 
 from llm_sidecar.engines.base import (
+    PROBE,
     AnswerTree,
     Delta,
     GenerationRequest,
@@ -30,14 +26,14 @@ from llm_sidecar.engines.base import (
 from llm_sidecar.engines.prefixes import Kept, Prefixes
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable
 
+if TYPE_CHECKING:
+    from llm_sidecar.engines.lora_graph import Projection
+
 _FAST_FORWARD_HEADROOM: Final = 128
 """Forced tokens may run past max_length and crash the attention kernel, so leave them room."""
 
 _ROOM_STEP: Final = 512
 """Tokens by which room grows; a prepared prefix has as many for the prompt that follows."""
-
-_ADAPTER: Final = "active"
-_ADAPTER_FILE: Final = "adapter.onnx_adapter"
 
 
 class _Kind(NamedTuple):
@@ -85,12 +81,12 @@ class OnnxEngine:
             folder: holds genai_config.json, the model and its tokenizer.
             device: `auto` takes CUDA where the runtime has it.
             threads: of the decoder session, on CPU.
-            adapter: folder with an `adapter.onnx_adapter` (onnxruntime's AdapterFormat) for a
-                model that was built with LoRA inputs.
+            adapter: folder with an `adapter.onnx_adapter`, as `llm_sidecar.lora` writes it. A model
+                that is loaded without one is a little faster, and takes none later on.
 
         Raises:
             ModelUnavailable: `cuda` is asked for and the runtime has none.
-            AdapterRejected: the adapter's file is not there.
+            AdapterRejected: says why the adapter does not fit.
         """
         if device == "cuda" and not og.is_cuda_available():
             raise ModelUnavailable(
@@ -108,15 +104,28 @@ class OnnxEngine:
                 "session.intra_op.allow_spinning": "0",
             }
             config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+        written = json.loads((folder / "genai_config.json").read_bytes())
+        self._projections: Mapping[str, Projection] | None = None
+        if adapter is not None:
+            # It takes 30 MB, which most workers do without.
+            from llm_sidecar.engines.lora_graph import read_lora_graph
+
+            name = written["model"]["decoder"]["filename"]
+            graph = read_lora_graph(folder / name)
+            self._projections = graph.projections
+            config.add_model_data(name, graph.serialized)
         self.model = og.Model(config)
         self.tokenizer = og.Tokenizer(self.model)
-        written = json.loads((folder / "genai_config.json").read_bytes())
         self.context_length = int(written["model"]["context_length"])
         self._eos = frozenset(int(token) for token in self.tokenizer.eos_token_ids)
         self._special = SpecialTokens(folder)
         self._answer_trees: dict[tuple[str, ...], AnswerTree] = {}
-        self._adapters = None if adapter is None else self._load_adapter(adapter)
         self._prefixes: Prefixes[_Kind, _Cache] = Prefixes(self._new_cache)
+        self._adapters = og.Adapters(self.model)
+        self._adapter: str | None = None
+        self._adapters_taken = 0
+        if adapter is not None:
+            self.use_adapter(adapter)
 
     def stream(self, request: GenerationRequest) -> Iterator[Delta]:
         prompt = self._encode(request.messages)
@@ -144,7 +153,7 @@ class OnnxEngine:
             ended = ended or (guided and generator.is_done())
         yield Delta("", count, done, cached, "stop" if ended else "length")
 
-    def prepare(self, request: GenerationRequest) -> Iterator[None]:
+    def prepare(self, request: GenerationRequest) -> Generator[None]:
         prompt = self._encode(request.messages, header=False)
         headroom = 0 if request.guidance is None else _FAST_FORWARD_HEADROOM
         room = len(prompt) + request.max_tokens + headroom
@@ -180,6 +189,40 @@ class OnnxEngine:
                 pass
             return prompt, softmax(kept.cache.generator.get_logits().reshape(-1))
 
+    def use_adapter(self, folder: Path) -> None:
+        from llm_sidecar.engines.lora_graph import ADAPTER_FILE, check_adapter
+
+        if self._projections is None:
+            raise AdapterRejected("the model is loaded without room for one")
+        file = folder / ADAPTER_FILE
+        if not file.is_file():
+            raise AdapterRejected(
+                f"it holds no {ADAPTER_FILE}; make one with python -m llm_sidecar.loader adapter"
+            )
+        check_adapter(file, self._projections)
+        self._adapters_taken += 1
+        name = f"{folder.name} {self._adapters_taken}"
+        self._adapters.load(str(file), name)
+        former, kept = self._adapter, self._prefixes
+        self._adapter, self._prefixes = name, Prefixes(self._new_cache)
+        unused = former
+        if (reason := self._refusal()) is not None:
+            self._adapter, self._prefixes, unused = former, kept, name
+        # What was read with it goes first: an adapter in use cannot be unloaded.
+        del kept
+        if unused is not None:
+            self._adapters.unload(unused)
+        if reason is not None:
+            raise AdapterRejected(reason)
+
+    def _refusal(self) -> str | None:
+        """Why the model does not answer a probe, or None where it does."""
+        try:
+            _, probabilities = self.next_token(PROBE)
+        except Exception as error:  # noqa: BLE001 - the runtime raises bare ones
+            return f"the model does not run with it: {type(error).__name__}"
+        return None if np.isfinite(probabilities).all() else "the model answers with no numbers"
+
     def _borrowed(
         self, kind: _Kind, prompt: Sequence[int], room: int
     ) -> contextlib.AbstractContextManager[Kept[_Cache]]:
@@ -204,17 +247,9 @@ class OnnxEngine:
         if kind.guidance is not None:
             params.set_guidance("json_schema", kind.guidance, True)
         generator = og.Generator(self.model, params)
-        if self._adapters is not None:
-            generator.set_active_adapter(self._adapters, _ADAPTER)
+        if self._adapter is not None:
+            generator.set_active_adapter(self._adapters, self._adapter)
         return _Cache(generator, room)
-
-    def _load_adapter(self, folder: Path) -> Any:
-        file = folder / _ADAPTER_FILE
-        if not file.is_file():
-            raise AdapterRejected(f"the adapter {folder.name} holds no {_ADAPTER_FILE}")
-        adapters = og.Adapters(self.model)
-        adapters.load(str(file), _ADAPTER)
-        return adapters
 
     def _encode(self, messages: Sequence[Message], header: bool = True) -> list[int]:
         text = self.tokenizer.apply_chat_template(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 # Nothing here is compiled, yet loading a model makes this folder where none is named.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
@@ -17,21 +17,26 @@ import llguidance.hf
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import safe_open
 from tokenizers.decoders import DecodeStream
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from llm_sidecar.engines.base import (
+    PROBE,
     AnswerTree,
     Delta,
     GenerationRequest,
     Message,
     SpecialTokens,
     check_context,
+    one_line,
     prefill_steps,
     softmax,
 )
 from llm_sidecar.engines.prefixes import Kept, Prefixes
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable
+
+_ADAPTER_FILE: Final = "adapter_model.safetensors"
 
 
 class _Cache:
@@ -78,7 +83,7 @@ class TorchEngine:
 
         Raises:
             ModelUnavailable: `cuda` is asked for and torch has none, or there is no chat template.
-            AdapterRejected: the adapter's weights are not there.
+            AdapterRejected: says why the adapter does not fit.
         """
         if device == "cuda" and not torch.cuda.is_available():
             raise ModelUnavailable("DEVICE=cuda, but torch finds no CUDA here; set DEVICE=cpu")
@@ -96,17 +101,17 @@ class TorchEngine:
             trust_remote_code=False,
             use_safetensors=True,
         ).to(self.device)
-        if adapter is not None:
-            self._load_adapter(adapter)
         self.model.eval()
         self.context_length = int(self.model.config.max_position_embeddings)
         self._eos = self._end_tokens()
         self._special = SpecialTokens(folder)
         self._guidance_tokenizer: Any = None
         self._answer_trees: dict[tuple[str, ...], AnswerTree] = {}
-        self._prefixes: Prefixes[None, _Cache] = Prefixes(
-            lambda kind, room: _Cache(self.model.config)
-        )
+        self._prefixes = self._no_prefixes()
+        self._adapter: str | None = None
+        self._adapters_taken = 0
+        if adapter is not None:
+            self.use_adapter(adapter)
 
     def stream(self, request: GenerationRequest) -> Iterator[Delta]:
         prompt = self._encode(request.messages)
@@ -140,7 +145,7 @@ class TorchEngine:
                 yield Delta("".join(piece or "" for piece in pieces), count, done, cached)
         yield Delta("", count, done, cached, "stop" if ended else "length")
 
-    def prepare(self, request: GenerationRequest) -> Iterator[None]:
+    def prepare(self, request: GenerationRequest) -> Generator[None]:
         prompt = self._tokens(
             self._template(self._special.neutralise(request.messages), header=False)
         )
@@ -178,11 +183,47 @@ class TorchEngine:
             kept.tokens += prompt[start:stop]
             yield
 
-    def _load_adapter(self, folder: Path) -> None:
+    def use_adapter(self, folder: Path) -> None:
+        self._adapters_taken += 1
+        name = f"adapter{self._adapters_taken}"
+        former, kept = self._adapter, self._prefixes
         # Other formats of PEFT are pickles.
-        if not (folder / "adapter_model.safetensors").is_file():
-            raise AdapterRejected(f"the adapter {folder.name} holds no adapter_model.safetensors")
-        self.model.load_adapter(str(folder))
+        if not (folder / _ADAPTER_FILE).is_file():
+            raise AdapterRejected(f"it holds no {_ADAPTER_FILE}")
+        try:
+            self.model.load_adapter(str(folder), adapter_name=name)
+            self.model.set_adapter(name)
+            self._check_adapter(folder, name)
+        except Exception as error:
+            if name in getattr(self.model, "peft_config", {}):
+                self.model.delete_adapter(name)
+            if former is not None:
+                self.model.set_adapter(former)
+            self._prefixes = kept
+            if isinstance(error, AdapterRejected):
+                raise
+            raise AdapterRejected(f"it does not fit the model: {one_line(error)}") from None
+        if former is not None:
+            self.model.delete_adapter(former)
+        self._adapter = name
+
+    def _check_adapter(self, folder: Path, name: str) -> None:
+        """Makes sure that all of the adapter has a place in the model, and that it answers."""
+        with safe_open(folder / _ADAPTER_FILE, "np") as file:
+            stored = {key.replace("base_model.model.", "", 1) for key in file.keys()}  # noqa: SIM118 - it is no dict
+        placed = {
+            key.replace(f".{name}.", ".") for key in self.model.state_dict() if f".{name}." in key
+        }
+        if stored != placed:
+            different = min(stored ^ placed)
+            raise AdapterRejected(f"it and the model do not both have {different}")
+        self._prefixes = self._no_prefixes()
+        _, probabilities = self.next_token(PROBE)
+        if not np.isfinite(probabilities).all():
+            raise AdapterRejected("the model answers with no numbers")
+
+    def _no_prefixes(self) -> Prefixes[None, _Cache]:
+        return Prefixes(lambda kind, room: _Cache(self.model.config))
 
     def _forward(self, tokens: Sequence[int], cache: DynamicCache, keep: int = 1) -> torch.Tensor:
         """Logits (keep, vocabulary) of the last positions; `cache` takes in the tokens."""

@@ -1,0 +1,172 @@
+"""A model's ONNX graph with room for LoRA adapters, which can be changed while it runs.
+
+    output = weight(input) + (input @ A) @ B
+
+for every projection of every layer (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language
+Models", arXiv:2106.09685), with B scaled already. All A and B are inputs of a rank that is left
+open and zero where no adapter gives them, so that one graph takes an adapter of any rank for any
+of the projections, and without one answers as before to the last bit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+
+from llm_sidecar.errors import AdapterRejected
+
+ADAPTER_FILE: Final = "adapter.onnx_adapter"
+"""onnxruntime's AdapterFormat, in an adapter's folder."""
+
+_PROJECTION: Final = re.compile(r"/(model/layers\.\d+/(?:attn|mlp)/\w+_proj)/MatMul\w*")
+_TYPES: Final[dict[int, type[np.floating[Any]]]] = {
+    TensorProto.FLOAT: np.float32,
+    TensorProto.FLOAT16: np.float16,
+}
+
+
+class Projection(NamedTuple):
+    """A linear map of the graph that an adapter may change.
+
+    Attributes:
+        inputs, outputs: its widths.
+        dtype: of what goes in and comes out.
+    """
+
+    inputs: int
+    outputs: int
+    dtype: type[np.floating[Any]]
+
+
+class LoraGraph(NamedTuple):
+    """The graph, and what in it adapters may change.
+
+    Attributes:
+        serialized: the ONNX model; weights that it keeps in other files stay there.
+        projections: by the name that begins the names of their inputs, `….lora_A` of shape
+            (inputs, rank) and `….lora_B` of shape (rank, outputs).
+    """
+
+    serialized: bytes
+    projections: Mapping[str, Projection]
+
+
+def read_lora_graph(file: Path) -> LoraGraph:
+    """The graph in `file`, as onnxruntime-genai's builder writes it, with inputs for adapters.
+
+    Raises:
+        AdapterRejected: nothing in it can be changed.
+    """
+    model = onnx.load(str(file), load_external_data=False)
+    graph = model.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    projections: dict[str, Projection] = {}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        nodes.append(node)
+        match = _PROJECTION.fullmatch(node.name)
+        projection = _projection(node, weights) if match else None
+        if match and projection:
+            name = match[1].replace("/", ".")
+            projections[name] = projection
+            nodes += _added(graph, node, name, projection)
+    if not projections:
+        raise AdapterRejected(f"the graph in {file} has no projections that an adapter can change")
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return LoraGraph(model.SerializeToString(), projections)
+
+
+def _projection(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) -> Projection | None:
+    if node.op_type == "MatMulNBits":
+        widths = {attribute.name: attribute.i for attribute in node.attribute}
+        inputs, outputs, like = widths["K"], widths["N"], weights.get(node.input[2])
+    elif node.op_type == "MatMul" and (like := weights.get(node.input[1])) is not None:
+        inputs, outputs = like.dims
+    else:
+        return None
+    dtype = None if like is None else _TYPES.get(like.data_type)
+    return None if dtype is None else Projection(inputs, outputs, dtype)
+
+
+def _added(
+    graph: onnx.GraphProto, node: onnx.NodeProto, name: str, projection: Projection
+) -> list[onnx.NodeProto]:
+    """Three nodes behind `node`, whose output is the sum from now on."""
+    first, second, rank = f"{name}.lora_A", f"{name}.lora_B", f"{name}.rank"
+    shapes: dict[str, tuple[list[int | str], tuple[int, int]]] = {
+        first: ([projection.inputs, rank], (projection.inputs, 1)),
+        second: ([rank, projection.outputs], (1, projection.outputs)),
+    }
+    for tensor, (shape, at_rest) in shapes.items():
+        zero = numpy_helper.from_array(np.zeros(at_rest, projection.dtype), tensor)
+        graph.input.append(helper.make_tensor_value_info(tensor, zero.data_type, shape))
+        graph.initializer.append(zero)
+    output = node.output[0]
+    node.output[0] = f"{output}/base"
+    return [
+        helper.make_node("MatMul", [node.input[0], first], [f"{output}/lora_A"], f"{output}/A"),
+        helper.make_node(
+            "MatMul", [f"{output}/lora_A", second], [f"{output}/lora_B"], f"{output}/B"
+        ),
+        helper.make_node("Add", [f"{output}/base", f"{output}/lora_B"], [output], f"{output}/lora"),
+    ]
+
+
+def write_adapter(file: Path, matrices: Mapping[str, tuple[npt.NDArray[Any], ...]]) -> None:
+    """Writes the A and B of projections, by their names."""
+    adapter = onnxruntime.AdapterFormat()
+    adapter.set_adapter_version(1)
+    adapter.set_model_version(1)
+    adapter.set_parameters(
+        {
+            f"{name}.lora_{letter}": onnxruntime.OrtValue.ortvalue_from_numpy(matrix)
+            for name, pair in matrices.items()
+            for letter, matrix in zip("AB", pair, strict=True)
+        }
+    )
+    adapter.export_adapter(str(file))
+
+
+def check_adapter(file: Path, projections: Mapping[str, Projection]) -> None:
+    """Makes sure that the graph can take what is in `file`.
+
+    Raises:
+        AdapterRejected: says what does not fit.
+    """
+    try:
+        adapter = onnxruntime.AdapterFormat.read_adapter(str(file))
+        found = {name: value.numpy() for name, value in adapter.get_parameters().items()}
+    except Exception:  # noqa: BLE001 - the runtime raises bare ones
+        raise AdapterRejected(f"{file.name} is no adapter, or only a part of one") from None
+    ranks: dict[str, set[int]] = {}
+    for name, matrix in found.items():
+        projection, _, letter = name.rpartition(".lora_")
+        expected = projections.get(projection)
+        if expected is None or letter not in ("A", "B"):
+            raise AdapterRejected(f"it changes {name}, which the model does not have")
+        rank, width = matrix.shape[:: -1 if letter == "A" else 1]
+        if width != (expected.inputs if letter == "A" else expected.outputs):
+            raise AdapterRejected(f"{name} is {width} wide, which is not the model's width there")
+        if matrix.dtype != expected.dtype:
+            raise AdapterRejected(
+                f"{name} is {matrix.dtype}, and the model reckons in {np.dtype(expected.dtype)}"
+            )
+        if not np.isfinite(matrix).all():
+            raise AdapterRejected(f"{name} holds infinities or what is no number")
+        ranks.setdefault(projection, set()).add(rank)
+    incomplete = [
+        name
+        for name, its_ranks in ranks.items()
+        if len(its_ranks) > 1 or not {f"{name}.lora_A", f"{name}.lora_B"} <= found.keys()
+    ]
+    if incomplete or not found:
+        raise AdapterRejected(f"the two matrices of {next(iter(incomplete), 'anything')} differ")

@@ -1,0 +1,196 @@
+"""A PEFT LoRA adapter as the one that the sidecar's Phi-3 loads on onnxruntime-genai.
+
+    python -m llm_sidecar.loader adapter PEFT_DIR OUT_DIR
+
+PEFT names its matrices after the modules of transformers, and the graph has projections of its
+own: some packed, some apart. What comes out is kept only if the model runs with it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_sidecar.conversion import ConversionFailed, compare
+from llm_sidecar.engines.lora_graph import (
+    ADAPTER_FILE,
+    Projection,
+    read_lora_graph,
+    write_adapter,
+)
+
+CONFIG_FILE: Final = "adapter_config.json"
+WEIGHTS_FILE: Final = "adapter_model.safetensors"
+_WEIGHT: Final = re.compile(
+    r"(?:base_model\.model\.)?(model\.layers\.\d+\..+)\.lora_([AB])\.weight"
+)
+_UNKNOWN: Final = (
+    "use_dora",
+    "modules_to_save",
+    "layer_replication",
+    "fan_in_fan_out",
+    "lora_bias",
+)
+"""Settings of PEFT that change a model otherwise than by two matrices."""
+
+_Pair = tuple[npt.NDArray[Any], npt.NDArray[Any]]
+
+
+class _Piece(NamedTuple):
+    """Rows of a module's output, and where they are in a projection's."""
+
+    module: str
+    rows: slice
+    at: int
+
+
+def convert_adapter(source: Path, base: Path, out: Path) -> float:
+    """Converts the adapter in `source`; `out` is there as a whole or not at all.
+
+    Args:
+        source: adapter_config.json and adapter_model.safetensors, as PEFT writes them.
+        base: the onnxruntime-genai folder of the model that it is for.
+        out: a folder that is not there yet, as a rule `YYYYMMDD`.
+
+    Returns:
+        How far it moves the model's next tokens: the mean total variation distance on a few
+        prompts, from 0 to 1.
+
+    Raises:
+        ConversionFailed: says why.
+        AdapterRejected: the model does not run with it.
+    """
+    if out.exists():
+        raise ConversionFailed(f"{out} is there already; name another folder or remove it")
+    if not (base / "genai_config.json").is_file():
+        raise ConversionFailed(
+            f"{base} is no model for onnxruntime-genai; on torch the sidecar takes a PEFT folder "
+            "as it is"
+        )
+    written = json.loads((base / "genai_config.json").read_bytes())["model"]["decoder"]
+    graph = read_lora_graph(base / written["filename"])
+    matrices = _fitted(_read(source), graph.projections, _attention_rows(written))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+        made = Path(folder, out.name)
+        made.mkdir()
+        shutil.copyfile(source / CONFIG_FILE, made / CONFIG_FILE)
+        write_adapter(made / ADAPTER_FILE, matrices)
+        moved = compare(base, base, made).mean
+        made.rename(out)
+    return moved
+
+
+def _read(source: Path) -> dict[str, _Pair]:
+    """A (inputs, rank) and scaled B (rank, outputs) of each module, in float32."""
+    # Read by what writes them.
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (source / name).is_file():
+            raise ConversionFailed(f"{source} holds no {name}; name a folder that PEFT has written")
+    try:
+        config = json.loads((source / CONFIG_FILE).read_bytes())
+        tensors = load_file(source / WEIGHTS_FILE)
+    except (ValueError, SafetensorError) as error:
+        raise ConversionFailed(f"{source} cannot be read: {error}") from None
+    if config.get("peft_type") != "LORA":
+        raise ConversionFailed(f"{source} is no LoRA adapter but {config.get('peft_type')}")
+    for setting in _UNKNOWN:
+        if config.get(setting):
+            raise ConversionFailed(f"{source} is trained with {setting}, which is not supported")
+    halves: dict[str, dict[str, npt.NDArray[Any]]] = {}
+    for name, tensor in tensors.items():
+        match = _WEIGHT.fullmatch(name)
+        if match is None or tensor.ndim != 2:
+            raise ConversionFailed(f"{source} changes {name}, which is no projection of a layer")
+        halves.setdefault(match[1], {})[match[2]] = tensor.astype(np.float32)
+    if not halves:
+        raise ConversionFailed(f"{source} changes nothing")
+    found = {}
+    for module, half in halves.items():
+        if len(half) < 2 or len(half["A"]) != half["B"].shape[1]:
+            raise ConversionFailed(f"{source} holds two matrices of {module} that do not fit")
+        found[module] = (half["A"].T, half["B"].T * _scaling(config, module, len(half["A"])))
+    return found
+
+
+def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """What PEFT multiplies a module's change by: alpha over its rank, or over the root of it
+    (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
+    arXiv:2312.03732)."""
+    alphas = (config.get("alpha_pattern") or {}).items()
+    own = (alpha for key, alpha in alphas if re.fullmatch(rf"(.*\.)?({key})", module))
+    alpha = float(next(own, config["lora_alpha"]))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _attention_rows(decoder: Mapping[str, Any]) -> dict[str, slice]:
+    """Where queries, keys and values are in the output of a packed projection."""
+    size = decoder["head_size"]
+    queries, others = decoder["num_attention_heads"] * size, decoder["num_key_value_heads"] * size
+    ends = (queries, queries + others, queries + 2 * others)
+    starts = (0, *ends)
+    return {
+        f"{letter}_proj": slice(start, end)
+        for letter, start, end in zip("qkv", starts, ends, strict=False)
+    }
+
+
+def _fitted(
+    modules: Mapping[str, _Pair],
+    projections: Mapping[str, Projection],
+    attention: Mapping[str, slice],
+) -> dict[str, _Pair]:
+    """The matrices of each projection that the modules change; all modules are used up."""
+    used: set[str] = set()
+    fitted: dict[str, _Pair] = {}
+    for name, projection in projections.items():
+        pieces = [p for p in _pieces(name, projection, attention) if p.module in modules]
+        if not pieces:
+            continue
+        ranks = [modules[piece.module][0].shape[1] for piece in pieces]
+        first = np.concatenate([modules[piece.module][0] for piece in pieces], axis=1)
+        second = np.zeros((sum(ranks), projection.outputs), np.float32)
+        begin = 0
+        for piece, rank in zip(pieces, ranks, strict=True):
+            rows = modules[piece.module][1][:, piece.rows]
+            if len(first) != projection.inputs or piece.at + rows.shape[1] > projection.outputs:
+                raise ConversionFailed(
+                    f"{piece.module} is of another width than the model's {name}; is the adapter "
+                    "for another model?"
+                )
+            second[begin : begin + rank, piece.at : piece.at + rows.shape[1]] = rows
+            begin += rank
+            used.add(piece.module)
+        fitted[name] = first.astype(projection.dtype), second.astype(projection.dtype)
+    if missing := sorted(modules.keys() - used):
+        raise ConversionFailed(
+            f"the model has no {missing[0]} to change; is the adapter for another model?"
+        )
+    return fitted
+
+
+def _pieces(name: str, projection: Projection, attention: Mapping[str, slice]) -> Iterator[_Piece]:
+    """Modules of transformers that may be a projection, or a part of one, or have it as a part."""
+    layer, part, projected = name.rsplit(".", 2)
+    module = f"{layer}.{'self_attn' if part == 'attn' else part}"
+    yield _Piece(f"{module}.{projected}", slice(None), 0)
+    if projected == "qkv_proj":
+        for one, rows in attention.items():
+            yield _Piece(f"{module}.{one}", slice(None), rows.start)
+    elif projected in attention:
+        yield _Piece(f"{module}.qkv_proj", attention[projected], 0)
+    elif projected in ("gate_proj", "up_proj"):
+        begin = 0 if projected == "gate_proj" else projection.outputs
+        yield _Piece(f"{module}.gate_up_proj", slice(begin, begin + projection.outputs), 0)
