@@ -9,19 +9,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import datetime
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -29,48 +25,16 @@ from typing import Any, Final
 import httpx
 import onnxruntime_genai as og
 
-from benchmarks import models
+from benchmarks import adapters, models
+from benchmarks.models import THREADS
+from benchmarks.table import Row, machine
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.demo import market
 from llm_sidecar.engines import Engine, GenerationRequest, load_engine
 from tests.live_server import LiveServer, free_port, serve
 
 RESULTS: Final = Path(__file__).with_name("RESULTS.md")
-THREADS: Final = 2
 _RNG: Final = Random(7)
-PACKAGES: Final = (
-    "onnxruntime-genai",
-    "onnxruntime",
-    "torch",
-    "transformers",
-    "fastapi",
-    "uvicorn",
-)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measured promise.
-
-    Attributes:
-        wanted: the greatest value there may be.
-        detail: what it was reckoned from.
-        missed: what holds it back, where it is more.
-    """
-
-    name: str
-    value: float
-    wanted: float
-    detail: str
-    unit: str = ""
-    missed: str = ""
-
-    def __str__(self) -> str:
-        kept = self.value <= self.wanted
-        reached = f"{self.value:.3g}{self.unit}{'' if kept else ' (missed)'}"
-        why = "" if kept or not self.missed else f"; {self.missed}"
-        limit = f"at most {self.wanted:.3g}{self.unit}"
-        return f"| {self.name} | {reached} | {limit} | {self.detail}{why} |"
 
 
 def main() -> None:
@@ -78,7 +42,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=tuple(MEASURES), default=list(MEASURES))
     parser.add_argument("--rounds", type=int, default=8, help="in which both sides take turns")
     options = parser.parse_args()
-    lines = [*_machine(), "", "| what | reached | wanted | how |", "|---|---|---|---|"]
+    lines = [*machine(), "", "| what | reached | wanted | how |", "|---|---|---|---|"]
     for line in lines:
         print(line)
     for name in options.only:
@@ -87,31 +51,6 @@ def main() -> None:
             print(row, flush=True)
     if options.only == list(MEASURES):
         RESULTS.write_text("\n".join(["# Results of `make bench`", "", *lines]) + "\n")
-
-
-def _machine() -> list[str]:
-    names = [
-        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    cpu = names[0].partition(":")[2].strip() if names else platform.processor()
-    installed = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    return [
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {cpu}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, {installed}. {THREADS} threads a model; Phi-3 of "
-        f"{models.size(models.transformers_model('phi3'))} parameters, Llama of "
-        f"{models.size(models.transformers_model('llama'))}, both in int4 unless a row says "
-        "otherwise. Ratios are of medians.",
-    ]
-
-
-def prompts(count: int) -> list[str]:
-    """Prompts of about the same length that no run has seen before."""
-    drawn: list[str] = []
-    while len(drawn) < count:
-        prompt = market.draw(_RNG, "train").prompt
-        if 100 <= len(prompt) <= 200:
-            drawn.append(prompt)
-    return drawn
 
 
 def examples(count: int) -> list[proposals.Example]:
@@ -163,7 +102,7 @@ class Bare:
 
 def proposals_over_http(rounds: int) -> Iterator[Row]:
     model = _bare_model(models.onnx_model("phi3"))
-    with tempfile.TemporaryDirectory() as folder, _server(Path(folder)) as server:
+    with tempfile.TemporaryDirectory() as folder, models.served(Path(folder)) as server:
         shots = _correct(server, 3)
         reuse, plain = Bare(model, reuse=True), Bare(model, reuse=False)
         sides: dict[str, Callable[[str], str]] = {
@@ -172,7 +111,7 @@ def proposals_over_http(rounds: int) -> Iterator[Row]:
             "plain": lambda prompt: plain.propose(proposals.build_messages(prompt, shots)),
         }
         seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for number, prompt in enumerate(prompts(rounds + 1)):
+        for number, prompt in enumerate(models.prompts(rounds + 1)):
             answers = {}
             for name, side in sides.items():
                 began = time.perf_counter()
@@ -195,19 +134,6 @@ def _bare_model(folder: Path) -> Any:
     session = {"intra_op_num_threads": THREADS, "session.intra_op.allow_spinning": "0"}
     config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
     return og.Model(config)
-
-
-def _server(folder: Path, **environ: str) -> Any:
-    phi3, hermes = models.onnx_model("phi3"), models.onnx_model("llama")
-    return serve(
-        folder,
-        MICRO_LLM_MODEL_PATH=str((phi3 / "model.onnx").absolute()),
-        HERMES_MODEL_PATH=str(hermes.absolute()),
-        PHI3_THREADS=str(THREADS),
-        HERMES_THREADS=str(THREADS),
-        PRELOAD_MODELS="true",
-        **environ,
-    )
 
 
 def _proposal(server: LiveServer, prompt: str) -> str:
@@ -249,7 +175,7 @@ def first_token(rounds: int) -> Iterator[Row]:
     while tokens < 600:
         shots += examples(1)
         tokens = len(engine.next_token(proposals.build_messages("", shots)[:-1])[0])
-    for number, prompt in enumerate(prompts(rounds + 1)):
+    for number, prompt in enumerate(models.prompts(rounds + 1)):
         # Other examples, so that nothing of them is known yet.
         unknown = proposals.Example(f"{number}", shots[0].proposal)
         cold.append(_until_first(engine, proposals.build_messages(prompt, [unknown, *shots])))
@@ -279,7 +205,7 @@ def one_score(rounds: int) -> Iterator[Row]:
     engine = load_engine(models.onnx_model("llama"), device="cpu", threads=THREADS)
     seconds: dict[str, list[float]] = {"score": [], "answer": [], "cold score": []}
     differences = []
-    for prompt in prompts(rounds + 1):
+    for prompt in models.prompts(rounds + 1):
         proposal = market.draw(_RNG, "train").proposal
         score = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, proposal, prompt)
         with _timed(seconds["cold score"]):
@@ -327,10 +253,10 @@ _WRITTEN: Final = 64
 
 def against_transformers_serve(rounds: int) -> Iterator[Row]:
     source = models.transformers_model("llama").absolute()
-    asked = prompts(8)
+    asked = models.prompts(8)
     with (
         tempfile.TemporaryDirectory() as folder,
-        _server(Path(folder)) as ours,
+        models.served(Path(folder)) as ours,
         _transformers_serve(source, Path(folder)) as theirs,
     ):
         ours.wait_until_ready()
@@ -415,9 +341,9 @@ def _transformers_serve(model: Path, folder: Path) -> Iterator[str]:
 
 def sixteen_at_once(rounds: int) -> Iterator[Row]:
     del rounds
-    with tempfile.TemporaryDirectory() as folder, _server(Path(folder)) as server:
+    with tempfile.TemporaryDirectory() as folder, models.served(Path(folder)) as server:
         server.wait_until_ready()
-        asked = prompts(17)
+        asked = models.prompts(17)
         _proposal(server, asked.pop())
         alone, together = [], []
         for _ in range(3):
@@ -495,7 +421,7 @@ def memory_and_start(rounds: int) -> Iterator[Row]:
         }
         with serve(Path(folder), **everything) as server:
             server.client.headers["X-API-Key"] = everything["SIDECAR_API_KEYS"]
-            body = {"prompt": prompts(1)[0]}
+            body = {"prompt": models.prompts(1)[0]}
             server.wait_until(
                 lambda: server.client.post("/generate/phi3/", json=body).status_code == 200
             )
@@ -535,6 +461,7 @@ MEASURES: Final[dict[str, Callable[[int], Iterator[Row]]]] = {
     "score": one_score,
     "transformers": against_transformers_serve,
     "sixteen": sixteen_at_once,
+    "adapters": adapters.swapped_under_load,
     "start": memory_and_start,
 }
 

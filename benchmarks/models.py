@@ -1,4 +1,5 @@
-"""Models of about 100 million random weights, large enough that model time dominates as in life."""
+"""Models of about 100 million random weights, large enough that model time dominates as in life; a
+server of them, and prompts for them."""
 
 from __future__ import annotations
 
@@ -8,12 +9,16 @@ from random import Random
 from typing import Any, Final, Literal
 
 from llm_sidecar.conversion import build
+from llm_sidecar.demo.market import draw
+from tests.live_server import serve
 
 Architecture = Literal["phi3", "llama"]
 FOLDER: Final = Path(".data/bench-models")
 """Where they are kept for the next run."""
 _VOCABULARY: Final = 8192
 _CONTEXT: Final = 4096
+THREADS: Final = 2
+_RNG: Final = Random(8)
 
 
 def transformers_model(architecture: Architecture) -> Path:
@@ -42,7 +47,6 @@ def _write(folder: Path, architecture: Architecture) -> None:
         Phi3ForCausalLM,
     )
 
-    from llm_sidecar.demo.market import draw
     from llm_sidecar.demo.tokenizer import CHATML, PHI3, train_tokenizer
     from llm_sidecar.proposals import dumps
 
@@ -83,3 +87,27 @@ def size(folder: Path) -> str:
     hidden, inner = index["hidden_size"], index["intermediate_size"]
     layers = index["num_hidden_layers"] * (4 * hidden * hidden + 3 * hidden * inner)
     return f"{(layers + 2 * index['vocab_size'] * hidden) / 1e6:.0f}M"
+
+
+def served(folder: Path, **environ: str) -> Any:
+    """A server of the int4 models, as a context manager."""
+    phi3, hermes = onnx_model("phi3"), onnx_model("llama")
+    return serve(
+        folder,
+        MICRO_LLM_MODEL_PATH=str((phi3 / "model.onnx").absolute()),
+        HERMES_MODEL_PATH=str(hermes.absolute()),
+        PHI3_THREADS=str(THREADS),
+        HERMES_THREADS=str(THREADS),
+        PRELOAD_MODELS="true",
+        **environ,
+    )
+
+
+def prompts(count: int) -> list[str]:
+    """Prompts of about the same length that no run has seen before."""
+    drawn: list[str] = []
+    while len(drawn) < count:
+        prompt = draw(_RNG, "train").prompt
+        if 100 <= len(prompt) <= 200:
+            drawn.append(prompt)
+    return drawn

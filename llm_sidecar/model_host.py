@@ -14,7 +14,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -57,11 +57,13 @@ class Completion:
 
     Attributes:
         model: the label of the model that wrote it.
+        adapter: the name of the adapter that it had.
         cached_tokens: of the prompt, that were read for an earlier one.
     """
 
     text: str
     model: str
+    adapter: str | None
     finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
@@ -135,7 +137,7 @@ class ModelHost:
         self._reason: str | None = None
         self._worker: asyncio.Future[WorkerProcess] | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._errands: set[asyncio.Task[None]] = set()
+        self._watchdogs: set[asyncio.Task[None]] = set()
         self._restarts = 0
         self._next_load = 0.0
         self._died = -math.inf
@@ -152,19 +154,19 @@ class ModelHost:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
         """
         text: list[str] = []
-        last: dict[str, Any] = {}
-        model = ""
         async with contextlib.aclosing(self._call("generate", request=asdict(request))) as steps:
-            async for label, message in steps:
-                model, last = label, message
-                text.append(message["text"])
+            async for step in steps:
+                text.append(step[1]["text"])
+        call, message = step
+        assert call.served_by is not None
         return Completion(
             "".join(text),
-            model,
-            last["finish_reason"],
-            last["prompt_tokens"],
-            last["completion_tokens"],
-            last["cached_tokens"],
+            call.served_by,
+            call.adapter,
+            message["finish_reason"],
+            message["prompt_tokens"],
+            message["completion_tokens"],
+            message["cached_tokens"],
         )
 
     async def answer_probabilities(
@@ -218,10 +220,6 @@ class ModelHost:
             AdapterRejected: it cannot be loaded; says why.
             ModelUnavailable: the model itself is missing or does not load.
         """
-        # Whoever asks for it may go away meanwhile.
-        await asyncio.shield(self._run_errand(self._swap(adapter)))
-
-    async def _swap(self, adapter: Path | None) -> None:
         async with self._swapping:
             self._start()
             by = time.monotonic() + self._limits.load_timeout
@@ -234,7 +232,6 @@ class ModelHost:
             except AdapterRejected as error:
                 name = None if adapter is None else adapter.name
                 raise AdapterRejected(f"The adapter {name} is refused: {error.detail}") from None
-        self._run_errand(self.prepare())
 
     async def _swap_within(self, worker: WorkerProcess, adapter: Path) -> None:
         """Has a worker, which has an adapter, take another between two requests."""
@@ -311,16 +308,14 @@ class ModelHost:
                 ModelUnavailable("The server is shutting down; try again.", retry_after=5)
             )
             self._worker.exception()
-        for task in self._errands:
+        for task in (*self._watchdogs,):
             task.cancel()
-        if self._errands:
-            await asyncio.wait(self._errands)
         self._state = "unloaded"
 
     async def _call(
         self, op: Operation, **body: Any
-    ) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
-        """Admits a request, waits for its turn and the model, and yields (label, message)s."""
+    ) -> AsyncGenerator[tuple[ModelCall, dict[str, Any]], None]:
+        """Admits a request, waits for its turn and the model, and yields (call, message)s."""
         with observed(self._observer, ModelCall(self.name, op)) as call, self._admission():
             ready_by = time.monotonic() + self._limits.load_wait
             try:
@@ -357,8 +352,8 @@ class ModelHost:
 
     async def _converse(
         self, call: ModelCall, ready_by: float, body: dict[str, Any]
-    ) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
-        """Sends a request to the worker and yields its (label, message)s.
+    ) -> AsyncGenerator[tuple[ModelCall, dict[str, Any]], None]:
+        """Sends a request to the worker and yields (call, message)s.
 
         A request whose worker had died unnoticed before it began goes to the next worker.
         """
@@ -377,7 +372,7 @@ class ModelHost:
                     finished = message["op"] in ("done", "error")
                     begun |= message["op"] == "begun"
                     if message["op"] in ("delta", "done"):
-                        yield worker.label, message
+                        yield call, message
             finally:
                 self._running -= 1
                 if "died" not in message:
@@ -404,14 +399,9 @@ class ModelHost:
                 log.error("%s does not give up a cancelled request; killing it", self.name)
                 worker.process.kill()
 
-        self._run_errand(let_go())
-
-    def _run_errand(self, errand: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Runs what outlives the request that it began with, and so does not log in its name."""
-        task = asyncio.create_task(errand, context=contextvars.Context())
-        self._errands.add(task)
-        task.add_done_callback(self._errands.discard)
-        return task
+        task = asyncio.create_task(let_go())
+        self._watchdogs.add(task)
+        task.add_done_callback(self._watchdogs.discard)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from llm_sidecar import hermes_plugin, loader, proposals
@@ -122,6 +123,7 @@ class Sidecar:
             on_examples=self._prepare_examples,
         )
         self._preparing: asyncio.Task[None] | None = None
+        self._swaps: set[asyncio.Task[None]] = set()
         self._remembered = RememberedAdapter(self.archive.log_folder, settings.adapter_dir)
 
     def _prepare_examples(self) -> None:
@@ -150,6 +152,8 @@ class Sidecar:
     async def close(self) -> None:
         """Lets running generations end within the grace period, then stops every part."""
         grace = self.settings.shutdown_grace
+        for swapping in self._swaps:
+            swapping.cancel()
         # Models first: what they still answer is yet to be stored and told.
         await asyncio.gather(self.phi3.close(grace), self.hermes.close(grace))
         # What is still spoken goes out on the bus.
@@ -195,7 +199,6 @@ class Sidecar:
         self, transaction_id: uuid.UUID, prompt: str, max_tokens: int
     ) -> AssessedProposal:
         began = time.monotonic()
-        adapter = self.phi3.adapter
         proposal, completion = await self.generate_phi3(prompt, max_tokens)
         proposed = time.monotonic()
         await self._publish(PROPOSAL_CREATED, {**proposal, "transaction_id": str(transaction_id)})
@@ -229,7 +232,7 @@ class Sidecar:
                     assessment=assessment.text,
                     score=score,
                     model=completion.model,
-                    adapter=None if adapter is None else adapter.name,
+                    adapter=completion.adapter,
                     latencies=latencies,
                 )
             ),
@@ -302,10 +305,18 @@ class Sidecar:
             if name is None
             else loader.find_adapter_dir(folder, name)
         )
+        # To its end, also where whoever asked for it has gone.
+        swapping = asyncio.create_task(self._swap_adapter(chosen))
+        self._swaps.add(swapping)
+        swapping.add_done_callback(self._swaps.discard)
+        await asyncio.shield(swapping)
+        return self.adapter_date()
+
+    async def _swap_adapter(self, chosen: Path | None) -> None:
         if chosen != self.phi3.adapter:
             await self.phi3.swap_adapter(chosen)
-        await asyncio.to_thread(self._remembered.save, chosen)
-        return self.adapter_date()
+            self._prepare_examples()
+        await asyncio.to_thread(self._remembered.save, self.phi3.adapter)
 
     def adapter_date(self) -> datetime.date | None:
         """The date of Phi-3's adapter in use."""

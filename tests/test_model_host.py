@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,11 +14,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
 from llm_sidecar import hermes_plugin, proposals, worker_process
 from llm_sidecar.engines import GenerationRequest
+from llm_sidecar.engines.lora_graph import ADAPTER_FILE
 from llm_sidecar.errors import (
     AdapterRejected,
     DeadlineExceeded,
@@ -26,6 +29,7 @@ from llm_sidecar.errors import (
     QueueFull,
 )
 from llm_sidecar.loader import ModelFiles
+from llm_sidecar.lora import convert_adapter
 from llm_sidecar.model_host import HostLimits, ModelHost
 from tests.live_server import is_running
 from tests.random_models import write_adapter
@@ -340,23 +344,61 @@ async def test_an_adapter_that_does_not_load_is_refused_and_all_goes_on(
     await host.generate(SHORT)
 
 
-# peft asks transformers by a name that transformers is giving up.
+@pytest.mark.parametrize("runtime", ["onnxruntime-genai", "transformers"])
 async def test_swapping_adapters_under_load_loses_no_request(
-    make_host: HostFactory, random_phi3_torch: Path, tmp_path: Path
+    runtime: str,
+    make_host: HostFactory,
+    random_phi3_torch: Path,
+    random_phi3_onnx: Path,
+    tmp_path: Path,
 ) -> None:
-    host = make_host(random_phi3_torch)
-    adapter = write_adapter(random_phi3_torch, tmp_path / "20260101")
-    before = await host.generate(SHORT)
-    running = [asyncio.create_task(host.generate(SHORT)) for _ in range(12)]
-    await host.swap_adapter(adapter)
-    assert host.adapter == adapter
-    texts = {completion.text for completion in await asyncio.gather(*running)}
-    after = await host.generate(SHORT)
-    assert after.text != before.text
-    assert texts <= {before.text, after.text}
-    await host.swap_adapter(None)
-    assert (await host.generate(SHORT)).text == before.text
+    first, second = (write_adapter(random_phi3_torch, tmp_path / f"2026010{n}", n) for n in (1, 2))
+    model = random_phi3_torch
+    if runtime == "onnxruntime-genai":
+        model = random_phi3_onnx
+        for peft in (first, second):
+            convert_adapter(peft, model, tmp_path / "onnx" / peft.name)
+        first, second = (tmp_path / "onnx" / peft.name for peft in (first, second))
+    host = make_host(model)
+    alone: dict[str | None, str] = {None: (await host.generate(SHORT)).text}
+    pids = {host.status()["pid"]}
+    # From none to one in another process, from one to another within, and back to none.
+    for adapter in (first, second, first, None):
+        running = [asyncio.create_task(host.generate(SHORT)) for _ in range(8)]
+        await host.swap_adapter(adapter)
+        assert host.adapter == adapter
+        answers = await asyncio.gather(*running)
+        name = None if adapter is None else adapter.name
+        after = await host.generate(SHORT)
+        assert after.adapter == name
+        assert alone.setdefault(name, after.text) == after.text
+        assert all(answer.text == alone[answer.adapter] for answer in answers)
+        pids.add(host.status()["pid"])
+    assert len(set(alone.values())) == 3
+    assert len(pids) == 3
     assert host.status()["restarts"] == 0
+
+
+async def test_an_adapter_that_does_not_fit_is_refused_and_the_old_one_goes_on(
+    make_host: HostFactory, random_phi3_torch: Path, random_phi3_onnx: Path, tmp_path: Path
+) -> None:
+    peft = write_adapter(random_phi3_torch, tmp_path / "peft")
+    good, bad = tmp_path / "20260101", tmp_path / "20260102"
+    convert_adapter(peft, random_phi3_onnx, good)
+    shutil.copytree(good, bad)
+    content = (bad / ADAPTER_FILE).read_bytes()
+    (bad / ADAPTER_FILE).write_bytes(content[:-100])
+    host = make_host(random_phi3_onnx)
+    await host.swap_adapter(good)
+    expected, pid = await host.generate(SHORT), host.status()["pid"]
+    error = await failure(host.swap_adapter(bad))
+    assert isinstance(error, AdapterRejected)
+    assert error.detail == (
+        "The adapter 20260102 is refused: adapter.onnx_adapter is no adapter, or only a part of one"
+    )
+    assert host.adapter == good
+    assert await host.generate(SHORT) == replace(expected, cached_tokens=ANY)
+    assert host.status()["pid"] == pid
 
 
 async def test_a_request_that_has_queued_longer_than_a_load_may_take_gets_the_next_worker(

@@ -1,0 +1,62 @@
+"""The table of `make bench`: its rows, and what is said above it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+from benchmarks import models
+
+PACKAGES: Final = (
+    "onnxruntime-genai",
+    "onnxruntime",
+    "torch",
+    "transformers",
+    "fastapi",
+    "uvicorn",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured promise.
+
+    Attributes:
+        wanted: the greatest value there may be.
+        detail: what it was reckoned from.
+        missed: what holds it back, where it is more.
+    """
+
+    name: str
+    value: float
+    wanted: float
+    detail: str
+    unit: str = ""
+    missed: str = ""
+
+    def __str__(self) -> str:
+        kept = self.value <= self.wanted
+        reached = f"{self.value:.3g}{self.unit}{'' if kept else ' (missed)'}"
+        why = "" if kept or not self.missed else f"; {self.missed}"
+        limit = f"at most {self.wanted:.3g}{self.unit}"
+        return f"| {self.name} | {reached} | {limit} | {self.detail}{why} |"
+
+
+def machine() -> list[str]:
+    names = [
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    cpu = names[0].partition(":")[2].strip() if names else platform.processor()
+    installed = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return [
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {cpu}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}, {installed}. {models.THREADS} threads a model; "
+        f"Phi-3 of {models.size(models.transformers_model('phi3'))} parameters, Llama of "
+        f"{models.size(models.transformers_model('llama'))}, both in int4 unless a row says "
+        "otherwise. Ratios are of medians.",
+    ]
