@@ -1,8 +1,8 @@
 """An asynchronous handle on one worker process that holds one model.
 
 The host starts the worker when it is first needed, starts it again with backoff when it dies,
-queues requests first come, first served, and gives each a deadline. Cancelling the awaiting task
-stops the generation in the worker.
+queues requests first come, first served, gives the worker as many as it generates together, and
+each a deadline. Cancelling the awaiting task stops the generation in the worker.
 """
 
 from __future__ import annotations
@@ -125,10 +125,11 @@ class ModelHost:
         self._swapping = asyncio.Lock()
         self._successor: WorkerProcess | None = None
         self._limits = limits or HostLimits()
-        self._slot = asyncio.Semaphore(1)
+        self._together = 1
+        self._slots = asyncio.Semaphore(1)
         self._observer = observer or Observers()
         self._on_death = on_death
-        self._serving: ModelCall | None = None
+        self._serving: dict[int, ModelCall] = {}
         self._admitted = 0
         self._running = 0
         self._idle = asyncio.Event()
@@ -254,8 +255,11 @@ class ModelHost:
             raise AdapterRejected(f"no worker can be started: {error.strerror}") from None
         handed_over = False
         try:
-            # With the slot held no request runs, and the next one meets the successor.
-            async with self._slot:
+            # With all slots held no request runs, and the next one meets the successor.
+            async with contextlib.AsyncExitStack() as held:
+                slots = self._slots
+                for _ in range(self._together):
+                    await held.enter_async_context(slots)
                 replaced = await self._ready(by)
                 self._successor, self._adapter = successor, adapter
                 handed_over = True
@@ -319,7 +323,7 @@ class ModelHost:
         with observed(self._observer, ModelCall(self.name, op)) as call, self._admission():
             ready_by = time.monotonic() + self._limits.load_wait
             try:
-                async with asyncio.timeout(self._limits.request_timeout), self._slot:
+                async with asyncio.timeout(self._limits.request_timeout), self._slots:
                     started = time.monotonic()
                     async for step in self._converse(call, ready_by, body):
                         yield step
@@ -336,7 +340,7 @@ class ModelHost:
         """Counts a request as long as it is here; refuses it where too many are."""
         self._check_open()
         if self._admitted >= self._limits.queue_length:
-            wait = max(1, round(self._admitted * self._recent_seconds))
+            wait = max(1, round(self._admitted / self._together * self._recent_seconds))
             raise QueueFull(
                 f"The {self.name} queue is full; try again in {wait} s.", retry_after=wait
             )
@@ -362,7 +366,7 @@ class ModelHost:
             worker = await self._ready(ready_by)
             call.served_by = worker.label
             number, inbox = worker.send(call.operation, body)
-            self._serving = call
+            self._serving[id(call)] = call
             message: dict[str, Any] = {}
             self._running += 1
             try:
@@ -376,7 +380,7 @@ class ModelHost:
             finally:
                 self._running -= 1
                 if "died" not in message:
-                    self._serving = None
+                    self._serving.pop(id(call), None)
                 if not finished:
                     self._watch(worker, number, inbox)
             if message["op"] == "error":
@@ -474,8 +478,9 @@ class ModelHost:
             self._state = "loading"
 
     def _tell_death(self, how: str) -> None:
-        # The request it served may have heard of it already, or be about to.
-        call, self._serving = self._serving, None
+        # The requests it served may have heard of it already, or be about to.
+        call = next(iter(self._serving.values()), None)
+        self._serving.clear()
         self._on_death(WorkerDeath(self.name, self._adapter_name(), how, call))
 
     def _fail(self, reason: str, delay: float) -> None:
@@ -498,6 +503,10 @@ class ModelHost:
         worker = successor or await self._loaded_worker(self._adapter)
         try:
             self._state, self._reason = "ready", None
+            if worker.info["together"] != self._together:
+                # Those that hold a slot of the old ones, or wait for one, use these to their end.
+                self._together = worker.info["together"]
+                self._slots = asyncio.Semaphore(self._together)
             assert self._worker is not None
             self._worker.set_result(worker)
             yield worker

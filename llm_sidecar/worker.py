@@ -18,11 +18,12 @@ import threading
 import time
 import traceback
 from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
 from llm_sidecar.engines import Engine, GenerationRequest, load_engine
-from llm_sidecar.engines.base import one_line
+from llm_sidecar.engines.base import Together, one_line
 from llm_sidecar.errors import SidecarError
 from llm_sidecar.logs import log_to_stderr
 
@@ -33,15 +34,29 @@ _FLUSH_SECONDS: Final = 0.02
 server's event loop busy with nothing else."""
 
 
+@dataclass(slots=True)
+class _Reply:
+    """What of a completion has been sent, and when.
+
+    Attributes:
+        text: that has not.
+        tokens: of the completion so far.
+    """
+
+    text: str = ""
+    tokens: int = 0
+    flushed: float = 0.0
+
+
 class Worker:
-    """Serves one engine, one request after the other, in order."""
+    """Serves one engine: requests in order, as many together as it can."""
 
     def __init__(self, inbox: IO[bytes], outbox: IO[bytes]) -> None:
         self._inbox = inbox
         self._outbox = outbox
         self._requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._cancelled: set[int] = set()
-        self._served = 0
+        self._replies: dict[int, _Reply] = {}
         self._tokens = 0
         self._adapter: str | None = None
 
@@ -73,6 +88,7 @@ class Worker:
                 "runtime": engine.runtime,
                 "device": engine.device,
                 "context_length": engine.context_length,
+                "together": engine.together().most,
             }
         )
         self._serve_all(engine)
@@ -81,36 +97,44 @@ class Worker:
         for line in self._inbox:
             message = json.loads(line)
             if message["op"] == "cancel":
-                if message["id"] > self._served:
-                    self._cancelled.add(message["id"])
+                # One that comes too late stays here, a number that nobody asks for.
+                self._cancelled.add(message["id"])
             else:
                 self._requests.put(message)
         os._exit(0)
 
     def _serve_all(self, engine: Engine) -> None:
-        """Serves requests in order, and prepares a prefix step by step while there are none."""
+        """Takes requests in order, has them generated together, and prepares a prefix step by step
+        while there are none."""
+        together = engine.together()
         preparing: tuple[int, Generator[None]] | None = None
         while True:
             try:
-                message = self._requests.get(block=preparing is None)
+                message = self._requests.get(block=not together and preparing is None)
             except queue.Empty:
-                assert preparing is not None
-                if self._prepared(*preparing):
+                if together:
+                    self._step(together)
+                elif preparing is not None and self._prepared(*preparing):
                     preparing = None
                 continue
-            if message["op"] not in ("prepare", "adapter"):
-                self._serve(engine, message)
-                continue
-            if preparing is not None:
+            if message["op"] in ("prepare", "adapter") and preparing is not None:
                 # What it prepared is out of date.
                 preparing[1].close()
                 self._send({"op": "done", "id": preparing[0]})
                 preparing = None
-            if message["op"] == "adapter":
-                self._use_adapter(engine, message)
-            else:
-                steps = engine.prepare(GenerationRequest(**message["request"]))
-                preparing = message["id"], steps
+            match message["op"]:
+                case "generate":
+                    self._begin(together, message)
+                case "choose":
+                    self._choose(engine, message)
+                case "adapter":
+                    # What has begun is answered with the one that it began with.
+                    while together:
+                        self._step(together)
+                    self._use_adapter(engine, message)
+                case "prepare":
+                    steps = engine.prepare(GenerationRequest(**message["request"]))
+                    preparing = message["id"], steps
 
     def _use_adapter(self, engine: Engine, message: dict[str, Any]) -> None:
         folder = Path(message["folder"])
@@ -137,52 +161,77 @@ class Worker:
             return False
         return True
 
-    def _serve(self, engine: Engine, message: dict[str, Any]) -> None:
+    def _begin(self, together: Together, message: dict[str, Any]) -> None:
+        while len(together) >= together.most:
+            self._step(together)
         number = message["id"]
         self._send({"op": "begun", "id": number, "adapter": self._adapter})
         try:
-            if message["op"] == "generate":
-                self._generate(engine, number, GenerationRequest(**message["request"]))
-            elif number in self._cancelled:
-                self._send({"op": "done", "id": number, "probabilities": {}})
-            else:
-                answer = engine.answer_probabilities(message["messages"], message["answers"])
-                self._send({"op": "done", "id": number, "probabilities": answer})
-        except SidecarError as error:
-            self._send({"op": "error", "id": number, "invalid": True, "detail": error.detail})
+            together.add(number, GenerationRequest(**message["request"]))
         except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
-            # Where and of which type only: a runtime's message may quote the prompt.
-            where = "".join(traceback.format_tb(error.__traceback__))
-            log.error("a request failed in the engine: %s\n%s", type(error).__name__, where)
-            self._send({"op": "error", "id": number, "detail": type(error).__name__})
-        finally:
-            self._served = number
-            self._cancelled.discard(number)
+            self._fail(number, error)
+        else:
+            self._replies[number] = _Reply()
 
-    def _generate(self, engine: Engine, number: int, request: GenerationRequest) -> None:
-        text, sent, flushed = "", 0, 0.0
-        for delta in engine.stream(request):
-            text += delta.text
-            self._tokens += delta.completion_tokens - sent
-            sent = delta.completion_tokens
-            over = delta.finish_reason is not None or number in self._cancelled
-            now = time.monotonic()
-            if over or (sent and now - flushed >= _FLUSH_SECONDS):
+    def _step(self, together: Together) -> None:
+        """Has each request go on by one step, and sends what is due."""
+        try:
+            deltas = together.step()
+        except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
+            for number in tuple(self._replies):
+                del self._replies[number]
+                self._fail(number, error)
+            return
+        now = time.monotonic()
+        for number, delta in deltas:
+            reply = self._replies[number]
+            reply.text += delta.text
+            self._tokens += delta.completion_tokens - reply.tokens
+            reply.tokens = delta.completion_tokens
+            cancelled = number in self._cancelled
+            if cancelled and delta.finish_reason is None:
+                together.remove(number)
+            over = delta.finish_reason is not None or cancelled
+            if over or (reply.tokens and now - reply.flushed >= _FLUSH_SECONDS):
                 self._send(
                     {
                         "op": "done" if over else "delta",
                         "id": number,
-                        "text": text,
+                        "text": reply.text,
                         "prompt_tokens": delta.prompt_tokens,
-                        "completion_tokens": sent,
+                        "completion_tokens": reply.tokens,
                         "cached_tokens": delta.cached_tokens,
                         "finish_reason": delta.finish_reason,
                         "total_tokens": self._tokens,
                     }
                 )
-                text, flushed = "", now
+                reply.text, reply.flushed = "", now
             if over:
-                return
+                del self._replies[number]
+                self._cancelled.discard(number)
+
+    def _choose(self, engine: Engine, message: dict[str, Any]) -> None:
+        number = message["id"]
+        self._send({"op": "begun", "id": number, "adapter": self._adapter})
+        probabilities: dict[str, float] = {}
+        try:
+            if number not in self._cancelled:
+                probabilities = engine.answer_probabilities(message["messages"], message["answers"])
+        except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
+            self._fail(number, error)
+        else:
+            self._send({"op": "done", "id": number, "probabilities": probabilities})
+        self._cancelled.discard(number)
+
+    def _fail(self, number: int, error: Exception) -> None:
+        """Tells that a request has failed, and why where that is the request's fault."""
+        if isinstance(error, SidecarError):
+            self._send({"op": "error", "id": number, "invalid": True, "detail": error.detail})
+            return
+        # Where and of which type only: a runtime's message may quote the prompt.
+        where = "".join(traceback.format_tb(error.__traceback__))
+        log.error("a request failed in the engine: %s\n%s", type(error).__name__, where)
+        self._send({"op": "error", "id": number, "detail": type(error).__name__})
 
     def _send(self, message: dict[str, Any]) -> None:
         message["at"] = time.monotonic()

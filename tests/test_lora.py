@@ -125,7 +125,7 @@ def test_an_answer_that_has_begun_is_ended_before_a_swap(
     expected = answer(engine)
     begun = engine.stream(GenerationRequest(CHAT, 24))
     next(begun)
-    begun.close()  # type: ignore[attr-defined]
+    begun.close()
     engine.use_adapter(adapters / "20260102")
     assert answer(engine) != expected
 

@@ -328,6 +328,38 @@ async def test_closing_ends_a_request_that_outlasts_its_grace(make_host: HostFac
     assert not is_running(pid)
 
 
+async def test_torch_generates_requests_together_and_one_that_is_given_up_ends_alone(
+    make_host: HostFactory, random_phi3_torch: Path
+) -> None:
+    host = make_host(random_phi3_torch)
+    expected = await host.generate(SHORT)
+    endless = asyncio.create_task(host.generate(ENDLESS))
+    await until(lambda: tokens(host) > 100)
+    texts = [answer.text for answer in await asyncio.gather(*(host.generate(SHORT),) * 3)]
+    assert texts == [expected.text] * 3
+    # They did not wait for it.
+    assert not endless.done()
+    assert host.status()["running"] == 1
+    endless.cancel()
+    await asyncio.wait([endless])
+    assert (await host.generate(SHORT)).text == expected.text
+    assert host.status()["restarts"] == 0
+
+
+async def test_a_worker_that_dies_fails_all_that_it_generated_together(
+    make_host: HostFactory, random_phi3_torch: Path
+) -> None:
+    host = make_host(random_phi3_torch)
+    await host.generate(SHORT)
+    running = [asyncio.create_task(host.generate(ENDLESS)) for _ in range(3)]
+    await until(lambda: host.status()["running"] == 3 and tokens(host) > 100)
+    os.kill(host.status()["pid"], signal.SIGKILL)
+    errors = [await failure(task) for task in running]
+    assert all(isinstance(error, ModelUnavailable) for error in errors)
+    proposals.parse((await host.generate(SHORT)).text)
+    assert host.status()["restarts"] == 1
+
+
 async def test_an_adapter_that_does_not_load_is_refused_and_all_goes_on(
     make_host: HostFactory, tmp_path: Path
 ) -> None:

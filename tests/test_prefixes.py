@@ -154,7 +154,7 @@ def test_a_cancelled_generation_leaves_nothing_behind(folder: Path) -> None:
     steps = engine.stream(GenerationRequest(first, 200, proposals.GUIDANCE))
     for _ in range(5):
         next(steps)
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
     assert complete(engine, request) == expected
 
 

@@ -1,6 +1,6 @@
 """What every engine can do, and the text handling that engines share.
 
-An engine is synchronous and serves one request at a time; it lives in a worker process of its own.
+An engine is synchronous and lives in a worker process of its own.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Engine(Protocol):
     device: str
     context_length: int
 
-    def stream(self, request: GenerationRequest) -> Iterator[Delta]:
+    def stream(self, request: GenerationRequest) -> Generator[Delta]:
         """Generates step by step; closing the iterator stops the generation.
 
         What the prompt shares with an earlier one is not read again.
@@ -84,6 +84,10 @@ class Engine(Protocol):
         Raises:
             InvalidRequest: prompt and completion do not fit the context.
         """
+        ...
+
+    def together(self) -> Together:
+        """An empty set of requests to generate at the same time."""
         ...
 
     def prepare(self, request: GenerationRequest) -> Generator[None]:
@@ -123,6 +127,42 @@ class Engine(Protocol):
 
         Raises:
             InvalidRequest: the prompt does not fit the context.
+        """
+        ...
+
+
+class Together(Protocol):
+    """Requests that are generated at the same time, by number.
+
+    A worker adds and removes them between two steps, so that a late one need not wait until those
+    before it are answered (continuous batching: Yu et al. 2022, "Orca: A Distributed Serving System
+    for Transformer-Based Generative Models").
+
+    Attributes:
+        most: how many there may be.
+    """
+
+    most: int
+
+    def __len__(self) -> int: ...
+
+    def add(self, number: int, request: GenerationRequest) -> None:
+        """Takes in one more; there is room for it.
+
+        Raises:
+            InvalidRequest: prompt and completion do not fit the context.
+        """
+        ...
+
+    def remove(self, number: int) -> None:
+        """Gives one up."""
+        ...
+
+    def step(self) -> list[tuple[int, Delta]]:
+        """What each of them wrote; those with a finish reason are gone afterwards.
+
+        Raises:
+            Exception: the runtime failed, and all of them with it; none is left.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -18,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import safe_open
-from tokenizers.decoders import DecodeStream
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from llm_sidecar.engines.base import (
@@ -33,6 +33,8 @@ from llm_sidecar.engines.base import (
     prefill_steps,
     softmax,
 )
+from llm_sidecar.engines.batches import Batches, empty_cache
+from llm_sidecar.engines.generation import Generation
 from llm_sidecar.engines.prefixes import Kept, Prefixes
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable
 
@@ -47,7 +49,7 @@ class _Cache:
     """
 
     def __init__(self, config: Any) -> None:
-        self.states = DynamicCache(config=config)
+        self.states = empty_cache(config)
         self.room = sys.maxsize
 
     @property
@@ -113,37 +115,40 @@ class TorchEngine:
         if adapter is not None:
             self.use_adapter(adapter)
 
-    def stream(self, request: GenerationRequest) -> Iterator[Delta]:
+    def stream(self, request: GenerationRequest) -> Generator[Delta]:
+        generation = self.begin(request)
+        with self.borrowed(generation) as kept:
+            for _ in self.read(kept, generation.prompt[:-1]):
+                yield generation.delta()
+            while not generation.over:
+                yield generation.take(self.forward(generation.pending, kept.cache.states)[-1])
+
+    def together(self) -> Batches:
+        return Batches(self)
+
+    def begin(self, request: GenerationRequest) -> Generation:
+        """A completion of which nothing has been read.
+
+        Raises:
+            InvalidRequest: prompt and completion do not fit the context.
+        """
         prompt = self._encode(request.messages)
-        count, limit = len(prompt), request.max_tokens
-        check_context(count, limit, self.context_length)
-        matcher = self._matcher(request.guidance)
-        random = torch.Generator(self.device)
-        if request.seed is None:
-            random.seed()  # otherwise every generator begins alike
-        else:
-            random.manual_seed(request.seed)
-        decoder = DecodeStream(skip_special_tokens=True)
-        with self._prefixes.borrowed(None, prompt, count + limit) as kept:
-            cached = len(kept.tokens)
-            for _ in self._read(kept, prompt[:-1]):
-                yield Delta("", count, 0, cached)
-            pending, done, ended = prompt[-1:], 0, False
-            while not ended and done < limit:
-                logits = self._forward(pending, kept.cache.states)[-1]
-                token = self._sample(logits, matcher, request.temperature, random)
-                pending = [token]
-                if matcher is not None:
-                    matcher.consume_token(token)
-                    pending += matcher.compute_ff_tokens()
-                    matcher.consume_tokens(pending[1:])
-                pending = pending[: limit - done]
-                done += len(pending)
-                ended = pending[-1] in self._eos or (matcher is not None and matcher.is_stopped())
-                written = [token for token in pending if token not in self._eos]
-                pieces = (decoder.step(self.tokenizer.backend_tokenizer, t) for t in written)
-                yield Delta("".join(piece or "" for piece in pieces), count, done, cached)
-        yield Delta("", count, done, cached, "stop" if ended else "length")
+        check_context(len(prompt), request.max_tokens, self.context_length)
+        return Generation(
+            request,
+            prompt,
+            tokenizer=self.tokenizer.backend_tokenizer,
+            ends=self._eos,
+            matcher=self._matcher(request.guidance),
+            device=self.device,
+        )
+
+    @contextlib.contextmanager
+    def borrowed(self, generation: Generation) -> Iterator[Kept[_Cache]]:
+        """The states to write a completion with, of which some may have been read already."""
+        with self._prefixes.borrowed(None, generation.prompt, len(generation.prompt)) as kept:
+            generation.cached = len(kept.tokens)
+            yield kept
 
     def prepare(self, request: GenerationRequest) -> Generator[None]:
         prompt = self._tokens(
@@ -152,7 +157,7 @@ class TorchEngine:
         if len(prompt) + request.max_tokens > self.context_length:
             return
         with self._prefixes.borrowed(None, (), len(prompt)) as kept:
-            yield from self._read(kept, prompt)
+            yield from self.read(kept, prompt)
 
     def answer_probabilities(
         self, messages: Sequence[Message], answers: Sequence[str]
@@ -163,7 +168,7 @@ class TorchEngine:
         branch = [] if tree.branch is None else [tree.branch]
         with self._prefixes.borrowed(None, prompt, len(prompt) + 2) as kept:
             rest = prompt[len(kept.tokens) :] + branch
-            logits = self._forward(rest, kept.cache.states, keep=1 + len(branch))
+            logits = self.forward(rest, kept.cache.states, keep=1 + len(branch))
             kept.tokens = list(prompt)
         values = logits.float().cpu().numpy()
         return tree.read(values[0], values[1] if branch else None)
@@ -172,14 +177,14 @@ class TorchEngine:
         prompt = self._encode(messages)
         check_context(len(prompt), 1, self.context_length)
         with self._prefixes.borrowed(None, prompt, len(prompt)) as kept:
-            logits = self._forward(prompt[len(kept.tokens) :], kept.cache.states)[-1]
+            logits = self.forward(prompt[len(kept.tokens) :], kept.cache.states)[-1]
             kept.tokens = list(prompt)
         return prompt, softmax(logits.float().cpu().numpy())
 
-    def _read(self, kept: Kept[_Cache], prompt: Sequence[int]) -> Iterator[None]:
+    def read(self, kept: Kept[_Cache], prompt: Sequence[int]) -> Iterator[None]:
         """Reads what is left of a prompt in steps, after each of which it can be cancelled."""
         for start, stop in prefill_steps(len(kept.tokens), len(prompt)):
-            self._forward(prompt[start:stop], kept.cache.states)
+            self.forward(prompt[start:stop], kept.cache.states)
             kept.tokens += prompt[start:stop]
             yield
 
@@ -225,7 +230,7 @@ class TorchEngine:
     def _no_prefixes(self) -> Prefixes[None, _Cache]:
         return Prefixes(lambda kind, room: _Cache(self.model.config))
 
-    def _forward(self, tokens: Sequence[int], cache: DynamicCache, keep: int = 1) -> torch.Tensor:
+    def forward(self, tokens: Sequence[int], cache: DynamicCache, keep: int = 1) -> torch.Tensor:
         """Logits (keep, vocabulary) of the last positions; `cache` takes in the tokens."""
         with torch.inference_mode():
             ids = torch.tensor([list(tokens)], device=self.device)
@@ -234,21 +239,6 @@ class TorchEngine:
             )
         logits: torch.Tensor = out.logits[0]
         return logits
-
-    def _sample(
-        self, logits: torch.Tensor, matcher: Any, temperature: float, random: torch.Generator
-    ) -> int:
-        logits = logits.float()
-        if matcher is not None:
-            bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-            allowed = np.unpackbits(bits, bitorder="little")[: logits.shape[-1]].astype(bool)
-            padding = (0, logits.shape[-1] - len(allowed))
-            mask = torch.from_numpy(np.pad(allowed, padding)).to(self.device)
-            logits = logits.masked_fill(~mask, float("-inf"))
-        if temperature == 0.0:
-            return int(logits.argmax())
-        weights = torch.softmax(logits / temperature, dim=-1)
-        return int(torch.multinomial(weights, 1, generator=random))
 
     def _matcher(self, guidance: str | None) -> Any:
         if guidance is None:

@@ -109,7 +109,7 @@ class WorkerDeath:
         model: `phi3` or `hermes`.
         adapter: the name of the adapter it had.
         how: its exit status or signal, in words.
-        call: what it was serving, if anything.
+        call: what it was serving, the longest of several, if anything.
     """
 
     model: str

@@ -1,0 +1,182 @@
+"""Completions on torch that are generated together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, MistralConfig, Phi3Config
+
+from llm_sidecar import proposals
+from llm_sidecar.engines import GenerationRequest, Message
+from llm_sidecar.engines.batches import MOST, Batches, empty_cache, most_together
+from llm_sidecar.engines.torch import TorchEngine
+from llm_sidecar.errors import InvalidRequest
+from tests.random_models import write_transformers_folder
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> TorchEngine:
+    folder = tmp_path_factory.mktemp("llama")
+    return TorchEngine(write_transformers_folder(folder, architecture="llama"), device="cpu")
+
+
+def request(text: str, tokens: int = 12, **settings: Any) -> GenerationRequest:
+    return GenerationRequest([Message(role="user", content=text)], tokens, **settings)
+
+
+def alone(engine: TorchEngine, one: GenerationRequest) -> tuple[str, int, str | None]:
+    deltas = list(engine.stream(one))
+    last = deltas[-1]
+    return "".join(d.text for d in deltas), last.completion_tokens, last.finish_reason
+
+
+class Written:
+    """What a batch has written so far, by number."""
+
+    def __init__(self, batch: Batches) -> None:
+        self.batch = batch
+        self.text: dict[int, str] = {}
+        self.ended: dict[int, tuple[str, int, str | None]] = {}
+
+    def step(self) -> None:
+        for number, delta in self.batch.step():
+            self.text[number] = self.text.get(number, "") + delta.text
+            if delta.finish_reason is not None:
+                self.ended[number] = (
+                    self.text[number],
+                    delta.completion_tokens,
+                    delta.finish_reason,
+                )
+
+    def to_the_end(self) -> None:
+        while self.batch:
+            self.step()
+
+
+def test_answers_are_those_that_each_request_gets_alone(engine: TorchEngine) -> None:
+    requests = [
+        request("Long ABC from 100.", 20),
+        request("?", 5),
+        request("Kurz: QX. " * 60, 9),
+        request("Long ABC, now.", 120, guidance=proposals.GUIDANCE),
+        request("Short XYZ", 1),
+        request("Short XYZ again, and again", 30, temperature=0.7, seed=5),
+        request("Long ABC from 100.", 20),
+    ]
+    expected = [alone(engine, one) for one in requests]
+    written = Written(engine.together())
+    for number, one in enumerate(requests):
+        written.batch.add(number, one)
+        # Each joins while the others write.
+        written.step()
+        written.step()
+    written.to_the_end()
+    assert [written.ended[number] for number in range(len(requests))] == expected
+    assert len(written.batch) == 0
+
+
+def test_one_that_stays_behind_and_one_that_follows_go_on(engine: TorchEngine) -> None:
+    first, second, third = request("Long ABC", 40), request("Short QX", 6), request("Long Z", 9)
+    expected = [alone(engine, one) for one in (first, second, third)]
+    written = Written(engine.together())
+    written.batch.add(1, first)
+    written.batch.add(2, second)
+    while 2 not in written.ended:
+        written.step()
+    written.step()
+    written.batch.add(3, third)
+    written.to_the_end()
+    assert [written.ended[number] for number in (1, 2, 3)] == expected
+
+
+def test_a_request_that_is_given_up_leaves_the_others_alone(engine: TorchEngine) -> None:
+    first, second = request("Long ABC", 30), request("Short QX", 30)
+    expected = alone(engine, second)
+    written = Written(engine.together())
+    written.batch.add(1, first)
+    written.batch.add(2, second)
+    for _ in range(5):
+        written.step()
+    written.batch.remove(1)
+    written.to_the_end()
+    assert written.ended == {2: expected}
+
+
+def test_what_was_read_in_a_batch_is_not_read_again(engine: TorchEngine) -> None:
+    one, other = request("Long ABC from 100, now 112.5.", 10), request("Short QX from 30.", 10)
+    fresh = TorchEngine(Path(engine.tokenizer.name_or_path), device="cpu")
+    expected = alone(fresh, one)
+    written = Written(fresh.together())
+    written.batch.add(1, one)
+    written.batch.add(2, other)
+    written.to_the_end()
+    *_, last = fresh.stream(one)
+    assert last.cached_tokens == last.prompt_tokens - 2
+    assert alone(fresh, one) == expected
+
+
+def test_a_prompt_that_does_not_fit_is_refused_and_the_others_go_on(engine: TorchEngine) -> None:
+    batch = engine.together()
+    batch.add(1, request("Long ABC", 5))
+    with pytest.raises(InvalidRequest):
+        batch.add(2, request("Long ABC", 9000))
+    written = Written(batch)
+    written.to_the_end()
+    assert list(written.ended) == [1]
+
+
+def test_a_failure_ends_all_and_leaves_the_engine_fit(
+    engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = alone(engine, request("Long ABC", 5))
+    batch = engine.together()
+    for number in (1, 2):
+        batch.add(number, request("Long ABC", 5))
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.model, "forward", lambda **arguments: torch.zeros(0)[1])
+        with pytest.raises(IndexError):
+            batch.step()
+    assert len(batch) == 0
+    assert alone(engine, request("Long ABC", 5)) == expected
+
+
+def test_states_grow_in_place_and_are_those_of_the_usual_cache(engine: TorchEngine) -> None:
+    roomy, usual = empty_cache(engine.model.config), DynamicCache(config=engine.model.config)
+    ids = torch.randint(5, 200, (1, 300), generator=torch.Generator().manual_seed(0))
+    logits = []
+    with torch.inference_mode():
+        for cache in (roomy, usual):
+            engine.model(input_ids=ids[:, :280], past_key_values=cache)
+            cache.crop(-30)
+            out = engine.model(input_ids=ids[:, 250:], past_key_values=cache)
+            logits.append(out.logits)
+    assert torch.equal(*logits)
+    before = roomy.layers[0].keys.data_ptr()
+    with torch.inference_mode():
+        engine.model(input_ids=ids[:, :1], past_key_values=roomy)
+    assert roomy.layers[0].keys.data_ptr() == before
+
+
+def test_models_whose_rows_depend_on_each_other_get_no_batches() -> None:
+    assert most_together(LlamaConfig()) == MOST
+    assert most_together(MistralConfig(sliding_window=64)) == 1
+    factors = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    scaled = Phi3Config(rope_parameters={**factors, "rope_theta": 1e4}, sliding_window=None)
+    assert most_together(scaled) == 1
+
+
+def test_proposals_of_a_batch_are_valid(engine: TorchEngine) -> None:
+    written = Written(engine.together())
+    for number in range(3):
+        prompt = proposals.build_messages(f"Long ABC, {number}")
+        asked = GenerationRequest(prompt, 256, proposals.GUIDANCE, temperature=1.0, seed=number)
+        written.batch.add(number, asked)
+    written.to_the_end()
+    for text, _, reason in written.ended.values():
+        assert reason == "stop"
+        proposals.parse(text)
+        json.loads(text)
