@@ -90,17 +90,16 @@ def size(folder: Path) -> str:
 
 
 def served(folder: Path, **environ: str) -> Any:
-    """A server of the int4 models, as a context manager."""
-    phi3, hermes = onnx_model("phi3"), onnx_model("llama")
-    return serve(
-        folder,
-        MICRO_LLM_MODEL_PATH=str((phi3 / "model.onnx").absolute()),
-        HERMES_MODEL_PATH=str(hermes.absolute()),
-        PHI3_THREADS=str(THREADS),
-        HERMES_THREADS=str(THREADS),
-        PRELOAD_MODELS="true",
-        **environ,
-    )
+    """A server of the int4 models, unless `environ` names others, as a context manager."""
+    folder.mkdir(exist_ok=True)
+    usual = {
+        "MICRO_LLM_MODEL_PATH": str((onnx_model("phi3") / "model.onnx").absolute()),
+        "HERMES_MODEL_PATH": str(onnx_model("llama").absolute()),
+        "PHI3_THREADS": str(THREADS),
+        "HERMES_THREADS": str(THREADS),
+        "PRELOAD_MODELS": "true",
+    }
+    return serve(folder, **(usual | environ))
 
 
 def prompts(count: int) -> list[str]:

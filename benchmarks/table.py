@@ -27,23 +27,23 @@ class Row:
     """One measured promise.
 
     Attributes:
-        wanted: the greatest value there may be.
+        wanted: the greatest value there may be; None where nothing is promised.
         detail: what it was reckoned from.
         missed: what holds it back, where it is more.
     """
 
     name: str
     value: float
-    wanted: float
+    wanted: float | None
     detail: str
     unit: str = ""
     missed: str = ""
 
     def __str__(self) -> str:
-        kept = self.value <= self.wanted
+        kept = self.wanted is None or self.value <= self.wanted
         reached = f"{self.value:.3g}{self.unit}{'' if kept else ' (missed)'}"
         why = "" if kept or not self.missed else f"; {self.missed}"
-        limit = f"at most {self.wanted:.3g}{self.unit}"
+        limit = "" if self.wanted is None else f"at most {self.wanted:.3g}{self.unit}"
         return f"| {self.name} | {reached} | {limit} | {self.detail}{why} |"
 
 
