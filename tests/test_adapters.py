@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from llm_sidecar import loader
@@ -78,6 +79,20 @@ def test_an_adapter_is_chosen_refused_and_remembered(
     with running(tmp_path, adapters, random_phi3_torch, random_hermes_onnx) as server:
         assert server.client.get("/health").json()["phi3_adapter_date"] == "2026-01-02"
         assert proposal(server) == second
+
+
+def test_a_swap_whose_client_has_gone_is_carried_through_and_remembered(
+    adapters: Path, random_phi3_torch: Path, random_hermes_onnx: Path, tmp_path: Path
+) -> None:
+    with running(tmp_path, adapters, random_phi3_torch, random_hermes_onnx) as server:
+        with pytest.raises(httpx.ReadTimeout):
+            server.client.post("/adapters/swap", json={"adapter": "20260101"}, timeout=0.2)
+        server.wait_until(
+            lambda: server.client.get("/health").json()["phi3_adapter_date"] == "2026-01-01"
+        )
+        assert server.client.get("/health").json()["models"]["phi3"]["state"] == "ready"
+    with running(tmp_path, adapters, random_phi3_torch, random_hermes_onnx) as server:
+        assert server.client.get("/health").json()["phi3_adapter_date"] == "2026-01-01"
 
 
 def test_an_adapter_that_has_gone_is_said_to_have_gone(
