@@ -172,17 +172,16 @@ class OnnxEngine:
         prompt = self._encode(messages)
         check_context(len(prompt), 2, self.context_length)
         tree = self._answer_tree(tuple(answers))
+        branch = [] if tree.branch is None else [tree.branch]
         # The one that a critique has just been written with, as a rule.
         with self._borrowed(_Kind(), prompt, len(prompt) + 2) as kept:
-            for _ in self._read(kept, prompt):
-                pass
             generator = kept.cache.generator
-            first = generator.get_logits().reshape(-1)
-            second = None
-            if tree.branch is not None:
-                generator.append_tokens([tree.branch])
-                second = generator.get_logits().reshape(-1)
-        return tree.read(first, second)
+            for start, stop in prefill_steps(len(kept.tokens), len(prompt)):
+                # The branch goes with the last of the prompt: one pass gives the logits of both.
+                generator.append_tokens(prompt[start:stop] + branch * (stop == len(prompt)))
+            kept.tokens = list(prompt)
+            logits = generator.get_output("logits")[0, -1 - len(branch) :]
+        return tree.read(logits[0], logits[1] if branch else None)
 
     def next_token(self, messages: Sequence[Message]) -> tuple[list[int], npt.NDArray[np.float64]]:
         prompt = self._encode(messages)
