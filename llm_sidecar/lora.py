@@ -27,20 +27,10 @@ from llm_sidecar.engines.lora_graph import (
     read_lora_graph,
     write_adapter,
 )
+from llm_sidecar.engines.peft_files import CONFIG_FILE, WEIGHTS_FILE, matrix_of, read_config
+from llm_sidecar.errors import AdapterRejected
 
-CONFIG_FILE: Final = "adapter_config.json"
-WEIGHTS_FILE: Final = "adapter_model.safetensors"
-_WEIGHT: Final = re.compile(
-    r"(?:base_model\.model\.)?(model\.layers\.\d+\..+)\.lora_([AB])\.weight"
-)
-_UNKNOWN: Final = (
-    "use_dora",
-    "modules_to_save",
-    "layer_replication",
-    "fan_in_fan_out",
-    "lora_bias",
-)
-"""Settings of PEFT that change a model otherwise than by two matrices."""
+_PROJECTION: Final = re.compile(r"model\.layers\.\d+\.\w+\.\w+")
 
 _Pair = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 
@@ -96,32 +86,30 @@ def _read(source: Path) -> dict[str, _Pair]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (source / name).is_file():
-            raise ConversionFailed(f"{source} holds no {name}; name a folder that PEFT has written")
     try:
-        config = json.loads((source / CONFIG_FILE).read_bytes())
+        config = read_config(source)
         tensors = load_file(source / WEIGHTS_FILE)
+        placed = {matrix_of(name): tensor for name, tensor in tensors.items()}
+    except AdapterRejected as error:
+        raise ConversionFailed(f"{source} cannot be converted: {error.detail}") from None
     except (ValueError, SafetensorError) as error:
-        raise ConversionFailed(f"{source} cannot be read: {error}") from None
-    if config.get("peft_type") != "LORA":
-        raise ConversionFailed(f"{source} is no LoRA adapter but {config.get('peft_type')}")
-    for setting in _UNKNOWN:
-        if config.get(setting):
-            raise ConversionFailed(f"{source} is trained with {setting}, which is not supported")
+        raise ConversionFailed(f"{source}: {WEIGHTS_FILE} cannot be read: {error}") from None
     halves: dict[str, dict[str, npt.NDArray[Any]]] = {}
-    for name, tensor in tensors.items():
-        match = _WEIGHT.fullmatch(name)
-        if match is None or tensor.ndim != 2:
-            raise ConversionFailed(f"{source} changes {name}, which is no projection of a layer")
-        halves.setdefault(match[1], {})[match[2]] = tensor.astype(np.float32)
+    for (module, half), tensor in placed.items():
+        if not _PROJECTION.fullmatch(module) or tensor.ndim != 2 or 0 in tensor.shape:
+            raise ConversionFailed(f"{source} changes {module}, which is no projection of a layer")
+        halves.setdefault(module, {})[half] = tensor.astype(np.float32)
     if not halves:
         raise ConversionFailed(f"{source} changes nothing")
     found = {}
-    for module, half in halves.items():
-        if len(half) < 2 or len(half["A"]) != half["B"].shape[1]:
+    for module, pair in halves.items():
+        if len(pair) < 2 or len(pair["A"]) != pair["B"].shape[1]:
             raise ConversionFailed(f"{source} holds two matrices of {module} that do not fit")
-        found[module] = (half["A"].T, half["B"].T * _scaling(config, module, len(half["A"])))
+        try:
+            scaling = _scaling(config, module, len(pair["A"]))
+        except (KeyError, TypeError, ValueError, AttributeError, re.error):
+            raise ConversionFailed(f"{source}: {CONFIG_FILE} tells no alpha of {module}") from None
+        found[module] = (pair["A"].T, pair["B"].T * scaling)
     return found
 
 
@@ -129,10 +117,14 @@ def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     """What PEFT multiplies a module's change by: alpha over its rank, or over the root of it
     (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
     arXiv:2312.03732)."""
-    alphas = (config.get("alpha_pattern") or {}).items()
-    own = (alpha for key, alpha in alphas if re.fullmatch(rf"(.*\.)?({key})", module))
-    alpha = float(next(own, config["lora_alpha"]))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    alpha = config.get("lora_alpha")
+    for pattern, own in (config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            alpha = own
+            break
+    if alpha is None:
+        raise ValueError(module)
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _attention_rows(decoder: Mapping[str, Any]) -> dict[str, slice]:

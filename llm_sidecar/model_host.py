@@ -33,6 +33,7 @@ from llm_sidecar.telemetry.calls import (
     WorkerDeath,
     observed,
 )
+from llm_sidecar.turns import Turns
 from llm_sidecar.worker_process import WorkerProcess
 
 log = logging.getLogger(__name__)
@@ -118,8 +119,7 @@ class ModelHost:
             load_timeout=self._limits.load_timeout,
             on_death=self._tell_death,
         )
-        self._together = 1
-        self._slots = asyncio.Semaphore(1)
+        self._turns = Turns()
         self._observer = observer or Observers()
         self._on_death = on_death
         self._serving: dict[int, ModelCall] = {}
@@ -199,7 +199,7 @@ class ModelHost:
             AdapterRejected: it cannot be loaded; says why.
             ModelUnavailable: the model itself is missing or does not load.
         """
-        await self._supervisor.swap_adapter(adapter, self._nothing_runs)
+        await self._supervisor.swap_adapter(adapter, self._turns.alone)
 
     def available(self) -> bool:
         """Whether a request would be served, now or after loading."""
@@ -231,7 +231,7 @@ class ModelHost:
         with observed(self._observer, ModelCall(self.name, op)) as call, self._admission():
             ready_by = time.monotonic() + self._limits.load_wait
             try:
-                async with asyncio.timeout(self._limits.request_timeout), self._current_slots():
+                async with asyncio.timeout(self._limits.request_timeout), self._turns:
                     started = time.monotonic()
                     async for step in self._converse(call, ready_by, body):
                         yield step
@@ -248,7 +248,8 @@ class ModelHost:
         """Counts a request as long as it is here; refuses it where too many are."""
         self._supervisor.check_open()
         if self._admitted >= self._limits.queue_length:
-            wait = max(1, round(self._admitted / self._together * self._recent_seconds))
+            together = self._supervisor.together
+            wait = max(1, round(self._admitted / together * self._recent_seconds))
             raise QueueFull(
                 f"The {self.name} queue is full; try again in {wait} s.", retry_after=wait
             )
@@ -272,6 +273,7 @@ class ModelHost:
         begun = finished = False
         while not finished:
             worker = await self._supervisor.ready(ready_by)
+            self._turns.widen(self._supervisor.together)
             call.served_by = worker.label
             number, inbox = worker.send(call.operation, body)
             self._serving[id(call)] = call
@@ -314,22 +316,6 @@ class ModelHost:
         task = asyncio.create_task(let_go())
         self._watchdogs.add(task)
         task.add_done_callback(self._watchdogs.discard)
-
-    def _current_slots(self) -> asyncio.Semaphore:
-        together = self._supervisor.together
-        if together != self._together:
-            # Those that hold a slot of the old ones, or wait for one, use these to their end.
-            self._together, self._slots = together, asyncio.Semaphore(together)
-        return self._slots
-
-    @contextlib.asynccontextmanager
-    async def _nothing_runs(self) -> AsyncGenerator[None, None]:
-        """Holds all slots: the next request meets whatever is changed meanwhile."""
-        slots = self._current_slots()
-        async with contextlib.AsyncExitStack() as held:
-            for _ in range(self._together):
-                await held.enter_async_context(slots)
-            yield
 
     def _tell_death(self, how: str) -> None:
         # The requests it served may have heard of it already, or be about to.

@@ -123,6 +123,7 @@ class Sidecar:
             on_examples=self._prepare_examples,
         )
         self._preparing: asyncio.Task[None] | None = None
+        self._swapping = asyncio.Lock()
         self._swaps: set[asyncio.Task[None]] = set()
         self._remembered = RememberedAdapter(self.archive.log_folder, settings.adapter_dir)
 
@@ -313,10 +314,14 @@ class Sidecar:
         return self.adapter_date()
 
     async def _swap_adapter(self, chosen: Path | None) -> None:
-        if chosen != self.phi3.adapter:
-            await self.phi3.swap_adapter(chosen)
-            self._prepare_examples()
-        await asyncio.to_thread(self._remembered.save, self.phi3.adapter)
+        async with self._swapping:
+            if chosen != self.phi3.adapter:
+                try:
+                    await self.phi3.swap_adapter(chosen)
+                finally:
+                    # A worker that is to take an adapter gives up what it prepares.
+                    self._prepare_examples()
+            await asyncio.to_thread(self._remembered.save, chosen)
 
     def adapter_date(self) -> datetime.date | None:
         """The date of Phi-3's adapter in use."""

@@ -149,15 +149,27 @@ class Supervisor:
         async with self._swapping:
             self.start()
             by = time.monotonic() + self._load_timeout
-            worker = await self.ready(by)
             try:
-                if adapter is None or self.adapter is None:
+                worker = await self.ready(by)
+            except ModelUnavailable:
+                if adapter == self.adapter:
+                    raise
+                # It may be the adapter in use that keeps the model from being loaded.
+                worker = None
+            try:
+                if worker is None:
+                    await self._begin_anew(adapter, by)
+                elif adapter is None or self.adapter is None:
                     await self._hand_over(adapter, nothing_runs, by)
                 else:
-                    await self._swap_within(worker, adapter)
+                    await self._swap_within(worker, adapter, nothing_runs)
             except AdapterRejected as error:
-                name = None if adapter is None else adapter.name
-                raise AdapterRejected(f"The adapter {name} is refused: {error.detail}") from None
+                which = (
+                    "The model without an adapter"
+                    if adapter is None
+                    else f"The adapter {adapter.name}"
+                )
+                raise AdapterRejected(f"{which} is refused: {error.detail}") from None
 
     def available(self) -> bool:
         """Whether a request would be served, now or after loading."""
@@ -192,9 +204,7 @@ class Supervisor:
     async def close(self) -> None:
         """Ends the worker."""
         self.refuse()
-        if self._keeping is not None:
-            self._keeping.cancel()
-            await asyncio.wait([self._keeping])
+        await self._stop_keeping()
         if self._successor is not None:
             await self._successor.stop()
         if self._worker is not None and not self._worker.done():
@@ -204,27 +214,27 @@ class Supervisor:
             self._worker.exception()
         self._state = "unloaded"
 
-    async def _swap_within(self, worker: WorkerProcess, adapter: Path) -> None:
+    async def _swap_within(
+        self, worker: WorkerProcess, adapter: Path, nothing_runs: NothingRuns
+    ) -> None:
         """Has a worker, which has an adapter, take another between two requests."""
-        _, inbox = worker.send("adapter", {"folder": str(adapter)})
-        message = await inbox.get()
-        if message["op"] == "error":
-            raise AdapterRejected(message.get("detail") or f"its worker ended: {message['died']}")
-        self.adapter = adapter
+        async with nothing_runs():
+            _, inbox = worker.send("adapter", {"folder": str(adapter)})
+            message = await inbox.get()
+            if message["op"] == "error":
+                reason = message.get("detail") or f"its worker ended: {message['died']}"
+                raise AdapterRejected(reason)
+            self.adapter = adapter
 
     async def _hand_over(self, adapter: Path | None, nothing_runs: NothingRuns, by: float) -> None:
         """Loads the model with the adapter in a worker beside the one that runs, and switches.
 
         A model that is loaded without one has no room for adapters, and is faster for it.
         """
-        try:
-            successor = await self._loaded_worker(adapter)
-        except ModelUnavailable as error:
-            raise AdapterRejected(error.detail) from None
-        except OSError as error:
-            raise AdapterRejected(f"no worker can be started: {error.strerror}") from None
+        successor = await self._loaded_successor(adapter)
         handed_over = False
         try:
+            # The next request meets the successor.
             async with nothing_runs():
                 replaced = await self.ready(by)
                 self._successor, self.adapter = successor, adapter
@@ -236,6 +246,28 @@ class Supervisor:
         finally:
             if not handed_over:
                 await successor.stop()
+
+    async def _begin_anew(self, adapter: Path | None, by: float) -> None:
+        """Loads the model with the adapter where it does not load with the one in use."""
+        successor = await self._loaded_successor(adapter)
+        await self._stop_keeping()
+        self._fail("it is loaded with another adapter", 0.0)
+        self._successor, self.adapter = successor, adapter
+        self.start()
+        await self.ready(by)
+
+    async def _loaded_successor(self, adapter: Path | None) -> WorkerProcess:
+        try:
+            return await self._loaded_worker(adapter)
+        except ModelUnavailable as error:
+            raise AdapterRejected(error.detail) from None
+        except OSError as error:
+            raise AdapterRejected(f"no worker can be started: {error.strerror}") from None
+
+    async def _stop_keeping(self) -> None:
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.wait([self._keeping])
 
     async def _supervise(self) -> None:
         """Keeps a worker running until it is cancelled."""

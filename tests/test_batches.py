@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 from transformers import DynamicCache, LlamaConfig, MistralConfig, Phi3Config
 
 from llm_sidecar import proposals
 from llm_sidecar.engines import GenerationRequest, Message
 from llm_sidecar.engines.batches import MOST, Batches, empty_cache, most_together
+from llm_sidecar.engines.generation import Generation
 from llm_sidecar.engines.torch import TorchEngine
 from llm_sidecar.errors import InvalidRequest
 from tests.random_models import write_transformers_folder
@@ -159,6 +161,31 @@ def test_states_grow_in_place_and_are_those_of_the_usual_cache(engine: TorchEngi
     with torch.inference_mode():
         engine.model(input_ids=ids[:, :1], past_key_values=roomy)
     assert roomy.layers[0].keys.data_ptr() == before
+
+
+def test_bytes_that_are_no_text_end_nothing() -> None:
+    pieces = ["a", "<0x53>", "<0xD8>", "<0xC1>", "\u2581"]
+    tokenizer = Tokenizer(models.BPE({piece: n for n, piece in enumerate(pieces)}, []))
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokens = [0, 1, 2, 3, 4, 0, 4, 0]
+    generation = Generation(
+        request("", len(tokens)),
+        [0],
+        tokenizer=tokenizer,
+        ends=frozenset(),
+        matcher=None,
+        device="cpu",
+    )
+    deltas = [generation.take(torch.eye(len(pieces))[token]) for token in tokens]
+    assert deltas[-1].completion_tokens == len(tokens)
+    assert "".join(delta.text for delta in deltas).endswith("a a")
 
 
 def test_models_whose_rows_depend_on_each_other_get_no_batches() -> None:

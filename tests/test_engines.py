@@ -92,6 +92,19 @@ def test_a_prompt_that_exceeds_the_context_is_refused(engine: Engine) -> None:
         engine.answer_probabilities(messages, hermes_plugin.SCORE_ANSWERS)
 
 
+def test_an_answer_that_is_cut_did_not_stop(engine: Engine) -> None:
+    # All but the first of its tokens are forced.
+    guidance = (
+        '{"type":"object","properties":{"text":{"const":"as long as it takes"}},'
+        '"required":["text"],"additionalProperties":false}'
+    )
+    chat = hermes_plugin.chat_messages("Go.")
+    *_, whole = engine.stream(GenerationRequest(chat, 60, guidance))
+    assert whole.finish_reason == "stop"
+    *_, cut = engine.stream(GenerationRequest(chat, 5, guidance))
+    assert (cut.completion_tokens, cut.finish_reason) == (5, "length")
+
+
 @pytest.mark.parametrize("guidance", [None, proposals.GUIDANCE])
 def test_a_prompt_that_just_fits_the_context_is_served(
     engine: Engine, guidance: str | None

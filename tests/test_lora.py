@@ -18,8 +18,9 @@ from llm_sidecar.conversion import ConversionFailed, build
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
 from llm_sidecar.engines.lora_graph import ADAPTER_FILE, read_lora_graph
 from llm_sidecar.engines.lora_graph import write_adapter as write_matrices
+from llm_sidecar.engines.peft_files import CONFIG_FILE, WEIGHTS_FILE
 from llm_sidecar.errors import AdapterRejected
-from llm_sidecar.lora import CONFIG_FILE, WEIGHTS_FILE, convert_adapter
+from llm_sidecar.lora import convert_adapter
 from tests.random_models import write_adapter, write_transformers_folder
 
 CHAT = [Message(role="user", content="Long ABC from 100, now 112.5.")]
@@ -165,6 +166,11 @@ def overflowing(folder: Path) -> None:
     write_matrices(folder / ADAPTER_FILE, {"model.layers.0.attn.qkv_proj": matrices})
 
 
+def no_matrix(folder: Path) -> None:
+    matrices = np.ones(64, np.float32), np.ones((2, 192), np.float32)
+    write_matrices(folder / ADAPTER_FILE, {"model.layers.0.attn.qkv_proj": matrices})
+
+
 def missing(folder: Path) -> None:
     (folder / ADAPTER_FILE).unlink()
 
@@ -179,6 +185,7 @@ def missing(folder: Path) -> None:
         (of_two_ranks, "layers.0.attn.qkv_proj differ"),
         (in_another_precision, "float16"),
         (infinite, "infinities"),
+        (no_matrix, "is no matrix"),
         (overflowing, "no numbers"),
     ],
 )
@@ -219,7 +226,10 @@ def rewritten(folder: Path, **settings: Any) -> Path:
     [
         ({"use_dora": True}, "use_dora"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "olora"}, "olora"),
+        ({"alora_invocation_tokens": [3, 4]}, "alora"),
+        ({"peft_type": "PREFIX_TUNING"}, "not that of a LoRA"),
     ],
 )
 def test_what_is_more_than_lora_is_refused(
@@ -230,6 +240,41 @@ def test_what_is_more_than_lora_is_refused(
     with pytest.raises(ConversionFailed, match=why):
         convert_adapter(peft, base, tmp_path / "20260101")
     assert list(tmp_path.iterdir()) == [peft]
+    with pytest.raises(AdapterRejected, match=why):
+        load_engine(source, device="cpu", adapter=peft)
+
+
+def test_torch_lets_no_adapter_write_over_the_model(
+    models: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    source, _ = models["phi3"]
+    good, bad = (write_adapter(source, tmp_path / name) for name in ("good", "bad"))
+    head = {"base_model.model.lm_head.weight": np.ones((512, 64), np.float32)}
+    save_file(load_file(bad / WEIGHTS_FILE) | head, bad / WEIGHTS_FILE)
+    engine = load_engine(source, device="cpu", adapter=good)
+    expected = answer(engine)
+    with pytest.raises(AdapterRejected, match="no matrix of LoRA"):
+        engine.use_adapter(bad)
+    assert answer(engine) == expected
+    (bad / WEIGHTS_FILE).write_bytes(b"no")
+    with pytest.raises(AdapterRejected, match="cannot be read"):
+        engine.use_adapter(bad)
+    other = write_transformers_folder(tmp_path / "other", hidden_size=128)
+    with pytest.raises(AdapterRejected, match="does not fit"):
+        engine.use_adapter(write_adapter(other, tmp_path / "wide"))
+    assert answer(engine) == expected
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lora_alpha": None}, {"lora_alpha": "much"}, {"alpha_pattern": {"(": 3}}]
+)
+def test_an_alpha_that_is_none_is_said(
+    settings: dict[str, Any], models: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    source, base = models["phi3"]
+    peft = rewritten(write_adapter(source, tmp_path / "peft"), **settings)
+    with pytest.raises(ConversionFailed, match="no alpha"):
+        convert_adapter(peft, base, tmp_path / "20260101")
 
 
 def test_what_cannot_be_converted_is_said_and_leaves_nothing(
@@ -247,7 +292,7 @@ def test_what_cannot_be_converted_is_said_and_leaves_nothing(
     other = write_adapter(source, tmp_path / "other")
     tensors = load_file(other / WEIGHTS_FILE) | {"base_model.model.lm_head.bias": np.zeros(8, "f4")}
     save_file(tensors, other / WEIGHTS_FILE)
-    assert "no projection" in failure(other, base)
+    assert "no matrix of LoRA" in failure(other, base)
     assert "on torch" in failure(peft, source)
     assert CONFIG_FILE in failure(tmp_path, base)
     deeper = write_transformers_folder(tmp_path / "deeper", hidden_size=128)
@@ -255,6 +300,8 @@ def test_what_cannot_be_converted_is_said_and_leaves_nothing(
     assert "another width" in failure(wide, base)
     (peft / WEIGHTS_FILE).write_bytes((peft / WEIGHTS_FILE).read_bytes()[:100])
     assert "cannot be read" in failure(peft, base)
+    (peft / CONFIG_FILE).write_text("[")
+    assert "no JSON" in failure(peft, base)
     (peft / WEIGHTS_FILE).unlink()
     assert WEIGHTS_FILE in failure(peft, base)
     out.mkdir()

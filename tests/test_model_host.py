@@ -413,6 +413,35 @@ async def test_swapping_adapters_under_load_loses_no_request(
     assert host.status()["restarts"] == 0
 
 
+async def test_a_swap_lets_a_request_end_that_began_before_the_model_was_loaded(
+    make_host: HostFactory, random_phi3_torch: Path, tmp_path: Path
+) -> None:
+    adapter = write_adapter(random_phi3_torch, tmp_path / "20260101")
+    host = make_host(random_phi3_torch)
+    long = replace(SHORT, max_tokens=1200, guidance=None)
+    running = [asyncio.create_task(host.generate(long)) for _ in range(3)]
+    await until(lambda: tokens(host) > 100)
+    await host.swap_adapter(adapter)
+    answers = await asyncio.gather(*running)
+    assert [answer.completion_tokens for answer in answers] == [1200] * 3
+    assert (await host.generate(SHORT)).adapter == "20260101"
+
+
+async def test_another_adapter_can_be_taken_where_the_model_does_not_load_with_the_one_in_use(
+    make_host: HostFactory, random_phi3_torch: Path, random_phi3_onnx: Path, tmp_path: Path
+) -> None:
+    good, bad = tmp_path / "20260101", tmp_path / "20260102"
+    convert_adapter(write_adapter(random_phi3_torch, tmp_path / "peft"), random_phi3_onnx, good)
+    bad.mkdir()
+    host = make_host(random_phi3_onnx, load_wait=5.0)
+    host.begin_with(bad)
+    assert isinstance(await failure(host.generate(SHORT)), ModelUnavailable)
+    assert isinstance(await failure(host.swap_adapter(tmp_path / "nowhere")), AdapterRejected)
+    assert host.adapter == bad
+    await host.swap_adapter(good)
+    assert (await host.generate(SHORT)).adapter == good.name
+
+
 async def test_an_adapter_that_does_not_fit_is_refused_and_the_old_one_goes_on(
     make_host: HostFactory, random_phi3_torch: Path, random_phi3_onnx: Path, tmp_path: Path
 ) -> None:

@@ -150,7 +150,8 @@ class Together(Protocol):
         """Takes in one more; there is room for it.
 
         Raises:
-            InvalidRequest: prompt and completion do not fit the context.
+            InvalidRequest: prompt and completion do not fit the context; it may as well come from
+                the next step.
         """
         ...
 

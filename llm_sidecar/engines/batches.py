@@ -197,6 +197,8 @@ class Batches:
     def remove(self, number: int) -> None:
         """See `Together`."""
         self._rows.pop(number).borrowed.close()
+        if not self._rows:
+            self._batch = None
 
     def step(self) -> list[tuple[int, Delta]]:
         """See `Together`."""
@@ -223,8 +225,6 @@ class Batches:
             yield number, row.generation.take(logits)
             if row.generation.over:
                 self.remove(number)
-        if not self._rows:
-            self._batch = None
 
     def _logits(self, rows: dict[int, _Row]) -> torch.Tensor:
         if self._batch is None and len(rows) == 1:

@@ -78,13 +78,20 @@ class Generation:
             self._matcher.consume_token(token)
             pending += self._matcher.compute_ff_tokens()
             self._matcher.consume_tokens(pending[1:])
-        self.pending = pending = pending[: self._limit - self._done]
-        self._done += len(pending)
-        stopped = self._matcher is not None and self._matcher.is_stopped()
-        self._ended = pending[-1] in self._ends or stopped
-        written = [token for token in pending if token not in self._ends]
-        pieces = (self._decoder.step(self._tokenizer, token) for token in written)
-        return self.delta("".join(piece or "" for piece in pieces))
+        cut = pending[: self._limit - self._done]
+        self._done += len(cut)
+        stopped = self._matcher is not None and self._matcher.is_stopped() and cut == pending
+        self._ended = cut[-1] in self._ends or stopped
+        self.pending = cut
+        return self.delta("".join(self._text(token) for token in cut if token not in self._ends))
+
+    def _text(self, token: int) -> str:
+        try:
+            return self._decoder.step(self._tokenizer, token) or ""
+        except Exception:  # noqa: BLE001 - the package raises bare ones
+            # A decoder that joins bytes fails on some that are no text, and is of no use any more.
+            self._decoder = DecodeStream(skip_special_tokens=True)
+            return "\N{REPLACEMENT CHARACTER}"
 
     def _sample(self, logits: torch.Tensor) -> int:
         logits = logits.float()

@@ -153,6 +153,8 @@ def check_adapter(file: Path, projections: Mapping[str, Projection]) -> None:
         expected = projections.get(projection)
         if expected is None or letter not in ("A", "B"):
             raise AdapterRejected(f"it changes {name}, which the model does not have")
+        if matrix.ndim != 2:
+            raise AdapterRejected(f"{name} is no matrix")
         rank, width = matrix.shape[:: -1 if letter == "A" else 1]
         if width != (expected.inputs if letter == "A" else expected.outputs):
             raise AdapterRejected(f"{name} is {width} wide, which is not the model's width there")

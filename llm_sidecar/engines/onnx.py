@@ -143,14 +143,15 @@ class OnnxEngine:
             done, ended = 0, False
             while not generator.is_done() and done < limit:
                 generator.generate_next_token()
-                step = generator.get_sequence(0)[count + done : count + limit]
+                written = generator.get_sequence(0)[count:]
+                step = written[done:limit]
                 done += len(step)
                 # A step under guidance may end without a token.
                 ended = any(int(token) in self._eos for token in step)
                 text = "".join(decode(token) for token in step if int(token) not in self._eos)
                 yield Delta(text, count, done, cached)
             # Unguided it is done where its room ends, too.
-            ended = ended or (guided and generator.is_done())
+            ended = ended or (guided and generator.is_done() and len(written) <= limit)
         yield Delta("", count, done, cached, "stop" if ended else "length")
 
     def together(self) -> OneByOne:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 # Nothing here is compiled, yet loading a model makes this folder where none is named.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
@@ -18,7 +18,7 @@ import llguidance.hf
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from llm_sidecar.engines.base import (
@@ -35,10 +35,9 @@ from llm_sidecar.engines.base import (
 )
 from llm_sidecar.engines.batches import Batches, empty_cache
 from llm_sidecar.engines.generation import Generation
+from llm_sidecar.engines.peft_files import WEIGHTS_FILE, matrix_of, read_config
 from llm_sidecar.engines.prefixes import Kept, Prefixes
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable
-
-_ADAPTER_FILE: Final = "adapter_model.safetensors"
 
 
 class _Cache:
@@ -189,16 +188,15 @@ class TorchEngine:
             yield
 
     def use_adapter(self, folder: Path) -> None:
+        stored = self._stored(folder)
         self._adapters_taken += 1
         name = f"adapter{self._adapters_taken}"
         former, kept = self._adapter, self._prefixes
-        # Other formats of PEFT are pickles.
-        if not (folder / _ADAPTER_FILE).is_file():
-            raise AdapterRejected(f"it holds no {_ADAPTER_FILE}")
         try:
             self.model.load_adapter(str(folder), adapter_name=name)
             self.model.set_adapter(name)
-            self._check_adapter(folder, name)
+            self._prefixes = self._no_prefixes()
+            self._check_adapter(stored, name)
         except Exception as error:
             if name in getattr(self.model, "peft_config", {}):
                 self.model.delete_adapter(name)
@@ -212,17 +210,25 @@ class TorchEngine:
             self.model.delete_adapter(former)
         self._adapter = name
 
-    def _check_adapter(self, folder: Path, name: str) -> None:
+    def _stored(self, folder: Path) -> set[tuple[str, str]]:
+        """The matrices in an adapter's files; what is not one would be written over the model."""
+        read_config(folder)
+        try:
+            with safe_open(folder / WEIGHTS_FILE, "np") as file:
+                return {matrix_of(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+        except SafetensorError as error:
+            raise AdapterRejected(f"its {WEIGHTS_FILE} cannot be read: {error}") from None
+
+    def _check_adapter(self, stored: set[tuple[str, str]], name: str) -> None:
         """Makes sure that all of the adapter has a place in the model, and that it answers."""
-        with safe_open(folder / _ADAPTER_FILE, "np") as file:
-            stored = {key.replace("base_model.model.", "", 1) for key in file.keys()}  # noqa: SIM118 - it is no dict
         placed = {
-            key.replace(f".{name}.", ".") for key in self.model.state_dict() if f".{name}." in key
+            matrix_of(key.replace(f".{name}.", "."))
+            for key in self.model.state_dict()
+            if f".{name}." in key
         }
         if stored != placed:
-            different = min(stored ^ placed)
-            raise AdapterRejected(f"it and the model do not both have {different}")
-        self._prefixes = self._no_prefixes()
+            module, half = min(stored ^ placed)
+            raise AdapterRejected(f"it and the model do not both have {module}.lora_{half}")
         _, probabilities = self.next_token(PROBE)
         if not np.isfinite(probabilities).all():
             raise AdapterRejected("the model answers with no numbers")

@@ -1,0 +1,69 @@
+"""The files of a PEFT adapter, and whether they are a LoRA that adds to a model as it is."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Final
+
+from llm_sidecar.errors import AdapterRejected
+
+CONFIG_FILE: Final = "adapter_config.json"
+WEIGHTS_FILE: Final = "adapter_model.safetensors"
+"""PEFT's other formats are pickles."""
+
+_MATRIX: Final = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")
+_PLAIN_BEGINNINGS: Final = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+"""`init_lora_weights` with which the matrices belong to the model as it is; with all others, such
+as `pissa`, to one whose own weights were changed before the training."""
+_UNKNOWN: Final = (
+    "use_dora",
+    "modules_to_save",
+    "layer_replication",
+    "fan_in_fan_out",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "target_parameters",
+)
+"""Settings with which an adapter does otherwise than adding the product of two matrices."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The adapter's configuration.
+
+    Raises:
+        AdapterRejected: it is missing or broken, or the adapter is more than LoRA.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise AdapterRejected(f"it holds no {name}")
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_bytes())
+    except ValueError:
+        raise AdapterRejected(f"its {CONFIG_FILE} is no JSON") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise AdapterRejected(f"its {CONFIG_FILE} is not that of a LoRA adapter")
+    for setting in _UNKNOWN:
+        if config.get(setting):
+            raise AdapterRejected(f"it is trained with {setting}, which is not supported")
+    if config.get("init_lora_weights") not in _PLAIN_BEGINNINGS:
+        raise AdapterRejected(
+            f"it begins with init_lora_weights={config['init_lora_weights']!r} and so belongs to "
+            "changed weights; have PEFT convert it to plain LoRA (path_initial_model_for_weight_"
+            "conversion)"
+        )
+    return config
+
+
+def matrix_of(key: str) -> tuple[str, str]:
+    """(module, `A` or `B`) of a tensor of the adapter.
+
+    Raises:
+        AdapterRejected: it is no matrix of LoRA, and would replace a weight of the model.
+    """
+    match = _MATRIX.fullmatch(key)
+    if match is None:
+        raise AdapterRejected(f"it holds {key}, which is no matrix of LoRA")
+    return match[1], match[2]
