@@ -16,12 +16,11 @@ log = logging.getLogger(__name__)
 
 SYSTEM_PROMPT: Final = (
     "You are Hermes, the risk officer of a trading desk. You judge trade proposals by their reward "
-    "to risk, their stop and whether the rationale follows from the market context."
+    "to risk, their stop and whether the rationale follows from the market context. A score of 0 "
+    "rejects, 10 is excellent."
 )
 CRITIQUE_TASK: Final = "Criticise this proposal in at most three sentences."
-SCORE_TASK: Final = (
-    "Score this proposal from 0 (reject) to 10 (excellent). Answer with the number only."
-)
+SCORE_TASK: Final = "Score it from 0 to 10, a number only."
 SCORE_ANSWERS: Final = tuple(str(n) for n in range(11))
 
 _LOW_MASS: Final = 0.5

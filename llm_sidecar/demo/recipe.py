@@ -33,7 +33,7 @@ _NUMBERS_VOCABULARY: Final = 1536
 _TOKENIZER_LESSONS: Final = 4000
 PROCESSES: Final = 2
 """That train a model together: part of the recipe, as each draws lessons of its own."""
-_PHI3: Final = Schedule(tokens=14_000_000)
+_PHI3: Final = Schedule(tokens=14_000_000, again=0.3)
 _HERMES: Final = Schedule(tokens=6_000_000)
 
 

@@ -17,8 +17,6 @@ from llm_sidecar.demo.muon import Muon, has_bfloat16
 
 _POOL: Final = 48
 """Batches' worth of examples that are sorted by length together, so that little is padding."""
-_AGAIN: Final = 0.3
-"""The most of these that are lessons which were missed before."""
 
 _SHORT_ROW: Final = 640
 _WARM_UP: Final = 0.02
@@ -45,12 +43,15 @@ class Schedule:
         matrix_rate: greatest learning rate of the hidden matrices, which Muon trains.
         other_rate: that of embeddings and norms, which AdamW trains. Both warm up over the first
             2 % and fall as a cosine.
+        again: the most of the lessons that may be ones which were missed before; none where
+            answers are drawn, and being missed says nothing.
     """
 
     tokens: int
     batch_tokens: int = 1280
     matrix_rate: float = 2e-2
     other_rate: float = 5e-3
+    again: float = 0.0
 
 
 def prepare_attention(model: Any) -> None:
@@ -251,7 +252,7 @@ def _batches(
         pool: list[Encoded] = []
         size = 0
         for index in torch.randperm(len(missed), generator=shuffle).tolist():
-            if size < _AGAIN * _POOL * batch_tokens:
+            if size < schedule.again * _POOL * batch_tokens:
                 pool.append(missed[index])
                 size += len(pool[-1].ids)
         missed.clear()
