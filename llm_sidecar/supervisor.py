@@ -240,7 +240,6 @@ class Supervisor:
                 self._successor, self.adapter = successor, adapter
                 handed_over = True
                 self._worker = asyncio.get_running_loop().create_future()
-                self._state = "loading"
                 await replaced.stop()
                 await self.ready(by)
         finally:

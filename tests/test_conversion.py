@@ -67,7 +67,7 @@ def test_an_interrupted_conversion_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         convert(llama, tmp_path / "converted", "fp32", interrupted)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(conversion, "_say", interrupted)
+    monkeypatch.setattr(preparing, "_say", interrupted)
     assert preparing.main(["convert", str(llama), str(tmp_path / "converted")]) == 130
     assert list(tmp_path.iterdir()) == []
 
