@@ -6,8 +6,8 @@
 2. `/health` against an endpoint of bare FastAPI, requests per second. Wanted: 0.6 of them.
 3. Metrics, traces, Sentry (with a tenth of its own traces), profiling, keys and JSON logs all on,
    against all of it off, proposals per second; and the same with an OTLP receiver and a Sentry that
-   hang, and that are not there. Wanted: at most 5 % less. Beside it, with nothing wanted, feedback,
-   which no model takes part in.
+   hang, and that are not there; by the rate of four clients, and by the time of single requests.
+   Wanted: at most 5 % less. Beside it, with nothing wanted, feedback, which no model takes part in.
 
 The sides of a ratio run in turns, in another order each round; it is the median of the rounds'.
 """
@@ -148,6 +148,29 @@ def observed(rounds: int) -> None:
         ):
             message = load.request("POST", path, json.dumps(body).encode(), {"X-API-Key": KEY})
             in_turns(what, servers, message, clients, requests, rounds)
+        one_by_one(servers, 8 * rounds)
+
+
+def one_by_one(servers: Mapping[str, LiveServer], rounds: int) -> None:
+    """Prints how long single proposals take, each server's in turn: the finest comparison."""
+    seconds: dict[str, list[float]] = {name: [] for name in servers}
+    for number in range(rounds + 5):
+        for name in random.sample(list(servers), len(servers)):
+            began = time.perf_counter()
+            answer = servers[name].client.post(
+                "/propose_trade_adjustments/", json=PROMPT, headers={"X-API-Key": KEY}
+            )
+            answer.raise_for_status()
+            if number >= 5:
+                seconds[name].append(time.perf_counter() - began)
+    first = statistics.median(seconds[next(iter(servers))])
+    for name, found in seconds.items():
+        middle = statistics.median(found)
+        print(
+            f"one proposal at a time, {name}: median {1000 * middle:.1f} ms of {len(found)}, "
+            f"{middle / first:.3f} of the first",
+            flush=True,
+        )
 
 
 def everything(otlp_port: int, sentry_port: int) -> dict[str, str]:
