@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _UNPROFILED: Final = (*UNOBSERVED, "/stream/")
 """How paths begin that are not profiled; a stream lasts for days, and its samples would pile up."""
 
-_INTERVAL: Final = 0.005
+_INTERVAL: Final = 0.01
 """Seconds between two samples, of which each costs every request of the moment some time."""
 _PER_SECOND: Final = 0.5
 _AT_ONCE: Final = 3.0
