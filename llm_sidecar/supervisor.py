@@ -149,20 +149,21 @@ class Supervisor:
         async with self._swapping:
             self.start()
             by = time.monotonic() + self._load_timeout
+            loads = True
             try:
-                worker = await self.ready(by)
+                await self.ready(by)
             except ModelUnavailable:
                 if adapter == self.adapter:
                     raise
                 # It may be the adapter in use that keeps the model from being loaded.
-                worker = None
+                loads = False
             try:
-                if worker is None:
+                if not loads:
                     await self._begin_anew(adapter, by)
                 elif adapter is None or self.adapter is None:
                     await self._hand_over(adapter, nothing_runs, by)
                 else:
-                    await self._swap_within(worker, adapter, nothing_runs)
+                    await self._swap_within(adapter, nothing_runs, by)
             except AdapterRejected as error:
                 which = (
                     "The model without an adapter"
@@ -214,13 +215,18 @@ class Supervisor:
             self._worker.exception()
         self._state = "unloaded"
 
-    async def _swap_within(
-        self, worker: WorkerProcess, adapter: Path, nothing_runs: NothingRuns
-    ) -> None:
+    async def _swap_within(self, adapter: Path, nothing_runs: NothingRuns, by: float) -> None:
         """Has a worker, which has an adapter, take another between two requests."""
         async with nothing_runs():
+            # The one that was there before may have died meanwhile, and would never answer.
+            worker = await self.ready(by)
             _, inbox = worker.send("adapter", {"folder": str(adapter)})
-            message = await inbox.get()
+            try:
+                async with asyncio.timeout(self._load_timeout):
+                    message = await inbox.get()
+            except TimeoutError:
+                worker.process.kill()
+                raise AdapterRejected(f"it did not load within {self._load_timeout:g} s") from None
             if message["op"] == "error":
                 reason = message.get("detail") or f"its worker ended: {message['died']}"
                 raise AdapterRejected(reason)

@@ -442,6 +442,26 @@ async def test_another_adapter_can_be_taken_where_the_model_does_not_load_with_t
     assert (await host.generate(SHORT)).adapter == good.name
 
 
+async def test_a_swap_goes_on_where_the_worker_dies_that_it_waits_for(
+    make_host: HostFactory, random_phi3_torch: Path, random_phi3_onnx: Path, tmp_path: Path
+) -> None:
+    for day in (1, 2):
+        peft = write_adapter(random_phi3_torch, tmp_path / f"peft{day}", day)
+        convert_adapter(peft, random_phi3_onnx, tmp_path / f"2026010{day}")
+    host = make_host(random_phi3_onnx)
+    await host.swap_adapter(tmp_path / "20260101")
+    running = asyncio.create_task(host.generate(ENDLESS))
+    await until(lambda: tokens(host) > 100)
+    swapping = asyncio.create_task(host.swap_adapter(tmp_path / "20260102"))
+    await asyncio.sleep(0.05)
+    assert not swapping.done()
+    os.kill(host.status()["pid"], signal.SIGKILL)
+    assert isinstance(await failure(running), ModelUnavailable)
+    async with asyncio.timeout(20):
+        await swapping
+        assert (await host.generate(SHORT)).adapter == "20260102"
+
+
 async def test_an_adapter_that_does_not_fit_is_refused_and_the_old_one_goes_on(
     make_host: HostFactory, random_phi3_torch: Path, random_phi3_onnx: Path, tmp_path: Path
 ) -> None:
