@@ -71,6 +71,8 @@ class Worker:
                 device=spec["device"],
                 threads=spec["threads"],
                 adapter=None if spec["adapter"] is None else Path(spec["adapter"]),
+                # What warms it up is like what it will be asked.
+                guided=spec["warm_up"]["guidance"] is not None,
             )
             self._adapter = None if spec["adapter"] is None else Path(spec["adapter"]).name
             for _ in engine.stream(GenerationRequest(**spec["warm_up"])):

@@ -26,11 +26,15 @@ def random_phi3_onnx(random_phi3_torch: Path, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="session")
-def random_hermes_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with random weights, converted to onnxruntime-genai: it loads in no time."""
-    source = tmp_path_factory.mktemp("hermes-torch")
-    write_transformers_folder(source, architecture="llama")
-    return convert_to_onnx(source, tmp_path_factory.mktemp("hermes-onnx"))
+def random_hermes_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformers folder of a Llama with random weights."""
+    return write_transformers_folder(tmp_path_factory.mktemp("hermes-torch"), architecture="llama")
+
+
+@pytest.fixture(scope="session")
+def random_hermes_onnx(random_hermes_torch: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model, converted to onnxruntime-genai: it loads in no time."""
+    return convert_to_onnx(random_hermes_torch, tmp_path_factory.mktemp("hermes-onnx"))
 
 
 @pytest.fixture(scope="session")

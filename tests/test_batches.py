@@ -1,36 +1,62 @@
-"""Completions on torch that are generated together."""
+"""Completions that are generated together, on torch and on plain onnxruntime."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import DynamicCache, LlamaConfig, MistralConfig, Phi3Config
 
-from llm_sidecar import proposals
-from llm_sidecar.engines import GenerationRequest, Message
-from llm_sidecar.engines.batches import MOST, Batches, empty_cache, most_together
+from llm_sidecar import hermes_plugin, proposals
+from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
+from llm_sidecar.engines.base import Together
+from llm_sidecar.engines.batches import MOST
 from llm_sidecar.engines.generation import Generation
-from llm_sidecar.engines.torch import TorchEngine
-from llm_sidecar.errors import InvalidRequest
-from tests.random_models import write_transformers_folder
+from llm_sidecar.engines.ort import OrtEngine
+from llm_sidecar.engines.torch import TextDecoder, TorchEngine
+from llm_sidecar.engines.torch_rows import empty_cache, most_together
+from llm_sidecar.errors import AdapterRejected, InvalidRequest
+
+AnyEngine = TorchEngine | OrtEngine
+
+
+def load(folder: Path) -> AnyEngine:
+    engine = load_engine(folder, device="cpu", guided=False)
+    assert isinstance(engine, TorchEngine | OrtEngine)
+    return engine
+
+
+@pytest.fixture(scope="module", params=["random_hermes_torch", "random_hermes_onnx"])
+def folder(request: pytest.FixtureRequest) -> Iterator[Path]:
+    yield request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> TorchEngine:
-    folder = tmp_path_factory.mktemp("llama")
-    return TorchEngine(write_transformers_folder(folder, architecture="llama"), device="cpu")
+def engine(folder: Path) -> AnyEngine:
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def torch_engine(random_hermes_torch: Path) -> TorchEngine:
+    return TorchEngine(random_hermes_torch, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def ort_engine(random_hermes_onnx: Path) -> OrtEngine:
+    return OrtEngine(random_hermes_onnx)
 
 
 def request(text: str, tokens: int = 12, **settings: Any) -> GenerationRequest:
     return GenerationRequest([Message(role="user", content=text)], tokens, **settings)
 
 
-def alone(engine: TorchEngine, one: GenerationRequest) -> tuple[str, int, str | None]:
+def alone(engine: Engine, one: GenerationRequest) -> tuple[str, int, str | None]:
     deltas = list(engine.stream(one))
     last = deltas[-1]
     return "".join(d.text for d in deltas), last.completion_tokens, last.finish_reason
@@ -39,7 +65,7 @@ def alone(engine: TorchEngine, one: GenerationRequest) -> tuple[str, int, str | 
 class Written:
     """What a batch has written so far, by number."""
 
-    def __init__(self, batch: Batches) -> None:
+    def __init__(self, batch: Together) -> None:
         self.batch = batch
         self.text: dict[int, str] = {}
         self.ended: dict[int, tuple[str, int, str | None]] = {}
@@ -59,12 +85,11 @@ class Written:
             self.step()
 
 
-def test_answers_are_those_that_each_request_gets_alone(engine: TorchEngine) -> None:
+def test_answers_are_those_that_each_request_gets_alone(engine: AnyEngine) -> None:
     requests = [
         request("Long ABC from 100.", 20),
         request("?", 5),
         request("Kurz: QX. " * 60, 9),
-        request("Long ABC, now.", 120, guidance=proposals.GUIDANCE),
         request("Short XYZ", 1),
         request("Short XYZ again, and again", 30, temperature=0.7, seed=5),
         request("Long ABC from 100.", 20),
@@ -81,7 +106,7 @@ def test_answers_are_those_that_each_request_gets_alone(engine: TorchEngine) -> 
     assert len(written.batch) == 0
 
 
-def test_one_that_stays_behind_and_one_that_follows_go_on(engine: TorchEngine) -> None:
+def test_one_that_stays_behind_and_one_that_follows_go_on(engine: AnyEngine) -> None:
     first, second, third = request("Long ABC", 40), request("Short QX", 6), request("Long Z", 9)
     expected = [alone(engine, one) for one in (first, second, third)]
     written = Written(engine.together())
@@ -95,7 +120,7 @@ def test_one_that_stays_behind_and_one_that_follows_go_on(engine: TorchEngine) -
     assert [written.ended[number] for number in (1, 2, 3)] == expected
 
 
-def test_a_request_that_is_given_up_leaves_the_others_alone(engine: TorchEngine) -> None:
+def test_a_request_that_is_given_up_leaves_the_others_alone(engine: AnyEngine) -> None:
     first, second = request("Long ABC", 30), request("Short QX", 30)
     expected = alone(engine, second)
     written = Written(engine.together())
@@ -108,20 +133,20 @@ def test_a_request_that_is_given_up_leaves_the_others_alone(engine: TorchEngine)
     assert written.ended == {2: expected}
 
 
-def test_what_was_read_in_a_batch_is_not_read_again(engine: TorchEngine) -> None:
+def test_what_was_read_in_a_batch_is_not_read_again(engine: AnyEngine, folder: Path) -> None:
     one, other = request("Long ABC from 100, now 112.5.", 10), request("Short QX from 30.", 10)
-    fresh = TorchEngine(Path(engine.tokenizer.name_or_path), device="cpu")
-    expected = alone(fresh, one)
+    expected = alone(engine, one)
+    fresh = load(folder)
     written = Written(fresh.together())
     written.batch.add(1, one)
     written.batch.add(2, other)
     written.to_the_end()
     *_, last = fresh.stream(one)
-    assert last.cached_tokens == last.prompt_tokens - 2
+    assert last.prompt_tokens - 3 <= last.cached_tokens <= last.prompt_tokens - 2
     assert alone(fresh, one) == expected
 
 
-def test_a_prompt_that_does_not_fit_is_refused_and_the_others_go_on(engine: TorchEngine) -> None:
+def test_a_prompt_that_does_not_fit_is_refused_and_the_others_go_on(engine: AnyEngine) -> None:
     batch = engine.together()
     batch.add(1, request("Long ABC", 5))
     with pytest.raises(InvalidRequest):
@@ -132,35 +157,102 @@ def test_a_prompt_that_does_not_fit_is_refused_and_the_others_go_on(engine: Torc
 
 
 def test_a_failure_ends_all_and_leaves_the_engine_fit(
-    engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+    engine: AnyEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = alone(engine, request("Long ABC", 5))
     batch = engine.together()
     for number in (1, 2):
         batch.add(number, request("Long ABC", 5))
+    batch.step()
     with monkeypatch.context() as patched:
-        patched.setattr(engine.model, "forward", lambda **arguments: torch.zeros(0)[1])
+        run = "forward" if isinstance(engine, TorchEngine) else "run"
+        patched.setattr(engine.model, run, lambda *_, **arguments: torch.zeros(0)[1])
         with pytest.raises(IndexError):
-            batch.step()
+            while batch:
+                batch.step()
     assert len(batch) == 0
     assert alone(engine, request("Long ABC", 5)) == expected
 
 
-def test_states_grow_in_place_and_are_those_of_the_usual_cache(engine: TorchEngine) -> None:
-    roomy, usual = empty_cache(engine.model.config), DynamicCache(config=engine.model.config)
+def test_states_grow_in_place_and_are_those_of_the_usual_cache(torch_engine: TorchEngine) -> None:
+    roomy, usual = (
+        empty_cache(torch_engine.model.config),
+        DynamicCache(config=torch_engine.model.config),
+    )
     ids = torch.randint(5, 200, (1, 300), generator=torch.Generator().manual_seed(0))
     logits = []
     with torch.inference_mode():
         for cache in (roomy, usual):
-            engine.model(input_ids=ids[:, :280], past_key_values=cache)
+            torch_engine.model(input_ids=ids[:, :280], past_key_values=cache)
             cache.crop(-30)
-            out = engine.model(input_ids=ids[:, 250:], past_key_values=cache)
+            out = torch_engine.model(input_ids=ids[:, 250:], past_key_values=cache)
             logits.append(out.logits)
     assert torch.equal(*logits)
     before = roomy.layers[0].keys.data_ptr()
     with torch.inference_mode():
-        engine.model(input_ids=ids[:, :1], past_key_values=roomy)
+        torch_engine.model(input_ids=ids[:, :1], past_key_values=roomy)
     assert roomy.layers[0].keys.data_ptr() == before
+
+
+def test_what_all_begin_with_is_read_once(ort_engine: OrtEngine) -> None:
+    prompts = [f"{'The same beginning of all. ' * 8}Long {name}" for name in ("ABC", "QX", "Z")]
+    written = Written(ort_engine.together())
+    cached: dict[int, int] = {}
+    for number, prompt in enumerate(prompts):
+        written.batch.add(number, request(prompt, 4))
+    while written.batch:
+        for number, delta in written.batch.step():
+            cached[number] = delta.cached_tokens
+    assert cached[0] < 10
+    assert min(cached[1], cached[2]) > 30
+
+
+def test_states_take_as_much_memory_as_they_need(ort_engine: OrtEngine) -> None:
+    long = request("Long ABC. " * 100, 40)
+    *_, last = ort_engine.stream(long)
+    assert last.prompt_tokens > 300
+    expected = alone(ort_engine, long)
+    written = Written(ort_engine.together())
+    written.batch.add(1, request("Short QX", 30))
+    written.batch.add(2, request("Short Z", 30))
+    for _ in range(6):
+        written.step()
+    # More rows, and a longer one, than there was memory for.
+    written.batch.add(3, long)
+    written.to_the_end()
+    assert written.ended[3] == expected
+
+
+def test_both_onnx_engines_agree(ort_engine: OrtEngine, random_hermes_onnx: Path) -> None:
+    other = load_engine(random_hermes_onnx, device="cpu")
+    assert other.runtime == "onnxruntime-genai"
+    proposal = {"ticker": "ABC", "action": "pass", "confidence": 0.5, "rationale": "None."}
+    critique, task = (
+        hermes_plugin.build_messages(task, proposal, "Long ABC.")
+        for task in (hermes_plugin.CRITIQUE_TASK, hermes_plugin.SCORE_TASK)
+    )
+    one = GenerationRequest(critique, 30)
+    assert alone(ort_engine, one)[0] == alone(other, one)[0]
+    found, expected = (
+        engine.answer_probabilities(task, hermes_plugin.SCORE_ANSWERS)
+        for engine in (ort_engine, other)
+    )
+    assert found == pytest.approx(expected, abs=1e-6)
+    tokens, probabilities = ort_engine.next_token(critique)
+    its_tokens, its_probabilities = other.next_token(critique)
+    assert tokens == its_tokens
+    np.testing.assert_allclose(probabilities, its_probabilities, atol=1e-6)
+
+
+def test_what_needs_more_runs_on_the_whole_runtime(
+    random_hermes_onnx: Path, random_phi3_onnx: Path, ort_engine: OrtEngine
+) -> None:
+    assert load_engine(random_hermes_onnx, device="cpu", guided=False).runtime == "onnxruntime"
+    assert load_engine(random_phi3_onnx, device="cpu", guided=False).runtime == "onnxruntime-genai"
+    with pytest.raises(ValueError, match="without guidance"):
+        ort_engine.begin(request("Long ABC", 50, guidance=proposals.GUIDANCE))
+    with pytest.raises(AdapterRejected, match="without room"):
+        ort_engine.use_adapter(random_hermes_onnx)
 
 
 def test_bytes_that_are_no_text_end_nothing() -> None:
@@ -178,12 +270,11 @@ def test_bytes_that_are_no_text_end_nothing() -> None:
     generation = Generation(
         request("", len(tokens)),
         [0],
-        tokenizer=tokenizer,
+        decode=TextDecoder(tokenizer),
         ends=frozenset(),
-        matcher=None,
-        device="cpu",
     )
-    deltas = [generation.take(torch.eye(len(pieces))[token]) for token in tokens]
+    certain = np.eye(len(pieces), dtype=np.float32)
+    deltas = [generation.take(certain[token]) for token in tokens]
     assert deltas[-1].completion_tokens == len(tokens)
     assert "".join(delta.text for delta in deltas).endswith("a a")
 
@@ -196,8 +287,8 @@ def test_models_whose_rows_depend_on_each_other_get_no_batches() -> None:
     assert most_together(scaled) == 1
 
 
-def test_proposals_of_a_batch_are_valid(engine: TorchEngine) -> None:
-    written = Written(engine.together())
+def test_proposals_of_a_batch_are_valid(torch_engine: TorchEngine) -> None:
+    written = Written(torch_engine.together())
     for number in range(3):
         prompt = proposals.build_messages(f"Long ABC, {number}")
         asked = GenerationRequest(prompt, 256, proposals.GUIDANCE, temperature=1.0, seed=number)

@@ -13,7 +13,7 @@ from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.demo import market
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
 from llm_sidecar.engines.base import PREFILL_CHUNK, prefill_steps
-from llm_sidecar.engines.prefixes import MOST_KEPT, Kept, Prefixes, shared
+from llm_sidecar.engines.prefixes import MOST_KEPT, Kept, Prefixes, shared_prefix
 
 
 class Cache:
@@ -101,10 +101,12 @@ def test_no_token_is_read_alone(count: int) -> None:
     assert min(sizes) > 1 or count == 1
 
 
-def test_shared_counts_from_the_beginning() -> None:
-    assert shared([1, 2, 3], [1, 2, 4]) == 2
-    assert shared([1, 2], [1, 2, 4]) == 2
-    assert shared([], [1]) == 0
+def test_what_is_shared_counts_from_the_beginning_and_leaves_two_to_read() -> None:
+    assert shared_prefix([1, 2, 3], [1, 2, 4, 5]) == 2
+    assert shared_prefix([1, 2], [1, 2, 4, 5]) == 2
+    assert shared_prefix([1, 2, 4, 5], [1, 2, 4, 5]) == 2
+    assert shared_prefix([], [1, 2, 3]) == 0
+    assert shared_prefix([1], [1]) < 1
 
 
 # On real runtimes

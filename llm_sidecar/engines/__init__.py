@@ -25,23 +25,35 @@ __all__ = ["Delta", "Engine", "FinishReason", "GenerationRequest", "Message", "l
 
 
 def load_engine(
-    folder: Path, *, device: str = "auto", threads: int = 1, adapter: Path | None = None
+    folder: Path,
+    *,
+    device: str = "auto",
+    threads: int = 1,
+    adapter: Path | None = None,
+    guided: bool = True,
 ) -> Engine:
     """Loads the model in `folder` into this process.
 
     Args:
         folder: with a genai_config.json it runs on onnxruntime-genai, with a config.json on torch.
+            On a CPU, without guidance and an adapter, most architectures of the first kind run on
+            onnxruntime alone, which generates several at once.
         device: `auto`, `cpu` or `cuda`.
         threads: of the runtime, on CPU.
         adapter: folder of a LoRA adapter in the runtime's own format.
+        guided: whether requests may come with guidance.
 
     Raises:
         ModelUnavailable: the folder holds no model, or the device is not there.
         AdapterRejected: the adapter's folder lacks what the runtime loads.
     """
     if (folder / "genai_config.json").is_file():
-        from llm_sidecar.engines.onnx import OnnxEngine
+        from llm_sidecar.engines.onnx import OnnxEngine, has_cuda
+        from llm_sidecar.engines.ort import OrtEngine, runs_here
 
+        on_cpu = device == "cpu" or (device == "auto" and not has_cuda())
+        if on_cpu and adapter is None and not guided and runs_here(folder):
+            return OrtEngine(folder, threads=threads)
         return OnnxEngine(folder, device=device, threads=threads, adapter=adapter)
     if (folder / "config.json").is_file():
         from llm_sidecar.engines.torch import TorchEngine

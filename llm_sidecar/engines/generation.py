@@ -1,15 +1,16 @@
-"""One completion on torch: what is sampled from logits, and the text that it becomes."""
+"""One completion: what is sampled from logits, and the text that it becomes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from tokenizers.decoders import DecodeStream
+import numpy.typing as npt
 
-from llm_sidecar.engines.base import Delta, FinishReason, GenerationRequest
+from llm_sidecar.engines.base import Delta, FinishReason, GenerationRequest, softmax
+
+Logits = npt.NDArray[np.float32]
 
 
 class Generation:
@@ -17,6 +18,7 @@ class Generation:
 
     Attributes:
         prompt: its tokens.
+        limit: greatest number of completion tokens.
         pending: tokens that are yet to be read, of which the last one's logits are wanted.
         cached: tokens of the prompt that were read for an earlier one.
     """
@@ -26,42 +28,35 @@ class Generation:
         request: GenerationRequest,
         prompt: list[int],
         *,
-        tokenizer: Any,
+        decode: Callable[[int], str],
         ends: frozenset[int],
-        matcher: Any,
-        device: str,
+        matcher: Any = None,
     ) -> None:
         """Begins with the last token of the prompt.
 
         Args:
             request: what to generate.
             prompt: its messages as tokens.
-            tokenizer: of the tokenizers package.
+            decode: the text that the next token adds.
             ends: tokens that end a turn.
             matcher: llguidance's, at its beginning, or None.
-            device: where the logits are.
         """
         self.prompt = prompt
+        self.limit = request.max_tokens
         self.pending: Sequence[int] = prompt[-1:]
         self.cached = 0
-        self._limit = request.max_tokens
         self._temperature = request.temperature
-        self._tokenizer = tokenizer
+        self._decode = decode
         self._ends = ends
         self._matcher = matcher
-        self._random = torch.Generator(device)
-        if request.seed is None:
-            self._random.seed()  # otherwise every generator begins alike
-        else:
-            self._random.manual_seed(request.seed)
-        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._random = np.random.default_rng(request.seed)
         self._done = 0
         self._ended = False
 
     @property
     def over(self) -> bool:
         """Whether nothing is left to sample."""
-        return self._ended or self._done >= self._limit
+        return self._ended or self._done >= self.limit
 
     def delta(self, text: str = "") -> Delta:
         """New text, and the counts so far."""
@@ -70,7 +65,7 @@ class Generation:
             reason = "stop" if self._ended else "length"
         return Delta(text, len(self.prompt), self._done, self.cached, reason)
 
-    def take(self, logits: torch.Tensor) -> Delta:
+    def take(self, logits: Logits) -> Delta:
         """Samples a token from its logits, (vocabulary,), and adds those that must follow."""
         token = self._sample(logits)
         pending = [token]
@@ -78,30 +73,19 @@ class Generation:
             self._matcher.consume_token(token)
             pending += self._matcher.compute_ff_tokens()
             self._matcher.consume_tokens(pending[1:])
-        cut = pending[: self._limit - self._done]
+        cut = pending[: self.limit - self._done]
         self._done += len(cut)
         stopped = self._matcher is not None and self._matcher.is_stopped() and cut == pending
         self._ended = cut[-1] in self._ends or stopped
         self.pending = cut
-        return self.delta("".join(self._text(token) for token in cut if token not in self._ends))
+        return self.delta("".join(self._decode(token) for token in cut if token not in self._ends))
 
-    def _text(self, token: int) -> str:
-        try:
-            return self._decoder.step(self._tokenizer, token) or ""
-        except Exception:  # noqa: BLE001 - the package raises bare ones
-            # A decoder that joins bytes fails on some that are no text, and is of no use any more.
-            self._decoder = DecodeStream(skip_special_tokens=True)
-            return "\N{REPLACEMENT CHARACTER}"
-
-    def _sample(self, logits: torch.Tensor) -> int:
-        logits = logits.float()
+    def _sample(self, logits: Logits) -> int:
         if self._matcher is not None:
             bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-            allowed = np.unpackbits(bits, bitorder="little")[: logits.shape[-1]].astype(bool)
-            padding = (0, logits.shape[-1] - len(allowed))
-            mask = torch.from_numpy(np.pad(allowed, padding)).to(logits.device)
-            logits = logits.masked_fill(~mask, float("-inf"))
+            allowed = np.unpackbits(bits, bitorder="little", count=len(logits)).astype(bool)
+            logits = np.where(allowed, logits, -np.inf)
         if self._temperature == 0.0:
             return int(logits.argmax())
-        weights = torch.softmax(logits / self._temperature, dim=-1)
-        return int(torch.multinomial(weights, 1, generator=self._random))
+        bounds = softmax(logits / self._temperature).cumsum()
+        return int(bounds.searchsorted(self._random.random() * bounds[-1], side="right"))

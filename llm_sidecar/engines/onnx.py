@@ -14,15 +14,14 @@ import onnxruntime_genai as og
 
 from llm_sidecar.engines.base import (
     PROBE,
-    AnswerTree,
     Delta,
     GenerationRequest,
     Message,
-    SpecialTokens,
     check_context,
     prefill_steps,
     softmax,
 )
+from llm_sidecar.engines.chat import ChatTokenizer
 from llm_sidecar.engines.prefixes import Kept, Prefixes
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable
 
@@ -34,6 +33,11 @@ _FAST_FORWARD_HEADROOM: Final = 128
 
 _ROOM_STEP: Final = 512
 """Tokens by which room grows; a prepared prefix has as many for the prompt that follows."""
+
+
+def has_cuda() -> bool:
+    """Whether the runtime that is installed finds a GPU."""
+    return bool(og.is_cuda_available())
 
 
 class _Kind(NamedTuple):
@@ -88,12 +92,12 @@ class OnnxEngine:
             ModelUnavailable: `cuda` is asked for and the runtime has none.
             AdapterRejected: says why the adapter does not fit.
         """
-        if device == "cuda" and not og.is_cuda_available():
+        if device == "cuda" and not has_cuda():
             raise ModelUnavailable(
                 "DEVICE=cuda, but the installed onnxruntime-genai has no CUDA; "
                 "install onnxruntime-genai-cuda or set DEVICE=cpu"
             )
-        self.device = "cuda" if device != "cpu" and og.is_cuda_available() else "cpu"
+        self.device = "cuda" if device != "cpu" and has_cuda() else "cpu"
         config = og.Config(str(folder))
         if self.device == "cuda":
             config.clear_providers()
@@ -115,11 +119,9 @@ class OnnxEngine:
             self._projections = graph.projections
             config.add_model_data(name, graph.serialized)
         self.model = og.Model(config)
-        self.tokenizer = og.Tokenizer(self.model)
+        self._chat = ChatTokenizer(folder)
+        self.tokenizer = self._chat.tokenizer
         self.context_length = int(written["model"]["context_length"])
-        self._eos = frozenset(int(token) for token in self.tokenizer.eos_token_ids)
-        self._special = SpecialTokens(folder)
-        self._answer_trees: dict[tuple[str, ...], AnswerTree] = {}
         self._prefixes: Prefixes[_Kind, _Cache] = Prefixes(self._new_cache)
         self._adapters = og.Adapters(self.model)
         self._adapter: str | None = None
@@ -128,7 +130,7 @@ class OnnxEngine:
             self.use_adapter(adapter)
 
     def stream(self, request: GenerationRequest) -> Generator[Delta]:
-        prompt = self._encode(request.messages)
+        prompt = self._chat.encode(request.messages)
         count, limit = len(prompt), request.max_tokens
         guided = request.guidance is not None
         headroom = _FAST_FORWARD_HEADROOM if guided else 0
@@ -139,7 +141,7 @@ class OnnxEngine:
             for _ in self._read(kept, prompt):
                 yield Delta("", count, 0, cached)
             generator = kept.cache.generator
-            decode = self.tokenizer.create_stream().decode
+            decode, ends = self._chat.decoder(), self._chat.ends
             done, ended = 0, False
             while not generator.is_done() and done < limit:
                 generator.generate_next_token()
@@ -147,8 +149,8 @@ class OnnxEngine:
                 step = written[done:limit]
                 done += len(step)
                 # A step under guidance may end without a token.
-                ended = any(int(token) in self._eos for token in step)
-                text = "".join(decode(token) for token in step if int(token) not in self._eos)
+                ended = any(int(token) in ends for token in step)
+                text = "".join(decode(token) for token in step if int(token) not in ends)
                 yield Delta(text, count, done, cached)
             # Unguided it is done where its room ends, too.
             ended = ended or (guided and generator.is_done() and len(written) <= limit)
@@ -158,7 +160,7 @@ class OnnxEngine:
         return OneByOne(self)
 
     def prepare(self, request: GenerationRequest) -> Generator[None]:
-        prompt = self._encode(request.messages, header=False)
+        prompt = self._chat.encode(request.messages, header=False)
         headroom = 0 if request.guidance is None else _FAST_FORWARD_HEADROOM
         room = len(prompt) + request.max_tokens + headroom
         if room > self.context_length:
@@ -170,9 +172,9 @@ class OnnxEngine:
     def answer_probabilities(
         self, messages: Sequence[Message], answers: Sequence[str]
     ) -> dict[str, float]:
-        prompt = self._encode(messages)
+        prompt = self._chat.encode(messages)
         check_context(len(prompt), 2, self.context_length)
-        tree = self._answer_tree(tuple(answers))
+        tree = self._chat.answer_tree(tuple(answers))
         branch = [] if tree.branch is None else [tree.branch]
         # The one that a critique has just been written with, as a rule.
         with self._borrowed(_Kind(), prompt, len(prompt) + 2) as kept:
@@ -185,7 +187,7 @@ class OnnxEngine:
         return tree.read(logits[0], logits[1] if branch else None)
 
     def next_token(self, messages: Sequence[Message]) -> tuple[list[int], npt.NDArray[np.float64]]:
-        prompt = self._encode(messages)
+        prompt = self._chat.encode(messages)
         check_context(len(prompt), 1, self.context_length)
         with self._borrowed(_Kind(), prompt, len(prompt) + 1) as kept:
             for _ in self._read(kept, prompt):
@@ -253,27 +255,6 @@ class OnnxEngine:
         if self._adapter is not None:
             generator.set_active_adapter(self._adapters, self._adapter)
         return _Cache(generator, room)
-
-    def _encode(self, messages: Sequence[Message], header: bool = True) -> list[int]:
-        text = self.tokenizer.apply_chat_template(
-            json.dumps(self._special.neutralise(messages)), add_generation_prompt=header
-        )
-        tokens: list[int] = self.tokenizer.encode(text).tolist()
-        return tokens
-
-    def _answer_tree(self, answers: tuple[str, ...]) -> AnswerTree:
-        if answers not in self._answer_trees:
-            turn = json.dumps([{"role": "user", "content": "?"}])
-            apply = self.tokenizer.apply_chat_template
-            with_header = apply(turn, add_generation_prompt=True)
-            header = with_header[len(apply(turn, add_generation_prompt=False)) :]
-            skip = len(self.tokenizer.encode(header))
-            encoded = {
-                answer: [int(t) for t in self.tokenizer.encode(header + answer)[skip:]]
-                for answer in answers
-            }
-            self._answer_trees[answers] = AnswerTree(encoded)
-        return self._answer_trees[answers]
 
 
 def _sampling(kind: _Kind) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Prefixes(Generic[K, C]):
 
     def _take(self, kind: K, prompt: Sequence[int], room: int) -> Kept[C] | None:
         suited = [
-            (min(shared(kept.tokens, prompt), len(prompt) - _LEFT), index)
+            (shared_prefix(kept.tokens, prompt), index)
             for index, (its_kind, kept) in enumerate(self._kept)
             if its_kind == kind and kept.cache.room >= room and kept.cache.rewinds
         ]
@@ -101,9 +101,11 @@ class Prefixes(Generic[K, C]):
         self._kept = [*self._kept[1 - MOST_KEPT :], (kind, kept)]
 
 
-def shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    for index, (one, other) in enumerate(zip(first, second, strict=False)):
+def shared_prefix(read: Sequence[int], prompt: Sequence[int]) -> int:
+    """How many of the tokens that were read need not be read for `prompt`, or less than 1."""
+    same = min(len(read), len(prompt))
+    for index, (one, other) in enumerate(zip(read, prompt, strict=False)):
         if one != other:
-            return index
-    return min(len(first), len(second))
+            same = index
+            break
+    return min(same, len(prompt) - _LEFT)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from tokenizers.decoders import DecodeStream
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_sidecar.engines.base import (
     PROBE,
@@ -33,10 +34,11 @@ from llm_sidecar.engines.base import (
     prefill_steps,
     softmax,
 )
-from llm_sidecar.engines.batches import Batches, empty_cache
-from llm_sidecar.engines.generation import Generation
+from llm_sidecar.engines.batches import Batches
+from llm_sidecar.engines.generation import Generation, Logits
 from llm_sidecar.engines.peft_files import WEIGHTS_FILE, matrix_of, read_config
 from llm_sidecar.engines.prefixes import Kept, Prefixes
+from llm_sidecar.engines.torch_rows import TorchRows, empty_cache, most_together
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable
 
 
@@ -59,6 +61,23 @@ class _Cache:
     def rewind(self, length: int) -> None:
         """Forgets all but the first tokens."""
         self.states.crop(length - self.states.get_seq_length())
+
+
+class TextDecoder:
+    """The text that each token adds to those before it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Args: tokenizer: of the tokenizers package."""
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def __call__(self, token: int) -> str:
+        try:
+            return self._stream.step(self._tokenizer, token) or ""
+        except Exception:  # noqa: BLE001 - the package raises bare ones
+            # A decoder that joins bytes fails on some that are no text, and is of no use any more.
+            self._stream = DecodeStream(skip_special_tokens=True)
+            return "\N{REPLACEMENT CHARACTER}"
 
 
 class TorchEngine:
@@ -104,6 +123,7 @@ class TorchEngine:
         ).to(self.device)
         self.model.eval()
         self.context_length = int(self.model.config.max_position_embeddings)
+        self.most_together = most_together(self.model.config)
         self._eos = self._end_tokens()
         self._special = SpecialTokens(folder)
         self._guidance_tokenizer: Any = None
@@ -117,34 +137,29 @@ class TorchEngine:
     def stream(self, request: GenerationRequest) -> Generator[Delta]:
         generation = self.begin(request)
         with self.borrowed(generation) as kept:
-            for _ in self.read(kept, generation.prompt[:-1]):
+            for _ in self.reading(generation, kept):
                 yield generation.delta()
             while not generation.over:
-                yield generation.take(self.forward(generation.pending, kept.cache.states)[-1])
+                yield generation.take(self.forward(generation.pending, kept.cache)[-1])
 
-    def together(self) -> Batches:
+    def together(self) -> Batches[_Cache]:
         return Batches(self)
 
     def begin(self, request: GenerationRequest) -> Generation:
-        """A completion of which nothing has been read.
-
-        Raises:
-            InvalidRequest: prompt and completion do not fit the context.
-        """
+        """See `BatchingEngine`."""
         prompt = self._encode(request.messages)
         check_context(len(prompt), request.max_tokens, self.context_length)
         return Generation(
             request,
             prompt,
-            tokenizer=self.tokenizer.backend_tokenizer,
+            decode=TextDecoder(self.tokenizer.backend_tokenizer),
             ends=self._eos,
             matcher=self._matcher(request.guidance),
-            device=self.device,
         )
 
     @contextlib.contextmanager
     def borrowed(self, generation: Generation) -> Iterator[Kept[_Cache]]:
-        """The states to write a completion with, of which some may have been read already."""
+        """See `BatchingEngine`."""
         with self._prefixes.borrowed(None, generation.prompt, len(generation.prompt)) as kept:
             generation.cached = len(kept.tokens)
             yield kept
@@ -156,7 +171,7 @@ class TorchEngine:
         if len(prompt) + request.max_tokens > self.context_length:
             return
         with self._prefixes.borrowed(None, (), len(prompt)) as kept:
-            yield from self.read(kept, prompt)
+            yield from self._read(kept, prompt)
 
     def answer_probabilities(
         self, messages: Sequence[Message], answers: Sequence[str]
@@ -167,23 +182,26 @@ class TorchEngine:
         branch = [] if tree.branch is None else [tree.branch]
         with self._prefixes.borrowed(None, prompt, len(prompt) + 2) as kept:
             rest = prompt[len(kept.tokens) :] + branch
-            logits = self.forward(rest, kept.cache.states, keep=1 + len(branch))
+            logits = self.forward(rest, kept.cache, keep=1 + len(branch))
             kept.tokens = list(prompt)
-        values = logits.float().cpu().numpy()
-        return tree.read(values[0], values[1] if branch else None)
+        return tree.read(logits[0], logits[1] if branch else None)
 
     def next_token(self, messages: Sequence[Message]) -> tuple[list[int], npt.NDArray[np.float64]]:
         prompt = self._encode(messages)
         check_context(len(prompt), 1, self.context_length)
         with self._prefixes.borrowed(None, prompt, len(prompt)) as kept:
-            logits = self.forward(prompt[len(kept.tokens) :], kept.cache.states)[-1]
+            logits = self.forward(prompt[len(kept.tokens) :], kept.cache)[-1]
             kept.tokens = list(prompt)
-        return prompt, softmax(logits.float().cpu().numpy())
+        return prompt, softmax(logits)
 
-    def read(self, kept: Kept[_Cache], prompt: Sequence[int]) -> Iterator[None]:
+    def reading(self, generation: Generation, kept: Kept[_Cache]) -> Iterator[None]:
+        """See `BatchingEngine`."""
+        return self._read(kept, generation.prompt[:-1])
+
+    def _read(self, kept: Kept[_Cache], prompt: Sequence[int]) -> Iterator[None]:
         """Reads what is left of a prompt in steps, after each of which it can be cancelled."""
         for start, stop in prefill_steps(len(kept.tokens), len(prompt)):
-            self.forward(prompt[start:stop], kept.cache.states)
+            self.forward(prompt[start:stop], kept.cache)
             kept.tokens += prompt[start:stop]
             yield
 
@@ -236,15 +254,20 @@ class TorchEngine:
     def _no_prefixes(self) -> Prefixes[None, _Cache]:
         return Prefixes(lambda kind, room: _Cache(self.model.config))
 
-    def forward(self, tokens: Sequence[int], cache: DynamicCache, keep: int = 1) -> torch.Tensor:
-        """Logits (keep, vocabulary) of the last positions; `cache` takes in the tokens."""
+    def forward(self, tokens: Sequence[int], cache: _Cache, keep: int = 1) -> Logits:
+        """See `BatchingEngine`."""
         with torch.inference_mode():
             ids = torch.tensor([list(tokens)], device=self.device)
             out = self.model(
-                input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep
+                input_ids=ids, past_key_values=cache.states, use_cache=True, logits_to_keep=keep
             )
-        logits: torch.Tensor = out.logits[0]
+        logits: Logits = out.logits[0].float().cpu().numpy()
         return logits
+
+    def joined(self, caches: Mapping[int, _Cache], former: TorchRows | None) -> TorchRows:
+        """See `BatchingEngine`."""
+        states = {number: cache.states for number, cache in caches.items()}
+        return TorchRows(self.model, states, former)
 
     def _matcher(self, guidance: str | None) -> Any:
         if guidance is None:
