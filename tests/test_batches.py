@@ -223,6 +223,35 @@ def test_states_take_as_much_memory_as_they_need(ort_engine: OrtEngine) -> None:
     assert written.ended[3] == expected
 
 
+def test_rows_for_which_there_is_no_memory_wait_their_turn(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(folder)
+    # The second is still being read when the third begins to write.
+    prompts = ("Long ABC", "Long Q. " * 80, "Long XY", "Long ZZZZ")
+    requests = [request(prompt, 20 + number) for number, prompt in enumerate(prompts)]
+    expected = [alone(engine, one) for one in requests]
+    longest = max(next(engine.stream(one)).prompt_tokens + one.max_tokens for one in requests)
+    # Memory for two of them.
+    monkeypatch.setattr(engine, "context_length", longest)
+    joined = engine.joined
+    together: list[set[int]] = []
+
+    def noting(caches: Any, former: Any) -> Any:
+        together.append(set(caches))
+        return joined(caches, former)
+
+    monkeypatch.setattr(engine, "joined", noting)
+    written = Written(engine.together())
+    for number, one in enumerate(requests):
+        written.batch.add(number, one)
+    written.to_the_end()
+    assert [written.ended[number] for number in range(len(requests))] == expected
+    # The short ones take less.
+    assert {0, 2, 3} in together
+    assert all(len(numbers) <= 2 for numbers in together if 1 in numbers)
+
+
 def test_both_onnx_engines_agree(ort_engine: OrtEngine, random_hermes_onnx: Path) -> None:
     other = load_engine(random_hermes_onnx, device="cpu")
     assert other.runtime == "onnxruntime-genai"

@@ -30,9 +30,11 @@ class BatchingEngine(Protocol[C]):
 
     Attributes:
         most_together: how many may.
+        context_length: tokens of one; a batch has memory for twice as many.
     """
 
     most_together: int
+    context_length: int
 
     def begin(self, request: GenerationRequest) -> Generation:
         """A completion of which nothing has been read.
@@ -135,11 +137,26 @@ class Batches(Generic[C]):
                 yield number, row.generation.delta()
         if not writing:
             return
+        writing = self._that_fit(writing)
         for number, logits in self._logits(writing).items():
             row = writing[number]
             yield number, row.generation.take(logits)
             if row.generation.over:
                 self.remove(number)
+
+    def _that_fit(self, rows: dict[int, _Row[C]]) -> dict[int, _Row[C]]:
+        """The rows for which there is memory, all taking as much as the longest: those that are in
+        the batch, then those that came first. The others wait."""
+        batched = () if self._batch is None else self._batched
+        longest = 0
+        fitting: dict[int, _Row[C]] = {}
+        for number in dict.fromkeys([*(n for n in batched if n in rows), *rows]):
+            row = rows[number]
+            longest = max(longest, len(row.generation.prompt) + row.generation.limit)
+            if fitting and (len(fitting) + 1) * longest > 2 * self._engine.context_length:
+                break
+            fitting[number] = row
+        return fitting
 
     def _logits(self, rows: dict[int, _Row[C]]) -> dict[int, Logits]:
         if self._batch is None and len(rows) == 1:

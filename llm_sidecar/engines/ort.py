@@ -30,7 +30,7 @@ from llm_sidecar.engines.batches import MOST, Batches
 from llm_sidecar.engines.chat import ChatTokenizer
 from llm_sidecar.engines.generation import Generation, Logits
 from llm_sidecar.engines.prefixes import Kept, Prefixes, shared_prefix
-from llm_sidecar.errors import AdapterRejected
+from llm_sidecar.errors import AdapterRejected, ModelUnavailable
 
 _SIZE_STEP: Final = 128
 """Tokens by which memory for states grows."""
@@ -93,7 +93,11 @@ class OrtModel:
     """
 
     def __init__(self, folder: Path, decoder: Mapping[str, Any], threads: int) -> None:
-        """Loads `decoder`, as genai_config.json describes it."""
+        """Loads `decoder`, as genai_config.json describes it.
+
+        Raises:
+            ModelUnavailable: it is not made for a CPU.
+        """
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         for name, value in SPINNING.items():
@@ -110,7 +114,10 @@ class OrtModel:
             for which in ("key", "value")
         ]
         inputs = {taken.name: taken for taken in self.session.get_inputs()}
-        self.dtype = _DTYPES[inputs[self._names[0][0]].type]
+        kind = inputs[self._names[0][0]].type
+        if kind not in _DTYPES:
+            raise ModelUnavailable(f"its attention states are {kind}, which a CPU does not take")
+        self.dtype = _DTYPES[kind]
         self.widths = [(decoder["num_key_value_heads"], decoder["head_size"]) for _ in self._names]
         self._takes_positions = "position_ids" in inputs
 
@@ -195,6 +202,9 @@ class OrtEngine:
         Args:
             folder: one that `runs_here` says yes of.
             threads: of the session.
+
+        Raises:
+            ModelUnavailable: it is not made for a CPU.
         """
         written = json.loads((folder / "genai_config.json").read_bytes())["model"]
         self.context_length = int(written["context_length"])
