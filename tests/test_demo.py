@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from random import Random
 from typing import Any
 
 import llguidance
+import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -20,6 +23,7 @@ from llm_sidecar.demo import evaluate, judgement, lessons, market
 from llm_sidecar.demo.muon import Muon, orthogonal
 from llm_sidecar.demo.situations import SITUATIONS, answer
 from llm_sidecar.demo.tickers import random_ticker, split_of
+from llm_sidecar.demo.training import rounded
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
 from llm_sidecar.loader import DEMO_DIR
 from tests.live_server import ROOT
@@ -146,7 +150,7 @@ def test_hints_lead_from_each_token_to_where_the_prompt_has_it() -> None:
         answer("overbought", "QX.L", "SHORT", "81.5", "3.2"),
         "overbought",
         ("RSI 81.5 hot",),
-        "3.2",
+        atr="3.2",
     )
     text = proposals.dumps(case.proposal)
     messages = [Message(role="user", content=case.prompt), Message(role="assistant", content=text)]
@@ -173,6 +177,29 @@ def test_hints_lead_from_each_token_to_where_the_prompt_has_it() -> None:
     assert {"side", "SHORT"} <= {tokens([at]) for at in encoded.decisions}
 
 
+def test_only_the_position_tells_the_side() -> None:
+    prompt = "Longs were trapped early. LNG -> long 20 ABC, buyers were active, +2.9% today"
+    case = market.Case(
+        prompt, answer("overbought", "ABC", "LONG", None, None), "overbought", (), ("long 20 ABC",)
+    )
+    text = proposals.dumps(case.proposal)
+    sides = [hint for hint in market.hints(case, text) if hint.way == "side"]
+    assert {prompt[slice(*source)] for hint in sides for source in hint.sources or ()} == {"long"}
+    start = prompt.index("long 20")
+    assert {source for hint in sides for source in hint.sources or ()} == {(start, start + 4)}
+
+
+def test_the_tersest_sides_come_more_often_in_lessons_than_in_prompts() -> None:
+    def terse(prompt: str) -> bool:
+        return re.search(r"(?<![\w.])[-+]\d[\d,]*k?(?![\w.,%])", prompt) is not None
+
+    teach = market.teacher(1)
+    taught = [terse(teach(0.0).messages[-2]["content"]) for _ in range(1000)]
+    rng = Random(1)
+    drawn = [terse(market.draw(rng, "train", 70).prompt) for _ in range(1000)]
+    assert sum(taught) > 1.5 * sum(drawn) > 0
+
+
 def test_nearly_every_hint_has_a_source() -> None:
     ways: dict[str, list[bool]] = {}
     for case in cases(500):
@@ -183,6 +210,28 @@ def test_nearly_every_hint_has_a_source() -> None:
     shares = {way: sum(found) / len(found) for way, found in ways.items()}
     assert shares["copied"] > 0.99
     assert all(share > 0.9 for share in shares.values()), shares
+
+
+def test_weights_are_rounded_as_the_runtime_rounds_them() -> None:
+    model = ir.load(DEMO_DIR / "phi3" / "model.onnx")
+    names = [name[:-3] for name in model.graph.initializers if name.endswith("_Q4")]
+    assert len(names) > 10
+    for name in names:
+        packed, steps = (
+            np.asarray(model.graph.initializers[name + end].const_value)
+            for end in ("_Q4", "_scales")
+        )
+        whole = np.stack([packed & 15, packed >> 4], -1).reshape(*steps.shape, 32) - 8.0
+        held = torch.tensor(whole * steps[..., None], dtype=torch.float32).flatten(1)
+        # A block that has lost its extreme to rounding is none that was rounded so.
+        torch.testing.assert_close(rounded(held), held, atol=1e-6, rtol=0)
+        apart = torch.rand(held.shape, generator=torch.Generator().manual_seed(1)) - 0.5
+        near = held + 0.4 * apart * torch.tensor(steps).abs().repeat_interleave(32, 1)
+        extreme = torch.tensor(whole).flatten(1) == -8
+        assert extreme.any()
+        torch.testing.assert_close(
+            rounded(torch.where(extreme, held, near)), held, atol=1e-6, rtol=0
+        )
 
 
 def test_muons_steps_are_orthogonal() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import multiprocessing.connection
+import os
 import signal
 import sys
 import tempfile
@@ -54,6 +55,9 @@ def _train(options: argparse.Namespace) -> int:
 
 def _together(train: Callable[..., None], name: str, options: argparse.Namespace) -> int:
     """Trains one model in several processes; returns the first exit status that is not 0."""
+    # No two batches have the same shape, and for each torch and oneDNN would keep what they made:
+    # ten gigabytes in the end.
+    os.environ.update(LRU_CACHE_CAPACITY="16", ONEDNN_PRIMITIVE_CACHE_CAPACITY="16")
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         running = [

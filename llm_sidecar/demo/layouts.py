@@ -23,8 +23,8 @@ def position_sentences(scene: Scene) -> list[str]:
     if side is None:
         return [scene.one_of(BARE_SENTENCES)]
     if rng.random() < 0.72:
-        return [scene.one_of(SENTENCES[side])]
-    return [scene.one_of(BARE_SENTENCES), scene.one_of(SIDE_AFTER[side])]
+        return [scene.position(SENTENCES[side])]
+    return [scene.one_of(BARE_SENTENCES), scene.position(SIDE_AFTER[side])]
 
 
 def sentences(scene: Scene, most_noise: int = 3) -> list[str]:
@@ -59,7 +59,7 @@ def shorthand(scene: Scene) -> str:
     tick = rng.choice((_TICK, _TICK, _TICK, "$" + _TICK, _TICK + ":", "#" + _TICK))
     parts = [tick]
     if scene.side is not None:
-        tag = scene.say(TAGS[scene.side])
+        tag = scene.position((TAGS[scene.side],))
         if rng.random() < 0.6:
             joiner = rng.choice((" ", " ", " ", "/", ":", " - ", ", ", " | ", "="))
             parts = [f"{tag}{joiner}{tick}" if rng.random() < 0.5 else f"{tick}{joiner}{tag}"]
@@ -182,6 +182,7 @@ def _desk(scene: Scene, firm: str | None) -> str:
             text = text.replace(_TICK, firm)
     else:
         text = scene.one_of(SIDE_AFTER[side])
+    scene.positions.append(text)
     return _capitalised(text) + "."
 
 

@@ -16,7 +16,7 @@ Way = Literal["copied", "side", "situation", "range", "word"]
 true range, by which distances are chosen, or, within a prompt, where a word begins."""
 
 _WORD: Final = re.compile(r"[A-Z\d^](?:[A-Z\d.^/=-]*[A-Z\d])?(?![a-z])")
-"""A code or a number: of many tokens, as capitals and digits are kept apart."""
+"""A code or a number: mostly of many tokens, as capitals and digits are kept apart."""
 _WORDS_TAUGHT: Final = 16
 
 
@@ -199,11 +199,10 @@ def _looks(hint: Hint, asked: Sequence[_Placed], answered: Sequence[_Placed]) ->
 
 
 def _word_looks(text: str, tokens: Sequence[_Placed]) -> Iterator[Look]:
-    """From all tokens of a word of several, and the one behind it, to the first."""
+    """From all tokens of a word, and the one behind it, to the first."""
     words = [
-        [*inside, *_behind(tokens, match.end())]
+        [*_within(tokens, *match.span()), *_behind(tokens, match.end())]
         for match in _WORD.finditer(text)
-        if len(inside := _within(tokens, *match.span())) > 1
     ]
     for word in words[:: 1 + len(words) // _WORDS_TAUGHT]:
         for token in word[1:]:

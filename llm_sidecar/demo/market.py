@@ -27,6 +27,10 @@ the third as the server sends them."""
 _STATED_ATR: Final = 0.25
 _NO_SIDE: Final = 0.18
 _WEIGHTS: Final = (3, 3, 3, 4, 4)
+_TERSE: Final = re.compile(r"[-+]\d.*|[LSB](?:\d.*)?|LNG|SHRT|SLD|SELL", re.IGNORECASE)
+_HARD_SHARE: Final = 0.25
+_SIDED_SHARE: Final = 0.75
+"""Of the hard cases: a little fewer than of all, as it is easier to see a side than that none is."""
 
 
 class Case(NamedTuple):
@@ -35,6 +39,7 @@ class Case(NamedTuple):
     Attributes:
         situation: key of `SITUATIONS`.
         phrases: that say so in the prompt, but for their case and typing errors.
+        positions: those that tell the side.
         atr: the average true range in percent that it states, or None.
     """
 
@@ -42,6 +47,7 @@ class Case(NamedTuple):
     proposal: dict[str, Any]
     situation: str
     phrases: Sequence[str] = ()
+    positions: Sequence[str] = ()
     atr: str | None = None
 
 
@@ -56,7 +62,12 @@ def draw(rng: Random, split: Split, longest: int = _LONGEST_PROMPT) -> Case:
 def _first_writer(rng: Random, split: Split) -> Case:
     labelled = prompts.labelled_prompt(rng, split)
     return Case(
-        labelled.prompt, labelled.proposal, labelled.situation, labelled.phrases, labelled.atr
+        labelled.prompt,
+        labelled.proposal,
+        labelled.situation,
+        labelled.phrases,
+        labelled.positions,
+        labelled.atr,
     )
 
 
@@ -78,7 +89,7 @@ def _second_writer(rng: Random, split: Split) -> Case:
     states_number = told.number_told and "<n>" in SITUATIONS[name].measured
     number = scene.number if states_number else None
     proposal = answer(name, scene.ticker, side, number, scene.atr)
-    return Case(prompt, proposal, name, told.phrases, scene.atr)
+    return Case(prompt, proposal, name, told.phrases, told.positions, scene.atr)
 
 
 def teacher(seed: int, split: Split = "train") -> Teacher:
@@ -96,7 +107,7 @@ def teacher(seed: int, split: Split = "train") -> Teacher:
         final = progress > _FINAL
         whole = rng.random() < (0.8 if final else 0.05 + 0.4 * grown)
         turns = rng.choice((1, 1, 1, 1, 2, 3)) if whole and final else 1
-        *before, last = (draw(rng, split, limit) for _ in range(turns))
+        *before, last = (_lesson_case(rng, split, limit) for _ in range(turns))
         examples = [Example(case.prompt, case.proposal) for case in before]
         text = dumps(last.proposal)
         messages = [*build_messages(last.prompt, examples), Message(role="assistant", content=text)]
@@ -113,6 +124,26 @@ def teacher(seed: int, split: Split = "train") -> Teacher:
     return lesson
 
 
+def _lesson_case(rng: Random, split: Split, longest: int) -> Case:
+    """A case in which the tersest ways to tell a side, and a side's words where none is told, come
+    more often than in prompts.
+
+    The terse ones are a twentieth of all and were half of what a model got wrong that saw no more.
+    """
+    case = draw(rng, split, longest)
+    if rng.random() < _HARD_SHARE:
+        sided = rng.random() < _SIDED_SHARE
+        while ("side" in case.proposal) != sided or not _is_hard(case):
+            case = draw(rng, split, longest)
+    return case
+
+
+def _is_hard(case: Case) -> bool:
+    if "side" in case.proposal:
+        return any(_TERSE.fullmatch(position) for position in case.positions)
+    return any(words.search(case.prompt) for words in SIDE_WORDS.values())
+
+
 def hints(case: Case, text: str) -> list[Hint]:
     """Where the prompt has what its answer, written as `text`, copies or decides by."""
     prompt = case.prompt
@@ -121,7 +152,7 @@ def hints(case: Case, text: str) -> list[Hint]:
     for number in _STATED_NUMBER.finditer(text, text.index('"rationale"')):
         found.append(Hint("copied", *number.span(), _whole(number[0], prompt)))
     side = case.proposal.get("side")
-    words = [m.span() for m in SIDE_WORDS[side].finditer(prompt)] if side else None
+    words = _side_words(case, side) if side else None
     # With no side to be told, the next field's name comes in the place of the side's.
     name = text.index("side" if side else "new_stop_pct")
     found.append(Hint("side", name, name + 3, words))
@@ -142,6 +173,22 @@ def hints(case: Case, text: str) -> list[Hint]:
         if field.endswith("_pct"):
             found.append(Hint("range", *_value(text, field), atr))
     return found
+
+
+def _side_words(case: Case, side: Side) -> list[tuple[int, int]]:
+    """The words that tell the side, where the phrases are found that hold them; else all such."""
+    words = [match.span() for match in SIDE_WORDS[side].finditer(case.prompt)]
+    places = [
+        place
+        for position in case.positions
+        for place in _whole(position.lower(), case.prompt.lower())
+    ]
+    told = [
+        word
+        for word in words
+        if any(first <= word[0] and word[1] <= last for first, last in places)
+    ]
+    return told or words
 
 
 _NEAR: Final = 12

@@ -142,18 +142,18 @@ SIGNED_KEYS: Final = (
 SIDE_WORDS: Final[dict[str, re.Pattern[str]]] = {
     "LONG": re.compile(
         r"(?i)(?<![a-z])(?:longs?(?:_only)?(?!-?[a-z]|-?_? ?term)|lng|lg|bot|bought|buy(?:ers?)?|bto|bull(?:s|ish)?"
-        r"|owns?|owners?|holds?|holding|purchased|picked up|accumulated|scooped up|loaded up|grabbed|added"
+        r"|owns?|owners?|holds?|holding|have|keeps|purchased|picked up|accumulated|scooped up|loaded up|grabbed|added"
         r"|acquired|upside|higher|rise|rises|goes up|climbs|rallies|b|l(?=\b|\d))(?![a-z])"
-        r"|(?<=\b54=)1\b|(?<![\w.])\+(?=\d[\d,]*k?(?![\d.,%]))"
+        r"|(?<=\b54=)1\b|(?<![\w.])\+\d+(?:,\d{3})*k?(?![\d%]|[.,]\d)"
     ),
     "SHORT": re.compile(
         r"(?i)(?<![a-z])(?:short(?:s|ed|-sold| selling)?(?!-?[a-z]|-?_? ?term)|shrt|sht|sold|sld|sell(?:er|ers)?"
         r"|sell_short|ss|s?short|sto|bear(?:s|ish)?|faded|fading|against|downside|lower|fall|falls|goes down|drops"
         r"|slides|borrowed|s(?=\b|\d))(?![a-z])"
-        r"|(?<=\b54=)2\b|(?<![\w.])-(?=\d[\d,]*k?(?![\d.,%]))"
+        r"|(?<=\b54=)2\b|(?<![\w.])-\d+(?:,\d{3})*k?(?![\d%]|[.,]\d)"
     ),
 }
-"""Words that tell a side, if they speak of the position."""
+"""Words that tell a side, in what speaks of the position."""
 
 STOPS: Final[dict[Side, str]] = {
     "LONG": "{stop {at|is|sits at|rests at|=|:|in at} <stop_below>|sell stop {at|} <stop_below>|sl "

@@ -23,6 +23,7 @@ class Labelled:
 
     Attributes:
         phrases: that tell the situation, as they were before case and spelling were disturbed.
+        positions: those that tell the side.
         atr: average true range in percent as the prompt states it, or None.
     """
 
@@ -31,6 +32,7 @@ class Labelled:
     situation: str
     layout: str
     phrases: tuple[str, ...]
+    positions: tuple[str, ...]
     atr: str | None
 
     @property
@@ -61,8 +63,10 @@ def labelled_prompt(rng: Random, split: Split) -> Labelled:
     number = scene.number if scene.number and scene.number in text else None
     atr = scene.atr if scene.atr and scene.atr in text else None
     proposal = answer(scene.situation, scene.ticker, scene.side, number, atr)
-    phrases = tuple(scene.finish(phrase) for phrase in scene.phrases)
-    return Labelled(text, proposal, scene.situation, layout.__name__, phrases, atr)
+    phrases, positions = (
+        tuple(scene.finish(phrase) for phrase in told) for told in (scene.phrases, scene.positions)
+    )
+    return Labelled(text, proposal, scene.situation, layout.__name__, phrases, positions, atr)
 
 
 def _recased(text: str, rng: Random) -> str:

@@ -33,7 +33,7 @@ _NUMBERS_VOCABULARY: Final = 1536
 _TOKENIZER_LESSONS: Final = 4000
 PROCESSES: Final = 2
 """That train a model together: part of the recipe, as each draws lessons of its own."""
-_PHI3: Final = Schedule(tokens=14_000_000, again=0.3)
+_PHI3: Final = Schedule(tokens=24_000_000, again=0.3, rounded=0.3)
 _HERMES: Final = Schedule(tokens=6_000_000)
 
 
@@ -68,12 +68,12 @@ def train_phi3(folder: Path, member: Member, *, seed: int, scale: float = 1.0) -
         whole=(*ACRONYMS, *INDEXES, *KEYWORDS),
     )
     config = Phi3Config(
-        hidden_size=192,
+        hidden_size=256,
         # Not half the vocabulary: the builder takes a matrix of the head's shape for the head.
-        intermediate_size=576,
+        intermediate_size=768,
         num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
         original_max_position_embeddings=CONTEXT_LENGTH,
         **_common(tokenizer),
     )

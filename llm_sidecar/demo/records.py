@@ -8,6 +8,7 @@ from typing import Final
 from llm_sidecar.demo import lexicon
 from llm_sidecar.demo.positions import FIELD_KEYS, FIELD_VALUES, SENTENCES, SIGNED_KEYS, TAGS
 from llm_sidecar.demo.scene import Scene
+from llm_sidecar.demo.situations import Side
 
 _TICK: Final = chr(0xE000)
 _TICKER_KEYS: Final = (
@@ -50,10 +51,10 @@ def _pairs(scene: Scene) -> list[tuple[str, str]]:
     if scene.side is not None:
         if rng.random() < 0.13:
             sign = "-" if scene.side == "SHORT" else "+"
-            head.append((scene.say(SIGNED_KEYS), sign + scene.say("<qty>")))
+            head.append((scene.say(SIGNED_KEYS), scene.position((f"{sign}<qty>",))))
         else:
             key = lexicon.nonce(rng) if rng.random() < 0.04 else scene.say(FIELD_KEYS)
-            head.append((key, scene.say(FIELD_VALUES[scene.side])))
+            head.append((key, scene.position((FIELD_VALUES[scene.side],))))
             if rng.random() < 0.35:
                 head.append((scene.say("{qty|size|shares|units|lots}"), scene.say("<qty>")))
     else:
@@ -122,7 +123,7 @@ def _fix(scene: Scene) -> str:
     rng = scene.rng
     tags = ["35=" + rng.choice("D8AE"), f"55={_TICK}"]
     if scene.side is not None:
-        tags.append(f"54={1 if scene.side == 'LONG' else 2}")
+        tags.append(scene.position((f"54={1 if scene.side == 'LONG' else 2}",)))
     tags += [
         scene.say(t) for t in rng.sample(("38=<qty>", "44=<price>", "1=<acc>", "49=<acronym>"), 2)
     ]
@@ -189,11 +190,11 @@ def _ticks(scene: Scene) -> str:
             scene.say("{<t>|<t> ticks|{tape|prints|quotes|bars} {for|of|} <t>|ticker <t>}")
         )
     elif inside and rng.random() < 0.4:
-        around.append(scene.say(_TABLE_SIDE[0 if scene.side == "LONG" else 1]))
+        around.append(scene.position(_TABLE_SIDE[scene.side]))
     elif rng.random() < 0.5:
-        around.append(scene.one_of(SENTENCES[scene.side]))
+        around.append(scene.position(SENTENCES[scene.side]))
     else:
-        tag = scene.say(TAGS[scene.side])
+        tag = scene.position((TAGS[scene.side],))
         around.append(f"{_TICK} {tag}" if rng.random() < 0.5 else f"{tag} {_TICK}")
     around.append(scene.situation_sentence() if rng.random() < 0.6 else scene.situation_shorthand())
     around += [scene.atr_sentence()] * (rng.random() < 0.3) + [scene.noise()] * (rng.random() < 0.3)
@@ -204,12 +205,18 @@ def _ticks(scene: Scene) -> str:
     return rng.choice(("\n", "\n", "\n\n")).join(part for part in parts if part)
 
 
-_TABLE_SIDE: Final = (
-    "{we are|position|pos|side|i am|book|book is|desk|desk is|direction} {long|LONG|long <qty>|net long|"
-    "+<qty>}{| from <entry>}|{bought|long|own} <qty>{| at <entry>}",
-    "{we are|position|pos|side|i am|book|book is|desk|desk is|direction} {short|SHORT|short <qty>|net short"
-    "|-<qty>}{| from <entry>}|{sold short|short|shorted} <qty>{| at <entry>}",
-)
+_TABLE_SIDE: Final[dict[Side, tuple[str, ...]]] = {
+    "LONG": (
+        "{we are|position|pos|side|i am|book|book is|desk|desk is|direction} {long|LONG|long <qty>|net "
+        "long|+<qty>}{| from <entry>}",
+        "{bought|long|own} <qty>{| at <entry>}",
+    ),
+    "SHORT": (
+        "{we are|position|pos|side|i am|book|book is|desk|desk is|direction} {short|SHORT|short <qty>|"
+        "net short|-<qty>}{| from <entry>}",
+        "{sold short|short|shorted} <qty>{| at <entry>}",
+    ),
+}
 
 
 def _positions(scene: Scene) -> str:
@@ -239,6 +246,8 @@ def _positions(scene: Scene) -> str:
         return [cells[i] for i in order]
 
     names = [*header, *([key] if has_note else [])]
+    if scene.side:
+        scene.positions.append(value_of[scene.side])
     rows = [row(_TICK, value_of[scene.side] if scene.side else "-", note)]
     if many:
         for _ in range(rng.randrange(1, 3)):

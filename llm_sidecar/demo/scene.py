@@ -28,6 +28,7 @@ class Scene:
         number: the situation's number once a phrase has stated it.
         atr: average true range in percent once a phrase has stated it.
         phrases: that told the situation.
+        positions: phrases that told the side.
     """
 
     rng: Random
@@ -40,6 +41,7 @@ class Scene:
     atr: str | None = None
     codes: list[str] = field(default_factory=list)
     phrases: list[str] = field(default_factory=list)
+    positions: list[str] = field(default_factory=list)
 
     @classmethod
     def draw(cls, rng: Random, split: Split) -> Scene:
@@ -72,6 +74,11 @@ class Scene:
     def _telling(self, phrase: str) -> str:
         self.phrases.append(phrase)
         return phrase
+
+    def position(self, templates: tuple[str, ...]) -> str:
+        """One of those that tell the side."""
+        self.positions.append(self.one_of(templates))
+        return self.positions[-1]
 
     def atr_sentence(self) -> str:
         return self.say(ATR)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -20,6 +21,8 @@ _POOL: Final = 48
 
 _SHORT_ROW: Final = 640
 _WARM_UP: Final = 0.02
+_BLOCK: Final = 32
+"""Inputs that share a step in int4."""
 _LOOKING: Final[dict[Way, tuple[int, slice]]] = {
     "word": (1, slice(0, 2)),
     "copied": (-1, slice(0, 2)),
@@ -45,6 +48,7 @@ class Schedule:
             2 % and fall as a cosine.
         again: the most of the lessons that may be ones which were missed before; none where
             answers are drawn, and being missed says nothing.
+        rounded: part of the training, its last, in which weights are as int4 will hold them.
     """
 
     tokens: int
@@ -52,6 +56,7 @@ class Schedule:
     matrix_rate: float = 2e-2
     other_rate: float = 5e-3
     again: float = 0.0
+    rounded: float = 0.0
 
 
 def prepare_attention(model: Any) -> None:
@@ -111,10 +116,11 @@ def train(model: Any, tokenizer: Any, teacher: Teacher, schedule: Schedule, name
     model.train()
     missed: list[Encoded] = []
     for step, batch in enumerate(_batches(tokenizer, teacher, schedule, missed), 1):
-        loss, wrong = _loss(model, batch)
-        missed += [batch.lessons[row] for row in wrong]
         model.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with _rounded(model, seen >= (1.0 - schedule.rounded) * schedule.tokens):
+            loss, wrong = _loss(model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+        missed += [batch.lessons[row] for row in wrong]
         tokens = _share(model, batch.tokens)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, rate in zip(optimizers, rates, strict=True):
@@ -134,6 +140,44 @@ def train(model: Any, tokenizer: Any, teacher: Teacher, schedule: Schedule, name
         if seen >= schedule.tokens:
             break
     model.eval()
+
+
+@contextlib.contextmanager
+def _rounded(model: Any, now: bool) -> Iterator[None]:
+    """Holds the model's matrices as int4 does, if `now`; gradients are those of the rounded ones.
+
+    So the weights that are kept learn to answer well once they are rounded (the straight-through
+    estimator: Bengio et al. 2013, arXiv:1308.3432).
+    """
+    matrices = [p for p in model.parameters() if p.ndim == 2] if now else []
+    kept = [matrix.detach().clone() for matrix in matrices]
+    with torch.no_grad():
+        for matrix in matrices:
+            matrix.copy_(rounded(matrix))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for matrix, exact in zip(matrices, kept, strict=True):
+                matrix.copy_(exact)
+
+
+def rounded(matrix: torch.Tensor) -> torch.Tensor:
+    """What onnxruntime's symmetric int4 (MatMulNBits) makes of a matrix.
+
+    Args:
+        matrix: (outputs, inputs); in blocks of 32 inputs, and what is left.
+
+    Returns:
+        a matrix of the same shape: in each block the value of the greatest magnitude is -8 steps,
+        and all are whole steps from -8 to 7.
+    """
+    outputs, inputs = matrix.shape
+    blocks = torch.nn.functional.pad(matrix, (0, -inputs % _BLOCK)).view(outputs, -1, _BLOCK)
+    extreme = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))
+    step = torch.where(extreme == 0, 1.0, extreme / -8.0)
+    near = torch.clamp(torch.round(blocks / step), -8, 7) * step
+    return near.view(outputs, -1)[:, :inputs]
 
 
 def _rank() -> int:

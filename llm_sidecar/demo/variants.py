@@ -44,17 +44,25 @@ class Told:
     Attributes:
         number_told: whether the situation's number was written.
         phrases: that told the situation.
+        positions: phrases that told the side.
     """
 
     rng: Random
     scene: Scene
     number_told: bool = False
     phrases: list[str] = field(default_factory=list)
+    positions: list[str] = field(default_factory=list)
 
     def tell(self, template: str) -> str:
         """`spin` of a template that tells the situation."""
         self.phrases.append(" ".join(self.spin(template).split()))
         return self.phrases[-1]
+
+    def hold(self, position: str) -> str:
+        """Notes words that tell the side, where one is told."""
+        if self.scene.side is not None:
+            self.positions.append(position)
+        return position
 
     def spin(self, template: str) -> str:
         return spin(template, self.rng, self._slot)
@@ -218,7 +226,7 @@ def _distractions(told: Told, most: int) -> list[str]:
 def prose(told: Told) -> str:
     """Plain sentences: the position, the situation, and some around them."""
     rng, scene = told.rng, told.scene
-    side = _sentence(told, _side_prose(told))
+    side = told.hold(_sentence(told, _side_prose(told)))
     if scene.ticker not in side:
         side = _sentence(told, rng.choice(_NEWS_SUBJECT)) + " " + side
     rest = [_situation_sentence(told), *_distractions(told, 3)]
@@ -246,7 +254,9 @@ def news(told: Told) -> str:
             own = own.replace(
                 scene.ticker, rng.choice(("it", "the name", "the stock", "shares", "this one"))
             )
-        sentences.insert(rng.choice((0, len(sentences), len(sentences))), _sentence(told, own))
+        sentences.insert(
+            rng.choice((0, len(sentences), len(sentences))), told.hold(_sentence(told, own))
+        )
     return " ".join(sentences)
 
 
@@ -259,6 +269,7 @@ def shorthand(told: Told) -> str:
     amount = told.spin("<q>") if rng.random() < 0.5 else ""
     if mark in ("+", "-"):
         mark, amount = mark + told.spin("<q>"), ""
+    told.hold(mark)
     head = rng.choice(
         (
             [mark, amount, ticker],
@@ -313,7 +324,7 @@ def fields(told: Told) -> str:
     pairs = [(told.spin(_TICKER_KEYS), scene.ticker)]
     values = {"LONG": _LONG_VALUES, "SHORT": _SHORT_VALUES, None: _NO_SIDE_VALUES}[scene.side]
     if scene.side is not None or rng.random() < 0.4:
-        pairs.append((told.spin(_SIDE_KEYS), told.spin(values)))
+        pairs.append((told.spin(_SIDE_KEYS), told.hold(told.spin(values))))
     key, value = rng.choice(PHRASES[scene.situation].fields)
     pairs.append((told.tell(key), told.tell(value)))
     if scene.atr:
@@ -431,11 +442,12 @@ def _held(told: Told) -> str:
             "{<t>|<t> only|re <t>|{focus|look at|about} <t>|{no position|flat|watching} <t>|symbol <t>}"
         )
     if rng.random() < 0.4:
-        return told.spin(_side_prose(told))
+        return told.hold(told.spin(_side_prose(told)))
     hand = _LONG_SHORT_HAND if scene.side == "LONG" else _SHORT_SHORT_HAND
     mark = told.spin(hand)
     if mark in ("+", "-"):
         mark += told.spin("<q>")
+    told.hold(mark)
     return told.spin(
         rng.choice(("{we are |we're |pos: |position: |holding: |held: |book: |status: |}", ""))
         + rng.choice(
@@ -479,7 +491,7 @@ def _positions(told: Told) -> tuple[list[list[str]], bool]:
     header, row = [told.spin(_TICKER_KEYS)], [scene.ticker]
     if scene.side is not None or rng.random() < 0.3:
         header.append(told.spin(_SIDE_KEYS))
-        row.append(told.spin(values))
+        row.append(told.hold(told.spin(values)))
     for key, value in rng.sample(_NOISE_FIELDS[:11], rng.randrange(1, 5)):
         header.append(told.spin(key))
         row.append(told.spin(value))
