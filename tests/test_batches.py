@@ -15,7 +15,7 @@ from transformers import DynamicCache, LlamaConfig, MistralConfig, Phi3Config
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
-from llm_sidecar.engines.base import Together
+from llm_sidecar.engines.base import Delta, Together
 from llm_sidecar.engines.batches import MOST
 from llm_sidecar.engines.generation import Generation
 from llm_sidecar.engines.ort import OrtEngine
@@ -70,8 +70,9 @@ class Written:
         self.text: dict[int, str] = {}
         self.ended: dict[int, tuple[str, int, str | None]] = {}
 
-    def step(self) -> None:
-        for number, delta in self.batch.step():
+    def step(self) -> list[tuple[int, Delta]]:
+        deltas = self.batch.step()
+        for number, delta in deltas:
             self.text[number] = self.text.get(number, "") + delta.text
             if delta.finish_reason is not None:
                 self.ended[number] = (
@@ -79,6 +80,8 @@ class Written:
                     delta.completion_tokens,
                     delta.finish_reason,
                 )
+
+        return deltas
 
     def to_the_end(self) -> None:
         while self.batch:
@@ -245,7 +248,9 @@ def test_rows_for_which_there_is_no_memory_wait_their_turn(
     written = Written(engine.together())
     for number, one in enumerate(requests):
         written.batch.add(number, one)
-    written.to_the_end()
+    while written.batch:
+        count = len(written.batch)
+        assert len(written.step()) == count
     assert [written.ended[number] for number in range(len(requests))] == expected
     # The short ones take less.
     assert {0, 2, 3} in together

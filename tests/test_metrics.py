@@ -11,6 +11,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from llm_sidecar.engines.batches import MOST
 from llm_sidecar.settings import Settings
 from llm_sidecar.telemetry.calls import ModelCall
 from llm_sidecar.telemetry.metrics import Metrics
@@ -231,10 +232,11 @@ def test_running_and_waiting_calls_show_and_a_client_that_hangs_up_is_no_answer(
     async def hang_up_midway() -> None:
         async with httpx.AsyncClient(base_url=measured.url, timeout=60) as client:
             asking = [
-                asyncio.create_task(client.post("/generate/hermes", json=long)) for _ in range(3)
+                asyncio.create_task(client.post("/generate/hermes", json=long))
+                for _ in range(MOST + 2)
             ]
             seen = (0.0, 0.0)
-            while seen != (1.0, 2.0):
+            while seen != (MOST, 2.0):
                 text = MetricsText((await client.get("/metrics")).text)
                 seen = (
                     text.value("sidecar_requests_running", model="hermes"),
@@ -247,11 +249,11 @@ def test_running_and_waiting_calls_show_and_a_client_that_hangs_up_is_no_answer(
     before = scrape(measured)
     asyncio.run(asyncio.wait_for(hang_up_midway(), 60))
     errors = "sidecar_request_errors_total"
-    measured.wait_until(lambda: rise(before, scrape(measured), errors, **gone) == 3)
+    measured.wait_until(lambda: rise(before, scrape(measured), errors, **gone) == MOST + 2)
     after = scrape(measured)
     assert rise(before, after, "sidecar_request_success_total", model="hermes") == 0
     assert after.value("sidecar_requests_waiting", model="hermes") == 0
-    assert after.value("http_requests_total", handler="/generate/hermes", status="4xx") == 3
+    assert after.value("http_requests_total", handler="/generate/hermes", status="4xx") == MOST + 2
 
 
 def test_a_worker_that_dies_is_counted_as_a_restart(measured: LiveServer) -> None:

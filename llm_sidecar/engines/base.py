@@ -160,7 +160,7 @@ class Together(Protocol):
         ...
 
     def step(self) -> list[tuple[int, Delta]]:
-        """What each of them wrote; those with a finish reason are gone afterwards.
+        """What each of them wrote, be it nothing; those with a finish reason are gone afterwards.
 
         Raises:
             Exception: the runtime failed, and all of them with it; none is left.

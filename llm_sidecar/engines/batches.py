@@ -137,12 +137,15 @@ class Batches(Generic[C]):
                 yield number, row.generation.delta()
         if not writing:
             return
-        writing = self._that_fit(writing)
-        for number, logits in self._logits(writing).items():
-            row = writing[number]
+        fitting = self._that_fit(writing)
+        for number, logits in self._logits(fitting).items():
+            row = fitting[number]
             yield number, row.generation.take(logits)
             if row.generation.over:
                 self.remove(number)
+        # Those that wait can be given up, too.
+        for number in writing.keys() - fitting.keys():
+            yield number, writing[number].generation.delta()
 
     def _that_fit(self, rows: dict[int, _Row[C]]) -> dict[int, _Row[C]]:
         """The rows for which there is memory, all taking as much as the longest: those that are in
