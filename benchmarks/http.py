@@ -143,7 +143,8 @@ def observed(rounds: int) -> None:
         for server in servers.values():
             server.wait_until_ready()
         for what, path, body, clients, requests in (
-            ("proposals", "/propose_trade_adjustments/", PROMPT, 4, 20),
+            # For seconds, as the first of each turn are profiled and few of the others.
+            ("proposals", "/propose_trade_adjustments/", PROMPT, 4, 120),
             ("feedback", "/feedback/phi3/", FEEDBACK, CLIENTS, 500),
         ):
             message = load.request("POST", path, json.dumps(body).encode(), {"X-API-Key": KEY})

@@ -152,7 +152,7 @@ def test_under_load_few_requests_are_profiled(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("time.monotonic", lambda: clock)
     profiling = Profiling()
     assert [profiling.admits() for _ in range(5)] == 3 * [True] + 2 * [False]
-    clock += 5
+    clock += 25
     assert [profiling.admits() for _ in range(3)] == [True, True, False]
     clock += 3600
     assert sum(profiling.admits() for _ in range(100)) == 3

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import datetime
 import errno
+import gc
 import logging
 import os
+import sys
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -320,8 +322,13 @@ async def _build_indices(table: Any, *, again: bool = False) -> None:
 
 
 def _import_lancedb() -> Any:
+    first = "lancedb" not in sys.modules
     import lancedb
 
+    if first:
+        # What is loaded by now stays: to look through all of it at each full collection of garbage
+        # would stop the process for as long as a request takes.
+        gc.freeze()
     return lancedb
 
 

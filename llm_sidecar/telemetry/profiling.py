@@ -31,7 +31,7 @@ _UNPROFILED: Final = (*UNOBSERVED, "/stream/")
 
 _INTERVAL: Final = 0.01
 """Seconds between two samples, of which each costs every request of the moment some time."""
-_PER_SECOND: Final = 0.5
+_PER_SECOND: Final = 0.1
 _AT_ONCE: Final = 3.0
 """Requests that are profiled, in the long run and at once: samples cost some percent of a core, and
 under load the latest profile is as good as any."""
