@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from llm_sidecar.engines.ort import OrtEngine
 from llm_sidecar.engines.torch import TextDecoder, TorchEngine
 from llm_sidecar.engines.torch_rows import empty_cache, most_together
 from llm_sidecar.errors import AdapterRejected, InvalidRequest
+from tests.live_server import ROOT
 
 AnyEngine = TorchEngine | OrtEngine
 
@@ -276,6 +279,15 @@ def test_both_onnx_engines_agree(ort_engine: OrtEngine, random_hermes_onnx: Path
     its_tokens, its_probabilities = other.next_token(critique)
     assert tokens == its_tokens
     np.testing.assert_allclose(probabilities, its_probabilities, atol=1e-6)
+
+
+def test_a_guided_models_worker_does_without_plain_onnxruntime(random_phi3_onnx: Path) -> None:
+    code = (
+        "import pathlib, sys; from llm_sidecar.engines import load_engine; "
+        "load_engine(pathlib.Path(sys.argv[1]), device='cpu'); "
+        "sys.exit('onnxruntime' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(random_phi3_onnx)], cwd=ROOT, check=True)
 
 
 def test_what_needs_more_runs_on_the_whole_runtime(

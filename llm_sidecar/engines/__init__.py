@@ -49,11 +49,14 @@ def load_engine(
     """
     if (folder / "genai_config.json").is_file():
         from llm_sidecar.engines.onnx import OnnxEngine, has_cuda
-        from llm_sidecar.engines.ort import OrtEngine, runs_here
 
         on_cpu = device == "cpu" or (device == "auto" and not has_cuda())
-        if on_cpu and adapter is None and not guided and runs_here(folder):
-            return OrtEngine(folder, threads=threads)
+        if on_cpu and adapter is None and not guided:
+            # It takes tens of megabytes, which a guided model's worker does without.
+            from llm_sidecar.engines.ort import OrtEngine, runs_here
+
+            if runs_here(folder):
+                return OrtEngine(folder, threads=threads)
         return OnnxEngine(folder, device=device, threads=threads, adapter=adapter)
     if (folder / "config.json").is_file():
         from llm_sidecar.engines.torch import TorchEngine

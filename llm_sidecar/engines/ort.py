@@ -35,8 +35,6 @@ from llm_sidecar.errors import AdapterRejected, ModelUnavailable
 _SIZE_STEP: Final = 128
 """Tokens by which memory for states grows."""
 _INPUTS: Final = {"input_ids", "attention_mask", "position_ids"}
-SPINNING: Final = {"session.intra_op.allow_spinning": "0"}
-"""Of a session's threads."""
 _DTYPES: Final = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _ARCHITECTURES: Final = {"llama", "mistral", "qwen2", "qwen3"}
 """Of these no row's positions depend on the others'; a Phi-3 of long context counts all alike."""
@@ -60,7 +58,8 @@ class States:
         self._model = model
         self.size = -(-size // _SIZE_STEP) * _SIZE_STEP
         self.arrays = [
-            np.zeros((rows, heads, self.size, width), model.dtype) for heads, width in model.widths
+            np.zeros((rows, model.heads, self.size, model.width), model.dtype)
+            for _ in range(model.arrays)
         ]
         self.lengths = [0] * rows
 
@@ -88,7 +87,8 @@ class OrtModel:
     """The session, and what it has to be given.
 
     Attributes:
-        widths: heads and the width of each, of every states' input, in the order of `names`.
+        arrays: of states, a key's and a value's for each layer.
+        heads, width: of each of them.
         dtype: of the states.
     """
 
@@ -100,8 +100,8 @@ class OrtModel:
         """
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        for name, value in SPINNING.items():
-            options.add_session_config_entry(name, value)
+        # The other model's threads need the cores that these would wait on.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session = onnxruntime.InferenceSession(
             folder / decoder["filename"], options, providers=["CPUExecutionProvider"]
         )
@@ -118,7 +118,8 @@ class OrtModel:
         if kind not in _DTYPES:
             raise ModelUnavailable(f"its attention states are {kind}, which a CPU does not take")
         self.dtype = _DTYPES[kind]
-        self.widths = [(decoder["num_key_value_heads"], decoder["head_size"]) for _ in self._names]
+        self.arrays = len(self._names)
+        self.heads, self.width = decoder["num_key_value_heads"], decoder["head_size"]
         self._takes_positions = "position_ids" in inputs
 
     def run(self, ids: npt.NDArray[np.int64], states: States, rows: int) -> Any:
