@@ -19,6 +19,7 @@ from llm_sidecar.db.place import Place
 from llm_sidecar.db.schema import FEEDBACK, TABLES, is_known
 from llm_sidecar.db.tables import FRAGMENTS, Tables, one_line, open_tables
 from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.resident import release_code
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -347,6 +348,8 @@ class Writer:
         self._swept = time.monotonic()
         await self._count_fragments(tables)
         self.tables = tables
+        # By now nearly all has been imported, and most of what that ran is not run again.
+        await asyncio.to_thread(release_code)
         await self._set_open()
 
     async def _set_open(self) -> None:

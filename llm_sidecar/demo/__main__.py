@@ -55,9 +55,8 @@ def _train(options: argparse.Namespace) -> int:
 
 def _together(train: Callable[..., None], name: str, options: argparse.Namespace) -> int:
     """Trains one model in several processes; returns the first exit status that is not 0."""
-    # No two batches have the same shape, and for each torch and oneDNN would keep what they made:
-    # ten gigabytes in the end.
-    os.environ.update(LRU_CACHE_CAPACITY="16", ONEDNN_PRIMITIVE_CACHE_CAPACITY="16")
+    # Room for all shapes of batches: what torch and oneDNN compiled for one is not compiled again.
+    os.environ.update(LRU_CACHE_CAPACITY="2048", ONEDNN_PRIMITIVE_CACHE_CAPACITY="2048")
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         running = [

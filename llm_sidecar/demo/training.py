@@ -20,6 +20,8 @@ _POOL: Final = 48
 """Batches' worth of examples that are sorted by length together, so that little is padding."""
 
 _SHORT_ROW: Final = 640
+_HEAD_ROWS: Final = 128
+"""The head works on a multiple of these, for the same reason as `_width`."""
 _WARM_UP: Final = 0.02
 _BLOCK: Final = 32
 """Inputs that share a step in int4."""
@@ -220,18 +222,20 @@ def _loss(model: Any, batch: _Batch) -> tuple[torch.Tensor, list[int]]:
     # slow where it has not.
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16()):
         found = model.model(input_ids=batch.ids, use_cache=False, output_attentions=looking)
-        labelled = batch.labels[:, 1:] != IGNORED
-        logits = model.lm_head(found.last_hidden_state[:, :-1][labelled])
-    losses = torch.nn.functional.cross_entropy(
-        logits.float(), batch.labels[:, 1:][labelled], reduction="none"
-    )
+        labelled = (batch.labels[:, 1:] != IGNORED).nonzero()
+        count = len(labelled)
+        padded = torch.nn.functional.pad(labelled, (0, 0, 0, -count % _HEAD_ROWS))
+        at = padded.unbind(1)
+        logits = model.lm_head(found.last_hidden_state[at])
+    labels = batch.labels[:, 1:][at]
+    losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
     weights = batch.weights[:, 1:]
-    weights = (weights / weights.sum(1, keepdim=True))[labelled]
-    loss = (losses * weights).sum() / len(batch.ids)
+    weights = (weights / weights.sum(1, keepdim=True))[at]
+    loss = (losses * weights)[:count].sum() / len(batch.ids)
     if looking:
         loss = loss + _LOOKING_WEIGHT * _looking(found.attentions, batch)
-    wrong = logits.argmax(-1) != batch.labels[:, 1:][labelled]
-    return loss, sorted(set(labelled.nonzero()[:, 0][wrong].tolist()))
+    wrong = (logits.argmax(-1) != labels)[:count]
+    return loss, sorted(set(labelled[wrong][:, 0].tolist()))
 
 
 def _looking(attentions: Sequence[torch.Tensor], batch: _Batch) -> torch.Tensor:
@@ -281,6 +285,9 @@ def _batches(
 ) -> Iterator[_Batch]:
     """Batches of lessons of similar length, in random order.
 
+    There are few shapes of them: for a new one, oneDNN compiles each product of matrices anew, which
+    takes ten times as long as the product. What does not fill a batch waits for the next pool.
+
     Lessons that were missed are given once more: in the end most are known, and what is rare is
     learned of these (as hard examples are mined: Shrivastava et al. 2016, "Training Region-based
     Object Detectors with Online Hard Example Mining", arXiv:1604.03540).
@@ -290,9 +297,10 @@ def _batches(
     """
     shuffle = torch.Generator().manual_seed(0)
     drawn = 0
+    waiting: dict[int, list[Encoded]] = {}
     while True:
         progress = min(1.0, drawn * _processes() / schedule.tokens)
-        batch_tokens = round(schedule.batch_tokens * (1.0 + 2.0 * progress))
+        batch_tokens = round(schedule.batch_tokens * (1.0 + 0.5 * round(4.0 * progress)))
         pool: list[Encoded] = []
         size = 0
         for index in torch.randperm(len(missed), generator=shuffle).tolist():
@@ -304,19 +312,26 @@ def _batches(
             pool.append(encode(tokenizer, teacher(progress)))
             size += len(pool[-1].ids)
         drawn += size
-        pool.sort(key=lambda encoded: len(encoded.ids))
-        batches: list[list[Encoded]] = [[]]
         for encoded in pool:
-            if (len(batches[-1]) + 1) * len(encoded.ids) > batch_tokens:
-                batches.append([])
-            batches[-1].append(encoded)
+            waiting.setdefault(_width(len(encoded.ids)), []).append(encoded)
+        batches: list[tuple[list[Encoded], int]] = []
+        for width, lessons in waiting.items():
+            rows = max(1, batch_tokens // width)
+            while len(lessons) >= rows:
+                batches.append((lessons[:rows], width))
+                del lessons[:rows]
         for index in torch.randperm(len(batches), generator=shuffle).tolist():
-            if batches[index]:
-                yield _padded(batches[index], tokenizer.pad_token_id)
+            lessons, width = batches[index]
+            yield _padded(lessons, width, tokenizer.pad_token_id)
 
 
-def _padded(batch: list[Encoded], pad: int) -> _Batch:
-    width = max(len(encoded.ids) for encoded in batch)
+def _width(tokens: int) -> int:
+    """Tokens of a row that takes a lesson of so many: one of eight widths an octave."""
+    step = max(16, 1 << (tokens.bit_length() - 4))
+    return -(-tokens // step) * step
+
+
+def _padded(batch: list[Encoded], width: int, pad: int) -> _Batch:
     ids = torch.full((len(batch), width), pad)
     labels = torch.full((len(batch), width), IGNORED)
     for row, encoded in enumerate(batch):

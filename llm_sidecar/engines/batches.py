@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, Protocol, TypeVar
 
@@ -66,6 +66,16 @@ class BatchingEngine(Protocol[C]):
                 and is of no use afterwards.
         """
         ...
+
+
+def stream_alone(engine: BatchingEngine[C], request: GenerationRequest) -> Generator[Delta]:
+    """One completion by itself, as `Engine.stream` gives it."""
+    generation = engine.begin(request)
+    with engine.borrowed(generation) as kept:
+        for _ in engine.reading(generation, kept):
+            yield generation.delta()
+        while not generation.over:
+            yield generation.take(engine.forward(generation.pending, kept.cache)[-1])
 
 
 @dataclass(slots=True)

@@ -26,7 +26,7 @@ from llm_sidecar.engines.base import (
     prefill_steps,
     softmax,
 )
-from llm_sidecar.engines.batches import MOST, Batches
+from llm_sidecar.engines.batches import MOST, Batches, stream_alone
 from llm_sidecar.engines.chat import ChatTokenizer
 from llm_sidecar.engines.generation import Generation, Logits
 from llm_sidecar.engines.prefixes import Kept, Prefixes, shared_prefix
@@ -220,12 +220,7 @@ class OrtEngine:
         self._rows = OrtRows(self.model)
 
     def stream(self, request: GenerationRequest) -> Generator[Delta]:
-        generation = self.begin(request)
-        with self.borrowed(generation) as kept:
-            for _ in self.reading(generation, kept):
-                yield generation.delta()
-            while not generation.over:
-                yield generation.take(self.forward(generation.pending, kept.cache)[-1])
+        return stream_alone(self, request)
 
     def together(self) -> Batches[States]:
         return Batches(self)

@@ -34,7 +34,7 @@ from llm_sidecar.engines.base import (
     prefill_steps,
     softmax,
 )
-from llm_sidecar.engines.batches import Batches
+from llm_sidecar.engines.batches import Batches, stream_alone
 from llm_sidecar.engines.generation import Generation, Logits
 from llm_sidecar.engines.peft_files import WEIGHTS_FILE, matrix_of, read_config
 from llm_sidecar.engines.prefixes import Kept, Prefixes
@@ -135,12 +135,7 @@ class TorchEngine:
             self.use_adapter(adapter)
 
     def stream(self, request: GenerationRequest) -> Generator[Delta]:
-        generation = self.begin(request)
-        with self.borrowed(generation) as kept:
-            for _ in self.reading(generation, kept):
-                yield generation.delta()
-            while not generation.over:
-                yield generation.take(self.forward(generation.pending, kept.cache)[-1])
+        return stream_alone(self, request)
 
     def together(self) -> Batches[_Cache]:
         return Batches(self)
