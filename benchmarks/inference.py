@@ -250,8 +250,8 @@ def _write(engine: Engine, messages: list[dict[str, str]], tokens: int) -> None:
 _WRITTEN: Final = 64
 """Tokens of each answer."""
 _HELD_BACK: Final = (
-    "without two whole cores and AVX-512, eight rows of int4 gain less over one; onnxruntime-genai, tried before, gave "
-    "eight no more than one"
+    "without two whole cores and AVX-512, eight rows of int4 gain less over one; "
+    "onnxruntime-genai, tried before, gave eight no more than one"
 )
 
 
@@ -518,11 +518,11 @@ def memory_and_start(rounds: int) -> Iterator[Row]:
         200,
         "demo models",
         unit=" MB",
-        missed="100 MB are its own; the rest is code of libraries in the page cache, lancedb's 70 MB "
-        "of it, and how much of that is mapped depends on how the cache holds it (193 and 207 MB for "
-        "two copies on one machine); letting go of code that only the start ran saves 25 MB, another "
-        "memory pool of Arrow's saved 4, fewer arenas of malloc's and a trim of its heap none, "
-        "building the 19 MB of lancedb's API models only when they are used added 5",
+        missed="100 MB are its own; the rest is code of libraries in the page cache, lancedb's "
+        "70 MB of it, and how much of that is mapped depends on how the cache holds it (193 and "
+        "207 MB for two copies on one machine); letting go of code that only the start ran saves "
+        "25 MB, another memory pool of Arrow's saved 4, fewer arenas of malloc's and a trim of its "
+        "heap none, building the 19 MB of lancedb's API models only when they are used added 5",
     )
     yield Row(
         "from the start of the server to the first proposal", first, 6, "demo models", unit=" s"
