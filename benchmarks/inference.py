@@ -250,8 +250,9 @@ def _write(engine: Engine, messages: list[dict[str, str]], tokens: int) -> None:
 _WRITTEN: Final = 64
 """Tokens of each answer."""
 _HELD_BACK: Final = (
-    "without two whole cores and AVX-512, eight rows of int4 gain less over one; "
-    "onnxruntime-genai, tried before, gave eight no more than one"
+    "0.321 on two whole cores of an EPYC with AVX-512; on hyperthreads, or without AVX-512, eight "
+    "rows of int4 gain little over one; onnxruntime-genai, tried before, gave eight no more than "
+    "one"
 )
 
 
