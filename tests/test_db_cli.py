@@ -482,7 +482,9 @@ def interrupting_store(monkeypatch: pytest.MonkeyPatch, logs: Path) -> Iterator[
     def interrupt() -> None:
         with contextlib.suppress(OSError):
             held.append(server.accept()[0])
-            os.kill(os.getpid(), signal.SIGINT)
+            # To this thread, not the one that waits: a signal that comes to another one, or just
+            # before the wait, does not wake it by itself.
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"

@@ -8,7 +8,9 @@ import contextlib
 import datetime
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -48,18 +50,37 @@ def cli_main(argv: Sequence[str] | None = None) -> int:
         return 0
     command: Command = options.run
     try:
-        status = asyncio.run(command(options))
+        status = asyncio.run(_interruptible(command(options)))
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read the output has seen enough; the interpreter must not flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         return 130
     except Exception as error:  # noqa: BLE001 lancedb raises many types
         output.note(output.reason(error))
         return 1
     return status
+
+
+async def _interruptible(work: Coroutine[Any, Any, int]) -> int:
+    """Awaits `work`, which Ctrl-C cancels; a second one does not wait for what it tidies up.
+
+    By itself asyncio sees a signal when the main thread next does something. That may be never, if
+    the signal came to another thread, or just before this one began to wait for a database that is
+    silent.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+
+    def interrupt() -> None:
+        loop.remove_signal_handler(signal.SIGINT)
+        task.cancel()
+
+    if threading.current_thread() is threading.main_thread():
+        loop.add_signal_handler(signal.SIGINT, interrupt)
+    return await work
 
 
 class _Parser(argparse.ArgumentParser):
