@@ -508,7 +508,12 @@ def interrupting_store(monkeypatch: pytest.MonkeyPatch, logs: Path) -> Iterator[
 def test_ctrl_c_exits_130_without_a_word(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with interrupting_store(monkeypatch, tmp_path):
-        assert cli_main(["migrate"]) == 130
+    # Tests that a script runs in the background ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with interrupting_store(monkeypatch, tmp_path):
+            assert cli_main(["migrate"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     output = capsys.readouterr()
     assert (output.out, output.err) == ("", "")

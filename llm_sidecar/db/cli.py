@@ -78,7 +78,9 @@ async def _interruptible(work: Coroutine[Any, Any, int]) -> int:
         loop.remove_signal_handler(signal.SIGINT)
         task.cancel()
 
-    if threading.current_thread() is threading.main_thread():
+    # Who starts a command in the background of a script has it ignore Ctrl-C.
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if threading.current_thread() is threading.main_thread() and not ignored:
         loop.add_signal_handler(signal.SIGINT, interrupt)
     return await work
 
