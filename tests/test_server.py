@@ -112,7 +112,9 @@ def test_ctrl_c_lets_a_running_request_end(random_models: dict[str, str], tmp_pa
 
         async def interrupted() -> httpx.Response:
             async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
-                asking = asyncio.create_task(client.post("/generate/hermes", json=LONG))
+                # Long enough to be interrupted, and over within the grace on a slow machine too.
+                body = PROMPT | {"max_length": 1000}
+                asking = asyncio.create_task(client.post("/generate/hermes", json=body))
                 while not (await client.get("/health")).json()["models"]["hermes"]["requests"]:
                     await asyncio.sleep(0.005)
                 server.process.send_signal(signal.SIGINT)
