@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -23,7 +24,7 @@ from llm_sidecar.demo import evaluate, judgement, lessons, market
 from llm_sidecar.demo.muon import Muon, orthogonal
 from llm_sidecar.demo.situations import SITUATIONS, answer
 from llm_sidecar.demo.tickers import random_ticker, split_of
-from llm_sidecar.demo.training import rounded
+from llm_sidecar.demo.training import Schedule, _batches, rounded
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
 from llm_sidecar.loader import DEMO_DIR
 from tests.live_server import ROOT
@@ -346,3 +347,17 @@ def test_the_shipped_hermes_prefers_more_reward_for_the_risk() -> None:
         assert sum(found.values()) > 0.9
         scores.append(hermes_plugin.expected_score(found))
     assert scores == sorted(scores)
+
+
+def test_batches_of_one_width_have_one_shape() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_DIR / "phi3")
+    schedule = Schedule(tokens=10_000_000)
+    batches = list(itertools.islice(_batches(tokenizer, market.teacher(7), schedule, []), 40))
+    rows: dict[int, set[int]] = {}
+    for batch in batches:
+        count, width = batch.ids.shape
+        rows.setdefault(width, set()).add(count)
+        longest = max(len(lesson.ids) for lesson in batch.lessons)
+        assert width - max(16, width // 8) < longest <= width
+    assert len(rows) > 1
+    assert all(len(counts) == 1 for counts in rows.values())

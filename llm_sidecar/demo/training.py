@@ -17,7 +17,7 @@ from llm_sidecar.demo.lessons import IGNORED, Encoded, Teacher, Way, encode
 from llm_sidecar.demo.muon import Muon, has_bfloat16
 
 _POOL: Final = 48
-"""Batches' worth of examples that are sorted by length together, so that little is padding."""
+"""Batches' worth of examples that are drawn together, so that enough are of like length."""
 
 _SHORT_ROW: Final = 640
 _HEAD_ROWS: Final = 128
