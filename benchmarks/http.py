@@ -149,7 +149,7 @@ def observed(rounds: int) -> None:
         ):
             message = load.request("POST", path, json.dumps(body).encode(), {"X-API-Key": KEY})
             in_turns(what, servers, message, clients, requests, rounds)
-        one_by_one(servers, 8 * rounds)
+        one_by_one(servers, 40 * rounds)
 
 
 def one_by_one(servers: Mapping[str, LiveServer], rounds: int) -> None:
@@ -164,12 +164,14 @@ def one_by_one(servers: Mapping[str, LiveServer], rounds: int) -> None:
             answer.raise_for_status()
             if number >= 5:
                 seconds[name].append(time.perf_counter() - began)
-    first = statistics.median(seconds[next(iter(servers))])
-    for name, found in seconds.items():
-        middle = statistics.median(found)
+    quartiles = {name: statistics.quantiles(found, n=4) for name, found in seconds.items()}
+    first = quartiles[next(iter(servers))]
+    for name, found in quartiles.items():
+        quick, middle, _ = (one / other for one, other in zip(found, first, strict=True))
         print(
-            f"one proposal at a time, {name}: median {1000 * middle:.1f} ms of {len(found)}, "
-            f"{middle / first:.3f} of the first",
+            f"one proposal at a time, {name}: median {1000 * found[1]:.1f} ms of "
+            f"{len(seconds[name])}, {middle:.3f} of the first; lower quartile, which other work of "
+            f"the machine sways least, {quick:.3f} of the first's",
             flush=True,
         )
 

@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import errno
 import gc
+import importlib.util
 import logging
 import os
 import sys
@@ -33,6 +34,9 @@ _CACHE_BYTES: Final = 16 << 20
 _KEEP_VERSIONS: Final = datetime.timedelta(minutes=2)
 """Old versions stay as long as somebody may still be reading them."""
 _LOCK_PAUSE: Final = 0.02
+_REST_CLIENT: Final = "lance_namespace_urllib3_client"
+"""lancedb uses the models of this package for types. The package itself brings the client of a REST
+service that nothing here calls: 13 MB and half of the time that importing lancedb takes."""
 _OF_THE_MACHINE: Final = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -323,6 +327,8 @@ async def _build_indices(table: Any, *, again: bool = False) -> None:
 
 def _import_lancedb() -> Any:
     first = "lancedb" not in sys.modules
+    if first:
+        _leave_out(_REST_CLIENT)
     import lancedb
 
     if first:
@@ -330,6 +336,13 @@ def _import_lancedb() -> Any:
         # would stop the process for as long as a request takes.
         gc.freeze()
     return lancedb
+
+
+def _leave_out(package: str) -> None:
+    """Lets the modules of a package be imported without running its own `__init__`."""
+    spec = importlib.util.find_spec(package) if package not in sys.modules else None
+    if spec is not None:
+        sys.modules[package] = importlib.util.module_from_spec(spec)
 
 
 def _arrow(table: str, rows: Sequence[Row]) -> Any:
