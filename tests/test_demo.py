@@ -17,14 +17,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.demo import evaluate, judgement, lessons, market
+from llm_sidecar.demo.lessons import Encoded, encode
 from llm_sidecar.demo.muon import Muon, orthogonal
 from llm_sidecar.demo.situations import SITUATIONS, answer
 from llm_sidecar.demo.tickers import random_ticker, split_of
-from llm_sidecar.demo.training import Schedule, _batches, rounded
+from llm_sidecar.demo.training import Schedule, _batches, _hardest, rounded
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
 from llm_sidecar.loader import DEMO_DIR
 from tests.live_server import ROOT
@@ -361,3 +362,39 @@ def test_batches_of_one_width_have_one_shape() -> None:
         assert width - max(16, width // 8) < longest <= width
     assert len(rows) > 1
     assert all(len(counts) == 1 for counts in rows.values())
+
+
+def test_the_hardest_lessons_are_those_with_the_greatest_loss_of_a_token() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_DIR / "phi3")
+    torch.manual_seed(3)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = Phi3ForCausalLM(
+        Phi3Config(
+            **shape,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            vocab_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    chosen = _hardest(model, tokenizer, market.revision(5, decisions=True), 3000)
+    assert 2000 < sum(len(lesson.ids) for lesson in chosen) <= 3000
+
+    teach = market.revision(5, decisions=True)
+    drawn: list[Encoded] = []
+    while sum(len(lesson.ids) for lesson in drawn) < 12_000:
+        drawn.append(encode(tokenizer, teach(1.0)))
+    with torch.no_grad():
+        for matrix in model.parameters():
+            if matrix.ndim == 2:
+                matrix.copy_(rounded(matrix))
+        losses = {}
+        for lesson in drawn:
+            logits = model(input_ids=torch.tensor([lesson.ids])).logits[0, :-1]
+            labels = torch.tensor(lesson.labels[1:])
+            each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+            losses[tuple(lesson.ids)] = each.max().item()
+    hard = {tuple(lesson.ids) for lesson in chosen}
+    easiest = min(losses[ids] for ids in hard)
+    assert all(loss < easiest + 0.05 for ids, loss in losses.items() if ids not in hard)
+    assert max(losses.values()) > min(losses.values()) + 0.2

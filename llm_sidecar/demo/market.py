@@ -24,6 +24,10 @@ _SHORTEST_LIMIT, _LONGEST_PROMPT = 70, 700
 _SHORT, _LONG, _FINAL = 0.2, 0.6, 0.8
 """Parts of the training: until the first prompts are short, from the second as long as any, from
 the third as the server sends them."""
+_REVISED_TURNS: Final = (1, 1, 1, 1, 1, 1, 1, 1, 2, 3)
+_DECIDED: Final = '_stop_pct"'
+"""Behind it ticker, action and side are told; `new` is before it, so that no side is something to
+learn too."""
 _STATED_ATR: Final = 0.25
 _NO_SIDE: Final = 0.18
 _WEIGHTS: Final = (3, 3, 3, 4, 4)
@@ -107,21 +111,46 @@ def teacher(seed: int, split: Split = "train") -> Teacher:
         final = progress > _FINAL
         whole = rng.random() < (0.8 if final else 0.05 + 0.4 * grown)
         turns = rng.choice((1, 1, 1, 1, 2, 3)) if whole and final else 1
-        *before, last = (_lesson_case(rng, split, limit) for _ in range(turns))
-        examples = [Example(case.prompt, case.proposal) for case in before]
-        text = dumps(last.proposal)
-        messages = [*build_messages(last.prompt, examples), Message(role="assistant", content=text)]
+        messages, text, found = _chat(rng, split, limit, turns)
         if not final and rng.random() > 0.3 * grown:
             messages = messages[1:]
-        found = hints(last, text)
         if whole:
             return Lesson(messages, hints=found)
         if rng.random() < 0.65:
-            # Up to `new`, so that no side is something to learn too.
-            return Lesson(messages, last=text.index('_stop_pct"'), hints=found)
+            return Lesson(messages, last=text.index(_DECIDED), hints=found)
         return Lesson(messages, first=text.index('"rationale"'), hints=found)
 
     return lesson
+
+
+def revision(seed: int, *, decisions: bool = False) -> Teacher:
+    """Lessons for a model that has had those of `teacher`: chats as the server sends them.
+
+    Args:
+        seed: of the lessons.
+        decisions: whether each answer ends once ticker, action and side are told; else three of
+            five do.
+    """
+    rng = Random(seed)
+
+    def lesson(progress: float) -> Lesson:
+        del progress
+        messages, text, found = _chat(rng, "train", _LONGEST_PROMPT, rng.choice(_REVISED_TURNS))
+        whole = not decisions and rng.random() < 0.4
+        return Lesson(messages, last=None if whole else text.index(_DECIDED), hints=found)
+
+    return lesson
+
+
+def _chat(
+    rng: Random, split: Split, longest: int, turns: int
+) -> tuple[list[Message], str, list[Hint]]:
+    """A chat of so many prompts and answers, its last answer's text, and the hints to that."""
+    *before, last = (_lesson_case(rng, split, longest) for _ in range(turns))
+    examples = [Example(case.prompt, case.proposal) for case in before]
+    text = dumps(last.proposal)
+    messages = [*build_messages(last.prompt, examples), Message(role="assistant", content=text)]
+    return messages, text, hints(last, text)
 
 
 def _lesson_case(rng: Random, split: Split, longest: int) -> Case:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -19,6 +20,10 @@ from llm_sidecar.demo.muon import Muon, has_bfloat16
 _POOL: Final = 48
 """Batches' worth of examples that are drawn together, so that enough are of like length."""
 
+_CANDIDATES: Final = 4
+"""Times as many lessons are drawn as are hard enough."""
+_MINED_TOKENS: Final = 5120
+"""In a batch of them."""
 _SHORT_ROW: Final = 640
 _HEAD_ROWS: Final = 128
 """The head works on a multiple of these, for the same reason as `_width`."""
@@ -43,22 +48,25 @@ class Schedule:
 
     Attributes:
         tokens: to train on, in all processes together.
-        batch_tokens: in one process's batch, padding included, at the beginning; three times as
-            many in the end, when lessons are longer.
+        batch_tokens: in one process's batch, padding included, at the beginning.
+        growth: times as many there are in it in the end, when lessons are longer.
         matrix_rate: greatest learning rate of the hidden matrices, which Muon trains.
         other_rate: that of embeddings and norms, which AdamW trains. Both warm up over the first
             2 % and fall as a cosine.
         again: the most of the lessons that may be ones which were missed before; none where
             answers are drawn, and being missed says nothing.
         rounded: part of the training, its last, in which weights are as int4 will hold them.
+        mined: part of the lessons that are hard ones, where there is a teacher of those.
     """
 
     tokens: int
     batch_tokens: int = 1280
+    growth: float = 3.0
     matrix_rate: float = 2e-2
     other_rate: float = 5e-3
     again: float = 0.0
     rounded: float = 0.0
+    mined: float = 0.0
 
 
 def prepare_attention(model: Any) -> None:
@@ -87,7 +95,14 @@ def prepare_attention(model: Any) -> None:
             attention.o_proj.weight.copy_(0.5 * value.T)
 
 
-def train(model: Any, tokenizer: Any, teacher: Teacher, schedule: Schedule, name: str) -> None:
+def train(
+    model: Any,
+    tokenizer: Any,
+    teacher: Teacher,
+    schedule: Schedule,
+    name: str,
+    hard: Teacher | None = None,
+) -> None:
     """Trains `model` in place, writing a line of progress to standard error at times.
 
     Inside a torch.distributed group each process learns from lessons of its own, and all take the
@@ -101,6 +116,7 @@ def train(model: Any, tokenizer: Any, teacher: Teacher, schedule: Schedule, name
         teacher: gives its lessons.
         schedule: how long and how fast.
         name: starts the lines of progress.
+        hard: gives the lessons of which only the hardest are taken, for `Schedule.mined`.
     """
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
@@ -117,7 +133,11 @@ def train(model: Any, tokenizer: Any, teacher: Teacher, schedule: Schedule, name
     losses: list[float] = []
     model.train()
     missed: list[Encoded] = []
-    for step, batch in enumerate(_batches(tokenizer, teacher, schedule, missed), 1):
+
+    def mine(tokens: int) -> list[Encoded]:
+        return [] if hard is None else _hardest(model, tokenizer, hard, tokens)
+
+    for step, batch in enumerate(_batches(tokenizer, teacher, schedule, missed, mine), 1):
         model.zero_grad(set_to_none=True)
         with _rounded(model, seen >= (1.0 - schedule.rounded) * schedule.tokens):
             loss, wrong = _loss(model, batch)
@@ -203,21 +223,56 @@ def _share(model: Any, tokens: int) -> int:
     return round(flat[-1].item())
 
 
-def _loss(model: Any, batch: _Batch) -> tuple[torch.Tensor, list[int]]:
-    """Cross-entropy of the labelled tokens, averaged over each lesson and then over the lessons;
-    and the rows in which another token was the likeliest somewhere.
+def _hardest(model: Any, tokenizer: Any, teacher: Teacher, tokens: int) -> list[Encoded]:
+    """Of several times as many lessons so many tokens of those that the model is worst at.
 
-    So a score of one token weighs as much as a critique of fifty. Some heads are also told where
-    to look, which they find by themselves only after millions of tokens (supervised attention:
-    Liu et al. 2016, "Neural Machine Translation with Supervised Attention", arXiv:1609.04186).
-    Padding is on the right, where causal attention never sees it, so no mask slows attention down;
-    and the head works on the labelled positions only.
+    In the end most lessons are known, and what is rare is learned of these (as hard examples are
+    mined: Shrivastava et al. 2016, "Training Region-based Object Detectors with Online Hard Example
+    Mining", arXiv:1604.03540). How hard one is says its greatest loss of a token.
     """
-    short = batch.ids.shape[1] <= _SHORT_ROW
+    # Few shapes here too, and more rows, as nothing is kept for a backward pass.
+    waiting: dict[int, list[Encoded]] = {}
+    for encoded in _drawn(tokenizer, teacher, 1.0, _CANDIDATES * tokens):
+        waiting.setdefault(_width(len(encoded.ids)), []).append(encoded)
+    found: list[tuple[float, Encoded]] = []
+    with torch.no_grad(), _rounded(model, True):
+        for width, lessons in waiting.items():
+            rows = max(1, _MINED_TOKENS // width)
+            for first in range(0, len(lessons), rows):
+                some = lessons[first : first + rows]
+                filled = some + [some[0]] * (rows - len(some))
+                losses = _losses(model, _padded(filled, width, tokenizer.pad_token_id))
+                greatest = torch.zeros(rows).scatter_reduce(0, losses.rows, losses.values, "amax")
+                found += zip(greatest.tolist(), some, strict=False)
+    found.sort(key=lambda pair: -pair[0])
+    sizes = itertools.accumulate(len(encoded.ids) for _, encoded in found)
+    return [encoded for (_, encoded), size in zip(found, sizes, strict=True) if size <= tokens]
+
+
+class _Losses(NamedTuple):
+    """Cross-entropy of the labelled tokens of a batch.
+
+    Attributes:
+        values: of each.
+        rows, places: where in `_Batch.labels`, its first column left out, each label is.
+        wrong: whether another token was likelier.
+        attentions: of each layer, where they were asked for.
+    """
+
+    values: torch.Tensor
+    rows: torch.Tensor
+    places: torch.Tensor
+    wrong: torch.Tensor
+    attentions: Sequence[torch.Tensor]
+
+
+def _losses(model: Any, batch: _Batch, *, looking: bool = False) -> _Losses:
+    """Padding is on the right, where causal attention never sees it, so no mask slows attention
+    down; and the head works on the labelled positions only."""
     # The fused kernel is slow in the backward pass of short rows, the plain one big on long ones;
     # and only the plain one shows where it looks.
-    model.set_attn_implementation("eager" if short else "sdpa")
-    looking = short and any(lesson.looks for lesson in batch.lessons)
+    plain = batch.ids.shape[1] <= _SHORT_ROW and torch.is_grad_enabled()
+    model.set_attn_implementation("eager" if plain else "sdpa")
     # Half again as fast where the processor has bfloat16, and no worse in the end; twenty times as
     # slow where it has not.
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16()):
@@ -229,13 +284,28 @@ def _loss(model: Any, batch: _Batch) -> tuple[torch.Tensor, list[int]]:
         logits = model.lm_head(found.last_hidden_state[at])
     labels = batch.labels[:, 1:][at]
     losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    wrong = logits.argmax(-1) != labels
+    rows, places = labelled.unbind(1)
+    return _Losses(losses[:count], rows, places, wrong[:count], found.attentions or ())
+
+
+def _loss(model: Any, batch: _Batch) -> tuple[torch.Tensor, list[int]]:
+    """Cross-entropy of the labelled tokens, averaged over each lesson and then over the lessons;
+    and the rows in which another token was the likeliest somewhere.
+
+    So a score of one token weighs as much as a critique of fifty. Some heads are also told where
+    to look, which they find by themselves only after millions of tokens (supervised attention:
+    Liu et al. 2016, "Neural Machine Translation with Supervised Attention", arXiv:1609.04186).
+    """
+    short = batch.ids.shape[1] <= _SHORT_ROW
+    looking = short and any(lesson.looks for lesson in batch.lessons)
+    losses = _losses(model, batch, looking=looking)
     weights = batch.weights[:, 1:]
-    weights = (weights / weights.sum(1, keepdim=True))[at]
-    loss = (losses * weights)[:count].sum() / len(batch.ids)
+    weights = (weights / weights.sum(1, keepdim=True))[losses.rows, losses.places]
+    loss = (losses.values * weights).sum() / len(batch.ids)
     if looking:
-        loss = loss + _LOOKING_WEIGHT * _looking(found.attentions, batch)
-    wrong = (logits.argmax(-1) != labels)[:count]
-    return loss, sorted(set(labelled[wrong][:, 0].tolist()))
+        loss = loss + _LOOKING_WEIGHT * _looking(losses.attentions, batch)
+    return loss, sorted(set(losses.rows[losses.wrong].tolist()))
 
 
 def _looking(attentions: Sequence[torch.Tensor], batch: _Batch) -> torch.Tensor:
@@ -281,37 +351,41 @@ class _Batch(NamedTuple):
 
 
 def _batches(
-    tokenizer: Any, teacher: Teacher, schedule: Schedule, missed: list[Encoded]
+    tokenizer: Any,
+    teacher: Teacher,
+    schedule: Schedule,
+    missed: list[Encoded],
+    mine: Callable[[int], list[Encoded]] = lambda tokens: [],
 ) -> Iterator[_Batch]:
     """Batches of lessons of similar length, in random order.
 
     There are few shapes of them: for a new one, oneDNN compiles each product of matrices anew, which
     takes ten times as long as the product. What does not fill a batch waits for the next pool.
 
-    Lessons that were missed are given once more: in the end most are known, and what is rare is
-    learned of these (as hard examples are mined: Shrivastava et al. 2016, "Training Region-based
-    Object Detectors with Online Hard Example Mining", arXiv:1604.03540).
+    Lessons that were missed are given once more, as those are the ones to learn from.
 
     Args:
         missed: grows as the batches are learned from; emptied at each new pool.
+        mine: gives hard lessons of so many tokens.
     """
     shuffle = torch.Generator().manual_seed(0)
     drawn = 0
     waiting: dict[int, list[Encoded]] = {}
     while True:
         progress = min(1.0, drawn * _processes() / schedule.tokens)
-        batch_tokens = round(schedule.batch_tokens * (1.0 + 0.5 * round(4.0 * progress)))
-        pool: list[Encoded] = []
-        size = 0
+        growth = 1.0 + (schedule.growth - 1.0) * round(4.0 * progress) / 4.0
+        batch_tokens = round(schedule.batch_tokens * growth)
+        # A training that is shorter needs no more.
+        wanted = min(_POOL * batch_tokens, schedule.tokens)
+        pool = mine(round(schedule.mined * wanted))
+        size = sum(len(encoded.ids) for encoded in pool)
         for index in torch.randperm(len(missed), generator=shuffle).tolist():
-            if size < schedule.again * _POOL * batch_tokens:
+            if size < schedule.again * wanted:
                 pool.append(missed[index])
                 size += len(pool[-1].ids)
         missed.clear()
-        while size < _POOL * batch_tokens:
-            pool.append(encode(tokenizer, teacher(progress)))
-            size += len(pool[-1].ids)
-        drawn += size
+        pool += _drawn(tokenizer, teacher, progress, wanted - size)
+        drawn += sum(len(encoded.ids) for encoded in pool)
         for encoded in pool:
             waiting.setdefault(_width(len(encoded.ids)), []).append(encoded)
         batches: list[tuple[list[Encoded], int]] = []
@@ -323,6 +397,15 @@ def _batches(
         for index in torch.randperm(len(batches), generator=shuffle).tolist():
             lessons, width = batches[index]
             yield _padded(lessons, width, tokenizer.pad_token_id)
+
+
+def _drawn(tokenizer: Any, teacher: Teacher, progress: float, tokens: int) -> list[Encoded]:
+    """Lessons of at least so many tokens together."""
+    found: list[Encoded] = []
+    while tokens > 0:
+        found.append(encode(tokenizer, teacher(progress)))
+        tokens -= len(found[-1].ids)
+    return found
 
 
 def _width(tokens: int) -> int:
