@@ -195,7 +195,7 @@ class Worker:
                 together.remove(number)
             over = delta.finish_reason is not None or cancelled
             if over or (reply.tokens and now - reply.flushed >= _FLUSH_SECONDS):
-                self._send(
+                self._write(
                     {
                         "op": "done" if over else "delta",
                         "id": number,
@@ -211,6 +211,8 @@ class Worker:
             if over:
                 del self._replies[number]
                 self._cancelled.discard(number)
+        # All at once: the server reads them in one go.
+        self._outbox.flush()
 
     def _choose(self, engine: Engine, message: dict[str, Any]) -> None:
         number = message["id"]
@@ -236,9 +238,12 @@ class Worker:
         self._send({"op": "error", "id": number, "detail": type(error).__name__})
 
     def _send(self, message: dict[str, Any]) -> None:
+        self._write(message)
+        self._outbox.flush()
+
+    def _write(self, message: dict[str, Any]) -> None:
         message["at"] = time.monotonic()
         self._outbox.write(json.dumps(message).encode() + b"\n")
-        self._outbox.flush()
 
 
 def main() -> None:
