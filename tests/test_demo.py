@@ -318,12 +318,13 @@ def test_the_shipped_models_are_small() -> None:
     assert sum(path.stat().st_size for path in files) <= 12_000_000
 
 
-def test_the_shipped_model_copies_unseen_tickers(phi3: Engine) -> None:
+def test_the_shipped_model_copies_unseen_tickers_and_tells_sides(phi3: Engine) -> None:
     rng = Random(9)
-    drawn = [market.draw(rng, "held-out") for _ in range(40)]
+    drawn = [market.draw(rng, "held-out") for _ in range(100)]
     written = [evaluate.propose(phi3, case.prompt) for case in drawn]
-    right = [c.proposal["ticker"] == got["ticker"] for c, got in zip(drawn, written, strict=True)]
-    assert sum(right) >= 36
+    pairs = [(case.proposal, got) for case, got in zip(drawn, written, strict=True)]
+    assert sum(right["ticker"] == got["ticker"] for right, got in pairs) >= 97
+    assert sum(right.get("side") == got.get("side") for right, got in pairs) >= 95
 
 
 def test_the_shipped_model_answers_the_prompt_and_not_an_example(phi3: Engine) -> None:
