@@ -40,6 +40,9 @@ FEEDBACK: Final = {"transaction_id": "t", "feedback_type": "rating", "feedback_c
 DEMO: Final = {"SIDECAR_DEMO": "true", "PRELOAD_MODELS": "true"}
 KEY: Final = "a-key-for-the-benchmark"
 CLIENTS: Final = 16
+TURN: Final = 3.0
+"""Seconds that a server works in a round, about: the first requests of each are profiled, and few of
+the others."""
 PAUSE: Final = 0.01
 """Seconds between two probes."""
 
@@ -121,7 +124,7 @@ def against_bare_fastapi(rounds: int) -> None:
         ours.wait_until_ready()
         message = load.request("GET", "/health")
         servers = {"bare FastAPI": bare, "the sidecar": ours}
-        in_turns("/health", servers, message, 4, 4000, rounds)
+        in_turns("/health", servers, message, 4, rounds)
 
 
 def observed(rounds: int) -> None:
@@ -142,13 +145,12 @@ def observed(rounds: int) -> None:
             servers[name] = stack.enter_context(serve(folder, **environ))
         for server in servers.values():
             server.wait_until_ready()
-        for what, path, body, clients, requests in (
-            # For seconds, as the first of each turn are profiled and few of the others.
-            ("proposals", "/propose_trade_adjustments/", PROMPT, 4, 120),
-            ("feedback", "/feedback/phi3/", FEEDBACK, CLIENTS, 500),
+        for what, path, body, clients in (
+            ("proposals", "/propose_trade_adjustments/", PROMPT, 4),
+            ("feedback", "/feedback/phi3/", FEEDBACK, CLIENTS),
         ):
             message = load.request("POST", path, json.dumps(body).encode(), {"X-API-Key": KEY})
-            in_turns(what, servers, message, clients, requests, rounds)
+            in_turns(what, servers, message, clients, rounds)
         one_by_one(servers, 40 * rounds)
 
 
@@ -194,13 +196,19 @@ def in_turns(
     servers: Mapping[str, LiveServer],
     message: bytes,
     connections: int,
-    requests: int,
     rounds: int,
 ) -> None:
     """Prints each server's median rate, the median of its ratios to the first of the round, and the
     processor time of a request, in which the server has to be the only one at work."""
     rates: dict[str, list[float]] = {name: [] for name in servers}
     busy = dict.fromkeys(servers, 0.0)
+    rate = load.rate(
+        next(iter(servers.values())).url,
+        message,
+        connections=connections,
+        requests=10 * connections,
+    )
+    requests = max(connections, round(rate * TURN))
     # The first round warms up.
     for number in range(rounds + 1):
         for name in random.sample(list(servers), len(servers)):
