@@ -41,8 +41,8 @@ DEMO: Final = {"SIDECAR_DEMO": "true", "PRELOAD_MODELS": "true"}
 KEY: Final = "a-key-for-the-benchmark"
 CLIENTS: Final = 16
 TURN: Final = 3.0
-"""Seconds that a server works in a round, about: the first requests of each are profiled, and few of
-the others."""
+"""Seconds that a server works in a round, about: the first requests of each are profiled, and few
+of the others."""
 PAUSE: Final = 0.01
 """Seconds between two probes."""
 
