@@ -519,11 +519,11 @@ def memory_and_start(rounds: int) -> Iterator[Row]:
         200,
         "demo models",
         unit=" MB",
-        missed="90 MB are its own; the rest is code of libraries in the page cache, lancedb's 60 MB of "
-        "it, and how much of that is mapped depends on how the cache holds it (14 MB more or less for "
-        "two copies on one machine); letting go of code that only the start ran saves 25 MB, and "
-        "leaving out the REST client that lancedb imports 13; another memory pool of Arrow's saved 4, "
-        "fewer arenas of malloc's and a trim of its heap none",
+        missed="90 MB are its own; the rest is code of libraries in the page cache, lancedb's 60 "
+        "MB of it, and how much of that is mapped depends on how the cache holds it (14 MB more or "
+        "less for two copies on one machine); letting go of code that only the start ran saves 25 "
+        "MB, and leaving out the REST client that lancedb imports 13; another memory pool of "
+        "Arrow's saved 4, fewer arenas of malloc's and a trim of its heap none",
     )
     yield Row(
         "from the start of the server to the first proposal", first, 6, "demo models", unit=" s"
