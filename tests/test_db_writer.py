@@ -211,7 +211,6 @@ async def test_a_table_that_may_not_be_read_is_not_set_aside(tmp_path: Path) -> 
 
 
 async def test_a_damaged_log_is_kept_and_what_is_readable_replayed(tmp_path: Path) -> None:
-    data = bytearray()
     for number in range(5):
         folder = tmp_path / str(number)
         keys = await killed(folder)
