@@ -17,15 +17,24 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.demo import evaluate, judgement, lessons, market
+from llm_sidecar.demo.batches import batches
+from llm_sidecar.demo.forward import attention, forward, hold, logits, rounded
 from llm_sidecar.demo.lessons import Encoded, encode
 from llm_sidecar.demo.muon import Muon, orthogonal
+from llm_sidecar.demo.schedule import Schedule
 from llm_sidecar.demo.situations import SITUATIONS, answer
 from llm_sidecar.demo.tickers import random_ticker, split_of
-from llm_sidecar.demo.training import Schedule, _batches, _hardest, rounded
+from llm_sidecar.demo.training import _hardest, prepare_attention
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
 from llm_sidecar.loader import DEMO_DIR
 from tests.live_server import ROOT
@@ -239,7 +248,7 @@ def test_weights_are_rounded_as_the_runtime_rounds_them() -> None:
 def test_muons_steps_are_orthogonal() -> None:
     for shape in ((48, 96), (96, 48), (64, 64)):
         matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-        values = torch.linalg.svdvals(orthogonal(matrix))
+        values = torch.linalg.svdvals(orthogonal(matrix).float())
         assert values.min() > 0.3
         assert values.max() < 1.4
 
@@ -354,15 +363,77 @@ def test_the_shipped_hermes_prefers_more_reward_for_the_risk() -> None:
 def test_batches_of_one_width_have_one_shape() -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO_DIR / "phi3")
     schedule = Schedule(tokens=10_000_000)
-    batches = list(itertools.islice(_batches(tokenizer, market.teacher(7), schedule, []), 40))
+    found = list(itertools.islice(batches(tokenizer, market.teacher(7), schedule, []), 40))
     rows: dict[int, set[int]] = {}
-    for batch in batches:
+    for batch in found:
         count, width = batch.ids.shape
         rows.setdefault(width, set()).add(count)
-        longest = max(len(lesson.ids) for lesson in batch.lessons)
+        longest = max(lesson.own for lesson in batch.lessons)
         assert width - max(16, width // 8) < longest <= width
     assert len(rows) > 1
     assert all(len(counts) == 1 for counts in rows.values())
+
+
+@pytest.mark.parametrize("name", ["phi3", "hermes"])
+def test_training_reckons_what_transformers_does(name: str) -> None:
+    torch.manual_seed(4)
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 128,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 1,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.1,
+    }
+    model = (
+        Phi3ForCausalLM(Phi3Config(**shape))
+        if name == "phi3"
+        else LlamaForCausalLM(LlamaConfig(**shape))
+    )
+    prepare_attention(model)
+    with torch.no_grad():
+        for matrix in model.parameters():
+            if matrix.ndim == 2:
+                matrix.copy_(rounded(matrix))
+    shared, ids = torch.randint(2, 128, (9,)), torch.randint(2, 128, (3, 20))
+    rows, places = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 7, 3, 19])
+    whole = torch.cat((shared.expand(3, -1), ids), 1)
+    target = torch.randn(4, 128)
+
+    model.set_attn_implementation("eager")
+    expected = model(input_ids=whole, output_attentions=True)
+    (expected.logits[rows, len(shared) + places] * target).sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    held = hold(model, int4=True)
+    states = forward(model, held, shared, ids, looking=True)
+    found = logits(held, states, rows, places)
+    (found * target).sum().backward()  # type: ignore[no-untyped-call]
+
+    # As far as bfloat16 has it.
+    torch.testing.assert_close(
+        found.float(), expected.logits[rows, len(shared) + places], atol=0.06, rtol=0.06
+    )
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert parameter.grad is not None
+        assert gradient is not None
+        cosine = torch.nn.functional.cosine_similarity(
+            parameter.grad.flatten(), gradient.flatten(), 0
+        )
+        assert cosine > 0.999
+        assert 0.98 < parameter.grad.norm() / gradient.norm() < 1.02
+    for layer in range(2):
+        seen = attention(*states.looks[layer], rows, places)
+        right = expected.attentions[layer][rows, :, len(shared) + places]
+        torch.testing.assert_close(seen, right, atol=0.02, rtol=0)
+    with torch.no_grad():
+        again = logits(held, forward(model, held, shared, ids), rows, places)
+    torch.testing.assert_close(again, found.detach(), atol=0.06, rtol=0.06)
 
 
 def test_the_hardest_lessons_are_those_with_the_greatest_loss_of_a_token() -> None:
@@ -375,15 +446,17 @@ def test_the_hardest_lessons_are_those_with_the_greatest_loss_of_a_token() -> No
             num_attention_heads=4,
             num_key_value_heads=4,
             vocab_size=len(tokenizer),
+            tie_word_embeddings=True,
+            initializer_range=0.2,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
     chosen = _hardest(model, tokenizer, market.revision(5, decisions=True), 3000)
-    assert 2000 < sum(len(lesson.ids) for lesson in chosen) <= 3000
+    assert 2000 < sum(lesson.own for lesson in chosen) <= 3000
 
     teach = market.revision(5, decisions=True)
     drawn: list[Encoded] = []
-    while sum(len(lesson.ids) for lesson in drawn) < 12_000:
+    while sum(lesson.own for lesson in drawn) < 12_000:
         drawn.append(encode(tokenizer, teach(1.0)))
     with torch.no_grad():
         for matrix in model.parameters():

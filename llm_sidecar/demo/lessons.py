@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Literal, NamedTuple
@@ -73,12 +75,19 @@ class Encoded(NamedTuple):
         labels: the same, and `IGNORED` outside the assistant's turns.
         looks: from the hints, for those tokens that have sources, and along the prompt's words.
         decisions: positions of the tokens that begin a hint's piece.
+        shared: how many of the first tokens are a system message's, as in many lessons.
     """
 
     ids: list[int]
     labels: list[int]
     looks: list[Look]
     decisions: list[int]
+    shared: int
+
+    @property
+    def own(self) -> int:
+        """How many tokens are this lesson's own."""
+        return len(self.ids) - self.shared
 
 
 class _Placed(NamedTuple):
@@ -96,16 +105,17 @@ def encode(tokenizer: Any, lesson: Lesson) -> Encoded:
     asked: list[_Placed] = []
     question = ""
     answered: list[_Placed] = []
-    header = tokenizer.encode(_generation_header(tokenizer), add_special_tokens=False)
-    end_of_turn = [tokenizer.eos_token_id]
-    rest = tokenizer.encode("\n", add_special_tokens=False)
+    shared = 0
+    header, end_of_turn, rest = _around_a_reply(tokenizer)
     for message in lesson.messages:
         content = message["content"]
         if message["role"] != "assistant":
-            text = tokenizer.apply_chat_template([message], tokenize=False)
-            turn, places = _tokens(tokenizer, text, len(ids), text.index(content))
+            before, after = _around(tokenizer, message["role"])
+            turn, places = _tokens(tokenizer, before + content + after, len(ids), len(before))
             if message["role"] == "user":
                 asked, question = places, content
+            elif not ids:
+                shared = len(turn)
             ids += turn
             labels += [IGNORED] * len(turn)
             continue
@@ -127,13 +137,41 @@ def encode(tokenizer: Any, lesson: Lesson) -> Encoded:
     decisions = [
         begun[0].at for hint in lesson.hints if (begun := _within(answered, hint.first, hint.last))
     ]
-    return Encoded(ids, labels, looks, decisions)
+    return Encoded(ids, labels, looks, decisions, shared)
 
 
-def _generation_header(tokenizer: Any) -> str:
+@functools.lru_cache(maxsize=8)
+def _around(tokenizer: Any, role: str) -> tuple[str, str]:
+    """What the template writes before and after a message."""
+    turn: str = tokenizer.apply_chat_template([{"role": role, "content": "\0"}], tokenize=False)
+    before, after = turn.split("\0")
+    return before, after
+
+
+class _AroundReply(NamedTuple):
+    """Tokens before an assistant's reply, at its end, and between that and the next turn."""
+
+    before: list[int]
+    end: list[int]
+    after: list[int]
+
+
+@functools.lru_cache(maxsize=4)
+def _around_a_reply(tokenizer: Any) -> _AroundReply:
     user = [{"role": "user", "content": "?"}]
     whole: str = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
-    return whole[len(tokenizer.apply_chat_template(user, tokenize=False)) :]
+    header = whole[len(tokenizer.apply_chat_template(user, tokenize=False)) :]
+    return _AroundReply(
+        tokenizer.encode(header, add_special_tokens=False),
+        [tokenizer.eos_token_id],
+        tokenizer.encode("\n", add_special_tokens=False),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _encoding(tokenizer: Any, text: str) -> Any:
+    """As the `tokenizers` package gives it; the system's message is the same in most chats."""
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
 
 
 def _tokens(
@@ -145,13 +183,11 @@ def _tokens(
         start: place of the first of them in the chat.
         content: where in `text` the message's own text begins.
     """
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoding = _encoding(tokenizer, text)
     last = len(text) if last is None else last
     chosen = [
         (token, begin, end)
-        for token, (begin, end) in zip(
-            encoding["input_ids"], encoding["offset_mapping"], strict=True
-        )
+        for token, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True)
         if first <= begin < last
     ]
     places = [
@@ -161,8 +197,11 @@ def _tokens(
     return [token for token, _, _ in chosen], places
 
 
-def _within(tokens: Sequence[_Placed], first: int, last: int) -> list[_Placed]:
-    return [token for token in tokens if token.first < last and token.last > first]
+def _within(tokens: Sequence[_Placed], first: int, last: int) -> Sequence[_Placed]:
+    """Those that have one of the characters from `first` up to `last`."""
+    begin = bisect.bisect_right(tokens, first, key=lambda token: token.last)
+    end = bisect.bisect_left(tokens, last, key=lambda token: token.first)
+    return tokens[begin:end]
 
 
 def _looks(hint: Hint, asked: Sequence[_Placed], answered: Sequence[_Placed]) -> Iterator[Look]:
@@ -211,4 +250,5 @@ def _word_looks(text: str, tokens: Sequence[_Placed]) -> Iterator[Look]:
 
 def _behind(tokens: Sequence[_Placed], last: int) -> Sequence[_Placed]:
     """The first token that begins at character `last` or later, if there is one."""
-    return [token for token in tokens if token.first >= last][:1]
+    begin = bisect.bisect_left(tokens, last, key=lambda token: token.first)
+    return tokens[begin : begin + 1]

@@ -234,6 +234,17 @@ def _value(text: str, field: str) -> tuple[int, int]:
 
 def _whole(word: str, prompt: str) -> list[tuple[int, int]]:
     """Where the prompt has the word alone, or else where it has it within others."""
-    pattern = re.escape(word)
-    alone = list(re.finditer(rf"(?<![A-Za-z\d]){pattern}(?![A-Za-z\d]|\.\d)", prompt))
-    return [match.span() for match in alone or re.finditer(pattern, prompt)]
+    found = []
+    first = prompt.find(word)
+    while first >= 0:
+        found.append((first, first + len(word)))
+        first = prompt.find(word, first + len(word))
+    alone = [
+        (first, last)
+        for first, last in found
+        if not _JOINED.match(prompt, first - 1, first) and not _JOINED.match(prompt, last)
+    ]
+    return alone or found
+
+
+_JOINED: Final = re.compile(r"[A-Za-z\d]|\.\d")

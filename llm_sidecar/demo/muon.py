@@ -8,14 +8,11 @@ from typing import Any, Final
 import torch
 import torch.distributed
 
+from llm_sidecar.demo import together
+from llm_sidecar.demo.forward import precision
+
 _COEFFICIENTS: Final = (3.4445, -4.7750, 2.0315)
 _STEPS: Final = 5
-
-
-def has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices faster than float32 ones."""
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 class Muon(torch.optim.Optimizer):
@@ -54,13 +51,11 @@ class Muon(torch.optim.Optimizer):
         self, matrices: list[torch.Tensor], group: dict[str, Any]
     ) -> Iterable[torch.Tensor]:
         """Each process reckons every n-th update and gets the others' from them."""
-        shared = torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if shared else 0
-        size = torch.distributed.get_world_size() if shared else 1
+        rank, size = together.rank(), together.size()
         updates = []
         for index, matrix in enumerate(matrices):
             if index % size != rank:
-                updates.append(torch.zeros_like(matrix))
+                updates.append(torch.zeros_like(matrix, dtype=precision()))
                 continue
             assert matrix.grad is not None
             buffer = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
@@ -75,13 +70,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """About U V^T of the matrix's singular value decomposition, by Newton-Schulz iterations."""
+    """About U V^T of the matrix's singular value decomposition, by Newton-Schulz iterations; in the
+    precision that they are reckoned in."""
     wide = matrix.shape[0] <= matrix.shape[1]
-    found = (matrix if wide else matrix.T).to(torch.bfloat16 if has_bfloat16() else torch.float32)
+    found = (matrix if wide else matrix.T).to(precision())
     found = found / found.norm().clamp(min=1e-7)
     first, second, third = _COEFFICIENTS
     for _ in range(_STEPS):
         gram = found @ found.T
         gram = torch.addmm(gram, gram, gram, beta=second, alpha=third)
         found = torch.addmm(found, gram, found, beta=first)
-    return (found if wide else found.T).to(matrix.dtype)
+    return found if wide else found.T

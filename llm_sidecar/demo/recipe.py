@@ -23,22 +23,24 @@ from transformers import (
 
 from llm_sidecar.conversion import build
 from llm_sidecar.demo import judgement, market
+from llm_sidecar.demo.forward import rounded
 from llm_sidecar.demo.lessons import Teacher
+from llm_sidecar.demo.schedule import Schedule
 from llm_sidecar.demo.tickers import ACRONYMS, INDEXES, KEYWORDS
 from llm_sidecar.demo.tokenizer import CHATML, CONTEXT_LENGTH, NUMBERS, PHI3, train_tokenizer
-from llm_sidecar.demo.training import Schedule, prepare_attention, rounded, train
+from llm_sidecar.demo.training import prepare_attention, train
 
 _VOCABULARY: Final = 2816
 _NUMBERS_VOCABULARY: Final = 1536
 _TOKENIZER_LESSONS: Final = 4000
 PROCESSES: Final = 2
 """That train a model together: part of the recipe, as each draws lessons of its own."""
-_PHI3: Final = Schedule(tokens=24_000_000, again=0.3, rounded=0.3)
+_PHI3: Final = Schedule(tokens=20_000_000, again=0.3, rounded=0.3)
 _REVISION: Final = Schedule(
-    tokens=2_500_000, growth=1.0, matrix_rate=6e-3, other_rate=1.5e-3, rounded=1.0, mined=0.5
+    tokens=1_600_000, growth=1.0, matrix_rate=6e-3, other_rate=1.5e-3, rounded=1.0, mined=0.5
 )
 _REVISIONS: Final = 2
-_HERMES: Final = Schedule(tokens=6_000_000)
+_HERMES: Final = Schedule(tokens=5_000_000)
 
 
 class Member(NamedTuple):
