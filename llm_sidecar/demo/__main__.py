@@ -57,7 +57,7 @@ def _together(train: Callable[..., None], name: str, options: argparse.Namespace
     """Trains one model in several processes; returns the first exit status that is not 0."""
     # Room for all shapes of batches: what torch and oneDNN compiled for one is not compiled again.
     os.environ.update(LRU_CACHE_CAPACITY="2048", ONEDNN_PRIMITIVE_CACHE_CAPACITY="2048")
-    # And glibc keeps its memory: the system's zeroing of pages took a quarter of the time.
+    # And glibc keeps its memory: the system's zeroing of pages took up to a quarter of the time.
     os.environ.update(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(1 << 40))
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:

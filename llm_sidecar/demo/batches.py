@@ -14,12 +14,21 @@ from llm_sidecar.demo.schedule import Schedule
 _POOL: Final = 48
 """Batches' worth of examples that are drawn together, so that enough are of like length."""
 _LEAST_POOL: Final = 4
+"""So many at least, so that some are enough for a batch."""
 _DECISION_WEIGHT: Final = 4.0
 
 
 class Batch(NamedTuple):
-    """Lessons of similar length, and padded: their ids, labels and weights of the losses, all of
-    them behind the tokens that they share."""
+    """Lessons of similar length.
+
+    Attributes:
+        shared: (shared,), the tokens that all begin with.
+        ids: (rows, length), those that follow, padded on the right.
+        labels: (rows, length), of the tokens themselves, or `IGNORED`.
+        weights: (rows, length), of the labels' losses, 0 where there is none.
+        lessons: of the rows.
+        tokens: of `ids`, without the padding.
+    """
 
     shared: torch.Tensor
     ids: torch.Tensor

@@ -66,7 +66,7 @@ def train_phi3(folder: Path, member: Member, *, seed: int, scale: float = 1.0) -
         seed: of weights and data.
         scale: part of the usual number of tokens.
     """
-    _prepare(seed, member)
+    prepare(seed, member)
     tokenizer = train_tokenizer(
         _texts(market.teacher(seed + 1000)),
         PHI3,
@@ -126,7 +126,7 @@ def train_hermes(folder: Path, member: Member, *, seed: int, scale: float = 1.0)
 
     Args: as of `train_phi3`.
     """
-    _prepare(seed, member)
+    prepare(seed, member)
     # Every percentage often enough to become a token of its own.
     numbers = ["10", *(f"{tenths / 10}" for tenths in range(500))] * (_TOKENIZER_LESSONS // 4)
     texts = itertools.chain(numbers, _texts(judgement.teacher(seed + 1000)))
@@ -151,7 +151,8 @@ def train_hermes(folder: Path, member: Member, *, seed: int, scale: float = 1.0)
         _replace(source, folder)
 
 
-def _prepare(seed: int, member: Member) -> None:
+def prepare(seed: int, member: Member) -> None:
+    """Makes this process one of those that train a model together."""
     torch.manual_seed(seed)
     # So small a model gains less from a second thread than from a second process.
     torch.set_num_threads(1)
