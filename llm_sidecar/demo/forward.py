@@ -1,28 +1,20 @@
-"""The forward pass of training: transformers' model, with less to do between its matrices.
+"""The forward pass of training: what transformers reckons, with fewer passes over memory.
 
 In a model this small, products of matrices take less time than what is done to each of their
-elements. So all but the embeddings is in the precision that the processor is quick at, attention and
-norms go over their inputs fewer times than transformers' own, and what all texts begin with is
-reckoned once. What comes out is the same.
+elements. So all but the embeddings is in the precision that the processor is quick at, what lies
+between products has its own backward pass, and what all texts begin with is reckoned once.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
-from torch.func import functional_call
-from torch.nn.functional import embedding, linear, pad, scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.nn.functional import embedding, linear, pad, scaled_dot_product_attention, silu
 
 _BLOCK: Final = 32
 """Inputs that share a step in int4."""
-_EMBEDDING: Final = "embed_tokens.weight"
-_ATTENTION: Final = "causal_with_queries_and_keys"
-"""Name of `_attention` in transformers."""
 
 
 def precision() -> torch.dtype:
@@ -51,17 +43,31 @@ def rounded(matrix: torch.Tensor) -> torch.Tensor:
     return near.view(outputs, -1)[:, :inputs]
 
 
+class _Layer(NamedTuple):
+    """Weights of one layer in the order they are used; of `qkv` and `gate_up` more than one side
+    by side."""
+
+    norm: torch.Tensor
+    qkv: torch.Tensor
+    out: torch.Tensor
+    mlp_norm: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
 class Held(NamedTuple):
     """A model's weights as a forward pass multiplies them.
 
     Attributes:
         embeddings: (vocabulary, hidden) in float32: gradients of a token that comes often would be
             lost in a sum of bfloat16.
-        others: by name, in the precision that the processor is quick at.
+        layers: in the precision that the processor is quick at, as is
+        norm: the last one's weights.
     """
 
     embeddings: torch.Tensor
-    others: dict[str, torch.Tensor]
+    layers: list[_Layer]
+    norm: torch.Tensor
 
 
 def hold(model: Any, *, int4: bool) -> Held:
@@ -74,12 +80,32 @@ def hold(model: Any, *, int4: bool) -> Held:
             rounded ones, so the weights that are kept learn to answer well once they are rounded
             (the straight-through estimator: Bengio et al. 2013, arXiv:1308.3432).
     """
-    weights = {
-        name: _straight_through(weight) if int4 and weight.ndim == 2 else weight
-        for name, weight in model.model.named_parameters()
-    }
-    embeddings = weights.pop(_EMBEDDING)
-    return Held(embeddings, {name: weight.to(precision()) for name, weight in weights.items()})
+
+    def weight(*parts: Any) -> torch.Tensor:
+        found = [_straight_through(part.weight) if int4 else part.weight for part in parts]
+        return (found[0] if len(found) == 1 else torch.cat(found)).to(precision())
+
+    def layer(part: Any) -> _Layer:
+        attention, mlp = part.self_attn, part.mlp
+        fused = hasattr(attention, "qkv_proj")
+        qkv = ("qkv_proj",) if fused else ("q_proj", "k_proj", "v_proj")
+        gate_up = ("gate_up_proj",) if fused else ("gate_proj", "up_proj")
+        return _Layer(
+            part.input_layernorm.weight.to(precision()),
+            weight(*(getattr(attention, name) for name in qkv)),
+            weight(attention.o_proj),
+            part.post_attention_layernorm.weight.to(precision()),
+            weight(*(getattr(mlp, name) for name in gate_up)),
+            weight(mlp.down_proj),
+        )
+
+    body = model.model
+    embeddings = body.embed_tokens.weight
+    return Held(
+        _straight_through(embeddings) if int4 else embeddings,
+        [layer(part) for part in body.layers],
+        body.norm.weight.to(precision()),
+    )
 
 
 class States(NamedTuple):
@@ -87,8 +113,8 @@ class States(NamedTuple):
 
     Attributes:
         last: (rows, length, hidden), of the last layer, after its norm.
-        looks: of each layer, queries and keys as attention multiplies them, of shapes (rows, heads,
-            length, dimension) and (rows, heads, shared + length, dimension); none unless asked for.
+        looks: of each layer, queries as attention multiplies them and keys, of shapes (heads, rows,
+            length, dimension) and (heads, rows, shared + length, dimension); none unless asked for.
     """
 
     last: torch.Tensor
@@ -107,23 +133,10 @@ def forward(
         ids: (rows, length), those that follow.
         looking: whether to give queries and keys.
     """
-    model.set_attn_implementation(_ATTENTION)
-
-    def states(tokens: torch.Tensor, first: int, before: Sequence[_Look], looking: bool) -> Any:
-        inputs = {
-            "inputs_embeds": embedding(tokens, held.embeddings).to(precision()),
-            "position_ids": torch.arange(first, first + tokens.shape[1])[None],
-            "before": before,
-            "output_attentions": looking,
-            "use_cache": False,
-        }
-        return functional_call(model.model, held.others, kwargs=inputs)
-
-    with _quick_norms(model):
-        before = states(shared[None], 0, (), True).attentions if len(shared) else ()
-        found = states(ids, len(shared), before, looking)
-    looks = [(look.queries, look.keys) for look in found.attentions or ()]
-    return States(found.last_hidden_state, looks)
+    before = _layers(model, held, shared[None], 0, ())[1] if len(shared) else ()
+    last, attended = _layers(model, held, ids, len(shared), before)
+    looks = [(part.queries, part.keys) for part in attended] if looking else []
+    return States(_normed(last, held.norm, model.config), looks)
 
 
 def logits(held: Held, states: States, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -137,74 +150,170 @@ def attention(
     """How much some places attend to each one of their rows, (places, heads, shared + length).
 
     Args:
-        queries, keys: as in `States.looks`.
+        queries, keys: as in `States.looks`, or some of their heads.
     """
-    scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(2, 3)
+    scores = (queries @ keys.transpose(2, 3))[:, rows, places].float()
     shared = keys.shape[2] - queries.shape[2]
-    later = torch.arange(keys.shape[2]) > shared + places[:, None, None]
-    return torch.softmax(scores[rows, :, places].float().masked_fill(later, -torch.inf), -1)
+    later = torch.arange(keys.shape[2]) > shared + places[:, None]
+    return torch.softmax(scores.masked_fill(later, -torch.inf), -1).transpose(0, 1)
 
 
 def _straight_through(matrix: torch.Tensor) -> torch.Tensor:
     return matrix + (rounded(matrix.detach()) - matrix.detach())
 
 
-class _Look(NamedTuple):
+class _Attended(NamedTuple):
+    """What attention was reckoned of in one layer, each (heads, rows, length, dimension)."""
+
     queries: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
 
 
-def _attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: None,
-    scaling: float,
-    *,
-    before: Sequence[_Look] = (),
-    **_: Any,
-) -> tuple[torch.Tensor, _Look]:
-    """Causal attention; gives what it was reckoned of where others give their weights.
+def _layers(
+    model: Any, held: Held, tokens: torch.Tensor, first: int, before: Sequence[_Attended]
+) -> tuple[torch.Tensor, list[_Attended]]:
+    """The states of some tokens after the last layer, and what was attended to in each.
 
     Args:
-        before: of each layer, what the shared beginning gave; or nothing.
+        tokens: (rows, length).
+        first: position of the first of them.
+        before: of each layer, of the tokens before that, which all rows share; or nothing.
     """
-    if before:
-        rows, shared = len(query), before[module.layer_idx]
-        key = torch.cat((shared.keys.expand(rows, -1, -1, -1), key), 2)
-        value = torch.cat((shared.values.expand(rows, -1, -1, -1), value), 2)
-    length, keys = query.shape[2], key.shape[2]
-    later = query.new_full((length, keys), -torch.inf).triu_(1 + keys - length)
-    if torch.is_grad_enabled():
-        # The fused kernel's backward pass is slow.
-        scores = ((query * scaling) @ key.transpose(2, 3)).add_(later)
-        found = torch.softmax(scores, -1) @ value
-    else:
-        found = scaled_dot_product_attention(query, key, value, later, scale=scaling)
-    return found.transpose(1, 2).contiguous(), _Look(query, key, value)
+    config = model.config
+    heads = config.num_attention_heads
+    rows, length = tokens.shape
+    later = torch.full((length, first + length), -torch.inf, dtype=precision())
+    later.triu_(1 + first)
+    states = embedding(tokens, held.embeddings).to(precision())
+    # Queries are scaled as they are turned.
+    turns = torch.stack(model.model.rotary_emb(states, torch.arange(first, first + length)[None]))
+    turn = (turns * (turns.shape[-1] ** -0.5), turns)
+    attended = []
+    for index, layer in enumerate(held.layers):
+        qkv = linear(_normed(states, layer.norm, config), layer.qkv)
+        queries, keys, values = _Turned.apply(qkv, heads, *turn)  # type: ignore[no-untyped-call]
+        if before:
+            keys = torch.cat((before[index].keys.expand(-1, rows, -1, -1), keys), 2)
+            values = torch.cat((before[index].values.expand(-1, rows, -1, -1), values), 2)
+        attended.append(_Attended(queries, keys, values))
+        if torch.is_grad_enabled():
+            found = _Attention.apply(queries, keys, values, later)  # type: ignore[no-untyped-call]
+        else:
+            found = scaled_dot_product_attention(queries, keys, values, later, scale=1.0)
+        states = states + linear(found.permute(1, 2, 0, 3).flatten(2), layer.out)
+        gate_up = linear(_normed(states, layer.mlp_norm, config), layer.gate_up)
+        states = states + linear(_Gated.apply(gate_up), layer.down)  # type: ignore[no-untyped-call]
+    return states, attended
 
 
-AttentionInterface.register(_ATTENTION, _attention)
-AttentionMaskInterface.register(_ATTENTION, lambda *_, **__: None)
+def _turn(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Pairs of values, one of each half, turned by their position's angles (rotary embeddings: Su et
+    al. 2021, arXiv:2104.09864).
+
+    Args:
+        states: (heads, rows, length, dimension).
+        cosine, sine: (1, length, dimension), the second half like the first.
+    """
+    dimension = states.shape[-1]
+    # A product with this is quicker than passes over halves: (a, b) becomes (-b, a).
+    quarter = torch.eye(dimension, dtype=states.dtype).roll(dimension // 2, 1)
+    quarter[dimension // 2 :].neg_()
+    return (states * cosine).addcmul_(states @ quarter, sine)
 
 
-@contextlib.contextmanager
-def _quick_norms(model: Any) -> Iterator[None]:
-    norms = [part for part in model.modules() if type(part).__name__.endswith("RMSNorm")]
-    for norm in norms:
-        norm.forward = partial(_normed, norm)
-    try:
-        yield
-    finally:
-        for norm in norms:
-            del norm.forward
+class _Turned(torch.autograd.Function):
+    """Queries, keys and values by head, the former two turned.
+
+    Args:
+        qkv: (rows, length, 3 * hidden).
+        of_queries, of_keys: cosines and sines of their angles, (2, 1, length, dimension).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: torch.Tensor, heads: int, of_queries: torch.Tensor, of_keys: torch.Tensor
+    ) -> Any:
+        ctx.save_for_backward(of_queries, of_keys)
+        queries, keys, values = (
+            qkv.view(*qkv.shape[:2], 3, heads, -1).permute(2, 3, 0, 1, 4).contiguous()
+        )
+        return _turn(queries, *of_queries), _turn(keys, *of_keys), values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        turned = [
+            _turn(gradient, cosine, -sine)
+            for gradient, (cosine, sine) in zip(gradients, ctx.saved_tensors, strict=False)
+        ]
+        heads, rows, length, dimension = gradients[0].shape
+        found = gradients[0].new_empty(rows, length, 3, heads, dimension)
+        for index, part in enumerate((*turned, gradients[2])):
+            found[:, :, index] = part.permute(1, 2, 0, 3)
+        return found.flatten(2), None, None, None
 
 
-def _normed(norm: Any, states: torch.Tensor) -> torch.Tensor:
+class _Attention(torch.autograd.Function):
+    """softmax(Q K^T + later) V; the fused kernel's backward pass is slower.
+
+    Args:
+        queries, keys, values: (heads, rows, length, dimension), the former scaled.
+        later: (length of queries, length of keys), -inf where a key is not to be seen.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        later: torch.Tensor,
+    ) -> Any:
+        q, k, v = (part.flatten(0, 1) for part in (queries, keys, values))
+        weights = torch.softmax(torch.baddbmm(later, q, k.transpose(1, 2)), -1)
+        found = weights @ v
+        ctx.save_for_backward(q, k, v, weights, found)
+        return found.view_as(queries)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        q, k, v, weights, found = ctx.saved_tensors
+        heads_and_rows = gradient.shape[:2]
+        of_found = gradient.flatten(0, 1)
+        along = (of_found * found).sum(-1, keepdim=True)
+        of_scores = torch.baddbmm(along, of_found, v.transpose(1, 2), beta=-1.0).mul_(weights)
+        gradients = (
+            of_scores @ k,
+            of_scores.transpose(1, 2) @ q,
+            weights.transpose(1, 2) @ of_found,
+        )
+        return *(part.view(*heads_and_rows, *part.shape[1:]) for part in gradients), None
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) * up, of both side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: torch.Tensor) -> Any:
+        gate, up = gate_up.chunk(2, -1)
+        opened = silu(gate)
+        ctx.save_for_backward(gate_up, opened)
+        return opened * up
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        gate_up, opened = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, -1)
+        found = torch.empty_like(gate_up)
+        of_gate, of_up = found.chunk(2, -1)
+        torch.mul(gradient, opened, out=of_up)
+        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=of_gate)
+        return found
+
+
+def _normed(states: torch.Tensor, weight: torch.Tensor, config: Any) -> torch.Tensor:
     found: torch.Tensor = _RootMeanSquareNorm.apply(  # type: ignore[no-untyped-call]
-        states, norm.weight, norm.variance_epsilon
+        states, weight, config.rms_norm_eps
     )
     return found
 

@@ -33,6 +33,8 @@ _NO_SIDE: Final = 0.18
 _WEIGHTS: Final = (3, 3, 3, 4, 4)
 _TERSE: Final = re.compile(r"[-+]\d.*|[LSB](?:\d.*)?|LNG|SHRT|SLD|SELL", re.IGNORECASE)
 _HARD_SHARE: Final = 0.25
+_KEPT: Final = 512
+"""Cases that wait to be given once more."""
 _SIDED_SHARE: Final = 0.75
 """Of the hard cases: a little fewer than of all, as it is easier to see a side than that none is."""
 
@@ -104,6 +106,7 @@ def teacher(seed: int, split: Split = "train") -> Teacher:
     prompt without the system's, with one piece of its answer, is a lesson at a fifth of the cost.
     """
     rng = Random(seed)
+    cases = _Cases(rng, split)
 
     def lesson(progress: float) -> Lesson:
         grown = min(1.0, max(0.0, (progress - _SHORT) / (_LONG - _SHORT)))
@@ -111,7 +114,7 @@ def teacher(seed: int, split: Split = "train") -> Teacher:
         final = progress > _FINAL
         whole = rng.random() < (0.8 if final else 0.05 + 0.4 * grown)
         turns = rng.choice((1, 1, 1, 1, 2, 3)) if whole and final else 1
-        messages, text, found = _chat(rng, split, limit, turns)
+        messages, text, found = _chat([cases.give(limit) for _ in range(turns)])
         if not final and rng.random() > 0.3 * grown:
             messages = messages[1:]
         if whole:
@@ -132,25 +135,41 @@ def revision(seed: int, *, decisions: bool = False) -> Teacher:
             five do.
     """
     rng = Random(seed)
+    cases = _Cases(rng, "train")
 
     def lesson(progress: float) -> Lesson:
         del progress
-        messages, text, found = _chat(rng, "train", _LONGEST_PROMPT, rng.choice(_REVISED_TURNS))
+        turns = rng.choice(_REVISED_TURNS)
+        messages, text, found = _chat([cases.give(_LONGEST_PROMPT) for _ in range(turns)])
         whole = not decisions and rng.random() < 0.4
         return Lesson(messages, last=None if whole else text.index(_DECIDED), hints=found)
 
     return lesson
 
 
-def _chat(
-    rng: Random, split: Split, longest: int, turns: int
-) -> tuple[list[Message], str, list[Hint]]:
-    """A chat of so many prompts and answers, its last answer's text, and the hints to that."""
-    *before, last = (_lesson_case(rng, split, longest) for _ in range(turns))
+def _chat(cases: Sequence[Case]) -> tuple[list[Message], str, list[Hint]]:
+    """A chat of these prompts and answers, its last answer's text, and the hints to that."""
+    *before, last = cases
     examples = [Example(case.prompt, case.proposal) for case in before]
     text = dumps(last.proposal)
     messages = [*build_messages(last.prompt, examples), Message(role="assistant", content=text)]
     return messages, text, hints(last, text)
+
+
+class _Cases:
+    """Gives each case of lessons twice, as writing one takes as long as learning it for a third."""
+
+    def __init__(self, rng: Random, split: Split) -> None:
+        self._rng = rng
+        self._split = split
+        self._kept: list[Case] = []
+
+    def give(self, longest: int) -> Case:
+        """One of at most so many characters; of no more than were asked for before."""
+        if len(self._kept) == _KEPT:
+            return self._kept.pop(self._rng.randrange(_KEPT))
+        self._kept.append(_lesson_case(self._rng, self._split, longest))
+        return self._kept[-1]
 
 
 def _lesson_case(rng: Random, split: Split, longest: int) -> Case:

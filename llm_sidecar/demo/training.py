@@ -189,9 +189,10 @@ def _losses(model: Any, held: Held, batch: Batch, *, looking: bool = False) -> _
     labels = batch.labels[:, 1:][at]
     losses = torch.nn.functional.cross_entropy(found.float(), labels, reduction="none")
     # Quicker than argmax.
-    wrong = found.detach().max(-1).indices != labels
+    known = found.detach()[:count]
+    wrong = known.gather(1, labels[:count, None])[:, 0] < known.amax(-1)
     rows, places = labelled.unbind(1)
-    return _Losses(losses[:count], rows, places, wrong[:count], states)
+    return _Losses(losses[:count], rows, places, wrong, states)
 
 
 def _loss(model: Any, held: Held, batch: Batch) -> tuple[torch.Tensor, list[int]]:
@@ -226,7 +227,7 @@ def _looking(states: States, batch: Batch) -> torch.Tensor:
             continue
         rows = torch.tensor([row for row, _ in looks])
         places = torch.tensor([look.at for _, look in looks]) - len(batch.shared)
-        queries, keys = (part[:, heads] for part in states.looks[layer])
+        queries, keys = (part[heads] for part in states.looks[layer])
         seen = attention(queries, keys, rows, places)
         sources = torch.zeros(len(looks), seen.shape[-1])
         for index, (_, look) in enumerate(looks):
