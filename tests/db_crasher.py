@@ -32,6 +32,7 @@ from llm_sidecar.db import (
     OrchestratorRunSchema,
     Phi3FeedbackSchema,
     Store,
+    compaction,
     writer,
 )
 from llm_sidecar.db.log import segments
@@ -42,9 +43,15 @@ _CALLERS = 8
 
 def hurry() -> None:
     """Moves and compacts all the time, so that kills meet both."""
-    hurried = {"_MOVE_EVERY": 0.02, "_COMPACT_PAUSE": 0.05, "_COMPACT_SHARE": 1.0, "FRAGMENTS": 3}
-    for name, value in hurried.items():
-        setattr(writer, name, value)
+    hurried = (
+        (writer, "_MOVE_EVERY", 0.02),
+        (compaction, "_PAUSE", 0.05),
+        (compaction, "_SHARE", 1.0),
+        (compaction, "FRAGMENTS", 3),
+    )
+    for module, name, value in hurried:
+        assert hasattr(module, name)
+        setattr(module, name, value)
 
 
 def row(name: str, number: int) -> Phi3FeedbackSchema | OrchestratorRunSchema | HermesScoreSchema:

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -517,3 +518,17 @@ def test_ctrl_c_exits_130_without_a_word(
         signal.signal(signal.SIGINT, before)
     output = capsys.readouterr()
     assert (output.out, output.err) == ("", "")
+
+
+def test_ctrl_c_ends_a_script_that_waits_for_its_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    began = time.monotonic()
+    try:
+        with interrupting_store(monkeypatch, tmp_path), pytest.raises(KeyboardInterrupt):
+            db.init_db()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    # The store is given up only after half a minute.
+    assert time.monotonic() - began < 15

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_sidecar.db import TABLES, HermesScoreSchema, Store, tables, writer
+from llm_sidecar.db import TABLES, HermesScoreSchema, Store, compaction, tables, writer
 from llm_sidecar.db.log import Log, Row, encode, locked, read_segment
 from llm_sidecar.errors import DatabaseUnavailable
 from tests.test_db_crash import crash
@@ -233,8 +233,8 @@ async def test_a_damaged_log_is_kept_and_what_is_readable_replayed(tmp_path: Pat
 async def test_fragments_and_files_stay_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "_COMPACT_PAUSE", 0.0)
-    monkeypatch.setattr(writer, "_COMPACT_SHARE", 0.0)
+    monkeypatch.setattr(compaction, "_PAUSE", 0.0)
+    monkeypatch.setattr(compaction, "_SHARE", 0.0)
     store = await Store.open(tmp_path)
     for number in range(100):
         await store.append(score(str(number)))

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import datetime
 import json
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -20,6 +17,7 @@ from llm_sidecar.db import cli_output as output
 from llm_sidecar.db.export import FORMATS, Export
 from llm_sidecar.db.migrate import migrate
 from llm_sidecar.db.place import default_uri, place_of
+from llm_sidecar.db.run import run
 from llm_sidecar.db.schema import RUNS, TABLES
 from llm_sidecar.db.statistics import statistics
 from llm_sidecar.db.store import Store
@@ -50,39 +48,18 @@ def cli_main(argv: Sequence[str] | None = None) -> int:
         return 0
     command: Command = options.run
     try:
-        status = asyncio.run(_interruptible(command(options)))
+        status = run(command(options))
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read the output has seen enough; the interpreter must not flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (KeyboardInterrupt, asyncio.CancelledError):
+    except KeyboardInterrupt:
         return 130
     except Exception as error:  # noqa: BLE001 lancedb raises many types
         output.note(output.reason(error))
         return 1
     return status
-
-
-async def _interruptible(work: Coroutine[Any, Any, int]) -> int:
-    """Awaits `work`, which Ctrl-C cancels; a second one does not wait for what it tidies up.
-
-    By itself asyncio sees a signal when the main thread next does something. That may be never, if
-    the signal came to another thread, or just before this one began to wait for a database that is
-    silent.
-    """
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-
-    def interrupt() -> None:
-        loop.remove_signal_handler(signal.SIGINT)
-        task.cancel()
-
-    # Who starts a command in the background of a script has it ignore Ctrl-C.
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    if threading.current_thread() is threading.main_thread() and not ignored:
-        loop.add_signal_handler(signal.SIGINT, interrupt)
-    return await work
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,11 +5,11 @@ Async code uses `Store`, which stays open.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import Any
 
 from llm_sidecar.db.place import default_uri
+from llm_sidecar.db.run import run
 from llm_sidecar.db.schema import HermesScoreSchema, OrchestratorRunSchema, Phi3FeedbackSchema
 from llm_sidecar.db.store import AnyRow, Store
 
@@ -27,7 +27,7 @@ def init_db(uri: str | None = None) -> None:
     async def once() -> None:
         await (await Store.open(uri or default_uri())).close()
 
-    asyncio.run(once())
+    run(once())
 
 
 def append_feedback(row: Phi3FeedbackSchema | Mapping[str, Any], *, uri: str | None = None) -> None:
@@ -61,4 +61,4 @@ def _append(row: AnyRow, uri: str | None) -> None:
         finally:
             await store.close()
 
-    asyncio.run(once())
+    run(once())

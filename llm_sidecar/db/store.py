@@ -180,10 +180,10 @@ class Store:
             "rows_written": writer.rows_written,
             "rows_waiting": writer.rows_waiting(),
             "log": writer.log_status(),
-            "fragments": dict(writer.fragments),
+            "fragments": dict(writer.compactor.fragments),
             "last_compaction": None if compaction is None else compaction.isoformat(),
-            "compaction_failure": writer.compaction_failure,
-            "compaction_failures": writer.compaction_failures,
+            "compaction_failure": writer.compactor.failure,
+            "compaction_failures": writer.compactor.failures,
             "repairs": writer.repairs[-_SHOWN_REPAIRS:],
         }
 

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
 from llm_sidecar.db import log as wal
+from llm_sidecar.db.compaction import Compactor
 from llm_sidecar.db.log import Row
 from llm_sidecar.db.place import Place
-from llm_sidecar.db.schema import FEEDBACK, TABLES, is_known
-from llm_sidecar.db.tables import FRAGMENTS, Tables, one_line, open_tables
+from llm_sidecar.db.schema import FEEDBACK, TABLES
+from llm_sidecar.db.tables import Tables, one_line, open_tables
+from llm_sidecar.db.takeover import take_over
 from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.resident import release_code
 
@@ -43,12 +45,8 @@ second copy, should the newest files turn out unreadable all the same."""
 _BACKOFF_FIRST: Final = 0.5
 _BACKOFF_MOST: Final = 30.0
 _OPEN_SECONDS: Final = 60.0
-_LOOK_AGAIN: Final = 0.02
 _SWEEP_SECONDS: Final = 30.0
 """How often logs are looked for whose process has died."""
-_COMPACT_PAUSE: Final = 5.0
-_COMPACT_SHARE: Final = 20.0
-"""Least seconds between two compactions, and how many times as long as the last one took."""
 _IDLE_SECONDS: Final = 600.0
 """After the last row, when the versions that nobody reads any more are tidied away."""
 _CLOSE_SECONDS: Final = 10.0
@@ -74,11 +72,9 @@ class Writer:
         state: `opening`, `open`, `away` (the log takes rows meanwhile) or `closed`.
         reason: why it is away; None otherwise.
         rows_written: rows acknowledged.
-        fragments: of each table, when last looked at.
+        compactor: keeps the tables in few files.
         repairs: what opening had to repair, in words.
         log_failure: why the last rows could not be stored; None if they could.
-        compaction_failure: why the last compaction failed; None if it did not.
-        compaction_failures: how many have failed.
     """
 
     def __init__(self, place: Place, *, create: bool = True) -> None:
@@ -87,11 +83,9 @@ class Writer:
         self.state = "opening"
         self.reason: str | None = None
         self.rows_written = 0
-        self.fragments: dict[str, int] = {}
+        self.compactor = Compactor()
         self.repairs: list[str] = []
         self.log_failure: str | None = None
-        self.compaction_failure: str | None = None
-        self.compaction_failures = 0
         self.failure: DatabaseUnavailable | None = None
         self._place = place
         self._create = create
@@ -113,8 +107,6 @@ class Writer:
         self._asked = asyncio.Event()
         self._changed = asyncio.Condition()
         self._end = asyncio.Event()
-        self._compaction_due = asyncio.Event()
-        self._compacting = asyncio.Lock()
         self._swept = self._last_move = time.monotonic()
         self._tidied = True
         self._in_flight: asyncio.Future[Any] | None = None
@@ -222,7 +214,7 @@ class Writer:
                     moving.cancel()
                 await asyncio.wait([moving])
                 # Scripts write a row each, and somebody has to tidy up after them.
-                await self._compact_if_due()
+                await self.compactor.compact_if_due(self.tables)
         except TimeoutError:
             log.warning("closing took longer than %g s", _CLOSE_SECONDS)
         if self.rows_waiting():
@@ -340,13 +332,13 @@ class Writer:
         async with asyncio.timeout(_OPEN_SECONDS):
             tables = await open_tables(self._place, create=self._create)
         try:
-            await self._take_over_abandoned(tables, wait=True)
+            await self._take_over(tables, wait=True)
         except BaseException:
             await tables.close()
             raise
         self.repairs += tables.repairs
         self._swept = time.monotonic()
-        await self._count_fragments(tables)
+        await self.compactor.look(tables)
         self.tables = tables
         # By now nearly all has been imported, and most of what that ran is not run again.
         await asyncio.to_thread(release_code)
@@ -378,48 +370,14 @@ class Writer:
     async def _sweep(self) -> None:
         """Takes over the rows of processes that have died since the last look."""
         if self.tables is not None and time.monotonic() - self._swept > _SWEEP_SECONDS:
-            await self._take_over_abandoned(self.tables)
+            await self._take_over(self.tables, wait=False)
             self._swept = time.monotonic()
 
-    async def _take_over_abandoned(self, tables: Tables, *, wait: bool = False) -> None:
-        """Stores the rows of processes that have died.
-
-        Args:
-            wait: False to leave it, this time, to another process that is just looking too.
-        """
-        while (
-            found := await asyncio.to_thread(wal.abandoned_logs, self._place.log_folder)
-        ) is None:
-            if not wait:
-                return
-            await asyncio.sleep(_LOOK_AGAIN)
-        try:
-            for abandoned in found:
-                await self._take_over(tables, abandoned)
-        finally:
-            for abandoned in found:
-                abandoned.release()
-
-    async def _take_over(self, tables: Tables, abandoned: wal.AbandonedLog) -> None:
-        count = 0
-        for path in wal.segments(abandoned.folder):
-            segment = await asyncio.to_thread(wal.read_segment, path)
-            rows = [row for row in segment.rows if is_known(row.table, row.values)]
+    async def _take_over(self, tables: Tables, *, wait: bool) -> None:
+        async def insert(rows: Sequence[Row]) -> None:
             await self._insert(tables, rows, certain=False)
-            count += len(rows)
-            if unknown := len(segment.rows) - len(rows):
-                kept = await self._on_disk(_set_aside, path, self._place.set_aside)
-                self._note(
-                    f"a log has {unknown} rows of another version of the sidecar; it is kept "
-                    f"as {kept}"
-                )
-            elif segment.damaged:
-                kept = await self._on_disk(_set_aside, path, self._place.set_aside)
-                self._note(f"{segment.damaged} bytes of a log are damaged; it is kept as {kept}")
-        if count:
-            await tables.sync()
-            self._note(f"{count} rows of a process that has ended were replayed")
-        await self._on_disk(abandoned.remove)
+
+        await take_over(self._place, tables, insert, self._note, wait=wait)
 
     def _note(self, done: str) -> None:
         log.warning("%s", done)
@@ -447,11 +405,10 @@ class Writer:
         self._moving, self._moving_bytes, self._segments = [], 0, []
         self._certain = True
         await self._set_open()
-        await self._count_fragments(self.tables)
+        await self.compactor.look(self.tables)
         self._last_move = now
         self._tidied = False
-        if max(self.fragments.values(), default=0) >= FRAGMENTS:
-            self._compaction_due.set()
+        self.compactor.ask_if_many()
 
     async def _insert(self, tables: Tables, rows: Sequence[Row], *, certain: bool) -> None:
         """Stores rows in their tables.
@@ -491,7 +448,7 @@ class Writer:
             await self._on_disk(oldest.path.unlink, True)
         if not self._tidied and time.monotonic() - self._last_move > _IDLE_SECONDS:
             self._tidied = True
-            self._compaction_due.set()
+            self.compactor.due.set()
 
     async def compact(self) -> bool:
         """Compacts now; returns False where another process is at it.
@@ -500,42 +457,13 @@ class Writer:
             DatabaseUnavailable: the database is not open.
             Exception: whatever lancedb raises.
         """
-        tables = await self.opened(_LOG_SECONDS)
-        done = await tables.compact()
-        await self._count_fragments(tables)
-        return done
-
-    async def _count_fragments(self, tables: Tables) -> None:
-        """Only to be shown, and to see when compacting is worth it."""
-        try:
-            async with asyncio.timeout(_LOG_SECONDS):
-                for name in TABLES:
-                    self.fragments[name] = await tables.fragments(name)
-        except Exception as error:  # noqa: BLE001 lancedb raises many types
-            log.warning("the fragments cannot be counted: %s", one_line(error))
+        return await self.compactor.compact(await self.opened(_LOG_SECONDS))
 
     async def _keep_compacting(self) -> None:
         while not self._end.is_set():
-            await _passed(math.inf, self._compaction_due)
-            pause = await self._compact_if_due()
+            await _passed(math.inf, self.compactor.due)
+            pause = await self.compactor.compact_if_due(self.tables)
             await _passed(pause, self._end)
-
-    async def _compact_if_due(self) -> float:
-        """Compacts if that is due; returns seconds until the next one may begin."""
-        async with self._compacting:
-            began = time.monotonic()
-            if self.tables is None or not self._compaction_due.is_set():
-                return _COMPACT_PAUSE
-            self._compaction_due.clear()
-            try:
-                await self.compact()
-            except Exception as error:  # noqa: BLE001 lancedb raises many types
-                log.error("compacting failed, and is tried again later: %s", one_line(error))
-                self.compaction_failure = one_line(error)
-                self.compaction_failures += 1
-            else:
-                self.compaction_failure = None
-        return max(_COMPACT_PAUSE, _COMPACT_SHARE * (time.monotonic() - began))
 
 
 async def _passed(seconds: float, unless: asyncio.Event) -> None:
@@ -557,10 +485,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-def _set_aside(path: Path, folder: Path) -> str:
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / f"{path.parent.name}-{path.name}"
-    path.replace(kept)
-    return kept.name
