@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
 import re
@@ -27,14 +28,15 @@ from transformers import (
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.demo import evaluate, judgement, lessons, market
-from llm_sidecar.demo.batches import batches
-from llm_sidecar.demo.forward import attention, forward, hold, logits, rounded
-from llm_sidecar.demo.lessons import Encoded, encode
+from llm_sidecar.demo.batches import batches, padded
+from llm_sidecar.demo.forward import attention, forward, hold, logits
+from llm_sidecar.demo.lessons import IGNORED, Encoded, encode
 from llm_sidecar.demo.muon import Muon, orthogonal
+from llm_sidecar.demo.passes import rounded
 from llm_sidecar.demo.schedule import Schedule
 from llm_sidecar.demo.situations import SITUATIONS, answer
 from llm_sidecar.demo.tickers import random_ticker, split_of
-from llm_sidecar.demo.training import _hardest, prepare_attention
+from llm_sidecar.demo.training import _hardest, _language, prepare_attention
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
 from llm_sidecar.loader import DEMO_DIR
 from tests.live_server import ROOT
@@ -436,11 +438,11 @@ def test_training_reckons_what_transformers_does(name: str) -> None:
     torch.testing.assert_close(again, found.detach(), atol=0.06, rtol=0.06)
 
 
-def test_the_hardest_lessons_are_those_with_the_greatest_loss_of_a_token() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_DIR / "phi3")
+def small_phi3(tokenizer: Any) -> Phi3ForCausalLM:
+    """One layer of 32, random."""
     torch.manual_seed(3)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    model = Phi3ForCausalLM(
+    return Phi3ForCausalLM(
         Phi3Config(
             **shape,
             num_attention_heads=4,
@@ -451,6 +453,46 @@ def test_the_hardest_lessons_are_those_with_the_greatest_loss_of_a_token() -> No
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+
+
+def test_what_the_user_says_is_learned_too_without_the_padding() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_DIR / "phi3")
+    model = small_phi3(tokenizer)
+    teach = market.revision(6, decisions=True)
+    drawn = [encode(tokenizer, teach(1.0)) for _ in range(12)]
+    width = max(lesson.own for lesson in drawn) + 5
+    batch = padded(drawn, width, tokenizer.pad_token_id)
+    with torch.no_grad():
+        held = hold(model, int4=False)
+        found = _language(held, forward(model, held, batch.shared, batch.ids), batch)
+        expected: list[float] = []
+        for lesson in drawn:
+            ids = torch.tensor([lesson.ids])
+            logits = model(input_ids=ids).logits[0, lesson.shared : -1]
+            following = ids[0, lesson.shared + 1 :]
+            each = torch.nn.functional.cross_entropy(logits, following, reduction="none")
+            labels = lesson.labels[lesson.shared + 1 :]
+            expected += [
+                loss for loss, label in zip(each.tolist(), labels, strict=True) if label == IGNORED
+            ]
+    expected = expected[::3]
+    expected = expected[: len(expected) // 128 * 128]
+    assert len(expected) >= 128
+    assert found.item() == pytest.approx(sum(expected) / len(expected), rel=0.01)
+
+
+def test_a_case_is_given_twice_at_most_and_never_a_longer_one() -> None:
+    given = market._Cases(Random(2), "train")
+    prompts = [given.give(70 if number < 700 else 200).prompt for number in range(1400)]
+    counts = collections.Counter(prompts)
+    assert set(counts.values()) == {1, 2}
+    assert sum(count == 2 for count in counts.values()) > 300
+    assert max(map(len, prompts[:700])) <= 70
+
+
+def test_the_hardest_lessons_are_those_with_the_greatest_loss_of_a_token() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_DIR / "phi3")
+    model = small_phi3(tokenizer)
     chosen = _hardest(model, tokenizer, market.revision(5, decisions=True), 3000)
     assert 2000 < sum(lesson.own for lesson in chosen) <= 3000
 

@@ -34,7 +34,7 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m llm_sidecar.demo", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="train both models, an hour or more on two cores")
+    train = commands.add_parser("train", help="train both models, about an hour on two cores")
     train.add_argument("--out", type=Path, default=_HERE, help="folder for phi3/ and hermes/")
     train.add_argument("--seed", type=int, default=1)
     train.add_argument("--only", choices=("phi3", "hermes"), help="train one of them")

@@ -8,13 +8,12 @@ between products has its own backward pass, and what all texts begin with is rec
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import embedding, linear, pad, scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, linear, scaled_dot_product_attention
 
-_BLOCK: Final = 32
-"""Inputs that share a step in int4."""
+from llm_sidecar.demo.passes import Attention, Gated, RootMeanSquareNorm, Rounded, Turned
 
 
 def precision() -> torch.dtype:
@@ -24,28 +23,8 @@ def precision() -> torch.dtype:
     return torch.bfloat16 if quick else torch.float32
 
 
-def rounded(matrix: torch.Tensor) -> torch.Tensor:
-    """What onnxruntime's symmetric int4 (MatMulNBits) makes of a matrix.
-
-    Args:
-        matrix: (outputs, inputs); in blocks of 32 inputs, and what is left.
-
-    Returns:
-        a matrix of the same shape: in each block the value of the greatest magnitude is -8 steps,
-        and all are whole steps from -8 to 7.
-    """
-    outputs, inputs = matrix.shape
-    blocks = pad(matrix, (0, -inputs % _BLOCK)).view(outputs, -1, _BLOCK)
-    lowest, highest = torch.aminmax(blocks, dim=2, keepdim=True)
-    step = torch.where(-lowest >= highest, lowest, highest) / -8.0
-    step.masked_fill_(step == 0, 1.0)
-    near = torch.round(blocks / step).clamp_(-8, 7).mul_(step)
-    return near.view(outputs, -1)[:, :inputs]
-
-
 class _Layer(NamedTuple):
-    """Weights of one layer in the order they are used; of `qkv` and `gate_up` more than one side
-    by side."""
+    """Weights of one layer in the order of their use; those that are used together are one."""
 
     norm: torch.Tensor
     qkv: torch.Tensor
@@ -61,8 +40,8 @@ class Held(NamedTuple):
     Attributes:
         embeddings: (vocabulary, hidden) in float32: gradients of a token that comes often would be
             lost in a sum of bfloat16.
-        layers: in the precision that the processor is quick at, as is
-        norm: the last one's weights.
+        layers, norm: of the layers and of the norm behind them, in the precision that the processor
+            is quick at.
     """
 
     embeddings: torch.Tensor
@@ -76,13 +55,14 @@ def hold(model: Any, *, int4: bool) -> Held:
     Args:
         model: of the Llama or the Phi-3 architecture in float32, with as many key heads as query
             heads and its embeddings tied to its head.
-        int4: whether matrices are what int4 would hold of them. Their gradients are those of the
-            rounded ones, so the weights that are kept learn to answer well once they are rounded
-            (the straight-through estimator: Bengio et al. 2013, arXiv:1308.3432).
+        int4: whether matrices are what int4 would hold of them.
     """
 
+    def rounded(weight: torch.Tensor) -> Any:
+        return Rounded.apply(weight) if int4 else weight  # type: ignore[no-untyped-call]
+
     def weight(*parts: Any) -> torch.Tensor:
-        found = [_straight_through(part.weight) if int4 else part.weight for part in parts]
+        found = [rounded(part.weight) for part in parts]
         return (found[0] if len(found) == 1 else torch.cat(found)).to(precision())
 
     def layer(part: Any) -> _Layer:
@@ -102,7 +82,7 @@ def hold(model: Any, *, int4: bool) -> Held:
     body = model.model
     embeddings = body.embed_tokens.weight
     return Held(
-        _straight_through(embeddings) if int4 else embeddings,
+        rounded(embeddings),
         [layer(part) for part in body.layers],
         body.norm.weight.to(precision()),
     )
@@ -158,10 +138,6 @@ def attention(
     return torch.softmax(scores.masked_fill(later, -torch.inf), -1).transpose(0, 1)
 
 
-def _straight_through(matrix: torch.Tensor) -> torch.Tensor:
-    return matrix + (rounded(matrix.detach()) - matrix.detach())
-
-
 class _Attended(NamedTuple):
     """What attention was reckoned of in one layer, each (heads, rows, length, dimension)."""
 
@@ -192,148 +168,23 @@ def _layers(
     attended = []
     for index, layer in enumerate(held.layers):
         qkv = linear(_normed(states, layer.norm, config), layer.qkv)
-        queries, keys, values = _Turned.apply(qkv, heads, *turn)  # type: ignore[no-untyped-call]
+        queries, keys, values = Turned.apply(qkv, heads, *turn)  # type: ignore[no-untyped-call]
         if before:
             keys = torch.cat((before[index].keys.expand(-1, rows, -1, -1), keys), 2)
             values = torch.cat((before[index].values.expand(-1, rows, -1, -1), values), 2)
         attended.append(_Attended(queries, keys, values))
         if torch.is_grad_enabled():
-            found = _Attention.apply(queries, keys, values, later)  # type: ignore[no-untyped-call]
+            found = Attention.apply(queries, keys, values, later)  # type: ignore[no-untyped-call]
         else:
             found = scaled_dot_product_attention(queries, keys, values, later, scale=1.0)
         states = states + linear(found.permute(1, 2, 0, 3).flatten(2), layer.out)
         gate_up = linear(_normed(states, layer.mlp_norm, config), layer.gate_up)
-        states = states + linear(_Gated.apply(gate_up), layer.down)  # type: ignore[no-untyped-call]
+        states = states + linear(Gated.apply(gate_up), layer.down)  # type: ignore[no-untyped-call]
     return states, attended
 
 
-def _turn(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Pairs of values, one of each half, turned by their position's angles (rotary embeddings: Su et
-    al. 2021, arXiv:2104.09864).
-
-    Args:
-        states: (heads, rows, length, dimension).
-        cosine, sine: (1, length, dimension), the second half like the first.
-    """
-    dimension = states.shape[-1]
-    # A product with this is quicker than passes over halves: (a, b) becomes (-b, a).
-    quarter = torch.eye(dimension, dtype=states.dtype).roll(dimension // 2, 1)
-    quarter[dimension // 2 :].neg_()
-    return (states * cosine).addcmul_(states @ quarter, sine)
-
-
-class _Turned(torch.autograd.Function):
-    """Queries, keys and values by head, the former two turned.
-
-    Args:
-        qkv: (rows, length, 3 * hidden).
-        of_queries, of_keys: cosines and sines of their angles, (2, 1, length, dimension).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, qkv: torch.Tensor, heads: int, of_queries: torch.Tensor, of_keys: torch.Tensor
-    ) -> Any:
-        ctx.save_for_backward(of_queries, of_keys)
-        queries, keys, values = (
-            qkv.view(*qkv.shape[:2], 3, heads, -1).permute(2, 3, 0, 1, 4).contiguous()
-        )
-        return _turn(queries, *of_queries), _turn(keys, *of_keys), values
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        turned = [
-            _turn(gradient, cosine, -sine)
-            for gradient, (cosine, sine) in zip(gradients, ctx.saved_tensors, strict=False)
-        ]
-        heads, rows, length, dimension = gradients[0].shape
-        found = gradients[0].new_empty(rows, length, 3, heads, dimension)
-        for index, part in enumerate((*turned, gradients[2])):
-            found[:, :, index] = part.permute(1, 2, 0, 3)
-        return found.flatten(2), None, None, None
-
-
-class _Attention(torch.autograd.Function):
-    """softmax(Q K^T + later) V; the fused kernel's backward pass is slower.
-
-    Args:
-        queries, keys, values: (heads, rows, length, dimension), the former scaled.
-        later: (length of queries, length of keys), -inf where a key is not to be seen.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        later: torch.Tensor,
-    ) -> Any:
-        q, k, v = (part.flatten(0, 1) for part in (queries, keys, values))
-        weights = torch.softmax(torch.baddbmm(later, q, k.transpose(1, 2)), -1)
-        found = weights @ v
-        ctx.save_for_backward(q, k, v, weights, found)
-        return found.view_as(queries)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        q, k, v, weights, found = ctx.saved_tensors
-        heads_and_rows = gradient.shape[:2]
-        of_found = gradient.flatten(0, 1)
-        along = (of_found * found).sum(-1, keepdim=True)
-        of_scores = torch.baddbmm(along, of_found, v.transpose(1, 2), beta=-1.0).mul_(weights)
-        gradients = (
-            of_scores @ k,
-            of_scores.transpose(1, 2) @ q,
-            weights.transpose(1, 2) @ of_found,
-        )
-        return *(part.view(*heads_and_rows, *part.shape[1:]) for part in gradients), None
-
-
-class _Gated(torch.autograd.Function):
-    """silu(gate) * up, of both side by side."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_up: torch.Tensor) -> Any:
-        gate, up = gate_up.chunk(2, -1)
-        opened = silu(gate)
-        ctx.save_for_backward(gate_up, opened)
-        return opened * up
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        gate_up, opened = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, -1)
-        found = torch.empty_like(gate_up)
-        of_gate, of_up = found.chunk(2, -1)
-        torch.mul(gradient, opened, out=of_up)
-        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=of_gate)
-        return found
-
-
 def _normed(states: torch.Tensor, weight: torch.Tensor, config: Any) -> torch.Tensor:
-    found: torch.Tensor = _RootMeanSquareNorm.apply(  # type: ignore[no-untyped-call]
+    found: torch.Tensor = RootMeanSquareNorm.apply(  # type: ignore[no-untyped-call]
         states, weight, config.rms_norm_eps
     )
     return found
-
-
-class _RootMeanSquareNorm(torch.autograd.Function):
-    """States over their root mean square, times a weight (Zhang and Sennrich 2019,
-    arXiv:1910.07467)."""
-
-    @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, epsilon: float) -> Any:
-        norm = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.rsqrt(norm.square() / states.shape[-1] + epsilon).to(states.dtype)
-        unit = states * scale
-        ctx.save_for_backward(unit, scale, weight)
-        return unit * weight
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        unit, scale, weight = ctx.saved_tensors
-        of_weight = (gradient * unit).flatten(0, -2)
-        along = (of_weight @ weight).view_as(scale) / len(weight)
-        of_states = torch.addcmul(gradient * weight, unit, along, value=-1).mul_(scale)
-        return of_states, of_weight.sum(0), None

@@ -24,7 +24,7 @@ _SHORTEST_LIMIT, _LONGEST_PROMPT = 70, 700
 _SHORT, _LONG, _FINAL = 0.2, 0.6, 0.8
 """Parts of the training: until the first prompts are short, from the second as long as any, from
 the third as the server sends them."""
-_REVISED_TURNS: Final = (1, 1, 1, 1, 1, 1, 1, 1, 2, 3)
+_TURNS: Final = (1, 1, 1, 1, 1, 1, 1, 1, 2, 3)
 _DECIDED: Final = '_stop_pct"'
 """Behind it ticker, action and side are told; `new` is before it, so that no side is something to
 learn too."""
@@ -112,8 +112,8 @@ def teacher(seed: int, split: Split = "train") -> Teacher:
         grown = min(1.0, max(0.0, (progress - _SHORT) / (_LONG - _SHORT)))
         limit = _SHORTEST_LIMIT + round(grown * (_LONGEST_PROMPT - _SHORTEST_LIMIT))
         final = progress > _FINAL
-        whole = rng.random() < (0.8 if final else 0.05 + 0.4 * grown)
-        turns = rng.choice((1, 1, 1, 1, 2, 3)) if whole and final else 1
+        whole = rng.random() < (0.5 if final else 0.05 + 0.4 * grown)
+        turns = rng.choice(_TURNS) if final else 1
         messages, text, found = _chat([cases.give(limit) for _ in range(turns)])
         if not final and rng.random() > 0.3 * grown:
             messages = messages[1:]
@@ -139,7 +139,7 @@ def revision(seed: int, *, decisions: bool = False) -> Teacher:
 
     def lesson(progress: float) -> Lesson:
         del progress
-        turns = rng.choice(_REVISED_TURNS)
+        turns = rng.choice(_TURNS)
         messages, text, found = _chat([cases.give(_LONGEST_PROMPT) for _ in range(turns)])
         whole = not decisions and rng.random() < 0.4
         return Lesson(messages, last=None if whole else text.index(_DECIDED), hints=found)

@@ -23,8 +23,8 @@ from transformers import (
 
 from llm_sidecar.conversion import build
 from llm_sidecar.demo import judgement, market
-from llm_sidecar.demo.forward import rounded
 from llm_sidecar.demo.lessons import Teacher
+from llm_sidecar.demo.passes import rounded
 from llm_sidecar.demo.schedule import Schedule
 from llm_sidecar.demo.tickers import ACRONYMS, INDEXES, KEYWORDS
 from llm_sidecar.demo.tokenizer import CHATML, CONTEXT_LENGTH, NUMBERS, PHI3, train_tokenizer
@@ -35,12 +35,19 @@ _NUMBERS_VOCABULARY: Final = 1536
 _TOKENIZER_LESSONS: Final = 4000
 PROCESSES: Final = 2
 """That train a model together: part of the recipe, as each draws lessons of its own."""
-_PHI3: Final = Schedule(tokens=20_000_000, again=0.3, rounded=0.3)
-_REVISION: Final = Schedule(
-    tokens=1_600_000, growth=1.0, matrix_rate=6e-3, other_rate=1.5e-3, rounded=1.0, mined=0.5
+_PHI3: Final = Schedule(
+    tokens=12_500_000, batch_tokens=1280, growth=4.0, again=0.3, rounded=0.3, language=0.1
 )
-_REVISIONS: Final = 2
-_HERMES: Final = Schedule(tokens=5_000_000)
+_REVISION: Final = Schedule(
+    tokens=3_000_000,
+    batch_tokens=1920,
+    growth=1.0,
+    matrix_rate=8e-3,
+    other_rate=2e-3,
+    rounded=1.0,
+    mined=0.5,
+)
+_HERMES: Final = Schedule(tokens=3_500_000, batch_tokens=2560, growth=2.0)
 
 
 class Member(NamedTuple):
@@ -86,8 +93,7 @@ def train_phi3(folder: Path, member: Member, *, seed: int, scale: float = 1.0) -
     model = Phi3ForCausalLM(config)
     prepare_attention(model)
     train(model, tokenizer, market.teacher(seed + member.rank), _scaled(_PHI3, scale), "phi3")
-    for number in range(_REVISIONS):
-        revise(model, tokenizer, seed + 100 * (number + 1) + member.rank, scale)
+    revise(model, tokenizer, seed + 100 + member.rank, scale)
     if member.rank > 0:
         return
     with tempfile.TemporaryDirectory() as temporary:

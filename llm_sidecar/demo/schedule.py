@@ -24,6 +24,7 @@ class Schedule:
         again: the most of the lessons that may be ones which were missed before; none where
             answers are drawn, and being missed says nothing.
         rounded: part of the training, its last, in which weights are as int4 will hold them.
+        language: weight of the loss on what the user says, at the beginning; it falls to none.
         mined: part of the lessons that are hard ones, where there is a teacher of those.
     """
 
@@ -34,6 +35,7 @@ class Schedule:
     other_rate: float = 5e-3
     again: float = 0.0
     rounded: float = 0.0
+    language: float = 0.0
     mined: float = 0.0
 
     def rate(self, progress: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 import time
 from typing import Any, Final, NamedTuple
@@ -33,6 +34,8 @@ _LOOKING: Final[dict[Way, tuple[int, slice]]] = {
 }
 """The layer and the heads in it that looks go to, by their way."""
 _LOOKING_WEIGHT: Final = 0.3
+_SPOKEN_STEP: Final = 3
+"""Of so many tokens of a prompt one is learned to be told."""
 
 
 def prepare_attention(model: Any) -> None:
@@ -108,7 +111,8 @@ def train(
     for step, batch in enumerate(batches(tokenizer, teacher, schedule, missed, mine), 1):
         model.zero_grad(set_to_none=True)
         int4 = seen >= (1.0 - schedule.rounded) * schedule.tokens
-        loss, wrong = _loss(model, hold(model, int4=int4), batch)
+        language = schedule.language * max(0.0, 1.0 - seen / schedule.tokens)
+        loss, wrong = _loss(model, hold(model, int4=int4), batch, language)
         loss.backward()  # type: ignore[no-untyped-call]
         missed += [batch.lessons[row] for row in wrong]
         tokens = together.share(model, batch.tokens)
@@ -117,6 +121,8 @@ def train(
             optimizer.step()
             rate.step()
         losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"the loss of {name} is {losses[-1]} in step {step}")
         seen += tokens
         now = time.monotonic()
         if together.rank() == 0 and (now - reported > 10 or seen >= schedule.tokens):
@@ -195,7 +201,9 @@ def _losses(model: Any, held: Held, batch: Batch, *, looking: bool = False) -> _
     return _Losses(losses[:count], rows, places, wrong, states)
 
 
-def _loss(model: Any, held: Held, batch: Batch) -> tuple[torch.Tensor, list[int]]:
+def _loss(
+    model: Any, held: Held, batch: Batch, language: float = 0.0
+) -> tuple[torch.Tensor, list[int]]:
     """Cross-entropy of the labelled tokens, averaged over each lesson and then over the lessons;
     and the rows in which another token was the likeliest somewhere.
 
@@ -210,7 +218,23 @@ def _loss(model: Any, held: Held, batch: Batch) -> tuple[torch.Tensor, list[int]
     loss = (losses.values * weights).sum() / len(batch.ids)
     if looking:
         loss = loss + _LOOKING_WEIGHT * _looking(losses.states, batch)
+    if language > 0.0:
+        loss = loss + language * _language(held, losses.states, batch)
     return loss, sorted(set(losses.rows[losses.wrong].tolist()))
+
+
+def _language(held: Held, states: States, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy of every third token that is no label: to tell what comes next in a prompt
+    takes the words that also decide on its answer (Radford et al. 2018, "Improving Language
+    Understanding by Generative Pre-Training", section 3.2)."""
+    lengths = torch.tensor([lesson.own for lesson in batch.lessons])
+    there = torch.arange(1, batch.ids.shape[1]) < lengths[:, None]
+    spoken = (there & (batch.labels[:, 1:] == IGNORED)).nonzero()[::_SPOKEN_STEP]
+    # As many as the head works on; the few that are left over are for another time.
+    spoken = spoken[: max(1, len(spoken) // _HEAD_ROWS) * _HEAD_ROWS]
+    at = spoken.unbind(1)
+    found = logits(held, states, *at).float()
+    return torch.nn.functional.cross_entropy(found, batch.ids[:, 1:][at])
 
 
 def _looking(states: States, batch: Batch) -> torch.Tensor:
