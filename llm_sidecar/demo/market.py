@@ -157,7 +157,8 @@ def _chat(cases: Sequence[Case]) -> tuple[list[Message], str, list[Hint]]:
 
 
 class _Cases:
-    """Gives each case of lessons twice, as writing one takes as long as learning it for a third."""
+    """Gives each case of lessons twice: to write one takes up to a third as long as to learn from
+    it."""
 
     def __init__(self, rng: Random, split: Split) -> None:
         self._rng = rng
@@ -165,7 +166,7 @@ class _Cases:
         self._kept: list[Case] = []
 
     def give(self, longest: int) -> Case:
-        """One of at most so many characters; of no more than were asked for before."""
+        """A case of at most so many characters; no call may ask for fewer than the one before."""
         if len(self._kept) == _KEPT:
             return self._kept.pop(self._rng.randrange(_KEPT))
         self._kept.append(_lesson_case(self._rng, self._split, longest))
