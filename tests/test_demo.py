@@ -36,7 +36,7 @@ from llm_sidecar.demo.passes import rounded
 from llm_sidecar.demo.schedule import Schedule
 from llm_sidecar.demo.situations import SITUATIONS, answer
 from llm_sidecar.demo.tickers import random_ticker, split_of
-from llm_sidecar.demo.training import _hardest, _language, prepare_attention
+from llm_sidecar.demo.training import _hardest, _language, prepare_attention, train
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
 from llm_sidecar.loader import DEMO_DIR
 from tests.live_server import ROOT
@@ -479,6 +479,17 @@ def test_what_the_user_says_is_learned_too_without_the_padding() -> None:
     expected = expected[: len(expected) // 128 * 128]
     assert len(expected) >= 128
     assert found.item() == pytest.approx(sum(expected) / len(expected), rel=0.01)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_DIR / "phi3")
+    model = small_phi3(tokenizer)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    teach = market.teacher(1)
+    with pytest.raises(FloatingPointError, match="the loss of phi3 is nan in step 1"):
+        # Without hints, as this model has not the heads that they are for.
+        train(model, tokenizer, lambda _: teach(1.0)._replace(hints=()), Schedule(500), "phi3")
 
 
 def test_a_case_is_given_twice_at_most_and_never_a_longer_one() -> None:
