@@ -134,8 +134,9 @@ def busy(random_models: dict[str, str], tmp_path: Path) -> Iterator[LiveServer]:
         yield server
 
 
-def generating(server: LiveServer) -> bool:
-    return bool(server.client.get("/health").json()["models"]["hermes"]["requests"])
+def admitted(server: LiveServer) -> int:
+    """How many requests Hermes has, running and waiting."""
+    return int(server.client.get("/health").json()["models"]["hermes"]["requests"])
 
 
 def is_draining(server: LiveServer) -> bool:
@@ -149,7 +150,7 @@ def test_a_second_signal_ends_it_while_a_long_generation_runs(busy: LiveServer) 
             pool.submit(httpx.post, f"{busy.url}/generate/hermes/", json=LONG, timeout=60)
             for _ in range(4)
         ]
-        busy.wait_until(lambda: generating(busy))
+        busy.wait_until(lambda: admitted(busy) == 4)
         busy.process.send_signal(signal.SIGTERM)
         busy.wait_until(lambda: is_draining(busy))
         began = time.monotonic()
@@ -173,7 +174,7 @@ def test_what_outlasts_the_grace_period_is_answered_with_503(
                 pool.submit(httpx.post, f"{server.url}/generate/hermes/", json=LONG, timeout=60)
                 for _ in range(4)
             ]
-            server.wait_until(lambda: generating(server))
+            server.wait_until(lambda: admitted(server) == 4)
             assert server.stop() == 0
             answers = [task.result(10) for task in asking]
     cut = [answer for answer in answers if answer.status_code == 503]
@@ -184,7 +185,7 @@ def test_what_outlasts_the_grace_period_is_answered_with_503(
 def test_while_it_drains_probes_answer_and_new_work_is_refused(busy: LiveServer) -> None:
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(httpx.post, f"{busy.url}/generate/hermes/", json=LONG, timeout=60)
-        busy.wait_until(lambda: generating(busy))
+        busy.wait_until(lambda: admitted(busy))
         busy.process.send_signal(signal.SIGTERM)
         busy.wait_until(lambda: is_draining(busy))
         assert busy.client.get("/health/live").status_code == 200
