@@ -36,7 +36,7 @@ from llm_sidecar.demo.passes import rounded
 from llm_sidecar.demo.schedule import Schedule
 from llm_sidecar.demo.situations import SITUATIONS, answer
 from llm_sidecar.demo.tickers import random_ticker, split_of
-from llm_sidecar.demo.training import _hardest, _language, prepare_attention, train
+from llm_sidecar.demo.training import _hardest, _losses, prepare_attention, train
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
 from llm_sidecar.loader import DEMO_DIR
 from tests.live_server import ROOT
@@ -413,8 +413,8 @@ def test_training_reckons_what_transformers_does(name: str) -> None:
     gradients = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
     held = hold(model, int4=True)
-    states = forward(model, held, shared, ids, looking=True)
-    found = logits(held, states, rows, places)
+    states = forward(model, held, shared, ids, rows, places, looking=True)
+    found = logits(held, states)
     (found * target).sum().backward()  # type: ignore[no-untyped-call]
 
     # As far as bfloat16 has it.
@@ -434,7 +434,7 @@ def test_training_reckons_what_transformers_does(name: str) -> None:
         right = expected.attentions[layer][rows, :, len(shared) + places]
         torch.testing.assert_close(seen, right, atol=0.02, rtol=0)
     with torch.no_grad():
-        again = logits(held, forward(model, held, shared, ids), rows, places)
+        again = logits(held, forward(model, held, shared, ids, rows, places))
     torch.testing.assert_close(again, found.detach(), atol=0.06, rtol=0.06)
 
 
@@ -464,7 +464,7 @@ def test_what_the_user_says_is_learned_too_without_the_padding() -> None:
     batch = padded(drawn, width, tokenizer.pad_token_id)
     with torch.no_grad():
         held = hold(model, int4=False)
-        found = _language(held, forward(model, held, batch.shared, batch.ids), batch)
+        found = _losses(model, held, batch, speaking=True).spoken.mean()
         expected: list[float] = []
         for lesson in drawn:
             ids = torch.tensor([lesson.ids])

@@ -92,7 +92,7 @@ class States(NamedTuple):
     """What a model made of some texts.
 
     Attributes:
-        last: (rows, length, hidden), of the last layer, after its norm.
+        last: (places, hidden), of the last layer, after its norm, at the places asked for.
         looks: of each layer, queries as attention multiplies them and keys, of shapes (heads, rows,
             length, dimension) and (heads, rows, shared + length, dimension); none unless asked for.
     """
@@ -102,7 +102,14 @@ class States(NamedTuple):
 
 
 def forward(
-    model: Any, held: Held, shared: torch.Tensor, ids: torch.Tensor, *, looking: bool = False
+    model: Any,
+    held: Held,
+    shared: torch.Tensor,
+    ids: torch.Tensor,
+    rows: torch.Tensor,
+    places: torch.Tensor,
+    *,
+    looking: bool = False,
 ) -> States:
     """The states of texts whose padding, if any, is on the right, where none of them sees it.
 
@@ -111,17 +118,20 @@ def forward(
         held: its weights.
         shared: (shared,), tokens that all texts begin with, reckoned once; maybe none.
         ids: (rows, length), those that follow.
+        rows, places: (places,), where in `ids` states are asked for: the last layer ends there.
         looking: whether to give queries and keys.
     """
-    before = _layers(model, held, shared[None], 0, ())[1] if len(shared) else ()
-    last, attended = _layers(model, held, ids, len(shared), before)
+    nowhere = rows[:0]
+    before = _layers(model, held, shared[None], 0, (), nowhere)[1] if len(shared) else ()
+    asked = rows * ids.shape[1] + places
+    last, attended = _layers(model, held, ids, len(shared), before, asked)
     looks = [(part.queries, part.keys) for part in attended] if looking else []
     return States(_normed(last, held.norm, model.config), looks)
 
 
-def logits(held: Held, states: States, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Of the tokens that follow some places, (places, vocabulary)."""
-    return linear(states.last[rows, places], held.embeddings.to(precision()))
+def logits(held: Held, states: States) -> torch.Tensor:
+    """Of the tokens that follow the places, (places, vocabulary)."""
+    return linear(states.last, held.embeddings.to(precision()))
 
 
 def attention(
@@ -147,7 +157,12 @@ class _Attended(NamedTuple):
 
 
 def _layers(
-    model: Any, held: Held, tokens: torch.Tensor, first: int, before: Sequence[_Attended]
+    model: Any,
+    held: Held,
+    tokens: torch.Tensor,
+    first: int,
+    before: Sequence[_Attended],
+    asked: torch.Tensor,
 ) -> tuple[torch.Tensor, list[_Attended]]:
     """The states of some tokens after the last layer, and what was attended to in each.
 
@@ -155,6 +170,7 @@ def _layers(
         tokens: (rows, length).
         first: position of the first of them.
         before: of each layer, of the tokens before that, which all rows share; or nothing.
+        asked: of which tokens, numbered through the rows.
     """
     config = model.config
     heads = config.num_attention_heads
@@ -177,7 +193,11 @@ def _layers(
             found = Attention.apply(queries, keys, values, later)  # type: ignore[no-untyped-call]
         else:
             found = scaled_dot_product_attention(queries, keys, values, later, scale=1.0)
-        states = states + linear(found.permute(1, 2, 0, 3).flatten(2), layer.out)
+        found = found.permute(1, 2, 0, 3).flatten(2)
+        if index == len(held.layers) - 1:
+            # Nothing attends to what comes behind this.
+            found, states = (part.flatten(0, 1).index_select(0, asked) for part in (found, states))
+        states = states + linear(found, layer.out)
         gate_up = linear(_normed(states, layer.mlp_norm, config), layer.gate_up)
         states = states + linear(Gated.apply(gate_up), layer.down)  # type: ignore[no-untyped-call]
     return states, attended

@@ -73,7 +73,8 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """About U V^T of the matrix's singular value decomposition, by Newton-Schulz iterations; in the
     precision that they are reckoned in."""
     wide = matrix.shape[0] <= matrix.shape[1]
-    found = (matrix if wide else matrix.T).to(precision())
+    # Products with a transposed view take a third longer.
+    found = (matrix if wide else matrix.T).to(precision()).contiguous()
     found = found / found.norm().clamp(min=1e-7)
     first, second, third = _COEFFICIENTS
     for _ in range(_STEPS):

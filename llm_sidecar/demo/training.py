@@ -175,6 +175,7 @@ class _Losses(NamedTuple):
         values: of each.
         rows, places: where in `Batch.labels`, its first column left out, each label is.
         wrong: whether another token was likelier.
+        spoken: of each token of `_spoken`, where asked for.
         states: that they are of.
     """
 
@@ -182,23 +183,37 @@ class _Losses(NamedTuple):
     rows: torch.Tensor
     places: torch.Tensor
     wrong: torch.Tensor
+    spoken: torch.Tensor
     states: States
 
 
-def _losses(model: Any, held: Held, batch: Batch, *, looking: bool = False) -> _Losses:
-    states = forward(model, held, batch.shared, batch.ids, looking=looking)
-    # The head works on the labelled positions only.
+def _losses(
+    model: Any, held: Held, batch: Batch, *, looking: bool = False, speaking: bool = False
+) -> _Losses:
+    # The end of the last layer and the head work on these positions only.
     labelled = (batch.labels[:, 1:] != IGNORED).nonzero()
     count = len(labelled)
-    at = torch.nn.functional.pad(labelled, (0, 0, 0, -count % _HEAD_ROWS)).unbind(1)
-    found = logits(held, states, *at)
-    labels = batch.labels[:, 1:][at]
-    losses = torch.nn.functional.cross_entropy(found.float(), labels, reduction="none")
+    padded_labels = torch.nn.functional.pad(labelled, (0, 0, 0, -count % _HEAD_ROWS))
+    spoken = _spoken(batch) if speaking else labelled[:0]
+    at = torch.cat((padded_labels, spoken)).unbind(1)
+    states = forward(model, held, batch.shared, batch.ids, *at, looking=looking)
+    found = logits(held, states)
+    following = batch.ids[:, 1:][at]
+    losses = torch.nn.functional.cross_entropy(found.float(), following, reduction="none")
     # Quicker than argmax.
     known = found.detach()[:count]
-    wrong = known.gather(1, labels[:count, None])[:, 0] < known.amax(-1)
+    wrong = known.gather(1, following[:count, None])[:, 0] < known.amax(-1)
     rows, places = labelled.unbind(1)
-    return _Losses(losses[:count], rows, places, wrong, states)
+    return _Losses(losses[:count], rows, places, wrong, losses[len(padded_labels) :], states)
+
+
+def _spoken(batch: Batch) -> torch.Tensor:
+    """Where every third token is, of those that are no labels: (tokens, 2), rows and places."""
+    lengths = torch.tensor([lesson.own for lesson in batch.lessons])
+    there = torch.arange(1, batch.ids.shape[1]) < lengths[:, None]
+    found = (there & (batch.labels[:, 1:] == IGNORED)).nonzero()[::_SPOKEN_STEP]
+    # As many as the head works on; the few that are left over are for another time.
+    return found[: max(1, len(found) // _HEAD_ROWS) * _HEAD_ROWS]
 
 
 def _loss(
@@ -209,32 +224,23 @@ def _loss(
 
     So a score of one token weighs as much as a critique of fifty. Some heads are also told where
     to look, which they find by themselves only after millions of tokens (supervised attention:
-    Liu et al. 2016, "Neural Machine Translation with Supervised Attention", arXiv:1609.04186).
+    Liu et al. 2016, "Neural Machine Translation with Supervised Attention", arXiv:1609.04186). And
+    to tell what comes next in a prompt takes the words that also decide on its answer (Radford et
+    al. 2018, "Improving Language Understanding by Generative Pre-Training", section 3.2).
+
+    Args:
+        language: weight of that.
     """
     looking = batch.ids.shape[1] <= _SHORT_ROW and any(lesson.looks for lesson in batch.lessons)
-    losses = _losses(model, held, batch, looking=looking)
+    losses = _losses(model, held, batch, looking=looking, speaking=language > 0.0)
     weights = batch.weights[:, 1:]
     weights = (weights / weights.sum(1, keepdim=True))[losses.rows, losses.places]
     loss = (losses.values * weights).sum() / len(batch.ids)
     if looking:
         loss = loss + _LOOKING_WEIGHT * _looking(losses.states, batch)
     if language > 0.0:
-        loss = loss + language * _language(held, losses.states, batch)
+        loss = loss + language * losses.spoken.mean()
     return loss, sorted(set(losses.rows[losses.wrong].tolist()))
-
-
-def _language(held: Held, states: States, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy of every third token that is no label: to tell what comes next in a prompt
-    takes the words that also decide on its answer (Radford et al. 2018, "Improving Language
-    Understanding by Generative Pre-Training", section 3.2)."""
-    lengths = torch.tensor([lesson.own for lesson in batch.lessons])
-    there = torch.arange(1, batch.ids.shape[1]) < lengths[:, None]
-    spoken = (there & (batch.labels[:, 1:] == IGNORED)).nonzero()[::_SPOKEN_STEP]
-    # As many as the head works on; the few that are left over are for another time.
-    spoken = spoken[: max(1, len(spoken) // _HEAD_ROWS) * _HEAD_ROWS]
-    at = spoken.unbind(1)
-    found = logits(held, states, *at).float()
-    return torch.nn.functional.cross_entropy(found, batch.ids[:, 1:][at])
 
 
 def _looking(states: States, batch: Batch) -> torch.Tensor:
