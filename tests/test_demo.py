@@ -458,7 +458,7 @@ def small_phi3(tokenizer: Any) -> Phi3ForCausalLM:
 def test_what_the_user_says_is_learned_too_without_the_padding() -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO_DIR / "phi3")
     model = small_phi3(tokenizer)
-    teach = market.revision(6, decisions=True)
+    teach = market.candidates(6)
     drawn = [encode(tokenizer, teach(1.0)) for _ in range(12)]
     width = max(lesson.own for lesson in drawn) + 5
     batch = padded(drawn, width, tokenizer.pad_token_id)
@@ -504,10 +504,10 @@ def test_a_case_is_given_twice_at_most_and_never_a_longer_one() -> None:
 def test_the_hardest_lessons_are_those_with_the_greatest_loss_of_a_token() -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO_DIR / "phi3")
     model = small_phi3(tokenizer)
-    chosen = _hardest(model, tokenizer, market.revision(5, decisions=True), 3000)
+    chosen = _hardest(model, tokenizer, market.candidates(5), 3000)
     assert 2000 < sum(lesson.own for lesson in chosen) <= 3000
 
-    teach = market.revision(5, decisions=True)
+    teach = market.candidates(5)
     drawn: list[Encoded] = []
     while sum(lesson.own for lesson in drawn) < 12_000:
         drawn.append(encode(tokenizer, teach(1.0)))

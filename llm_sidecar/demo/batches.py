@@ -87,12 +87,13 @@ def batches(
         # A training that is shorter needs no more, but for a batch of one shape.
         wanted = min(_POOL * batch_tokens, max(schedule.tokens, _LEAST_POOL * batch_tokens))
         pool = mine(round(schedule.mined * wanted))
-        size = sum(encoded.own for encoded in pool)
+        room = schedule.again * wanted
         for index in torch.randperm(len(missed), generator=mixing).tolist():
-            if size < schedule.again * wanted:
+            if room > 0:
                 pool.append(missed[index])
-                size += pool[-1].own
+                room -= pool[-1].own
         missed.clear()
+        size = sum(encoded.own for encoded in pool)
         pool += drawn_lessons(tokenizer, teacher, progress, wanted - size)
         drawn += sum(encoded.own for encoded in pool)
         for encoded in pool:

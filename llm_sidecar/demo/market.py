@@ -126,14 +126,9 @@ def teacher(seed: int, split: Split = "train") -> Teacher:
     return lesson
 
 
-def revision(seed: int, *, decisions: bool = False) -> Teacher:
-    """Lessons for a model that has had those of `teacher`: chats as the server sends them.
-
-    Args:
-        seed: of the lessons.
-        decisions: whether each answer ends once ticker, action and side are told; else three of
-            five do.
-    """
+def revision(seed: int) -> Teacher:
+    """Lessons for a model that has had those of `teacher`: chats as the server sends them, of which
+    three in five end once ticker, action and side are told."""
     rng = Random(seed)
     cases = _Cases(rng, "train")
 
@@ -141,8 +136,21 @@ def revision(seed: int, *, decisions: bool = False) -> Teacher:
         del progress
         turns = rng.choice(_TURNS)
         messages, text, found = _chat([cases.give(_LONGEST_PROMPT) for _ in range(turns)])
-        whole = not decisions and rng.random() < 0.4
-        return Lesson(messages, last=None if whole else text.index(_DECIDED), hints=found)
+        last = None if rng.random() < 0.4 else text.index(_DECIDED)
+        return Lesson(messages, last=last, hints=found)
+
+    return lesson
+
+
+def candidates(seed: int) -> Teacher:
+    """Lessons to choose the hard ones from: prompts as they come, each once, with ticker, action and
+    side."""
+    rng = Random(seed)
+
+    def lesson(progress: float) -> Lesson:
+        del progress
+        messages, text, found = _chat([draw(rng, "train")])
+        return Lesson(messages, last=text.index(_DECIDED), hints=found)
 
     return lesson
 

@@ -19,7 +19,7 @@ from llm_sidecar.demo.schedule import Schedule
 
 _CANDIDATES: Final = 4
 """Times as many lessons are drawn as are hard enough."""
-_MINED_TOKENS: Final = 5120
+_MINED_TOKENS: Final = 2560
 """In a batch of them."""
 _SHORT_ROW: Final = 640
 """Tokens of the longest rows in which heads are told where to look."""
@@ -111,7 +111,7 @@ def train(
     for step, batch in enumerate(batches(tokenizer, teacher, schedule, missed, mine), 1):
         model.zero_grad(set_to_none=True)
         int4 = seen >= (1.0 - schedule.rounded) * schedule.tokens
-        language = schedule.language * max(0.0, 1.0 - seen / schedule.tokens)
+        language = schedule.language * max(0.0, 1.0 - 2.0 * seen / schedule.tokens)
         loss, wrong = _loss(model, hold(model, int4=int4), batch, language)
         loss.backward()  # type: ignore[no-untyped-call]
         missed += [batch.lessons[row] for row in wrong]
