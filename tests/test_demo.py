@@ -28,7 +28,7 @@ from transformers import (
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.demo import evaluate, judgement, lessons, market
-from llm_sidecar.demo.batches import batches, padded
+from llm_sidecar.demo.batches import batches, drawn_lessons, padded
 from llm_sidecar.demo.forward import attention, forward, hold, logits
 from llm_sidecar.demo.lessons import IGNORED, Encoded, encode
 from llm_sidecar.demo.muon import Muon, orthogonal
@@ -374,6 +374,34 @@ def test_batches_of_one_width_have_one_shape() -> None:
         assert width - max(16, width // 8) < longest <= width
     assert len(rows) > 1
     assert all(len(counts) == 1 for counts in rows.values())
+
+
+def test_a_pool_has_room_for_hard_and_for_missed_lessons() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_DIR / "phi3")
+    schedule = Schedule(tokens=40_000, batch_tokens=500, again=0.2, mined=0.5)
+    missed = drawn_lessons(tokenizer, market.candidates(1), 1.0, 20_000)
+    hard: list[Encoded] = []
+    pools = 0
+
+    def mine(tokens: int) -> list[Encoded]:
+        nonlocal pools
+        pools += 1
+        found = drawn_lessons(tokenizer, market.candidates(pools + 1), 1.0, tokens)
+        hard.extend(found)
+        return found
+
+    those = set(map(id, missed))
+    given: list[Encoded] = []
+    for batch in batches(tokenizer, market.revision(7), schedule, missed, mine):
+        if pools == 2:
+            break
+        given += batch.lessons
+    assert missed == []
+    size = sum(lesson.own for lesson in given)
+    again = sum(lesson.own for lesson in given if id(lesson) in those)
+    mined = sum(lesson.own for lesson in given if id(lesson) in set(map(id, hard)))
+    assert 0.15 < again / size < 0.3
+    assert 0.4 < mined / size < 0.65
 
 
 @pytest.mark.parametrize("name", ["phi3", "hermes"])

@@ -36,19 +36,18 @@ _TOKENIZER_LESSONS: Final = 4000
 PROCESSES: Final = 2
 """That train a model together: part of the recipe, as each draws lessons of its own."""
 _PHI3: Final = Schedule(
-    tokens=13_000_000, batch_tokens=1280, growth=4.0, again=0.3, rounded=0.3, language=0.1
+    tokens=12_500_000, batch_tokens=1280, growth=4.0, again=0.3, rounded=0.3, language=0.1
 )
 _REVISION: Final = Schedule(
-    tokens=4_000_000,
+    tokens=3_000_000,
     batch_tokens=1920,
     growth=1.0,
     matrix_rate=8e-3,
     other_rate=2e-3,
-    again=0.2,
     rounded=1.0,
     mined=0.5,
 )
-_HERMES: Final = Schedule(tokens=3_000_000, batch_tokens=2560, growth=2.0)
+_HERMES: Final = Schedule(tokens=3_500_000, batch_tokens=2560, growth=2.0)
 
 
 class Member(NamedTuple):

@@ -24,8 +24,7 @@ class Schedule:
         again: the most of the lessons that may be ones which were missed before; none where
             answers are drawn, and being missed says nothing.
         rounded: part of the training, its last, in which weights are as int4 will hold them.
-        language: weight of the loss on what the user says, at the beginning; it falls to none by the
-            middle.
+        language: weight of the loss on what the user says, at the beginning; it falls to none.
         mined: part of the lessons that are hard ones, where there is a teacher of those.
     """
 

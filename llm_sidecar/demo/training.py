@@ -111,7 +111,7 @@ def train(
     for step, batch in enumerate(batches(tokenizer, teacher, schedule, missed, mine), 1):
         model.zero_grad(set_to_none=True)
         int4 = seen >= (1.0 - schedule.rounded) * schedule.tokens
-        language = schedule.language * max(0.0, 1.0 - 2.0 * seen / schedule.tokens)
+        language = schedule.language * max(0.0, 1.0 - seen / schedule.tokens)
         loss, wrong = _loss(model, hold(model, int4=int4), batch, language)
         loss.backward()  # type: ignore[no-untyped-call]
         missed += [batch.lessons[row] for row in wrong]
