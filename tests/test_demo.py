@@ -390,18 +390,21 @@ def test_a_pool_has_room_for_hard_and_for_missed_lessons() -> None:
         hard.extend(found)
         return found
 
-    those = set(map(id, missed))
+    kept = [*missed]
     given: list[Encoded] = []
     for batch in batches(tokenizer, market.revision(7), schedule, missed, mine):
         if pools == 2:
             break
         given += batch.lessons
     assert missed == []
-    size = sum(lesson.own for lesson in given)
-    again = sum(lesson.own for lesson in given if id(lesson) in those)
-    mined = sum(lesson.own for lesson in given if id(lesson) in set(map(id, hard)))
-    assert 0.15 < again / size < 0.3
-    assert 0.4 < mined / size < 0.65
+
+    def share(some: list[Encoded]) -> float:
+        those = set(map(id, some))
+        tokens = sum(lesson.own for lesson in given if id(lesson) in those)
+        return tokens / sum(lesson.own for lesson in given)
+
+    assert 0.15 < share(kept) < 0.3
+    assert 0.4 < share(hard) < 0.65
 
 
 @pytest.mark.parametrize("name", ["phi3", "hermes"])
