@@ -376,6 +376,16 @@ def test_batches_of_one_width_have_one_shape() -> None:
     assert all(len(counts) == 1 for counts in rows.values())
 
 
+def test_lessons_to_choose_from_are_single_prompts_that_come_once() -> None:
+    teach = market.candidates(8)
+    drawn = [teach(1.0) for _ in range(300)]
+    assert all(
+        [message["role"] for message in lesson.messages] == ["system", "user", "assistant"]
+        for lesson in drawn
+    )
+    assert len({lesson.messages[1]["content"] for lesson in drawn}) > 297
+
+
 def test_a_pool_has_room_for_hard_and_for_missed_lessons() -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO_DIR / "phi3")
     schedule = Schedule(tokens=40_000, batch_tokens=500, again=0.2, mined=0.5)

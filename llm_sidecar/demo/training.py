@@ -216,9 +216,7 @@ def _spoken(batch: Batch) -> torch.Tensor:
     return found[: max(1, len(found) // _HEAD_ROWS) * _HEAD_ROWS]
 
 
-def _loss(
-    model: Any, held: Held, batch: Batch, language: float = 0.0
-) -> tuple[torch.Tensor, list[int]]:
+def _loss(model: Any, held: Held, batch: Batch, language: float) -> tuple[torch.Tensor, list[int]]:
     """Cross-entropy of the labelled tokens, averaged over each lesson and then over the lessons;
     and the rows in which another token was the likeliest somewhere.
 
