@@ -6,6 +6,7 @@ import collections
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import llguidance
 import numpy as np
 import onnx_ir as ir
+import onnxruntime_genai as og
 import pytest
 import torch
 from transformers import (
@@ -36,6 +38,7 @@ from llm_sidecar.demo.passes import rounded
 from llm_sidecar.demo.schedule import Schedule
 from llm_sidecar.demo.situations import SITUATIONS, answer
 from llm_sidecar.demo.tickers import random_ticker, split_of
+from llm_sidecar.demo.tokenizer import PHI3, train_tokenizer
 from llm_sidecar.demo.training import _hardest, _losses, prepare_attention, train
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
 from llm_sidecar.loader import DEMO_DIR
@@ -207,7 +210,8 @@ def test_the_tersest_sides_come_more_often_in_lessons_than_in_prompts() -> None:
         return re.search(r"(?<![\w.])[-+]\d[\d,]*k?(?![\w.,%])", prompt) is not None
 
     teach = market.teacher(1)
-    taught = [terse(teach(0.0).messages[-2]["content"]) for _ in range(1000)]
+    # The first ones wait for their second time.
+    taught = [terse(teach(0.0).messages[-2]["content"]) for _ in range(3000)][2000:]
     rng = Random(1)
     drawn = [terse(market.draw(rng, "train", 70).prompt) for _ in range(1000)]
     assert sum(taught) > 1.5 * sum(drawn) > 0
@@ -269,6 +273,28 @@ def test_muon_takes_the_steps_of_torchs_own() -> None:
             matrix.grad = torch.randn(24, 40, generator=torch.Generator().manual_seed(step))
             optimizer.step()
     torch.testing.assert_close(matrices[0], matrices[1], atol=2e-3, rtol=0)
+
+
+def test_a_ticker_that_ends_like_an_acronym_is_spelt_out_as_the_runtime_reads_it(
+    tmp_path: Path,
+) -> None:
+    drawn = [case.prompt for case in cases(300)]
+    tokenizer = train_tokenizer(drawn, PHI3, 1000, whole=("CPI", "SELL", "L"))
+    folder = tmp_path / "phi3"
+    shutil.copytree(DEMO_DIR / "phi3", folder)
+    (folder / "tokenizer.json").unlink()
+    tokenizer.save_pretrained(folder)
+    runtime = og.Tokenizer(og.Model(str(folder)))
+
+    # In its chat a message is behind a line's end.
+    text = "\nDCPI CPI, (CPI) 1CPI CPIX\nSELL|XSELL Sell AB.L"
+    parts = [tokenizer.decode([token]).strip() for token in runtime.encode(text)]
+    assert " ".join(filter(None, parts)).startswith("D C P I CPI , ( CPI ) 1 C P I C P I X SELL |")
+    assert "".join(parts).endswith("XSELLSellAB.L")
+    for one in (text, *(f"\n{prompt}" for prompt in drawn)):
+        ids = tokenizer.encode(one, add_special_tokens=False)
+        assert [int(token) for token in runtime.encode(one)] == ids
+        assert tokenizer.decode(ids) == one
 
 
 def load_tokenizer() -> Any:
@@ -533,13 +559,16 @@ def test_a_loss_that_is_not_finite_ends_the_training() -> None:
         train(model, tokenizer, lambda _: teach(1.0)._replace(hints=()), Schedule(500), "phi3")
 
 
-def test_a_case_is_given_twice_at_most_and_never_a_longer_one() -> None:
+def test_hard_cases_are_given_three_times_at_most_and_none_is_longer_than_asked() -> None:
     given = market._Cases(Random(2), "train")
-    prompts = [given.give(70 if number < 700 else 200).prompt for number in range(1400)]
-    counts = collections.Counter(prompts)
-    assert set(counts.values()) == {1, 2}
-    assert sum(count == 2 for count in counts.values()) > 300
-    assert max(map(len, prompts[:700])) <= 70
+    found = [given.give(70 if number < 1500 else 200) for number in range(5000)]
+    assert max(len(case.prompt) for case in found[:1500]) <= 70
+    counts = collections.Counter(case.prompt for case in found)
+    hard = {case.prompt for case in found if market._is_hard(case)}
+    assert {counts[prompt] for prompt in hard} == {1, 2, 3}
+    # A short one may be drawn again.
+    once = sum(counts[prompt] == 1 for prompt in counts.keys() - hard)
+    assert once > 0.98 * len(counts.keys() - hard)
 
 
 def test_the_hardest_lessons_are_those_with_the_greatest_loss_of_a_token() -> None:

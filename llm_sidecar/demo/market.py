@@ -32,11 +32,9 @@ _STATED_ATR: Final = 0.25
 _NO_SIDE: Final = 0.18
 _WEIGHTS: Final = (3, 3, 3, 4, 4)
 _TERSE: Final = re.compile(r"[-+]\d.*|[LSB](?:\d.*)?|LNG|SHRT|SLD|SELL", re.IGNORECASE)
-_HARD_SHARE: Final = 0.25
+_TIMES_HARD: Final = 3
 _KEPT: Final = 512
-"""Cases that wait to be given once more."""
-_SIDED_SHARE: Final = 0.75
-"""Of the hard cases: a little fewer than of all, as it is easier to see a side than that none is."""
+"""Cases that wait to be given once more, at least."""
 
 
 class Case(NamedTuple):
@@ -165,8 +163,11 @@ def _chat(cases: Sequence[Case]) -> tuple[list[Message], str, list[Hint]]:
 
 
 class _Cases:
-    """Gives each case of lessons twice: to write one takes up to a third as long as to learn from
-    it."""
+    """Gives cases of which the hard ones come three times each, the others once.
+
+    The tersest ways to tell a side, and a side's words where none is told, are a sixth of all and
+    were half of what a model got wrong that saw no more of them.
+    """
 
     def __init__(self, rng: Random, split: Split) -> None:
         self._rng = rng
@@ -175,27 +176,16 @@ class _Cases:
 
     def give(self, longest: int) -> Case:
         """A case of at most so many characters; no call may ask for fewer than the one before."""
-        if len(self._kept) == _KEPT:
-            return self._kept.pop(self._rng.randrange(_KEPT))
-        self._kept.append(_lesson_case(self._rng, self._split, longest))
-        return self._kept[-1]
-
-
-def _lesson_case(rng: Random, split: Split, longest: int) -> Case:
-    """A case in which the tersest ways to tell a side, and a side's words where none is told, come
-    more often than in prompts.
-
-    The terse ones are a twentieth of all and were half of what a model got wrong that saw no more.
-    """
-    case = draw(rng, split, longest)
-    if rng.random() < _HARD_SHARE:
-        sided = rng.random() < _SIDED_SHARE
-        while ("side" in case.proposal) != sided or not _is_hard(case):
-            case = draw(rng, split, longest)
-    return case
+        if len(self._kept) >= _KEPT:
+            return self._kept.pop(self._rng.randrange(len(self._kept)))
+        case = draw(self._rng, self._split, longest)
+        if _is_hard(case):
+            self._kept += [case] * (_TIMES_HARD - 1)
+        return case
 
 
 def _is_hard(case: Case) -> bool:
+    """Whether the side is told in one of the tersest ways, or none is where words of one are."""
     if "side" in case.proposal:
         return any(_TERSE.fullmatch(position) for position in case.positions)
     return any(words.search(case.prompt) for words in SIDE_WORDS.values())

@@ -36,10 +36,16 @@ _TOKENIZER_LESSONS: Final = 4000
 PROCESSES: Final = 2
 """That train a model together: part of the recipe, as each draws lessons of its own."""
 _PHI3: Final = Schedule(
-    tokens=12_500_000, batch_tokens=1280, growth=4.0, again=0.3, rounded=0.3, language=0.1
+    tokens=10_500_000,
+    batch_tokens=1280,
+    growth=4.0,
+    least_rate=0.4,
+    again=0.3,
+    rounded=0.2,
+    language=0.1,
 )
 _REVISION: Final = Schedule(
-    tokens=3_000_000,
+    tokens=5_000_000,
     batch_tokens=1920,
     growth=1.0,
     matrix_rate=8e-3,

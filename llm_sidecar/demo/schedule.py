@@ -21,6 +21,7 @@ class Schedule:
         matrix_rate: greatest learning rate of the hidden matrices, which Muon trains.
         other_rate: that of embeddings and norms, which AdamW trains. Both warm up over the first
             2 % and fall as a cosine.
+        least_rate: the part of both that is left in the end.
         again: the most of the lessons that may be ones which were missed before; none where
             answers are drawn, and being missed says nothing.
         rounded: part of the training, its last, in which weights are as int4 will hold them.
@@ -33,6 +34,7 @@ class Schedule:
     growth: float = 3.0
     matrix_rate: float = 2e-2
     other_rate: float = 5e-3
+    least_rate: float = 0.02
     again: float = 0.0
     rounded: float = 0.0
     language: float = 0.0
@@ -42,7 +44,7 @@ class Schedule:
         """Part of the greatest learning rates, when that part of the training is done."""
         warm_up = min(1.0, progress / _WARM_UP + 0.01)
         cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-        return warm_up * (0.02 + 0.98 * cosine)
+        return warm_up * (self.least_rate + (1.0 - self.least_rate) * cosine)
 
     def batch_size(self, progress: float) -> int:
         """Tokens in one process's batch, when that part is done: in few steps, for few shapes."""

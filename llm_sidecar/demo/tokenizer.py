@@ -19,9 +19,13 @@ DIGITS: Final = r"\d"
 NUMBERS: Final = r"\d{1,2}\.\d|10(?!\d)|\d"
 """What is kept apart beside capitals: digits, or numbers of one decimal."""
 _CAPITALS: Final = r"[A-Z](?![a-z])"
-_WORDS: Final = r" ?[A-Z]?[a-z]+| ?[^\sA-Za-z\d]+|\s+"
+_BETWEEN: Final = r" ?[^\sA-Za-z\d]+|\s+"
+_WORDS: Final = rf" ?[A-Z]?[a-z]+|{_BETWEEN}"
 """Within what pairs are merged elsewhere. onnxruntime-genai reads these patterns too, and it knows
 no lookbehind; its reading of GPT-2's own pattern splits three prompts of a hundred otherwise."""
+_TOGETHER: Final = r"[A-Z]+(?![a-z])"
+"""What a word that stays whole is told by from what is before it. A word is found with that, since a
+ticker may end like one; by itself only where a text begins, as no message does in its chat."""
 
 
 class ChatFormat(NamedTuple):
@@ -73,14 +77,14 @@ def train_tokenizer(
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    recurring = "|".join(sorted(whole, key=len, reverse=True))
-    pattern = "|".join(
-        ([rf"(?:{recurring})(?![A-Za-z\d])"] if whole else []) + [_CAPITALS, apart, _WORDS]
-    )
+    patterns = ["|".join((_CAPITALS, apart, _WORDS))]
+    if whole:
+        recurring = "|".join(sorted(whole, key=len, reverse=True))
+        patterns = [rf"(?:{_BETWEEN})(?:{recurring})(?![A-Za-z\d])|{patterns[0]}", _TOGETHER]
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -92,7 +96,8 @@ def train_tokenizer(
         show_progress=False,
     )
     # Often enough that each becomes one token.
-    seen = itertools.chain(texts, itertools.chain.from_iterable([whole] * _OFTEN))
+    recurring_texts = [f" {word}" for word in whole]
+    seen = itertools.chain(texts, itertools.chain.from_iterable([recurring_texts] * _OFTEN))
     backend.train_from_iterator(seen, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -91,7 +91,9 @@ def train(
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = (
         Muon(matrices, schedule.matrix_rate),
-        torch.optim.AdamW(others, schedule.other_rate, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(
+            others, schedule.other_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+        ),
     )
     seen = 0
     rates = [
