@@ -48,8 +48,9 @@ _REVISION: Final = Schedule(
     tokens=5_000_000,
     batch_tokens=1920,
     growth=1.0,
-    matrix_rate=8e-3,
-    other_rate=2e-3,
+    # Those that the first round ends with.
+    matrix_rate=_PHI3.least_rate * _PHI3.matrix_rate,
+    other_rate=_PHI3.least_rate * _PHI3.other_rate,
     rounded=1.0,
     mined=0.5,
 )
@@ -112,8 +113,7 @@ def train_phi3(folder: Path, member: Member, *, seed: int, scale: float = 1.0) -
 def revise(model: Any, tokenizer: Any, seed: int, scale: float) -> None:
     """Trains a Phi-3 that has learned once more, from the weights that int4 would keep of it.
 
-    The rate rises again and falls (as of SGDR: Loshchilov and Hutter 2017, arXiv:1608.03983), and
-    half of the lessons are those that it is worst at.
+    The rate falls on from where it was, and half of the lessons are those that it is worst at.
 
     Args:
         seed: of the lessons; another one for each process.

@@ -23,9 +23,9 @@ _BETWEEN: Final = r" ?[^\sA-Za-z\d]+|\s+"
 _WORDS: Final = rf" ?[A-Z]?[a-z]+|{_BETWEEN}"
 """Within what pairs are merged elsewhere. onnxruntime-genai reads these patterns too, and it knows
 no lookbehind; its reading of GPT-2's own pattern splits three prompts of a hundred otherwise."""
-_TOGETHER: Final = r"[A-Z]+(?![a-z])"
-"""What a word that stays whole is told by from what is before it. A word is found with that, since a
-ticker may end like one; by itself only where a text begins, as no message does in its chat."""
+_CAPITALS_TOGETHER: Final = r"[A-Z]+(?![a-z])"
+"""Takes a word that stays whole from what is before it. It is found together with that, since a
+ticker may end like such a word; in its chat, a message has always something before it."""
 
 
 class ChatFormat(NamedTuple):
@@ -72,7 +72,7 @@ def train_tokenizer(
 
     Args:
         apart: `DIGITS` or `NUMBERS`.
-        whole: words in capitals that stay whole.
+        whole: words in capitals that stay whole where they stand alone.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -80,7 +80,10 @@ def train_tokenizer(
     patterns = ["|".join((_CAPITALS, apart, _WORDS))]
     if whole:
         recurring = "|".join(sorted(whole, key=len, reverse=True))
-        patterns = [rf"(?:{_BETWEEN})(?:{recurring})(?![A-Za-z\d])|{patterns[0]}", _TOGETHER]
+        patterns = [
+            rf"(?:{_BETWEEN})(?:{recurring})(?![A-Za-z\d])|{patterns[0]}",
+            _CAPITALS_TOGETHER,
+        ]
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
