@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from llm_sidecar import hermes_plugin, proposals
-from llm_sidecar.demo import evaluate, judgement, lessons, market
+from llm_sidecar.demo import evaluate, judgement, lessons, market, recipe
 from llm_sidecar.demo.batches import batches, drawn_lessons, padded
 from llm_sidecar.demo.forward import attention, forward, hold, logits
 from llm_sidecar.demo.lessons import IGNORED, Encoded, encode
@@ -210,7 +210,7 @@ def test_the_tersest_sides_come_more_often_in_lessons_than_in_prompts() -> None:
         return re.search(r"(?<![\w.])[-+]\d[\d,]*k?(?![\w.,%])", prompt) is not None
 
     teach = market.teacher(1)
-    # The first ones wait for their second time.
+    # Hard ones come again only once enough of them wait.
     taught = [terse(teach(0.0).messages[-2]["content"]) for _ in range(3000)][2000:]
     rng = Random(1)
     drawn = [terse(market.draw(rng, "train", 70).prompt) for _ in range(1000)]
@@ -557,6 +557,17 @@ def test_a_loss_that_is_not_finite_ends_the_training() -> None:
     with pytest.raises(FloatingPointError, match="the loss of phi3 is nan in step 1"):
         # Without hints, as this model has not the heads that they are for.
         train(model, tokenizer, lambda _: teach(1.0)._replace(hints=()), Schedule(500), "phi3")
+
+
+def test_the_rate_rises_at_once_and_falls_to_its_least_which_the_second_round_begins_with() -> None:
+    first, second = recipe._PHI3, recipe._REVISION
+    assert first.rate(0.0) < 0.02
+    rates = [first.rate(progress / 50) for progress in range(1, 51)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] > 0.99
+    assert rates[-1] * first.matrix_rate == pytest.approx(second.matrix_rate)
+    assert rates[-1] * first.other_rate == pytest.approx(second.other_rate)
+    assert second.rate(1.0) == pytest.approx(0.02)
 
 
 def test_hard_cases_are_given_three_times_at_most_and_none_is_longer_than_asked() -> None:

@@ -34,7 +34,7 @@ _WEIGHTS: Final = (3, 3, 3, 4, 4)
 _TERSE: Final = re.compile(r"[-+]\d.*|[LSB](?:\d.*)?|LNG|SHRT|SLD|SELL", re.IGNORECASE)
 _TIMES_HARD: Final = 3
 _KEPT: Final = 512
-"""Cases that wait to be given once more, at least."""
+"""So many wait to be given again, and a few more."""
 
 
 class Case(NamedTuple):
