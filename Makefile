@@ -18,7 +18,7 @@ serve: $(VENV)/.serve
 	exec $(BIN)/uvicorn osiris.server:app --host $(HOST) --port $(PORT)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0
 
 # Gigabytes and minutes: the real package with random weights, as a worker in its own environment.
 test-chatterbox: $(VENV)/.test $(CHATTERBOX_VENV)/.installed $(STAND_IN)/conds.pt

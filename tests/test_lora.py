@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llm_sidecar.conversion import ConversionFailed, build
+from llm_sidecar.conversion import ConversionFailed
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
 from llm_sidecar.engines.lora_graph import ADAPTER_FILE, read_lora_graph
 from llm_sidecar.engines.lora_graph import write_adapter as write_matrices
 from llm_sidecar.engines.peft_files import CONFIG_FILE, WEIGHTS_FILE
 from llm_sidecar.errors import AdapterRejected
 from llm_sidecar.lora import convert_adapter
-from tests.random_models import write_adapter, write_transformers_folder
+from tests.random_models import convert_to_onnx, write_adapter, write_transformers_folder
 
 CHAT = [Message(role="user", content="Long ABC from 100, now 112.5.")]
 SEPARATE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -44,16 +44,15 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def models(
-    random_phi3_torch: Path, tmp_path_factory: pytest.TempPathFactory
+    random_phi3_torch: Path, random_hermes_torch: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, Path]]:
     """A Phi-3 and a Llama: for transformers, and for onnxruntime-genai in float32."""
     folder = tmp_path_factory.mktemp("models")
-    llama = write_transformers_folder(folder / "llama", architecture="llama")
-    found = {}
-    for name, source in (("phi3", random_phi3_torch), ("llama", llama)):
-        build(source, folder / f"{name}-onnx", "fp32")
-        found[name] = source, folder / f"{name}-onnx"
-    return found
+    sources = {"phi3": random_phi3_torch, "llama": random_hermes_torch}
+    return {
+        name: (source, convert_to_onnx(source, folder / name, "fp32"))
+        for name, source in sources.items()
+    }
 
 
 @pytest.fixture(scope="module")

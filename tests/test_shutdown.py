@@ -184,7 +184,8 @@ def test_what_outlasts_the_grace_period_is_answered_with_503(
 
 def test_while_it_drains_probes_answer_and_new_work_is_refused(busy: LiveServer) -> None:
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(httpx.post, f"{busy.url}/generate/hermes/", json=LONG, timeout=60)
+        body = PROMPT | {"max_length": 3000}
+        running = pool.submit(httpx.post, f"{busy.url}/generate/hermes/", json=body, timeout=60)
         busy.wait_until(lambda: admitted(busy))
         busy.process.send_signal(signal.SIGTERM)
         busy.wait_until(lambda: is_draining(busy))
