@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -42,10 +43,17 @@ def newest_segment(folder: Path) -> Path:
     return max(folder.glob("_log/*/*.log"))
 
 
-async def killed(folder: Path) -> list[str]:
+def killed(folder: Path) -> list[str]:
     """The keys of the rows that a process, killed since, was told to be stored."""
-    found = await asyncio.to_thread(crash, "once", folder, 1.5)
+    found = crash("once", folder, 1.5)
     return [str(key) for key in found["keys"]]
+
+
+@pytest.fixture(scope="module")
+def dead(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """What a killed process left, for copies, and what `killed` returned."""
+    folder = tmp_path_factory.mktemp("dead") / "db"
+    return folder, killed(folder)
 
 
 def manifests(folder: Path) -> list[Path]:
@@ -171,21 +179,21 @@ async def test_rows_are_taken_before_the_database_is_open(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "zeros"])
 async def test_an_unreadable_newest_version_is_set_aside_and_its_rows_replayed(
-    tmp_path: Path, damage: str
+    dead: tuple[Path, list[str]], tmp_path: Path, damage: str
 ) -> None:
-    keys = await killed(tmp_path)
-    newest = manifests(tmp_path)[0]
+    folder, keys = shutil.copytree(dead[0], tmp_path / "db"), dead[1]
+    newest = manifests(folder)[0]
     content = newest.read_bytes()
     damaged = {"empty": b"", "cut": content[:-10], "zeros": b"\0" * len(content)}[damage]
     newest.write_bytes(damaged)
-    store = await Store.open(tmp_path)
+    store = await Store.open(folder)
     # Every third row is a score.
     scores = {key for key in keys if int(key.partition("-")[2]) % 3 == 2}
     assert {row["run_id"] for row in await store.last(SCORES, 0)} >= scores
     (repair,) = [text for text in store.status()["repairs"] if "set aside" in text]
     await store.close()
     assert SCORES in repair
-    (aside,) = (tmp_path / "_log" / "set_aside").iterdir()
+    (aside,) = (folder / "_log" / "set_aside").iterdir()
     assert aside.read_bytes() == damaged
 
 
@@ -213,7 +221,7 @@ async def test_a_table_that_may_not_be_read_is_not_set_aside(tmp_path: Path) -> 
 async def test_a_damaged_log_is_kept_and_what_is_readable_replayed(tmp_path: Path) -> None:
     for number in range(5):
         folder = tmp_path / str(number)
-        keys = await killed(folder)
+        keys = killed(folder)
         segment = newest_segment(folder)
         # It has nothing yet, if the end came as the log went on in a new file.
         if data := bytearray(segment.read_bytes()):
@@ -292,10 +300,10 @@ async def test_the_same_object_stored_again_is_one_row(tmp_path: Path) -> None:
 
 
 async def test_a_machine_that_lacks_something_costs_no_version(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dead: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = await killed(tmp_path)
-    (tmp_path / "_log" / "synced.json").write_text("damaged")
+    folder, keys = shutil.copytree(dead[0], tmp_path / "db"), dead[1]
+    (folder / "_log" / "synced.json").write_text("damaged")
 
     async def fail(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -303,8 +311,8 @@ async def test_a_machine_that_lacks_something_costs_no_version(
     with monkeypatch.context() as patch:
         patch.setattr(tables, "_read_whole", fail)
         with pytest.raises(DatabaseUnavailable, match="No space left"):
-            await Store.open(tmp_path)
-    store = await Store.open(tmp_path)
+            await Store.open(folder)
+    store = await Store.open(folder)
     found = [row for table in TABLES for row in await store.last(table, 0)]
     assert not any("set aside" in repair for repair in store.status()["repairs"])
     await store.close()
