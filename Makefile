@@ -17,6 +17,7 @@ serve: $(VENV)/.serve
 	REDIS_URL=$${REDIS_URL:-memory://} LANCEDB_URI=$${LANCEDB_URI:-.data/lancedb} \
 	exec $(BIN)/uvicorn osiris.server:app --host $(HOST) --port $(PORT)
 
+# A process that dies is not replaced: pytest-xdist 3.8 would wait for the new one for ever.
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0
 
