@@ -51,8 +51,9 @@ $(VENV)/.serve: requirements.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
+# Of what tests alone need, Python compiles what is used: a few modules of thousands.
 $(VENV)/.test: requirements-tests.txt $(VENV)/.serve
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-tests.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt -r requirements-tests.txt
 	touch $@
 
 $(BENCH_VENV)/.installed: requirements.txt requirements-bench.txt
