@@ -1,5 +1,5 @@
 """Models of about 100 million random weights, large enough that model time dominates as in life; a
-server of them, and prompts for them."""
+server of them, and prompts and examples for them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 
 from llm_sidecar.conversion import build
 from llm_sidecar.demo.market import draw
+from llm_sidecar.proposals import Example
 from tests.live_server import serve
 
 Architecture = Literal["phi3", "llama"]
@@ -110,3 +111,9 @@ def prompts(count: int) -> list[str]:
         if 100 <= len(prompt) <= 200:
             drawn.append(prompt)
     return drawn
+
+
+def examples(count: int) -> list[Example]:
+    """Prompts of up to 300 characters with their right proposals."""
+    cases = [draw(_RNG, "train", 300) for _ in range(count)]
+    return [Example(case.prompt, case.proposal) for case in cases]

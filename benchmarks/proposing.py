@@ -1,0 +1,188 @@
+"""Guided proposals over HTTP: one, against a loop without a server, and sixteen at once."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import onnxruntime_genai as og
+
+from benchmarks import models
+from benchmarks.models import THREADS
+from benchmarks.table import Row
+from llm_sidecar import proposals
+from tests.live_server import LiveServer
+
+
+class Bare:
+    """The loop that a program with onnxruntime-genai alone would write.
+
+    Args:
+        reuse: whether it keeps one generator and rewinds it, and has forced tokens written at once.
+    """
+
+    def __init__(self, model: Any, *, reuse: bool) -> None:
+        self._model = model
+        self._tokenizer = og.Tokenizer(model)
+        self._reuse = reuse
+        self._generator: Any = None
+        self._tokens: list[int] = []
+
+    def propose(self, messages: Sequence[dict[str, str]]) -> str:
+        text = self._tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
+        tokens = self._tokenizer.encode(text).tolist()
+        shared = 0
+        if self._generator is None or not self._reuse:
+            params = og.GeneratorParams(self._model)
+            params.set_search_options(max_length=2048, do_sample=False)
+            params.set_guidance("json_schema", proposals.GUIDANCE, self._reuse)
+            self._generator = og.Generator(self._model, params)
+        else:
+            while tokens[shared] == self._tokens[shared]:
+                shared += 1
+            self._generator.rewind_to(shared)
+        self._generator.append_tokens(tokens[shared:])
+        self._tokens = tokens
+        while not self._generator.is_done():
+            self._generator.generate_next_token()
+        written: str = self._tokenizer.decode(self._generator.get_sequence(0)[len(tokens) :])
+        return written.removesuffix("<|end|>")
+
+
+def proposals_over_http(rounds: int) -> Iterator[Row]:
+    model = _bare_model(models.onnx_model("phi3"))
+    with tempfile.TemporaryDirectory() as folder, models.served(Path(folder)) as server:
+        shots = _correct(server, 3)
+        reuse, plain = Bare(model, reuse=True), Bare(model, reuse=False)
+        sides: dict[str, Callable[[str], str]] = {
+            "http": lambda prompt: _proposal(server, prompt),
+            "bare": lambda prompt: reuse.propose(proposals.build_messages(prompt, shots)),
+            "plain": lambda prompt: plain.propose(proposals.build_messages(prompt, shots)),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for number, prompt in enumerate(models.prompts(rounds + 1)):
+            answers = {}
+            for name, side in sides.items():
+                began = time.perf_counter()
+                answers[name] = json.loads(side(prompt))
+                if number:  # the first one warms up
+                    seconds[name].append(time.perf_counter() - began)
+            # The plain loop splits text into other tokens than forced ones, and may end otherwise.
+            assert answers["http"] == answers["bare"], answers
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    detail = ", ".join(f"{name} {1000 * time:.0f} ms" for name, time in median.items())
+    name = "guided proposal over HTTP, three examples, against a bare loop"
+    yield Row(
+        f"{name} with prefix reuse and forced tokens", median["http"] / median["bare"], 1.10, detail
+    )
+    yield Row(f"{name} without", median["http"] / median["plain"], 0.5, detail)
+
+
+def _bare_model(folder: Path) -> Any:
+    config = og.Config(str(folder))
+    session = {"intra_op_num_threads": THREADS, "session.intra_op.allow_spinning": "0"}
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+    return og.Model(config)
+
+
+def _proposal(server: LiveServer, prompt: str) -> str:
+    answer = server.client.post("/generate/phi3/", json={"prompt": prompt, "max_length": 256})
+    answer.raise_for_status()
+    return answer.text
+
+
+def _correct(server: LiveServer, count: int) -> list[proposals.Example]:
+    """Gives the server corrections, and returns the examples that it makes of them."""
+    server.wait_until_ready()
+    server.wait_until_database_is_open()
+    shots = models.examples(count)
+    for shot in shots:
+        answer = server.client.post(
+            "/propose_trade_adjustments/", json={"prompt": shot.prompt, "max_length": 256}
+        )
+        answer.raise_for_status()
+        server.client.post(
+            "/feedback/phi3/",
+            json={
+                "transaction_id": answer.json()["transaction_id"],
+                "feedback_type": "correction",
+                "feedback_content": "so",
+                "corrected_proposal": shot.proposal,
+            },
+        ).raise_for_status()
+    return shots
+
+
+def sixteen_at_once(rounds: int) -> Iterator[Row]:
+    del rounds
+    with tempfile.TemporaryDirectory() as folder, models.served(Path(folder)) as server:
+        server.wait_until_ready()
+        asked = models.prompts(17)
+        _proposal(server, asked.pop())
+        alone, together = [], []
+        for _ in range(5):
+            began = time.perf_counter()
+            for prompt in asked:
+                _proposal(server, prompt)
+            alone.append(time.perf_counter() - began)
+            seconds, order, _ = asyncio.run(_together(server.url, asked, probed=False))
+            together.append(seconds)
+        _, _, probes = asyncio.run(_together(server.url, asked, probed=True))
+    percentile = statistics.quantiles(probes, n=100)[98]
+    name = "sixteen proposals at once"
+    yield Row(
+        f"{name}, against one after the other",
+        statistics.median(together) / statistics.median(alone),
+        1.05,
+        f"{statistics.median(together):.1f} s and {statistics.median(alone):.1f} s",
+    )
+    yield Row(
+        f"{name}: 99th percentile of `/health` meanwhile",
+        1000 * percentile,
+        20,
+        f"{len(probes)} probes",
+        unit=" ms",
+    )
+    late = sum(one > other for one, other in itertools.pairwise(order))
+    yield Row(f"{name}: served out of order", late, 0, "by the time of their answers")
+
+
+async def _together(
+    url: str, asked: Sequence[str], *, probed: bool
+) -> tuple[float, list[int], list[float]]:
+    order: list[int] = []
+    probes: list[float] = []
+    async with httpx.AsyncClient(base_url=url, timeout=120.0) as client:
+
+        async def one(number: int, prompt: str) -> None:
+            body = {"prompt": prompt, "max_length": 256}
+            (await client.post("/generate/phi3/", json=body)).raise_for_status()
+            order.append(number)
+
+        async def probe() -> None:
+            while True:
+                began = time.perf_counter()
+                (await client.get("/health")).raise_for_status()
+                probes.append(time.perf_counter() - began)
+                await asyncio.sleep(0.005)
+
+        probing = asyncio.create_task(probe()) if probed else None
+        began = time.perf_counter()
+        tasks = []
+        for number, prompt in enumerate(asked):
+            tasks.append(asyncio.create_task(one(number, prompt)))
+            # So that they come in this order.
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*tasks)
+        seconds = time.perf_counter() - began
+        if probing is not None:
+            probing.cancel()
+    return seconds, order, probes
