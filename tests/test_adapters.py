@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import shutil
@@ -17,6 +18,8 @@ from llm_sidecar.engines.lora_graph import ADAPTER_FILE
 from llm_sidecar.errors import AdapterRejected
 from llm_sidecar.lora import convert_adapter
 from llm_sidecar.remembered import RememberedAdapter
+from llm_sidecar.settings import Settings
+from llm_sidecar.sidecar import Sidecar
 from tests.live_server import LiveServer, serve
 from tests.random_models import write_adapter
 
@@ -104,6 +107,39 @@ def test_a_swap_whose_client_has_gone_is_carried_through_and_remembered(
         assert server.client.get("/health").json()["models"]["phi3"]["state"] == "ready"
     with running(tmp_path, adapters, random_models) as server:
         assert server.client.get("/health").json()["phi3_adapter_date"] == "2026-01-01"
+
+
+def is_remembered(folder: Path) -> bool:
+    return any(folder.glob("**/phi3_adapter"))
+
+
+async def test_a_swap_whose_caller_is_cancelled_is_carried_through_and_remembered(
+    adapters: Path, random_models: dict[str, str], tmp_path: Path
+) -> None:
+    settings = Settings.from_environ(
+        random_models
+        | {
+            "PHI3_ADAPTER_DIR": str(adapters),
+            "LANCEDB_URI": str(tmp_path / "lancedb"),
+            "REDIS_URL": "memory://",
+        }
+    )
+    sidecar = Sidecar(settings)
+    await sidecar.start()
+    try:
+        asking = asyncio.create_task(sidecar.swap_adapter("20260101"))
+        # It has begun, and a process takes longer than this to start.
+        await asyncio.sleep(0.05)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert sidecar.adapter_date() is None
+        async with asyncio.timeout(30):
+            while not is_remembered(tmp_path):
+                await asyncio.sleep(0.02)
+        assert str(sidecar.adapter_date()) == "2026-01-01"
+    finally:
+        await sidecar.close()
 
 
 def test_an_adapter_that_has_gone_is_said_to_have_gone(
