@@ -29,6 +29,7 @@ from llm_sidecar.engines import GenerationRequest
 from llm_sidecar.errors import DatabaseUnavailable, ModelUnavailable, SidecarError
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.model_host import Completion, HostLimits, ModelHost
+from llm_sidecar.proposals import Proposed
 from llm_sidecar.remembered import RememberedAdapter
 from llm_sidecar.settings import Settings
 from llm_sidecar.telemetry.calls import Observers
@@ -56,6 +57,7 @@ class AssessedProposal:
     completion: Completion
     assessment: Completion
     score: float
+    grounded: str
 
 
 class Sidecar:
@@ -165,19 +167,20 @@ class Sidecar:
         await self.bus.close()
         await self.archive.close()
 
-    async def generate_phi3(
-        self, prompt: str, max_tokens: int
-    ) -> tuple[dict[str, Any], Completion]:
+    async def generate_phi3(self, prompt: str, max_tokens: int) -> Proposed:
         """A proposal alone: not assessed, not stored, not told."""
-        proposal, completion = await proposals.propose(
+        proposed = await proposals.propose(
             self.phi3,
             prompt,
             self.archive.examples,
             max_tokens=max_tokens,
             temperature=self.settings.phi3_temperature,
+            retry_within=(
+                self.settings.request_timeout if self.settings.grounding == "retry" else None
+            ),
         )
-        self._metrics.proposed(proposal["action"])
-        return proposal, completion
+        self._metrics.proposed(proposed.proposal["action"], proposed.ungrounded)
+        return proposed
 
     async def generate_hermes(self, prompt: str, max_tokens: int) -> Completion:
         """Hermes' answer to a free question."""
@@ -200,7 +203,8 @@ class Sidecar:
         self, transaction_id: uuid.UUID, prompt: str, max_tokens: int
     ) -> AssessedProposal:
         began = time.monotonic()
-        proposal, completion = await self.generate_phi3(prompt, max_tokens)
+        made = await self.generate_phi3(prompt, max_tokens)
+        proposal, completion, grounded = made.proposal, made.completion, made.grounded
         proposed = time.monotonic()
         await self._publish(PROPOSAL_CREATED, {**proposal, "transaction_id": str(transaction_id)})
         assessment = await hermes_plugin.assess(
@@ -235,6 +239,7 @@ class Sidecar:
                     model=completion.model,
                     adapter=completion.adapter,
                     latencies=latencies,
+                    grounded=grounded,
                 )
             ),
         )
@@ -246,7 +251,7 @@ class Sidecar:
                 "timestamp": _now().isoformat(),
             },
         )
-        return AssessedProposal(transaction_id, proposal, completion, assessment, score)
+        return AssessedProposal(transaction_id, proposal, completion, assessment, score, grounded)
 
     async def score(
         self, proposal: Mapping[str, Any], context: str | None

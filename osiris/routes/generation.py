@@ -45,12 +45,16 @@ async def generate_hermes(
 async def generate_phi3(
     body: PromptRequest, request: Request, sidecar: CurrentSidecar
 ) -> JSONResponse:
-    """A trade proposal, always valid; neither assessed nor stored."""
+    """A trade proposal, always valid; neither assessed nor stored.
+
+    `X-Grounded` is `true`, or the fields whose ticker or numbers are not in the prompt.
+    """
     check_length(sidecar, prompt=body.prompt)
-    proposal, completion = await unless_gone(
-        request, sidecar.generate_phi3(body.prompt, body.max_length)
+    proposed = await unless_gone(request, sidecar.generate_phi3(body.prompt, body.max_length))
+    return JSONResponse(
+        proposed.proposal,
+        headers={**generation_headers(proposed.completion), "X-Grounded": proposed.grounded},
     )
-    return JSONResponse(proposal, headers=generation_headers(completion))
 
 
 @endpoint(router, "POST", "/propose_trade_adjustments/", *_ERRORS, response_model=TradeAdjustment)
@@ -59,7 +63,8 @@ async def propose_trade_adjustments(
 ) -> JSONResponse:
     """A trade proposal with Hermes' critique; stored, and told on the event bus.
 
-    The generation headers are those of the proposal; `X-Hermes-Score` is Hermes' score.
+    The generation headers are those of the proposal; `X-Hermes-Score` is Hermes' score, and
+    `X-Grounded` is `true`, or the fields whose ticker or numbers are not in the prompt.
     """
     check_length(sidecar, prompt=body.prompt)
     result = await unless_gone(request, sidecar.propose(body.prompt, body.max_length))
@@ -71,6 +76,7 @@ async def propose_trade_adjustments(
         },
         headers={
             **generation_headers(result.completion),
+            "X-Grounded": result.grounded,
             "X-Hermes-Score": f"{result.score:.6f}",
         },
     )
