@@ -42,8 +42,7 @@ _SUFFIXES: Final = {
 """Powers of ten by which a number may be multiplied, by what follows it."""
 _RUN: Final = re.compile(
     r"(\.?)([0-9]+(?:(?:[.,' ]|[eE][+-]?)[0-9]+)*)"
-    rf"(?:\s?({'|'.join(sorted(_SUFFIXES, key=len, reverse=True))})(?![^\W_]))?",
-    re.IGNORECASE | re.ASCII,
+    rf"(?:\s?((?ai:{'|'.join(sorted(_SUFFIXES, key=len, reverse=True))}))(?![^\W_]))?"
 )
 """Digits, what may stand between those of one number, and what may follow it."""
 _GROUPS: Final = re.compile(r"([0-9]+)([^0-9]*)")
@@ -189,7 +188,7 @@ class _Run(NamedTuple):
         """The numbers that can begin with a group, each with the index of the group after it."""
         if not self._may_break(first):
             return
-        if self.point and first == 0:
+        if self._begins_with_point() and first == 0:
             yield 1, Decimal(f"0.{self.groups[0]}")
         for end, digits in self._spellings_from(first):
             if not self._may_break(end):
@@ -232,7 +231,7 @@ class _Run(NamedTuple):
 
     def parts(self) -> Iterator[str]:
         """The numbers in it, as many as can be."""
-        number = "0." if self.point else ""
+        number = "0." if self._begins_with_point() else ""
         for index, group in enumerate(self.groups, 1):
             number += group
             if self._may_break(index):
@@ -240,6 +239,9 @@ class _Run(NamedTuple):
                 number = ""
             else:
                 number += "."
+
+    def _begins_with_point(self) -> bool:
+        return self.point and self._may_break(1)
 
     def _may_break(self, index: int) -> bool:
         """Whether a number may end before a group, and another begin there.
