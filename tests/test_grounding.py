@@ -160,7 +160,8 @@ def test_a_number_that_is_made_up_is_found(context: str, rationale: str) -> None
     ],
 )
 def test_the_proposals_own_numbers_ground_its_rationale(numbers: dict[str, float]) -> None:
-    assert ungrounded_fields(proposal(rationale="A stop of 2.5%.", **numbers), "ABC") == ()
+    found = proposal(rationale="A stop of 2.5%.") | numbers
+    assert ungrounded_fields(found, "ABC") == ()
 
 
 def test_a_distance_of_null_grounds_nothing() -> None:

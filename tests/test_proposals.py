@@ -213,14 +213,14 @@ def test_a_ticker_that_a_context_is_known_to_have_is_offered_with_all_others() -
 
 
 def test_the_guidance_of_the_richest_context_stays_small() -> None:
-    context = " ".join(f"ABCDEFGHI{n} {n + 0.123456789:.9f}" for n in range(100, 1000))
+    context = " ".join(f"ABCDEFGHI{n} {n + 0.12345678:.8f}" for n in range(100, 1000))
     guidance = proposals.grounded_guidance(context)
     assert guidance is not None
     assert len(guidance) < 4000
     for ticker, number, offered in (
-        ("ABCDEFGHI163", "131.123456789", True),
-        ("ABCDEFGHI164", "131.123456789", False),
-        ("ABCDEFGHI163", "132.123456789", False),
+        ("ABCDEFGHI163", "131.12345678", True),
+        ("ABCDEFGHI164", "131.12345678", False),
+        ("ABCDEFGHI163", "132.12345678", False),
     ):
         changes = {"ticker": ticker, "rationale": f"Seen at {number} once."}
         assert accepts(proposals.dumps(VALID | changes), guidance) is offered
