@@ -281,6 +281,6 @@ class _PlainChars(dict[int, str]):
             plain = _SPELLINGS.get(char) or unicodedata.normalize("NFKC", char)
         if unicodedata.category(char) == "No":
             # What `½` and `²` stand for is no part of the number before them.
-            plain = f" {plain} ".replace("\u2044", "/")
+            plain = f" {plain} "
         self[code] = plain
         return plain

@@ -63,6 +63,7 @@ def has_ticker(context: str, ticker: str) -> bool:
         ("1\u202f200,5", "1200.5 shares."),
         ("1'200.5", "1200.5 shares."),
         ("1\u2019200", "1200 shares."),
+        ("1\u02bc200", "1200 shares."),
         ("1 200 1 300", "1200, then 1300."),
         ("191,10 Euro", "191.1 is high."),
         # Lists.
@@ -84,6 +85,7 @@ def has_ticker(context: str, ticker: str) -> bool:
         ("3.4%", "3.4 is much."),
         ("3.4", "3.4 % is much."),
         ("7 %", "A volatility of 0.07."),
+        ("\u0667\u066a", "A volatility of 0.07."),
         ("0.07", "A volatility of 7 %."),
         ("7 percent", "A volatility of 0.07."),
         ("2.5k", "2500 shares."),
@@ -131,6 +133,11 @@ def test_a_number_is_the_same_however_it_is_written(context: str, rationale: str
         ("1.085", "85 of it."),
         ("12345", "1,234 shares."),
         ("1200300", "1,200 shares."),
+        ("1,200,50", "1200.5 of it."),
+        ("1,200 300", "1200300 in all."),
+        ("1234,500", "1234500 in all."),
+        ("1,20", "120 of it."),
+        ("1e5.5", "100000 of it."),
         ("0.500", "500 of it."),
         # Two numbers that stand in another order, or apart.
         ("240 and 191", "191240 in all."),
@@ -272,6 +279,7 @@ def test_the_numbers_of_a_context(context: str, numbers: list[str]) -> None:
         ("sym=NG=F side=LONG", ["NG=F", "LONG"]),
         ("BRK.B, BTC-USD and ^GSPC, BRK.B", ["BRK.B", "BTC-USD", "^GSPC"]),
         ("AAPL-long", ["AAPL"]),
+        ("LONG/AAPL/MSFT", ["LONG", "AAPL", "MSFT"]),
         ("I long aapl, a lot", ["I", "LONG", "AAPL", "LOT"]),
         ("W short from 58", ["W"]),
         ("long aapl at 182", ["LONG", "AAPL"]),
@@ -291,6 +299,7 @@ def test_a_context_offers_no_more_than_it_is_asked_for() -> None:
     context = " ".join(f"A{number}" for number in range(1000))
     assert tickers_in(context, 3) == ["A0", "A1", "A2"]
     assert numbers_in(context, 3) == ["0", "1", "2"]
+    assert numbers_in("0,1,2,3", 3) == ["0", "1", "2"]
     assert tickers_in(context.lower(), 3) == ["A10", "A11", "A12"]
 
 
