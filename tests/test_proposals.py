@@ -230,7 +230,7 @@ def test_the_guidance_of_the_richest_context_stays_small() -> None:
 
 
 class Host:
-    """Answers what it is given, after the seconds that come before it, and keeps what it was asked."""
+    """Answers what it is given, each after the seconds before it; keeps what it was asked."""
 
     def __init__(self, *answers: dict[str, Any] | Exception | float) -> None:
         self.asked: list[GenerationRequest] = []
