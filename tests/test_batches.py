@@ -243,9 +243,9 @@ def test_rows_for_which_there_is_no_memory_wait_their_turn(
     joined = engine.joined
     together: list[set[int]] = []
 
-    def noting(caches: Any, former: Any) -> Any:
+    def noting(caches: Any, size: int, former: Any) -> Any:
         together.append(set(caches))
-        return joined(caches, former)
+        return joined(caches, size, former)
 
     monkeypatch.setattr(engine, "joined", noting)
     written = Written(engine.together())

@@ -259,7 +259,9 @@ class TorchEngine:
         logits: Logits = out.logits[0].float().cpu().numpy()
         return logits
 
-    def joined(self, caches: Mapping[int, _Cache], former: TorchRows | None) -> TorchRows:
+    def joined(
+        self, caches: Mapping[int, _Cache], size: int, former: TorchRows | None
+    ) -> TorchRows:
         """See `BatchingEngine`."""
         states = {number: cache.states for number, cache in caches.items()}
         return TorchRows(self.model, states, former)
