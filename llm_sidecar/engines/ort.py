@@ -109,7 +109,7 @@ def _rounded(size: int) -> int:
     return -(-size // _SIZE_STEP) * _SIZE_STEP
 
 
-def _mapped(shape: tuple[int, ...], dtype: type[np.floating[Any]]) -> npt.NDArray[Any]:
+def _mapped(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """An array of zeros in an anonymous mapping."""
     count = math.prod(shape)
     # A mapping has at least one byte.
