@@ -73,7 +73,7 @@ class MetricsSink(CallObserver, Protocol):
         ...
 
     def row_lost(self, table: str) -> None:
-        """A row of an answered request could not be stored."""
+        """A row of a run, a proposal or a score could not be stored."""
         ...
 
 
@@ -131,7 +131,7 @@ class Metrics:
         self._scores.observe(score)
 
     def row_lost(self, table: str) -> None:
-        """A row of an answered request could not be stored."""
+        """A row of a run, a proposal or a score could not be stored."""
         self._rows_lost.labels(table).inc()
 
     def call_started(self, call: ModelCall) -> None:
@@ -230,7 +230,7 @@ class Metrics:
     def _define_rows(self) -> None:
         self._rows_lost = Counter(
             "sidecar_database_rows_lost",
-            "Rows that could not be stored, of requests that were answered all the same.",
+            "Rows of runs, proposals and scores that could not be stored.",
             ["table"],
             registry=self._registry,
         )
