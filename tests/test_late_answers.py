@@ -84,10 +84,16 @@ class Server:
             yield
 
     def rows(self, transaction_id: str) -> dict[str, list[dict[str, Any]]]:
-        return self._ask(lambda store: store.transaction(transaction_id))
+        found: dict[str, list[dict[str, Any]]] = self._ask(
+            lambda store: store.transaction(transaction_id)
+        )
+        return found
 
     def runs(self, status: str) -> list[dict[str, Any]]:
-        return self._ask(lambda store: store.last("orchestrator_runs", 0, status=status))
+        found: list[dict[str, Any]] = self._ask(
+            lambda store: store.last("orchestrator_runs", 0, status=status)
+        )
+        return found
 
     def metric(self, name: str, **labels: str) -> float:
         return MetricsText(self.client.get("/metrics").text).value(name, **labels)
@@ -287,7 +293,7 @@ def test_a_shutdown_during_the_assessment_leaves_the_proposal(
 
 def test_a_refused_request_writes_no_row(server: Server) -> None:
     before = server.rows_written()
-    invalid = [
+    invalid: list[dict[str, Any]] = [
         PROMPT | {"max_length": 10},
         PROMPT | {"max_length": CONTEXT_LENGTH},
         {"prompt": 3000 * "価"},
@@ -318,8 +324,8 @@ def unstorable(
     (folder / "lancedb").write_text("in the way")
     with serve(folder, PRELOAD_MODELS="true", ENABLE_METRICS="true", **random_models) as live:
         server = Server(live, folder)
-        for name in ("phi3", "hermes"):
-            live.wait_until(lambda name=name: server.model(name)["state"] == "ready")
+        live.wait_until(lambda: server.model("phi3")["state"] == "ready")
+        live.wait_until(lambda: server.model("hermes")["state"] == "ready")
         yield server
 
 
