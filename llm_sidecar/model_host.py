@@ -14,15 +14,11 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
+from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import FinishReason, GenerationRequest, Message
-from llm_sidecar.errors import (
-    DeadlineExceeded,
-    InvalidRequest,
-    ModelUnavailable,
-    QueueFull,
-)
+from llm_sidecar.errors import InvalidRequest, ModelUnavailable, QueueFull
 from llm_sidecar.loader import ModelFiles
 from llm_sidecar.supervisor import Supervisor
 from llm_sidecar.telemetry.calls import (
@@ -49,13 +45,14 @@ class Completion:
     Attributes:
         model: the label of the model that wrote it.
         adapter: the name of the adapter that it had.
+        finish_reason: `deadline` where the request's deadline cut it.
         cached_tokens: of the prompt, that were read for an earlier one.
     """
 
     text: str
     model: str
     adapter: str | None
-    finish_reason: FinishReason
+    finish_reason: FinishReason | Literal["deadline"]
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
@@ -67,7 +64,7 @@ class HostLimits:
 
     Attributes:
         queue_length: requests that may run and wait at once.
-        request_timeout: from admission to the answer.
+        request_timeout: from admission to the answer, for a call without a deadline of its own.
         load_wait: how long a request waits for a model that is loading.
         load_timeout: how long a model may load.
     """
@@ -130,37 +127,58 @@ class ModelHost:
         self._watchdogs: set[asyncio.Task[None]] = set()
         self._recent_seconds = 1.0
 
-    async def generate(self, request: GenerationRequest) -> Completion:
-        """The whole completion.
+    async def generate(
+        self,
+        request: GenerationRequest,
+        deadline: Deadline | None = None,
+        *,
+        allow_partial: bool = False,
+    ) -> Completion:
+        """The completion.
+
+        Args:
+            request: what to generate.
+            deadline: of the request that this call belongs to.
+            allow_partial: at the deadline returns what has been written, if anything, with the
+                finish reason `deadline`.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
         """
         text: list[str] = []
-        async with contextlib.aclosing(self._call("generate", request=asdict(request))) as steps:
+        call = self._call("generate", deadline, allow_partial, request=asdict(request))
+        async with contextlib.aclosing(call) as steps:
             async for step in steps:
                 text.append(step[1]["text"])
-        call, message = step
-        assert call.served_by is not None
+        served, message = step
+        assert served.served_by is not None
         return Completion(
             "".join(text),
-            call.served_by,
-            call.adapter,
-            message["finish_reason"],
+            served.served_by,
+            served.adapter,
+            message["finish_reason"] or "deadline",
             message["prompt_tokens"],
             message["completion_tokens"],
             message["cached_tokens"],
         )
 
     async def answer_probabilities(
-        self, messages: Sequence[Message], answers: Sequence[str]
+        self,
+        messages: Sequence[Message],
+        answers: Sequence[str],
+        deadline: Deadline | None = None,
     ) -> dict[str, float]:
         """Probability that the assistant's whole turn is each of `answers`.
+
+        Args:
+            messages: the chat so far.
+            answers: the turns to choose from.
+            deadline: of the request that this call belongs to.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
         """
-        call = self._call("choose", messages=list(messages), answers=list(answers))
+        call = self._call("choose", deadline, messages=list(messages), answers=list(answers))
         async with contextlib.aclosing(call) as steps:
             async for _, message in steps:
                 result: dict[str, float] = message["probabilities"]
@@ -225,31 +243,37 @@ class ModelHost:
             task.cancel()
 
     async def _call(
-        self, op: Operation, **body: Any
+        self,
+        op: Operation,
+        deadline: Deadline | None,
+        allow_partial: bool = False,
+        **body: Any,
     ) -> AsyncGenerator[tuple[ModelCall, dict[str, Any]], None]:
-        """Admits a request, waits for its turn and the model, and yields (call, message)s."""
+        """Admits a request, waits for its turn and the model, and yields (call, message)s.
+
+        With `allow_partial` the deadline may end them without a last one.
+        """
+        deadline = deadline or Deadline.after(self._limits.request_timeout)
         with observed(self._observer, ModelCall(self.name, op)) as call, self._admission():
             ready_by = time.monotonic() + self._limits.load_wait
             try:
-                async with asyncio.timeout(self._limits.request_timeout), self._turns:
+                async with asyncio.timeout(deadline.remaining()), self._turns:
                     started = time.monotonic()
                     async for step in self._converse(call, ready_by, body):
                         yield step
                     elapsed = time.monotonic() - started
                     self._recent_seconds += 0.2 * (elapsed - self._recent_seconds)
             except TimeoutError:
-                raise DeadlineExceeded(
-                    f"{self.name} did not answer within {self._limits.request_timeout:g} s; "
-                    "try again later or with a smaller max_length."
-                ) from None
+                if not (allow_partial and call.completion_tokens):
+                    raise deadline.exceeded(call, self._retry_after()) from None
+                call.finish_reason = "deadline"
 
     @contextlib.contextmanager
     def _admission(self) -> Iterator[None]:
         """Counts a request as long as it is here; refuses it where too many are."""
         self._supervisor.check_open()
         if self._admitted >= self._limits.queue_length:
-            together = self._supervisor.together
-            wait = max(1, round(self._admitted / together * self._recent_seconds))
+            wait = self._retry_after()
             raise QueueFull(
                 f"The {self.name} queue is full; try again in {wait} s.", retry_after=wait
             )
@@ -262,6 +286,10 @@ class ModelHost:
             self._admitted -= 1
             if not self._admitted:
                 self._idle.set()
+
+    def _retry_after(self) -> int:
+        """Seconds until the requests that are here now are likely to be answered."""
+        return max(1, round(self._admitted / self._supervisor.together * self._recent_seconds))
 
     async def _converse(
         self, call: ModelCall, ready_by: float, body: dict[str, Any]

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest, Message
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 from llm_sidecar.model_host import Completion, ModelHost
@@ -188,6 +189,7 @@ async def propose(
     *,
     max_tokens: int = 256,
     temperature: float = 0.0,
+    deadline: Deadline | None = None,
 ) -> tuple[dict[str, Any], Completion]:
     """Asks Phi-3 for a proposal.
 
@@ -197,6 +199,7 @@ async def propose(
         examples: few-shot examples, oldest first; left out where they do not fit the context.
         max_tokens: at least `MAX_COMPLETION_TOKENS`.
         temperature: 0 is greedy.
+        deadline: of the request that this belongs to.
 
     Returns:
         The valid proposal and the completion it came in.
@@ -207,13 +210,16 @@ async def propose(
     check_budget(max_tokens)
     try:
         completion = await host.generate(
-            GenerationRequest(build_messages(prompt, examples), max_tokens, GUIDANCE, temperature)
+            GenerationRequest(build_messages(prompt, examples), max_tokens, GUIDANCE, temperature),
+            deadline,
         )
     except InvalidRequest:
         if not examples:
             raise
         log.warning("the few-shot examples do not fit the context beside a long prompt")
-        return await propose(host, prompt, max_tokens=max_tokens, temperature=temperature)
+        return await propose(
+            host, prompt, max_tokens=max_tokens, temperature=temperature, deadline=deadline
+        )
     try:
         return parse(completion.text), completion
     except ValueError as error:

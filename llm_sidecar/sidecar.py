@@ -9,26 +9,27 @@ import datetime
 import hashlib
 import json
 import logging
-import time
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from llm_sidecar import hermes_plugin, loader, proposals
 from llm_sidecar.archive import Archive
-from llm_sidecar.db import (
-    HermesScoreSchema,
-    Latencies,
-    OrchestratorRunSchema,
-    Phi3FeedbackSchema,
-    ProposalSchema,
-)
+from llm_sidecar.db import HermesScoreSchema, Phi3FeedbackSchema, table_of
+from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest
-from llm_sidecar.errors import DatabaseUnavailable, ModelUnavailable, SidecarError
+from llm_sidecar.errors import (
+    DatabaseUnavailable,
+    InvalidRequest,
+    ModelUnavailable,
+    QueueFull,
+    SidecarError,
+)
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.model_host import Completion, HostLimits, ModelHost
+from llm_sidecar.proposal_run import ProposalRun, Row
 from llm_sidecar.remembered import RememberedAdapter
 from llm_sidecar.settings import Settings
 from llm_sidecar.telemetry.calls import Observers
@@ -38,6 +39,7 @@ from llm_sidecar.tts.listeners import AudioListeners
 from llm_sidecar.tts.remote import RemoteVoice
 from llm_sidecar.tts.speaker import Speaker
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 PROPOSAL_CREATED: Final = "phi3.proposal.created"
@@ -49,13 +51,27 @@ _STORE_AGAIN: Final = 1.0
 
 @dataclass(frozen=True, slots=True)
 class AssessedProposal:
-    """What one walk from prompt to judged proposal gives."""
+    """What one walk from prompt to judged proposal gives.
+
+    Attributes:
+        stored: whether each of its rows is stored.
+    """
 
     transaction_id: uuid.UUID
     proposal: dict[str, Any]
     completion: Completion
     assessment: Completion
     score: float
+    stored: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredProposal:
+    """A score in [0, 1], and the id under which it is stored, if `stored`."""
+
+    proposal_id: uuid.UUID
+    score: float
+    stored: bool
 
 
 class Sidecar:
@@ -125,6 +141,7 @@ class Sidecar:
         self._preparing: asyncio.Task[None] | None = None
         self._swapping = asyncio.Lock()
         self._swaps: set[asyncio.Task[None]] = set()
+        self._unfinished: set[asyncio.Task[Any]] = set()
         self._remembered = RememberedAdapter(self.archive.log_folder, settings.adapter_dir)
 
     def _prepare_examples(self) -> None:
@@ -157,6 +174,8 @@ class Sidecar:
             swapping.cancel()
         # Models first: what they still answer is yet to be stored and told.
         await asyncio.gather(self.phi3.close(grace), self.hermes.close(grace))
+        while self._unfinished:
+            await asyncio.wait(self._unfinished)
         # What is still spoken goes out on the bus.
         await self.speaker.close()
         if self._connecting is not None:
@@ -166,7 +185,7 @@ class Sidecar:
         await self.archive.close()
 
     async def generate_phi3(
-        self, prompt: str, max_tokens: int
+        self, prompt: str, max_tokens: int, deadline: Deadline | None = None
     ) -> tuple[dict[str, Any], Completion]:
         """A proposal alone: not assessed, not stored, not told."""
         proposal, completion = await proposals.propose(
@@ -175,6 +194,7 @@ class Sidecar:
             self.archive.examples,
             max_tokens=max_tokens,
             temperature=self.settings.phi3_temperature,
+            deadline=deadline or Deadline.after(self.settings.request_timeout),
         )
         self._metrics.proposed(proposal["action"])
         return proposal, completion
@@ -187,85 +207,85 @@ class Sidecar:
         )
 
     async def propose(self, prompt: str, max_tokens: int) -> AssessedProposal:
-        """A proposal with Hermes' critique and score, stored and told to the other services."""
-        transaction_id = uuid.uuid4()
-        try:
-            result = await self._propose(transaction_id, prompt, max_tokens)
-        except SidecarError as error:
-            await self._log_run(transaction_id, prompt, error_message=error.detail)
-            raise
-        return result
+        """A proposal with Hermes' critique and score, stored and told to the other services.
 
-    async def _propose(
-        self, transaction_id: uuid.UUID, prompt: str, max_tokens: int
-    ) -> AssessedProposal:
-        began = time.monotonic()
-        proposal, completion = await self.generate_phi3(prompt, max_tokens)
-        proposed = time.monotonic()
-        await self._publish(PROPOSAL_CREATED, {**proposal, "transaction_id": str(transaction_id)})
+        Raises:
+            InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded: where Phi-3 had finished
+                before, the proposal is stored under the error's `transaction_id`.
+        """
+        run = ProposalRun(prompt)
+        try:
+            result = await self._run(run, max_tokens)
+        except SidecarError as error:
+            if run.proposal is None and isinstance(error, InvalidRequest | QueueFull):
+                # Refused before anything was generated.
+                raise
+            raise await self._keep_failed(run, error) from error
+        except BaseException as error:
+            if run.proposal is not None:
+                # In the background: nobody waits for a cancelled request.
+                self._to_the_end(self._keep_all(run.rows(_why_it_ended(error))))
+            raise
+        stored = await asyncio.shield(self._to_the_end(self._finish(run, result)))
+        return replace(result, stored=stored)
+
+    async def _run(self, run: ProposalRun, max_tokens: int) -> AssessedProposal:
+        """Takes a run to its end, or as far as it comes within the request's deadline."""
+        deadline = Deadline.after(self.settings.request_timeout)
+        proposal, completion = await self.generate_phi3(run.prompt, max_tokens, deadline)
+        run.proposed(proposal, completion)
+        created = {**proposal, "transaction_id": str(run.transaction_id)}
+        await asyncio.shield(self._to_the_end(self._publish(PROPOSAL_CREATED, created)))
         assessment = await hermes_plugin.assess(
             self.hermes,
             proposal,
-            prompt,
+            run.prompt,
             max_tokens=max_tokens,
             temperature=self.settings.hermes_temperature,
+            deadline=deadline,
         )
-        assessed = time.monotonic()
-        score = await self._score(proposal, prompt)
-        latencies = Latencies(
-            proposal=proposed - began,
-            assessment=assessed - proposed,
-            score=time.monotonic() - assessed,
-        )
-        output = {"proposal": proposal, "assessment": assessment.text, "score": score}
-        await asyncio.gather(
-            self._log_run(transaction_id, prompt, output=output),
-            self._keep(
-                HermesScoreSchema(
-                    run_id=str(transaction_id), score=score, rationale=assessment.text
-                )
-            ),
-            self._keep(
-                ProposalSchema(
-                    transaction_id=str(transaction_id),
-                    prompt=prompt,
-                    proposal=proposal,
-                    assessment=assessment.text,
-                    score=score,
-                    model=completion.model,
-                    adapter=completion.adapter,
-                    latencies=latencies,
-                )
-            ),
-        )
+        run.assessed(assessment)
+        score = await self._score(proposal, run.prompt, deadline)
+        run.scored(score)
+        return AssessedProposal(run.transaction_id, proposal, completion, assessment, score)
+
+    async def _finish(self, run: ProposalRun, result: AssessedProposal) -> bool:
+        """Stores a finished run and tells of its assessment; returns whether all is stored."""
+        stored = await self._keep_all(run.rows())
         await self._publish(
             PROPOSAL_ASSESSED,
             {
-                "proposal_transaction_id": str(transaction_id),
-                "assessment_text": assessment.text,
+                "proposal_transaction_id": str(result.transaction_id),
+                "assessment_text": result.assessment.text,
                 "timestamp": _now().isoformat(),
             },
         )
-        return AssessedProposal(transaction_id, proposal, completion, assessment, score)
+        return stored
 
-    async def score(
-        self, proposal: Mapping[str, Any], context: str | None
-    ) -> tuple[uuid.UUID, float]:
+    async def _keep_failed(self, run: ProposalRun, error: SidecarError) -> SidecarError:
+        """Stores how far a run has come; returns the error, which says what is stored."""
+        keeping = self._to_the_end(self._keep_all(run.rows(error.detail)))
+        stored = await asyncio.shield(keeping)
+        has_proposal = stored and run.proposal is not None
+        return error.of_request(run.transaction_id if has_proposal else None, stored=stored)
+
+    async def score(self, proposal: Mapping[str, Any], context: str | None) -> ScoredProposal:
         """Scores a proposal and stores the score under the proposal's own id, or a new one."""
         proposal_id = _uuid_or_none(proposal.get("id")) or uuid.uuid4()
         score = await self._score(proposal, context)
         rationale = proposal.get("rationale")
-        await self._keep(
-            HermesScoreSchema(
-                run_id=str(proposal_id),
-                score=score,
-                rationale=rationale if isinstance(rationale, str) else "",
-            )
+        row = HermesScoreSchema(
+            run_id=str(proposal_id),
+            score=score,
+            rationale=rationale if isinstance(rationale, str) else "",
         )
-        return proposal_id, score
+        stored = await asyncio.shield(self._to_the_end(self._keep_all([row])))
+        return ScoredProposal(proposal_id, score, stored)
 
-    async def _score(self, proposal: Mapping[str, Any], context: str | None) -> float:
-        score = await hermes_plugin.score(self.hermes, proposal, context)
+    async def _score(
+        self, proposal: Mapping[str, Any], context: str | None, deadline: Deadline | None = None
+    ) -> float:
+        score = await hermes_plugin.score(self.hermes, proposal, context, deadline)
         self._metrics.scored(score)
         return score
 
@@ -392,32 +412,37 @@ class Sidecar:
             else:
                 return
 
-    async def _log_run(
-        self,
-        transaction_id: uuid.UUID,
-        prompt: str,
-        *,
-        output: Mapping[str, Any] | None = None,
-        error_message: str | None = None,
-    ) -> None:
-        run = OrchestratorRunSchema(
-            run_id=str(transaction_id),
-            input_query=prompt,
-            final_output="" if output is None else json.dumps(output),
-            status="error" if output is None else "success",
-            error_message=error_message,
-        )
-        await self._keep(run)
+    def _to_the_end(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """A task that a cancelled request does not take along; `close` waits for it."""
+        task = asyncio.create_task(work)
+        self._unfinished.add(task)
+        task.add_done_callback(self._unfinished.discard)
+        return task
 
-    async def _keep(self, row: OrchestratorRunSchema | HermesScoreSchema | ProposalSchema) -> None:
-        """A trader's answer does not hang on a full disk: that goes to the log."""
+    async def _keep_all(self, rows: Sequence[Row]) -> bool:
+        """Stores rows, within a few seconds; returns whether each of them is stored."""
+        return all(await asyncio.gather(*map(self._keep, rows)))
+
+    async def _keep(self, row: Row) -> bool:
+        """A failure to store a row is logged and counted, and never fails the request."""
         try:
             await self.archive.append(row)
         except DatabaseUnavailable as error:
-            log.error("a row is not stored: %s", error.detail)
+            table = table_of(row)
+            log.error("a row of %s is not stored: %s", table, error.detail)
+            self._metrics.row_lost(table)
+            return False
+        return True
 
     async def _publish(self, channel: str, payload: Mapping[str, Any]) -> None:
         await self.bus.publish(channel, json.dumps(payload))
+
+
+def _why_it_ended(error: BaseException) -> str:
+    """The error message of a run that ended with none of our own errors."""
+    if isinstance(error, asyncio.CancelledError):
+        return "The client disconnected, or the server ended, before Hermes had finished."
+    return f"It failed unexpectedly: {type(error).__name__}."
 
 
 def _now() -> datetime.datetime:

@@ -25,7 +25,8 @@ _DESCRIPTIONS = {
     429: "The queue is full; `Retry-After` says when to try again",
     503: "A model, the voice or the database is missing or loading; `Retry-After` says when to try "
     "again",
-    504: "The request's deadline has passed",
+    504: "The request's deadline has passed; the detail names what took the time, and "
+    "`Retry-After` says when to try again",
 }
 
 
@@ -123,3 +124,8 @@ def generation_headers(completion: Completion) -> dict[str, str]:
         "X-Prompt-Tokens": str(completion.prompt_tokens),
         "X-Completion-Tokens": str(completion.completion_tokens),
     }
+
+
+def stored_header(stored: bool) -> dict[str, str]:
+    """`X-Stored: false` where a row of the request could not be stored."""
+    return {} if stored else {"X-Stored": "false"}

@@ -141,6 +141,14 @@ class ErrorBody(BaseModel):
     detail: str | list[dict[str, Any]]
 
 
+class ProposalErrorBody(ErrorBody):
+    """What went wrong, and where a proposal that was finished before is stored."""
+
+    transaction_id: uuid.UUID | None = Field(
+        None, description="there where Hermes failed after Phi-3 had finished"
+    )
+
+
 class Health(BaseModel):
     """The state of the whole and of each part."""
 

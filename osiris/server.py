@@ -23,7 +23,7 @@ from llm_sidecar.telemetry.instruments import Instrument
 from osiris import logs, openapi
 from osiris.access import ApiKeys
 from osiris.admission import Admission
-from osiris.http import ClientGone
+from osiris.http import ClientGone, stored_header
 from osiris.logs import AccessLog
 from osiris.metrics import install_metrics
 from osiris.middleware import SECURITY_HEADERS, BodyLimit, RequestId, SecurityHeaders
@@ -41,6 +41,7 @@ _EXPOSED_HEADERS: Final = (
     "X-Model",
     "X-Prompt-Tokens",
     "X-Request-ID",
+    "X-Stored",
     "X-Voice",
     "X-Voice-Reference",
 )
@@ -137,8 +138,13 @@ def _version() -> str:
 
 async def _sidecar_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, SidecarError)
-    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    return JSONResponse({"detail": error.detail}, status_code=error.status, headers=headers)
+    headers = stored_header(error.stored)
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
+    body = {"detail": error.detail}
+    if error.transaction_id is not None:
+        body["transaction_id"] = str(error.transaction_id)
+    return JSONResponse(body, status_code=error.status, headers=headers)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:

@@ -19,6 +19,7 @@ from unittest.mock import ANY
 import pytest
 
 from llm_sidecar import hermes_plugin, proposals, worker_process
+from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest
 from llm_sidecar.engines.lora_graph import ADAPTER_FILE
 from llm_sidecar.errors import (
@@ -201,6 +202,44 @@ async def test_a_deadline_ends_the_generation(make_host: HostFactory) -> None:
     for _ in range(2):
         assert isinstance(await failure(host.generate(ENDLESS)), DeadlineExceeded)
     await stops(host)
+
+
+async def test_the_deadline_of_a_request_holds_for_its_calls_together(
+    make_host: HostFactory,
+) -> None:
+    host = make_host()
+    await host.generate(SHORT)
+    os.kill(host.status()["pid"], signal.SIGSTOP)
+    # Of its 100.3 s others have had 100.
+    deadline = Deadline(time.monotonic() - 100.0, 100.3)
+    score = host.answer_probabilities(SHORT.messages, ("0", "1"), deadline)
+    for work in (host.generate(SHORT, deadline), score):
+        error = await failure(work)
+        assert isinstance(error, DeadlineExceeded)
+        assert error.retry_after == 1
+        assert error.spent is not None
+        assert error.spent.before >= 100.0
+        assert error.spent.prompt == error.spent.writing == 0.0
+    assert time.monotonic() - deadline.began < 110.0
+    os.kill(host.status()["pid"], signal.SIGCONT)
+    await host.generate(SHORT)
+    assert host.status()["restarts"] == 0
+
+
+async def test_text_that_may_be_partial_comes_as_far_as_it_got(make_host: HostFactory) -> None:
+    host = make_host()
+    await host.generate(SHORT)
+    free, before = replace(ENDLESS, guidance=None), tokens(host)
+    part = asyncio.create_task(host.generate(free, Deadline.after(2.0), allow_partial=True))
+    await until(lambda: tokens(host) > before + 100)
+    os.kill(host.status()["pid"], signal.SIGSTOP)
+    completion = await part
+    os.kill(host.status()["pid"], signal.SIGCONT)
+    assert completion.finish_reason == "deadline"
+    assert completion.text
+    assert 0 < completion.completion_tokens < free.max_tokens
+    await host.generate(SHORT)
+    assert host.status()["restarts"] == 0
 
 
 async def test_cancelling_stops_the_worker_within_a_second(make_host: HostFactory) -> None:

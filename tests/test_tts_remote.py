@@ -16,7 +16,7 @@ from llm_sidecar.errors import DeadlineExceeded, InvalidRequest, QueueFull, Voic
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.tts import wav as wavs
 from llm_sidecar.tts.messages import ANNOUNCED, requested
-from llm_sidecar.tts.remote import RemoteVoice
+from llm_sidecar.tts.remote import RETRY_AFTER, RemoteVoice
 from llm_sidecar.tts.voice import Reference, Wav
 from llm_sidecar.tts.worker import SpeechWorker
 from tests.redis_server import RedisServer, require_redis
@@ -430,8 +430,9 @@ async def test_a_part_that_takes_too_long_ends_the_request(house: House) -> None
     sidecar = await house.sidecar(part_timeout=0.2)
     await house.worker(voice)
     await until(lambda: sidecar.available)
-    with pytest.raises(DeadlineExceeded):
+    with pytest.raises(DeadlineExceeded) as caught:
         await say(sidecar, "word")
+    assert caught.value.retry_after == RETRY_AFTER
     await until(lambda: voice.given_up)
 
 

@@ -164,7 +164,12 @@ _FEEDBACK_KEY: Final = ("transaction_id", "timestamp", "feedback_type", "feedbac
 
 
 class OrchestratorRunSchema(_Numbered):
-    """One walk from a prompt to a judged proposal; `run_id` is its transaction_id."""
+    """One walk from a prompt to a judged proposal; `run_id` is its transaction_id.
+
+    Attributes:
+        status: the sidecar writes `success`; `partial` for a proposal that Hermes has not fully
+            assessed; `error` for a run without a proposal.
+    """
 
     run_id: str = Field(min_length=1)
     input_query: str
