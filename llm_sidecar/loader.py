@@ -158,14 +158,14 @@ def _adapters(base_path: Path | str) -> list[tuple[datetime.date, str, Path]]:
 
 
 def holds_adapter(folder: Path) -> bool:
-    """Whether there is an adapter in a folder; one that may not be read fails when it is loaded.
+    """Whether a folder holds an adapter. Loading it tells why one cannot be read.
 
-    The folder and its files may be links to anywhere: who may write to the folder of adapters
-    decides what Phi-3 answers anyhow, and what is read here is shown to nobody.
+    Symbolic links are followed, also out of the folder of adapters: operators keep adapters on
+    other disks, and a link shows nobody what it leads to.
     """
     try:
         return (folder / "adapter_config.json").is_file()
-    except PermissionError:
+    except OSError:
         return True
 
 

@@ -330,7 +330,9 @@ class Supervisor:
             worker.process.kill()
             await worker.stop()
             if isinstance(error, TimeoutError):
-                raise ModelUnavailable(f"it did not load within {self._load_timeout:g} s") from None
+                raise ModelUnavailable(
+                    f"it did not load within {self._load_timeout:g} s (MODEL_LOAD_TIMEOUT_SECONDS)"
+                ) from None
             raise
         if (latest := self._prefix_to_read()) != prefix:
             worker.send("prepare", {"request": latest})

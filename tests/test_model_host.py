@@ -610,7 +610,10 @@ CRASHES = "import os; input(); os.abort()  # llm_sidecar.worker"
 
 @pytest.mark.parametrize(
     ("script", "why"),
-    [(HANGS, "it did not load within 2 s"), (CRASHES, "its worker ended: signal SIGABRT")],
+    [
+        (HANGS, "it did not load within 2 s (MODEL_LOAD_TIMEOUT_SECONDS)"),
+        (CRASHES, "its worker ended: signal SIGABRT"),
+    ],
 )
 async def test_an_adapter_that_hangs_or_crashes_its_worker_disturbs_nobody(
     script: str,
