@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -18,9 +20,11 @@ from tests.live_server import LiveServer
 from tests.random_models import write_adapter
 
 CLIENTS: Final = 8
-SWAPS: Final = 200
+SWAPS: Final = 40
 _SETTLED: Final = 10
 """Swaps after which memory is compared with that in the end."""
+_USUAL_SECONDS: Final = 20.0
+"""How long the clients ask without a swap, for comparison."""
 
 
 def swapped_under_load(rounds: int) -> Iterator[Row]:
@@ -46,17 +50,44 @@ def swapped_under_load(rounds: int) -> Iterator[Row]:
                 prompt: {answers[index] for answers in alone.values()}
                 for index, prompt in enumerate(asked)
             }
-            memory, failed, others, answered = asyncio.run(_swap(server, names, allowed))
+            load = _Load(server, allowed)
+            usual = asyncio.run(load.longest_wait(lambda client: asyncio.sleep(_USUAL_SECONDS)))
+            memory: list[float] = []
+
+            async def swap(client: httpx.AsyncClient) -> None:
+                for number in range(SWAPS):
+                    body = {"adapter": names[number % len(names)]}
+                    (await client.post("/adapters/swap", json=body)).raise_for_status()
+                    memory.append(_megabytes(server))
+
+            swapping = asyncio.run(load.longest_wait(swap))
     name = f"{SWAPS} adapter swaps under a load of {CLIENTS} clients"
-    yield Row(f"{name}: failed requests", failed, 0, f"of {answered}")
-    yield Row(f"{name}: answers of neither adapter", others, 0, f"of {answered}, by their text")
+    yield Row(f"{name}: failed requests", load.failed, 0, f"of {load.answered}")
+    yield Row(
+        f"{name}: answers of neither adapter",
+        load.others,
+        0,
+        f"of {load.answered}, by their text",
+    )
+    yield Row(
+        f"{name}: longest wait of a request, beyond the longest without swaps",
+        max(0.0, swapping - usual),
+        1.0,
+        f"{swapping:.2f} and {usual:.2f} s",
+        unit=" s",
+    )
     after, settled = memory[-1], memory[_SETTLED - 1]
     yield Row(
         f"{name}: memory after the last, against that after the tenth",
         after / settled,
         1.05,
-        f"{after:.0f} and {settled:.0f} MB of Phi-3's worker",
+        f"{after:.0f} and {settled:.0f} MB of the server and Phi-3's worker",
     )
+
+
+def _megabytes(server: LiveServer) -> float:
+    processes = (server.process.pid, server.worker("phi3"))
+    return sum(psutil.Process(pid).memory_info().rss for pid in processes) / 2**20
 
 
 def _answers(server: LiveServer, adapter: str, asked: list[str]) -> list[str]:
@@ -73,31 +104,41 @@ def _body(prompt: str) -> dict[str, str | int]:
     return {"prompt": prompt, "max_length": 256}
 
 
-async def _swap(
-    server: LiveServer, names: tuple[str, ...], allowed: dict[str, set[str]]
-) -> tuple[list[float], int, int, int]:
-    """Megabytes after each swap; failed requests, wrong answers, and all of them."""
-    failed = others = answered = 0
-    done = False
+@dataclass
+class _Load:
+    """Clients that ask without a pause, and what they got.
 
-    async def ask(client: httpx.AsyncClient, number: int) -> None:
-        nonlocal failed, others, answered
-        prompts = list(allowed)
-        while not done:
-            prompt = prompts[(number + answered) % len(prompts)]
+    Attributes:
+        allowed: the answers that there may be, by prompt.
+    """
+
+    server: LiveServer
+    allowed: dict[str, set[str]]
+    failed: int = 0
+    others: int = 0
+    answered: int = 0
+    _waits: list[float] = field(default_factory=list)
+
+    async def longest_wait(
+        self, work: Callable[[httpx.AsyncClient], Coroutine[None, None, None]]
+    ) -> float:
+        """Has them ask for as long as `work` takes; the most seconds that a request took."""
+        self._waits = []
+        async with httpx.AsyncClient(base_url=self.server.url, timeout=120.0) as client:
+            working = asyncio.create_task(work(client))
+            asking = [self._ask(client, number, working) for number in range(CLIENTS)]
+            await asyncio.gather(working, *asking)
+        return max(self._waits)
+
+    async def _ask(
+        self, client: httpx.AsyncClient, number: int, working: asyncio.Task[None]
+    ) -> None:
+        prompts = list(self.allowed)
+        while not working.done():
+            prompt = prompts[(number + self.answered) % len(prompts)]
+            began = time.monotonic()
             answer = await client.post("/generate/phi3/", json=_body(prompt))
-            answered += 1
-            failed += answer.status_code != 200
-            others += answer.text not in allowed[prompt]
-
-    memory = []
-    async with httpx.AsyncClient(base_url=server.url, timeout=120.0) as client:
-        asking = [asyncio.create_task(ask(client, number)) for number in range(CLIENTS)]
-        for number in range(SWAPS):
-            body = {"adapter": names[number % len(names)]}
-            (await client.post("/adapters/swap", json=body)).raise_for_status()
-            worker = server.client.get("/health").json()["models"]["phi3"]["pid"]
-            memory.append(psutil.Process(worker).memory_info().rss / 2**20)
-        done = True
-        await asyncio.gather(*asking)
-    return memory, failed, others, answered
+            self._waits.append(time.monotonic() - began)
+            self.answered += 1
+            self.failed += answer.status_code != 200
+            self.others += answer.text not in self.allowed[prompt]

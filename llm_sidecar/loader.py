@@ -21,7 +21,7 @@ from llm_sidecar.settings import DEFAULT_HERMES, DEFAULT_PHI3, Settings
 
 DEMO_DIR: Final = Path(__file__).resolve().parent / "demo"
 _DEMO_PHI3_FILE: Final = DEMO_DIR / "phi3" / "model.onnx"
-_ADAPTER_NAME: Final = re.compile(r"(\d{8})(-dpo)?")
+_ADAPTER_NAME: Final = re.compile(r"([0-9]{8})(-dpo)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +153,20 @@ def _adapters(base_path: Path | str) -> list[tuple[datetime.date, str, Path]]:
             f"The adapters cannot be read: {base}: {error.strerror}; set PHI3_ADAPTER_DIR."
         ) from None
     return [
-        (date, name, path)
-        for date, name, path in dated
-        if date is not None and (path / "adapter_config.json").is_file()
+        (date, name, path) for date, name, path in dated if date is not None and holds_adapter(path)
     ]
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter. Loading it tells why one cannot be read.
+
+    Symbolic links are followed, also out of the folder of adapters: operators keep adapters on
+    other disks, and a link shows nobody what it leads to.
+    """
+    try:
+        return (folder / "adapter_config.json").is_file()
+    except OSError:
+        return True
 
 
 def adapter_date(folder: Path) -> datetime.date | None:

@@ -29,7 +29,6 @@ from llm_sidecar.telemetry.calls import (
     WorkerDeath,
     observed,
 )
-from llm_sidecar.turns import Turns
 from llm_sidecar.worker_process import WorkerProcess
 
 log = logging.getLogger(__name__)
@@ -114,12 +113,14 @@ class ModelHost:
             prefix=prefix,
             load_wait=self._limits.load_wait,
             load_timeout=self._limits.load_timeout,
+            drain_timeout=self._limits.request_timeout,
             on_death=self._tell_death,
         )
-        self._turns = Turns()
+        self._turns = asyncio.Semaphore(1)
+        self._capacity = 1
         self._observer = observer or Observers()
         self._on_death = on_death
-        self._serving: dict[int, ModelCall] = {}
+        self._serving: dict[int, tuple[WorkerProcess, ModelCall]] = {}
         self._admitted = 0
         self._running = 0
         self._idle = asyncio.Event()
@@ -211,13 +212,15 @@ class ModelHost:
     async def swap_adapter(self, adapter: Path | None) -> None:
         """Has requests answered with another adapter, or with none, from the next one on.
 
-        Running and waiting requests are not lost; where it cannot be loaded all stays as it was.
+        The model is loaded with it in a second worker meanwhile, so no request waits for it; those
+        that run end with the adapter that they began with. Where it cannot be loaded, or not in
+        time, all stays as it was. Cancelling the swap ends it.
 
         Raises:
             AdapterRejected: it cannot be loaded; says why.
-            ModelUnavailable: the model itself is missing or does not load.
+            ModelUnavailable: the model itself is missing, or the host is closing.
         """
-        await self._supervisor.swap_adapter(adapter, self._turns.alone)
+        await self._supervisor.swap_adapter(adapter)
 
     def available(self) -> bool:
         """Whether a request would be served, now or after loading."""
@@ -233,7 +236,7 @@ class ModelHost:
         }
 
     async def close(self, grace: float = 0.0) -> None:
-        """Refuses new requests, gives the running ones `grace` seconds, then ends the worker."""
+        """Refuses new requests, gives the running ones `grace` seconds, then ends all workers."""
         self._supervisor.refuse()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
@@ -301,10 +304,12 @@ class ModelHost:
         begun = finished = False
         while not finished:
             worker = await self._supervisor.ready(ready_by)
-            self._turns.widen(self._supervisor.together)
-            call.served_by = worker.label
+            while self._capacity < self._supervisor.together:
+                self._capacity += 1
+                self._turns.release()
+            call.served_by, call.adapter = worker.label, worker.adapter
             number, inbox = worker.send(call.operation, body)
-            self._serving[id(call)] = call
+            self._serving[id(call)] = worker, call
             message: dict[str, Any] = {}
             self._running += 1
             try:
@@ -317,7 +322,7 @@ class ModelHost:
                         yield call, message
             finally:
                 self._running -= 1
-                if "died" not in message:
+                if "died" not in message or worker.stopping:
                     self._serving.pop(id(call), None)
                 if not finished:
                     self._watch(worker, number, inbox)
@@ -345,11 +350,12 @@ class ModelHost:
         self._watchdogs.add(task)
         task.add_done_callback(self._watchdogs.discard)
 
-    def _tell_death(self, how: str) -> None:
+    def _tell_death(self, worker: WorkerProcess) -> None:
         # The requests it served may have heard of it already, or be about to.
-        call = next(iter(self._serving.values()), None)
-        self._serving.clear()
-        self._on_death(WorkerDeath(self.name, self._supervisor.adapter_name(), how, call))
+        served = [key for key, (its_worker, _) in self._serving.items() if its_worker is worker]
+        calls = [self._serving.pop(key)[1] for key in served]
+        call = calls[0] if calls else None
+        self._on_death(WorkerDeath(self.name, worker.adapter, worker.how_it_ended(), call))
 
 
 def _as_exception(message: dict[str, Any], name: str) -> Exception:

@@ -9,6 +9,8 @@ import datetime
 import hashlib
 import json
 import logging
+import math
+import time
 import uuid
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +23,7 @@ from llm_sidecar.db import HermesScoreSchema, Phi3FeedbackSchema, table_of
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest
 from llm_sidecar.errors import (
+    AdapterRejected,
     DatabaseUnavailable,
     InvalidRequest,
     ModelUnavailable,
@@ -142,6 +145,7 @@ class Sidecar:
         self._swapping = asyncio.Lock()
         self._swaps: set[asyncio.Task[None]] = set()
         self._unfinished: set[asyncio.Task[Any]] = set()
+        self._last_refusal: tuple[Path | None, float, str] = (None, -math.inf, "")
         self._remembered = RememberedAdapter(self.archive.log_folder, settings.adapter_dir)
 
     def _prepare_examples(self) -> None:
@@ -170,12 +174,13 @@ class Sidecar:
     async def close(self) -> None:
         """Lets running generations end within the grace period, then stops every part."""
         grace = self.settings.shutdown_grace
-        for swapping in self._swaps:
-            swapping.cancel()
         # Models first: what they still answer is yet to be stored and told.
         await asyncio.gather(self.phi3.close(grace), self.hermes.close(grace))
         while self._unfinished:
             await asyncio.wait(self._unfinished)
+        if self._swaps:
+            # They have failed, or have yet to remember what they took.
+            await asyncio.wait(self._swaps)
         # What is still spoken goes out on the bus.
         await self.speaker.close()
         if self._connecting is not None:
@@ -318,30 +323,37 @@ class Sidecar:
 
         Raises:
             AdapterRejected: it cannot be loaded, and the one in use goes on.
-            ModelUnavailable: Phi-3 is missing or does not load.
+            ModelUnavailable: Phi-3 is missing, or the server is shutting down.
         """
-        folder = self.settings.adapter_dir
-        chosen = (
-            loader.get_latest_adapter_dir(folder)
-            if name is None
-            else loader.find_adapter_dir(folder, name)
-        )
-        # To its end, also where whoever asked for it has gone.
-        swapping = asyncio.create_task(self._swap_adapter(chosen))
+        # It runs to completion even if the client disconnects.
+        swapping = asyncio.create_task(self._swap_adapter(name))
         self._swaps.add(swapping)
         swapping.add_done_callback(self._swaps.discard)
         await asyncio.shield(swapping)
         return self.adapter_date()
 
-    async def _swap_adapter(self, chosen: Path | None) -> None:
+    async def _swap_adapter(self, name: str | None) -> None:
+        asked = time.monotonic()
         async with self._swapping:
+            # The folder may be on a slow disk.
+            chosen = await asyncio.to_thread(self._choose_adapter, name)
             if chosen != self.phi3.adapter:
+                refused, when, why = self._last_refusal
+                if refused == chosen and when > asked:
+                    # A client timed out and tried again while this adapter was still loading.
+                    raise AdapterRejected(why)
                 try:
                     await self.phi3.swap_adapter(chosen)
-                finally:
-                    # A worker that is to take an adapter gives up what it prepares.
-                    self._prepare_examples()
+                except AdapterRejected as error:
+                    self._last_refusal = chosen, time.monotonic(), error.detail
+                    raise
             await asyncio.to_thread(self._remembered.save, chosen)
+
+    def _choose_adapter(self, name: str | None) -> Path | None:
+        folder = self.settings.adapter_dir
+        if name is None:
+            return loader.get_latest_adapter_dir(folder)
+        return loader.find_adapter_dir(folder, name)
 
     def adapter_date(self) -> datetime.date | None:
         """The date of Phi-3's adapter in use."""

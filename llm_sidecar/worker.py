@@ -1,10 +1,10 @@
 """The process that holds one engine: `python -m llm_sidecar.worker`, started by `model_host`.
 
 Both directions are one JSON object a line. In, on standard input: first what to load, then
-requests, cancellations, prefixes to prepare and adapters to use. Out, on what was standard output:
-`ready` or `failed`, then for every request `begun`, `delta`s, and one `done` or `error`, for every
-prefix and adapter the last of them alone; each with the monotonic time at which it was sent. The
-end of the input ends the process, so that no worker outlives its server, however that ended.
+requests, cancellations and prefixes to prepare. Out, on what was standard output: `ready` or
+`failed`, then for every request `begun`, `delta`s, and one `done` or `error`, for every prefix the
+last of them alone; each with the monotonic time at which it was sent. The end of the input ends
+the process, so that no worker outlives its server, however that ended.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from llm_sidecar.engines import Engine, GenerationRequest, load_engine
 from llm_sidecar.engines.base import Together, one_line
 from llm_sidecar.errors import SidecarError
 from llm_sidecar.logs import log_to_stderr
+from llm_sidecar.out_of_memory import ended_first
 
 log = logging.getLogger(__name__)
 
@@ -58,30 +59,23 @@ class Worker:
         self._cancelled: set[int] = set()
         self._replies: dict[int, _Reply] = {}
         self._tokens = 0
-        self._adapter: str | None = None
 
     def run(self) -> None:
         """Loads what the first line names, then serves until the input ends."""
-        spec = json.loads(self._inbox.readline())
+        first = self._inbox.readline()
+        if not first:
+            # The server has gone, or does not need this worker any more.
+            return
+        spec = json.loads(first)
         # Before loading: the server may go away meanwhile.
         threading.Thread(target=self._read, daemon=True).start()
         try:
-            engine = load_engine(
-                Path(spec["folder"]),
-                device=spec["device"],
-                threads=spec["threads"],
-                adapter=None if spec["adapter"] is None else Path(spec["adapter"]),
-                # What warms it up is like what it will be asked.
-                guided=spec["warm_up"]["guidance"] is not None,
-            )
-            self._adapter = None if spec["adapter"] is None else Path(spec["adapter"]).name
-            for _ in engine.stream(GenerationRequest(**spec["warm_up"])):
-                pass
-            if spec["prefix"] is not None:
-                for _ in engine.prepare(GenerationRequest(**spec["prefix"])):
-                    pass
+            # It may load beside the worker that serves.
+            with ended_first():
+                engine = _loaded(spec)
         except Exception as error:
-            log.exception("the model could not be loaded")
+            expected = isinstance(error, SidecarError)
+            log.error("the model could not be loaded: %s", one_line(error), exc_info=not expected)
             self._send({"op": "failed", "detail": one_line(error)})
             return
         self._send(
@@ -119,7 +113,7 @@ class Worker:
                 elif preparing is not None and self._prepared(*preparing):
                     preparing = None
                 continue
-            if message["op"] in ("prepare", "adapter") and preparing is not None:
+            if message["op"] == "prepare" and preparing is not None:
                 # What it prepared is out of date.
                 preparing[1].close()
                 self._send({"op": "done", "id": preparing[0]})
@@ -129,25 +123,9 @@ class Worker:
                     self._begin(together, message)
                 case "choose":
                     self._choose(engine, message)
-                case "adapter":
-                    # What has begun is answered with the one that it began with.
-                    while together:
-                        self._step(together)
-                    self._use_adapter(engine, message)
                 case "prepare":
                     steps = engine.prepare(GenerationRequest(**message["request"]))
                     preparing = message["id"], steps
-
-    def _use_adapter(self, engine: Engine, message: dict[str, Any]) -> None:
-        folder = Path(message["folder"])
-        try:
-            engine.use_adapter(folder)
-        except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
-            log.error("the adapter %s is refused: %s", folder.name, one_line(error))
-            self._send({"op": "error", "id": message["id"], "detail": one_line(error)})
-        else:
-            self._adapter = folder.name
-            self._send({"op": "done", "id": message["id"]})
 
     def _prepared(self, number: int, steps: Generator[None]) -> bool:
         """Takes one more step; returns whether it was the last."""
@@ -167,7 +145,7 @@ class Worker:
         while len(together) >= together.most:
             self._step(together)
         number = message["id"]
-        self._send({"op": "begun", "id": number, "adapter": self._adapter})
+        self._send({"op": "begun", "id": number})
         try:
             together.add(number, GenerationRequest(**message["request"]))
         except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
@@ -216,7 +194,7 @@ class Worker:
 
     def _choose(self, engine: Engine, message: dict[str, Any]) -> None:
         number = message["id"]
-        self._send({"op": "begun", "id": number, "adapter": self._adapter})
+        self._send({"op": "begun", "id": number})
         probabilities: dict[str, float] = {}
         try:
             if number not in self._cancelled:
@@ -244,6 +222,24 @@ class Worker:
     def _write(self, message: dict[str, Any]) -> None:
         message["at"] = time.monotonic()
         self._outbox.write(json.dumps(message).encode() + b"\n")
+
+
+def _loaded(spec: dict[str, Any]) -> Engine:
+    """An engine that has answered once, and has read the prefix that prompts begin with."""
+    engine = load_engine(
+        Path(spec["folder"]),
+        device=spec["device"],
+        threads=spec["threads"],
+        adapter=None if spec["adapter"] is None else Path(spec["adapter"]),
+        # What warms it up is like what it will be asked.
+        guided=spec["warm_up"]["guidance"] is not None,
+    )
+    for _ in engine.stream(GenerationRequest(**spec["warm_up"])):
+        pass
+    if spec["prefix"] is not None:
+        for _ in engine.prepare(GenerationRequest(**spec["prefix"])):
+            pass
+    return engine
 
 
 def main() -> None:

@@ -125,7 +125,7 @@ class AdapterChoice(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    adapter: str | None = Field(default=None, pattern=r"^\d{8}(-dpo)?$")
+    adapter: str | None = Field(default=None, pattern=r"^[0-9]{8}(-dpo)?$")
 
 
 class AdapterSwapped(BaseModel):

@@ -23,7 +23,7 @@ from llm_sidecar.engines.generation import Generation
 from llm_sidecar.engines.ort import OrtEngine
 from llm_sidecar.engines.torch import TextDecoder, TorchEngine
 from llm_sidecar.engines.torch_rows import empty_cache, most_together
-from llm_sidecar.errors import AdapterRejected, InvalidRequest
+from llm_sidecar.errors import InvalidRequest
 from tests.live_server import ROOT
 
 AnyEngine = TorchEngine | OrtEngine
@@ -297,8 +297,6 @@ def test_what_needs_more_runs_on_the_whole_runtime(
     assert load_engine(random_phi3_onnx, device="cpu", guided=False).runtime == "onnxruntime-genai"
     with pytest.raises(ValueError, match="without guidance"):
         ort_engine.begin(request("Long ABC", 50, guidance=proposals.GUIDANCE))
-    with pytest.raises(AdapterRejected, match="without room"):
-        ort_engine.use_adapter(random_hermes_onnx)
 
 
 def test_bytes_that_are_no_text_end_nothing() -> None:

@@ -24,6 +24,9 @@ FinishReason = Literal["stop", "length"]
 PROBE: Final[Sequence[Message]] = ({"role": "user", "content": "Long ABC. What now?"},)
 """What a model has to answer before an adapter is taken into use."""
 
+_LONGEST_LINE: Final = 400
+"""Characters of an error."""
+
 PREFILL_CHUNK: Final = 256
 """Prompt tokens processed between two chances to cancel."""
 
@@ -97,18 +100,6 @@ class Engine(Protocol):
 
         Args:
             request: with the turns that come first, and all else as it will be.
-        """
-        ...
-
-    def use_adapter(self, folder: Path) -> None:
-        """Answers with another LoRA adapter from the next request on.
-
-        Args:
-            folder: of an adapter in the runtime's own format.
-
-        Raises:
-            AdapterRejected: says why; all is as before. One of them: no adapter was loaded with the
-                model, so that it has no room for one.
         """
         ...
 
@@ -255,9 +246,10 @@ class AnswerTree:
 
 def one_line(error: Exception) -> str:
     """What went wrong while a model or an adapter was loaded, for the log and for `/health`."""
-    if isinstance(error, SidecarError):
-        return error.detail
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    said = error.detail if isinstance(error, SidecarError) else f"{type(error).__name__}: {error}"
+    # It may quote a name from a file, of any length and of any characters.
+    printable = (char if char.isprintable() else " " for char in said[:_LONGEST_LINE])
+    return " ".join("".join(printable).split())
 
 
 def softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +25,11 @@ from llm_sidecar.engines.chat import ChatTokenizer
 from llm_sidecar.engines.prefixes import Kept, Prefixes
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable
 
-if TYPE_CHECKING:
-    from llm_sidecar.engines.lora_graph import Projection
-
 _FAST_FORWARD_HEADROOM: Final = 128
 """Forced tokens may run past max_length and crash the attention kernel, so leave them room."""
+
+_ADAPTER: Final = "adapter"
+"""What the runtime calls the one that is loaded."""
 
 _ROOM_STEP: Final = 512
 """Tokens by which room grows; a prepared prefix has as many for the prompt that follows."""
@@ -86,7 +86,7 @@ class OnnxEngine:
             device: `auto` takes CUDA where the runtime has it.
             threads: of the decoder session, on CPU.
             adapter: folder with an `adapter.onnx_adapter`, as `llm_sidecar.lora` writes it. A model
-                that is loaded without one is a little faster, and takes none later on.
+                that is loaded without one is a little faster.
 
         Raises:
             ModelUnavailable: `cuda` is asked for and the runtime has none.
@@ -109,25 +109,22 @@ class OnnxEngine:
             }
             config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
         written = json.loads((folder / "genai_config.json").read_bytes())
-        self._projections: Mapping[str, Projection] | None = None
         if adapter is not None:
             # It takes 30 MB, which most workers do without.
-            from llm_sidecar.engines.lora_graph import read_lora_graph
+            from llm_sidecar.engines.lora_graph import checked_adapter, read_lora_graph
 
             name = written["model"]["decoder"]["filename"]
             graph = read_lora_graph(folder / name)
-            self._projections = graph.projections
+            adapter_file = checked_adapter(adapter, graph.projections)
             config.add_model_data(name, graph.serialized)
         self.model = og.Model(config)
         self._chat = ChatTokenizer(folder)
         self.tokenizer = self._chat.tokenizer
         self.context_length = int(written["model"]["context_length"])
         self._prefixes: Prefixes[_Kind, _Cache] = Prefixes(self._new_cache)
-        self._adapters = og.Adapters(self.model)
-        self._adapter: str | None = None
-        self._adapters_taken = 0
+        self._adapters: Any = None
         if adapter is not None:
-            self.use_adapter(adapter)
+            self._load_adapter(adapter_file)
 
     def stream(self, request: GenerationRequest) -> Generator[Delta]:
         prompt = self._chat.encode(request.messages)
@@ -194,39 +191,18 @@ class OnnxEngine:
                 pass
             return prompt, softmax(kept.cache.generator.get_logits().reshape(-1))
 
-    def use_adapter(self, folder: Path) -> None:
-        from llm_sidecar.engines.lora_graph import ADAPTER_FILE, check_adapter
-
-        if self._projections is None:
-            raise AdapterRejected("the model is loaded without room for one")
-        file = folder / ADAPTER_FILE
-        if not file.is_file():
-            raise AdapterRejected(
-                f"it holds no {ADAPTER_FILE}; make one with python -m llm_sidecar.loader adapter"
-            )
-        check_adapter(file, self._projections)
-        self._adapters_taken += 1
-        name = f"{folder.name} {self._adapters_taken}"
-        self._adapters.load(str(file), name)
-        former, kept = self._adapter, self._prefixes
-        self._adapter, self._prefixes = name, Prefixes(self._new_cache)
-        unused = former
-        if (reason := self._refusal()) is not None:
-            self._adapter, self._prefixes, unused = former, kept, name
-        # What was read with it goes first: an adapter in use cannot be unloaded.
-        del kept
-        if unused is not None:
-            self._adapters.unload(unused)
-        if reason is not None:
-            raise AdapterRejected(reason)
-
-    def _refusal(self) -> str | None:
-        """Why the model does not answer a probe, or None where it does."""
+    def _load_adapter(self, file: Path) -> None:
+        """Takes an adapter into use, and makes sure that the model answers with it."""
+        self._adapters = og.Adapters(self.model)
         try:
+            self._adapters.load(str(file), _ADAPTER)
             _, probabilities = self.next_token(PROBE)
         except Exception as error:  # noqa: BLE001 - the runtime raises bare ones
-            return f"the model does not run with it: {type(error).__name__}"
-        return None if np.isfinite(probabilities).all() else "the model answers with no numbers"
+            raise AdapterRejected(
+                f"the model does not run with it: {type(error).__name__}"
+            ) from None
+        if not np.isfinite(probabilities).all():
+            raise AdapterRejected("the model answers with no numbers")
 
     def _borrowed(
         self, kind: _Kind, prompt: Sequence[int], room: int
@@ -252,8 +228,8 @@ class OnnxEngine:
         if kind.guidance is not None:
             params.set_guidance("json_schema", kind.guidance, True)
         generator = og.Generator(self.model, params)
-        if self._adapter is not None:
-            generator.set_active_adapter(self._adapters, self._adapter)
+        if self._adapters is not None:
+            generator.set_active_adapter(self._adapters, _ADAPTER)
         return _Cache(generator, room)
 
 

@@ -32,7 +32,7 @@ from llm_sidecar.engines.batches import MOST, Batches, stream_alone
 from llm_sidecar.engines.chat import ChatTokenizer
 from llm_sidecar.engines.generation import Generation, Logits
 from llm_sidecar.engines.prefixes import Kept, Prefixes, shared_prefix
-from llm_sidecar.errors import AdapterRejected, ModelUnavailable
+from llm_sidecar.errors import ModelUnavailable
 from llm_sidecar.resident import trim_heap
 
 _LONG_PROMPT: Final = 1024
@@ -326,9 +326,6 @@ class OrtEngine:
             return
         with self._prefixes.borrowed(None, (), 0) as kept:
             yield from self._read(kept, prompt)
-
-    def use_adapter(self, folder: Path) -> None:
-        raise AdapterRejected("the model is loaded without room for one")
 
     def next_token(self, messages: Sequence[Message]) -> tuple[list[int], npt.NDArray[np.float64]]:
         prompt = self._chat.encode(messages)

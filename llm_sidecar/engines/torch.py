@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 # Nothing here is compiled, yet loading a model makes this folder where none is named.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
@@ -40,6 +40,9 @@ from llm_sidecar.engines.peft_files import WEIGHTS_FILE, matrix_of, read_config
 from llm_sidecar.engines.prefixes import Kept, Prefixes
 from llm_sidecar.engines.torch_rows import TorchRows, empty_cache, most_together
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable
+
+_ADAPTER: Final = "default"
+"""What PEFT calls the one that is loaded."""
 
 
 class _Cache:
@@ -128,11 +131,11 @@ class TorchEngine:
         self._special = SpecialTokens(folder)
         self._guidance_tokenizer: Any = None
         self._answer_trees: dict[tuple[str, ...], AnswerTree] = {}
-        self._prefixes = self._no_prefixes()
-        self._adapter: str | None = None
-        self._adapters_taken = 0
+        self._prefixes: Prefixes[None, _Cache] = Prefixes(
+            lambda kind, room: _Cache(self.model.config)
+        )
         if adapter is not None:
-            self.use_adapter(adapter)
+            self._load_adapter(adapter)
 
     def stream(self, request: GenerationRequest) -> Generator[Delta]:
         return stream_alone(self, request)
@@ -200,44 +203,34 @@ class TorchEngine:
             kept.tokens += prompt[start:stop]
             yield
 
-    def use_adapter(self, folder: Path) -> None:
+    def _load_adapter(self, folder: Path) -> None:
         stored = self._stored(folder)
-        self._adapters_taken += 1
-        name = f"adapter{self._adapters_taken}"
-        former, kept = self._adapter, self._prefixes
         try:
-            self.model.load_adapter(str(folder), adapter_name=name)
-            self.model.set_adapter(name)
-            self._prefixes = self._no_prefixes()
-            self._check_adapter(stored, name)
-        except Exception as error:
-            if name in getattr(self.model, "peft_config", {}):
-                self.model.delete_adapter(name)
-            if former is not None:
-                self.model.set_adapter(former)
-            self._prefixes = kept
-            if isinstance(error, AdapterRejected):
-                raise
+            self.model.load_adapter(str(folder), adapter_name=_ADAPTER)
+            self.model.set_adapter(_ADAPTER)
+            self._check_adapter(stored)
+        except AdapterRejected:
+            raise
+        except Exception as error:  # noqa: BLE001 - transformers and PEFT raise bare ones
             raise AdapterRejected(f"it does not fit the model: {one_line(error)}") from None
-        if former is not None:
-            self.model.delete_adapter(former)
-        self._adapter = name
 
     def _stored(self, folder: Path) -> set[tuple[str, str]]:
         """The matrices in an adapter's files; what is not one would be written over the model."""
         read_config(folder)
+        if (folder / WEIGHTS_FILE).stat().st_size > self.model.get_memory_footprint():
+            raise AdapterRejected(f"its {WEIGHTS_FILE} is larger than the model")
         try:
             with safe_open(folder / WEIGHTS_FILE, "np") as file:
                 return {matrix_of(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
         except SafetensorError as error:
             raise AdapterRejected(f"its {WEIGHTS_FILE} cannot be read: {error}") from None
 
-    def _check_adapter(self, stored: set[tuple[str, str]], name: str) -> None:
+    def _check_adapter(self, stored: set[tuple[str, str]]) -> None:
         """Makes sure that all of the adapter has a place in the model, and that it answers."""
         placed = {
-            matrix_of(key.replace(f".{name}.", "."))
+            matrix_of(key.replace(f".{_ADAPTER}.", "."))
             for key in self.model.state_dict()
-            if f".{name}." in key
+            if f".{_ADAPTER}." in key
         }
         if stored != placed:
             module, half = min(stored ^ placed)
@@ -245,9 +238,6 @@ class TorchEngine:
         _, probabilities = self.next_token(PROBE)
         if not np.isfinite(probabilities).all():
             raise AdapterRejected("the model answers with no numbers")
-
-    def _no_prefixes(self) -> Prefixes[None, _Cache]:
-        return Prefixes(lambda kind, room: _Cache(self.model.config))
 
     def forward(self, tokens: Sequence[int], cache: _Cache, keep: int = 1) -> Logits:
         """See `BatchingEngine`."""

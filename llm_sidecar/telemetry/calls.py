@@ -77,7 +77,7 @@ class ModelCall:
         """
         now = message.get("at", time.monotonic())
         if message["op"] == "begun":
-            self.begun, self.adapter = now, message["adapter"]
+            self.begun = now
         elif "completion_tokens" in message:
             self._note_tokens(now, message)
 
