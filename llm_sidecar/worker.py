@@ -26,6 +26,7 @@ from llm_sidecar.engines import Engine, GenerationRequest, load_engine
 from llm_sidecar.engines.base import Together, one_line
 from llm_sidecar.errors import SidecarError
 from llm_sidecar.logs import log_to_stderr
+from llm_sidecar.text import cleaned
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +188,7 @@ class Worker:
         now = time.monotonic()
         for number, delta in deltas:
             reply = self._replies[number]
-            reply.text += delta.text
+            reply.text += cleaned(delta.text)
             self._tokens += delta.completion_tokens - reply.tokens
             reply.tokens = delta.completion_tokens
             cancelled = number in self._cancelled

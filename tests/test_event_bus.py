@@ -307,6 +307,7 @@ async def test_the_status_of_a_healthy_bus(bus: EventBus, url: str) -> None:
         "waiting": 0,
         "unpublished": 0,
         "handler_errors": 0,
+        "refused": 0,
         "dropped": 0,
     }
 

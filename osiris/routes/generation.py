@@ -23,9 +23,7 @@ async def generate(
 ) -> JSONResponse:
     """Generates with the model that the body or the query names, Hermes unless one does."""
     if model_id and body.model_id and model_id != body.model_id:
-        raise InvalidRequest(
-            f"model_id: the body says {body.model_id} and the query says {model_id}; send one"
-        )
+        raise InvalidRequest("model_id: the body and the query name different models; send one")
     if "phi3" in (model_id, body.model_id):
         return await generate_phi3(body, request, sidecar)
     return await generate_hermes(body, request, sidecar)
@@ -36,7 +34,7 @@ async def generate_hermes(
     body: PromptRequest, request: Request, sidecar: CurrentSidecar
 ) -> JSONResponse:
     """Hermes' answer to a free question."""
-    check_length(sidecar, prompt=body.prompt)
+    check_length(sidecar, body)
     completion = await unless_gone(request, sidecar.generate_hermes(body.prompt, body.max_length))
     return JSONResponse({"generated_text": completion.text}, headers=generation_headers(completion))
 
@@ -46,7 +44,7 @@ async def generate_phi3(
     body: PromptRequest, request: Request, sidecar: CurrentSidecar
 ) -> JSONResponse:
     """A trade proposal, always valid; neither assessed nor stored."""
-    check_length(sidecar, prompt=body.prompt)
+    check_length(sidecar, body)
     proposal, completion = await unless_gone(
         request, sidecar.generate_phi3(body.prompt, body.max_length)
     )
@@ -61,7 +59,7 @@ async def propose_trade_adjustments(
 
     The generation headers are those of the proposal; `X-Hermes-Score` is Hermes' score.
     """
-    check_length(sidecar, prompt=body.prompt)
+    check_length(sidecar, body)
     result = await unless_gone(request, sidecar.propose(body.prompt, body.max_length))
     return JSONResponse(
         {
