@@ -99,6 +99,12 @@ def check_length(given: InputModel, max_chars: int) -> None:
         raise _as_error(type(given).__name__, faults)
 
 
+def longest_payload(max_chars: int) -> int:
+    """Characters of a message of JSON that holds no more than a text and an object of the longest:
+    JSON takes up to twelve for one of text. A longer message need not be read to be refused."""
+    return 2 * 12 * max_chars + (1 << 14)
+
+
 def summary(error: ValidationError) -> str:
     """One line that says what is wrong with which field, for an error of an `InputModel`."""
     faults = error.errors(include_url=False, include_context=False, include_input=False)

@@ -79,8 +79,7 @@ class Worker:
             for _ in engine.stream(GenerationRequest(**spec["warm_up"])):
                 pass
             if spec["prefix"] is not None:
-                for _ in engine.prepare(GenerationRequest(**spec["prefix"])):
-                    pass
+                _read_prefix(engine, GenerationRequest(**spec["prefix"]))
         except Exception as error:
             log.exception("the model could not be loaded")
             self._send({"op": "failed", "detail": one_line(error)})
@@ -245,6 +244,16 @@ class Worker:
     def _write(self, message: dict[str, Any]) -> None:
         message["at"] = time.monotonic()
         self._outbox.write(json.dumps(message).encode() + b"\n")
+
+
+def _read_prefix(engine: Engine, request: GenerationRequest) -> None:
+    """Reads what prompts begin with; the model serves without it too."""
+    try:
+        for _ in engine.prepare(request):
+            pass
+    except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
+        # The type only: a runtime's message may quote the examples.
+        log.error("a prefix could not be prepared: %s", type(error).__name__)
 
 
 def main() -> None:

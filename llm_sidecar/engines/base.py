@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_sidecar.errors import InvalidRequest, SidecarError
+from llm_sidecar.text import cleaned
 
 Message = dict[str, str]
 """One chat turn: `{"role": "system" | "user" | "assistant", "content": text}`."""
@@ -257,7 +258,7 @@ def one_line(error: Exception) -> str:
     """What went wrong while a model or an adapter was loaded, for the log and for `/health`."""
     if isinstance(error, SidecarError):
         return error.detail
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {cleaned(' '.join(str(error).split())[:300])}"
 
 
 def softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
