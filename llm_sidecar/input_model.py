@@ -28,6 +28,16 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from llm_sidecar.text import CALLERS_KEY, Fault, find_fault, find_length_fault
 
 
+def _text(value: object) -> object:
+    if fault := find_fault(value):
+        raise PydanticCustomError(fault.kind, fault.message)
+    return value
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+"""A string that is text, where no `InputModel` checks it: a parameter in a path or a query."""
+
+
 def _text_or_object(value: object) -> object:
     if not isinstance(value, str | Mapping):
         # One error, where a union would give one for each of its types.

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import uuid
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
-    AwareDatetime,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    NaiveDatetime,
     StringConstraints,
 )
 
@@ -68,7 +67,7 @@ class FeedbackRequest(_Request):
     transaction_id: str = Field(min_length=1, max_length=256)
     feedback_type: Literal["correction", "rating", "qualitative_comment", "human_edit"]
     feedback_content: TextOrObject
-    timestamp: Annotated[AwareDatetime | NaiveDatetime | None, BeforeValidator(_text_only)] = Field(
+    timestamp: Annotated[datetime.datetime | None, BeforeValidator(_text_only)] = Field(
         None, description="ISO 8601; now unless given, and UTC unless it says otherwise"
     )
     corrected_proposal: dict[str, Any] | None = None
