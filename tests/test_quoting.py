@@ -115,6 +115,14 @@ class Document:
                         attempt.options["headers"] = attempt.options.get("headers", {}) | CLOSE
                     yield attempt
 
+    def names(self) -> Iterator[str]:
+        """Those of fields and parameters."""
+        for schema in self._document["components"]["schemas"].values():
+            yield from schema.get("properties", {})
+        for operations in self._document["paths"].values():
+            for operation in operations.values():
+                yield from (parameter["name"] for parameter in operation.get("parameters", ()))
+
     def _of_operation(self, method: str, path: str, operation: dict[str, Any]) -> Iterator[Attempt]:
         content = operation.get("requestBody", {}).get("content", {})
         schema = self._resolved(content.get("application/json", {}).get("schema", {}))
