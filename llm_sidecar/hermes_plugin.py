@@ -12,6 +12,8 @@ from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest, Message
 from llm_sidecar.errors import ModelUnavailable, SidecarError
 from llm_sidecar.model_host import Completion, ModelHost
+from llm_sidecar.settings import default_max_chars
+from llm_sidecar.text import require_text
 
 log = logging.getLogger(__name__)
 
@@ -125,13 +127,14 @@ def score_with_hermes(proposal: dict[str, Any], context: str | None = None) -> f
     """The score of a proposal, with Hermes loaded into this process on first use; for scripts.
 
     Args:
-        proposal: the proposal as JSON types.
-        context: the market context it answers.
+        proposal: the proposal as JSON types, at most MAX_PROMPT_CHARS characters as JSON.
+        context: the market context it answers, as long at most.
 
     Returns:
         A score in [0, 1], or -1.0 when scoring failed; the log says why.
     """
     try:
+        require_text(default_max_chars(), proposal=proposal, context=context)
         engine = loader.get_hermes_engine()
         messages = build_messages(SCORE_TASK, proposal, context)
         return _read_score(engine.answer_probabilities(messages, SCORE_ANSWERS))

@@ -135,7 +135,7 @@ def find_adapter_dir(base_path: Path | str, name: str) -> Path:
     found = [a for a in _adapters(base_path) if a[1] == name or a[1].partition("-")[0] == name]
     if not found:
         raise AdapterRejected(
-            f"There is no adapter {name}: PHI3_ADAPTER_DIR holds no such folder with an "
+            "There is no such adapter: PHI3_ADAPTER_DIR holds no folder of that name with an "
             "adapter_config.json."
         )
     return max(found)[2]

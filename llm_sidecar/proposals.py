@@ -12,11 +12,12 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Final, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest, Message
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
+from llm_sidecar.input_model import InputModel
 from llm_sidecar.model_host import Completion, ModelHost
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def _without_default(schema: dict[str, Any]) -> None:
     del schema["default"]
 
 
-class Proposal(BaseModel):
+class Proposal(InputModel):
     """The public schema of a proposal; see section 1 of the contract."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
@@ -168,8 +169,7 @@ def check_budget(max_tokens: int) -> None:
     """Raises InvalidRequest unless `max_tokens` holds the longest proposal there can be."""
     if max_tokens < MAX_COMPLETION_TOKENS:
         raise InvalidRequest(
-            f"max_length: a proposal can take {MAX_COMPLETION_TOKENS} tokens; "
-            f"send at least that instead of {max_tokens}"
+            f"max_length: a proposal can take {MAX_COMPLETION_TOKENS} tokens; send at least that"
         )
 
 

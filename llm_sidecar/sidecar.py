@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from pydantic import ValidationError
+
 from llm_sidecar import hermes_plugin, loader, proposals
 from llm_sidecar.archive import Archive
 from llm_sidecar.db import HermesScoreSchema, Phi3FeedbackSchema, table_of
@@ -31,6 +33,7 @@ from llm_sidecar.errors import (
     SidecarError,
 )
 from llm_sidecar.event_bus import EventBus
+from llm_sidecar.input_model import check_length, longest_payload, summary
 from llm_sidecar.model_host import Completion, HostLimits, ModelHost
 from llm_sidecar.proposal_run import ProposalRun, Row
 from llm_sidecar.remembered import RememberedAdapter
@@ -401,11 +404,14 @@ class Sidecar:
 
     async def _store_published_feedback(self, payload: str) -> None:
         """Keeps what any service publishes; our own is in the table already and stays one row."""
+        if len(payload) > longest_payload(self.settings.max_prompt_chars):
+            self.bus.refuse(FEEDBACK_SUBMITTED, "it is too long")
+            return
         try:
             feedback = Phi3FeedbackSchema.model_validate_json(payload)
-        except ValueError as error:
-            # The type only: the message quotes what people wrote.
-            log.error("feedback on the event bus is not valid: %s", type(error).__name__)
+            check_length(feedback, self.settings.max_prompt_chars)
+        except ValidationError as error:
+            self.bus.refuse(FEEDBACK_SUBMITTED, summary(error))
             return
         if feedback.feedback_id is None and not json.loads(payload).get("timestamp"):
             # Each sidecar that hears it gives it a time of its own, and all of them the same id.

@@ -27,6 +27,7 @@ from llm_sidecar.engines.base import Together, one_line
 from llm_sidecar.errors import SidecarError
 from llm_sidecar.logs import log_to_stderr
 from llm_sidecar.out_of_memory import ended_first
+from llm_sidecar.text import cleaned
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ class Worker:
         now = time.monotonic()
         for number, delta in deltas:
             reply = self._replies[number]
-            reply.text += delta.text
+            reply.text += cleaned(delta.text)
             self._tokens += delta.completion_tokens - reply.tokens
             reply.tokens = delta.completion_tokens
             cancelled = number in self._cancelled
@@ -237,9 +238,18 @@ def _loaded(spec: dict[str, Any]) -> Engine:
     for _ in engine.stream(GenerationRequest(**spec["warm_up"])):
         pass
     if spec["prefix"] is not None:
-        for _ in engine.prepare(GenerationRequest(**spec["prefix"])):
-            pass
+        _read_prefix(engine, GenerationRequest(**spec["prefix"]))
     return engine
+
+
+def _read_prefix(engine: Engine, request: GenerationRequest) -> None:
+    """Reads what prompts begin with; the model serves without it too."""
+    try:
+        for _ in engine.prepare(request):
+            pass
+    except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
+        # The type only: a runtime's message may quote the examples.
+        log.error("a prefix could not be prepared: %s", type(error).__name__)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -16,6 +17,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 
 from llm_sidecar.errors import SettingsError, SidecarError
+from llm_sidecar.logs import log_unhandled
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.telemetry import instruments
@@ -55,6 +57,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_exception_handler(log_unhandled)
         telemetry.start()
         sidecar = Sidecar(settings, metrics, telemetry)
         metrics.watch(sidecar.health)

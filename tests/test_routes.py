@@ -191,7 +191,7 @@ def test_a_bad_request_id_is_replaced(server: LiveServer, sent: str) -> None:
         ("/generate/phi3/", PROMPT | {"max_length": "many"}, "max_length"),
         ("/generate/phi3/", PROMPT | {"max_length": 10}, "max_length"),
         ("/generate/phi3/", PROMPT | {"max_length": 10**9}, "max_length"),
-        ("/generate/phi3/", PROMPT | {"temperature": 1}, "temperature"),
+        ("/generate/phi3/", PROMPT | {"temperature": 1}, "known ones are prompt, max_length"),
         ("/generate/", PROMPT | {"model_id": "gpt"}, "model_id"),
         ("/generate/?model_id=gpt", PROMPT, "model_id"),
         ("/generate/?model_id=hermes", PROMPT | {"model_id": "phi3"}, "model_id"),

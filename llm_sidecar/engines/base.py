@@ -163,8 +163,8 @@ def check_context(prompt_tokens: int, max_tokens: int, context_length: int) -> N
     """Raises InvalidRequest unless prompt and completion fit."""
     if prompt_tokens + max_tokens > context_length:
         raise InvalidRequest(
-            f"prompt: it takes {prompt_tokens} tokens, which with max_length {max_tokens} is more "
-            f"than the model's context of {context_length}; shorten one of them"
+            f"prompt: it takes {prompt_tokens} tokens, which with max_length is more than the "
+            f"model's context of {context_length}; shorten one of them"
         )
 
 

@@ -26,6 +26,7 @@ from prometheus_client import (
 )
 
 from llm_sidecar.telemetry.calls import CANCELLED, UNEXPECTED, CallObserver, ModelCall
+from llm_sidecar.telemetry.instruments import known_method
 from llm_sidecar.telemetry.parts import PartsCollector
 
 CONTENT_TYPE: Final = exposition.CONTENT_TYPE_PLAIN_0_0_4
@@ -54,7 +55,6 @@ _ERRORS: Final = (
 _ACTIONS: Final = ("adjust", "pass", "abort")
 _LOSABLE_TABLES: Final = ("orchestrator_runs", "hermes_scores", "proposals")
 """Feedback that cannot be stored is refused instead."""
-_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 class MetricsSink(CallObserver, Protocol):
@@ -165,7 +165,7 @@ class Metrics:
             handler: the route's template, or `none` where the request met no route.
             seconds: until the response began.
         """
-        method = method if method in _METHODS else "other"
+        method = known_method(method)
         self._requests.labels(method, f"{status // 100}xx", handler).inc()
         self._durations.labels(method, handler).observe(seconds)
 

@@ -37,9 +37,7 @@ async def generate(
 ) -> JSONResponse:
     """Generates with the model that the body or the query names, Hermes unless one does."""
     if model_id and body.model_id and model_id != body.model_id:
-        raise InvalidRequest(
-            f"model_id: the body says {body.model_id} and the query says {model_id}; send one"
-        )
+        raise InvalidRequest("model_id: the body and the query name different models; send one")
     if "phi3" in (model_id, body.model_id):
         return await generate_phi3(body, request, sidecar)
     return await generate_hermes(body, request, sidecar)
@@ -54,7 +52,7 @@ async def generate_hermes(
     At the deadline the text so far is returned, with `X-Finish-Reason: deadline`; 504 where there
     is none.
     """
-    check_length(sidecar, prompt=body.prompt)
+    check_length(sidecar, body)
     completion = await unless_gone(request, sidecar.generate_hermes(body.prompt, body.max_length))
     return JSONResponse({"generated_text": completion.text}, headers=generation_headers(completion))
 
@@ -64,7 +62,7 @@ async def generate_phi3(
     body: PromptRequest, request: Request, sidecar: CurrentSidecar
 ) -> JSONResponse:
     """A trade proposal, always valid; neither assessed nor stored."""
-    check_length(sidecar, prompt=body.prompt)
+    check_length(sidecar, body)
     proposal, completion = await unless_gone(
         request, sidecar.generate_phi3(body.prompt, body.max_length)
     )
@@ -88,7 +86,7 @@ async def propose_trade_adjustments(
     Hermes fails, a finished proposal is stored, and the error's body has its `transaction_id`.
     `X-Stored: false` says that a row could not be stored.
     """
-    check_length(sidecar, prompt=body.prompt)
+    check_length(sidecar, body)
     result = await unless_gone(request, sidecar.propose(body.prompt, body.max_length))
     return JSONResponse(
         {

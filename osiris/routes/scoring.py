@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from fastapi import APIRouter, Request, Response
 
 from osiris.http import CurrentSidecar, check_length, endpoint, stored_header, unless_gone
@@ -20,7 +18,7 @@ async def score_hermes(
 
     `X-Stored: false` says that it could not be stored.
     """
-    check_length(sidecar, proposal=json.dumps(body.proposal), context=body.context)
+    check_length(sidecar, body)
     result = await unless_gone(request, sidecar.score(body.proposal, body.context))
     response.headers.update(stored_header(result.stored))
     return Score(proposal_id=result.proposal_id, score=result.score)
