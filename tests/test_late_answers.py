@@ -174,7 +174,7 @@ def partial_run(server: Server, answer: httpx.Response) -> dict[str, Any]:
 def too_long_for_hermes(server: Server) -> dict[str, Any]:
     """A request that just fits into Phi-3's context; Hermes' prompt has the proposal as well."""
     refused = server.post("/generate/phi3/", PROMPT | {"max_length": CONTEXT_LENGTH})
-    used, _, context = map(int, re.findall(r"\d+", refused.json()["detail"].partition(": ")[2]))
+    used, context = map(int, re.findall(r"\d+", refused.json()["detail"].partition(": ")[2]))
     return PROMPT | {"max_length": context - used}
 
 
