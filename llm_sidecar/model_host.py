@@ -231,12 +231,15 @@ class ModelHost:
         with observed(self._observer, ModelCall(self.name, op)) as call, self._admission():
             ready_by = time.monotonic() + self._limits.load_wait
             try:
-                async with asyncio.timeout(self._limits.request_timeout), self._turns:
-                    started = time.monotonic()
-                    async for step in self._converse(call, ready_by, body):
-                        yield step
-                    elapsed = time.monotonic() - started
-                    self._recent_seconds += 0.2 * (elapsed - self._recent_seconds)
+                async with asyncio.timeout(self._limits.request_timeout):
+                    if self._running >= self._supervisor.together:
+                        await self._check(ready_by, body)
+                    async with self._turns:
+                        started = time.monotonic()
+                        async for step in self._converse(call, ready_by, body):
+                            yield step
+                        elapsed = time.monotonic() - started
+                        self._recent_seconds += 0.2 * (elapsed - self._recent_seconds)
             except TimeoutError:
                 raise DeadlineExceeded(
                     f"{self.name} did not answer within {self._limits.request_timeout:g} s; "
@@ -262,6 +265,14 @@ class ModelHost:
             self._admitted -= 1
             if not self._admitted:
                 self._idle.set()
+
+    async def _check(self, ready_by: float, body: dict[str, Any]) -> None:
+        """Refuses a prompt that does not fit the context before it waits for its turn."""
+        worker = await self._supervisor.ready(ready_by)
+        _, inbox = worker.send("check", body)
+        message = await inbox.get()
+        if message.get("invalid"):
+            raise _as_exception(message, self.name)
 
     async def _converse(
         self, call: ModelCall, ready_by: float, body: dict[str, Any]
