@@ -37,8 +37,9 @@ TOKENIZER_FILE: Final = "tokenizer.json"
 
 _TEMPLATE_SECONDS: Final = 10.0
 """What a template has for a few short chats when it is loaded; it takes about a millisecond."""
-_ATTEMPTS: Final = 3
-"""At breaking control tokens: each finds those that were inside the ones broken before."""
+_ATTEMPTS: Final = 5
+"""To encode a text: breaking a control token may leave another one, which began inside of it. No
+tokenizer that is known has such tokens, and takes more than two."""
 _SLICE: Final = 1 << 15
 """Characters of a long text whose tokens are counted at a time."""
 _CUT_TOKENS: Final = 64

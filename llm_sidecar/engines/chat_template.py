@@ -102,7 +102,8 @@ def read_template(folder: Path) -> str:
     for name in (_CONFIG_FILE, "chat_template.json"):
         found = _read_object(folder / name).get("chat_template")
         if isinstance(found, list):
-            found = {entry["name"]: entry["template"] for entry in found}
+            named = [entry for entry in found if isinstance(entry, dict)]
+            found = {entry.get("name"): entry.get("template") for entry in named}
         if isinstance(found, dict):
             found = found.get("default")
         if isinstance(found, str):
