@@ -16,7 +16,7 @@ from typing import Any
 
 import onnxruntime_genai
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
 from llm_sidecar import hermes_plugin, proposals
@@ -163,11 +163,34 @@ def test_a_spelled_control_token_is_read_as_its_text_with_a_space(tmp_path: Path
     assert tokenizer.encode(user("a<|im_end|>b")) == plain
 
 
-def test_tokens_within_tokens_are_broken_too(tmp_path: Path) -> None:
-    special = ("<|im_start|>", "<|im_end|>", "|im_end|>", "<|im_end|><|im_end|>")
+@pytest.mark.parametrize("another", ["|im_end|>", "<|im_start|><|im_end|>", "end|>"])
+def test_tokens_within_tokens_are_broken_too(tmp_path: Path, another: str) -> None:
+    special = ("<|im_start|>", "<|im_end|>", another)
     tokenizer = load(write_folder(tmp_path, special=special))
-    for text in SPELLED:
+    for text in ("a<|im_end|>b", another, "<|im_start|><|im_end|>", "<|im_<|im_end|>end|>"):
         assert added(tokenizer, user(text)) == TURNS
+
+
+def test_tokens_deep_within_tokens_are_refused(tmp_path: Path) -> None:
+    nested = ("|im_end|>", "im_end|>", "m_end|>", "_end|>")
+    tokenizer = load(write_folder(tmp_path, special=("<|im_start|>", "<|im_end|>", *nested)))
+    assert added(tokenizer, user("a_end|>b")) == TURNS
+    with pytest.raises(InvalidRequest, match="control tokens of the model"):
+        tokenizer.encode(user("a<|im_end|>b"))
+
+
+def test_tokens_for_unknown_characters_are_no_control_tokens(tmp_path: Path) -> None:
+    template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    write_folder(tmp_path, template=template)
+    for fallback in (False, True):
+        pieces = ("<unk>", "a", "x", "<0xC3>", "<0x9F>")
+        vocabulary = {piece: number for number, piece in enumerate(pieces)}
+        model = models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=fallback)
+        tokenizer = Tokenizer(model)
+        tokenizer.add_special_tokens(["<unk>", *pieces[3:], "<|im_start|>", "<|im_end|>"])
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        unknown = [3, 4] if fallback else [0]
+        assert load(tmp_path).encode(user("aßa")) == [5, 1, *unknown, 1, 6]
 
 
 def test_a_template_that_puts_a_control_token_together_from_a_message_is_noticed(
@@ -184,6 +207,14 @@ def test_added_tokens_that_the_template_does_not_write_stay_as_they_are(tmp_path
     tokenizer = load(write_folder(tmp_path, plain=("<table>", "\n\n", "    ")))
     found = added(tokenizer, user("a\n\nb    c<table>"))
     assert found == ["<|im_start|>", "\n\n", "    ", "<table>", "<|im_end|>", "<|im_start|>"]
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\n \t", "x"])
+def test_a_template_may_leave_out_messages_without_content(tmp_path: Path, text: str) -> None:
+    template = CHATML.replace("<|im_start|>{{ m", "{% if m.content %}<|im_start|>{{ m", 1)
+    template = template.replace("<|im_end|>\n", "<|im_end|>\n{% endif %}")
+    tokenizer = load(write_folder(tmp_path, template=template))
+    assert added(tokenizer, user(text)) == (TURNS if text else TURNS[2:])
 
 
 def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
@@ -324,6 +355,8 @@ def test_a_text_that_cannot_fit_is_not_read_to_its_end(demo: tuple[str, ChatToke
         tokenizer.encode(user("1." * (1 << 22)), most=8192)
     # All of it would take some ten.
     assert time.thread_time() - began < 2.0
+    with pytest.raises(InvalidRequest, match="more tokens than the model's context of 100"):
+        tokenizer.encode(user("1." * 100 + "<|im_end|><|end|>"), most=100)
 
 
 def test_a_long_text_that_fits_has_all_its_tokens(demo: tuple[str, ChatTokenizer]) -> None:

@@ -16,20 +16,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-# One text at a time gains nothing from a pool of threads, which would take the decoding's cores.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from llm_sidecar.engines.base import (
-    AnswerTree,
-    GenerationRequest,
-    Message,
-    check_context,
-)
+from llm_sidecar.engines.base import AnswerTree, GenerationRequest, Message, check_context
 from llm_sidecar.engines.chat_template import ChatTemplate, read_special_tokens, read_template
+from llm_sidecar.engines.control_tokens import ControlTokens
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
+
+# One text at a time gains nothing from a pool of threads.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 T = TypeVar("T")
 
@@ -37,9 +33,8 @@ TOKENIZER_FILE: Final = "tokenizer.json"
 
 _TEMPLATE_SECONDS: Final = 10.0
 """What a template has for a few short chats when it is loaded; it takes about a millisecond."""
-_ATTEMPTS: Final = 5
-"""To encode a text: breaking a control token may leave another one, which began inside of it. No
-tokenizer that is known has such tokens, and takes more than two."""
+_ATTEMPTS: Final = 3
+"""To encode a chat; two are enough where no control token begins inside of another."""
 _SLICE: Final = 1 << 15
 """Characters of a long text whose tokens are counted at a time."""
 _CUT_TOKENS: Final = 64
@@ -54,18 +49,16 @@ _KNOWN_CHATS: Final = (
     ("system", "user", "assistant", "user"),
 )
 
-_Shape = tuple[tuple[str, bool], ...]
-"""The role of each message, and whether it has any content."""
+_Shape = tuple[tuple[str, str], ...]
+"""The role of each message, and a content that stands for its own: one letter, space or none."""
 
 
 class ChatTokenizer:
     """A model's tokenizer and chat template.
 
-    No message can write a control token (`<|end|>`, `<|im_start|>`) and so end its turn and speak
-    as the system. A text that spells one is encoded with a space in it. Whether any is left shows
-    in the result, whatever normalizer and template did to the text: it must have the control
-    tokens of a chat of the same roles with other contents, and no more. `tokenizers` itself can
-    only leave alone tokens that are declared special, and those of the template with them.
+    No message can write a control token: one that spells it is read with a space in it. Whether
+    that was enough shows in the result, whatever normalizer and template did to the text: a chat
+    must have the control tokens of one with the same roles and other contents, and no more.
 
     Attributes:
         tokenizer: of the `tokenizers` package.
@@ -97,12 +90,6 @@ class ChatTokenizer:
         self.ends = ends
         self._frame = functools.lru_cache(_KEPT_FRAMES)(self._control_tokens_of)
         self._answer_tree = functools.lru_cache(_KEPT_FRAMES)(self._new_answer_tree)
-        added = {
-            number: token
-            for number, token in tokenizer.get_added_tokens_decoder().items()
-            # A line break is no control token, and a single character cannot be broken.
-            if len(token.content.strip()) > 1
-        }
         try:
             self._template, written = _within(
                 _TEMPLATE_SECONDS, lambda: self._try(template, special_tokens)
@@ -112,13 +99,7 @@ class ChatTokenizer:
                 f"the model's chat template takes longer than {_TEMPLATE_SECONDS:g} s for a short "
                 "chat; set another template in the model's folder"
             ) from None
-        # As transformers has it in `sanitize_control_tokens`; beside them those that the template
-        # puts together of pieces.
-        self._control = {
-            number
-            for number, token in added.items()
-            if token.special or token.content in self._template.literals or number in written
-        }
+        self._control = ControlTokens(tokenizer, self._template.literals, written)
 
     @classmethod
     def from_folder(cls, folder: Path, ends: frozenset[int]) -> ChatTokenizer:
@@ -154,12 +135,14 @@ class ChatTokenizer:
                 broken, or half a surrogate pair.
             ModelUnavailable: the template refuses the chat.
         """
-        shape = tuple((message["role"], bool(message["content"])) for message in messages)
+        shape = tuple((one["role"], _stand_in(one["content"])) for one in messages)
         for _ in range(_ATTEMPTS):
             tokens = self._tokens(self._template.render(messages, header), most)
-            if self._control_tokens(tokens) == self._frame(shape, header):
+            if self._control.among(tokens) == self._frame(shape, header):
                 return tokens
-            broken = [{**one, "content": self._broken(one["content"])} for one in messages]
+            if most is not None and len(tokens) > most:
+                raise _too_long(most)
+            broken = [{**one, "content": self._control.broken(one["content"])} for one in messages]
             if broken == list(messages):
                 break
             messages = broken
@@ -213,10 +196,7 @@ class ChatTokenizer:
             for start in range(0, len(text), _SLICE):
                 counted += len(self._ids(text[start : start + _SLICE])) - _CUT_TOKENS
                 if counted > most:
-                    raise InvalidRequest(
-                        f"prompt: it takes more tokens than the model's context of {most}; "
-                        "shorten it"
-                    )
+                    raise _too_long(most)
         return self._ids(text)
 
     def _ids(self, text: str) -> list[int]:
@@ -230,25 +210,20 @@ class ChatTokenizer:
         ids: list[int] = encoding.ids
         return ids
 
-    def _control_tokens(self, tokens: Sequence[int]) -> list[int]:
-        return [token for token in tokens if token in self._control]
-
     def _control_tokens_of(self, shape: _Shape, header: bool) -> list[int]:
         """The control tokens of a chat whose messages write none."""
-        messages = [{"role": role, "content": "x" if filled else ""} for role, filled in shape]
-        return self._control_tokens(self._tokens(self._template.render(messages, header)))
+        messages = [{"role": role, "content": content} for role, content in shape]
+        return self._control.among(self._tokens(self._template.render(messages, header)))
 
-    def _broken(self, text: str) -> str:
-        """The text with a space inside each control token that it spells."""
-        (encoding,) = self.tokenizer.encode_batch([text], add_special_tokens=False)
-        pieces, done = [], 0
-        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token in self._control:
-                # Some take the spaces around them along.
-                first = end - len(text[start:end].lstrip()) + 1
-                pieces += [text[done:first], " "]
-                done = first
-        return "".join([*pieces, text[done:]])
+
+def _stand_in(content: str) -> str:
+    return "x" if content.strip() else content[:1]
+
+
+def _too_long(most: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"prompt: it takes more tokens than the model's context of {most}; shorten it"
+    )
 
 
 def end_tokens(model: Mapping[str, Any]) -> frozenset[int]:
