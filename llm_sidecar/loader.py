@@ -207,7 +207,11 @@ get_hermes_engine = functools.cache(load_hermes_model)
 
 
 def get_phi3_model_and_tokenizer() -> tuple[Any, Any]:
-    """The runtime's own Phi-3 model and tokenizer, loaded on first use and kept.
+    """The runtime's own Phi-3 model and a tokenizer, loaded on first use and kept.
+
+    The tokenizer is transformers' for a model in its format, and else one of the `tokenizers`
+    package, which those of transformers are made of: onnxruntime-genai's own ends the process at
+    some texts.
 
     Raises:
         SettingsError, ModelUnavailable: as the environment or the files are wrong.
@@ -217,7 +221,7 @@ def get_phi3_model_and_tokenizer() -> tuple[Any, Any]:
 
 
 def get_hermes_model_and_tokenizer() -> tuple[Any, Any]:
-    """The runtime's own Hermes model and tokenizer, loaded on first use and kept.
+    """The runtime's own Hermes model and a tokenizer, as `get_phi3_model_and_tokenizer` has it.
 
     Raises:
         SettingsError, ModelUnavailable: as the environment or the files are wrong.

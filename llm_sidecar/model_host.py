@@ -260,12 +260,15 @@ class ModelHost:
         with observed(self._observer, ModelCall(self.name, op)) as call, self._admission():
             ready_by = time.monotonic() + self._limits.load_wait
             try:
-                async with asyncio.timeout(deadline.remaining()), self._turns:
-                    started = time.monotonic()
-                    async for step in self._converse(call, ready_by, body):
-                        yield step
-                    elapsed = time.monotonic() - started
-                    self._recent_seconds += 0.2 * (elapsed - self._recent_seconds)
+                async with asyncio.timeout(deadline.remaining()):
+                    if self._running >= self._supervisor.together:
+                        await self._check(ready_by, body)
+                    async with self._turns:
+                        started = time.monotonic()
+                        async for step in self._converse(call, ready_by, body):
+                            yield step
+                        elapsed = time.monotonic() - started
+                        self._recent_seconds += 0.2 * (elapsed - self._recent_seconds)
             except TimeoutError:
                 if not (allow_partial and call.completion_tokens):
                     raise deadline.exceeded(call, self._retry_after()) from None
@@ -293,6 +296,14 @@ class ModelHost:
     def _retry_after(self) -> int:
         """Seconds until the requests that are here now are likely to be answered."""
         return max(1, round(self._admitted / self._supervisor.together * self._recent_seconds))
+
+    async def _check(self, ready_by: float, body: dict[str, Any]) -> None:
+        """Refuses a prompt that does not fit the context before it waits for its turn."""
+        worker = await self._supervisor.ready(ready_by)
+        _, inbox = worker.send("check", body)
+        message = await inbox.get()
+        if message.get("invalid"):
+            raise _as_exception(message, self.name)
 
     async def _converse(
         self, call: ModelCall, ready_by: float, body: dict[str, Any]

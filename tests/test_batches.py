@@ -19,9 +19,10 @@ from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
 from llm_sidecar.engines.base import Delta, Together
 from llm_sidecar.engines.batches import MOST
+from llm_sidecar.engines.chat import TextDecoder
 from llm_sidecar.engines.generation import Generation
 from llm_sidecar.engines.ort import OrtEngine
-from llm_sidecar.engines.torch import TextDecoder, TorchEngine
+from llm_sidecar.engines.torch import TorchEngine
 from llm_sidecar.engines.torch_rows import empty_cache, most_together
 from llm_sidecar.errors import InvalidRequest
 from tests.live_server import ROOT

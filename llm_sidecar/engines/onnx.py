@@ -13,15 +13,15 @@ import numpy.typing as npt
 import onnxruntime_genai as og
 
 from llm_sidecar.engines.base import (
+    ANSWER_TOKENS,
     PROBE,
     Delta,
     GenerationRequest,
     Message,
-    check_context,
     prefill_steps,
     softmax,
 )
-from llm_sidecar.engines.chat import ChatTokenizer
+from llm_sidecar.engines.chat import ChatTokenizer, end_tokens
 from llm_sidecar.engines.prefixes import Kept, Prefixes
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable
 
@@ -118,7 +118,7 @@ class OnnxEngine:
             adapter_file = checked_adapter(adapter, graph.projections)
             config.add_model_data(name, graph.serialized)
         self.model = og.Model(config)
-        self._chat = ChatTokenizer(folder)
+        self._chat = ChatTokenizer.from_folder(folder, end_tokens(written["model"]))
         self.tokenizer = self._chat.tokenizer
         self.context_length = int(written["model"]["context_length"])
         self._prefixes: Prefixes[_Kind, _Cache] = Prefixes(self._new_cache)
@@ -126,14 +126,15 @@ class OnnxEngine:
         if adapter is not None:
             self._load_adapter(adapter_file)
 
+    def tokenize(self, request: GenerationRequest, header: bool = True) -> list[int]:
+        return self._chat.prompt(request, self.context_length - _headroom(request), header)
+
     def stream(self, request: GenerationRequest) -> Generator[Delta]:
-        prompt = self._chat.encode(request.messages)
+        prompt = self.tokenize(request)
         count, limit = len(prompt), request.max_tokens
         guided = request.guidance is not None
-        headroom = _FAST_FORWARD_HEADROOM if guided else 0
-        check_context(count, limit, self.context_length - headroom)
         kind = _Kind(request.guidance, request.temperature, request.seed)
-        with self._borrowed(kind, prompt, count + limit + headroom) as kept:
+        with self._borrowed(kind, prompt, count + limit + _headroom(request)) as kept:
             cached = len(kept.tokens)
             for _ in self._read(kept, prompt):
                 yield Delta("", count, 0, cached)
@@ -157,20 +158,19 @@ class OnnxEngine:
         return OneByOne(self)
 
     def prepare(self, request: GenerationRequest) -> Generator[None]:
-        prompt = self._chat.encode(request.messages, header=False)
-        headroom = 0 if request.guidance is None else _FAST_FORWARD_HEADROOM
-        room = len(prompt) + request.max_tokens + headroom
-        if room > self.context_length:
-            return
+        prompt = self.tokenize(request, header=False)
+        room = len(prompt) + request.max_tokens + _headroom(request)
         kind = _Kind(request.guidance, request.temperature, request.seed)
         with self._borrowed(kind, (), min(room + _ROOM_STEP, self.context_length)) as kept:
             yield from self._read(kept, prompt)
 
     def answer_probabilities(
-        self, messages: Sequence[Message], answers: Sequence[str]
+        self,
+        messages: Sequence[Message],
+        answers: Sequence[str],
+        tokens: Sequence[int] | None = None,
     ) -> dict[str, float]:
-        prompt = self._chat.encode(messages)
-        check_context(len(prompt), 2, self.context_length)
+        prompt = self.tokenize(GenerationRequest(messages, ANSWER_TOKENS, tokens=tokens))
         tree = self._chat.answer_tree(tuple(answers))
         branch = [] if tree.branch is None else [tree.branch]
         # The one that a critique has just been written with, as a rule.
@@ -184,8 +184,7 @@ class OnnxEngine:
         return tree.read(logits[0], logits[1] if branch else None)
 
     def next_token(self, messages: Sequence[Message]) -> tuple[list[int], npt.NDArray[np.float64]]:
-        prompt = self._chat.encode(messages)
-        check_context(len(prompt), 1, self.context_length)
+        prompt = self.tokenize(GenerationRequest(messages, 1))
         with self._borrowed(_Kind(), prompt, len(prompt) + 1) as kept:
             for _ in self._read(kept, prompt):
                 pass
@@ -231,6 +230,10 @@ class OnnxEngine:
         if self._adapters is not None:
             generator.set_active_adapter(self._adapters, _ADAPTER)
         return _Cache(generator, room)
+
+
+def _headroom(request: GenerationRequest) -> int:
+    return 0 if request.guidance is None else _FAST_FORWARD_HEADROOM
 
 
 def _sampling(kind: _Kind) -> dict[str, Any]:

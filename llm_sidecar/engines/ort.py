@@ -21,15 +21,15 @@ import numpy.typing as npt
 import onnxruntime
 
 from llm_sidecar.engines.base import (
+    ANSWER_TOKENS,
     Delta,
     GenerationRequest,
     Message,
-    check_context,
     prefill_steps,
     softmax,
 )
 from llm_sidecar.engines.batches import MOST, Batches, stream_alone
-from llm_sidecar.engines.chat import ChatTokenizer
+from llm_sidecar.engines.chat import ChatTokenizer, end_tokens
 from llm_sidecar.engines.generation import Generation, Logits
 from llm_sidecar.engines.prefixes import Kept, Prefixes, shared_prefix
 from llm_sidecar.errors import ModelUnavailable
@@ -251,12 +251,15 @@ class OrtEngine:
         written = json.loads((folder / "genai_config.json").read_bytes())["model"]
         self.context_length = int(written["context_length"])
         self.model = OrtModel(folder, written["decoder"], threads)
-        self._chat = ChatTokenizer(folder)
+        self._chat = ChatTokenizer.from_folder(folder, end_tokens(written))
         self.tokenizer = self._chat.tokenizer
         self._prefixes: Prefixes[None, States] = Prefixes(
             lambda kind, room: States(self.model, 1, 0)
         )
         self._in_use: list[Kept[States]] = []
+
+    def tokenize(self, request: GenerationRequest, header: bool = True) -> list[int]:
+        return self._chat.prompt(request, self.context_length, header)
 
     def stream(self, request: GenerationRequest) -> Generator[Delta]:
         return stream_alone(self, request)
@@ -268,8 +271,7 @@ class OrtEngine:
         """See `BatchingEngine`."""
         if request.guidance is not None:
             raise ValueError("this engine writes without guidance")
-        prompt = self._chat.encode(request.messages)
-        check_context(len(prompt), request.max_tokens, self.context_length)
+        prompt = self.tokenize(request)
         return Generation(request, prompt, decode=self._chat.decoder(), ends=self._chat.ends)
 
     @contextlib.contextmanager
@@ -321,23 +323,22 @@ class OrtEngine:
         return rows
 
     def prepare(self, request: GenerationRequest) -> Generator[None]:
-        prompt = self._chat.encode(request.messages, header=False)
-        if len(prompt) + request.max_tokens > self.context_length:
-            return
+        prompt = self.tokenize(request, header=False)
         with self._prefixes.borrowed(None, (), 0) as kept:
             yield from self._read(kept, prompt)
 
     def next_token(self, messages: Sequence[Message]) -> tuple[list[int], npt.NDArray[np.float64]]:
-        prompt = self._chat.encode(messages)
-        check_context(len(prompt), 1, self.context_length)
+        prompt = self.tokenize(GenerationRequest(messages, 1))
         with self._prefixes.borrowed(None, prompt, 0) as kept:
             return prompt, softmax(self._last(kept, prompt)[-1])
 
     def answer_probabilities(
-        self, messages: Sequence[Message], answers: Sequence[str]
+        self,
+        messages: Sequence[Message],
+        answers: Sequence[str],
+        tokens: Sequence[int] | None = None,
     ) -> dict[str, float]:
-        prompt = self._chat.encode(messages)
-        check_context(len(prompt), 2, self.context_length)
+        prompt = self.tokenize(GenerationRequest(messages, ANSWER_TOKENS, tokens=tokens))
         tree = self._chat.answer_tree(tuple(answers))
         branch = [] if tree.branch is None else [tree.branch]
         # The one that a critique has just been written with, as a rule.
