@@ -19,6 +19,7 @@ from llm_sidecar.db import (
 )
 from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.proposals import Example, is_valid
+from llm_sidecar.text import find_fault
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +160,8 @@ class Archive:
         usable = [
             (transaction_id, Example(prompt, corrected))
             for prompt, corrected, transaction_id in newest_first
-            if len(prompt) <= _LONGEST_EXAMPLE and is_valid(corrected)
+            # Older versions stored what is no text.
+            if len(prompt) <= _LONGEST_EXAMPLE and not find_fault(prompt) and is_valid(corrected)
         ][: self._max_examples]
         before, self.examples = self.examples, tuple(e for _, e in reversed(usable))
         if self.examples != before:

@@ -11,16 +11,17 @@ import asyncio
 import json
 import logging
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from llm_sidecar import grounding
+from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest, Message
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable, SidecarError
+from llm_sidecar.input_model import InputModel
 from llm_sidecar.model_host import Completion, ModelHost
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def _without_default(schema: dict[str, Any]) -> None:
     del schema["default"]
 
 
-class Proposal(BaseModel):
+class Proposal(InputModel):
     """The public schema of a proposal; see section 1 of the contract."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
@@ -225,8 +226,7 @@ def check_budget(max_tokens: int) -> None:
     """Raises InvalidRequest unless `max_tokens` holds the longest proposal there can be."""
     if max_tokens < MAX_COMPLETION_TOKENS:
         raise InvalidRequest(
-            f"max_length: a proposal can take {MAX_COMPLETION_TOKENS} tokens; "
-            f"send at least that instead of {max_tokens}"
+            f"max_length: a proposal can take {MAX_COMPLETION_TOKENS} tokens; send at least that"
         )
 
 
@@ -246,7 +246,8 @@ async def propose(
     *,
     max_tokens: int = 256,
     temperature: float = 0.0,
-    retry_within: float | None = None,
+    deadline: Deadline | None = None,
+    retry: bool = False,
 ) -> Proposed:
     """Asks Phi-3 for a proposal.
 
@@ -256,8 +257,9 @@ async def propose(
         examples: few-shot examples, oldest first; left out where they do not fit the context.
         max_tokens: at least `MAX_COMPLETION_TOKENS`.
         temperature: 0 is greedy.
-        retry_within: seconds from now in which a proposal that is not grounded is asked for once
-            more, with the guidance of its context; None for no retry.
+        deadline: of the request that this belongs to.
+        retry: whether to ask once more for a proposal that is not grounded, with the guidance of
+            its context. It takes at most half of the time that is left.
 
     Returns:
         The valid proposal. The first one where a retry fails.
@@ -266,10 +268,9 @@ async def propose(
         InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
     """
     check_budget(max_tokens)
-    began = time.monotonic()
     request = GenerationRequest(build_messages(prompt, examples), max_tokens, GUIDANCE, temperature)
     try:
-        first = await _ask(host, prompt, request)
+        first = await _ask(host, prompt, request, deadline)
     except InvalidRequest:
         if not examples:
             raise
@@ -279,16 +280,22 @@ async def propose(
             prompt,
             max_tokens=max_tokens,
             temperature=temperature,
-            retry_within=retry_within,
+            deadline=deadline,
+            retry=retry,
         )
-    if retry_within is None or not first.ungrounded:
+    if not retry or not first.ungrounded:
         return first
-    seconds = began + retry_within - time.monotonic()
-    return await _ask_again(host, prompt, request, first, seconds)
+    # Hermes needs the rest.
+    half = None if deadline is None else Deadline.after(deadline.remaining() / 2)
+    return await _ask_again(host, prompt, request, first, half)
 
 
 async def _ask_again(
-    host: ModelHost, prompt: str, request: GenerationRequest, first: Proposed, seconds: float
+    host: ModelHost,
+    prompt: str,
+    request: GenerationRequest,
+    first: Proposed,
+    deadline: Deadline | None,
 ) -> Proposed:
     """The answer under the guidance of the context; the first one where there is none in time."""
     # A ticker that the context has stays a choice, however many others there are.
@@ -299,15 +306,16 @@ async def _ask_again(
     # With a seed, so that a runtime whose cache belongs to a guidance does not keep this one's.
     request = replace(request, guidance=guidance, seed=0)
     try:
-        async with asyncio.timeout(seconds):
-            return await _ask(host, prompt, request)
-    except (SidecarError, TimeoutError) as error:
+        return await _ask(host, prompt, request, deadline)
+    except SidecarError as error:
         log.warning("the retry of an ungrounded proposal failed: %s", type(error).__name__)
         return first
 
 
-async def _ask(host: ModelHost, prompt: str, request: GenerationRequest) -> Proposed:
-    completion = await host.generate(request)
+async def _ask(
+    host: ModelHost, prompt: str, request: GenerationRequest, deadline: Deadline | None
+) -> Proposed:
+    completion = await host.generate(request, deadline)
     try:
         proposal = parse(completion.text)
     except ValueError as error:

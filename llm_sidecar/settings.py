@@ -320,3 +320,15 @@ class Settings(BaseModel):
             raise SettingsError(
                 f"{variable}={value} is not valid: it takes {field.description}"
             ) from None
+
+
+def default_max_chars(environ: Mapping[str, str] | None = None) -> int:
+    """`MAX_PROMPT_CHARS` for scripts, which need no other variable to be valid.
+
+    Raises:
+        SettingsError: it is not valid.
+    """
+    source = os.environ if environ is None else environ
+    variable = str(Settings.model_fields["max_prompt_chars"].alias)
+    given = {variable: source[variable]} if variable in source else {}
+    return Settings.from_environ(given).max_prompt_chars

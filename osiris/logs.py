@@ -10,6 +10,7 @@ from typing import Final
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llm_sidecar.logs import LogFormat, log_context, log_to_stderr
+from llm_sidecar.telemetry.instruments import known_method
 from osiris.paths import is_probe_or_metrics, route_path
 
 __all__ = ["AccessLog", "configure", "log_context"]
@@ -74,7 +75,7 @@ class AccessLog:
             self._log(scope, status, round(1000 * (time.perf_counter() - began), 1))
 
     def _log(self, scope: Scope, status: int, duration_ms: float) -> None:
-        method = scope["method"]
+        method = known_method(scope["method"])
         route = self._routes().get(route_path(scope).rstrip("/"), "unmatched")
         access_log.info(
             "%s %s %d in %.1f ms",

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
 import uuid
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
-    AwareDatetime,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    NaiveDatetime,
     StringConstraints,
 )
 
+from llm_sidecar.input_model import InputModel, TextOrObject
 from llm_sidecar.proposals import Proposal
 
 MAX_LENGTH: Final = 8192
@@ -35,8 +35,10 @@ def _text_only(value: object) -> object:
     return value
 
 
-class _Request(BaseModel):
+class _Request(InputModel):
     model_config = ConfigDict(extra="forbid")
+
+    known_keys = frozenset(Proposal.model_fields)
 
 
 class PromptRequest(_Request):
@@ -64,8 +66,8 @@ class FeedbackRequest(_Request):
 
     transaction_id: str = Field(min_length=1, max_length=256)
     feedback_type: Literal["correction", "rating", "qualitative_comment", "human_edit"]
-    feedback_content: str | dict[str, Any]
-    timestamp: Annotated[AwareDatetime | NaiveDatetime | None, BeforeValidator(_text_only)] = Field(
+    feedback_content: TextOrObject
+    timestamp: Annotated[datetime.datetime | None, BeforeValidator(_text_only)] = Field(
         None, description="ISO 8601; now unless given, and UTC unless it says otherwise"
     )
     corrected_proposal: dict[str, Any] | None = None
@@ -74,6 +76,8 @@ class FeedbackRequest(_Request):
 
 class SpeakRequest(_Request):
     """A text to speak, how, and with whose voice."""
+
+    not_text = frozenset({"ref_wav_b64"})
 
     text: Annotated[
         str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_SPEECH)
@@ -120,12 +124,10 @@ class FeedbackStored(BaseModel):
     transaction_id: str
 
 
-class AdapterChoice(BaseModel):
+class AdapterChoice(_Request):
     """Which adapter to take into use: the newest where none is named."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    adapter: str | None = Field(default=None, pattern=r"^\d{8}(-dpo)?$")
+    adapter: str | None = Field(default=None, pattern=r"^[0-9]{8}(-dpo)?$")
 
 
 class AdapterSwapped(BaseModel):
@@ -139,6 +141,14 @@ class ErrorBody(BaseModel):
     """What went wrong, in one sentence, or for bad input one entry for every bad field."""
 
     detail: str | list[dict[str, Any]]
+
+
+class ProposalErrorBody(ErrorBody):
+    """What went wrong, and where a proposal that was finished before is stored."""
+
+    transaction_id: uuid.UUID | None = Field(
+        None, description="there where Hermes failed after Phi-3 had finished"
+    )
 
 
 class Health(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -16,6 +17,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 
 from llm_sidecar.errors import SettingsError, SidecarError
+from llm_sidecar.logs import log_unhandled
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.telemetry import instruments
@@ -23,7 +25,7 @@ from llm_sidecar.telemetry.instruments import Instrument
 from osiris import logs, openapi
 from osiris.access import ApiKeys
 from osiris.admission import Admission
-from osiris.http import ClientGone
+from osiris.http import ClientGone, stored_header
 from osiris.logs import AccessLog
 from osiris.metrics import install_metrics
 from osiris.middleware import SECURITY_HEADERS, BodyLimit, RequestId, SecurityHeaders
@@ -42,6 +44,7 @@ _EXPOSED_HEADERS: Final = (
     "X-Model",
     "X-Prompt-Tokens",
     "X-Request-ID",
+    "X-Stored",
     "X-Voice",
     "X-Voice-Reference",
 )
@@ -55,6 +58,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_exception_handler(log_unhandled)
         telemetry.start()
         sidecar = Sidecar(settings, metrics, telemetry)
         metrics.watch(sidecar.health)
@@ -138,8 +142,13 @@ def _version() -> str:
 
 async def _sidecar_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, SidecarError)
-    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    return JSONResponse({"detail": error.detail}, status_code=error.status, headers=headers)
+    headers = stored_header(error.stored)
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
+    body = {"detail": error.detail}
+    if error.transaction_id is not None:
+        body["transaction_id"] = str(error.transaction_id)
+    return JSONResponse(body, status_code=error.status, headers=headers)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:

@@ -279,7 +279,7 @@ def test_since_takes_only_later_feedback(
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "jsonl"])
 def test_hostile_texts_survive(folder: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
-    texts = [*HOSTILE, "\u2028 and \u0085 and \x0b end lines for some"]
+    texts = [*HOSTILE, "\u2028 and \u2029 end lines for some"]
     corrections = [CORRECTED | {"rationale": text, "ticker": text} for text in texts]
     fill(
         folder,
@@ -297,15 +297,17 @@ def test_hostile_texts_survive(folder: Path, capsys: pytest.CaptureFixture[str],
         assert [proposal["rationale"] for proposal in chosen] == texts
 
 
-def test_half_a_surrogate_pair_in_a_correction_spoils_no_export(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("text", ["\ud800", "\x00 and \x0b and \u0085"])
+def test_what_is_no_text_in_a_correction_spoils_no_export(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
-    """JSON can hold one, UTF-8 cannot."""
-    fill(folder, proposed(), corrected(proposal={"rationale": "\ud800"}))
+    """As versions that took every string have stored it; JSON can hold it."""
+    spoiled = CORRECTED | {"rationale": text}
+    fill(folder, proposed(), corrected().model_copy(update={"corrected_proposal": spoiled}))
     out = tmp_path / "out.jsonl"
     assert cli_main(["export", "--format", "jsonl", "--out", str(out)]) == 0
-    (line,) = out.read_text("utf-8").splitlines()
-    assert json.loads(line)["corrected_proposal"] == {"rationale": "\ud800"}
+    (line,) = out.read_text("utf-8").split("\n")[:-1]
+    assert json.loads(line)["corrected_proposal"] == spoiled
     assert exported(capsys, "sft")[1] == "0 rows; left out: 1 no valid proposal\n"
 
 

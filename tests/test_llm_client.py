@@ -362,6 +362,19 @@ async def test_retries_are_further_tries_and_the_last_error_is_raised(
     assert len(server.seen) == 3
 
 
+async def test_an_error_names_the_proposal_that_is_stored(
+    clients: Clients, server: ScriptedServer
+) -> None:
+    server.script = [answer(504, {"detail": "late", "transaction_id": "t-1"})]
+    with pytest.raises(LLMClientHTTPError) as caught:
+        await done(clients(retries=0).propose_trade_adjustments("Long ABC"))
+    assert (caught.value.detail, caught.value.transaction_id) == ("late", "t-1")
+    server.script = [answer(504, {"detail": "late"})]
+    with pytest.raises(LLMClientHTTPError) as caught:
+        await done(clients(retries=0).propose_trade_adjustments("Long ABC"))
+    assert caught.value.transaction_id is None
+
+
 async def test_no_retries_means_one_try(clients: Clients, server: ScriptedServer) -> None:
     server.script = [answer(500, {"detail": "broken"})]
     with pytest.raises(LLMClientHTTPError):

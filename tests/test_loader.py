@@ -102,12 +102,16 @@ def test_an_adapters_date_is_that_of_its_name() -> None:
     assert loader.adapter_date(Path("20260230")) is None
 
 
-def test_getters_load_once_and_keep(random_models: dict[str, str]) -> None:
+def test_getters_load_once_and_keep_a_tokenizer_that_no_text_ends(
+    random_models: dict[str, str],
+) -> None:
     script = """
 from llm_sidecar import loader
 first, second = loader.get_phi3_model_and_tokenizer(), loader.get_phi3_model_and_tokenizer()
 assert first[0] is second[0] and first[1] is second[1]
 assert loader.get_hermes_model_and_tokenizer()[0] is not first[0]
+text = chr(0x4fa1) * 9000 + chr(0) + "x"
+assert first[1].decode(first[1].encode(text).ids) == text
 """
     command = [sys.executable, "-c", script]
     environ = random_models | {"PYTHONPATH": str(ROOT)}

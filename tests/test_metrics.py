@@ -307,6 +307,7 @@ def test_every_label_value_is_bounded_and_no_prompt_is_one(measured: LiveServer)
     assert text.label_values("sidecar_request_success_total", "finish_reason") == {
         "stop",
         "length",
+        "deadline",
         "score",
     }
     assert text.label_values("sidecar_proposals_total", "action") == {"adjust", "pass", "abort"}

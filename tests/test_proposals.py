@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ import pytest
 from pydantic import ValidationError
 
 from llm_sidecar import proposals
+from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import Engine, GenerationRequest, load_engine
 from llm_sidecar.errors import DeadlineExceeded, InvalidRequest, ModelUnavailable, QueueFull
 from llm_sidecar.grounding import ungrounded_fields
@@ -230,18 +231,19 @@ def test_the_guidance_of_the_richest_context_stays_small() -> None:
 
 
 class Host:
-    """Answers what it is given, each after the seconds before it; keeps what it was asked."""
+    """Answers what it is given; keeps what it was asked, and how many seconds it had."""
 
-    def __init__(self, *answers: dict[str, Any] | Exception | float) -> None:
+    def __init__(self, *answers: dict[str, Any] | Exception) -> None:
         self.asked: list[GenerationRequest] = []
+        self.seconds: list[float | None] = []
         self._answers = list(answers)
 
-    async def generate(self, request: GenerationRequest) -> Completion:
+    async def generate(
+        self, request: GenerationRequest, deadline: Deadline | None = None
+    ) -> Completion:
         self.asked.append(request)
+        self.seconds.append(None if deadline is None else deadline.seconds)
         answer = self._answers.pop(0)
-        if isinstance(answer, float):
-            await asyncio.sleep(answer)
-            answer = self._answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
         assert isinstance(answer, dict)
@@ -261,7 +263,7 @@ async def propose(host: Host, prompt: str = PROMPT, **options: Any) -> Proposed:
 
 async def test_a_grounded_proposal_is_asked_for_once() -> None:
     host = Host(GROUNDED)
-    proposed = await propose(host, retry_within=60)
+    proposed = await propose(host, retry=True)
     assert (proposed.proposal, proposed.grounded) == (GROUNDED, "true")
     assert [request.guidance for request in host.asked] == [proposals.GUIDANCE]
 
@@ -279,7 +281,7 @@ async def test_it_is_asked_for_once_more_with_the_guidance_of_its_context(
 ) -> None:
     host = Host(first, GROUNDED)
     example = Example("then", VALID)
-    proposed = await propose(host, examples=[example], retry_within=60, max_tokens=300)
+    proposed = await propose(host, examples=[example], retry=True, max_tokens=300)
     assert (proposed.proposal, proposed.grounded) == (GROUNDED, "true")
     assert proposed.completion.completion_tokens == 2
     once, again = host.asked
@@ -293,13 +295,13 @@ async def test_it_is_asked_for_once_more_with_the_guidance_of_its_context(
 async def test_a_grounded_ticker_stays_a_choice_however_many_the_context_has() -> None:
     prompt = " ".join(f"AB{number}" for number in range(1000))
     host = Host(OTHER_NUMBER | {"ticker": "AB999"}, VALID | {"ticker": "AB999"})
-    proposed = await propose(host, prompt, retry_within=60)
+    proposed = await propose(host, prompt, retry=True)
     assert proposed.grounded == "true"
     assert host.asked[1].guidance == proposals.grounded_guidance(prompt, ["AB999"])
 
 
 async def test_a_retry_that_is_ungrounded_too_is_reported() -> None:
-    proposed = await propose(Host(OTHER_TICKER, OTHER_NUMBER), retry_within=60)
+    proposed = await propose(Host(OTHER_TICKER, OTHER_NUMBER), retry=True)
     assert (proposed.proposal, proposed.grounded) == (OTHER_NUMBER, "rationale")
 
 
@@ -316,28 +318,34 @@ async def test_a_retry_that_is_ungrounded_too_is_reported() -> None:
 async def test_the_first_proposal_is_kept_where_the_retry_fails(
     failure: Exception | dict[str, Any],
 ) -> None:
-    proposed = await propose(Host(OTHER_NUMBER, failure), retry_within=60)
+    proposed = await propose(Host(OTHER_NUMBER, failure), retry=True)
     assert (proposed.proposal, proposed.grounded) == (OTHER_NUMBER, "rationale")
     assert proposed.completion.completion_tokens == 1
 
 
-@pytest.mark.parametrize("answers", [(OTHER_NUMBER, 60.0), (0.1, OTHER_NUMBER)])
-async def test_the_retry_ends_with_the_requests_deadline(answers: Any) -> None:
-    async with asyncio.timeout(10):
-        proposed = await propose(Host(*answers, GROUNDED), retry_within=0.05)
-    assert (proposed.proposal, proposed.grounded) == (OTHER_NUMBER, "rationale")
+async def test_the_retry_takes_at_most_half_of_the_time_that_is_left() -> None:
+    host = Host(OTHER_NUMBER, GROUNDED)
+    began = time.monotonic() - 40
+    await propose(host, retry=True, deadline=Deadline(began, 60))
+    assert host.seconds == [60, pytest.approx(10, abs=1)]
+
+
+async def test_without_a_deadline_the_host_has_its_own() -> None:
+    host = Host(OTHER_NUMBER, GROUNDED)
+    await propose(host, retry=True)
+    assert host.seconds == [None, None]
 
 
 async def test_a_context_without_a_ticker_is_asked_once() -> None:
     host = Host(OTHER_TICKER)
-    proposed = await propose(host, "182.40, 78", retry_within=60)
+    proposed = await propose(host, "182.40, 78", retry=True)
     assert proposed.grounded == "ticker"
     assert len(host.asked) == 1
 
 
 async def test_examples_that_do_not_fit_are_left_out_of_the_retry_too() -> None:
     host = Host(InvalidRequest("long"), OTHER_NUMBER, GROUNDED)
-    proposed = await propose(host, examples=[Example("then", VALID)], retry_within=60)
+    proposed = await propose(host, examples=[Example("then", VALID)], retry=True)
     assert proposed.grounded == "true"
     assert host.asked[2].messages == proposals.build_messages(PROMPT)
 

@@ -19,7 +19,7 @@ from llm_sidecar.db.schema import (
     ProposalSchema,
 )
 from llm_sidecar.db.scripts import append_feedback, init_db, log_hermes_score, log_run
-from llm_sidecar.db.store import Store
+from llm_sidecar.db.store import Store, table_of
 
 __all__ = [
     "FEEDBACK",
@@ -38,4 +38,5 @@ __all__ = [
     "init_db",
     "log_hermes_score",
     "log_run",
+    "table_of",
 ]

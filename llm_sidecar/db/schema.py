@@ -1,7 +1,8 @@
 """What a row is: the pydantic models callers fill, and the Arrow schemas of the tables.
 
-Timestamps are aware UTC with microseconds; a naive one counts as UTC. An object in a text column
-(`feedback_content`, `corrected_proposal`, `proposal`) is stored as compact JSON text.
+Timestamps are aware UTC with microseconds; a naive one counts as UTC. Strings are text as
+`llm_sidecar.text` has it. An object in a text column (`feedback_content`, `corrected_proposal`,
+`proposal`) is stored as compact JSON text.
 
 Every table has a key, by which a row that is written twice, after a crash for instance, is one row:
 `feedback_id`, and elsewhere `row_id`, which no caller sees.
@@ -23,10 +24,10 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
-    field_validator,
 )
 
 from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.input_model import InputModel, TextOrObject
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,10 +47,6 @@ TRANSACTION: Final = {
     PROPOSALS: "transaction_id",
 }
 """The column of each table that says to which walk from prompt to proposal a row belongs."""
-
-
-_DEEPEST: Final = 64
-"""Levels of an object; whoever writes it as JSON recurses as deep."""
 
 
 def _as_utc(value: datetime.datetime) -> datetime.datetime:
@@ -73,44 +70,14 @@ def _compact_json(value: dict[str, Any]) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def _is_json(value: dict[str, Any]) -> dict[str, Any]:
-    if _depth(value) > _DEEPEST:
-        raise ValueError(f"it is nested more than {_DEEPEST} deep")
-    try:
-        _compact_json(value)
-    except (TypeError, ValueError):
-        raise ValueError("it cannot be written as JSON") from None
-    return value
-
-
-def _depth(value: object) -> int:
-    """How deep objects and lists are nested, counted up to one more than `_DEEPEST`."""
-    depth, layer = 0, [value]
-    while layer and depth <= _DEEPEST:
-        parts = [part for part in layer if isinstance(part, dict | list)]
-        depth += bool(parts)
-        layer = [
-            inner for part in parts for inner in (part.values() if isinstance(part, dict) else part)
-        ]
-    return depth
-
-
 Timestamp = Annotated[datetime.datetime, BeforeValidator(_or_now), AfterValidator(_as_utc)]
-JsonObject = Annotated[dict[str, Any], AfterValidator(_is_json)]
+JsonObject = dict[str, Any]
 
 
-class _Row(BaseModel):
+class _Row(InputModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     timestamp: Timestamp = Field(default_factory=_now)
-
-    @field_validator("*")
-    @classmethod
-    def _is_unicode(cls, value: object) -> object:
-        try:
-            return value if not isinstance(value, str) else value.encode().decode()
-        except UnicodeEncodeError:
-            raise ValueError("it is no Unicode: half of a surrogate pair is no character") from None
 
     def as_row(self) -> dict[str, Any]:
         """Column values as Arrow takes them."""
@@ -144,7 +111,7 @@ class Phi3FeedbackSchema(_Row):
     feedback_id: str | None = Field(None, min_length=1, max_length=128)
     transaction_id: str = Field(min_length=1)
     feedback_type: Literal["correction", "rating", "qualitative_comment", "human_edit"]
-    feedback_content: str | JsonObject
+    feedback_content: TextOrObject
     schema_version: str = "1.0"
     corrected_proposal: JsonObject | None = None
 
@@ -164,7 +131,12 @@ _FEEDBACK_KEY: Final = ("transaction_id", "timestamp", "feedback_type", "feedbac
 
 
 class OrchestratorRunSchema(_Numbered):
-    """One walk from a prompt to a judged proposal; `run_id` is its transaction_id."""
+    """One walk from a prompt to a judged proposal; `run_id` is its transaction_id.
+
+    Attributes:
+        status: the sidecar writes `success`; `partial` for a proposal that Hermes has not fully
+            assessed; `error` for a run without a proposal.
+    """
 
     run_id: str = Field(min_length=1)
     input_query: str

@@ -33,6 +33,11 @@ _ASK_SECONDS: Final = 5.0
 _OPEN_SECONDS: Final = 30.0
 
 
+def table_of(row: AnyRow) -> str:
+    """The table that a row goes into."""
+    return _TABLE_OF[type(row)]
+
+
 class Store:
     """A database. Rows are only ever added, and acknowledged once they would survive a power loss.
 
@@ -108,7 +113,7 @@ class Store:
         Raises:
             DatabaseUnavailable: it is not stored, or, after the deadline, not known to be.
         """
-        await self._writer.append(Row(_TABLE_OF[type(row)], row.as_row()))
+        await self._writer.append(Row(table_of(row), row.as_row()))
 
     async def last(
         self,

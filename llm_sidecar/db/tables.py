@@ -27,6 +27,7 @@ from llm_sidecar.db.schema import (
     require_not_newer,
 )
 from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.text import cleaned
 
 log = logging.getLogger(__name__)
 
@@ -379,4 +380,4 @@ def _is_of_the_machine(error: Exception) -> bool:
 
 def one_line(error: Exception) -> str:
     """What an error says, on one line of bounded length."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return cleaned(" ".join(str(error).split())[:200]) or type(error).__name__

@@ -27,6 +27,7 @@ from prometheus_client import (
 
 from llm_sidecar.grounding import FIELDS
 from llm_sidecar.telemetry.calls import CANCELLED, UNEXPECTED, CallObserver, ModelCall
+from llm_sidecar.telemetry.instruments import known_method
 from llm_sidecar.telemetry.parts import PartsCollector
 
 CONTENT_TYPE: Final = exposition.CONTENT_TYPE_PLAIN_0_0_4
@@ -43,7 +44,7 @@ SCORES: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 MODELS: Final = ("phi3", "hermes")
 SCORE: Final = "score"
 """The finish reason of a call that generates nothing but the probabilities of a score."""
-_FINISH_REASONS: Final = ("stop", "length", SCORE)
+_FINISH_REASONS: Final = ("stop", "length", "deadline", SCORE)
 _ERRORS: Final = (
     "QueueFull",
     "ModelUnavailable",
@@ -53,7 +54,8 @@ _ERRORS: Final = (
     UNEXPECTED,
 )
 _ACTIONS: Final = ("adjust", "pass", "abort")
-_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_LOSABLE_TABLES: Final = ("orchestrator_runs", "hermes_scores", "proposals")
+"""Feedback that cannot be stored is refused instead."""
 
 
 class MetricsSink(CallObserver, Protocol):
@@ -71,6 +73,10 @@ class MetricsSink(CallObserver, Protocol):
         """Hermes has scored a proposal, in [0, 1]."""
         ...
 
+    def row_lost(self, table: str) -> None:
+        """A row of a run, a proposal or a score could not be stored."""
+        ...
+
 
 class NoMetrics:
     """Keeps nothing."""
@@ -82,6 +88,9 @@ class NoMetrics:
         """Counts nothing."""
 
     def scored(self, score: float) -> None:
+        """Counts nothing."""
+
+    def row_lost(self, table: str) -> None:
         """Counts nothing."""
 
     def call_started(self, call: ModelCall) -> None:
@@ -103,6 +112,7 @@ class Metrics:
         self._registry.register(self._parts)
         self._define_calls()
         self._define_proposals()
+        self._define_rows()
         self._define_http()
 
     def watch(self, health: Callable[[], Mapping[str, Any]]) -> None:
@@ -122,6 +132,10 @@ class Metrics:
     def scored(self, score: float) -> None:
         """Hermes has scored a proposal, in [0, 1]."""
         self._scores.observe(score)
+
+    def row_lost(self, table: str) -> None:
+        """A row of a run, a proposal or a score could not be stored."""
+        self._rows_lost.labels(table).inc()
 
     def call_started(self, call: ModelCall) -> None:
         """Nothing: what runs and waits is read from the hosts."""
@@ -154,7 +168,7 @@ class Metrics:
             handler: the route's template, or `none` where the request met no route.
             seconds: until the response began.
         """
-        method = method if method in _METHODS else "other"
+        method = known_method(method)
         self._requests.labels(method, f"{status // 100}xx", handler).inc()
         self._durations.labels(method, handler).observe(seconds)
 
@@ -223,6 +237,16 @@ class Metrics:
             buckets=SCORES,
             registry=self._registry,
         )
+
+    def _define_rows(self) -> None:
+        self._rows_lost = Counter(
+            "sidecar_database_rows_lost",
+            "Rows of runs, proposals and scores that could not be stored.",
+            ["table"],
+            registry=self._registry,
+        )
+        for table in _LOSABLE_TABLES:
+            self._rows_lost.labels(table)
 
     def _define_http(self) -> None:
         self._requests = Counter(

@@ -20,8 +20,7 @@ async def submit_feedback(body: FeedbackRequest, sidecar: CurrentSidecar) -> Fee
 
     A client that hangs up meanwhile does not undo it, so nothing races the disconnect here.
     """
-    if isinstance(body.feedback_content, str):
-        check_length(sidecar, feedback_content=body.feedback_content)
+    check_length(sidecar, body)
     try:
         row = Phi3FeedbackSchema(**body.model_dump(exclude_none=True))
     except ValidationError as error:
