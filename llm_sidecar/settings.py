@@ -128,6 +128,9 @@ class Settings(BaseModel):
         le=16,
         description="an integer from 0 to 16",
     )
+    grounding: Literal["report", "retry"] = Field(
+        "report", alias="GROUNDING", description="report or retry"
+    )
     queue_length: int = Field(
         64,
         alias="QUEUE_LENGTH",

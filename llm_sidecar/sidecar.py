@@ -36,6 +36,7 @@ from llm_sidecar.event_bus import EventBus
 from llm_sidecar.input_model import check_length, longest_payload, summary
 from llm_sidecar.model_host import Completion, HostLimits, ModelHost
 from llm_sidecar.proposal_run import ProposalRun, Row
+from llm_sidecar.proposals import Proposed
 from llm_sidecar.remembered import RememberedAdapter
 from llm_sidecar.settings import Settings
 from llm_sidecar.telemetry.calls import Observers
@@ -68,6 +69,7 @@ class AssessedProposal:
     completion: Completion
     assessment: Completion
     score: float
+    grounded: str
     stored: bool = True
 
 
@@ -194,18 +196,19 @@ class Sidecar:
 
     async def generate_phi3(
         self, prompt: str, max_tokens: int, deadline: Deadline | None = None
-    ) -> tuple[dict[str, Any], Completion]:
+    ) -> Proposed:
         """A proposal alone: not assessed, not stored, not told."""
-        proposal, completion = await proposals.propose(
+        proposed = await proposals.propose(
             self.phi3,
             prompt,
             self.archive.examples,
             max_tokens=max_tokens,
             temperature=self.settings.phi3_temperature,
             deadline=deadline or Deadline.after(self.settings.request_timeout),
+            retry=self.settings.grounding == "retry",
         )
-        self._metrics.proposed(proposal["action"])
-        return proposal, completion
+        self._metrics.proposed(proposed.proposal["action"], proposed.ungrounded)
+        return proposed
 
     async def generate_hermes(self, prompt: str, max_tokens: int) -> Completion:
         """Hermes' answer to a free question."""
@@ -240,8 +243,9 @@ class Sidecar:
     async def _run(self, run: ProposalRun, max_tokens: int) -> AssessedProposal:
         """Takes a run to its end, or as far as it comes within the request's deadline."""
         deadline = Deadline.after(self.settings.request_timeout)
-        proposal, completion = await self.generate_phi3(run.prompt, max_tokens, deadline)
-        run.proposed(proposal, completion)
+        proposed = await self.generate_phi3(run.prompt, max_tokens, deadline)
+        run.proposed(proposed)
+        proposal = proposed.proposal
         created = {**proposal, "transaction_id": str(run.transaction_id)}
         await asyncio.shield(self._to_the_end(self._publish(PROPOSAL_CREATED, created)))
         assessment = await hermes_plugin.assess(
@@ -255,7 +259,9 @@ class Sidecar:
         run.assessed(assessment)
         score = await self._score(proposal, run.prompt, deadline)
         run.scored(score)
-        return AssessedProposal(run.transaction_id, proposal, completion, assessment, score)
+        return AssessedProposal(
+            run.transaction_id, proposal, proposed.completion, assessment, score, proposed.grounded
+        )
 
     async def _finish(self, run: ProposalRun, result: AssessedProposal) -> bool:
         """Stores a finished run and tells of its assessment; returns whether all is stored."""

@@ -39,6 +39,7 @@ _EXPOSED_HEADERS: Final = (
     "Retry-After",
     "X-Completion-Tokens",
     "X-Finish-Reason",
+    "X-Grounded",
     "X-Hermes-Score",
     "X-Model",
     "X-Prompt-Tokens",

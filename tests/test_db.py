@@ -47,6 +47,7 @@ PROPOSAL: dict[str, Any] = {
     "model": "phi3",
     "adapter": None,
     "latencies": {"proposal": 0.25, "assessment": 0.5, "score": None},
+    "grounded": "ticker,rationale",
 }
 HOSTILE = [
     "'; DROP TABLE phi3_feedback; --",

@@ -14,6 +14,7 @@ import pytest
 
 from llm_sidecar.db import (
     FEEDBACK,
+    PROPOSALS,
     RUNS,
     SCORES,
     TABLES,
@@ -22,7 +23,8 @@ from llm_sidecar.db import (
     Store,
     cli_main,
 )
-from llm_sidecar.db.schema import KEYS, arrow_schemas
+from llm_sidecar.db.log import Log, Row, encode
+from llm_sidecar.db.schema import KEYS, VERSION, arrow_schemas
 from llm_sidecar.errors import DatabaseUnavailable
 from tests.test_db import NOW
 
@@ -42,6 +44,18 @@ OLD_RUN: Final = {
     "final_output": "{}",
     "status": "success",
 }
+OF_VERSION_2: Final = {
+    "transaction_id": "r-1",
+    "timestamp": NOW,
+    "prompt": "Long ABC",
+    "proposal": '{"ticker":"ABC"}',
+    "assessment": "Fine.",
+    "score": 0.5,
+    "model": "phi3",
+    "adapter": None,
+    "latencies": {"proposal": 0.25, "assessment": 0.5, "score": None},
+}
+"""A proposal, before it said whether it is grounded."""
 OLD_SCORE: Final = {"run_id": "r-1", "timestamp": WRITTEN, "score": 0.5, "rationale": "Fine."}
 
 
@@ -186,13 +200,16 @@ def test_the_first_shape_of_all_becomes_todays(
     assert cli_main(["migrate"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(
-        "phi3_feedback: 1 rows brought to version 2, "
+        f"phi3_feedback: 1 rows brought to version {VERSION}, "
         "with schema_version and corrected_proposal and feedback_id added"
     )
     assert lines[1].startswith(
-        "orchestrator_runs: 1 rows brought to version 2, with error_message and row_id added"
+        f"orchestrator_runs: 1 rows brought to version {VERSION}, "
+        "with error_message and row_id added"
     )
-    assert lines[2].startswith("hermes_scores: 1 rows brought to version 2, with row_id added")
+    assert lines[2].startswith(
+        f"hermes_scores: 1 rows brought to version {VERSION}, with row_id added"
+    )
     assert lines[3:] == ["proposals: created, as it was not there."]
     (said,) = opened(folder, FEEDBACK)
     assert len(said.pop("feedback_id")) == 64
@@ -203,6 +220,43 @@ def test_the_first_shape_of_all_becomes_todays(
     }
     assert opened(folder, RUNS) == [OLD_RUN | {"timestamp": NOW, "error_message": None}]
     assert opened(folder, SCORES) == [OLD_SCORE | {"timestamp": NOW}]
+
+
+def write_version_2(folder: Path) -> None:
+    """The proposals of a database as version 2 wrote them."""
+    today = arrow_schemas()[PROPOSALS]
+    schema = pa.schema(
+        [field for field in today if field.name != "grounded"],
+        metadata={"osiris_schema_version": "2"},
+    )
+    rows = [OF_VERSION_2 | {"row_id": "key"}]
+    write(folder, PROPOSALS, pa.Table.from_pylist(rows, schema=schema))
+
+
+def test_a_proposal_of_version_2_keeps_all_that_it_had(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_version_2(folder)
+    with pytest.raises(DatabaseUnavailable, match=r"proposals has the shape of an older version"):
+        asyncio.run(Store.open(folder))
+    assert cli_main(["migrate"]) == 0
+    told = f"proposals: 1 rows brought to version {VERSION}, with grounded added; the old table"
+    assert told in capsys.readouterr().out
+    assert read(folder, PROPOSALS) == [OF_VERSION_2 | {"row_id": "key", "grounded": None}]
+    assert opened(folder, PROPOSALS) == [OF_VERSION_2 | {"grounded": None}]
+
+
+def test_rows_that_version_2_left_in_its_log_arrive_after_migration(folder: Path) -> None:
+    write_version_2(folder)
+    log = Log(folder / "_log")
+    log.append([encode(Row(PROPOSALS, OF_VERSION_2 | {"prompt": "late", "row_id": "late"}))])
+    log.close()
+    assert cli_main(["migrate"]) == 0
+    rows = sorted(opened(folder, PROPOSALS), key=lambda row: str(row["prompt"]))
+    assert rows == [
+        OF_VERSION_2 | {"grounded": None},
+        OF_VERSION_2 | {"prompt": "late", "grounded": None},
+    ]
 
 
 def test_a_migrated_database_can_be_looked_at_and_is_sound(
@@ -388,7 +442,7 @@ def test_migrating_again_finds_nothing_to_do(
     before = {table: (read(folder, table), version(folder, table)) for table in TABLES}
     assert cli_main(["migrate"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"{table}: nothing to do, {3 if table == SCORES else 0} rows are of version 2."
+        f"{table}: nothing to do, {3 if table == SCORES else 0} rows are of version {VERSION}."
         for table in TABLES
     ]
     assert {table: (read(folder, table), version(folder, table)) for table in TABLES} == before

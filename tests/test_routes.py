@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from llm_sidecar.grounding import ungrounded_fields
 from llm_sidecar.proposals import MAX_COMPLETION_TOKENS, Proposal
 from tests.live_server import LiveServer, serve
 
@@ -83,6 +84,7 @@ def test_generate_goes_to_hermes_unless_told(server: LiveServer) -> None:
     response = post(server, "/generate/", {**PROMPT, "max_length": 5})
     assert list(response.json()) == ["generated_text"]
     assert response.headers["X-Model"].startswith("hermes/")
+    assert "X-Grounded" not in response.headers
     assert int(response.headers["X-Completion-Tokens"]) <= 5
 
 
@@ -99,6 +101,10 @@ def test_generate_with_phi3_answers_the_proposal_itself(
     assert response.headers["X-Finish-Reason"] == "stop"
     assert int(response.headers["X-Prompt-Tokens"]) > 0
     assert 0 < int(response.headers["X-Completion-Tokens"]) <= MAX_COMPLETION_TOKENS
+    missing = ungrounded_fields(response.json(), PROMPT["prompt"])
+    # Random weights name no ticker of anybody's.
+    assert missing[0] == "ticker"
+    assert response.headers["X-Grounded"] == ",".join(missing)
 
 
 def test_a_proposal_is_assessed_stored_and_scored(server: LiveServer) -> None:

@@ -18,6 +18,7 @@ def test_an_empty_environment_gives_the_contracts_defaults() -> None:
     assert settings.phi3_path is settings.hermes_path is None
     assert settings.demo is settings.preload is settings.enable_metrics is False
     assert settings.device == "auto"
+    assert settings.grounding == "report"
 
 
 def test_variables_are_read_and_empty_ones_count_as_unset() -> None:
@@ -39,6 +40,7 @@ def test_variables_are_read_and_empty_ones_count_as_unset() -> None:
         ("PHI3_TEMPERATURE", "nan"),
         ("HERMES_TEMPERATURE", "2.5"),
         ("FEW_SHOT_EXAMPLES", "-1"),
+        ("GROUNDING", "always"),
         ("MAX_BODY_BYTES", "1e3"),
         ("TTS_VOICE", "siri"),
         ("TTS_TIMEOUT_SECONDS", "0"),

@@ -170,6 +170,8 @@ class ProposalSchema(_Numbered):
         score: Hermes' score in [0, 1]; None where there is none.
         model: the name of the model that wrote the proposal.
         adapter: the name of its adapter; None without one.
+        grounded: `true`, or the fields whose ticker or numbers are not in the prompt, separated by
+            commas; None where nobody looked.
     """
 
     transaction_id: str = Field(min_length=1)
@@ -180,6 +182,7 @@ class ProposalSchema(_Numbered):
     model: str
     adapter: str | None = None
     latencies: Latencies = Latencies()
+    grounded: str | None = None
 
 
 SCHEMAS: Final[dict[str, type[_Row]]] = {
@@ -190,15 +193,20 @@ SCHEMAS: Final[dict[str, type[_Row]]] = {
 }
 """The pydantic model of each table."""
 
-VERSION: Final = "2"
-"""Of the tables' shapes, in their Arrow metadata: 2 has keys and aware timestamps in microseconds.
-Version 1 is whatever was written before; `migrate` brings it here."""
+VERSION: Final = "3"
+"""Of the tables' shapes, in their Arrow metadata: 2 has keys and aware timestamps in microseconds,
+3 has `grounded`. Version 1 is whatever was written before; `migrate` brings all of them here."""
 _VERSION_KEY: Final = b"osiris_schema_version"
 
 
 def is_known(table: str, row: dict[str, Any]) -> bool:
-    """Whether a row, by its columns, is one of today's."""
-    return table in TABLES and set(row) == set(arrow_schemas()[table].names)
+    """Whether a row, by its columns, can be stored today: one of an older version may lack columns
+    that take nulls."""
+    if table not in TABLES:
+        return False
+    schema = arrow_schemas()[table]
+    required = {field.name for field in schema if not field.nullable}
+    return required <= set(row) <= set(schema.names)
 
 
 def is_current(table: str, schema: pa.Schema) -> bool:
@@ -262,6 +270,7 @@ def arrow_schemas() -> dict[str, pa.Schema]:
                 pa.struct([number(name, nullable=True) for name in Latencies.model_fields]),
                 nullable=False,
             ),
+            text("grounded", nullable=True),
         ],
     }
     # The metadata makes two processes that insert the same key at once conflict, and one retry.

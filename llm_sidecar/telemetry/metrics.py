@@ -13,7 +13,7 @@ prometheus-fastapi-instrumentator. Every label value comes from a fixed set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from prometheus_client import (
@@ -25,6 +25,7 @@ from prometheus_client import (
     exposition,
 )
 
+from llm_sidecar.grounding import FIELDS
 from llm_sidecar.telemetry.calls import CANCELLED, UNEXPECTED, CallObserver, ModelCall
 from llm_sidecar.telemetry.instruments import known_method
 from llm_sidecar.telemetry.parts import PartsCollector
@@ -64,8 +65,8 @@ class MetricsSink(CallObserver, Protocol):
         """Takes what `Sidecar.health` returns as the state of the parts from now on."""
         ...
 
-    def proposed(self, action: str) -> None:
-        """A valid proposal was made."""
+    def proposed(self, action: str, ungrounded: Sequence[str]) -> None:
+        """A valid proposal was made, with these fields not grounded in its context."""
         ...
 
     def scored(self, score: float) -> None:
@@ -83,7 +84,7 @@ class NoMetrics:
     def watch(self, health: Callable[[], Mapping[str, Any]]) -> None:
         """Asks nothing."""
 
-    def proposed(self, action: str) -> None:
+    def proposed(self, action: str, ungrounded: Sequence[str]) -> None:
         """Counts nothing."""
 
     def scored(self, score: float) -> None:
@@ -122,9 +123,11 @@ class Metrics:
         """Everything in Prometheus' text format, version 0.0.4."""
         return exposition.generate_latest(self._registry)
 
-    def proposed(self, action: str) -> None:
-        """A valid proposal was made."""
+    def proposed(self, action: str, ungrounded: Sequence[str]) -> None:
+        """A valid proposal was made, with these fields not grounded in its context."""
         self._proposals.labels(action).inc()
+        for field in ungrounded:
+            self._ungrounded.labels(field).inc()
 
     def scored(self, score: float) -> None:
         """Hermes has scored a proposal, in [0, 1]."""
@@ -220,6 +223,14 @@ class Metrics:
         )
         for action in _ACTIONS:
             self._proposals.labels(action)
+        self._ungrounded = Counter(
+            "sidecar_ungrounded_proposals",
+            "Proposals with a field whose ticker or numbers are not in their context.",
+            ["field"],
+            registry=self._registry,
+        )
+        for field in FIELDS:
+            self._ungrounded.labels(field)
         self._scores = Histogram(
             "sidecar_hermes_score",
             "Scores that Hermes gave, from 0 to 1.",

@@ -61,12 +61,16 @@ async def generate_hermes(
 async def generate_phi3(
     body: PromptRequest, request: Request, sidecar: CurrentSidecar
 ) -> JSONResponse:
-    """A trade proposal, always valid; neither assessed nor stored."""
+    """A trade proposal, always valid; neither assessed nor stored.
+
+    `X-Grounded` is `true`, or the fields whose ticker or numbers are not in the prompt.
+    """
     check_length(sidecar, body)
-    proposal, completion = await unless_gone(
-        request, sidecar.generate_phi3(body.prompt, body.max_length)
+    proposed = await unless_gone(request, sidecar.generate_phi3(body.prompt, body.max_length))
+    return JSONResponse(
+        proposed.proposal,
+        headers={**generation_headers(proposed.completion), "X-Grounded": proposed.grounded},
     )
-    return JSONResponse(proposal, headers=generation_headers(completion))
 
 
 @endpoint(
@@ -82,7 +86,8 @@ async def propose_trade_adjustments(
 ) -> JSONResponse:
     """A trade proposal with Hermes' critique; stored, and told on the event bus.
 
-    The generation headers are those of the proposal; `X-Hermes-Score` is Hermes' score. Where
+    The generation headers are those of the proposal; `X-Hermes-Score` is Hermes' score, and
+    `X-Grounded` is `true`, or the fields whose ticker or numbers are not in the prompt. Where
     Hermes fails, a finished proposal is stored, and the error's body has its `transaction_id`.
     `X-Stored: false` says that a row could not be stored.
     """
@@ -96,6 +101,7 @@ async def propose_trade_adjustments(
         },
         headers={
             **generation_headers(result.completion),
+            "X-Grounded": result.grounded,
             "X-Hermes-Score": f"{result.score:.6f}",
             **stored_header(result.stored),
         },
