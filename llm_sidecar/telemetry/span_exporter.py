@@ -63,7 +63,7 @@ class CarefulExporter(SpanExporter):
 
 
 def scrubbed(span: ReadableSpan) -> ReadableSpan:
-    """The span without what might quote a request: queries, and the texts of exceptions."""
+    """The span without what might quote a request: paths, queries, and the texts of exceptions."""
     return ReadableSpan(
         name=span.name,
         context=span.context,
@@ -84,8 +84,15 @@ def scrubbed(span: ReadableSpan) -> ReadableSpan:
 
 
 def _scrubbed(attributes: Mapping[str, AttributeValue]) -> dict[str, AttributeValue]:
+    # A path can hold what a caller chose, the template of its route cannot.
+    route = str(attributes.get("http.route", ""))
     return {
-        name: str(value).partition("?")[0] if name in _URLS else value
+        name: _with_path(str(value), route) if name in _URLS else value
         for name, value in attributes.items()
         if name not in _TEXTS
     }
+
+
+def _with_path(url: str, path: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}{path}" if parts.netloc else path
