@@ -255,7 +255,8 @@ SCHEMAS: Final[dict[str, type[_Row]]] = {
 
 VERSION: Final = "3"
 """Of the tables' shapes, in their Arrow metadata: 2 has keys and aware timestamps in microseconds,
-3 the columns in `ADDED`. Version 1 is whatever was written before; `migrate` brings it here."""
+3 the columns in `ADDED` and the table of withdrawals. Version 1 is whatever was written before;
+`migrate` brings all of them here."""
 _VERSION_KEY: Final = b"osiris_schema_version"
 _DATABASE_KEY: Final = b"osiris_database"
 
@@ -267,7 +268,7 @@ ADDED: Final[dict[str, dict[str, Callable[[Mapping[str, Any]], Any]]]] = {
         ROW_ID: lambda row: row[FEEDBACK_ID],
     },
 }
-"""The columns that version 2 does not have, and the value that its rows get in each."""
+"""The columns without nulls that version 2 does not have, and the value that its rows get."""
 
 
 def upgraded(table: str, row: dict[str, Any]) -> dict[str, Any] | None:
@@ -277,9 +278,14 @@ def upgraded(table: str, row: dict[str, Any]) -> dict[str, Any] | None:
     """
     if table not in TABLES:
         return None
-    added = ADDED.get(table, {})
-    whole = {name: fill(row) for name, fill in added.items() if name not in row} | row
-    return whole if set(whole) == set(arrow_schemas()[table].names) else None
+    schema, added = arrow_schemas()[table], ADDED.get(table, {})
+    whole = dict(row)
+    for field in schema:
+        if field.name not in row and field.name in added:
+            whole[field.name] = added[field.name](row)
+        elif field.name not in row and field.nullable:
+            whole[field.name] = None
+    return whole if set(whole) == set(schema.names) else None
 
 
 def is_current(table: str, schema: pa.Schema) -> bool:
