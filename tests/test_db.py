@@ -320,11 +320,8 @@ async def test_corrections_and_prompts_that_are_too_long_are_not_read(store: Sto
     ):
         await store.append(run(run_id=name, input_query=prompt))
         await store.append(feedback(transaction_id=name, corrected_proposal=proposal))
-    seen = []
-    await store.recent_corrections(
-        3, lambda c: bool(seen.append(c.transaction_id)), proposal_bytes=7, prompt_bytes=10
-    )
-    assert seen == ["short"]
+    found = await store.recent_corrections(3, proposal_bytes=7, prompt_bytes=10)
+    assert [correction.transaction_id for correction in found] == ["short"]
 
 
 async def test_corrections_that_differ_in_nothing_else_are_two_rows(store: Store) -> None:

@@ -218,7 +218,8 @@ async def test_the_list_of_examples_has_pages(sidecar: Running) -> None:
     await sidecar.log_runs(*names)
     for name in names:
         await sidecar.correct(name)
-    seen, before = [], {}
+    seen: list[str] = []
+    before: dict[str, Any] = {}
     for _ in range(3):
         page = (await sidecar.client.get("/examples/", params={"limit": 1} | before)).json()
         seen += [item["transaction_id"] for item in page["items"]]
@@ -389,10 +390,9 @@ async def test_a_withdrawn_correction_is_no_example_and_the_one_before_it_is_aga
 async def test_what_is_withdrawn_stays_so_when_it_is_sent_again(sidecar: Running) -> None:
     name = "t"
     await sidecar.log_runs(name)
-    when = {"timestamp": "2026-01-01"}
-    _, feedback_id = await sidecar.correct(name, **when)
+    _, feedback_id = await sidecar.correct(name, timestamp="2026-01-01")
     await sidecar.client.delete(f"/feedback/{feedback_id}")
-    message, again = await sidecar.correct(name, **when)
+    message, again = await sidecar.correct(name, timestamp="2026-01-01")
     assert again == feedback_id
     assert message == (
         "Feedback stored; the corrected proposal is no example, as this feedback was withdrawn."

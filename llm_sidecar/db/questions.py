@@ -195,7 +195,7 @@ async def _prompts(
     """The prompt of each run that is stored, where it is not longer than `most_bytes`."""
     from lancedb.expr import col, func
 
-    prompts = {}
+    prompts: dict[str, str] = {}
     for some in _parts(run_ids):
         condition = col("run_id").isin(some)
         if most_bytes is not None:
