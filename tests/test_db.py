@@ -167,7 +167,7 @@ def test_a_row_without_a_timestamp_is_of_now(given: dict[str, Any]) -> None:
         {"timestamp": "20260131"},
         {"timestamp": 1769817600},
         {"timestamp": "0001-01-01T00:00:00+05:00"},
-        {"timestamp": datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=6)},
+        {"timestamp": datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1)},
         {"received": NOW},
         {"source": "direct"},
         {"feedback_content": 3},
