@@ -78,6 +78,28 @@ def make_adapters(base: Path, *names: str) -> None:
         (base / name / "adapter_config.json").write_text("{}")
 
 
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (
+            {"genai_config.json": '{"model": {"context_length": 131072}}', "config.json": "{"},
+            131072,
+        ),
+        ({"config.json": '{"max_position_embeddings": 8192}'}, 8192),
+        ({"config.json": "{}"}, 4096),
+        ({"genai_config.json": "no json"}, 4096),
+        ({"genai_config.json": '["model"]'}, 4096),
+        ({}, 4096),
+    ],
+)
+def test_phi3s_context_is_what_its_configuration_says_or_that_of_the_smallest(
+    tmp_path: Path, files: dict[str, str], expected: int
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert loader.phi3_context_length(Settings(phi3_path=tmp_path)) == expected
+
+
 def test_the_newest_adapter_wins_and_dpo_beats_the_same_date(tmp_path: Path) -> None:
     make_adapters(tmp_path, "20251231", "20260102", "20260102-dpo", "20260101-dpo")
     assert loader.get_latest_adapter_dir(tmp_path) == tmp_path / "20260102-dpo"

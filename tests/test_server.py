@@ -332,7 +332,7 @@ async def test_a_walk_leaves_a_run_and_a_score(
     store = await Store.open(tmp_path / "lancedb")
     found = await store.transaction(transaction)
     await store.close()
-    assert found.pop("phi3_feedback") == []
+    assert found.pop("phi3_feedback") == found.pop("feedback_withdrawals") == []
     run, score, proposal = (rows[0] for rows in found.values())
     assert run["status"] == "success"
     assert run["input_query"] == PROMPT["prompt"]

@@ -41,6 +41,7 @@ def test_variables_are_read_and_empty_ones_count_as_unset() -> None:
         ("HERMES_TEMPERATURE", "2.5"),
         ("FEW_SHOT_EXAMPLES", "-1"),
         ("GROUNDING", "always"),
+        ("EXAMPLES_FROM_BUS", "perhaps"),
         ("MAX_BODY_BYTES", "1e3"),
         ("TTS_VOICE", "siri"),
         ("TTS_TIMEOUT_SECONDS", "0"),
