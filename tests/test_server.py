@@ -270,6 +270,10 @@ async def test_feedback_that_is_heard_before_the_database_is_there_is_stored(
             await asyncio.to_thread(wait_for_rows, server, 1)
     finally:
         await bus.close()
+    store = await Store.open(tmp_path / "lancedb")
+    rows = await store.last("phi3_feedback", 0)
+    await store.close()
+    assert [{name: row[name] for name in feedback} for row in rows] == [feedback]
 
 
 async def test_feedback_that_several_sidecars_hear_is_stored_once(
