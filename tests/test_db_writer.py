@@ -43,9 +43,7 @@ async def row_names(store: Store) -> list[str]:
     """The name that its writer gave each row of any table."""
     columns = {"phi3_feedback": "transaction_id", "orchestrator_runs": "run_id", SCORES: "run_id"}
     return [
-        str(row[column])
-        for table, column in columns.items()
-        for row in await store.last(table, 0)
+        str(row[column]) for table, column in columns.items() for row in await store.last(table, 0)
     ]
 
 

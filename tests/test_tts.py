@@ -390,7 +390,9 @@ async def test_a_text_without_letter_or_digit_is_bad_input(bus: EventBus, text: 
 
 async def test_a_letter_that_the_voice_cannot_say_is_bad_input(bus: EventBus) -> None:
     speaker, queue = Speaker(bus), await heard(bus)
-    with pytest.raises(InvalidRequest, match=r"^text: the voice knows no sound for anything in it$"):
+    with pytest.raises(
+        InvalidRequest, match=r"^text: the voice knows no sound for anything in it$"
+    ):
         await speaker.speak("\N{MATHEMATICAL DOUBLE-STRUCK DIGIT ZERO}")
     assert queue.empty()
     assert speaker.status()["spoken"] == 0
