@@ -13,9 +13,7 @@ from typing import Any
 
 import pytest
 
-from llm_sidecar import loader
 from llm_sidecar.engines.lora_graph import ADAPTER_FILE
-from llm_sidecar.errors import AdapterRejected
 from llm_sidecar.lora import convert_adapter
 from llm_sidecar.remembered import RememberedAdapter
 from llm_sidecar.settings import Settings
@@ -177,15 +175,3 @@ def test_a_file_that_cannot_be_written_is_said(
     (tmp_path / "file").touch()
     RememberedAdapter(tmp_path / "file", tmp_path).save(tmp_path / "20260101")
     assert "not remembered" in caplog.text
-
-
-def test_a_date_means_its_dpo_adapter_and_a_name_itself(tmp_path: Path) -> None:
-    for name in ("20260101", "20260101-dpo", "20260102"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_config.json").touch()
-    assert loader.find_adapter_dir(tmp_path, "20260101").name == "20260101-dpo"
-    assert loader.find_adapter_dir(tmp_path, "20260102").name == "20260102"
-    with pytest.raises(AdapterRejected, match="20260103"):
-        loader.find_adapter_dir(tmp_path, "20260103")
-    with pytest.raises(AdapterRejected, match="20260101"):
-        loader.find_adapter_dir(tmp_path / "nowhere", "20260101")
