@@ -46,6 +46,8 @@ evaluate: $(VENV)/.serve
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) $(CHATTERBOX_VENV) .data .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .schemathesis .hypothesis mutants .coverage .coverage.* htmlcov build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'

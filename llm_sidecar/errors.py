@@ -54,6 +54,12 @@ class InvalidRequest(SidecarError):
     status = 422
 
 
+class NotFound(SidecarError):
+    """There is nothing of that name."""
+
+    status = 404
+
+
 class AdapterRejected(SidecarError):
     """An adapter cannot be loaded; the one in use goes on."""
 

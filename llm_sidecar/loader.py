@@ -7,8 +7,10 @@ here; the getters are for scripts, which get the model in their own process. As 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ from llm_sidecar.settings import DEFAULT_HERMES, DEFAULT_PHI3, Settings
 
 DEMO_DIR: Final = Path(__file__).resolve().parent / "demo"
 _DEMO_PHI3_FILE: Final = DEMO_DIR / "phi3" / "model.onnx"
+_SMALLEST_CONTEXT: Final = 4096
+"""Of Phi-3-mini-4k-instruct, in tokens."""
 _ADAPTER_NAME: Final = re.compile(r"([0-9]{8})(-dpo)?")
 
 
@@ -53,6 +57,19 @@ def locate_hermes(settings: Settings) -> ModelFiles:
         ModelUnavailable: there are none; names the variable to set.
     """
     return _locate("hermes", "HERMES_MODEL_PATH", settings.hermes_path, DEFAULT_HERMES, settings)
+
+
+def phi3_context_length(settings: Settings) -> int:
+    """Tokens that Phi-3 reads and writes at most, by its configuration; that of the smallest Phi-3
+    where there is none."""
+    with contextlib.suppress(ModelUnavailable, OSError, ValueError, KeyError, TypeError):
+        folder = locate_phi3(settings).folder
+        genai = folder / "genai_config.json"
+        if genai.is_file():
+            return int(json.loads(genai.read_bytes())["model"]["context_length"])
+        config = json.loads((folder / "config.json").read_bytes())
+        return int(config["max_position_embeddings"])
+    return _SMALLEST_CONTEXT
 
 
 def phi3_model_file(settings: Settings) -> Path:

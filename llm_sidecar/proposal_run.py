@@ -10,6 +10,7 @@ from typing import Any
 
 from llm_sidecar.db import HermesScoreSchema, Latencies, OrchestratorRunSchema, ProposalSchema
 from llm_sidecar.model_host import Completion
+from llm_sidecar.proposals import Proposed
 
 Row = OrchestratorRunSchema | HermesScoreSchema | ProposalSchema
 
@@ -21,26 +22,27 @@ class ProposalRun:
     Attributes:
         prompt: the market context.
         transaction_id: names the run everywhere.
-        proposal: the valid proposal.
-        completion: what Phi-3 wrote it in.
-        grounded: `true`, or its fields whose ticker or numbers are not in the prompt.
+        made: the valid proposal of Phi-3.
         assessment: Hermes' critique.
         score: Hermes' score in [0, 1].
     """
 
     prompt: str
     transaction_id: uuid.UUID = field(default_factory=uuid.uuid4)
-    proposal: dict[str, Any] | None = None
-    completion: Completion | None = None
-    grounded: str | None = None
+    made: Proposed | None = None
     assessment: Completion | None = None
     score: float | None = None
     _seconds: dict[str, float] = field(default_factory=dict)
     _last: float = field(default_factory=time.monotonic)
 
-    def proposed(self, proposal: dict[str, Any], completion: Completion, grounded: str) -> None:
+    @property
+    def proposal(self) -> dict[str, Any] | None:
+        """The proposal as JSON types."""
+        return None if self.made is None else self.made.proposal
+
+    def proposed(self, made: Proposed) -> None:
         """Phi-3 has finished."""
-        self.proposal, self.completion, self.grounded = proposal, completion, grounded
+        self.made = made
         self._lap("proposal")
 
     def assessed(self, assessment: Completion) -> None:
@@ -64,8 +66,8 @@ class ProposalRun:
             else `error`. Beside it the proposal and the score, as far as there are any.
         """
         rows: list[Row] = [self._run_row(error)]
-        if self.proposal is not None and self.completion is not None:
-            rows.append(self._proposal_row(self.proposal, self.completion))
+        if self.made is not None:
+            rows.append(self._proposal_row(self.made))
         if self.score is not None:
             rows.append(
                 HermesScoreSchema(
@@ -95,17 +97,17 @@ class ProposalRun:
             error_message=error,
         )
 
-    def _proposal_row(self, proposal: dict[str, Any], completion: Completion) -> ProposalSchema:
+    def _proposal_row(self, made: Proposed) -> ProposalSchema:
         return ProposalSchema(
             transaction_id=str(self.transaction_id),
             prompt=self.prompt,
-            proposal=proposal,
+            proposal=made.proposal,
             assessment=self._assessment_text() or "",
             score=self.score,
-            model=completion.model,
-            adapter=completion.adapter,
+            model=made.completion.model,
+            adapter=made.completion.adapter,
             latencies=Latencies(**self._seconds),
-            grounded=self.grounded,
+            grounded=made.grounded,
         )
 
     def _assessment_text(self) -> str | None:

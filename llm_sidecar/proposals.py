@@ -257,9 +257,9 @@ async def propose(
         examples: few-shot examples, oldest first; left out where they do not fit the context.
         max_tokens: at least `MAX_COMPLETION_TOKENS`.
         temperature: 0 is greedy.
-        deadline: of the request that this belongs to.
-        retry: whether to ask once more for a proposal that is not grounded, with the guidance of
-            its context. It takes at most half of the time that is left.
+        deadline: of the request that this belongs to, the retry included.
+        retry: whether a proposal that is not grounded is asked for once more, with the guidance of
+            its context, in at most half of the time that is left.
 
     Returns:
         The valid proposal. The first one where a retry fails.
@@ -285,7 +285,7 @@ async def propose(
         )
     if not retry or not first.ungrounded:
         return first
-    # Hermes needs the rest.
+    # The other half is for the assessment: a slow retry must not cost the answer.
     half = None if deadline is None else Deadline.after(deadline.remaining() / 2)
     return await _ask_again(host, prompt, request, first, half)
 
@@ -297,7 +297,7 @@ async def _ask_again(
     first: Proposed,
     deadline: Deadline | None,
 ) -> Proposed:
-    """The answer under the guidance of the context; the first one where there is none in time."""
+    """The answer under the guidance of the context; the first one where that fails."""
     # A ticker that the context has stays a choice, however many others there are.
     tickers = [] if "ticker" in first.ungrounded else [first.proposal["ticker"]]
     guidance = await asyncio.to_thread(grounded_guidance, prompt, tickers)

@@ -131,6 +131,7 @@ class Settings(BaseModel):
     grounding: Literal["report", "retry"] = Field(
         "report", alias="GROUNDING", description="report or retry"
     )
+    examples_from_bus: bool = Field(False, alias="EXAMPLES_FROM_BUS", description="true or false")
     queue_length: int = Field(
         64,
         alias="QUEUE_LENGTH",

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from llm_sidecar import hermes_plugin, loader, proposals
 from llm_sidecar.archive import Archive
-from llm_sidecar.db import HermesScoreSchema, Phi3FeedbackSchema, table_of
+from llm_sidecar.db import HermesScoreSchema, Phi3FeedbackSchema, PublishedFeedback, table_of
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest
 from llm_sidecar.errors import (
@@ -29,10 +29,12 @@ from llm_sidecar.errors import (
     DatabaseUnavailable,
     InvalidRequest,
     ModelUnavailable,
+    NotFound,
     QueueFull,
     SidecarError,
 )
 from llm_sidecar.event_bus import EventBus
+from llm_sidecar.examples import Outcome
 from llm_sidecar.input_model import check_length, longest_payload, summary
 from llm_sidecar.model_host import Completion, HostLimits, ModelHost
 from llm_sidecar.proposal_run import ProposalRun, Row
@@ -144,8 +146,12 @@ class Sidecar:
             settings.lancedb_uri,
             log_dir=settings.lancedb_log_dir,
             examples=settings.few_shot_examples,
+            examples_from_bus=settings.examples_from_bus,
+            context_length=lambda: loader.phi3_context_length(settings),
             on_examples=self._prepare_examples,
         )
+        # By which it knows what it published itself, before the database's own name is known.
+        self._name = uuid.uuid4().hex
         self._preparing: asyncio.Task[None] | None = None
         self._swapping = asyncio.Lock()
         self._swaps: set[asyncio.Task[None]] = set()
@@ -243,9 +249,9 @@ class Sidecar:
     async def _run(self, run: ProposalRun, max_tokens: int) -> AssessedProposal:
         """Takes a run to its end, or as far as it comes within the request's deadline."""
         deadline = Deadline.after(self.settings.request_timeout)
-        made = await self.generate_phi3(run.prompt, max_tokens, deadline)
-        proposal, completion, grounded = made.proposal, made.completion, made.grounded
-        run.proposed(proposal, completion, grounded)
+        proposed = await self.generate_phi3(run.prompt, max_tokens, deadline)
+        run.proposed(proposed)
+        proposal = proposed.proposal
         created = {**proposal, "transaction_id": str(run.transaction_id)}
         await asyncio.shield(self._to_the_end(self._publish(PROPOSAL_CREATED, created)))
         assessment = await hermes_plugin.assess(
@@ -260,7 +266,7 @@ class Sidecar:
         score = await self._score(proposal, run.prompt, deadline)
         run.scored(score)
         return AssessedProposal(
-            run.transaction_id, proposal, completion, assessment, score, grounded
+            run.transaction_id, proposal, proposed.completion, assessment, score, proposed.grounded
         )
 
     async def _finish(self, run: ProposalRun, result: AssessedProposal) -> bool:
@@ -303,22 +309,32 @@ class Sidecar:
         self._metrics.scored(score)
         return score
 
-    async def submit_feedback(self, feedback: Phi3FeedbackSchema) -> bool | None:
+    async def submit_feedback(self, feedback: Phi3FeedbackSchema) -> tuple[str, Outcome]:
         """Stores feedback, then tells the other services.
 
         Returns:
-            Whether it is a few-shot example for the next proposals; None where that is not known
-            before the database is back.
+            Its feedback_id, and whether it is a few-shot example or the reason why not.
 
         Raises:
             DatabaseUnavailable: it is not stored; the caller still has it.
         """
         # With its id, by which whoever hears of it knows it again.
-        feedback_id = feedback.as_row()["feedback_id"]
-        stored = feedback.model_dump(mode="json") | {"feedback_id": feedback_id}
-        is_example = await self.archive.append_feedback(feedback)
-        await self._publish(FEEDBACK_SUBMITTED, stored)
-        return is_example
+        feedback_id = str(feedback.as_row()["feedback_id"])
+        outcome = await self.archive.append_feedback(feedback)
+        stored_in = self.archive.database_id or self._name
+        event = {"feedback_id": feedback_id, "stored_in": stored_in}
+        await self._publish(FEEDBACK_SUBMITTED, feedback.model_dump(mode="json") | event)
+        return feedback_id, outcome
+
+    async def withdraw_feedback(self, feedback_id: str) -> None:
+        """Withdraws feedback: it is no few-shot example and no training data any more.
+
+        Raises:
+            NotFound: there is no such feedback.
+            DatabaseUnavailable: that is not known, or the withdrawal is not stored.
+        """
+        if not await self.archive.withdraw(feedback_id):
+            raise NotFound("There is no feedback with this feedback_id.")
 
     async def swap_adapter(self, name: str | None = None) -> datetime.date | None:
         """Takes an adapter of Phi-3's into use, and remembers it for the next start.
@@ -409,15 +425,26 @@ class Sidecar:
         }
 
     async def _store_published_feedback(self, payload: str) -> None:
-        """Keeps what any service publishes; our own is in the table already and stays one row."""
+        """Stores what another service publishes.
+
+        What a sidecar on the same database publishes is stored already: whether it is an example is
+        read from the database, and the message only says when. A forged `stored_in` does nothing
+        but leave the forged message unstored.
+        """
         if len(payload) > longest_payload(self.settings.max_prompt_chars):
             self.bus.refuse(FEEDBACK_SUBMITTED, "it is too long")
             return
         try:
-            feedback = Phi3FeedbackSchema.model_validate_json(payload)
+            feedback = PublishedFeedback.model_validate_json(payload)
             check_length(feedback, self.settings.max_prompt_chars)
         except ValidationError as error:
             self.bus.refuse(FEEDBACK_SUBMITTED, summary(error))
+            return
+        if feedback.stored_in is not None and feedback.stored_in in (
+            self._name,
+            self.archive.database_id,
+        ):
+            self.archive.refresh_soon()
             return
         if feedback.feedback_id is None and not json.loads(payload).get("timestamp"):
             # Each sidecar that hears it gives it a time of its own, and all of them the same id.
@@ -426,7 +453,7 @@ class Sidecar:
         said = False
         while True:
             try:
-                await self.archive.append_feedback(feedback)
+                await self.archive.append_published(feedback)
             except DatabaseUnavailable as error:
                 # Nobody would send it again, so it waits, and what comes after it in the queue.
                 if not said:

@@ -20,7 +20,7 @@ T = TypeVar("T")
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 _DESCRIPTIONS = {
-    404: "It is off, or there is nothing yet; the detail says which",
+    404: "There is nothing of that name, nothing yet, or it is off; the detail says which",
     409: "The adapter cannot be loaded; the one in use goes on",
     413: "The request is larger than the server takes",
     422: "Bad input; the detail names the field",

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
 import uuid
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -16,6 +14,7 @@ from pydantic import (
 
 from llm_sidecar.input_model import InputModel, TextOrObject
 from llm_sidecar.proposals import Proposal
+from llm_sidecar.timestamps import Timestamp
 
 MAX_LENGTH: Final = 8192
 """Tokens."""
@@ -26,13 +25,6 @@ MAX_SPEECH: Final = 5_000
 # is.
 Prompt = Annotated[str, Field(min_length=1, pattern=r"\S")]
 ModelId = Literal["hermes", "phi3"]
-
-
-def _text_only(value: object) -> object:
-    """A number may count seconds or milliseconds, and from when is a guess as well."""
-    if isinstance(value, int | float):
-        raise ValueError("a date and time is a text as ISO 8601 has it")
-    return value
 
 
 class _Request(InputModel):
@@ -67,9 +59,7 @@ class FeedbackRequest(_Request):
     transaction_id: str = Field(min_length=1, max_length=256)
     feedback_type: Literal["correction", "rating", "qualitative_comment", "human_edit"]
     feedback_content: TextOrObject
-    timestamp: Annotated[datetime.datetime | None, BeforeValidator(_text_only)] = Field(
-        None, description="ISO 8601; now unless given, and UTC unless it says otherwise"
-    )
+    timestamp: Timestamp | None = Field(None, description="when it was said; now unless given")
     corrected_proposal: dict[str, Any] | None = None
     schema_version: str = Field("1.0", min_length=1, max_length=32)
 
@@ -122,6 +112,29 @@ class FeedbackStored(BaseModel):
 
     message: str
     transaction_id: str
+
+
+class FeedbackWithdrawn(BaseModel):
+    """Feedback that is no few-shot example and no training data any more."""
+
+    message: str
+    feedback_id: str
+
+
+class ExampleInUse(BaseModel):
+    """A few-shot example: a stored prompt and the proposal it should have got."""
+
+    transaction_id: str
+    feedback_id: str
+    prompt: str
+    proposal: dict[str, Any]
+
+
+class Examples(BaseModel):
+    """A page of the few-shot examples in use, oldest first."""
+
+    items: list[ExampleInUse]
+    next: str | None = Field(description="`before` of the next page; null on the last one")
 
 
 class AdapterChoice(_Request):

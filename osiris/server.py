@@ -29,7 +29,16 @@ from osiris.http import ClientGone, stored_header
 from osiris.logs import AccessLog
 from osiris.metrics import install_metrics
 from osiris.middleware import SECURITY_HEADERS, BodyLimit, RequestId, SecurityHeaders
-from osiris.routes import adapters, feedback, generation, probes, profiling, scoring, speech
+from osiris.routes import (
+    adapters,
+    examples,
+    feedback,
+    generation,
+    probes,
+    profiling,
+    scoring,
+    speech,
+)
 from osiris.shutdown import Shutdown
 
 log = logging.getLogger(__name__)
@@ -38,6 +47,7 @@ _CLIENT_CLOSED_REQUEST: Final = 499
 _EXPOSED_HEADERS: Final = (
     "Retry-After",
     "X-Completion-Tokens",
+    "X-Feedback-ID",
     "X-Finish-Reason",
     "X-Grounded",
     "X-Hermes-Score",
@@ -80,7 +90,7 @@ def create_app(settings: Settings) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     probes.install(app)
-    for routes in (generation, scoring, feedback, speech, adapters, profiling):
+    for routes in (generation, scoring, feedback, examples, speech, adapters, profiling):
         app.include_router(routes.router)
     app.add_exception_handler(SidecarError, _sidecar_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -115,7 +125,7 @@ def _add_middleware(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["DELETE", "GET", "POST"],
             allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
             expose_headers=_EXPOSED_HEADERS,
         )

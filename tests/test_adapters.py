@@ -251,15 +251,3 @@ def test_digits_of_other_scripts_are_no_date(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "adapter_config.json").touch()
     assert loader.get_latest_adapter_dir(tmp_path) is None
-
-
-def test_a_date_means_its_dpo_adapter_and_a_name_itself(tmp_path: Path) -> None:
-    for name in ("20260101", "20260101-dpo", "20260102"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_config.json").touch()
-    assert loader.find_adapter_dir(tmp_path, "20260101").name == "20260101-dpo"
-    assert loader.find_adapter_dir(tmp_path, "20260102").name == "20260102"
-    with pytest.raises(AdapterRejected, match="20260103"):
-        loader.find_adapter_dir(tmp_path, "20260103")
-    with pytest.raises(AdapterRejected, match="20260101"):
-        loader.find_adapter_dir(tmp_path / "nowhere", "20260101")

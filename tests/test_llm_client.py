@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
         script = self.server.script
         (script.pop(0) if len(script) > 1 else script[0])(self)
 
-    do_POST = do_GET  # noqa: N815 - the standard library's name
+    do_DELETE = do_POST = do_GET  # noqa: N815 - the standard library's names
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Say nothing, where the standard library would print to standard error."""
@@ -246,6 +246,11 @@ CALLS: dict[str, tuple[Callable[[Any], Any], tuple[str, str, Any]]] = {
             },
         ),
     ),
+    "withdrawal": (
+        lambda c: c.withdraw_feedback("a/b c?"),
+        ("DELETE", "/feedback/a%2Fb%20c%3F", None),
+    ),
+    "examples": (lambda c: c.list_examples(), ("GET", "/examples/", None)),
     "swap": (lambda c: c.swap_adapters(), ("POST", "/adapters/swap", None)),
     "swap to one": (
         lambda c: c.swap_adapters("20260102"),

@@ -99,10 +99,12 @@ async def test_what_clients_invent_makes_no_series() -> None:
 
 async def test_the_probes_and_the_metrics_are_left_out() -> None:
     async with client_of(create_app(Settings.from_environ(ON))) as client:
-        for path in ("/health/live", "/health/live/", "/metrics", "/metrics/"):
+        for path in ("/health/live", "/health/live/", "/metrics", "/metrics/", "/nowhere"):
             await client.get(path)
         text = MetricsText((await client.get("/metrics")).text)
-    assert not list(text.samples("http_requests_total"))
+    # The request that is counted shows that requests are counted at all.
+    (counted,) = text.samples("http_requests_total")
+    assert (counted.labels["handler"], counted.value) == ("none", 1)
 
 
 async def test_an_unexpected_error_counts_as_5xx() -> None:

@@ -592,7 +592,8 @@ async def test_swaps_at_once_are_made_in_order_with_two_workers_at_most(
         asyncio.create_task(host.swap_adapter(adapter))
         for adapter in (onnx_adapters[0], None, onnx_adapters[1])
     ]
-    most, seen = 0, []
+    most = 0
+    seen: list[Any] = []
 
     def swapped() -> bool:
         nonlocal most

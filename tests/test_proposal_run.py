@@ -10,6 +10,7 @@ import pytest
 from llm_sidecar.db import HermesScoreSchema, OrchestratorRunSchema, ProposalSchema
 from llm_sidecar.model_host import Completion
 from llm_sidecar.proposal_run import ProposalRun, Row
+from llm_sidecar.proposals import Proposed
 
 PROPOSAL = {"ticker": "ABC", "action": "pass", "confidence": 0.5, "rationale": "Nothing to do."}
 
@@ -21,7 +22,7 @@ def completion(text: str, model: str) -> Completion:
 def run_until(*steps: str) -> ProposalRun:
     run = ProposalRun("Long ABC.")
     if "proposal" in steps:
-        run.proposed(PROPOSAL, completion("{}", "phi3/x"), "ticker")
+        run.proposed(Proposed(PROPOSAL, completion("{}", "phi3/x"), ("ticker",)))
     if "assessment" in steps:
         run.assessed(completion("Too tight.", "hermes/x"))
     if "score" in steps:

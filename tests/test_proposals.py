@@ -231,22 +231,21 @@ def test_the_guidance_of_the_richest_context_stays_small() -> None:
 
 
 class Host:
-    """Answers what it is given; keeps what it was asked, and how many seconds it had."""
+    """Answers what it is given, and keeps what it was asked and by when."""
 
     def __init__(self, *answers: dict[str, Any] | Exception) -> None:
         self.asked: list[GenerationRequest] = []
-        self.seconds: list[float | None] = []
+        self.deadlines: list[Deadline | None] = []
         self._answers = list(answers)
 
     async def generate(
         self, request: GenerationRequest, deadline: Deadline | None = None
     ) -> Completion:
         self.asked.append(request)
-        self.seconds.append(None if deadline is None else deadline.seconds)
+        self.deadlines.append(deadline)
         answer = self._answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
-        assert isinstance(answer, dict)
         number = len(self.asked)
         return Completion(json.dumps(answer), "phi3/fake", None, "stop", number, number)
 
@@ -324,16 +323,18 @@ async def test_the_first_proposal_is_kept_where_the_retry_fails(
 
 
 async def test_the_retry_takes_at_most_half_of_the_time_that_is_left() -> None:
-    host = Host(OTHER_NUMBER, GROUNDED)
-    began = time.monotonic() - 40
-    await propose(host, retry=True, deadline=Deadline(began, 60))
-    assert host.seconds == [60, pytest.approx(10, abs=1)]
+    host, deadline = Host(OTHER_NUMBER, GROUNDED), Deadline(time.monotonic() - 40, 60)
+    await propose(host, retry=True, deadline=deadline)
+    first, again = host.deadlines
+    assert first is deadline
+    assert again is not None
+    assert again.seconds == pytest.approx(10, abs=1)
 
 
-async def test_without_a_deadline_the_host_has_its_own() -> None:
+async def test_without_a_deadline_the_retry_has_the_hosts_own() -> None:
     host = Host(OTHER_NUMBER, GROUNDED)
     await propose(host, retry=True)
-    assert host.seconds == [None, None]
+    assert host.deadlines == [None, None]
 
 
 async def test_a_context_without_a_ticker_is_asked_once() -> None:

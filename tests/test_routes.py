@@ -63,6 +63,7 @@ def post(server: LiveServer, path: str, body: Any = None, **options: Any) -> htt
         ("POST", "/propose_trade_adjustments", PROMPT),
         ("POST", "/score/hermes", {"proposal": CORRECTED}),
         ("POST", "/feedback/phi3", FEEDBACK),
+        ("GET", "/examples", None),
         ("POST", "/adapters/swap", None),
         ("GET", "/health", None),
         ("GET", "/health/live", None),

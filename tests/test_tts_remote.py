@@ -212,11 +212,15 @@ async def test_two_workers_share_the_work(house: House) -> None:
         voice.gate.clear()
         await house.worker(voice)
     await until(lambda: len(sidecar.workers()) == 2)
-    asking = [asyncio.create_task(say(sidecar, "word")) for _ in range(2)]
+    asking = [asyncio.create_task(say(sidecar, word)) for word in ("one", "three")]
     await until(lambda: all(voice.begun for voice in voices))
     for voice in voices:
         voice.gate.set()
-    await asyncio.gather(*asking)
+    one, three = await asyncio.gather(*asking)
+    assert same(one, [tone("one")])
+    assert same(three, [tone("three")])
+    # Each text is spoken by one worker: neither by both, nor twice.
+    assert sorted(voice.begun for voice in voices) == [["one"], ["three"]]
 
 
 async def test_a_cancelled_request_is_not_spoken_on(house: House) -> None:

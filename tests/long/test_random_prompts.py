@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
@@ -98,7 +98,7 @@ def test_random_prompts_end_no_worker(asked: tuple[str, LiveServer]) -> None:
     answers: Counter[tuple[str, int]] = Counter()
     for kind, draw in (("any", any_text), ("fitting", fitting_text)):
         for _ in range(HALF):
-            body = {"prompt": draw(rng)}
+            body: dict[str, Any] = {"prompt": draw(rng)}
             if name == "hermes":
                 body["max_length"] = 16
             # json.dumps writes half surrogates as escapes, which a client may send.
