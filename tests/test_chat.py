@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.demo import market
-from llm_sidecar.engines import Message, chat, load_engine
+from llm_sidecar.engines import GenerationRequest, Message, chat, load_engine
 from llm_sidecar.engines.chat import ChatTokenizer, TextDecoder
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 from llm_sidecar.loader import DEMO_DIR
@@ -238,6 +238,30 @@ def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ModelUnavailable, match=r"tokenizer\.json cannot be read"):
         load(tmp_path)
+
+
+def test_a_transformers_folder_may_hold_an_older_format_of_tokenizer(
+    random_hermes_torch: Path, tmp_path: Path
+) -> None:
+    request = GenerationRequest(user("Long ABC. <|end|> \u4fa1"), 5)
+    expected = load_engine(random_hermes_torch, device="cpu").tokenize(request)
+    folder = shutil.copytree(random_hermes_torch, tmp_path / "model")
+    written = json.loads((folder / "tokenizer.json").read_bytes())["model"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(written["vocab"]), encoding="utf-8")
+    merges = "\n".join(" ".join(pair) for pair in written["merges"])
+    (folder / "merges.txt").write_text(merges, encoding="utf-8")
+    config = json.loads((folder / "tokenizer_config.json").read_bytes())
+    config["tokenizer_class"] = "GPT2Tokenizer"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert load_engine(folder, device="cpu").tokenize(request) == expected
+    # Of nothing transformers makes a tokenizer, too.
+    (folder / "vocab.json").unlink()
+    for of_nothing in ("GPT2Tokenizer", "LlamaTokenizer", "TokenizersBackend"):
+        config["tokenizer_class"] = of_nothing
+        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+        with pytest.raises(ModelUnavailable, match=r"add the model's tokenizer\.json"):
+            load_engine(folder, device="cpu")
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime-genai", "onnxruntime", "transformers"])

@@ -95,9 +95,7 @@ class TorchEngine:
             raise ModelUnavailable("DEVICE=cuda, but torch finds no CUDA here; set DEVICE=cpu")
         self.device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
         torch.set_num_threads(threads)
-        self.tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        self.tokenizer = _load_tokenizer(folder)
         self.model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32 if self.device == "cpu" else "auto",
@@ -246,18 +244,11 @@ class TorchEngine:
         return matcher
 
     def _chat_tokenizer(self, folder: Path) -> ChatTokenizer:
-        """Of what transformers makes of the folder, which need not hold a tokenizer.json."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise ModelUnavailable(
-                f"{folder} has no {TOKENIZER_FILE}, and transformers cannot make one of its "
-                f"{type(self.tokenizer).__name__}; add the tokenizer.json of the same model"
-            )
         template = self.tokenizer.chat_template
         if isinstance(template, dict):
             template = template.get("default")
         return ChatTokenizer(
-            backend,
+            self.tokenizer.backend_tokenizer,
             read_template(folder) if template is None else template,
             self.tokenizer.special_tokens_map,
             self._end_tokens(),
@@ -267,3 +258,29 @@ class TorchEngine:
         configured = self.model.generation_config.eos_token_id
         tokens = configured if isinstance(configured, list) else [configured]
         return frozenset(t for t in (*tokens, self.tokenizer.eos_token_id) if t is not None)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    """What transformers makes of a folder, also of one with an older format than tokenizer.json.
+
+    Raises:
+        ModelUnavailable: there is no tokenizer that the `tokenizers` package can run.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # noqa: BLE001 - transformers raises bare ones
+        reason = one_line(error)
+    else:
+        # Of no files at all transformers makes a tokenizer that knows no word.
+        files = tokenizer.vocab_files_names.values()
+        if not any((folder / name).is_file() for name in files):
+            reason = f"it holds none of {', '.join(sorted(files))}"
+        elif not hasattr(tokenizer, "backend_tokenizer"):
+            reason = f"{type(tokenizer).__name__} has no form as {TOKENIZER_FILE}"
+        else:
+            return tokenizer
+    raise ModelUnavailable(
+        f"{folder} has no usable tokenizer; add the model's {TOKENIZER_FILE} ({reason})"
+    )
