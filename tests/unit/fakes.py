@@ -12,6 +12,7 @@ from typing import Any, cast
 from llm_sidecar.archive import Archive
 from llm_sidecar.engines import GenerationRequest, Message
 from llm_sidecar.event_bus import EventBus
+from llm_sidecar.examples import Outcome
 from llm_sidecar.model_host import Completion, ModelHost
 from llm_sidecar.proposals import Example
 from llm_sidecar.settings import Settings
@@ -101,14 +102,14 @@ class FakeArchive:
     Attributes:
         examples: few-shot examples, oldest first.
         failure: raised instead of taking a row.
-        outcome: what is said of feedback.
+        outcome: what becomes of feedback.
     """
 
     def __init__(self, happened: Happened) -> None:
         self._happened = happened
         self.examples: tuple[Example, ...] = ()
         self.failure: Exception | None = None
-        self.outcome: object = False
+        self.outcome = Outcome.NO_CORRECTION
         self.database_id: str | None = None
 
     async def append(self, row: Any) -> None:
@@ -116,7 +117,7 @@ class FakeArchive:
             raise self.failure
         self._happened.log.append(("row", type(row).__name__, row.as_row()))
 
-    async def append_feedback(self, row: Any) -> Any:
+    async def append_feedback(self, row: Any) -> Outcome:
         await self.append(row)
         return self.outcome
 

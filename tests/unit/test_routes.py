@@ -11,6 +11,7 @@ import pytest
 
 from llm_sidecar import hermes_plugin
 from llm_sidecar.errors import DatabaseUnavailable, QueueFull
+from llm_sidecar.examples import Outcome
 from llm_sidecar.settings import Settings
 from osiris.server import create_app
 from tests.unit.asgi import client
@@ -95,41 +96,48 @@ async def test_feedback_is_answered_once_it_is_stored(
     assert {column: row[column] for column in expected} == expected
 
 
-@pytest.mark.parametrize(
-    ("outcome", "corrected", "message"),
-    [
-        (
-            True,
-            CORRECTED,
-            "Feedback stored; the corrected proposal is an example for the next ones.",
-        ),
-        (None, CORRECTED, "Feedback stored."),
-        (
-            False,
-            {"ticker": "A", "action": "buy", "extra": 1},
-            "Feedback stored; corrected_proposal is no valid proposal (action, confidence, extra, "
-            "rationale), so no example.",
-        ),
-        (
-            False,
-            CORRECTED,
-            "Feedback stored; the corrected proposal is no example, as there is no run of this "
-            "transaction_id whose prompt is short enough.",
-        ),
-    ],
-)
-async def test_the_answer_says_whether_a_correction_is_an_example(
-    asking: httpx.AsyncClient,
-    parts: FakeParts,
-    outcome: bool | None,
-    corrected: dict[str, Any],
-    message: str,
+MESSAGES = {
+    Outcome.NO_CORRECTION: "Feedback stored.",
+    Outcome.EXAMPLE: "Feedback stored; the corrected proposal is an example for the next ones.",
+    Outcome.PROPOSAL_TOO_LONG: "Feedback stored; the corrected proposal is no example, as it takes "
+    "more than 500 characters as JSON.",
+    Outcome.OFF: "Feedback stored; the corrected proposal is no example, as FEW_SHOT_EXAMPLES is "
+    "0.",
+    Outcome.DATABASE_AWAY: "Feedback stored; whether the corrected proposal is an example is not "
+    "known before the database is back.",
+    Outcome.NO_RUN: "Feedback stored; the corrected proposal is no example, as no run with this "
+    "transaction_id is stored.",
+    Outcome.PROMPT_NOT_TEXT: "Feedback stored; the corrected proposal is no example, as the prompt "
+    "of its run has control characters.",
+    Outcome.PROMPT_TOO_LONG: "Feedback stored; the corrected proposal is no example, as the prompt "
+    "of its run has more than 2000 characters.",
+    Outcome.TOO_MANY_TOKENS: "Feedback stored; the corrected proposal is no example, as it and the "
+    "prompt of its run may take more than 3000 tokens, or more than half of the model's context "
+    "(counted as one token a byte).",
+    Outcome.WITHDRAWN: "Feedback stored; the corrected proposal is no example, as this feedback "
+    "was withdrawn.",
+    Outcome.REPLACED: "Feedback stored; the corrected proposal is no example, as a newer correction "
+    "of the same run is one.",
+    Outcome.CROWDED_OUT: "Feedback stored; the corrected proposal is no example, as newer ones "
+    "take all the room.",
+    Outcome.INVALID: "Feedback stored; corrected_proposal is no valid proposal (*, action, "
+    "confidence, rationale), so no example.",
+}
+
+
+@pytest.mark.parametrize("outcome", Outcome)
+async def test_the_answer_says_what_became_of_a_correction(
+    asking: httpx.AsyncClient, parts: FakeParts, outcome: Outcome
 ) -> None:
     parts.archive.outcome = outcome
+    invalid = {"ticker": "A", "action": "buy", "extra": 1}
+    corrected = invalid if outcome is Outcome.INVALID else CORRECTED
     response = await asking.post(
         "/feedback/phi3/", json=FEEDBACK | {"corrected_proposal": corrected}
     )
-    assert response.json() == {"message": message, "transaction_id": "t-1"}
+    assert response.json() == {"message": MESSAGES[outcome], "transaction_id": "t-1"}
+    ((_, row),) = parts.happened.of("row")
+    assert response.headers["X-Feedback-ID"] == row["feedback_id"]
 
 
 async def test_feedback_that_cannot_be_stored_is_503(

@@ -18,6 +18,7 @@ from llm_sidecar.errors import (
     ModelUnavailable,
     SidecarError,
 )
+from llm_sidecar.examples import Outcome
 from llm_sidecar.proposals import Example
 from llm_sidecar.settings import Settings
 from tests.unit.fakes import FakeParts, completion
@@ -303,15 +304,19 @@ def feedback() -> Phi3FeedbackSchema:
 
 async def test_feedback_is_stored_and_then_published() -> None:
     made = parts()
-    made.archive.outcome = outcome = object()
-    assert await made.sidecar.submit_feedback(feedback()) is outcome
+    made.archive.outcome = Outcome.EXAMPLE
+    feedback_id, outcome = await made.sidecar.submit_feedback(feedback())
+    assert outcome is Outcome.EXAMPLE
     assert [(kind, name) for kind, name, _ in made.happened.log] == [
         ("row", "Phi3FeedbackSchema"),
         ("event", "phi3.feedback.submitted"),
     ]
     ((_, row),), ((_, event),) = made.happened.of("row"), made.happened.of("event")
+    assert row["feedback_id"] == feedback_id
+    # The database is not open yet, so the event names the sidecar that has stored it.
     expected = {
-        "feedback_id": row["feedback_id"],
+        "feedback_id": feedback_id,
+        "stored_in": made.sidecar._name,
         "transaction_id": "t-1",
         "timestamp": "2026-01-02T03:04:05Z",
         "feedback_type": "correction",
@@ -319,7 +324,15 @@ async def test_feedback_is_stored_and_then_published() -> None:
         "corrected_proposal": PROPOSAL,
         "schema_version": "1.0",
     }
-    assert {name: event[name] for name in expected} == expected
+    assert event == expected
+
+
+async def test_the_event_of_feedback_names_the_database_that_has_it() -> None:
+    made = parts()
+    made.archive.database_id = "database"
+    await made.sidecar.submit_feedback(feedback())
+    ((_, event),) = made.happened.of("event")
+    assert event["stored_in"] == "database"
 
 
 async def test_feedback_that_is_not_stored_is_not_published() -> None:
