@@ -157,6 +157,7 @@ def test_keys_are_in_no_log(closed: LiveServer) -> None:
 LONG_TEXT = "Text should have at most 100 characters (MAX_PROMPT_CHARS)"
 LONG_OBJECT = "Object should have at most 100 characters as JSON (MAX_PROMPT_CHARS)"
 
+
 @pytest.mark.parametrize(
     ("path", "body", "field", "message"),
     [

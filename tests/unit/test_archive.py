@@ -12,8 +12,16 @@ import pytest
 
 from llm_sidecar import archive as module
 from llm_sidecar.archive import Archive
-from llm_sidecar.db import HermesScoreSchema, OrchestratorRunSchema, Phi3FeedbackSchema
+from llm_sidecar.db import (
+    Correction,
+    FeedbackWithdrawalSchema,
+    HermesScoreSchema,
+    OrchestratorRunSchema,
+    Phi3FeedbackSchema,
+    PublishedFeedback,
+)
 from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.examples import Outcome
 from llm_sidecar.proposals import Example
 
 RUN = OrchestratorRunSchema(run_id="t-1", input_query="x", final_output="", status="error")
@@ -28,14 +36,16 @@ def example(name: str) -> Example:
     return Example(f"prompt of {name}", proposal(name))
 
 
-def correction(name: str, **changes: Any) -> tuple[str, dict[str, Any], str]:
-    """As the store gives it: prompt, proposal, transaction_id."""
-    prompt, corrected = changes.get("prompt", f"prompt of {name}"), proposal(name)
-    return prompt, corrected | changes.get("proposal", {}), f"t-{name}"
+def correction(name: str, prompt: str | None = None, **changes: Any) -> Correction:
+    """As the store gives it, of `feedback(name, …)`."""
+    return Correction(
+        prompt or f"prompt of {name}", proposal(name) | changes, f"t-{name}", f"f-{name}"
+    )
 
 
 def feedback(name: str, corrected: dict[str, Any] | None = None) -> Phi3FeedbackSchema:
     return Phi3FeedbackSchema(
+        feedback_id=f"f-{name}",
         transaction_id=f"t-{name}",
         feedback_type="correction",
         feedback_content="no",
@@ -51,7 +61,10 @@ class FakeStore:
         corrections: newest first.
         mean: of the scores, and their number.
         since: from when on scores were asked for.
-        asked: how many corrections were asked for, each time.
+        prompts: of the runs that are stored.
+        withdrawn: feedback_ids.
+        transactions: of feedback that is stored.
+        asked: how many corrections were asked for, and the other arguments, each time.
         failure: raised by whatever is asked.
         is_away: whether it is not open.
     """
@@ -59,15 +72,19 @@ class FakeStore:
     def __init__(self, uri: str, **options: Any) -> None:
         self.options = {"uri": uri, **options}
         self.rows: list[Any] = []
-        self.corrections: list[tuple[str, dict[str, Any], str]] = []
+        self.corrections: list[Correction] = []
+        self.prompts: dict[str, str] = {}
+        self.withdrawn: set[str] = set()
+        self.transactions: dict[str, str] = {}
         self.mean: tuple[float | None, int] = (None, 0)
         self.since: list[datetime.datetime] = []
-        self.asked: list[int] = []
+        self.asked: list[tuple[int, dict[str, Any]]] = []
         self.failure: Exception | None = None
         self.is_away = False
         self.is_full = False
         self.started = self.closed = False
         self.log_folder = Path("/log")
+        self.database_id = "database"
 
     def start(self) -> None:
         self.started = True
@@ -92,10 +109,22 @@ class FakeStore:
             raise DatabaseUnavailable("The disk is full.")
         self.rows.append(row)
 
-    async def recent_corrections(self, count: int) -> list[tuple[str, dict[str, Any], str]]:
-        self.asked.append(count)
+    async def recent_corrections(
+        self, count: int, usable: Callable[[Correction], bool], **options: Any
+    ) -> list[Correction]:
+        self.asked.append((count, options))
         self._fail()
-        return self.corrections[:count]
+        return [correction for correction in self.corrections if usable(correction)][:count]
+
+    async def prompt(self, run_id: str) -> str | None:
+        self._fail()
+        return self.prompts.get(run_id)
+
+    async def is_withdrawn(self, feedback_id: str) -> bool:
+        return feedback_id in self.withdrawn
+
+    async def feedback_transaction(self, feedback_id: str) -> str | None:
+        return self.transactions.get(feedback_id)
 
     async def mean_score_since(self, since: datetime.datetime) -> tuple[float | None, int]:
         self.since.append(since)
@@ -111,13 +140,20 @@ class Made:
     """An archive over a fake store.
 
     Attributes:
+        context_length: of the model, in tokens.
         changes: how often it has said that the examples changed.
     """
 
-    def __init__(self, examples: int = 3) -> None:
+    def __init__(self, examples: int = 3, **options: Any) -> None:
         self.changes = 0
+        self.context_length = 100_000
         self.archive = Archive(
-            "memory", log_dir=Path("/log"), examples=examples, on_examples=self._changed
+            "memory",
+            log_dir=Path("/log"),
+            examples=examples,
+            context_length=lambda: self.context_length,
+            on_examples=self._changed,
+            **options,
         )
         self.store: FakeStore = self.archive._store  # type: ignore[assignment]
 
@@ -167,7 +203,7 @@ async def test_examples_that_stay_the_same_are_no_change(made: Made) -> None:
 
 async def test_what_cannot_be_an_example_leaves_its_place_to_an_older_one(made: Made) -> None:
     made.store.corrections = [
-        correction("F", proposal={"action": "buy"}),
+        correction("F", action="buy"),
         correction("E", prompt="x" * 2001),
         correction("D", prompt="x" * 2000),
         correction("C"),
@@ -177,21 +213,61 @@ async def test_what_cannot_be_an_example_leaves_its_place_to_an_older_one(made: 
     await made.archive.append_feedback(feedback("D", proposal("D")))
     longest = Example("x" * 2000, proposal("D"))
     assert made.archive.examples == (example("B"), example("C"), longest)
+    bounds = {"proposal_bytes": 500, "prompt_bytes": 3000, "from_bus": False}
+    assert made.store.asked == [(3, bounds)]
 
 
-async def test_a_correction_is_said_to_be_an_example_where_it_is_one(made: Made) -> None:
+async def test_examples_take_at_most_half_of_the_context(made: Made) -> None:
+    made.store.corrections = [correction(name) for name in ("C", "B", "A")]
+    # Each of them takes 114 tokens at most.
+    made.context_length = 2 * 2 * 114
+    await made.archive.append_feedback(feedback("C", proposal("C")))
+    assert made.archive.examples == (example("B"), example("C"))
+    made.context_length -= 1
+    await made.archive.append_feedback(feedback("C", proposal("C")))
+    assert made.archive.examples == (example("C"),)
+
+
+async def test_a_correction_that_is_in_use_is_an_example(made: Made) -> None:
     made.store.corrections = [correction("A")]
-    assert await made.archive.append_feedback(feedback("A", proposal("A"))) is True
-    # Another correction of the same run is the one in use.
-    assert await made.archive.append_feedback(feedback("A", proposal("Z"))) is False
-    assert await made.archive.append_feedback(feedback("B", proposal("A"))) is False
-    assert len(made.store.rows) == 3
+    assert await made.archive.append_feedback(feedback("A", proposal("A"))) is Outcome.EXAMPLE
+    assert made.archive.corrections == (correction("A"),)
 
 
-async def test_feedback_without_a_correction_asks_for_no_examples(made: Made) -> None:
-    given = feedback("A")
-    assert await made.archive.append_feedback(given) is False
+@pytest.mark.parametrize(
+    ("corrected", "outcome"),
+    [
+        (None, Outcome.NO_CORRECTION),
+        (proposal("A") | {"action": "buy"}, Outcome.INVALID),
+        (proposal("A") | {"rationale": "x" * 450}, Outcome.PROPOSAL_TOO_LONG),
+    ],
+)
+async def test_feedback_that_can_never_be_one_is_stored_and_asks_for_no_examples(
+    made: Made, corrected: dict[str, Any] | None, outcome: Outcome
+) -> None:
+    given = feedback("A", corrected)
+    assert await made.archive.append_feedback(given) is outcome
     assert (made.store.rows, made.store.asked) == ([given], [])
+
+
+async def test_a_correction_that_is_not_in_use_has_its_reason(made: Made) -> None:
+    async def outcome() -> Outcome:
+        return await made.archive.append_feedback(feedback("A", proposal("A")))
+
+    assert await outcome() is Outcome.NO_RUN
+    made.store.prompts = {"t-A": "x\x00"}
+    assert await outcome() is Outcome.PROMPT_NOT_TEXT
+    made.store.prompts = {"t-A": "x" * 2001}
+    assert await outcome() is Outcome.PROMPT_TOO_LONG
+    made.store.prompts = {"t-A": "x" * 2000}
+    made.context_length = 2000
+    assert await outcome() is Outcome.TOO_MANY_TOKENS
+    made.context_length = 100_000
+    assert await outcome() is Outcome.CROWDED_OUT
+    made.store.corrections = [correction("A")._replace(feedback_id="f-Z")]
+    assert await outcome() is Outcome.REPLACED
+    made.store.withdrawn = {"f-A"}
+    assert await outcome() is Outcome.WITHDRAWN
 
 
 async def test_whether_it_is_an_example_is_not_known_while_the_database_is_away(
@@ -199,10 +275,10 @@ async def test_whether_it_is_an_example_is_not_known_while_the_database_is_away(
 ) -> None:
     made.store.is_away = True
     given = feedback("A", proposal("A"))
-    assert await made.archive.append_feedback(given) is None
+    assert await made.archive.append_feedback(given) is Outcome.DATABASE_AWAY
     assert (made.store.rows, made.store.asked, caplog.messages) == ([given], [], [])
     made.store.is_away, made.store.failure = False, DatabaseUnavailable("It cannot be read.")
-    assert await made.archive.append_feedback(given) is None
+    assert await made.archive.append_feedback(given) is Outcome.DATABASE_AWAY
     assert caplog.messages == ["the examples are not refreshed: It cannot be read."]
     assert made.changes == 0
 
@@ -218,8 +294,64 @@ async def test_feedback_that_is_not_stored_is_an_error(made: Made) -> None:
 async def test_examples_that_are_switched_off_are_never_read() -> None:
     made = Made(examples=0)
     made.store.corrections = [correction("A")]
-    assert await made.archive.append_feedback(feedback("A", proposal("A"))) is False
+    assert await made.archive.append_feedback(feedback("A", proposal("A"))) is Outcome.OFF
     assert (made.store.asked, made.archive.examples) == ([], ())
+
+
+@pytest.mark.parametrize(
+    ("from_bus", "reads", "examples"), [(False, 1, ()), (True, 2, (example("A"),))]
+)
+async def test_what_another_service_publishes_is_an_example_only_where_that_is_allowed(
+    from_bus: bool, reads: int, examples: tuple[Example, ...]
+) -> None:
+    made = Made(examples_from_bus=from_bus)
+    made.archive.start()
+    await until(lambda: made.store.since)
+    made.store.corrections = [correction("A")]
+    published = PublishedFeedback(**feedback("A", proposal("A")).model_dump())
+    await made.archive.append_published(published)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    await until(lambda: len(made.store.since) == reads)
+    assert made.archive.examples == examples
+    assert made.store.rows == [published]
+    assert [options["from_bus"] for _, options in made.store.asked] == [from_bus] * reads
+    await made.archive.close()
+
+
+# Withdrawing
+
+
+async def test_a_withdrawn_example_leaves_its_place_to_an_older_one(made: Made) -> None:
+    made.store.corrections = [correction("B")]
+    await made.archive.append_feedback(feedback("B", proposal("B")))
+    made.store.corrections = [correction("A")]
+    assert await made.archive.withdraw("f-B") is True
+    assert made.archive.examples == (example("A"),)
+    withdrawal = made.store.rows[-1]
+    assert isinstance(withdrawal, FeedbackWithdrawalSchema)
+    assert (withdrawal.feedback_id, withdrawal.transaction_id) == ("f-B", "t-B")
+
+
+async def test_feedback_that_is_no_example_can_be_withdrawn_too(made: Made) -> None:
+    made.store.transactions = {"f-A": "t-A"}
+    assert await made.archive.withdraw("f-A") is True
+    (withdrawal,) = made.store.rows
+    assert (withdrawal.feedback_id, withdrawal.transaction_id) == ("f-A", "t-A")
+
+
+async def test_feedback_that_is_not_there_is_not_withdrawn(made: Made) -> None:
+    assert await made.archive.withdraw("f-A") is False
+    assert (made.store.rows, made.store.asked) == ([], [])
+
+
+async def test_an_example_is_withdrawn_at_once_while_the_database_is_away(made: Made) -> None:
+    made.store.corrections = [correction("B"), correction("A")]
+    await made.archive.append_feedback(feedback("B", proposal("B")))
+    made.store.failure = DatabaseUnavailable("It is away.")
+    assert await made.archive.withdraw("f-B") is True
+    assert made.archive.examples == (example("A"),)
+    assert made.changes == 2
 
 
 # What is kept fresh
@@ -313,6 +445,7 @@ async def test_the_store_is_opened_and_closed_with_the_archive() -> None:
 async def test_its_state_is_the_stores(made: Made) -> None:
     assert made.archive.status() == {"state": "fake"}
     assert made.archive.log_folder == Path("/log")
+    assert made.archive.database_id == "database"
     assert (made.archive.available(), made.archive.is_whole()) == (True, True)
     made.store.is_away = True
     assert (made.archive.available(), made.archive.is_whole()) == (True, False)

@@ -86,6 +86,7 @@ NO_SUCH_ADAPTER = (
     "adapter_config.json."
 )
 
+
 @pytest.mark.parametrize(
     ("name", "found"),
     [

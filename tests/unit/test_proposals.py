@@ -196,9 +196,7 @@ def test_a_budget_that_cannot_hold_it_is_refused() -> None:
     proposals.check_budget(LEAST)
     with pytest.raises(InvalidRequest) as caught:
         proposals.check_budget(LEAST - 1)
-    assert (
-        caught.value.detail == "max_length: a proposal can take 248 tokens; send at least that"
-    )
+    assert caught.value.detail == "max_length: a proposal can take 248 tokens; send at least that"
 
 
 # The prompt

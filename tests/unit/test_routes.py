@@ -116,8 +116,8 @@ MESSAGES = {
     "(counted as one token a byte).",
     Outcome.WITHDRAWN: "Feedback stored; the corrected proposal is no example, as this feedback "
     "was withdrawn.",
-    Outcome.REPLACED: "Feedback stored; the corrected proposal is no example, as a newer correction "
-    "of the same run is one.",
+    Outcome.REPLACED: "Feedback stored; the corrected proposal is no example, as a newer "
+    "correction of the same run is one.",
     Outcome.CROWDED_OUT: "Feedback stored; the corrected proposal is no example, as newer ones "
     "take all the room.",
     Outcome.INVALID: "Feedback stored; corrected_proposal is no valid proposal (*, action, "
