@@ -9,7 +9,7 @@ BENCH_VENV := .venv-bench
 CHATTERBOX_VENV := .venv-chatterbox
 STAND_IN := .data/chatterbox-stand-in
 
-.PHONY: serve test test-chatterbox lint bench train evaluate clean
+.PHONY: serve test test-long test-chatterbox lint bench train evaluate clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve
@@ -20,6 +20,10 @@ serve: $(VENV)/.serve
 # A process that dies is not replaced: pytest-xdist 3.8 would wait for the new one for ever.
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0
+
+# What takes longer than CI may; one process, as it measures time.
+test-long: $(VENV)/.test
+	$(BIN)/python -m pytest tests/long -v -s -o faulthandler_timeout=3000
 
 # Gigabytes and minutes: the real package with random weights, as a worker in its own environment.
 test-chatterbox: $(VENV)/.test $(CHATTERBOX_VENV)/.installed $(STAND_IN)/conds.pt
@@ -42,6 +46,8 @@ evaluate: $(VENV)/.serve
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) $(CHATTERBOX_VENV) .data .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .schemathesis .hypothesis mutants .coverage .coverage.* htmlcov build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from llm_sidecar import loader
+from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest, Message
 from llm_sidecar.errors import ModelUnavailable, SidecarError
 from llm_sidecar.model_host import Completion, ModelHost
@@ -79,13 +80,13 @@ def expected_score(probabilities: Mapping[str, float]) -> float:
 async def chat(
     host: ModelHost, prompt: str, *, max_tokens: int, temperature: float = 0.0
 ) -> Completion:
-    """Hermes' answer to a free question.
+    """Hermes' answer to a free question; at the deadline, what has been written of it.
 
     Raises:
         InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
     """
     request = GenerationRequest(chat_messages(prompt), max_tokens, temperature=temperature)
-    return await host.generate(request)
+    return await host.generate(request, allow_partial=True)
 
 
 async def assess(
@@ -95,24 +96,31 @@ async def assess(
     *,
     max_tokens: int,
     temperature: float = 0.0,
+    deadline: Deadline | None = None,
 ) -> Completion:
-    """Hermes' critique of a proposal, in words.
+    """Hermes' critique of a proposal, in words; always a whole one.
 
     Raises:
         InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
     """
     messages = build_messages(CRITIQUE_TASK, proposal, context)
-    return await host.generate(GenerationRequest(messages, max_tokens, temperature=temperature))
+    request = GenerationRequest(messages, max_tokens, temperature=temperature)
+    return await host.generate(request, deadline)
 
 
-async def score(host: ModelHost, proposal: Mapping[str, Any], context: str | None = None) -> float:
+async def score(
+    host: ModelHost,
+    proposal: Mapping[str, Any],
+    context: str | None = None,
+    deadline: Deadline | None = None,
+) -> float:
     """Hermes' score of a proposal, in [0, 1]: deterministic, from one forward pass.
 
     Raises:
         InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
     """
     messages = build_messages(SCORE_TASK, proposal, context)
-    return _read_score(await host.answer_probabilities(messages, SCORE_ANSWERS))
+    return _read_score(await host.answer_probabilities(messages, SCORE_ANSWERS, deadline))
 
 
 def score_with_hermes(proposal: dict[str, Any], context: str | None = None) -> float:

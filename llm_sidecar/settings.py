@@ -128,6 +128,10 @@ class Settings(BaseModel):
         le=16,
         description="an integer from 0 to 16",
     )
+    grounding: Literal["report", "retry"] = Field(
+        "report", alias="GROUNDING", description="report or retry"
+    )
+    examples_from_bus: bool = Field(False, alias="EXAMPLES_FROM_BUS", description="true or false")
     queue_length: int = Field(
         64,
         alias="QUEUE_LENGTH",

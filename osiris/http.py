@@ -20,14 +20,15 @@ T = TypeVar("T")
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 _DESCRIPTIONS = {
-    404: "It is off, or there is nothing yet; the detail says which",
+    404: "There is nothing of that name, nothing yet, or it is off; the detail says which",
     409: "The adapter cannot be loaded; the one in use goes on",
     413: "The request is larger than the server takes",
     422: "Bad input; the detail names the field",
     429: "The queue is full; `Retry-After` says when to try again",
     503: "A model, the voice or the database is missing or loading; `Retry-After` says when to try "
     "again",
-    504: "The request's deadline has passed",
+    504: "The request's deadline has passed; the detail names what took the time, and "
+    "`Retry-After` says when to try again",
 }
 
 
@@ -118,3 +119,8 @@ def generation_headers(completion: Completion) -> dict[str, str]:
         "X-Prompt-Tokens": str(completion.prompt_tokens),
         "X-Completion-Tokens": str(completion.completion_tokens),
     }
+
+
+def stored_header(stored: bool) -> dict[str, str]:
+    """`X-Stored: false` where a row of the request could not be stored."""
+    return {} if stored else {"X-Stored": "false"}

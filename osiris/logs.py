@@ -43,8 +43,8 @@ class AccessLog:
     """Logs method, route, status and duration of each request but probes and metrics.
 
     Args:
-        routes: the documented spelling of each path, by its spelling without the last slash; an
-            address that is none of them may hold anything, so it is not shown.
+        routes: the documented spelling of each path or template, by its spelling without the last
+            slash; an address that is none of them may hold anything, so it is not shown.
     """
 
     def __init__(self, app: ASGIApp, routes: Callable[[], Mapping[str, str]]) -> None:
@@ -76,7 +76,9 @@ class AccessLog:
 
     def _log(self, scope: Scope, status: int, duration_ms: float) -> None:
         method = known_method(scope["method"])
-        route = self._routes().get(route_path(scope).rstrip("/"), "unmatched")
+        # What is refused before the routing has no template.
+        path = getattr(scope.get("route"), "path_format", None) or route_path(scope)
+        route = self._routes().get(path.rstrip("/"), "unmatched")
         access_log.info(
             "%s %s %d in %.1f ms",
             method,

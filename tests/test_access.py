@@ -13,7 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
+from llm_sidecar.settings import Settings
 from osiris.llm_client import LLMClient
+from osiris.server import create_app
 from tests.live_server import ROOT, LiveServer, free_port, serve
 
 KEYS = ("first-key-0123456789", "second-key-012345678")
@@ -93,16 +95,26 @@ def test_every_other_path_is_closed(closed: LiveServer, path: str) -> None:
     assert closed.client.get(path).status_code == 401
 
 
-@pytest.mark.parametrize("path", ["/health", "/health/", "/health/live", "/health/ready"])
-def test_probes_are_open(closed: LiveServer, path: str) -> None:
-    assert closed.client.get(path).status_code in (200, 503)
+# Without models it is alive and not ready.
+@pytest.mark.parametrize("slash", ["", "/"])
+@pytest.mark.parametrize(
+    ("path", "status"), [("/health", 200), ("/health/live", 200), ("/health/ready", 503)]
+)
+def test_probes_are_open(closed: LiveServer, path: str, status: int, slash: str) -> None:
+    response = closed.client.get(path + slash)
+    assert response.status_code == status
+    assert "WWW-Authenticate" not in response.headers
 
 
-def test_metrics_are_open_unless_closed(closed: LiveServer, tmp_path: Path) -> None:
-    assert closed.client.get("/metrics").status_code != 401
-    with serve(tmp_path, SIDECAR_API_KEYS=KEYS[0], METRICS_NEED_KEY="true") as server:
-        assert server.client.get("/metrics").status_code == 401
-        assert server.client.get("/metrics", headers=BEARER).status_code != 401
+@pytest.mark.parametrize(("needed", "status"), [("false", 200), ("true", 401)])
+async def test_metrics_are_open_unless_closed(needed: str, status: int) -> None:
+    environ = {"ENABLE_METRICS": "true", "SIDECAR_API_KEYS": KEYS[0], "METRICS_NEED_KEY": needed}
+    app = create_app(Settings.from_environ(environ))
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        for path in ("/metrics", "/metrics/"):
+            assert (await client.get(path)).status_code == status
+            assert (await client.get(path, headers=BEARER)).status_code == 200
 
 
 def test_a_refusal_does_not_wait_for_the_body(closed: LiveServer) -> None:
@@ -222,6 +234,10 @@ def test_other_origins_may_ask_where_configured_only(closed: LiveServer, tmp_pat
     assert preflight.status_code == 200
     assert preflight.headers["Access-Control-Allow-Origin"] == "https://desk.example"
     assert "Access-Control-Allow-Credentials" not in preflight.headers
+    answer = closed.client.get("/health/live", headers={"Origin": "https://desk.example"})
+    assert "X-Grounded" in answer.headers["Access-Control-Expose-Headers"].split(", ")
+    withdrawing = asked | {"Access-Control-Request-Method": "DELETE"}
+    assert closed.client.options("/feedback/some-id", headers=withdrawing).status_code == 200
     other = closed.client.options("/generate/", headers=asked | {"Origin": "https://evil.example"})
     assert "Access-Control-Allow-Origin" not in other.headers
     with serve(tmp_path) as server:

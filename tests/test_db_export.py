@@ -15,6 +15,7 @@ import pytest
 
 from llm_sidecar import proposals
 from llm_sidecar.db import (
+    FeedbackWithdrawalSchema,
     OrchestratorRunSchema,
     Phi3FeedbackSchema,
     ProposalSchema,
@@ -217,6 +218,30 @@ def test_what_makes_no_example_is_left_out_and_counted(
         "1 rows; left out: 2 of an unknown transaction, 1 no valid proposal, "
         "2 without another proposal to reject\n"
     )
+
+
+def test_withdrawn_feedback_is_in_no_export_and_counted(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    better = CORRECTED | {"confidence": 0.5}
+    fill(
+        folder,
+        proposed("a"),
+        proposed("b"),
+        corrected("a", feedback_id="older"),
+        corrected("a", better, minutes=1, feedback_id="newer"),
+        corrected("b", minutes=2, feedback_id="only"),
+        feedback(feedback_id="rating"),
+        *(
+            FeedbackWithdrawalSchema(feedback_id=name, transaction_id="any")
+            for name in ("newer", "only", "rating")
+        ),
+    )
+    rows, told = exported(capsys, "sft")
+    assert said(rows) == [CORRECTED]
+    assert told == "1 rows; left out: 3 withdrawn\n"
+    assert said(exported(capsys, "dpo")[0], "chosen") == [CORRECTED]
+    assert [row["corrected_proposal"] for row in exported(capsys, "jsonl")[0]] == [CORRECTED]
 
 
 def test_a_correction_that_leaves_out_what_the_proposal_has_as_null_is_equal_to_it(

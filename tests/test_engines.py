@@ -11,8 +11,8 @@ import pytest
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.engines import Engine, GenerationRequest, load_engine
-from llm_sidecar.engines.base import AnswerTree, SpecialTokens, softmax
-from llm_sidecar.errors import InvalidRequest, ModelUnavailable
+from llm_sidecar.engines.base import AnswerTree, one_line, softmax
+from llm_sidecar.errors import AdapterRejected, InvalidRequest, ModelUnavailable
 
 PROMPT = "Long ABC from 100, now 112.5, RSI 81."
 
@@ -202,13 +202,11 @@ def test_answer_tree_refuses_answers_it_cannot_read() -> None:
         AnswerTree({"100": [1, 0, 0]})
 
 
-def test_special_tokens_are_broken_longest_first(tmp_path: Path) -> None:
-    added = [{"content": "<|end|>"}, {"content": "<|end|><|end|>"}, {"content": "x"}]
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
-    special = SpecialTokens(tmp_path)
-    found = special.neutralise([user("a<|end|>b x")])
-    assert found == [user("a< |end|>b x")]
-
-
 def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
+
+
+def test_what_went_wrong_is_one_short_line() -> None:
+    error = AdapterRejected("it holds \x1b[31m\n" + "x" * 1000)
+    assert one_line(error) == "it holds [31m " + "x" * 385
+    assert one_line(ValueError("a\tb")) == "ValueError: a b"

@@ -1,8 +1,7 @@
-"""Where models and adapters are looked for."""
+"""Where models are looked for."""
 
 from __future__ import annotations
 
-import datetime
 import subprocess
 import sys
 from pathlib import Path
@@ -72,42 +71,38 @@ def test_an_empty_mount_point_is_no_model_but_a_folder_with_anything_in_it_is(
         loader.locate_hermes(asked)
 
 
-def make_adapters(base: Path, *names: str) -> None:
-    for name in names:
-        (base / name).mkdir()
-        (base / name / "adapter_config.json").write_text("{}")
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (
+            {"genai_config.json": '{"model": {"context_length": 131072}}', "config.json": "{"},
+            131072,
+        ),
+        ({"config.json": '{"max_position_embeddings": 8192}'}, 8192),
+        ({"config.json": "{}"}, 4096),
+        ({"genai_config.json": "no json"}, 4096),
+        ({"genai_config.json": '["model"]'}, 4096),
+        ({}, 4096),
+    ],
+)
+def test_phi3s_context_is_what_its_configuration_says_or_that_of_the_smallest(
+    tmp_path: Path, files: dict[str, str], expected: int
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert loader.phi3_context_length(Settings(phi3_path=tmp_path)) == expected
 
 
-def test_the_newest_adapter_wins_and_dpo_beats_the_same_date(tmp_path: Path) -> None:
-    make_adapters(tmp_path, "20251231", "20260102", "20260102-dpo", "20260101-dpo")
-    assert loader.get_latest_adapter_dir(tmp_path) == tmp_path / "20260102-dpo"
-    make_adapters(tmp_path, "20260103")
-    assert loader.get_latest_adapter_dir(str(tmp_path)) == tmp_path / "20260103"
-
-
-def test_what_is_no_dated_adapter_is_passed_over(tmp_path: Path) -> None:
-    make_adapters(tmp_path, "20260101", "20261399", "latest", "20270101-sft", "120270101")
-    (tmp_path / "20280101").mkdir()
-    (tmp_path / "20290101").write_text("a file")
-    assert loader.get_latest_adapter_dir(tmp_path) == tmp_path / "20260101"
-
-
-def test_no_folder_or_an_empty_one_has_no_adapter(tmp_path: Path) -> None:
-    assert loader.get_latest_adapter_dir(tmp_path) is None
-    assert loader.get_latest_adapter_dir(tmp_path / "nowhere") is None
-
-
-def test_an_adapters_date_is_that_of_its_name() -> None:
-    assert loader.adapter_date(Path("20260102-dpo")) == datetime.date(2026, 1, 2)
-    assert loader.adapter_date(Path("20260230")) is None
-
-
-def test_getters_load_once_and_keep(random_models: dict[str, str]) -> None:
+def test_getters_load_once_and_keep_a_tokenizer_that_no_text_ends(
+    random_models: dict[str, str],
+) -> None:
     script = """
 from llm_sidecar import loader
 first, second = loader.get_phi3_model_and_tokenizer(), loader.get_phi3_model_and_tokenizer()
 assert first[0] is second[0] and first[1] is second[1]
 assert loader.get_hermes_model_and_tokenizer()[0] is not first[0]
+text = chr(0x4fa1) * 9000 + chr(0) + "x"
+assert first[1].decode(first[1].encode(text).ids) == text
 """
     command = [sys.executable, "-c", script]
     environ = random_models | {"PYTHONPATH": str(ROOT)}

@@ -130,10 +130,12 @@ def of_requests(server: LiveServer) -> list[dict[str, Any]]:
 
 def test_a_server_logs_json_with_one_line_a_request(tmp_path: Path) -> None:
     with serve(tmp_path) as server:
+        server.wait_until_database_is_open()
         ask = server.client
         ask.post("/speak?why=hidden", json={"text": "hidden"}, headers={"X-Request-ID": "one"})
         ask.post("/speak/", json={"hidden": 1}, headers={"X-Request-ID": "two"})
         ask.get("/hidden", headers={"X-Request-ID": "three"})
+        ask.delete("/feedback/hidden", headers={"X-Request-ID": "four"})
         ask.get("/health")
         ask.get("/health/ready")
         ask.get("/metrics")
@@ -146,6 +148,7 @@ def test_a_server_logs_json_with_one_line_a_request(tmp_path: Path) -> None:
         ("one", "POST", "/speak", 200),
         ("two", "POST", "/speak", 422),
         ("three", "GET", "unmatched", 404),
+        ("four", "DELETE", "/feedback/{feedback_id}/", 404),
     ]
     assert all(line["duration_ms"] > 0 for line in seen)
     assert "uvicorn.error" in loggers

@@ -94,6 +94,23 @@ MALFORMED = {
     b"Upgrade: websocket\r\nSec-WebSocket-Key: eA==\r\nSec-WebSocket-Version: 13\r\n\r\n",
     "an odd path": b"GET /%ff%00%2e%2e/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
 }
+STATUSES = {
+    "no request": 400,
+    "no version": 200,
+    "a bad version": 400,
+    "a bad header": 400,
+    "a bad length": 400,
+    "two lengths": 400,
+    "length and chunks": 400,
+    "a bad chunk": 400,
+    "a huge body": 413,
+    "a huge header": 200,
+    "a huge path": 400,
+    "half a body": 408,
+    "half a chunk": 408,
+    "a websocket": 401,
+    "an odd path": 401,
+}
 
 
 def is_whole(answer: bytes) -> bool:
@@ -103,20 +120,21 @@ def is_whole(answer: bytes) -> bool:
     return length is not None and len(body) >= int(length[1])
 
 
-@pytest.mark.parametrize("request_", MALFORMED.values(), ids=MALFORMED)
-def test_what_is_no_good_request_leaves_it_serving(strict: LiveServer, request_: bytes) -> None:
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_what_is_no_good_request_leaves_it_serving(strict: LiveServer, kind: str) -> None:
     host, port = strict.url.removeprefix("http://").split(":")
     answer = b""
+    reset = False
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         try:
-            connection.sendall(request_)
+            connection.sendall(MALFORMED[kind])
             while not is_whole(answer) and (data := connection.recv(1 << 16)):
                 answer += data
         except ConnectionError:
-            # Closed over what was still being sent.
-            pass
-    status = int(answer.split(b" ")[1]) if answer else None
-    assert status is None or 200 <= status < 500, answer
+            reset = True
+    # Closed over what was still being sent, a connection may lose its answer.
+    if not (reset and kind == "a huge path"):
+        assert int(answer.split(b" ")[1]) == STATUSES[kind], answer
     assert b"Traceback" not in answer
     assert strict.client.get("/health/live").status_code == 200
 

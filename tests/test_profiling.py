@@ -105,7 +105,7 @@ def test_the_page_works_in_a_browser(profiled: LiveServer, tmp_path: Path) -> No
     dom = done.stdout
     assert 'id="model-calls"' in dom
     # Rows that only the page's script can have made.
-    assert "frame-content" in dom or "call-stack" in dom
+    assert "call-stack" in dom
     assert "Refused to" not in done.stderr
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from llm_sidecar.db import Store
 from llm_sidecar.event_bus import EventBus
+from llm_sidecar.grounding import ungrounded_fields
 from tests.live_server import ROOT, LiveServer, free_port, is_running, serve
 
 PROMPT = {"prompt": "Long ABC from 100, now 112.5, RSI 81."}
@@ -133,6 +134,8 @@ def test_a_killed_server_leaves_no_worker(random_models: dict[str, str], tmp_pat
 
 
 def test_a_killed_worker_is_503_and_the_next_request_succeeds(server: LiveServer) -> None:
+    restarts = server.client.get("/health").json()["models"]["hermes"]["restarts"]
+
     async def kill_midway() -> httpx.Response:
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
             await client.post("/generate/hermes", json=PROMPT | {"max_length": 1})
@@ -149,7 +152,7 @@ def test_a_killed_worker_is_503_and_the_next_request_succeeds(server: LiveServer
     assert int(response.headers["Retry-After"]) >= 1
     again = server.client.post("/generate/hermes", json=PROMPT | {"max_length": 5})
     assert again.status_code == 200
-    assert server.client.get("/health").json()["models"]["hermes"]["restarts"] >= 1
+    assert server.client.get("/health").json()["models"]["hermes"]["restarts"] == restarts + 1
 
 
 def test_reloading_leaves_no_worker(random_models: dict[str, str], tmp_path: Path) -> None:
@@ -270,6 +273,10 @@ async def test_feedback_that_is_heard_before_the_database_is_there_is_stored(
             await asyncio.to_thread(wait_for_rows, server, 1)
     finally:
         await bus.close()
+    store = await Store.open(tmp_path / "lancedb")
+    rows = await store.last("phi3_feedback", 0)
+    await store.close()
+    assert [{name: row[name] for name in feedback} for row in rows] == [feedback]
 
 
 async def test_feedback_that_several_sidecars_hear_is_stored_once(
@@ -331,7 +338,7 @@ async def test_a_walk_leaves_a_run_and_a_score(
     store = await Store.open(tmp_path / "lancedb")
     found = await store.transaction(transaction)
     await store.close()
-    assert found.pop("phi3_feedback") == []
+    assert found.pop("phi3_feedback") == found.pop("feedback_withdrawals") == []
     run, score, proposal = (rows[0] for rows in found.values())
     assert run["status"] == "success"
     assert run["input_query"] == PROMPT["prompt"]
@@ -344,4 +351,8 @@ async def test_a_walk_leaves_a_run_and_a_score(
     assert proposal["score"] == score["score"]
     assert proposal["model"] == response.headers["X-Model"]
     assert proposal["adapter"] is None
+    missing = ungrounded_fields(response.json()["phi3_proposal"], PROMPT["prompt"])
+    # Random weights name no ticker of anybody's.
+    assert missing[0] == "ticker"
+    assert proposal["grounded"] == response.headers["X-Grounded"] == ",".join(missing)
     assert all(seconds > 0 for seconds in proposal["latencies"].values())

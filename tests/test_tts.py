@@ -1,10 +1,9 @@
-"""Splitting, WAVs, references, the embedded voice, and the speaker that puts them on the bus."""
+"""References, the embedded voice, and the speaker that puts its parts on the bus."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import re
 import struct
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from llm_sidecar.tts.espeak import EspeakVoice
 from llm_sidecar.tts.listeners import BACKLOG, AudioListeners
 from llm_sidecar.tts.reference import MAX_REFERENCE_BYTES, read_reference
 from llm_sidecar.tts.speaker import Speaker
-from llm_sidecar.tts.text import MAX_PART, pause_after, plain, split
+from llm_sidecar.tts.text import split
 from llm_sidecar.tts.voice import AUDIO_BYTES, Reference, Voice, Wav
 
 LONG = " ".join(f"The position number {n} is up and its stop moves with it." for n in range(20))
@@ -43,69 +42,7 @@ async def parts_of(text: str, exaggeration: float = 0.5, voice: Voice | None = N
     return [part async for part in speech]
 
 
-# Splitting
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("Hello there.", ["Hello there."]),
-        ("Sell it. The trend is over!", ["Sell it.", "The trend is over!"]),
-        ("Up 3.5 % vs. ES=F, e.g. to 1,234.56 today.", None),
-        ("BRK.B of Apple Inc. Or the U.S. Treasury, by Dr. Smith.", None),
-        ("1. Buy AAPL now.", None),
-        ("It closed at 182.40. Then it fell.", ["It closed at 182.40.", "Then it fell."]),
-        ("He said “Buy!” Then he left.", ["He said “Buy!”", "Then he left."]),
-        ("wait... then buy", None),
-        ("A heading\n\nAnd the text", ["A heading", "And the text"]),
-        (" \n\t ", []),
-    ],
-)
-def test_a_text_is_split_at_sentences_and_nowhere_else(text: str, parts: list[str] | None) -> None:
-    assert split(text) == ([text] if parts is None else parts)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        LONG,
-        "value 1,234.56 and BRK.B or ES=F; " * 60,
-        "word " * 999,
-        "One. Two. " * 300,
-        "Ends in dots ... - and dashes — here: " * 40,
-        "“Quoted?” (Yes.) No! " * 50,
-    ],
-)
-def test_no_part_is_long_and_together_they_are_every_word(text: str) -> None:
-    parts = split(text)
-    assert max(map(len, parts)) <= MAX_PART
-    assert " ".join(parts).split() == text.split()
-
-
-def test_a_long_sentence_is_split_at_clauses_and_its_first_part_is_short() -> None:
-    sentence = ", ".join(["the stop moves up because the trend holds"] * 20)
-    first, *rest = split(sentence)
-    assert len(first) <= 120
-    assert all(part.endswith(",") for part in [first, *rest[:-1]])
-
-
-def test_a_word_longer_than_a_part_is_cut() -> None:
-    assert "".join(split("7" * 1000)) == "7" * 1000
-
-
-def test_short_sentences_after_the_first_go_together() -> None:
-    assert len(split("One is done. " * 100)) < 30
-
-
-def test_control_characters_are_spaces_and_invisible_ones_go() -> None:
-    assert plain("a\x00b\x01c\x7f\x1b[d \ue000\ud800so\u00adft\u200b") == "a b c  [d   soft"
-
-
-def test_a_pause_is_as_long_as_the_cut_is_deep() -> None:
-    assert pause_after("The end.”") > pause_after("so far,") > pause_after("so") == 0.0
-
-
-# WAVs and references
+# References
 
 
 def riff(kind: int, bits: int, data: bytes, *, channels: int = 1, extra: bytes = b"") -> bytes:
@@ -115,36 +52,6 @@ def riff(kind: int, bits: int, data: bytes, *, channels: int = 1, extra: bytes =
     body += b"LIST" + struct.pack("<I", 3) + b"abc\0"
     body += b"data" + struct.pack("<I", len(data)) + data
     return b"RIFF" + struct.pack("<I", len(body)) + body
-
-
-def test_a_wav_is_read_as_it_was_written() -> None:
-    spoken = tone(0.1)
-    read = wav.decode(wav.encode(spoken))
-    assert read.sample_rate == spoken.sample_rate
-    assert np.array_equal(read.samples, spoken.samples)
-
-
-@pytest.mark.parametrize(
-    ("kind", "bits", "data"),
-    [
-        (1, 8, bytes([128, 192, 64])),
-        (1, 16, np.array([0, 2**14, -(2**14)], "<i2").tobytes()),
-        (1, 24, b"\0\0\0" + b"\0\0\x40" + b"\0\0\xc0"),
-        (1, 32, np.array([0, 2**30, -(2**30)], "<i4").tobytes()),
-        (3, 32, np.array([0, 0.5, -0.5], "<f4").tobytes()),
-        (3, 64, np.array([0, 0.5, -0.5], "<f8").tobytes()),
-    ],
-)
-def test_every_usual_format_gives_the_same_samples(kind: int, bits: int, data: bytes) -> None:
-    expected = [0, 2**14, -(2**14)]
-    assert wav.decode(riff(kind, bits, data)).samples.tolist() == expected
-    extensible = struct.pack("<HHIH", 22, bits, 0, kind) + b"\0" * 14
-    assert wav.decode(riff(0xFFFE, bits, data, extra=extensible)).samples.tolist() == expected
-
-
-def test_channels_are_mixed() -> None:
-    stereo = np.array([[100, 300], [-100, -300]], "<i2").tobytes()
-    assert wav.decode(riff(1, 16, stereo, channels=2)).samples.tolist() == [200, -200]
 
 
 def test_a_reference_is_the_file_as_sent_and_its_length() -> None:
@@ -181,13 +88,6 @@ def test_a_reference_of_too_many_bytes_is_refused() -> None:
 def test_a_bad_reference_is_refused_in_one_sentence(encoded: str) -> None:
     with pytest.raises(InvalidRequest, match=r"^ref_wav_b64: [^\n]{5,100}$"):
         read_reference(encoded)
-
-
-def test_the_ends_of_a_part_fade() -> None:
-    part = wav.soften(Wav(np.full(1000, 9000, np.int16), 22_050), pause=0.1)
-    assert part.samples[0] == part.samples[999] == 0
-    assert part.samples[500] == 9000
-    assert len(part.samples) == 1000 + 2205
 
 
 # The embedded voice
@@ -355,8 +255,9 @@ async def test_a_full_queue_and_a_passed_deadline_are_errors(bus: EventBus) -> N
     with pytest.raises(QueueFull) as caught:
         await speaker.speak("2")
     assert caught.value.retry_after
-    with pytest.raises(DeadlineExceeded):
+    with pytest.raises(DeadlineExceeded, match=r"0\.0 s waiting, \d\.\d s speaking") as late:
         await first
+    assert late.value.retry_after == 1
 
 
 async def test_the_setting_and_who_is_there_choose_the_voice(bus: EventBus) -> None:
@@ -380,14 +281,29 @@ async def test_only_a_voice_that_clones_is_given_the_reference(bus: EventBus) ->
     assert not (await Speaker(bus).speak("one", 0.5, reference)).cloned
 
 
-@pytest.mark.parametrize("text", ["...", "?!", "\N{WHITE SMILING FACE}", "\N{HANGUL FILLER}"])
-async def test_what_has_no_sound_is_bad_input_or_spoken(bus: EventBus, text: str) -> None:
-    try:
-        spoken = await Speaker(bus).speak(text)
-    except InvalidRequest as error:
-        assert re.match("text: ", error.detail)
-    else:
-        assert len(wav.decode(spoken.wav).samples)
+@pytest.mark.parametrize("text", ["...", "?!", "\N{WHITE SMILING FACE}", " "])
+async def test_a_text_without_letter_or_digit_is_bad_input(bus: EventBus, text: str) -> None:
+    speaker, queue = Speaker(bus), await heard(bus)
+    with pytest.raises(InvalidRequest, match=r"^text: there is no letter or digit in it to speak$"):
+        await speaker.speak(text)
+    assert queue.empty()
+    assert speaker.status()["spoken"] == 0
+
+
+async def test_a_letter_that_the_voice_cannot_say_is_bad_input(bus: EventBus) -> None:
+    speaker, queue = Speaker(bus), await heard(bus)
+    with pytest.raises(
+        InvalidRequest, match=r"^text: the voice knows no sound for anything in it$"
+    ):
+        await speaker.speak("\N{MATHEMATICAL DOUBLE-STRUCK DIGIT ZERO}")
+    assert queue.empty()
+    assert speaker.status()["spoken"] == 0
+
+
+@pytest.mark.parametrize("text", ["\N{HANGUL FILLER}", "\N{VULGAR FRACTION ONE HALF}", "☺1"])
+async def test_a_single_odd_letter_or_digit_is_spoken(bus: EventBus, text: str) -> None:
+    spoken = await Speaker(bus).speak(text)
+    assert loudness(wav.decode(spoken.wav).samples) > 1000
 
 
 async def test_a_closed_speaker_refuses_and_has_closed_its_voices(bus: EventBus) -> None:

@@ -16,7 +16,7 @@ from llm_sidecar.errors import DeadlineExceeded, InvalidRequest, QueueFull, Voic
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.tts import wav as wavs
 from llm_sidecar.tts.messages import ANNOUNCED, requested
-from llm_sidecar.tts.remote import RemoteVoice
+from llm_sidecar.tts.remote import RETRY_AFTER, RemoteVoice
 from llm_sidecar.tts.voice import Reference, Wav
 from llm_sidecar.tts.worker import SpeechWorker
 from tests.redis_server import RedisServer, require_redis
@@ -212,11 +212,15 @@ async def test_two_workers_share_the_work(house: House) -> None:
         voice.gate.clear()
         await house.worker(voice)
     await until(lambda: len(sidecar.workers()) == 2)
-    asking = [asyncio.create_task(say(sidecar, "word")) for _ in range(2)]
+    asking = [asyncio.create_task(say(sidecar, word)) for word in ("one", "three")]
     await until(lambda: all(voice.begun for voice in voices))
     for voice in voices:
         voice.gate.set()
-    await asyncio.gather(*asking)
+    one, three = await asyncio.gather(*asking)
+    assert same(one, [tone("one")])
+    assert same(three, [tone("three")])
+    # Each text is spoken by one worker: neither by both, nor twice.
+    assert sorted(voice.begun for voice in voices) == [["one"], ["three"]]
 
 
 async def test_a_cancelled_request_is_not_spoken_on(house: House) -> None:
@@ -467,8 +471,9 @@ async def test_a_part_that_takes_too_long_ends_the_request(house: House) -> None
     sidecar = await house.sidecar(part_timeout=0.2)
     await house.worker(voice)
     await until(lambda: sidecar.available)
-    with pytest.raises(DeadlineExceeded):
+    with pytest.raises(DeadlineExceeded) as caught:
         await say(sidecar, "word")
+    assert caught.value.retry_after == RETRY_AFTER
     await until(lambda: voice.given_up)
 
 

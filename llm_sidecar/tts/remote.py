@@ -227,7 +227,9 @@ class RemoteVoice:
                     return await answers.get()
             if time.monotonic() >= deadline:
                 raise DeadlineExceeded(
-                    f"the voice did not speak the next part within {self._part_timeout:.0f} s"
+                    f"the voice did not speak the next part within {self._part_timeout:.0f} s; "
+                    "try again later or with less text.",
+                    retry_after=RETRY_AFTER,
                 )
             if time.monotonic() >= self._alive_until(worker_id):
                 raise VoiceUnavailable(

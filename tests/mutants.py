@@ -1,0 +1,162 @@
+"""Makes small changes to the code that decides something, and says which of them no test notices.
+
+    make mutants
+    .venv/bin/python -m tests.mutants llm_sidecar.reward   # one module alone
+
+mutmut makes the changes (mutants) and runs the tests of `tests/unit` that reach each of them, in a
+process that it forks. A mutant is killed when a test fails. A crash or a timeout proves nothing
+about the tests, so it counts neither way. `docs/testing.md` has the reason for each survivor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from mutmut.mutation.diff_apply import get_diff_for_mutant
+
+SCOPE: Final = (
+    "llm_sidecar.archive.*",
+    "llm_sidecar.db.questions.x_json_object*",
+    "llm_sidecar.db.schema.*",
+    "llm_sidecar.hermes_plugin.*",
+    "llm_sidecar.loader.x_get_latest_adapter_dir*",
+    "llm_sidecar.loader.x_find_adapter_dir*",
+    "llm_sidecar.loader.x__adapters*",
+    "llm_sidecar.loader.x_adapter_date*",
+    "llm_sidecar.proposals.*",
+    "llm_sidecar.reward.*",
+    "llm_sidecar.settings.*",
+    "llm_sidecar.sidecar.xǁSidecarǁ*propose*",
+    "llm_sidecar.sidecar.xǁSidecarǁ*score*",
+    "llm_sidecar.sidecar.xǁSidecarǁ*feedback*",
+    "llm_sidecar.sidecar.xǁSidecarǁ_log_run*",
+    "llm_sidecar.sidecar.xǁSidecarǁ_keep*",
+    "llm_sidecar.sidecar.x__uuid_or_none*",
+    "llm_sidecar.tts.text.*",
+    "llm_sidecar.tts.wav.*",
+    "osiris.access.*",
+    "osiris.admission.*",
+    "osiris.llm_client.core.*",
+    "osiris.paths.*",
+    "osiris.routes.feedback.*",
+)
+"""mutmut's names of the functions that decide something, in the modules of `tool.mutmut`."""
+LEAST_SHARE: Final = 0.9
+"""Of the mutants that were killed or survived, those that have to be killed."""
+
+_ROOT: Final = Path(__file__).resolve().parent.parent
+_MUTANTS: Final = _ROOT / "mutants"
+_REASONS: Final = _ROOT / "docs" / "testing.md"
+_KILLED: Final = 1
+"""The exit status of pytest where a test has failed."""
+_SURVIVED: Final = (0, 5, 33)
+"""All tests passed; pytest found none; mutmut knows of none."""
+
+
+class Survivor(NamedTuple):
+    """A change that no test notices, on one line."""
+
+    function: str
+    change: str
+
+    def __str__(self) -> str:
+        return f"`{self.function}`: {self.change}"
+
+
+def results(scope: tuple[str, ...]) -> Iterator[tuple[str, int | None]]:
+    """Each mutant's name, and the exit status of its tests."""
+    for path in sorted(_MUTANTS.rglob("*.py.meta")):
+        for name, status in json.loads(path.read_text())["exit_code_by_key"].items():
+            if any(fnmatch.fnmatch(name, pattern) for pattern in scope):
+                yield name, status
+
+
+def survivor(name: str) -> Survivor:
+    """What a mutant changed."""
+    module, _, mangled = name.rpartition(".")
+    # x_split__mutmut_3, or xǁApiKeysǁ_knows__mutmut_3 for a method
+    function = mangled.partition("__mutmut_")[0][1:].lstrip("ǁ").replace("ǁ", ".")
+    function = function if "." in function else function.removeprefix("_")
+    lines = [line for line in get_diff_for_mutant(name).splitlines()[2:] if line[0] in "+-"]
+    gone = " ".join(line[1:].strip() for line in lines if line[0] == "-")
+    come = " ".join(line[1:].strip() for line in lines if line[0] == "+")
+    return Survivor(f"{module}.{function}", f"`{gone}` becomes `{come}`")
+
+
+def main() -> int:
+    """Runs mutmut and reports; the exit status is 0 where enough are killed, and each survivor has
+    its reason."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("modules", nargs="*", help="only these, such as llm_sidecar.reward")
+    parser.add_argument("--children", type=int, default=os.cpu_count(), metavar="N")
+    parser.add_argument("--report", action="store_true", help="of the last run, without another")
+    options = parser.parse_args()
+    scope = tuple(
+        pattern
+        for pattern in SCOPE
+        if not options.modules or pattern.startswith(tuple(f"{m}." for m in options.modules))
+    )
+    os.chdir(_ROOT)
+    if not options.report:
+        mutmut = Path(sys.executable).parent / "mutmut"
+        command = [str(mutmut), "run", "--max-children", str(options.children), *scope]
+        if subprocess.run(command, check=False).returncode:
+            return 1
+    return report(scope)
+
+
+def report(scope: tuple[str, ...]) -> int:
+    """Prints the share of each module, what is unknown and each survivor."""
+    killed: defaultdict[str, int] = defaultdict(int)
+    survived: defaultdict[str, list[Survivor]] = defaultdict(list)
+    unknown: list[tuple[str, int | None]] = []
+    modules: set[str] = set()
+    for name, status in results(scope):
+        module = name.rpartition(".")[0]
+        modules.add(module)
+        if status == _KILLED:
+            killed[module] += 1
+        elif status in _SURVIVED:
+            survived[module].append(survivor(name))
+        else:
+            unknown.append((name, status))
+    for module in sorted(modules):
+        print(_share(module, killed[module], len(survived[module])))
+    survivors = [one for module in sorted(modules) for one in survived[module]]
+    print(_share("together", sum(killed.values()), len(survivors)))
+    print(f"\n{len(unknown)} unknown: a crash (negative: of a signal) or a timeout")
+    for name, status in unknown:
+        print(f"  {name}: exit status {status}")
+    reasons = _REASONS.read_text()
+    unexplained = [one for one in survivors if str(one) not in reasons]
+    for title, found in (
+        (
+            "survivors with a reason in docs/testing.md",
+            [s for s in survivors if s not in unexplained],
+        ),
+        ("survivors without one", unexplained),
+    ):
+        print(f"\n{len(found)} {title}")
+        for one in found:
+            print(f"  {one}")
+    total = sum(killed.values()) + len(survivors)
+    return int(bool(unexplained) or not total or sum(killed.values()) / total < LEAST_SHARE)
+
+
+def _share(name: str, killed: int, survived: int) -> str:
+    total = killed + survived
+    percent = f"{100 * killed / total:.1f} %" if total else "-"
+    return f"{name:32} {killed:5} of {total:5} killed: {percent:>7}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

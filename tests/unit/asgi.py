@@ -1,0 +1,76 @@
+"""ASGI apps without a server: requests as middleware sees them, and what it lets through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import httpx
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+class Inner:
+    """The app behind a middleware: answers 200 with `inner`.
+
+    Attributes:
+        scopes: of what reached it.
+    """
+
+    def __init__(self) -> None:
+        self.scopes: list[Scope] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scopes.append(scope)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"inner"})
+
+
+def client(app: ASGIApp, root_path: str = "") -> httpx.AsyncClient:
+    """A client whose requests go to the app directly."""
+    transport = httpx.ASGITransport(app=app, root_path=root_path)
+    return httpx.AsyncClient(transport=transport, base_url="http://test")
+
+
+class Call:
+    """One call of an app, message by message.
+
+    Attributes:
+        received: messages still to be received.
+        sent: what the app has sent.
+    """
+
+    def __init__(self, *received: Message) -> None:
+        self.received = list(received)
+        self.sent: list[Message] = []
+
+    async def receive(self) -> Message:
+        return self.received.pop(0)
+
+    async def send(self, message: Message) -> None:
+        self.sent.append(message)
+
+    @property
+    def status(self) -> int:
+        status: int = self.sent[0]["status"]
+        return status
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.sent)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        raw: Sequence[tuple[bytes, bytes]] = self.sent[0]["headers"]
+        return {name.decode().lower(): value.decode() for name, value in raw}
+
+
+def http_scope(path: str, **changes: Any) -> dict[str, Any]:
+    """The scope of a POST request."""
+    scope: Mapping[str, Any] = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "query_string": b"",
+        "headers": [],
+    }
+    return {**scope, **changes}

@@ -1,0 +1,130 @@
+"""API keys: who gets through, and what the others hear."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import SecretStr
+
+from osiris.access import ApiKeys
+from tests.unit.asgi import Call, Inner, client, http_scope
+
+ONE, TWO = "first-key-0123456789", "second-key-012345678"
+REFUSED = {
+    "detail": (
+        "This needs an API key that the server knows: send it as Authorization: Bearer KEY, or as "
+        "X-API-Key: KEY."
+    )
+}
+
+
+def guarded(*, metrics_need_key: bool = False) -> tuple[ApiKeys, Inner]:
+    inner = Inner()
+    return ApiKeys(inner, [SecretStr(ONE), SecretStr(TWO)], metrics_need_key), inner
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Authorization": f"Bearer {ONE}"},
+        {"Authorization": f"Bearer {TWO}"},
+        {"Authorization": f"bearer  {TWO} "},
+        {"AUTHORIZATION": f"BEARER {ONE}"},
+        {"X-API-Key": ONE},
+        {"x-api-key": TWO},
+        {"X-API-Key": "wrong", "Authorization": f"Bearer {ONE}"},
+        {"X-API-Key": ONE, "Authorization": "Bearer wrong"},
+        {"X-API-Key": ONE, "Authorization": "Basic dXNlcg=="},
+    ],
+)
+async def test_each_key_opens_in_each_header(headers: dict[str, str]) -> None:
+    app, inner = guarded()
+    async with client(app) as asking:
+        response = await asking.post("/generate/", json={"prompt": "x"}, headers=headers)
+    assert (response.status_code, response.text) == (200, "inner")
+    assert [scope["path"] for scope in inner.scopes] == ["/generate/"]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": ""},
+        {"Authorization": "Bearer"},
+        {"Authorization": "Bearer "},
+        {"Authorization": f"Basic {ONE}"},
+        {"Authorization": ONE},
+        {"Authorization": f" {ONE}"},
+        {"Authorization": f"Bearer {ONE}x"},
+        {"Authorization": f"Bearer {ONE[:-1]}"},
+        {"Authorization": f"Bearer {ONE.upper()}"},
+        {"Authorization": f"Bearer {ONE},{TWO}"},
+        {"Authorization": f"Bearer {ONE} {TWO}"},
+        {"X-API-Key": ""},
+        {"X-API-Key": f"Bearer {ONE}"},
+        {"X-API-Key": b"\xff\xfe"},
+        {"Authorization": b"Bearer \xff\xfe"},
+        {"Cookie": ONE},
+    ],
+)
+async def test_nothing_else_does(headers: dict[str, str]) -> None:
+    app, inner = guarded()
+    async with client(app) as asking:
+        response = await asking.post("/generate/", json={"prompt": "x"}, headers=headers)
+    assert response.status_code == 401
+    assert response.json() == REFUSED
+    assert response.headers["WWW-Authenticate"] == 'Bearer realm="sidecar"'
+    assert inner.scopes == []
+
+
+async def test_a_key_need_not_be_ascii() -> None:
+    inner = Inner()
+    app = ApiKeys(inner, [SecretStr("schlüssel-von-uns")], metrics_need_key=False)
+    async with client(app) as asking:
+        # Headers are bytes, read as Latin-1; the key's own bytes are UTF-8.
+        sent = {"X-API-Key": "schlüssel-von-uns".encode()}
+        assert (await asking.get("/docs", headers=sent)).status_code == 200
+
+
+async def test_a_refusal_reads_no_body() -> None:
+    app, _ = guarded()
+    call = Call()
+    # There is nothing to receive: asking for it would fail.
+    await app(http_scope("/generate/"), call.receive, call.send)
+    assert call.status == 401
+
+
+@pytest.mark.parametrize("path", ["/health", "/health/", "/health/live", "/health/ready"])
+@pytest.mark.parametrize("metrics_need_key", [False, True])
+async def test_the_probes_are_open(path: str, metrics_need_key: bool) -> None:
+    app, _ = guarded(metrics_need_key=metrics_need_key)
+    async with client(app) as asking:
+        assert (await asking.get(path)).status_code == 200
+
+
+@pytest.mark.parametrize(("metrics_need_key", "status"), [(False, 200), (True, 401)])
+async def test_the_metrics_are_open_unless_they_need_a_key(
+    metrics_need_key: bool, status: int
+) -> None:
+    app, _ = guarded(metrics_need_key=metrics_need_key)
+    async with client(app) as asking:
+        for path in ("/metrics", "/metrics/"):
+            assert (await asking.get(path)).status_code == status
+            shown = await asking.get(path, headers={"X-API-Key": ONE})
+            assert shown.status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/stream/audio", "/healthy"])
+async def test_every_other_path_is_closed(path: str) -> None:
+    app, _ = guarded()
+    async with client(app) as asking:
+        assert (await asking.get(path)).status_code == 401
+
+
+@pytest.mark.parametrize("kind", ["lifespan", "websocket"])
+async def test_only_http_needs_a_key(kind: str) -> None:
+    app, inner = guarded()
+    call = Call()
+    scope = http_scope("/generate/", type=kind)
+    await app(scope, call.receive, call.send)
+    assert inner.scopes == [scope]
+    assert call.body == b"inner"

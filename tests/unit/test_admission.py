@@ -1,0 +1,259 @@
+"""Admission: how many requests run at once, and none once the server drains."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from osiris import admission
+from osiris.admission import Admission
+from osiris.shutdown import Shutdown
+from tests.unit.asgi import Call, Inner, client, http_scope
+
+ENDING = {"detail": "The server is shutting down; try again."}
+
+
+class Held:
+    """An app that begins an answer, or does not, and waits until it may end.
+
+    Attributes:
+        go: set once it may end.
+        inside: requests that it has begun and not ended.
+    """
+
+    def __init__(self, *, answers_first: bool = False) -> None:
+        self.go = asyncio.Event()
+        self.inside = 0
+        self._answers_first = answers_first
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start: Message = {"type": "http.response.start", "status": 200, "headers": []}
+        if self._answers_first:
+            await send(start)
+        self.inside += 1
+        try:
+            await self.go.wait()
+        finally:
+            self.inside -= 1
+        if not self._answers_first:
+            await send(start)
+        await send({"type": "http.response.body", "body": b"held"})
+
+
+def shutdown() -> Shutdown:
+    return Shutdown(grace=1.0, drain=0.0)
+
+
+async def begin(app: Admission, path: str = "/generate/") -> tuple[asyncio.Task[None], Call]:
+    call = Call()
+    task = asyncio.create_task(app(http_scope(path), call.receive, call.send))
+    await asyncio.sleep(0)
+    return task, call
+
+
+async def test_as_many_requests_run_as_may_and_the_next_is_429() -> None:
+    inner = Held()
+    app = Admission(inner, 2, shutdown())
+    first, _ = await begin(app)
+    second, answered = await begin(app)
+    assert inner.inside == 2
+    async with client(app) as asking:
+        refused = await asking.post("/generate/")
+    assert refused.status_code == 429
+    assert refused.headers["Retry-After"] == "1"
+    assert refused.json() == {
+        "detail": "2 requests are at work, which is MAX_CONCURRENT_REQUESTS; try again later."
+    }
+    assert "Connection" not in refused.headers
+    inner.go.set()
+    await asyncio.gather(first, second)
+    assert (answered.status, answered.body) == (200, b"held")
+    async with client(app) as asking:
+        assert (await asking.post("/generate/")).status_code == 200
+
+
+async def test_a_request_that_fails_makes_room_again() -> None:
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        raise KeyError("broken")
+
+    app = Admission(broken, 1, shutdown())
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            await app(http_scope("/generate/"), Call().receive, Call().send)
+
+
+@pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready/", "/metrics"])
+async def test_probes_and_metrics_are_let_through_and_take_no_room(path: str) -> None:
+    inner = Held()
+    ending = shutdown()
+    app = Admission(inner, 1, ending)
+    probe, _ = await begin(app, path)
+    assert ending.running == 0
+    full, _ = await begin(app)
+    assert ending.running == 1
+    again, _ = await begin(app, path)
+    assert inner.inside == 3
+    inner.go.set()
+    await asyncio.gather(probe, full, again)
+
+
+@pytest.mark.parametrize("kind", ["lifespan", "websocket"])
+async def test_only_http_is_admitted(kind: str) -> None:
+    inner = Inner()
+    ending = shutdown()
+    ending.draining = True
+    call, scope = Call(), http_scope("/generate/", type=kind)
+    await Admission(inner, 0, ending)(scope, call.receive, call.send)
+    assert inner.scopes == [scope]
+    assert call.headers == {}
+
+
+# While the server drains
+
+
+async def test_new_work_is_refused_and_the_connection_closed() -> None:
+    inner = Inner()
+    ending = shutdown()
+    ending.draining = True
+    async with client(Admission(inner, 5, ending)) as asking:
+        refused = await asking.post("/generate/", json={"prompt": "x"})
+    assert refused.status_code == 503
+    assert refused.json() == ENDING
+    assert refused.headers["Retry-After"] == "5"
+    assert refused.headers["Connection"] == "close"
+    assert inner.scopes == []
+
+
+async def test_somebody_still_asking_holds_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    ending = shutdown()
+    ending.draining = True
+    noted: list[str] = []
+    monkeypatch.setattr(ending, "asked", lambda: noted.append("asked"))
+    app = Admission(Inner(), 5, ending)
+    async with client(app) as asking:
+        await asking.get("/health/live")
+        assert noted == []
+        await asking.post("/generate/")
+    assert noted == ["asked"]
+
+
+async def test_probes_are_answered_and_the_connection_closed() -> None:
+    ending = shutdown()
+    ending.draining = True
+    async with client(Admission(Inner(), 5, ending)) as asking:
+        answer = await asking.get("/health/ready")
+    assert (answer.status_code, answer.text) == (200, "inner")
+    assert answer.headers["Connection"] == "close"
+
+
+async def test_before_it_drains_connections_stay_open() -> None:
+    async with client(Admission(Inner(), 5, shutdown())) as asking:
+        for path in ("/health/ready", "/generate/"):
+            assert "Connection" not in (await asking.get(path)).headers
+
+
+async def test_a_request_that_ends_while_the_server_drains_closes_its_connection() -> None:
+    inner, ending = Held(), shutdown()
+    task, call = await begin(Admission(inner, 5, ending))
+    ending.draining = True
+    inner.go.set()
+    await task
+    assert (call.status, call.body) == (200, b"held")
+    assert call.headers["connection"] == "close"
+
+
+def body(size: int, *, more: bool = True) -> Message:
+    return {"type": "http.request", "body": b"x" * size, "more_body": more}
+
+
+@pytest.mark.parametrize(
+    ("messages", "left"),
+    [
+        ([body(10, more=False), body(10)], 1),
+        ([body(10), body(0), body(10, more=False), body(10)], 1),
+        # A mebibyte is read, and no more.
+        ([body((1 << 20) - 1), body(1), body(10)], 1),
+        ([body(1 << 20), body(10), body(10)], 2),
+        ([{"type": "http.disconnect"}, body(10)], 1),
+    ],
+)
+async def test_a_body_is_read_away_to_its_end_or_a_bound(
+    messages: list[Message], left: int
+) -> None:
+    ending = shutdown()
+    ending.draining = True
+    call = Call(*messages)
+    await Admission(Inner(), 5, ending)(http_scope("/speak"), call.receive, call.send)
+    assert call.status == 503
+    assert len(call.received) == left
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds: float = admission._BODY_SECONDS
+    assert seconds == 1.0
+    monkeypatch.setattr(admission, "_BODY_SECONDS", 0.01)
+    ending = shutdown()
+    ending.draining = True
+    call = Call()
+
+    async def never() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with asyncio.timeout(5):
+        await Admission(Inner(), 5, ending)(http_scope("/speak"), never, call.send)
+    assert (call.status, json.loads(call.body)) == (503, ENDING)
+
+
+async def test_a_request_that_is_cut_off_is_answered_with_503() -> None:
+    inner, ending = Held(), shutdown()
+    task, call = await begin(Admission(inner, 5, ending))
+    ending.draining = True
+    task.cancel()
+    await task
+    assert (call.status, json.loads(call.body)) == (503, ENDING)
+    assert call.headers["retry-after"] == "5"
+    assert call.headers["connection"] == "close"
+    assert inner.inside == 0
+    assert ending.running == 0
+
+
+async def test_a_request_that_is_cut_off_in_its_answer_gets_no_second_one() -> None:
+    inner, ending = Held(answers_first=True), shutdown()
+    task, call = await begin(Admission(inner, 5, ending))
+    ending.draining = True
+    task.cancel()
+    await task
+    assert [message["type"] for message in call.sent] == ["http.response.start"]
+    assert call.status == 200
+
+
+@pytest.mark.parametrize("answers_first", [False, True])
+async def test_a_request_that_is_cancelled_otherwise_is_cancelled(answers_first: bool) -> None:
+    task, call = await begin(Admission(Held(answers_first=answers_first), 5, shutdown()))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len(call.sent) == answers_first
+
+
+async def test_a_streams_body_is_passed_on_as_it_is() -> None:
+    sent: list[Any] = [
+        {"type": "http.response.start", "status": 206, "headers": [(b"x-part", b"1")]},
+        {"type": "http.response.body", "body": b"one", "more_body": True},
+        {"type": "http.response.body", "body": b"two"},
+    ]
+
+    async def stream(scope: Scope, receive: Receive, send: Send) -> None:
+        for message in sent:
+            await send(message)
+
+    call = Call()
+    await Admission(stream, 5, shutdown())(http_scope("/stream/audio"), call.receive, call.send)
+    assert call.sent == sent

@@ -1,0 +1,232 @@
+"""How Hermes is asked for a critique and a score, and how its answer is read: to the letter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from llm_sidecar import hermes_plugin, loader
+from llm_sidecar.engines import GenerationRequest, Message
+from llm_sidecar.errors import ModelUnavailable, QueueFull
+from tests.unit.fakes import FakeHost, completion
+
+PROPOSAL = {"ticker": "ABC", "action": "adjust", "new_stop_pct": 1.5, "rationale": "Größe zählt."}
+CONTEXT = "Long ABC from 100,\nnow 112.5."
+SYSTEM = {
+    "role": "system",
+    "content": (
+        "You are Hermes, the risk officer of a trading desk. You judge trade proposals by their "
+        "reward to risk, their stop and whether the rationale follows from the market context. A "
+        "score of 0 rejects, 10 is excellent."
+    ),
+}
+WRITTEN = (
+    '{"ticker":"ABC","action":"adjust","new_stop_pct":1.5,'
+    '"rationale":"Gr\\u00f6\\u00dfe z\\u00e4hlt."}'
+)
+ANSWERS = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10")
+CRITICISE = "Criticise this proposal in at most three sentences."
+SCORE = "Score it from 0 to 10, a number only."
+
+
+def in_context(task: str) -> list[dict[str, str]]:
+    content = f"Market context:\n{CONTEXT}\n\nProposal:\n{WRITTEN}\n\n{task}"
+    return [SYSTEM, {"role": "user", "content": content}]
+
+
+def alone(task: str) -> list[dict[str, str]]:
+    return [SYSTEM, {"role": "user", "content": f"Proposal:\n{WRITTEN}\n\n{task}"}]
+
+
+def probabilities(**found: float) -> dict[str, float]:
+    """Of all eleven answers: `_7=0.5` is that of 7, and those that are not named have none."""
+    return dict.fromkeys(ANSWERS, 0.0) | {name[1:]: value for name, value in found.items()}
+
+
+# What Hermes reads
+
+
+def test_the_messages_hold_context_proposal_and_task() -> None:
+    assert hermes_plugin.build_messages("Do it.", PROPOSAL, CONTEXT) == in_context("Do it.")
+    assert hermes_plugin.build_messages("Do it.", PROPOSAL) == alone("Do it.")
+
+
+def test_an_empty_context_is_one() -> None:
+    (_, turn) = hermes_plugin.build_messages("Do it.", {}, "")
+    assert turn["content"] == "Market context:\n\n\nProposal:\n{}\n\nDo it."
+
+
+def test_a_free_question_stands_alone() -> None:
+    asked = hermes_plugin.chat_messages("What now?")
+    assert asked == [SYSTEM, {"role": "user", "content": "What now?"}]
+
+
+def test_the_answers_are_the_numbers_from_0_to_10() -> None:
+    assert hermes_plugin.SCORE_ANSWERS == ANSWERS
+
+
+# What is asked of the model
+
+
+async def test_a_free_question_is_generated_without_guidance() -> None:
+    answer = completion("Sell.")
+    fake = FakeHost(answer)
+    assert await hermes_plugin.chat(fake.host, "What now?", max_tokens=12) is answer
+    messages = [SYSTEM, {"role": "user", "content": "What now?"}]
+    assert fake.asked == [GenerationRequest(messages, 12, None, 0.0, None)]
+
+
+async def test_a_free_questions_temperature_is_the_callers() -> None:
+    fake = FakeHost(completion("Sell."))
+    await hermes_plugin.chat(fake.host, "What now?", max_tokens=12, temperature=0.7)
+    messages = [SYSTEM, {"role": "user", "content": "What now?"}]
+    assert fake.asked == [GenerationRequest(messages, 12, None, 0.7, None)]
+
+
+async def test_a_critique_is_asked_in_its_context() -> None:
+    answer = completion("Thin.")
+    fake = FakeHost(answer, answer)
+    assert await hermes_plugin.assess(fake.host, PROPOSAL, CONTEXT, max_tokens=30) is answer
+    await hermes_plugin.assess(fake.host, PROPOSAL, max_tokens=31, temperature=0.5)
+    assert fake.asked == [
+        GenerationRequest(in_context(CRITICISE), 30, None, 0.0, None),
+        GenerationRequest(alone(CRITICISE), 31, None, 0.5, None),
+    ]
+
+
+async def test_a_score_is_read_from_the_probabilities_of_the_answers() -> None:
+    fake = FakeHost(probabilities(_0=0.1, _10=0.9), probabilities(_5=1.0))
+    assert await hermes_plugin.score(fake.host, PROPOSAL, CONTEXT) == pytest.approx(0.9)
+    assert await hermes_plugin.score(fake.host, PROPOSAL) == pytest.approx(0.5)
+    assert fake.asked == [(in_context(SCORE), ANSWERS), (alone(SCORE), ANSWERS)]
+
+
+async def test_an_error_of_the_model_reaches_whoever_asked() -> None:
+    fake = FakeHost(*[QueueFull("full", retry_after=3) for _ in range(3)])
+    for asking in (
+        hermes_plugin.chat(fake.host, "What now?", max_tokens=12),
+        hermes_plugin.assess(fake.host, PROPOSAL, max_tokens=12),
+        hermes_plugin.score(fake.host, PROPOSAL),
+    ):
+        with pytest.raises(QueueFull, match="full"):
+            await asking
+
+
+# The score
+
+
+@pytest.mark.parametrize(
+    ("found", "score"),
+    [
+        (probabilities(_0=1.0), 0.0),
+        (probabilities(_10=1.0), 1.0),
+        (probabilities(_7=1.0), 0.7),
+        (probabilities(_0=0.1, _10=0.9), 0.9),
+        (probabilities(_2=0.25, _4=0.75), 0.35),
+        # They need not add up to one.
+        (probabilities(_6=0.001), 0.6),
+        (probabilities(_1=0.2, _2=0.2, _3=0.2), 0.2),
+        (dict.fromkeys(ANSWERS, 1 / 11), 0.5),
+        # What is no answer does not count.
+        (probabilities(_10=0.5) | {"eleven": 0.5}, 1.0),
+    ],
+)
+def test_the_score_is_the_mean_of_the_answers_divided_by_ten(
+    found: dict[str, float], score: float
+) -> None:
+    assert hermes_plugin.expected_score(found) == pytest.approx(score, abs=1e-12)
+
+
+@pytest.mark.parametrize("nothing", [0.0, float("nan")])
+def test_without_any_probability_there_is_no_score(nothing: float) -> None:
+    with pytest.raises(ValueError, match=r"^none of the answers 0 to 10 has any probability$"):
+        hermes_plugin.expected_score(dict.fromkeys(ANSWERS, nothing))
+
+
+async def test_a_model_that_gives_no_answer_any_probability_is_unavailable() -> None:
+    fake = FakeHost(probabilities())
+    with pytest.raises(ModelUnavailable) as caught:
+        await hermes_plugin.score(fake.host, PROPOSAL)
+    assert caught.value.detail == (
+        "hermes gave no score: none of the answers 0 to 10 has any probability"
+    )
+    assert caught.value.retry_after == 1
+
+
+async def test_a_score_of_little_mass_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    fake = FakeHost(probabilities(_4=0.3, _5=0.1), probabilities(_4=0.25, _5=0.25))
+    await hermes_plugin.score(fake.host, PROPOSAL)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "hermes gives the answers 0 to 10 a probability of only 0.400")
+    ]
+    caplog.clear()
+    # From a half on it is enough.
+    await hermes_plugin.score(fake.host, PROPOSAL)
+    assert caplog.messages == []
+
+
+# For scripts
+
+
+class FakeEngine:
+    """Hermes in this process."""
+
+    def __init__(self, answer: dict[str, float] | Exception) -> None:
+        self._answer = answer
+        self.asked: list[tuple[Sequence[Message], Sequence[str]]] = []
+
+    def answer_probabilities(
+        self, messages: Sequence[Message], answers: Sequence[str]
+    ) -> dict[str, float]:
+        self.asked.append((messages, answers))
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return self._answer
+
+
+@pytest.mark.parametrize("score", [0.0, 0.3, 0.8, 1.0])
+def test_a_script_gets_the_score_of_the_loaded_model(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, score: float
+) -> None:
+    engine = FakeEngine(probabilities(_0=1 - score, _10=score))
+    monkeypatch.setattr(loader, "get_hermes_engine", lambda: engine)
+    assert hermes_plugin.score_with_hermes(PROPOSAL, CONTEXT) == pytest.approx(score)
+    assert hermes_plugin.score_with_hermes(PROPOSAL) == pytest.approx(score)
+    assert engine.asked == [(in_context(SCORE), ANSWERS), (alone(SCORE), ANSWERS)]
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("failure", "logged"),
+    [
+        (ModelUnavailable("it is not there"), "scoring failed: it is not there"),
+        (RuntimeError("'Größe zählt' does not fit"), "scoring failed: RuntimeError"),
+        (
+            probabilities(),
+            "scoring failed: hermes gave no score: none of the answers 0 to 10 has any probability",
+        ),
+    ],
+)
+def test_a_script_gets_minus_one_where_scoring_fails_and_the_log_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    failure: Any,
+    logged: str,
+) -> None:
+    monkeypatch.setattr(loader, "get_hermes_engine", lambda: FakeEngine(failure))
+    assert hermes_plugin.score_with_hermes(PROPOSAL) == -1.0
+    said = [r for r in caplog.records if r.levelname == "ERROR"]
+    assert [record.getMessage() for record in said] == [logged]
+
+
+def test_a_script_gets_minus_one_where_the_model_does_not_load(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise ModelUnavailable("set HERMES_MODEL_PATH")
+
+    monkeypatch.setattr(loader, "get_hermes_engine", fail)
+    assert hermes_plugin.score_with_hermes(PROPOSAL) == -1.0
+    assert caplog.messages == ["scoring failed: set HERMES_MODEL_PATH"]

@@ -1,0 +1,355 @@
+"""What a client decides: when to try again, how long to wait, what an answer means."""
+
+from __future__ import annotations
+
+import base64
+import random
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import httpx
+import pytest
+
+from osiris.llm_client import core
+from osiris.llm_client.core import AudioEvents, Core, Reply, as_connection_error, authorization
+from osiris.llm_client.errors import (
+    LLMClientConnectionError,
+    LLMClientError,
+    LLMClientHTTPError,
+)
+
+NOW = 1_767_312_000.0
+"""2026-01-02 00:00:00 UTC, in seconds since 1970."""
+REQUEST = httpx.Request("POST", "http://h/generate/", headers={"X-Request-ID": "ours"})
+
+
+@pytest.fixture(autouse=True)
+def without_chance(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
+    """The backoff's random part, which gives its greatest value; the ranges that were asked for."""
+    ranges: list[tuple[float, float]] = []
+
+    def uniform(low: float, high: float) -> float:
+        ranges.append((low, high))
+        return high
+
+    monkeypatch.setattr(random, "uniform", uniform)
+    return ranges
+
+
+def made(retries: int = 3, backoff_factor: float = 0.5, base_url: str | None = "http://h") -> Core:
+    return Core(base_url, retries, backoff_factor, lambda: NOW)
+
+
+def answer(status: int, *, detail: Any = None, text: str = "", **headers: str) -> httpx.Response:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    if detail is not None:
+        return httpx.Response(status, json={"detail": detail}, headers=named)
+    return httpx.Response(status, text=text, headers=named)
+
+
+def carry_out(
+    client: Core,
+    replies: Iterable[Reply],
+    read: Callable[[httpx.Response], Any] = lambda response: response.text,
+) -> tuple[Any, list[float]]:
+    """What `attempts` came to, and the seconds that it waited; each try must be the request."""
+    waits: list[float] = []
+    left = iter(replies)
+    plan = client.attempts(REQUEST, read)
+    step: httpx.Request | float = next(plan)
+    try:
+        while True:
+            assert step is REQUEST
+            step = plan.send(next(left))
+            assert isinstance(step, float)
+            waits.append(step)
+            step = plan.send(None)
+    except StopIteration as end:
+        result = end.value
+    except LLMClientError as error:
+        result = error
+    assert list(left) == [], "not every reply was asked for"
+    return result, waits
+
+
+# What it is made of
+
+
+def test_the_url_is_the_arguments_the_environments_or_local(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OSIRIS_SIDECAR_URL", raising=False)
+    assert made(base_url=None).base_url == httpx.URL("http://localhost:8000")
+    monkeypatch.setenv("OSIRIS_SIDECAR_URL", "http://desk:9000")
+    assert made(base_url=None).base_url == httpx.URL("http://desk:9000")
+    assert made(base_url="https://other").base_url == httpx.URL("https://other")
+    monkeypatch.setenv("OSIRIS_SIDECAR_URL", "")
+    assert made(base_url=None).base_url == httpx.URL("http://localhost:8000")
+
+
+@pytest.mark.parametrize("url", ["ftp://h", "h:8000", "http://", "/generate"])
+def test_a_url_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match=r"^the sidecar's URL is no http:// or https:// URL: URL"):
+        made(base_url=url)
+
+
+@pytest.mark.parametrize("arguments", [{"retries": -1}, {"backoff_factor": -0.1}])
+def test_negative_numbers_are_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^retries and backoff_factor are 0 or more$"):
+        made(**arguments)
+    made(retries=0, backoff_factor=0.0)
+
+
+# Trying again
+
+
+def test_an_answer_is_read_and_nothing_tried_again() -> None:
+    assert carry_out(made(), [answer(200, text="fine")]) == ("fine", [])
+    assert carry_out(made(), [answer(204)], lambda response: response.status_code) == (204, [])
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504, 599])
+def test_a_busy_or_broken_server_is_tried_again(status: int) -> None:
+    assert carry_out(made(), [answer(status), answer(200, text="fine")]) == ("fine", [0.5])
+
+
+@pytest.mark.parametrize("status", [301, 400, 401, 404, 408, 413, 422, 428, 430, 499])
+def test_another_error_is_not(status: int) -> None:
+    error, waits = carry_out(made(), [answer(status)])
+    assert isinstance(error, LLMClientHTTPError)
+    assert (error.status, waits) == (status, [])
+
+
+def test_a_broken_connection_is_tried_again() -> None:
+    broken = httpx.ReadError("reset")
+    assert carry_out(made(), [broken, answer(200, text="fine")]) == ("fine", [0.5])
+
+
+@pytest.mark.parametrize(("retries", "waits"), [(0, []), (1, [0.5]), (3, [0.5, 1.0, 2.0])])
+def test_the_last_try_raises_what_it_came_to(retries: int, waits: list[float]) -> None:
+    replies = [answer(500 + number) for number in range(retries + 1)]
+    error, waited = carry_out(made(retries), replies)
+    assert isinstance(error, LLMClientHTTPError)
+    assert error.status == 500 + retries
+    assert waited == waits
+    broken = httpx.ConnectError("refused")
+    error, waited = carry_out(made(retries), [broken] * (retries + 1))
+    assert isinstance(error, LLMClientConnectionError)
+    assert (str(error), error.__cause__) == ("ConnectError: refused", broken)
+    assert waited == waits
+
+
+def test_the_backoff_doubles_up_to_thirty_seconds(
+    without_chance: list[tuple[float, float]],
+) -> None:
+    _, waits = carry_out(made(8), [answer(503)] * 9)
+    assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    # Up to half of it less, at random.
+    assert set(without_chance) == {(0.5, 1.0)}
+    _, waits = carry_out(made(2, backoff_factor=7.0), [answer(503)] * 3)
+    assert waits == [7.0, 14.0]
+    _, waits = carry_out(made(2, backoff_factor=0.0), [answer(503)] * 3)
+    assert waits == [0.0, 0.0]
+
+
+def test_the_backoffs_random_part_shortens_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "uniform", lambda low, high: low)
+    _, waits = carry_out(made(8), [answer(503)] * 9)
+    assert waits == [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0]
+
+
+def test_thousands_of_tries_do_not_overflow_the_backoff() -> None:
+    _, waits = carry_out(made(1100), [answer(503)] * 1101)
+    assert waits[-1] == 30.0
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "wait"),
+    [
+        ("7", 7.0),
+        ("0", 0.5),
+        ("120", 120.0),
+        ("000000009", 9.0),
+        ("Fri, 02 Jan 2026 00:00:40 GMT", 40.0),
+        ("Fri, 02 Jan 2026 01:00:40 +0100", 40.0),
+        # The past, or what says nothing, leaves the backoff.
+        ("Thu, 01 Jan 2026 00:00:00 GMT", 0.5),
+        ("soon", 0.5),
+        ("-5", 0.5),
+        ("1.5", 0.5),
+        ("", 0.5),
+    ],
+)
+def test_a_server_is_asked_again_when_it_says(retry_after: str, wait: float) -> None:
+    replies = [answer(503, Retry_After=retry_after), answer(200, text="fine")]
+    assert carry_out(made(), replies) == ("fine", [wait])
+
+
+@pytest.mark.parametrize("retry_after", ["121", "999999999", "Fri, 02 Jan 2026 00:02:01 GMT"])
+def test_one_that_says_more_than_two_minutes_is_not_waited_for(retry_after: str) -> None:
+    error, waits = carry_out(made(), [answer(503, Retry_After=retry_after)])
+    assert isinstance(error, LLMClientHTTPError)
+    assert (error.status, waits) == (503, [])
+
+
+def test_each_retry_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    busy = answer(503, detail="loading", X_Request_ID="theirs")
+    carry_out(made(), [busy, answer(200)])
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "POST /generate/: HTTP 503: loading (request theirs); again in 0.5 s")
+    ]
+
+
+# Errors
+
+
+def raised(reply: httpx.Response) -> LLMClientHTTPError:
+    error, _ = carry_out(made(0), [reply])
+    assert isinstance(error, LLMClientHTTPError)
+    return error
+
+
+def test_an_error_has_detail_request_id_and_retry_after() -> None:
+    error = raised(answer(429, detail="The queue is full.", X_Request_ID="theirs", Retry_After="4"))
+    assert (error.status, error.detail) == (429, "The queue is full.")
+    assert (error.request_id, error.retry_after) == ("theirs", 4.0)
+    assert str(error) == "HTTP 429: The queue is full. (request theirs)"
+
+
+def test_an_error_without_them_has_our_request_id_and_no_retry_after() -> None:
+    error = raised(answer(422, detail=[{"loc": ["body", "prompt"]}]))
+    assert error.detail == [{"loc": ["body", "prompt"]}]
+    assert (error.request_id, error.retry_after) == ("ours", None)
+
+
+@pytest.mark.parametrize("page", ["<h1>Bad gateway</h1>", '"text"', "[]", '{"error": "x"}', ""])
+def test_the_detail_of_a_foreign_error_page_is_its_text(page: str) -> None:
+    assert raised(answer(502, text=page)).detail == page
+
+
+def test_a_retry_after_in_the_past_is_zero_seconds() -> None:
+    assert raised(answer(503, Retry_After="Thu, 01 Jan 2026 00:00:00 GMT")).retry_after == 0.0
+
+
+# Probes
+
+
+@pytest.mark.parametrize(
+    ("reply", "found"),
+    [
+        (answer(200), True),
+        (answer(204), True),
+        (answer(503), False),
+        (httpx.ConnectError("refused"), False),
+    ],
+)
+def test_a_probe_asks_once(reply: Reply, found: bool) -> None:
+    plan = made().probe(REQUEST)
+    assert next(plan) is REQUEST
+    with pytest.raises(StopIteration) as end:
+        plan.send(reply)
+    assert end.value.value is found
+
+
+@pytest.mark.parametrize("status", [401, 404, 500, 502, 504])
+def test_a_probe_that_is_neither_ready_nor_unready_is_an_error(status: int) -> None:
+    plan = made().probe(REQUEST)
+    next(plan)
+    with pytest.raises(LLMClientHTTPError) as caught:
+        plan.send(answer(status, detail="no", Retry_After="3"))
+    assert (caught.value.status, caught.value.detail) == (status, "no")
+    assert (caught.value.request_id, caught.value.retry_after) == ("ours", 3.0)
+
+
+# The audio stream
+
+
+def encoded(wav: bytes) -> str:
+    return base64.b64encode(wav).decode()
+
+
+def fed(*lines: str) -> list[bytes]:
+    events = AudioEvents()
+    return [wav for line in lines if (wav := events.feed(line)) is not None]
+
+
+def test_an_event_is_a_wav_once_its_line_is_empty() -> None:
+    events = AudioEvents()
+    assert events.feed(f"data: {encoded(b'RIFF1')}") is None
+    assert events.feed("") == b"RIFF1"
+    assert events.feed("") is None
+    assert events.feed(f"data: {encoded(b'RIFF2')}") is None
+    assert events.feed("") == b"RIFF2"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["data:UklGRg==", ""],
+        ["data: UklG", "data: Rg==", ""],
+        [": keep-alive", "", "data: UklGRg==", ""],
+        ["event: wav", "id: 7", "data: UklGRg==", "retry: 5", ""],
+        ["event: lost", "data: 12", "", "data: UklGRg==", ""],
+        ["event:lost", "data: 12", "", "data: UklGRg==", ""],
+        ["event: lost", "", "data: UklGRg==", ""],
+        ["data: 12", "event: lost", "", "data: UklGRg==", ""],
+        ["data", "data: UklGRg==", ""],
+        ["", "data: UklGRg==", "", ""],
+    ],
+)
+def test_whatever_is_around_it_a_wav_is_found(lines: list[str]) -> None:
+    assert fed(*lines) == [b"RIFF"]
+
+
+def test_a_wav_whose_last_line_has_not_come_is_none_yet() -> None:
+    assert fed("data: UklGRg==") == []
+
+
+@pytest.mark.parametrize("data", ["a", "!!!!", "UklGRg=", "UklG Rg=="])
+def test_an_event_that_is_no_base64_is_an_error(data: str) -> None:
+    events = AudioEvents()
+    events.feed(f"data: {data}")
+    with pytest.raises(LLMClientError, match=r"^an event of the audio stream is no base64$"):
+        events.feed("")
+    # The next one is read all the same.
+    events.feed("data: UklGRg==")
+    assert events.feed("") == b"RIFF"
+
+
+def test_what_breaks_a_stream_is_a_connection_error() -> None:
+    broken = httpx.ReadError("reset")
+    failure = pytest.raises(LLMClientConnectionError, match=r"^ReadError: reset$")
+    with failure as caught, as_connection_error():
+        raise broken
+    assert caught.value.__cause__ is broken
+    with pytest.raises(KeyError), as_connection_error():
+        raise KeyError
+
+
+# Keys
+
+
+def test_the_key_is_the_arguments_or_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SIDECAR_API_KEY", raising=False)
+    assert authorization(None) == {}
+    monkeypatch.setenv("SIDECAR_API_KEY", "")
+    assert authorization(None) == {}
+    monkeypatch.setenv("SIDECAR_API_KEY", "theirs")
+    assert authorization(None) == {"Authorization": "Bearer theirs"}
+    assert authorization("ours") == {"Authorization": "Bearer ours"}
+
+
+@pytest.mark.parametrize("key", ["", "two words", "line\nbreak", "schlüssel", "tab\t", "\x7f"])
+def test_a_key_that_no_header_can_hold_is_refused_unrepeated(key: str) -> None:
+    with pytest.raises(ValueError, match=r"^an API key is one word of ASCII characters$"):
+        authorization(key)
+
+
+@pytest.mark.parametrize("key", ["!", "~", "a-key_of.16/chars+="])
+def test_a_key_may_have_every_visible_character(key: str) -> None:
+    assert authorization(key) == {"Authorization": f"Bearer {key}"}
+
+
+def test_the_bounds_are_the_documented_ones() -> None:
+    bounds: list[float] = [core.LONGEST_BACKOFF, core.LONGEST_RETRY_AFTER]
+    assert bounds == [30.0, 120.0]

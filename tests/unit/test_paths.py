@@ -1,0 +1,69 @@
+"""Which paths are open to everybody, and how a request's path is read."""
+
+from __future__ import annotations
+
+import pytest
+
+from osiris import paths
+from tests.unit.asgi import http_scope
+
+PROBES = ["/health", "/health/", "/health/live", "/health/live/", "/health/ready"]
+METRICS = ["/metrics", "/metrics/"]
+OTHERS = [
+    "/",
+    "",
+    "/healthy",
+    "/health/dead",
+    "/health/../docs",
+    "/metrics/x",
+    "/Health",
+    "/METRICS",
+    "/docs",
+    "health",
+    "/proxy/health",
+]
+
+
+@pytest.mark.parametrize("path", PROBES)
+def test_a_probe_is_one(path: str) -> None:
+    scope = http_scope(path)
+    assert paths.is_probe(scope) is True
+    assert paths.is_metrics(scope) is False
+    assert paths.is_probe_or_metrics(scope) is True
+
+
+@pytest.mark.parametrize("path", METRICS)
+def test_the_metrics_are_no_probe(path: str) -> None:
+    scope = http_scope(path)
+    assert paths.is_probe(scope) is False
+    assert paths.is_metrics(scope) is True
+    assert paths.is_probe_or_metrics(scope) is True
+
+
+@pytest.mark.parametrize("path", OTHERS)
+def test_nothing_else_is_either(path: str) -> None:
+    scope = http_scope(path)
+    assert paths.is_probe(scope) is False
+    assert paths.is_metrics(scope) is False
+    assert paths.is_probe_or_metrics(scope) is False
+
+
+@pytest.mark.parametrize(
+    ("scope", "path"),
+    [
+        ({"path": "/health"}, "/health"),
+        ({"path": "/desk/health", "root_path": "/desk"}, "/health"),
+        ({"path": "/health", "root_path": "/desk"}, "/health"),
+        ({"path": "/health/desk", "root_path": "/desk"}, "/health/desk"),
+        ({"path": "/desk/desk", "root_path": "/desk"}, "/desk"),
+        ({"path": "/desk/health", "root_path": ""}, "/desk/health"),
+    ],
+)
+def test_a_proxys_prefix_is_taken_off(scope: dict[str, str], path: str) -> None:
+    assert paths.route_path(scope) == path
+
+
+def test_a_probe_behind_a_proxy_is_one() -> None:
+    scope = http_scope("/desk/health/ready/", root_path="/desk")
+    assert paths.is_probe(scope) is True
+    assert paths.is_probe_or_metrics(http_scope("/desk/metrics", root_path="/desk")) is True

@@ -1,0 +1,275 @@
+"""The settings, from environments that are dicts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from llm_sidecar.errors import SettingsError
+from llm_sidecar.settings import Settings
+
+DEFAULTS: dict[str, object] = {
+    "MICRO_LLM_MODEL_PATH": None,
+    "HERMES_MODEL_PATH": None,
+    "PHI3_ADAPTER_DIR": Path("/app/models/phi3/adapters"),
+    "CHATTERBOX_MODEL_DIR": Path("/models/tts/chatterbox"),
+    "REDIS_URL": SecretStr("redis://localhost:6379/0"),
+    "LANCEDB_URI": "/app/lancedb_data",
+    "LANCEDB_LOG_DIR": Path("/app/lancedb_log"),
+    "SIDECAR_DEMO": False,
+    "PRELOAD_MODELS": False,
+    "DEVICE": "auto",
+    "PHI3_TEMPERATURE": 0.0,
+    "HERMES_TEMPERATURE": 0.0,
+    "FEW_SHOT_EXAMPLES": 3,
+    "EXAMPLES_FROM_BUS": False,
+    "GROUNDING": "report",
+    "QUEUE_LENGTH": 64,
+    "REQUEST_TIMEOUT_SECONDS": 60.0,
+    "MODEL_LOAD_WAIT_SECONDS": 8.0,
+    "MODEL_LOAD_TIMEOUT_SECONDS": 300.0,
+    "TTS_VOICE": "auto",
+    "TTS_QUEUE_LENGTH": 64,
+    "TTS_TIMEOUT_SECONDS": 120.0,
+    "MAX_AUDIO_LISTENERS": 64,
+    "SHUTDOWN_GRACE_SECONDS": 10.0,
+    "ENABLE_METRICS": False,
+    "MAX_BODY_BYTES": 1 << 20,
+    "ENABLE_PROFILING": False,
+    "OTEL_EXPORTER_OTLP_ENDPOINT": None,
+    "OTEL_SERVICE_NAME": "osiris_llm_sidecar",
+    "SENTRY_DSN": SecretStr(""),
+    "SENTRY_ENV": None,
+    "SENTRY_TRACES_SAMPLE_RATE": 0.0,
+    "MAX_PROMPT_CHARS": 32_768,
+    "MAX_CONCURRENT_REQUESTS": 256,
+    "BODY_TIMEOUT_SECONDS": 10.0,
+    "SHUTDOWN_DRAIN_SECONDS": 0.5,
+    "SIDECAR_API_KEYS": (),
+    "METRICS_NEED_KEY": False,
+    "CORS_ORIGINS": (),
+    "LOG_FORMAT": "auto",
+}
+BY_CORES = {"PHI3_THREADS", "HERMES_THREADS"}
+"""Their defaults follow from the machine."""
+BOUNDS: dict[str, tuple[str, str, str, str]] = {
+    # variable: a value just below its bounds, the least, the greatest, one just above
+    "PHI3_THREADS": ("0", "1", "1024", "1025"),
+    "HERMES_THREADS": ("0", "1", "1024", "1025"),
+    "PHI3_TEMPERATURE": ("-0.01", "0", "2", "2.01"),
+    "HERMES_TEMPERATURE": ("-0.01", "0", "2", "2.01"),
+    "FEW_SHOT_EXAMPLES": ("-1", "0", "16", "17"),
+    "QUEUE_LENGTH": ("0", "1", "10000", "10001"),
+    "REQUEST_TIMEOUT_SECONDS": ("0", "0.001", "3600", "3600.1"),
+    "MODEL_LOAD_WAIT_SECONDS": ("-0.1", "0", "3600", "3600.1"),
+    "MODEL_LOAD_TIMEOUT_SECONDS": ("0", "0.001", "3600", "3600.1"),
+    "TTS_QUEUE_LENGTH": ("0", "1", "10000", "10001"),
+    "TTS_TIMEOUT_SECONDS": ("0", "0.001", "3600", "3600.1"),
+    "MAX_AUDIO_LISTENERS": ("0", "1", "10000", "10001"),
+    "SHUTDOWN_GRACE_SECONDS": ("-0.1", "0", "3600", "3600.1"),
+    "MAX_BODY_BYTES": ("1023", "1024", "1073741824", "1073741825"),
+    "SENTRY_TRACES_SAMPLE_RATE": ("-0.01", "0", "1", "1.01"),
+    "MAX_PROMPT_CHARS": ("0", "1", "16777216", "16777217"),
+    "MAX_CONCURRENT_REQUESTS": ("0", "1", "100000", "100001"),
+    "BODY_TIMEOUT_SECONDS": ("0", "0.001", "3600", "3600.1"),
+    "SHUTDOWN_DRAIN_SECONDS": ("-0.1", "0", "3600", "3600.1"),
+}
+FIELDS = {str(field.alias): name for name, field in Settings.model_fields.items()}
+
+
+def value(settings: Settings, variable: str) -> object:
+    return getattr(settings, FIELDS[variable])
+
+
+def test_every_setting_is_named_here() -> None:
+    assert set(FIELDS) == set(DEFAULTS) | BY_CORES
+
+
+@pytest.mark.parametrize("variable", DEFAULTS)
+def test_an_empty_environment_gives_the_documented_default(variable: str) -> None:
+    assert value(Settings.from_environ({}), variable) == DEFAULTS[variable]
+    assert value(Settings.from_environ({variable: ""}), variable) == DEFAULTS[variable]
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads"), [({0}, 1), ({0, 1}, 1), ({4, 5, 6}, 1), (set(range(16)), 8)]
+)
+def test_each_model_gets_half_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: set[int], threads: int
+) -> None:
+    asked: list[int] = []
+
+    def affinity(pid: int) -> set[int]:
+        asked.append(pid)
+        return cores
+
+    monkeypatch.setattr(os, "sched_getaffinity", affinity)
+    settings = Settings.from_environ({})
+    assert (settings.phi3_threads, settings.hermes_threads) == (threads, threads)
+    # 0 is the process that asks.
+    assert asked == [0, 0]
+
+
+@pytest.mark.parametrize("variable", BOUNDS)
+def test_a_number_keeps_to_its_bounds(variable: str) -> None:
+    below, least, greatest, above = BOUNDS[variable]
+    for good in (least, greatest):
+        assert value(Settings.from_environ({variable: good}), variable) == float(good)
+    for bad in (below, above, "nan", "many"):
+        with pytest.raises(SettingsError):
+            Settings.from_environ({variable: bad})
+
+
+def test_variables_are_read_and_others_are_not() -> None:
+    settings = Settings.from_environ(
+        {"SIDECAR_DEMO": "true", "DEVICE": "", "PHI3_THREADS": "3", "PATH": "/bin", "demo": "false"}
+    )
+    assert settings.demo is True
+    assert settings.device == "auto"
+    assert settings.phi3_threads == 3
+
+
+def test_without_an_environment_the_processs_own_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUEUE_LENGTH", "7")
+    assert Settings.from_environ().queue_length == 7
+    assert Settings.from_environ({}).queue_length == 64
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "read"),
+    [
+        ("MICRO_LLM_MODEL_PATH", "/m/phi3.onnx", Path("/m/phi3.onnx")),
+        ("DEVICE", "cuda", "cuda"),
+        ("TTS_VOICE", "chatterbox", "chatterbox"),
+        ("LOG_FORMAT", "json", "json"),
+        ("REDIS_URL", "memory://", SecretStr("memory://")),
+        ("REDIS_URL", "rediss://u:p@h:6380/1", SecretStr("rediss://u:p@h:6380/1")),
+        ("REDIS_URL", "unix:///run/redis.sock", SecretStr("unix:///run/redis.sock")),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://otel:4317", "http://otel:4317"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://otel", "https://otel"),
+        ("SENTRY_DSN", "https://key@sentry.example/7", SecretStr("https://key@sentry.example/7")),
+        ("CORS_ORIGINS", "*", ("*",)),
+        (
+            "CORS_ORIGINS",
+            "https://desk.example, http://localhost:3000",
+            ("https://desk.example", "http://localhost:3000"),
+        ),
+        ("SIDECAR_API_KEYS", "!-16-characters-", (SecretStr("!-16-characters-"),)),
+    ],
+)
+def test_a_good_value_is_read(variable: str, text: str, read: object) -> None:
+    assert value(Settings.from_environ({variable: text}), variable) == read
+
+
+def test_settings_given_in_python_may_be_lists_or_by_name() -> None:
+    settings = Settings(cors_origins=["https://desk.example"], queue_length=3)
+    assert settings.cors_origins == ("https://desk.example",)
+    assert settings.queue_length == 3
+    with pytest.raises(ValidationError):
+        settings.queue_length = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("DEVICE", "tpu"),
+        ("SIDECAR_DEMO", "perhaps"),
+        ("ENABLE_METRICS", "perhaps"),
+        ("QUEUE_LENGTH", "0"),
+        ("QUEUE_LENGTH", "many"),
+        ("REQUEST_TIMEOUT_SECONDS", "0"),
+        ("PHI3_TEMPERATURE", "nan"),
+        ("HERMES_TEMPERATURE", "2.5"),
+        ("FEW_SHOT_EXAMPLES", "-1"),
+        ("EXAMPLES_FROM_BUS", "perhaps"),
+        ("GROUNDING", "always"),
+        ("MAX_BODY_BYTES", "1e3"),
+        ("TTS_VOICE", "siri"),
+        ("TTS_TIMEOUT_SECONDS", "0"),
+        ("MAX_AUDIO_LISTENERS", "0"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "localhost:4317"),
+        ("SENTRY_TRACES_SAMPLE_RATE", "1.5"),
+        ("ENABLE_PROFILING", "maybe"),
+        ("MAX_PROMPT_CHARS", "0"),
+        ("MAX_CONCURRENT_REQUESTS", "-1"),
+        ("BODY_TIMEOUT_SECONDS", "0"),
+        ("SHUTDOWN_DRAIN_SECONDS", "soon"),
+        ("METRICS_NEED_KEY", "perhaps"),
+        ("LOG_FORMAT", "xml"),
+        ("CORS_ORIGINS", "desk.example"),
+        ("CORS_ORIGINS", "https://desk.example/path"),
+        ("CORS_ORIGINS", "https://desk.example,"),
+        ("CORS_ORIGINS", "https://*.example"),
+        ("CORS_ORIGINS", "ftp://desk.example"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://otel:0"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://otel:port"),
+    ],
+)
+def test_a_bad_value_is_one_line_with_variable_value_and_what_it_takes(
+    variable: str, value: str
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_environ({variable: value})
+    takes = Settings.model_fields[FIELDS[variable]].description
+    assert caught.value.detail == f"{variable}='{value}' is not valid: it takes {takes}"
+    assert "\n" not in caught.value.detail
+    # The cause quotes the value, a secret too.
+    assert caught.value.__suppress_context__
+
+
+def test_of_several_bad_values_the_first_is_named() -> None:
+    environ = {"QUEUE_LENGTH": "0", "DEVICE": "tpu"}
+    with pytest.raises(SettingsError, match=r"^DEVICE='tpu' is not valid: it takes auto, cpu or"):
+        Settings.from_environ(environ)
+
+
+@pytest.mark.parametrize(
+    "dsn", ["https://sentry.example/7", "https://hidden@h/project", "hidden", "ftp://hidden@h/7"]
+)
+def test_a_bad_sentry_dsn_is_refused_without_its_key(dsn: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_environ({"SENTRY_DSN": dsn})
+    assert caught.value.detail == "SENTRY_DSN=*** is not valid: it takes https://KEY@HOST/PROJECT"
+
+
+@pytest.mark.parametrize(
+    "url", ["http://h", "redis://u:hidden@h:port", "redis://u:hidden@h:0", "localhost:6379", "x"]
+)
+def test_a_bad_redis_url_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(SettingsError, match=r"REDIS_URL=\*\*\* is not valid") as caught:
+        Settings.from_environ({"REDIS_URL": url})
+    assert "hidden" not in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [",", "long-enough-key-1,", "long-enough-key-1,hidden", "hidden and with blanks", "é" * 20],
+)
+def test_a_weak_api_key_is_refused_without_showing_one(keys: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_environ({"SIDECAR_API_KEYS": keys})
+    assert caught.value.detail == (
+        "SIDECAR_API_KEYS=*** is not valid: it takes keys of 16 or more visible ASCII characters, "
+        "separated by commas"
+    )
+
+
+def test_api_keys_show_in_no_representation() -> None:
+    settings = Settings.from_environ({"SIDECAR_API_KEYS": "hidden-from-all-1, hidden-from-all-2"})
+    assert [key.get_secret_value()[-1] for key in settings.api_keys] == ["1", "2"]
+    assert "hidden" not in repr(settings) + str(settings) + settings.model_dump_json()
+
+
+def test_a_password_shows_in_no_representation() -> None:
+    settings = Settings.from_environ({"REDIS_URL": "redis://u:hidden@h:1/0"})
+    assert "hidden" not in repr(settings) + str(settings)
+
+
+def test_every_variable_says_what_it_takes() -> None:
+    for name, field in Settings.model_fields.items():
+        assert field.alias, name
+        assert field.description, name

@@ -1,0 +1,330 @@
+"""What a sidecar does with a request: which model is asked what, which rows and events follow."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from typing import Any
+
+import pytest
+
+from llm_sidecar import hermes_plugin, proposals
+from llm_sidecar.db import Phi3FeedbackSchema
+from llm_sidecar.engines import GenerationRequest
+from llm_sidecar.errors import (
+    DatabaseUnavailable,
+    DeadlineExceeded,
+    ModelUnavailable,
+    SidecarError,
+)
+from llm_sidecar.proposals import Example
+from llm_sidecar.settings import Settings
+from tests.unit.fakes import FakeParts, completion
+
+PROMPT = "Long ABC from 100, now 112.5."
+PROPOSAL: dict[str, Any] = {
+    "ticker": "ABC",
+    "action": "adjust",
+    "side": "LONG",
+    "new_stop_pct": 1.5,
+    "new_target_pct": None,
+    "confidence": 0.7,
+    "rationale": "The trend is intact.",
+}
+WRITTEN = completion(proposals.dumps(PROPOSAL), adapter="20260102", completion_tokens=40)
+CRITIQUE = completion("The target is thin.", model="hermes/fake")
+SURE = dict.fromkeys(hermes_plugin.SCORE_ANSWERS, 0.0) | {"0": 0.25, "10": 0.75}
+"""Probabilities of the score 0.75."""
+
+
+def parts(**settings: Any) -> FakeParts:
+    """A sidecar whose models have one proposal, one critique and one score to give."""
+    made = FakeParts(Settings(redis_url="memory://", **settings))
+    made.phi3.answers = [WRITTEN]
+    made.hermes.answers = [CRITIQUE, SURE]
+    return made
+
+
+def without(row: dict[str, Any], *columns: str) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in columns}
+
+
+# A proposal
+
+
+async def test_phi3_is_asked_with_the_examples_oldest_first() -> None:
+    made = parts(phi3_temperature=0.4)
+    made.archive.examples = (Example("older", {"n": 1}), Example("newer", {"n": 2}))
+    await made.sidecar.propose(PROMPT, 300)
+    messages = proposals.build_messages(PROMPT, made.archive.examples)
+    assert [turn["content"] for turn in messages[1:]] == [
+        *("older", '{"n":1}', "newer", '{"n":2}', PROMPT)
+    ]
+    assert made.phi3.asked == [GenerationRequest(messages, 300, proposals.GUIDANCE, 0.4)]
+
+
+async def test_hermes_is_asked_for_a_critique_and_then_for_a_score() -> None:
+    made = parts(hermes_temperature=0.6)
+    await made.sidecar.propose(PROMPT, 300)
+    critique = hermes_plugin.build_messages(hermes_plugin.CRITIQUE_TASK, PROPOSAL, PROMPT)
+    score = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, PROPOSAL, PROMPT)
+    assert made.hermes.asked == [
+        GenerationRequest(critique, 300, None, 0.6),
+        (score, hermes_plugin.SCORE_ANSWERS),
+    ]
+
+
+async def test_the_result_is_what_the_models_gave() -> None:
+    result = await parts().sidecar.propose(PROMPT, 300)
+    assert isinstance(result.transaction_id, uuid.UUID)
+    assert (result.proposal, result.completion) == (PROPOSAL, WRITTEN)
+    assert (result.assessment, result.score) == (CRITIQUE, 0.75)
+
+
+async def test_it_leaves_a_run_a_score_and_a_proposal() -> None:
+    made = parts()
+    name = str((await made.sidecar.propose(PROMPT, 300)).transaction_id)
+    rows = dict(made.happened.of("row"))
+    assert len(made.happened.of("row")) == len(rows) == 3
+    run = rows["OrchestratorRunSchema"]
+    assert json.loads(run["final_output"]) == {
+        "proposal": PROPOSAL,
+        "assessment": "The target is thin.",
+        "score": 0.75,
+    }
+    assert without(run, "timestamp", "row_id", "final_output") == {
+        "run_id": name,
+        "input_query": PROMPT,
+        "status": "success",
+        "error_message": None,
+    }
+    assert without(rows["HermesScoreSchema"], "timestamp", "row_id") == {
+        "run_id": name,
+        "score": 0.75,
+        "rationale": "The target is thin.",
+    }
+    expected = {
+        "transaction_id": name,
+        "prompt": PROMPT,
+        "proposal": proposals.dumps(PROPOSAL),
+        "assessment": "The target is thin.",
+        "score": 0.75,
+        "model": "phi3/fake",
+        "adapter": "20260102",
+    }
+    assert {column: rows["ProposalSchema"][column] for column in expected} == expected
+
+
+async def test_its_latencies_are_those_of_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead = 0.0
+    real = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: real() + ahead)
+
+    def take(*seconds: float) -> Any:
+        left = list(seconds)
+
+        def pass_time() -> None:
+            nonlocal ahead
+            ahead += left.pop(0)
+
+        return pass_time
+
+    made = parts()
+    made.phi3.before_answer, made.hermes.before_answer = take(10), take(5, 20)
+    await made.sidecar.propose(PROMPT, 300)
+    latencies = dict(made.happened.of("row"))["ProposalSchema"]["latencies"]
+    assert latencies == {
+        "proposal": pytest.approx(10, abs=2),
+        "assessment": pytest.approx(5, abs=2),
+        "score": pytest.approx(20, abs=2),
+    }
+
+
+async def test_others_hear_of_a_proposal_at_once_and_of_its_assessment_once_it_is_stored() -> None:
+    made = parts()
+    published: list[int] = []
+    made.hermes.before_answer = lambda: published.append(len(made.happened.of("event")))
+    name = str((await made.sidecar.propose(PROMPT, 300)).transaction_id)
+    # It was published before Hermes was asked for anything.
+    assert published == [1, 1]
+    assert [kind for kind, *_ in made.happened.log if kind != "metric"] == [
+        *("event", "row", "row", "row", "event")
+    ]
+    (created, assessed) = made.happened.of("event")
+    assert created == ("phi3.proposal.created", PROPOSAL | {"transaction_id": name})
+    channel, payload = assessed
+    assert channel == "phi3.proposal.assessed"
+    assert payload["timestamp"].endswith("+00:00")
+    assert without(payload, "timestamp") == {
+        "proposal_transaction_id": name,
+        "assessment_text": "The target is thin.",
+    }
+
+
+async def test_proposal_and_score_are_counted() -> None:
+    made = parts()
+    await made.sidecar.propose(PROMPT, 300)
+    assert made.happened.of("metric") == [("proposed", "adjust"), ("scored", 0.75)]
+
+
+@pytest.mark.parametrize("failure", [ModelUnavailable("gone"), DeadlineExceeded("too late")])
+async def test_a_run_that_fails_leaves_a_row_that_says_why(failure: SidecarError) -> None:
+    made = parts()
+    made.phi3.answers = [failure]
+    with pytest.raises(type(failure), match=failure.detail):
+        await made.sidecar.propose(PROMPT, 300)
+    ((name, row),) = made.happened.of("row")
+    assert name == "OrchestratorRunSchema"
+    assert uuid.UUID(row["run_id"])
+    assert without(row, "timestamp", "row_id", "run_id") == {
+        "input_query": PROMPT,
+        "final_output": "",
+        "status": "error",
+        "error_message": failure.detail,
+    }
+    assert made.happened.of("event") == made.hermes.asked == []
+
+
+async def test_a_run_that_fails_in_its_assessment_leaves_a_row_that_says_why() -> None:
+    made = parts()
+    made.hermes.answers = [ModelUnavailable("hermes is gone")]
+    with pytest.raises(ModelUnavailable, match="hermes is gone"):
+        await made.sidecar.propose(PROMPT, 300)
+    row = dict(made.happened.of("row"))["OrchestratorRunSchema"]
+    assert (row["input_query"], row["error_message"]) == (PROMPT, "hermes is gone")
+    ((channel, created),) = made.happened.of("event")
+    assert channel == "phi3.proposal.created"
+    assert row["run_id"] == created["transaction_id"]
+
+
+async def test_a_database_that_is_away_costs_no_answer(caplog: pytest.LogCaptureFixture) -> None:
+    made = parts()
+    made.archive.failure = DatabaseUnavailable("The disk is full.")
+    result = await made.sidecar.propose(PROMPT, 300)
+    assert (result.proposal, result.score) == (PROPOSAL, 0.75)
+    assert [channel for channel, _ in made.happened.of("event")] == [
+        *("phi3.proposal.created", "phi3.proposal.assessed")
+    ]
+    said = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert len(said) == 3
+    assert all(line.endswith("not stored: The disk is full.") for line in said)
+
+
+# One model alone
+
+
+async def test_a_proposal_alone_is_neither_stored_nor_published() -> None:
+    made = parts()
+    proposed = await made.sidecar.generate_phi3(PROMPT, 300)
+    assert (proposed[0], proposed[1]) == (PROPOSAL, WRITTEN)
+    assert made.happened.log == [("metric", "proposed", "adjust")]
+    messages = proposals.build_messages(PROMPT)
+    assert made.phi3.asked == [GenerationRequest(messages, 300, proposals.GUIDANCE, 0.0)]
+
+
+async def test_a_free_question_is_neither_stored_nor_published() -> None:
+    made = parts(hermes_temperature=0.6)
+    assert await made.sidecar.generate_hermes("What now?", 12) is CRITIQUE
+    messages = hermes_plugin.chat_messages("What now?")
+    assert made.hermes.asked == [GenerationRequest(messages, 12, None, 0.6)]
+    assert made.happened.log == []
+
+
+# A score
+
+
+def score_of(result: Any) -> tuple[uuid.UUID, float]:
+    """Its id and value, be it a pair or an object."""
+    pair = result if isinstance(result, tuple) else (result.proposal_id, result.score)
+    return pair[0], pair[1]
+
+
+async def test_a_score_is_stored_under_the_proposals_own_id() -> None:
+    made = parts()
+    made.hermes.answers = [SURE]
+    name = uuid.uuid4()
+    scored = PROPOSAL | {"id": str(name)}
+    result = await made.sidecar.score(scored, "ABC is quiet.")
+    assert score_of(result) == (name, 0.75)
+    messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, scored, "ABC is quiet.")
+    assert made.hermes.asked == [(messages, hermes_plugin.SCORE_ANSWERS)]
+    ((kind, row),) = made.happened.of("row")
+    assert kind == "HermesScoreSchema"
+    assert without(row, "timestamp", "row_id") == {
+        "run_id": str(name),
+        "score": 0.75,
+        "rationale": "The trend is intact.",
+    }
+    assert made.happened.of("metric") == [("scored", 0.75)]
+    assert made.happened.of("event") == []
+
+
+@pytest.mark.parametrize("identifier", ["seven", "", 7, None, ["x"], {"a": 1}])
+async def test_a_proposal_whose_id_is_no_uuid_gets_one(identifier: object) -> None:
+    made = parts()
+    made.hermes.answers = [SURE]
+    name, score = score_of(await made.sidecar.score(PROPOSAL | {"id": identifier}, None))
+    assert isinstance(name, uuid.UUID)
+    assert score == 0.75
+    ((_, row),) = made.happened.of("row")
+    assert row["run_id"] == str(name)
+
+
+@pytest.mark.parametrize("proposal", [{"a": 1}, {"rationale": None}, {"rationale": 7}])
+async def test_a_rationale_that_is_no_text_is_left_out(proposal: dict[str, Any]) -> None:
+    made = parts()
+    made.hermes.answers = [SURE]
+    await made.sidecar.score(proposal, None)
+    ((_, row),) = made.happened.of("row")
+    assert row["rationale"] == ""
+
+
+async def test_a_score_that_fails_is_not_stored() -> None:
+    made = parts()
+    made.hermes.answers = [ModelUnavailable("hermes is gone")]
+    with pytest.raises(ModelUnavailable, match="hermes is gone"):
+        await made.sidecar.score(PROPOSAL, None)
+    assert made.happened.log == []
+
+
+# Feedback
+
+
+def feedback() -> Phi3FeedbackSchema:
+    return Phi3FeedbackSchema(
+        transaction_id="t-1",
+        timestamp="2026-01-02T03:04:05Z",
+        feedback_type="correction",
+        feedback_content={"why": "too tight"},
+        corrected_proposal=PROPOSAL,
+    )
+
+
+async def test_feedback_is_stored_and_then_published() -> None:
+    made = parts()
+    made.archive.outcome = outcome = object()
+    assert await made.sidecar.submit_feedback(feedback()) is outcome
+    assert [(kind, name) for kind, name, _ in made.happened.log] == [
+        ("row", "Phi3FeedbackSchema"),
+        ("event", "phi3.feedback.submitted"),
+    ]
+    ((_, row),), ((_, event),) = made.happened.of("row"), made.happened.of("event")
+    expected = {
+        "feedback_id": row["feedback_id"],
+        "transaction_id": "t-1",
+        "timestamp": "2026-01-02T03:04:05Z",
+        "feedback_type": "correction",
+        "feedback_content": {"why": "too tight"},
+        "corrected_proposal": PROPOSAL,
+        "schema_version": "1.0",
+    }
+    assert {name: event[name] for name in expected} == expected
+
+
+async def test_feedback_that_is_not_stored_is_not_published() -> None:
+    made = parts()
+    made.archive.failure = DatabaseUnavailable("The disk is full.")
+    with pytest.raises(DatabaseUnavailable, match=r"The disk is full\."):
+        await made.sidecar.submit_feedback(feedback())
+    assert made.happened.log == []

@@ -1,0 +1,234 @@
+"""Splitting a text into the parts that are spoken one by one."""
+
+from __future__ import annotations
+
+import pytest
+
+from llm_sidecar.tts.text import MAX_PART, pause_after, plain, speakable, split
+
+LONG = " ".join(f"The position number {n} is up and its stop moves with it." for n in range(20))
+
+
+def words(length: int, first: str = "A") -> str:
+    """Words of `length` characters in all, without a stop or a comma."""
+    text = first + " word" * ((length - len(first)) // 5)
+    return text + "s" * (length - len(text))
+
+
+def test_the_longest_part_has_280_characters() -> None:
+    assert MAX_PART == 280
+
+
+# What is spoken
+
+
+@pytest.mark.parametrize(
+    ("text", "spoken"),
+    [
+        ("a\x00b\x01c\x7f\x1b[d \ue000\ud800so\u00adft\u200b", "a b c  [d   soft"),
+        ("\tfrom\there\t", "from here"),
+        ("one\n\ntwo", "one\n\ntwo"),
+        ("  \u202eKauf\u202c  ", "Kauf"),
+        ("AAPL 182.40, 3.5 %", "AAPL 182.40, 3.5 %"),
+    ],
+)
+def test_control_characters_are_spaces_and_invisible_ones_go(text: str, spoken: str) -> None:
+    assert plain(text) == spoken
+
+
+@pytest.mark.parametrize(
+    ("text", "is_speakable"),
+    [("a", True), ("7", True), ("... é", True), ("円", True), ("", False), (" ?!…☺", False)],
+)
+def test_a_letter_or_a_digit_can_be_spoken(text: str, is_speakable: bool) -> None:
+    assert speakable(text) is is_speakable
+
+
+# Sentences
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("Hello there.", ["Hello there."]),
+        ("Sell it. The trend is over!", ["Sell it.", "The trend is over!"]),
+        ("Why? It fell.", ["Why?", "It fell."]),
+        ("Out! It fell.", ["Out!", "It fell."]),
+        ("Well… It fell.", ["Well…", "It fell."]),
+        ("Wait... It fell.", ["Wait...", "It fell."]),
+        ("売り。 Buy it.", ["売り。", "Buy it."]),
+        ("It closed at 182.40. Then it fell.", ["It closed at 182.40.", "Then it fell."]),
+        ("He said “Buy!” Then he left.", ["He said “Buy!”", "Then he left."]),
+        ("(Sell.) Then (buy.)", ["(Sell.)", "Then (buy.)"]),
+        ("It is *over.* Sell.", ["It is *over.*", "Sell."]),
+        ("A heading\n\nAnd the text", ["A heading", "And the text"]),
+        ("A heading\n \t\nAnd the text", ["A heading", "And the text"]),
+        ("  Evened \n out  ", ["Evened out"]),
+        ("Buy No. Then sell.", ["Buy No. Then sell."]),
+        ("Buy Xp. Then sell.", ["Buy Xp.", "Then sell."]),
+        # A list's number is no sentence; a number that ends one is.
+        ("1. Buy AAPL now.", ["1. Buy AAPL now."]),
+        ("1. Buy AAPL now", ["1. Buy AAPL now"]),
+        ("Sell it. 2. Buy AAPL now.", ["Sell it.", "2. Buy AAPL now."]),
+        ("Sell it.” 2. Buy AAPL now.", ["Sell it.”", "2. Buy AAPL now."]),
+        ("We sold 2. Buy AAPL now.", ["We sold 2.", "Buy AAPL now."]),
+        ("1234. Buy AAPL now.", ["1234.", "Buy AAPL now."]),
+        ("", []),
+        (" \n\t ", []),
+        ("\x00\u200b", []),
+    ],
+)
+def test_a_text_is_split_at_the_ends_of_sentences(text: str, parts: list[str]) -> None:
+    assert split(text) == parts
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Up 3.5 % vs. ES=F, e.g. to 1,234.56 today.",
+        "BRK.B of Apple Inc. Or the U.S. Treasury, by Dr. Smith.",
+        "It is (approx. The same) now.",
+        "It is “Inc.” Or so.",
+        "Say J. P. Morgan.",
+        "Say $J. Morgan.",
+        "wait... then buy",
+        "Is it over? perhaps.",
+        "It fell. - So we sold.",
+        "It fell. -- So we sold.",
+        "It fell. – So we sold.",
+        "It fell. — So we sold.",
+        "Without an end",
+    ],
+)
+def test_a_dot_that_ends_no_sentence_does_not_split(text: str) -> None:
+    assert split(text) == [text]
+
+
+@pytest.mark.parametrize("before", ["Sell it.", "Sell “it.”"])
+def test_a_lists_number_stays_with_its_sentence_though_both_are_too_long(before: str) -> None:
+    item = words(279)
+    cut = item.rindex(" ", 0, 278)
+    assert split(f"{before} 2. {item}") == [before, f"2. {item[:cut]}", item[cut + 1 :]]
+
+
+# Long and short parts
+
+
+def test_a_first_part_of_120_characters_is_whole_and_a_longer_one_ends_at_a_clause() -> None:
+    clause, rest = words(60) + ",", "so " + words(56)
+    assert len(f"{clause} {rest}") == 121
+    assert split(f"{clause} {rest}") == [clause, rest]
+    assert split(f"{clause} {rest[:-1]}") == [f"{clause} {rest[:-1]}"]
+
+
+@pytest.mark.parametrize("mark", [",", ";", ":", "—", "–", "，", "；", "：", "、", ",”", ";)"])
+def test_a_clause_ends_at_each_of_these(mark: str) -> None:
+    clause, rest = words(60) + mark, words(80, "so")
+    assert split(f"{clause} {rest}") == [clause, rest]
+
+
+def test_a_first_sentence_without_a_clause_ends_at_a_word() -> None:
+    text = words(200)
+    first, rest = split(text)
+    assert f"{first} {rest}" == text
+    # The next word, of four characters, would make it longer than 120.
+    assert 120 - 5 < len(first) <= 120
+
+
+def test_a_later_sentence_of_280_characters_is_whole_and_a_longer_one_is_not() -> None:
+    whole = words(279) + "."
+    assert split(f"Sell. {whole}") == ["Sell.", whole]
+    clause = words(100) + ","
+    longer = f"{clause} {words(178, 'so')}."
+    assert len(longer) == 281
+    assert split(f"Sell. {longer}") == ["Sell.", clause, longer.removeprefix(clause).strip()]
+
+
+def test_clauses_go_together_while_they_fit() -> None:
+    clauses = [words(139) + ",", words(138) + ",", words(139) + ",", words(139) + "."]
+    assert [len(clause) for clause in clauses] == [140, 139, 140, 140]
+    # 140 and 139 and the space between them are 280; 140 and 140 are one too many.
+    assert split("Sell. " + " ".join(clauses)) == [
+        "Sell.",
+        f"{clauses[0]} {clauses[1]}",
+        clauses[2],
+        clauses[3],
+    ]
+
+
+def test_a_long_first_sentence_goes_on_in_parts_of_280() -> None:
+    clauses = [f"{words(99)}," for _ in range(6)]
+    first, second, third, fourth = split(" ".join(clauses))
+    assert first == clauses[0]
+    assert second == " ".join(clauses[1:3])
+    assert third == " ".join(clauses[3:5])
+    assert fourth == clauses[5]
+
+
+def test_a_part_shorter_than_60_characters_takes_the_next_sentence_too() -> None:
+    short, enough = words(58) + ".", words(59) + "."
+    assert (len(short), len(enough)) == (59, 60)
+    assert split(f"Sell. {short} Then buy.") == ["Sell.", f"{short} Then buy."]
+    assert split(f"Sell. {enough} Then buy.") == ["Sell.", enough, "Then buy."]
+
+
+def test_the_first_part_takes_no_other_sentence() -> None:
+    assert split("One. Two. Three.") == ["One.", "Two. Three."]
+
+
+def test_short_parts_join_up_to_280_characters() -> None:
+    short = words(58) + "."
+    fits, too_long = words(219) + ".", words(220) + "."
+    assert split(f"Sell. {short} {fits}") == ["Sell.", f"{short} {fits}"]
+    assert split(f"Sell. {short} {too_long}") == ["Sell.", short, too_long]
+
+
+def test_a_word_longer_than_a_part_is_cut() -> None:
+    assert split("7" * 700) == ["7" * 280, "7" * 280, "7" * 140]
+    assert split("7" * 560) == ["7" * 280, "7" * 280]
+    assert split(f"Up {'7' * 300} now") == ["Up", "7" * 280, f"{'7' * 20} now"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LONG,
+        "value 1,234.56 and BRK.B or ES=F; " * 60,
+        "word " * 999,
+        "One. Two. " * 300,
+        "Ends in dots ... - and dashes — here: " * 40,
+        "“Quoted?” (Yes.) No! " * 50,
+    ],
+)
+def test_no_part_is_long_and_together_they_are_every_word(text: str) -> None:
+    parts = split(text)
+    assert max(map(len, parts)) <= MAX_PART
+    assert " ".join(parts).split() == text.split()
+
+
+def test_a_clause_of_a_longer_sentence_never_holds_half_a_word() -> None:
+    sentence = ", ".join(["the stop moves up because the trend holds"] * 20)
+    first, *rest = split(sentence)
+    assert first == ", ".join(["the stop moves up because the trend holds"] * 2) + ","
+    assert all(part.endswith("holds,") for part in rest[:-1])
+
+
+# Pauses
+
+
+@pytest.mark.parametrize(
+    ("part", "seconds"),
+    [
+        ("The end.", 0.3),
+        ("The end.”", 0.3),
+        ("The end!)", 0.3),
+        ("The end?", 0.3),
+        ("so far,", 0.12),
+        ("so far;'", 0.12),
+        ("so far —", 0.12),
+        ("so", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_a_pause_is_as_long_as_the_cut_is_deep(part: str, seconds: float) -> None:
+    assert pause_after(part) == seconds
