@@ -14,6 +14,7 @@ import argparse
 import fnmatch
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -107,6 +108,8 @@ def main() -> int:
     )
     os.chdir(_ROOT)
     if not options.report:
+        # What an earlier run has found out about tests that have changed since is out of date.
+        shutil.rmtree(_MUTANTS, ignore_errors=True)
         mutmut = Path(sys.executable).parent / "mutmut"
         command = [str(mutmut), "run", "--max-children", str(options.children), *scope]
         if subprocess.run(command, check=False).returncode:

@@ -120,6 +120,9 @@ class FakeArchive:
         await self.append(row)
         return self.outcome
 
+    async def append_published(self, row: Any) -> None:
+        await self.append(row)
+
 
 class FakeMetrics(NoMetrics):
     """Notes proposals and scores."""

@@ -52,6 +52,7 @@ class FakeStore:
         mean: of the scores, and their number.
         since: from when on scores were asked for.
         asked: how many corrections were asked for, each time.
+        patience: seconds for which it was waited for, each time.
         failure: raised by whatever is asked.
         is_away: whether it is not open.
     """
@@ -63,6 +64,7 @@ class FakeStore:
         self.mean: tuple[float | None, int] = (None, 0)
         self.since: list[datetime.datetime] = []
         self.asked: list[int] = []
+        self.patience: list[float] = []
         self.failure: Exception | None = None
         self.is_away = False
         self.is_full = False
@@ -76,6 +78,7 @@ class FakeStore:
         self.closed = True
 
     async def opened(self, timeout: float) -> None:
+        self.patience.append(timeout)
         self._fail()
 
     def is_open(self) -> bool:
@@ -153,6 +156,8 @@ async def test_the_examples_are_the_newest_corrections_oldest_first(made: Made) 
     await made.archive.append_feedback(feedback("D", proposal("D")))
     assert made.archive.examples == (example("B"), example("C"), example("D"))
     assert made.changes == 1
+    # More than are needed, as some cannot be one.
+    assert made.store.asked == [12]
 
 
 async def test_examples_that_stay_the_same_are_no_change(made: Made) -> None:
@@ -237,6 +242,19 @@ async def test_examples_and_scores_are_there_soon_after_the_start(made: Made) ->
     assert made.archive.examples == (example("A"),)
     day = datetime.timedelta(hours=24)
     assert before - day <= made.store.since[0] <= datetime.datetime.now(datetime.UTC) - day
+
+
+async def test_what_other_processes_write_is_there_after_half_a_minute(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds: float = module._REFRESH_SECONDS
+    assert seconds == 30.0
+    monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.01)
+    made.archive.start()
+    await until(lambda: made.store.since)
+    made.store.mean = (0.5, 1)
+    await until(lambda: made.archive.num_scores == 1)
+    assert set(made.store.patience) == {0.01}
 
 
 async def test_a_score_is_counted_at_once_and_another_row_is_not(made: Made) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import json
 import time
 import uuid
@@ -328,3 +330,76 @@ async def test_feedback_that_is_not_stored_is_not_published() -> None:
     with pytest.raises(DatabaseUnavailable, match=r"The disk is full\."):
         await made.sidecar.submit_feedback(feedback())
     assert made.happened.log == []
+
+
+# Feedback that another service publishes
+
+PUBLISHED: dict[str, Any] = {
+    "transaction_id": "t-1",
+    "feedback_type": "rating",
+    "feedback_content": "good",
+}
+
+
+async def hear(made: FakeParts, payload: str) -> None:
+    """As the event bus does it."""
+    await made.sidecar._store_published_feedback(payload)
+
+
+@pytest.mark.parametrize(
+    "given", [{"timestamp": "2026-01-02T03:04:05Z"}, {"feedback_id": "f-1"}, {}]
+)
+async def test_what_another_service_publishes_is_stored(given: dict[str, Any]) -> None:
+    made = parts()
+    await hear(made, json.dumps(PUBLISHED | given))
+    ((_, row),) = made.happened.of("row")
+    assert {name: row[name] for name in PUBLISHED} == PUBLISHED
+    assert row["feedback_id"] == given.get("feedback_id", row["feedback_id"])
+    # It is out already.
+    assert made.happened.of("event") == []
+
+
+@pytest.mark.parametrize("given", [{}, {"timestamp": None}])
+async def test_without_a_time_its_id_follows_from_the_message(given: dict[str, Any]) -> None:
+    """Each sidecar that hears it gives it a time of its own, and all of them the same id."""
+    made, payload = parts(), json.dumps(PUBLISHED | given)
+    await hear(made, payload)
+    ((_, row),) = made.happened.of("row")
+    assert row["feedback_id"] == hashlib.sha256(payload.encode()).hexdigest()
+
+
+async def test_with_a_time_its_id_follows_from_what_it_says() -> None:
+    made = parts()
+    timed = PUBLISHED | {"timestamp": "2026-01-02T03:04:05Z"}
+    await hear(made, json.dumps(timed))
+    await hear(made, json.dumps(timed, indent=1))
+    (_, one), (_, other) = made.happened.of("row")
+    assert one["feedback_id"] == other["feedback_id"]
+
+
+@pytest.mark.parametrize("payload", ["", "{", "[]", "7", '{"feedback_content": "a secret"}'])
+async def test_what_is_no_feedback_is_logged_without_its_content(
+    payload: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = parts()
+    await hear(made, payload)
+    assert caplog.messages == ["feedback on the event bus is not valid: ValidationError"]
+    assert made.happened.log == []
+
+
+async def test_feedback_waits_for_a_database_that_is_away_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, pauses = parts(), []
+    made.archive.failure = DatabaseUnavailable("The disk is full.")
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            made.archive.failure = None
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    await hear(made, json.dumps(PUBLISHED))
+    assert pauses == [1.0, 1.0, 1.0]
+    assert caplog.messages == ["feedback of another service waits: The disk is full."]
+    assert len(made.happened.of("row")) == 1
