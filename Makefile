@@ -9,7 +9,7 @@ BENCH_VENV := .venv-bench
 CHATTERBOX_VENV := .venv-chatterbox
 STAND_IN := .data/chatterbox-stand-in
 
-.PHONY: serve test test-chatterbox mutants lint bench train evaluate clean
+.PHONY: serve test test-long test-chatterbox mutants lint bench train evaluate clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve
@@ -20,6 +20,10 @@ serve: $(VENV)/.serve
 # A process that dies is not replaced: pytest-xdist 3.8 would wait for the new one for ever.
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0
+
+# What takes longer than CI may; one process, as it measures time.
+test-long: $(VENV)/.test
+	$(BIN)/python -m pytest tests/long -v -s -o faulthandler_timeout=3000
 
 # Gigabytes and minutes: the real package with random weights, as a worker in its own environment.
 test-chatterbox: $(VENV)/.test $(CHATTERBOX_VENV)/.installed $(STAND_IN)/conds.pt

@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Final
 
 import httpx
+import numpy as np
 import psutil
 
 from benchmarks import models
 from benchmarks.table import Row
+from llm_sidecar.engines.lora_graph import ADAPTER_FILE, read_lora_graph
+from llm_sidecar.engines.lora_graph import write_adapter as write_matrices
+from llm_sidecar.loader import DEMO_DIR
 from llm_sidecar.lora import convert_adapter
-from tests.live_server import LiveServer
+from tests.live_server import LiveServer, serve
 from tests.random_models import write_adapter
 
-CLIENTS: Final = 8
-SWAPS: Final = 200
+NAMES: Final = ("20260101", "20260102")
 _SETTLED: Final = 10
 """Swaps after which memory is compared with that in the end."""
+_USUAL_SECONDS: Final = 20.0
+"""How long the clients ask without a swap, for comparison."""
 
 
 def swapped_under_load(rounds: int) -> Iterator[Row]:
     del rounds
+    yield from _of_large_models()
+    yield from _of_the_demo()
+
+
+def _of_large_models() -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         adapters = Path(folder, "adapters")
-        names = ("20260101", "20260102")
-        for seed, name in enumerate(names):
+        for seed, name in enumerate(NAMES):
             peft = write_adapter(
                 models.transformers_model("phi3"),
                 Path(folder, f"peft-{name}"),
@@ -39,24 +49,124 @@ def swapped_under_load(rounds: int) -> Iterator[Row]:
             convert_adapter(peft, models.onnx_model("phi3"), adapters / name)
         with models.served(Path(folder), PHI3_ADAPTER_DIR=str(adapters)) as server:
             server.wait_until_ready()
-            asked = models.prompts(4)
-            alone = {name: _answers(server, name, asked) for name in names}
-            assert all(one != other for one, other in zip(*alone.values(), strict=True))
-            allowed = {
-                prompt: {answers[index] for answers in alone.values()}
-                for index, prompt in enumerate(asked)
-            }
-            memory, failed, others, answered = asyncio.run(_swap(server, names, allowed))
-    name = f"{SWAPS} adapter swaps under a load of {CLIENTS} clients"
-    yield Row(f"{name}: failed requests", failed, 0, f"of {answered}")
-    yield Row(f"{name}: answers of neither adapter", others, 0, f"of {answered}, by their text")
-    after, settled = memory[-1], memory[_SETTLED - 1]
+            load, memory = _Load(server, clients=8), _Memory(server)
+            usual, swapping = load.longest_waits(swaps=40, after_each=memory.note)
+    name = "40 adapter swaps under a load of 8 clients"
+    yield Row(f"{name}: failed requests", load.failed, 0, f"of {load.answered}")
+    yield Row(
+        f"{name}: answers of neither adapter",
+        load.others,
+        0,
+        f"of {load.answered}, by their text",
+    )
+    yield Row(
+        f"{name}: longest wait of a request, all eight queued, against that without swaps",
+        swapping / usual,
+        None,
+        f"{swapping:.1f} and {usual:.1f} s; loading takes CPU time from those who ask",
+    )
+    after, settled = memory.megabytes[-1], memory.megabytes[_SETTLED - 1]
     yield Row(
         f"{name}: memory after the last, against that after the tenth",
         after / settled,
         1.05,
-        f"{after:.0f} and {settled:.0f} MB of Phi-3's worker",
+        f"{after:.0f} and {settled:.0f} MB of the server and Phi-3's worker",
     )
+
+
+def _of_the_demo() -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        adapters = Path(folder, "adapters")
+        projections = read_lora_graph(DEMO_DIR / "phi3" / "model.onnx").projections
+        for seed, name in enumerate(NAMES):
+            rng = np.random.default_rng(seed)
+            matrices = {
+                projection: tuple(
+                    (0.2 * rng.normal(size=size)).astype(its.dtype)
+                    for size in ((its.inputs, 8), (8, its.outputs))
+                )
+                for projection, its in projections.items()
+            }
+            (adapters / name).mkdir(parents=True)
+            (adapters / name / "adapter_config.json").write_text("{}")
+            write_matrices(adapters / name / ADAPTER_FILE, matrices)
+        environ = {"SIDECAR_DEMO": "true", "PRELOAD_MODELS": "true"}
+        with serve(Path(folder), PHI3_ADAPTER_DIR=str(adapters), **environ) as server:
+            server.wait_until_ready()
+            usual, swapping = _Load(server, clients=1).longest_waits(swaps=5)
+    yield Row(
+        "5 adapter swaps of the demo under one client: longest wait of a request, beyond the "
+        "longest without swaps",
+        max(0.0, swapping - usual),
+        1.0,
+        f"{swapping:.2f} and {usual:.2f} s",
+        unit=" s",
+    )
+
+
+class _Memory:
+    """What the server and Phi-3's worker take, in megabytes."""
+
+    def __init__(self, server: LiveServer) -> None:
+        self.megabytes: list[float] = []
+        self._server = server
+
+    def note(self) -> None:
+        processes = (self._server.process.pid, self._server.worker("phi3"))
+        taken = sum(psutil.Process(pid).memory_info().rss for pid in processes)
+        self.megabytes.append(taken / 2**20)
+
+
+class _Load:
+    """Clients that ask without a pause, and what they got."""
+
+    def __init__(self, server: LiveServer, clients: int) -> None:
+        """Asks each adapter alone first, to know its answers."""
+        self.failed = self.others = self.answered = 0
+        self._server = server
+        self._clients = clients
+        asked = models.prompts(4)
+        alone = [_answers(server, name, asked) for name in NAMES]
+        assert all(one != other for one, other in zip(*alone, strict=True))
+        self._allowed = dict(zip(asked, map(set, zip(*alone, strict=True)), strict=True))
+        self._waits: list[float] = []
+
+    def longest_waits(
+        self, swaps: int, after_each: Callable[[], None] = lambda: None
+    ) -> tuple[float, float]:
+        """Seconds that a request took at most: without swaps, and during so many of them."""
+
+        async def swap(client: httpx.AsyncClient) -> None:
+            for number in range(swaps):
+                body = {"adapter": NAMES[number % len(NAMES)]}
+                (await client.post("/adapters/swap", json=body)).raise_for_status()
+                after_each()
+
+        usual = asyncio.run(self._longest_wait(lambda client: asyncio.sleep(_USUAL_SECONDS)))
+        return usual, asyncio.run(self._longest_wait(swap))
+
+    async def _longest_wait(
+        self, work: Callable[[httpx.AsyncClient], Coroutine[None, None, None]]
+    ) -> float:
+        self._waits = []
+        async with httpx.AsyncClient(base_url=self._server.url, timeout=120.0) as client:
+            working = asyncio.create_task(work(client))
+            asking = [self._ask(client, number, working) for number in range(self._clients)]
+            await asyncio.gather(working, *asking)
+        return max(self._waits)
+
+    async def _ask(
+        self, client: httpx.AsyncClient, number: int, working: asyncio.Task[None]
+    ) -> None:
+        prompts = list(self._allowed)
+        while not working.done():
+            prompt = prompts[(number + self.answered) % len(prompts)]
+            began = time.monotonic()
+            answer = await client.post("/generate/phi3/", json=_body(prompt))
+            self._waits.append(time.monotonic() - began)
+            self.answered += 1
+            self.failed += answer.status_code != 200
+            self.others += answer.text not in self._allowed[prompt]
 
 
 def _answers(server: LiveServer, adapter: str, asked: list[str]) -> list[str]:
@@ -71,33 +181,3 @@ def _answers(server: LiveServer, adapter: str, asked: list[str]) -> list[str]:
 
 def _body(prompt: str) -> dict[str, str | int]:
     return {"prompt": prompt, "max_length": 256}
-
-
-async def _swap(
-    server: LiveServer, names: tuple[str, ...], allowed: dict[str, set[str]]
-) -> tuple[list[float], int, int, int]:
-    """Megabytes after each swap; failed requests, wrong answers, and all of them."""
-    failed = others = answered = 0
-    done = False
-
-    async def ask(client: httpx.AsyncClient, number: int) -> None:
-        nonlocal failed, others, answered
-        prompts = list(allowed)
-        while not done:
-            prompt = prompts[(number + answered) % len(prompts)]
-            answer = await client.post("/generate/phi3/", json=_body(prompt))
-            answered += 1
-            failed += answer.status_code != 200
-            others += answer.text not in allowed[prompt]
-
-    memory = []
-    async with httpx.AsyncClient(base_url=server.url, timeout=120.0) as client:
-        asking = [asyncio.create_task(ask(client, number)) for number in range(CLIENTS)]
-        for number in range(SWAPS):
-            body = {"adapter": names[number % len(names)]}
-            (await client.post("/adapters/swap", json=body)).raise_for_status()
-            worker = server.client.get("/health").json()["models"]["phi3"]["pid"]
-            memory.append(psutil.Process(worker).memory_info().rss / 2**20)
-        done = True
-        await asyncio.gather(*asking)
-    return memory, failed, others, answered

@@ -11,14 +11,25 @@ from pathlib import Path
 from typing import Any, Final
 
 from llm_sidecar.db import (
+    Correction,
+    FeedbackWithdrawalSchema,
     HermesScoreSchema,
     OrchestratorRunSchema,
     Phi3FeedbackSchema,
     ProposalSchema,
+    PublishedFeedback,
     Store,
 )
 from llm_sidecar.errors import DatabaseUnavailable
-from llm_sidecar.proposals import Example, is_valid
+from llm_sidecar.examples import (
+    MAX_PROPOSAL_CHARS,
+    MAX_TOKENS,
+    Outcome,
+    choose,
+    proposal_refusal,
+    refusal,
+)
+from llm_sidecar.proposals import Example
 
 log = logging.getLogger(__name__)
 
@@ -26,15 +37,15 @@ _REFRESH_SECONDS: Final = 30.0
 """Other processes write too, so what is kept in memory is read again this often."""
 _REFRESH_PAUSE: Final = 0.5
 _RETRY_PAUSE: Final = 1.0
-_LONGEST_EXAMPLE: Final = 2000
-"""Characters; a longer prompt makes no few-shot example, since it would cost every request."""
+_REFRESH_DEADLINE: Final = 8.0
+"""Of reading the examples, the wait for those who read them already included."""
 
 
 class Archive:
     """Rows in, and the few questions that every request or probe asks, from memory.
 
     Attributes:
-        examples: few-shot examples from the latest valid corrections, oldest first.
+        corrections: the few-shot examples in use, oldest first.
         mean_score: mean of the last 24 hours' scores, or None.
         num_scores: their number.
     """
@@ -45,6 +56,8 @@ class Archive:
         *,
         log_dir: Path | None = None,
         examples: int,
+        examples_from_bus: bool = False,
+        context_length: Callable[[], int],
         on_examples: Callable[[], None] = lambda: None,
     ) -> None:
         """Opens nothing.
@@ -53,14 +66,19 @@ class Archive:
             uri: folder or object store of the database.
             log_dir: where the log of an object store goes.
             examples: greatest number of few-shot examples.
-            on_examples: is called where `examples` has changed.
+            examples_from_bus: whether feedback that another service published can be one.
+            context_length: gives that of the model, in tokens; may read files.
+            on_examples: is called where the examples have changed.
         """
-        self.examples: tuple[Example, ...] = ()
-        self._corrected: dict[str, dict[str, Any]] = {}
+        self.corrections: tuple[Correction, ...] = ()
         self.mean_score: float | None = None
         self.num_scores = 0
         self._max_examples = examples
+        self._from_bus = examples_from_bus
+        self._context_length = context_length
         self._on_examples = on_examples
+        self._refreshing = asyncio.Lock()
+        self._refreshes_asked = self._refreshes_done = 0
         self._store = Store(uri, log_dir=log_dir)
         self._stale = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -94,36 +112,107 @@ class Archive:
         """Whether rows can be stored and questions asked."""
         return self._store.is_open()
 
-    async def append_feedback(self, feedback: Phi3FeedbackSchema) -> bool | None:
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """The few-shot examples in use, oldest first."""
+        return tuple(Example(c.prompt, c.proposal) for c in self.corrections)
+
+    @property
+    def database_id(self) -> str | None:
+        """The database's own name, the same for every sidecar that uses it; None until it has been
+        open."""
+        return self._store.database_id
+
+    async def append_feedback(self, feedback: Phi3FeedbackSchema) -> Outcome:
         """Stores feedback; a correction can be a few-shot example from the next proposal on.
 
         Returns:
-            Whether it is one: its run is known, its prompt short and the correction valid. None
-            where that is not known before the database is back.
+            Whether it is one, or the reason why not.
 
         Raises:
             DatabaseUnavailable: the row is not stored.
         """
         await self._store.append(feedback)
         if feedback.corrected_proposal is None:
-            return False
+            return Outcome.NO_CORRECTION
+        if (refused := proposal_refusal(feedback.corrected_proposal)) is not None:
+            return refused
+        if not self._max_examples:
+            return Outcome.OFF
         if not self._store.is_open():
-            return None
+            return Outcome.DATABASE_AWAY
         try:
             await self._refresh_examples()
+            return await self._outcome(feedback, feedback.corrected_proposal)
         except DatabaseUnavailable as error:
             # The row is stored, and that is what was asked for.
             log.error("the examples are not refreshed: %s", error.detail)
-            self._stale.set()
-            return None
-        example = self._corrected.get(feedback.transaction_id)
-        return example == feedback.corrected_proposal
+            self.refresh_soon()
+            return Outcome.DATABASE_AWAY
+
+    async def _outcome(self, feedback: Phi3FeedbackSchema, corrected: dict[str, Any]) -> Outcome:
+        """What became of a valid correction that was stored before the last refresh."""
+        feedback_id = feedback.as_row()["feedback_id"]
+        if any(used.feedback_id == feedback_id for used in self.corrections):
+            return Outcome.EXAMPLE
+        prompt = await self._store.prompt(feedback.transaction_id)
+        if prompt is None:
+            return Outcome.NO_RUN
+        context_length = await asyncio.to_thread(self._context_length)
+        if (refused := refusal(Example(prompt, corrected), context_length)) is not None:
+            return refused
+        if await self._store.is_withdrawn(feedback_id):
+            return Outcome.WITHDRAWN
+        if any(used.transaction_id == feedback.transaction_id for used in self.corrections):
+            return Outcome.REPLACED
+        return Outcome.CROWDED_OUT
+
+    async def append_published(self, feedback: PublishedFeedback) -> None:
+        """Stores feedback that another service published.
+
+        Raises:
+            DatabaseUnavailable: the row is not stored.
+        """
+        await self._store.append(feedback)
+        if self._from_bus:
+            self.refresh_soon()
+
+    async def withdraw(self, feedback_id: str) -> bool:
+        """Withdraws feedback: it is no example from the next proposal on, and no training data.
+
+        Returns:
+            False where there is no such feedback.
+
+        Raises:
+            DatabaseUnavailable: the withdrawal is not stored, or it is not known whether there is
+                such feedback.
+        """
+        transaction_id = next(
+            (used.transaction_id for used in self.corrections if used.feedback_id == feedback_id),
+            None,
+        ) or await self._store.feedback_transaction(feedback_id)
+        if transaction_id is None:
+            return False
+        await self._store.append(
+            FeedbackWithdrawalSchema(feedback_id=feedback_id, transaction_id=transaction_id)
+        )
+        try:
+            await self._refresh_examples()
+        except DatabaseUnavailable:
+            # Without the one that would take its place.
+            self._use(tuple(c for c in self.corrections if c.feedback_id != feedback_id))
+            self.refresh_soon()
+        return True
+
+    def refresh_soon(self) -> None:
+        """Has what is kept in memory read again: another process has changed it."""
+        self._stale.set()
 
     async def append(self, row: OrchestratorRunSchema | HermesScoreSchema | ProposalSchema) -> None:
         """Stores a row; raises DatabaseUnavailable where that is not possible."""
         await self._store.append(row)
         if isinstance(row, HermesScoreSchema):
-            self._stale.set()
+            self.refresh_soon()
 
     async def _keep_fresh(self) -> None:
         said = None
@@ -153,15 +242,39 @@ class Archive:
                     await self._stale.wait()
 
     async def _refresh_examples(self) -> None:
+        """Reads the examples again; returns once they are as of this call or later.
+
+        Raises:
+            DatabaseUnavailable: they cannot be read, and are as they were.
+        """
         if not self._max_examples:
             return
-        newest_first = await self._store.recent_corrections(4 * self._max_examples)
-        usable = [
-            (transaction_id, Example(prompt, corrected))
-            for prompt, corrected, transaction_id in newest_first
-            if len(prompt) <= _LONGEST_EXAMPLE and is_valid(corrected)
-        ][: self._max_examples]
-        before, self.examples = self.examples, tuple(e for _, e in reversed(usable))
-        if self.examples != before:
+        self._refreshes_asked += 1
+        mine = self._refreshes_asked
+        try:
+            async with asyncio.timeout(_REFRESH_DEADLINE), self._refreshing:
+                # Otherwise one that began after this call has done it.
+                if self._refreshes_done < mine:
+                    begun = self._refreshes_asked
+                    await self._read_examples()
+                    self._refreshes_done = begun
+        except TimeoutError:
+            raise DatabaseUnavailable(
+                f"The examples could not be read within {_REFRESH_DEADLINE:g} s.", retry_after=5
+            ) from None
+
+    async def _read_examples(self) -> None:
+        context_length = await asyncio.to_thread(self._context_length)
+        newest_first = await self._store.recent_corrections(
+            self._max_examples,
+            lambda correction: refusal(correction, context_length) is None,
+            proposal_bytes=MAX_PROPOSAL_CHARS,
+            prompt_bytes=MAX_TOKENS,
+            from_bus=self._from_bus,
+        )
+        self._use(choose(newest_first, self._max_examples, context_length))
+
+    def _use(self, corrections: tuple[Correction, ...]) -> None:
+        before, self.corrections = self.corrections, corrections
+        if corrections != before:
             self._on_examples()
-        self._corrected = {name: example.proposal for name, example in usable}

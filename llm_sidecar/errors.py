@@ -6,7 +6,10 @@ status it maps to, and after how many seconds a retry makes sense.
 
 from __future__ import annotations
 
-from typing import ClassVar
+import copy
+import uuid
+from dataclasses import dataclass
+from typing import ClassVar, Self
 
 
 class SidecarError(Exception):
@@ -16,6 +19,8 @@ class SidecarError(Exception):
         status: the HTTP status a server answers with.
         detail: one sentence for the caller; holds no prompt and no secret.
         retry_after: seconds after which the same request may succeed, or None.
+        transaction_id: of the proposal that was finished before this error and is stored, or None.
+        stored: False where a row of the failed request could not be stored.
     """
 
     status: ClassVar[int] = 500
@@ -24,6 +29,19 @@ class SidecarError(Exception):
         super().__init__(detail)
         self.detail = detail
         self.retry_after = retry_after
+        self.transaction_id: uuid.UUID | None = None
+        self.stored = True
+
+    def of_request(self, transaction_id: uuid.UUID | None, *, stored: bool) -> Self:
+        """A copy that says what is stored of one request; several requests may share the original.
+
+        Args:
+            transaction_id: of the stored proposal, or None.
+            stored: whether every row of the request is stored.
+        """
+        error = copy.copy(self)
+        error.transaction_id, error.stored = transaction_id, stored
+        return error
 
 
 class SettingsError(SidecarError):
@@ -34,6 +52,12 @@ class InvalidRequest(SidecarError):
     """The request is well-formed but asks for something that cannot be done."""
 
     status = 422
+
+
+class NotFound(SidecarError):
+    """There is nothing of that name."""
+
+    status = 404
 
 
 class AdapterRejected(SidecarError):
@@ -72,7 +96,34 @@ class DatabaseUnavailable(Unavailable):
     """The database cannot be opened or written."""
 
 
+@dataclass(frozen=True, slots=True)
+class TimeSpent:
+    """Seconds that the phases of a model call took until its request's deadline passed.
+
+    Attributes:
+        before: the request's earlier calls of models.
+        waiting: queue and loading of the model.
+        prompt: prefill.
+        writing: decoding.
+    """
+
+    before: float
+    waiting: float
+    prompt: float
+    writing: float
+
+
 class DeadlineExceeded(SidecarError):
-    """The request took longer than its deadline."""
+    """The request took longer than its deadline.
+
+    Attributes:
+        spent: what took the time, where a model missed the deadline; else None.
+    """
 
     status = 504
+
+    def __init__(
+        self, detail: str, *, retry_after: int | None = None, spent: TimeSpent | None = None
+    ) -> None:
+        super().__init__(detail, retry_after=retry_after)
+        self.spent = spent

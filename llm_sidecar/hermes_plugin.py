@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from llm_sidecar import loader
+from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest, Message
 from llm_sidecar.errors import ModelUnavailable, SidecarError
 from llm_sidecar.model_host import Completion, ModelHost
+from llm_sidecar.settings import default_max_chars
+from llm_sidecar.text import require_text
 
 log = logging.getLogger(__name__)
 
@@ -77,13 +80,13 @@ def expected_score(probabilities: Mapping[str, float]) -> float:
 async def chat(
     host: ModelHost, prompt: str, *, max_tokens: int, temperature: float = 0.0
 ) -> Completion:
-    """Hermes' answer to a free question.
+    """Hermes' answer to a free question; at the deadline, what has been written of it.
 
     Raises:
         InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
     """
     request = GenerationRequest(chat_messages(prompt), max_tokens, temperature=temperature)
-    return await host.generate(request)
+    return await host.generate(request, allow_partial=True)
 
 
 async def assess(
@@ -93,37 +96,45 @@ async def assess(
     *,
     max_tokens: int,
     temperature: float = 0.0,
+    deadline: Deadline | None = None,
 ) -> Completion:
-    """Hermes' critique of a proposal, in words.
+    """Hermes' critique of a proposal, in words; always a whole one.
 
     Raises:
         InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
     """
     messages = build_messages(CRITIQUE_TASK, proposal, context)
-    return await host.generate(GenerationRequest(messages, max_tokens, temperature=temperature))
+    request = GenerationRequest(messages, max_tokens, temperature=temperature)
+    return await host.generate(request, deadline)
 
 
-async def score(host: ModelHost, proposal: Mapping[str, Any], context: str | None = None) -> float:
+async def score(
+    host: ModelHost,
+    proposal: Mapping[str, Any],
+    context: str | None = None,
+    deadline: Deadline | None = None,
+) -> float:
     """Hermes' score of a proposal, in [0, 1]: deterministic, from one forward pass.
 
     Raises:
         InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
     """
     messages = build_messages(SCORE_TASK, proposal, context)
-    return _read_score(await host.answer_probabilities(messages, SCORE_ANSWERS))
+    return _read_score(await host.answer_probabilities(messages, SCORE_ANSWERS, deadline))
 
 
 def score_with_hermes(proposal: dict[str, Any], context: str | None = None) -> float:
     """The score of a proposal, with Hermes loaded into this process on first use; for scripts.
 
     Args:
-        proposal: the proposal as JSON types.
-        context: the market context it answers.
+        proposal: the proposal as JSON types, at most MAX_PROMPT_CHARS characters as JSON.
+        context: the market context it answers, as long at most.
 
     Returns:
         A score in [0, 1], or -1.0 when scoring failed; the log says why.
     """
     try:
+        require_text(default_max_chars(), proposal=proposal, context=context)
         engine = loader.get_hermes_engine()
         messages = build_messages(SCORE_TASK, proposal, context)
         return _read_score(engine.answer_probabilities(messages, SCORE_ANSWERS))

@@ -7,8 +7,10 @@ here; the getters are for scripts, which get the model in their own process. As 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,9 @@ from llm_sidecar.settings import DEFAULT_HERMES, DEFAULT_PHI3, Settings
 
 DEMO_DIR: Final = Path(__file__).resolve().parent / "demo"
 _DEMO_PHI3_FILE: Final = DEMO_DIR / "phi3" / "model.onnx"
-_ADAPTER_NAME: Final = re.compile(r"(\d{8})(-dpo)?")
+_SMALLEST_CONTEXT: Final = 4096
+"""Of Phi-3-mini-4k-instruct, in tokens."""
+_ADAPTER_NAME: Final = re.compile(r"([0-9]{8})(-dpo)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,19 @@ def locate_hermes(settings: Settings) -> ModelFiles:
         ModelUnavailable: there are none; names the variable to set.
     """
     return _locate("hermes", "HERMES_MODEL_PATH", settings.hermes_path, DEFAULT_HERMES, settings)
+
+
+def phi3_context_length(settings: Settings) -> int:
+    """Tokens that Phi-3 reads and writes at most, by its configuration; that of the smallest Phi-3
+    where there is none."""
+    with contextlib.suppress(ModelUnavailable, OSError, ValueError, KeyError, TypeError):
+        folder = locate_phi3(settings).folder
+        genai = folder / "genai_config.json"
+        if genai.is_file():
+            return int(json.loads(genai.read_bytes())["model"]["context_length"])
+        config = json.loads((folder / "config.json").read_bytes())
+        return int(config["max_position_embeddings"])
+    return _SMALLEST_CONTEXT
 
 
 def phi3_model_file(settings: Settings) -> Path:
@@ -135,7 +152,7 @@ def find_adapter_dir(base_path: Path | str, name: str) -> Path:
     found = [a for a in _adapters(base_path) if a[1] == name or a[1].partition("-")[0] == name]
     if not found:
         raise AdapterRejected(
-            f"There is no adapter {name}: PHI3_ADAPTER_DIR holds no such folder with an "
+            "There is no such adapter: PHI3_ADAPTER_DIR holds no folder of that name with an "
             "adapter_config.json."
         )
     return max(found)[2]
@@ -153,10 +170,20 @@ def _adapters(base_path: Path | str) -> list[tuple[datetime.date, str, Path]]:
             f"The adapters cannot be read: {base}: {error.strerror}; set PHI3_ADAPTER_DIR."
         ) from None
     return [
-        (date, name, path)
-        for date, name, path in dated
-        if date is not None and (path / "adapter_config.json").is_file()
+        (date, name, path) for date, name, path in dated if date is not None and holds_adapter(path)
     ]
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter. Loading it tells why one cannot be read.
+
+    Symbolic links are followed, also out of the folder of adapters: operators keep adapters on
+    other disks, and a link shows nobody what it leads to.
+    """
+    try:
+        return (folder / "adapter_config.json").is_file()
+    except OSError:
+        return True
 
 
 def adapter_date(folder: Path) -> datetime.date | None:
@@ -197,7 +224,11 @@ get_hermes_engine = functools.cache(load_hermes_model)
 
 
 def get_phi3_model_and_tokenizer() -> tuple[Any, Any]:
-    """The runtime's own Phi-3 model and tokenizer, loaded on first use and kept.
+    """The runtime's own Phi-3 model and a tokenizer, loaded on first use and kept.
+
+    The tokenizer is transformers' for a model in its format, and else one of the `tokenizers`
+    package, which those of transformers are made of: onnxruntime-genai's own ends the process at
+    some texts.
 
     Raises:
         SettingsError, ModelUnavailable: as the environment or the files are wrong.
@@ -207,7 +238,7 @@ def get_phi3_model_and_tokenizer() -> tuple[Any, Any]:
 
 
 def get_hermes_model_and_tokenizer() -> tuple[Any, Any]:
-    """The runtime's own Hermes model and tokenizer, loaded on first use and kept.
+    """The runtime's own Hermes model and a tokenizer, as `get_phi3_model_and_tokenizer` has it.
 
     Raises:
         SettingsError, ModelUnavailable: as the environment or the files are wrong.

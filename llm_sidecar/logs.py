@@ -11,10 +11,18 @@ import datetime
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from llm_sidecar.errors import SidecarError
+
+if TYPE_CHECKING:
+    import asyncio
+
+log = logging.getLogger(__name__)
 
 LogFormat = Literal["auto", "json", "text"]
 
@@ -30,9 +38,55 @@ _OWN_ATTRIBUTES: Final = frozenset(logging.makeLogRecord({}).__dict__) | {
 }
 
 
-class JsonFormatter(logging.Formatter):
+def stack(error: BaseException) -> str:
+    """Where an error was raised and of which type, after those that it came of.
+
+    Like a traceback, but without messages: they may quote a prompt. Those of the operating system
+    and of `llm_sidecar.errors` do not, so they are there.
+    """
+    found: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        current = waiting.pop()
+        # A chain of causes may be a loop.
+        if current is None or any(current is other for other in found):
+            continue
+        found.append(current)
+        waiting.append(current.__cause__)
+        if not current.__suppress_context__:
+            waiting.append(current.__context__)
+        waiting.extend(getattr(current, "exceptions", ()))
+    return "\n".join(map(_raised, reversed(found)))
+
+
+def _raised(error: BaseException) -> str:
+    said = type(error).__qualname__
+    if isinstance(error, SidecarError):
+        said = f"{said}: {error.detail}"
+    elif isinstance(error, OSError) and error.strerror:
+        said = f"{said}: {error.strerror}"
+    where = "".join(traceback.format_tb(error.__traceback__))
+    return f"Traceback (most recent call last):\n{where}{said}"
+
+
+def log_unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Logs what nobody has handled, as the exception handler of an event loop.
+
+    asyncio's own shows the task as well, and with it the error's message.
+    """
+    error = context.get("exception")
+    log.error("%s\n%s", context["message"], "" if error is None else stack(error))
+
+
+class _Formatter(logging.Formatter):
+    def formatException(self, ei: Any) -> str:  # noqa: N802  the name is logging's
+        """The exception of a record, without its message."""
+        return stack(ei[1])
+
+
+class JsonFormatter(_Formatter):
     """One JSON object a line: timestamp (UTC, ISO 8601), level, logger, message, the context, the
-    `extra` fields, and type and stack of an exception."""
+    `extra` fields, and type and stack of an exception, without its message."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line; a value that is no JSON is shown as its `str`."""
@@ -55,7 +109,7 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-class TextFormatter(logging.Formatter):
+class TextFormatter(_Formatter):
     """One readable line, with the request's id where there is one."""
 
     def __init__(self) -> None:

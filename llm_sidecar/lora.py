@@ -13,7 +13,7 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -29,6 +29,7 @@ from llm_sidecar.engines.lora_graph import (
 )
 from llm_sidecar.engines.peft_files import CONFIG_FILE, WEIGHTS_FILE, matrix_of, read_config
 from llm_sidecar.errors import AdapterRejected
+from llm_sidecar.patterns import PatternsFailed, first_matches
 
 _PROJECTION: Final = re.compile(r"model\.layers\.\d+\.\w+\.\w+")
 
@@ -101,30 +102,34 @@ def _read(source: Path) -> dict[str, _Pair]:
         halves.setdefault(module, {})[half] = tensor.astype(np.float32)
     if not halves:
         raise ConversionFailed(f"{source} changes nothing")
+    try:
+        alphas = _alphas(config, list(halves))
+    except PatternsFailed as error:
+        raise ConversionFailed(f"{source}: alpha_pattern in {CONFIG_FILE} {error}") from None
     found = {}
     for module, pair in halves.items():
         if len(pair) < 2 or len(pair["A"]) != pair["B"].shape[1]:
             raise ConversionFailed(f"{source} holds two matrices of {module} that do not fit")
-        try:
-            scaling = _scaling(config, module, len(pair["A"]))
-        except (KeyError, TypeError, ValueError, AttributeError, re.error):
-            raise ConversionFailed(f"{source}: {CONFIG_FILE} tells no alpha of {module}") from None
+        alpha, rank = alphas[module], len(pair["A"])
+        if not isinstance(alpha, int | float):
+            raise ConversionFailed(f"{source}: {CONFIG_FILE} tells no alpha of {module}")
+        # rsLoRA: Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with
+        # LoRA", arXiv:2312.03732.
+        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         found[module] = (pair["A"].T, pair["B"].T * scaling)
     return found
 
 
-def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """What PEFT multiplies a module's change by: alpha over its rank, or over the root of it
-    (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
-    arXiv:2312.03732)."""
-    alpha = config.get("lora_alpha")
-    for pattern, own in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = own
-            break
-    if alpha is None:
-        raise ValueError(module)
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _alphas(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
+    """The alpha of each module, as the configuration has it."""
+    own = config.get("alpha_pattern") or {}
+    if not isinstance(own, dict):
+        raise PatternsFailed("is no table of patterns")
+    alphas = list(own.values())
+    return {
+        module: config.get("lora_alpha") if index is None else alphas[index]
+        for module, index in zip(modules, first_matches(list(own), modules), strict=True)
+    }
 
 
 def _attention_rows(decoder: Mapping[str, Any]) -> dict[str, slice]:

@@ -14,15 +14,11 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
+from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import FinishReason, GenerationRequest, Message
-from llm_sidecar.errors import (
-    DeadlineExceeded,
-    InvalidRequest,
-    ModelUnavailable,
-    QueueFull,
-)
+from llm_sidecar.errors import InvalidRequest, ModelUnavailable, QueueFull
 from llm_sidecar.loader import ModelFiles
 from llm_sidecar.supervisor import Supervisor
 from llm_sidecar.telemetry.calls import (
@@ -33,7 +29,6 @@ from llm_sidecar.telemetry.calls import (
     WorkerDeath,
     observed,
 )
-from llm_sidecar.turns import Turns
 from llm_sidecar.worker_process import WorkerProcess
 
 log = logging.getLogger(__name__)
@@ -49,13 +44,14 @@ class Completion:
     Attributes:
         model: the label of the model that wrote it.
         adapter: the name of the adapter that it had.
+        finish_reason: `deadline` where the request's deadline cut it.
         cached_tokens: of the prompt, that were read for an earlier one.
     """
 
     text: str
     model: str
     adapter: str | None
-    finish_reason: FinishReason
+    finish_reason: FinishReason | Literal["deadline"]
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
@@ -67,7 +63,7 @@ class HostLimits:
 
     Attributes:
         queue_length: requests that may run and wait at once.
-        request_timeout: from admission to the answer.
+        request_timeout: from admission to the answer, for a call without a deadline of its own.
         load_wait: how long a request waits for a model that is loading.
         load_timeout: how long a model may load.
     """
@@ -117,12 +113,14 @@ class ModelHost:
             prefix=prefix,
             load_wait=self._limits.load_wait,
             load_timeout=self._limits.load_timeout,
+            drain_timeout=self._limits.request_timeout,
             on_death=self._tell_death,
         )
-        self._turns = Turns()
+        self._turns = asyncio.Semaphore(1)
+        self._capacity = 1
         self._observer = observer or Observers()
         self._on_death = on_death
-        self._serving: dict[int, ModelCall] = {}
+        self._serving: dict[int, tuple[WorkerProcess, ModelCall]] = {}
         self._admitted = 0
         self._running = 0
         self._idle = asyncio.Event()
@@ -130,37 +128,58 @@ class ModelHost:
         self._watchdogs: set[asyncio.Task[None]] = set()
         self._recent_seconds = 1.0
 
-    async def generate(self, request: GenerationRequest) -> Completion:
-        """The whole completion.
+    async def generate(
+        self,
+        request: GenerationRequest,
+        deadline: Deadline | None = None,
+        *,
+        allow_partial: bool = False,
+    ) -> Completion:
+        """The completion.
+
+        Args:
+            request: what to generate.
+            deadline: of the request that this call belongs to.
+            allow_partial: at the deadline returns what has been written, if anything, with the
+                finish reason `deadline`.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
         """
         text: list[str] = []
-        async with contextlib.aclosing(self._call("generate", request=asdict(request))) as steps:
+        call = self._call("generate", deadline, allow_partial, request=asdict(request))
+        async with contextlib.aclosing(call) as steps:
             async for step in steps:
                 text.append(step[1]["text"])
-        call, message = step
-        assert call.served_by is not None
+        served, message = step
+        assert served.served_by is not None
         return Completion(
             "".join(text),
-            call.served_by,
-            call.adapter,
-            message["finish_reason"],
+            served.served_by,
+            served.adapter,
+            message["finish_reason"] or "deadline",
             message["prompt_tokens"],
             message["completion_tokens"],
             message["cached_tokens"],
         )
 
     async def answer_probabilities(
-        self, messages: Sequence[Message], answers: Sequence[str]
+        self,
+        messages: Sequence[Message],
+        answers: Sequence[str],
+        deadline: Deadline | None = None,
     ) -> dict[str, float]:
         """Probability that the assistant's whole turn is each of `answers`.
+
+        Args:
+            messages: the chat so far.
+            answers: the turns to choose from.
+            deadline: of the request that this call belongs to.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
         """
-        call = self._call("choose", messages=list(messages), answers=list(answers))
+        call = self._call("choose", deadline, messages=list(messages), answers=list(answers))
         async with contextlib.aclosing(call) as steps:
             async for _, message in steps:
                 result: dict[str, float] = message["probabilities"]
@@ -193,13 +212,15 @@ class ModelHost:
     async def swap_adapter(self, adapter: Path | None) -> None:
         """Has requests answered with another adapter, or with none, from the next one on.
 
-        Running and waiting requests are not lost; where it cannot be loaded all stays as it was.
+        The model is loaded with it in a second worker meanwhile, so no request waits for it; those
+        that run end with the adapter that they began with. Where it cannot be loaded, or not in
+        time, all stays as it was. Cancelling the swap ends it.
 
         Raises:
             AdapterRejected: it cannot be loaded; says why.
-            ModelUnavailable: the model itself is missing or does not load.
+            ModelUnavailable: the model itself is missing, or the host is closing.
         """
-        await self._supervisor.swap_adapter(adapter, self._turns.alone)
+        await self._supervisor.swap_adapter(adapter)
 
     def available(self) -> bool:
         """Whether a request would be served, now or after loading."""
@@ -215,7 +236,7 @@ class ModelHost:
         }
 
     async def close(self, grace: float = 0.0) -> None:
-        """Refuses new requests, gives the running ones `grace` seconds, then ends the worker."""
+        """Refuses new requests, gives the running ones `grace` seconds, then ends all workers."""
         self._supervisor.refuse()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
@@ -225,31 +246,40 @@ class ModelHost:
             task.cancel()
 
     async def _call(
-        self, op: Operation, **body: Any
+        self,
+        op: Operation,
+        deadline: Deadline | None,
+        allow_partial: bool = False,
+        **body: Any,
     ) -> AsyncGenerator[tuple[ModelCall, dict[str, Any]], None]:
-        """Admits a request, waits for its turn and the model, and yields (call, message)s."""
+        """Admits a request, waits for its turn and the model, and yields (call, message)s.
+
+        With `allow_partial` the deadline may end them without a last one.
+        """
+        deadline = deadline or Deadline.after(self._limits.request_timeout)
         with observed(self._observer, ModelCall(self.name, op)) as call, self._admission():
             ready_by = time.monotonic() + self._limits.load_wait
             try:
-                async with asyncio.timeout(self._limits.request_timeout), self._turns:
-                    started = time.monotonic()
-                    async for step in self._converse(call, ready_by, body):
-                        yield step
-                    elapsed = time.monotonic() - started
-                    self._recent_seconds += 0.2 * (elapsed - self._recent_seconds)
+                async with asyncio.timeout(deadline.remaining()):
+                    if self._running >= self._supervisor.together:
+                        await self._check(ready_by, body)
+                    async with self._turns:
+                        started = time.monotonic()
+                        async for step in self._converse(call, ready_by, body):
+                            yield step
+                        elapsed = time.monotonic() - started
+                        self._recent_seconds += 0.2 * (elapsed - self._recent_seconds)
             except TimeoutError:
-                raise DeadlineExceeded(
-                    f"{self.name} did not answer within {self._limits.request_timeout:g} s; "
-                    "try again later or with a smaller max_length."
-                ) from None
+                if not (allow_partial and call.completion_tokens):
+                    raise deadline.exceeded(call, self._retry_after()) from None
+                call.finish_reason = "deadline"
 
     @contextlib.contextmanager
     def _admission(self) -> Iterator[None]:
         """Counts a request as long as it is here; refuses it where too many are."""
         self._supervisor.check_open()
         if self._admitted >= self._limits.queue_length:
-            together = self._supervisor.together
-            wait = max(1, round(self._admitted / together * self._recent_seconds))
+            wait = self._retry_after()
             raise QueueFull(
                 f"The {self.name} queue is full; try again in {wait} s.", retry_after=wait
             )
@@ -263,6 +293,18 @@ class ModelHost:
             if not self._admitted:
                 self._idle.set()
 
+    def _retry_after(self) -> int:
+        """Seconds until the requests that are here now are likely to be answered."""
+        return max(1, round(self._admitted / self._supervisor.together * self._recent_seconds))
+
+    async def _check(self, ready_by: float, body: dict[str, Any]) -> None:
+        """Refuses a prompt that does not fit the context before it waits for its turn."""
+        worker = await self._supervisor.ready(ready_by)
+        _, inbox = worker.send("check", body)
+        message = await inbox.get()
+        if message.get("invalid"):
+            raise _as_exception(message, self.name)
+
     async def _converse(
         self, call: ModelCall, ready_by: float, body: dict[str, Any]
     ) -> AsyncGenerator[tuple[ModelCall, dict[str, Any]], None]:
@@ -273,10 +315,12 @@ class ModelHost:
         begun = finished = False
         while not finished:
             worker = await self._supervisor.ready(ready_by)
-            self._turns.widen(self._supervisor.together)
-            call.served_by = worker.label
+            while self._capacity < self._supervisor.together:
+                self._capacity += 1
+                self._turns.release()
+            call.served_by, call.adapter = worker.label, worker.adapter
             number, inbox = worker.send(call.operation, body)
-            self._serving[id(call)] = call
+            self._serving[id(call)] = worker, call
             message: dict[str, Any] = {}
             self._running += 1
             try:
@@ -289,7 +333,7 @@ class ModelHost:
                         yield call, message
             finally:
                 self._running -= 1
-                if "died" not in message:
+                if "died" not in message or worker.stopping:
                     self._serving.pop(id(call), None)
                 if not finished:
                     self._watch(worker, number, inbox)
@@ -317,11 +361,12 @@ class ModelHost:
         self._watchdogs.add(task)
         task.add_done_callback(self._watchdogs.discard)
 
-    def _tell_death(self, how: str) -> None:
+    def _tell_death(self, worker: WorkerProcess) -> None:
         # The requests it served may have heard of it already, or be about to.
-        call = next(iter(self._serving.values()), None)
-        self._serving.clear()
-        self._on_death(WorkerDeath(self.name, self._supervisor.adapter_name(), how, call))
+        served = [key for key, (its_worker, _) in self._serving.items() if its_worker is worker]
+        calls = [self._serving.pop(key)[1] for key in served]
+        call = calls[0] if calls else None
+        self._on_death(WorkerDeath(self.name, worker.adapter, worker.how_it_ended(), call))
 
 
 def _as_exception(message: dict[str, Any], name: str) -> Exception:

@@ -7,15 +7,21 @@ can write nothing but a valid proposal of a known greatest length, whatever its 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
+from llm_sidecar import grounding
+from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest, Message
-from llm_sidecar.errors import InvalidRequest, ModelUnavailable
+from llm_sidecar.errors import InvalidRequest, ModelUnavailable, SidecarError
+from llm_sidecar.input_model import InputModel
 from llm_sidecar.model_host import Completion, ModelHost
 
 log = logging.getLogger(__name__)
@@ -31,7 +37,7 @@ def _without_default(schema: dict[str, Any]) -> None:
     del schema["default"]
 
 
-class Proposal(BaseModel):
+class Proposal(InputModel):
     """The public schema of a proposal; see section 1 of the contract."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
@@ -53,6 +59,25 @@ class Example(NamedTuple):
 
     prompt: str
     proposal: dict[str, Any]
+
+
+class Proposed(NamedTuple):
+    """A valid proposal, the completion it came in, and its fields that are not grounded."""
+
+    proposal: dict[str, Any]
+    completion: Completion
+    ungrounded: tuple[str, ...]
+
+    @property
+    def grounded(self) -> str:
+        """`true`, or the ungrounded fields separated by commas."""
+        return grounding.describe(self.ungrounded)
+
+
+_TEXT: Final = "[A-Za-z,;:%$()/+' -]"
+"""A character of a rationale that is no part of a number."""
+_SHORTEST_RATIONALE: Final = 10
+_LONGEST_RATIONALE: Final = 109
 
 
 def _rationale_pattern() -> str:
@@ -114,14 +139,48 @@ _LONGEST: Final = {
     "new_stop_pct": 99.99,
     "new_target_pct": 99.99,
     "confidence": 0.99,
-    "rationale": "X" * 109,
+    "rationale": "X" * _LONGEST_RATIONALE,
 }
 """As long as a guided one gets; 109 = 1 + 34 + 2 + 34 + 2 + 34 + 2 is the longest rationale."""
+_MOST_OFFERED: Final = 64
+"""Tickers, and numbers, of a context that its guidance offers: it has to stay small."""
 
 MAX_COMPLETION_TOKENS: Final = len(json.dumps(_LONGEST, separators=(",", ":"))) + 4
 """Tokens the longest guided proposal can take with any tokenizer: it is ASCII and a token is at
 least one character; two numbers may be written `100.00` (one character more each), the confidence
 never takes more than four, and the end of the turn takes one."""
+
+
+def grounded_guidance(context: str, tickers: Sequence[str] = ()) -> str | None:
+    """`GUIDANCE` narrowed to the tickers and the numbers of a context.
+
+    What it lets a model write is grounded, and no longer than with `GUIDANCE`. Distances and
+    confidence are free; the rationale cannot quote them, as they are not known beforehand.
+
+    Args:
+        context: a prompt.
+        tickers: that it is known to have; they are offered first.
+
+    Returns:
+        JSON schema text, or None where the context has no ticker.
+    """
+    tickers = list(dict.fromkeys((*tickers, *grounding.tickers_in(context, _MOST_OFFERED))))
+    if not tickers:
+        return None
+    numbers = "|".join(map(re.escape, grounding.numbers_in(context, _MOST_OFFERED)))
+    # Two numbers have text between them, or they would be a third.
+    body = f"{_TEXT}*(({numbers}){_TEXT}+)*({numbers})?" if numbers else f"{_TEXT}*"
+    schema = json.loads(GUIDANCE)
+    schema["properties"] |= {
+        "ticker": {"enum": tickers},
+        "rationale": {
+            "type": "string",
+            "pattern": f"^[A-Z]{body}[A-Za-z%)]\\.$",
+            "minLength": _SHORTEST_RATIONALE,
+            "maxLength": _LONGEST_RATIONALE,
+        },
+    }
+    return json.dumps(schema)
 
 
 def is_valid(value: object) -> bool:
@@ -167,8 +226,7 @@ def check_budget(max_tokens: int) -> None:
     """Raises InvalidRequest unless `max_tokens` holds the longest proposal there can be."""
     if max_tokens < MAX_COMPLETION_TOKENS:
         raise InvalidRequest(
-            f"max_length: a proposal can take {MAX_COMPLETION_TOKENS} tokens; "
-            f"send at least that instead of {max_tokens}"
+            f"max_length: a proposal can take {MAX_COMPLETION_TOKENS} tokens; send at least that"
         )
 
 
@@ -188,7 +246,9 @@ async def propose(
     *,
     max_tokens: int = 256,
     temperature: float = 0.0,
-) -> tuple[dict[str, Any], Completion]:
+    deadline: Deadline | None = None,
+    retry: bool = False,
+) -> Proposed:
     """Asks Phi-3 for a proposal.
 
     Args:
@@ -197,25 +257,67 @@ async def propose(
         examples: few-shot examples, oldest first; left out where they do not fit the context.
         max_tokens: at least `MAX_COMPLETION_TOKENS`.
         temperature: 0 is greedy.
+        deadline: of the request that this belongs to, the retry included.
+        retry: whether a proposal that is not grounded is asked for once more, with the guidance of
+            its context, in at most half of the time that is left.
 
     Returns:
-        The valid proposal and the completion it came in.
+        The valid proposal. The first one where a retry fails.
 
     Raises:
         InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
     """
     check_budget(max_tokens)
+    request = GenerationRequest(build_messages(prompt, examples), max_tokens, GUIDANCE, temperature)
     try:
-        completion = await host.generate(
-            GenerationRequest(build_messages(prompt, examples), max_tokens, GUIDANCE, temperature)
-        )
+        first = await _ask(host, prompt, request, deadline)
     except InvalidRequest:
         if not examples:
             raise
         log.warning("the few-shot examples do not fit the context beside a long prompt")
-        return await propose(host, prompt, max_tokens=max_tokens, temperature=temperature)
+        return await propose(
+            host,
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            deadline=deadline,
+            retry=retry,
+        )
+    if not retry or not first.ungrounded:
+        return first
+    # The other half is for the assessment: a slow retry must not cost the answer.
+    half = None if deadline is None else Deadline.after(deadline.remaining() / 2)
+    return await _ask_again(host, prompt, request, first, half)
+
+
+async def _ask_again(
+    host: ModelHost,
+    prompt: str,
+    request: GenerationRequest,
+    first: Proposed,
+    deadline: Deadline | None,
+) -> Proposed:
+    """The answer under the guidance of the context; the first one where that fails."""
+    # A ticker that the context has stays a choice, however many others there are.
+    tickers = [] if "ticker" in first.ungrounded else [first.proposal["ticker"]]
+    guidance = await asyncio.to_thread(grounded_guidance, prompt, tickers)
+    if guidance is None:
+        return first
+    # With a seed, so that a runtime whose cache belongs to a guidance does not keep this one's.
+    request = replace(request, guidance=guidance, seed=0)
     try:
-        return parse(completion.text), completion
+        return await _ask(host, prompt, request, deadline)
+    except SidecarError as error:
+        log.warning("the retry of an ungrounded proposal failed: %s", type(error).__name__)
+        return first
+
+
+async def _ask(
+    host: ModelHost, prompt: str, request: GenerationRequest, deadline: Deadline | None
+) -> Proposed:
+    completion = await host.generate(request, deadline)
+    try:
+        proposal = parse(completion.text)
     except ValueError as error:
         log.error("phi3 broke the proposal schema under guidance: %s", type(error).__name__)
         raise ModelUnavailable(
@@ -223,3 +325,6 @@ async def propose(
             "check the model with another prompt.",
             retry_after=1,
         ) from None
+    # In a thread, as a long context takes longer than the event loop can wait.
+    ungrounded = await asyncio.to_thread(grounding.ungrounded_fields, proposal, prompt)
+    return Proposed(proposal, completion, ungrounded)

@@ -42,7 +42,7 @@ class RememberedAdapter:
         # A name alone, whoever wrote the file: it leads to no other folder.
         folder = self._adapter_dir / name
         known = folder.name == name and loader.adapter_date(folder) is not None
-        if known and (folder / "adapter_config.json").is_file():
+        if known and loader.holds_adapter(folder):
             return folder
         log.error(
             "the adapter that was in use, %r, is not in PHI3_ADAPTER_DIR; phi3 answers without one",

@@ -128,6 +128,10 @@ class Settings(BaseModel):
         le=16,
         description="an integer from 0 to 16",
     )
+    grounding: Literal["report", "retry"] = Field(
+        "report", alias="GROUNDING", description="report or retry"
+    )
+    examples_from_bus: bool = Field(False, alias="EXAMPLES_FROM_BUS", description="true or false")
     queue_length: int = Field(
         64,
         alias="QUEUE_LENGTH",
@@ -317,3 +321,15 @@ class Settings(BaseModel):
             raise SettingsError(
                 f"{variable}={value} is not valid: it takes {field.description}"
             ) from None
+
+
+def default_max_chars(environ: Mapping[str, str] | None = None) -> int:
+    """`MAX_PROMPT_CHARS` for scripts, which need no other variable to be valid.
+
+    Raises:
+        SettingsError: it is not valid.
+    """
+    source = os.environ if environ is None else environ
+    variable = str(Settings.model_fields["max_prompt_chars"].alias)
+    given = {variable: source[variable]} if variable in source else {}
+    return Settings.from_environ(given).max_prompt_chars

@@ -9,26 +9,36 @@ import datetime
 import hashlib
 import json
 import logging
+import math
 import time
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
+
+from pydantic import ValidationError
 
 from llm_sidecar import hermes_plugin, loader, proposals
 from llm_sidecar.archive import Archive
-from llm_sidecar.db import (
-    HermesScoreSchema,
-    Latencies,
-    OrchestratorRunSchema,
-    Phi3FeedbackSchema,
-    ProposalSchema,
-)
+from llm_sidecar.db import HermesScoreSchema, Phi3FeedbackSchema, PublishedFeedback, table_of
+from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest
-from llm_sidecar.errors import DatabaseUnavailable, ModelUnavailable, SidecarError
+from llm_sidecar.errors import (
+    AdapterRejected,
+    DatabaseUnavailable,
+    InvalidRequest,
+    ModelUnavailable,
+    NotFound,
+    QueueFull,
+    SidecarError,
+)
 from llm_sidecar.event_bus import EventBus
+from llm_sidecar.examples import Outcome
+from llm_sidecar.input_model import check_length, longest_payload, summary
 from llm_sidecar.model_host import Completion, HostLimits, ModelHost
+from llm_sidecar.proposal_run import ProposalRun, Row
+from llm_sidecar.proposals import Proposed
 from llm_sidecar.remembered import RememberedAdapter
 from llm_sidecar.settings import Settings
 from llm_sidecar.telemetry.calls import Observers
@@ -38,6 +48,7 @@ from llm_sidecar.tts.listeners import AudioListeners
 from llm_sidecar.tts.remote import RemoteVoice
 from llm_sidecar.tts.speaker import Speaker
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 PROPOSAL_CREATED: Final = "phi3.proposal.created"
@@ -49,13 +60,28 @@ _STORE_AGAIN: Final = 1.0
 
 @dataclass(frozen=True, slots=True)
 class AssessedProposal:
-    """What one walk from prompt to judged proposal gives."""
+    """What one walk from prompt to judged proposal gives.
+
+    Attributes:
+        stored: whether each of its rows is stored.
+    """
 
     transaction_id: uuid.UUID
     proposal: dict[str, Any]
     completion: Completion
     assessment: Completion
     score: float
+    grounded: str
+    stored: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredProposal:
+    """A score in [0, 1], and the id under which it is stored, if `stored`."""
+
+    proposal_id: uuid.UUID
+    score: float
+    stored: bool
 
 
 class Sidecar:
@@ -120,11 +146,17 @@ class Sidecar:
             settings.lancedb_uri,
             log_dir=settings.lancedb_log_dir,
             examples=settings.few_shot_examples,
+            examples_from_bus=settings.examples_from_bus,
+            context_length=lambda: loader.phi3_context_length(settings),
             on_examples=self._prepare_examples,
         )
+        # By which it knows what it published itself, before the database's own name is known.
+        self._name = uuid.uuid4().hex
         self._preparing: asyncio.Task[None] | None = None
         self._swapping = asyncio.Lock()
         self._swaps: set[asyncio.Task[None]] = set()
+        self._unfinished: set[asyncio.Task[Any]] = set()
+        self._last_refusal: tuple[Path | None, float, str] = (None, -math.inf, "")
         self._remembered = RememberedAdapter(self.archive.log_folder, settings.adapter_dir)
 
     def _prepare_examples(self) -> None:
@@ -153,10 +185,13 @@ class Sidecar:
     async def close(self) -> None:
         """Lets running generations end within the grace period, then stops every part."""
         grace = self.settings.shutdown_grace
-        for swapping in self._swaps:
-            swapping.cancel()
         # Models first: what they still answer is yet to be stored and told.
         await asyncio.gather(self.phi3.close(grace), self.hermes.close(grace))
+        while self._unfinished:
+            await asyncio.wait(self._unfinished)
+        if self._swaps:
+            # They have failed, or have yet to remember what they took.
+            await asyncio.wait(self._swaps)
         # What is still spoken goes out on the bus.
         await self.speaker.close()
         if self._connecting is not None:
@@ -166,18 +201,20 @@ class Sidecar:
         await self.archive.close()
 
     async def generate_phi3(
-        self, prompt: str, max_tokens: int
-    ) -> tuple[dict[str, Any], Completion]:
+        self, prompt: str, max_tokens: int, deadline: Deadline | None = None
+    ) -> Proposed:
         """A proposal alone: not assessed, not stored, not told."""
-        proposal, completion = await proposals.propose(
+        proposed = await proposals.propose(
             self.phi3,
             prompt,
             self.archive.examples,
             max_tokens=max_tokens,
             temperature=self.settings.phi3_temperature,
+            deadline=deadline or Deadline.after(self.settings.request_timeout),
+            retry=self.settings.grounding == "retry",
         )
-        self._metrics.proposed(proposal["action"])
-        return proposal, completion
+        self._metrics.proposed(proposed.proposal["action"], proposed.ungrounded)
+        return proposed
 
     async def generate_hermes(self, prompt: str, max_tokens: int) -> Completion:
         """Hermes' answer to a free question."""
@@ -187,104 +224,117 @@ class Sidecar:
         )
 
     async def propose(self, prompt: str, max_tokens: int) -> AssessedProposal:
-        """A proposal with Hermes' critique and score, stored and told to the other services."""
-        transaction_id = uuid.uuid4()
-        try:
-            result = await self._propose(transaction_id, prompt, max_tokens)
-        except SidecarError as error:
-            await self._log_run(transaction_id, prompt, error_message=error.detail)
-            raise
-        return result
+        """A proposal with Hermes' critique and score, stored and told to the other services.
 
-    async def _propose(
-        self, transaction_id: uuid.UUID, prompt: str, max_tokens: int
-    ) -> AssessedProposal:
-        began = time.monotonic()
-        proposal, completion = await self.generate_phi3(prompt, max_tokens)
-        proposed = time.monotonic()
-        await self._publish(PROPOSAL_CREATED, {**proposal, "transaction_id": str(transaction_id)})
+        Raises:
+            InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded: where Phi-3 had finished
+                before, the proposal is stored under the error's `transaction_id`.
+        """
+        run = ProposalRun(prompt)
+        try:
+            result = await self._run(run, max_tokens)
+        except SidecarError as error:
+            if run.proposal is None and isinstance(error, InvalidRequest | QueueFull):
+                # Refused before anything was generated.
+                raise
+            raise await self._keep_failed(run, error) from error
+        except BaseException as error:
+            if run.proposal is not None:
+                # In the background: nobody waits for a cancelled request.
+                self._to_the_end(self._keep_all(run.rows(_why_it_ended(error))))
+            raise
+        stored = await asyncio.shield(self._to_the_end(self._finish(run, result)))
+        return replace(result, stored=stored)
+
+    async def _run(self, run: ProposalRun, max_tokens: int) -> AssessedProposal:
+        """Takes a run to its end, or as far as it comes within the request's deadline."""
+        deadline = Deadline.after(self.settings.request_timeout)
+        proposed = await self.generate_phi3(run.prompt, max_tokens, deadline)
+        run.proposed(proposed)
+        proposal = proposed.proposal
+        created = {**proposal, "transaction_id": str(run.transaction_id)}
+        await asyncio.shield(self._to_the_end(self._publish(PROPOSAL_CREATED, created)))
         assessment = await hermes_plugin.assess(
             self.hermes,
             proposal,
-            prompt,
+            run.prompt,
             max_tokens=max_tokens,
             temperature=self.settings.hermes_temperature,
+            deadline=deadline,
         )
-        assessed = time.monotonic()
-        score = await self._score(proposal, prompt)
-        latencies = Latencies(
-            proposal=proposed - began,
-            assessment=assessed - proposed,
-            score=time.monotonic() - assessed,
+        run.assessed(assessment)
+        score = await self._score(proposal, run.prompt, deadline)
+        run.scored(score)
+        return AssessedProposal(
+            run.transaction_id, proposal, proposed.completion, assessment, score, proposed.grounded
         )
-        output = {"proposal": proposal, "assessment": assessment.text, "score": score}
-        await asyncio.gather(
-            self._log_run(transaction_id, prompt, output=output),
-            self._keep(
-                HermesScoreSchema(
-                    run_id=str(transaction_id), score=score, rationale=assessment.text
-                )
-            ),
-            self._keep(
-                ProposalSchema(
-                    transaction_id=str(transaction_id),
-                    prompt=prompt,
-                    proposal=proposal,
-                    assessment=assessment.text,
-                    score=score,
-                    model=completion.model,
-                    adapter=completion.adapter,
-                    latencies=latencies,
-                )
-            ),
-        )
+
+    async def _finish(self, run: ProposalRun, result: AssessedProposal) -> bool:
+        """Stores a finished run and tells of its assessment; returns whether all is stored."""
+        stored = await self._keep_all(run.rows())
         await self._publish(
             PROPOSAL_ASSESSED,
             {
-                "proposal_transaction_id": str(transaction_id),
-                "assessment_text": assessment.text,
+                "proposal_transaction_id": str(result.transaction_id),
+                "assessment_text": result.assessment.text,
                 "timestamp": _now().isoformat(),
             },
         )
-        return AssessedProposal(transaction_id, proposal, completion, assessment, score)
+        return stored
 
-    async def score(
-        self, proposal: Mapping[str, Any], context: str | None
-    ) -> tuple[uuid.UUID, float]:
+    async def _keep_failed(self, run: ProposalRun, error: SidecarError) -> SidecarError:
+        """Stores how far a run has come; returns the error, which says what is stored."""
+        keeping = self._to_the_end(self._keep_all(run.rows(error.detail)))
+        stored = await asyncio.shield(keeping)
+        has_proposal = stored and run.proposal is not None
+        return error.of_request(run.transaction_id if has_proposal else None, stored=stored)
+
+    async def score(self, proposal: Mapping[str, Any], context: str | None) -> ScoredProposal:
         """Scores a proposal and stores the score under the proposal's own id, or a new one."""
         proposal_id = _uuid_or_none(proposal.get("id")) or uuid.uuid4()
         score = await self._score(proposal, context)
         rationale = proposal.get("rationale")
-        await self._keep(
-            HermesScoreSchema(
-                run_id=str(proposal_id),
-                score=score,
-                rationale=rationale if isinstance(rationale, str) else "",
-            )
+        row = HermesScoreSchema(
+            run_id=str(proposal_id),
+            score=score,
+            rationale=rationale if isinstance(rationale, str) else "",
         )
-        return proposal_id, score
+        stored = await asyncio.shield(self._to_the_end(self._keep_all([row])))
+        return ScoredProposal(proposal_id, score, stored)
 
-    async def _score(self, proposal: Mapping[str, Any], context: str | None) -> float:
-        score = await hermes_plugin.score(self.hermes, proposal, context)
+    async def _score(
+        self, proposal: Mapping[str, Any], context: str | None, deadline: Deadline | None = None
+    ) -> float:
+        score = await hermes_plugin.score(self.hermes, proposal, context, deadline)
         self._metrics.scored(score)
         return score
 
-    async def submit_feedback(self, feedback: Phi3FeedbackSchema) -> bool | None:
+    async def submit_feedback(self, feedback: Phi3FeedbackSchema) -> tuple[str, Outcome]:
         """Stores feedback, then tells the other services.
 
         Returns:
-            Whether it is a few-shot example for the next proposals; None where that is not known
-            before the database is back.
+            Its feedback_id, and whether it is a few-shot example or the reason why not.
 
         Raises:
             DatabaseUnavailable: it is not stored; the caller still has it.
         """
         # With its id, by which whoever hears of it knows it again.
-        feedback_id = feedback.as_row()["feedback_id"]
-        stored = feedback.model_dump(mode="json") | {"feedback_id": feedback_id}
-        is_example = await self.archive.append_feedback(feedback)
-        await self._publish(FEEDBACK_SUBMITTED, stored)
-        return is_example
+        feedback_id = str(feedback.as_row()["feedback_id"])
+        outcome = await self.archive.append_feedback(feedback)
+        stored_in = self.archive.database_id or self._name
+        event = {"feedback_id": feedback_id, "stored_in": stored_in}
+        await self._publish(FEEDBACK_SUBMITTED, feedback.model_dump(mode="json") | event)
+        return feedback_id, outcome
+
+    async def withdraw_feedback(self, feedback_id: str) -> None:
+        """Withdraws feedback: it is no few-shot example and no training data any more.
+
+        Raises:
+            NotFound: there is no such feedback.
+            DatabaseUnavailable: that is not known, or the withdrawal is not stored.
+        """
+        if not await self.archive.withdraw(feedback_id):
+            raise NotFound("There is no feedback with this feedback_id.")
 
     async def swap_adapter(self, name: str | None = None) -> datetime.date | None:
         """Takes an adapter of Phi-3's into use, and remembers it for the next start.
@@ -298,30 +348,37 @@ class Sidecar:
 
         Raises:
             AdapterRejected: it cannot be loaded, and the one in use goes on.
-            ModelUnavailable: Phi-3 is missing or does not load.
+            ModelUnavailable: Phi-3 is missing, or the server is shutting down.
         """
-        folder = self.settings.adapter_dir
-        chosen = (
-            loader.get_latest_adapter_dir(folder)
-            if name is None
-            else loader.find_adapter_dir(folder, name)
-        )
-        # To its end, also where whoever asked for it has gone.
-        swapping = asyncio.create_task(self._swap_adapter(chosen))
+        # It runs to completion even if the client disconnects.
+        swapping = asyncio.create_task(self._swap_adapter(name))
         self._swaps.add(swapping)
         swapping.add_done_callback(self._swaps.discard)
         await asyncio.shield(swapping)
         return self.adapter_date()
 
-    async def _swap_adapter(self, chosen: Path | None) -> None:
+    async def _swap_adapter(self, name: str | None) -> None:
+        asked = time.monotonic()
         async with self._swapping:
+            # The folder may be on a slow disk.
+            chosen = await asyncio.to_thread(self._choose_adapter, name)
             if chosen != self.phi3.adapter:
+                refused, when, why = self._last_refusal
+                if refused == chosen and when > asked:
+                    # A client timed out and tried again while this adapter was still loading.
+                    raise AdapterRejected(why)
                 try:
                     await self.phi3.swap_adapter(chosen)
-                finally:
-                    # A worker that is to take an adapter gives up what it prepares.
-                    self._prepare_examples()
+                except AdapterRejected as error:
+                    self._last_refusal = chosen, time.monotonic(), error.detail
+                    raise
             await asyncio.to_thread(self._remembered.save, chosen)
+
+    def _choose_adapter(self, name: str | None) -> Path | None:
+        folder = self.settings.adapter_dir
+        if name is None:
+            return loader.get_latest_adapter_dir(folder)
+        return loader.find_adapter_dir(folder, name)
 
     def adapter_date(self) -> datetime.date | None:
         """The date of Phi-3's adapter in use."""
@@ -368,12 +425,26 @@ class Sidecar:
         }
 
     async def _store_published_feedback(self, payload: str) -> None:
-        """Keeps what any service publishes; our own is in the table already and stays one row."""
+        """Stores what another service publishes.
+
+        What a sidecar on the same database publishes is stored already: whether it is an example is
+        read from the database, and the message only says when. A forged `stored_in` does nothing
+        but leave the forged message unstored.
+        """
+        if len(payload) > longest_payload(self.settings.max_prompt_chars):
+            self.bus.refuse(FEEDBACK_SUBMITTED, "it is too long")
+            return
         try:
-            feedback = Phi3FeedbackSchema.model_validate_json(payload)
-        except ValueError as error:
-            # The type only: the message quotes what people wrote.
-            log.error("feedback on the event bus is not valid: %s", type(error).__name__)
+            feedback = PublishedFeedback.model_validate_json(payload)
+            check_length(feedback, self.settings.max_prompt_chars)
+        except ValidationError as error:
+            self.bus.refuse(FEEDBACK_SUBMITTED, summary(error))
+            return
+        if feedback.stored_in is not None and feedback.stored_in in (
+            self._name,
+            self.archive.database_id,
+        ):
+            self.archive.refresh_soon()
             return
         if feedback.feedback_id is None and not json.loads(payload).get("timestamp"):
             # Each sidecar that hears it gives it a time of its own, and all of them the same id.
@@ -382,7 +453,7 @@ class Sidecar:
         said = False
         while True:
             try:
-                await self.archive.append_feedback(feedback)
+                await self.archive.append_published(feedback)
             except DatabaseUnavailable as error:
                 # Nobody would send it again, so it waits, and what comes after it in the queue.
                 if not said:
@@ -392,32 +463,37 @@ class Sidecar:
             else:
                 return
 
-    async def _log_run(
-        self,
-        transaction_id: uuid.UUID,
-        prompt: str,
-        *,
-        output: Mapping[str, Any] | None = None,
-        error_message: str | None = None,
-    ) -> None:
-        run = OrchestratorRunSchema(
-            run_id=str(transaction_id),
-            input_query=prompt,
-            final_output="" if output is None else json.dumps(output),
-            status="error" if output is None else "success",
-            error_message=error_message,
-        )
-        await self._keep(run)
+    def _to_the_end(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """A task that a cancelled request does not take along; `close` waits for it."""
+        task = asyncio.create_task(work)
+        self._unfinished.add(task)
+        task.add_done_callback(self._unfinished.discard)
+        return task
 
-    async def _keep(self, row: OrchestratorRunSchema | HermesScoreSchema | ProposalSchema) -> None:
-        """A trader's answer does not hang on a full disk: that goes to the log."""
+    async def _keep_all(self, rows: Sequence[Row]) -> bool:
+        """Stores rows, within a few seconds; returns whether each of them is stored."""
+        return all(await asyncio.gather(*map(self._keep, rows)))
+
+    async def _keep(self, row: Row) -> bool:
+        """A failure to store a row is logged and counted, and never fails the request."""
         try:
             await self.archive.append(row)
         except DatabaseUnavailable as error:
-            log.error("a row is not stored: %s", error.detail)
+            table = table_of(row)
+            log.error("a row of %s is not stored: %s", table, error.detail)
+            self._metrics.row_lost(table)
+            return False
+        return True
 
     async def _publish(self, channel: str, payload: Mapping[str, Any]) -> None:
         await self.bus.publish(channel, json.dumps(payload))
+
+
+def _why_it_ended(error: BaseException) -> str:
+    """The error message of a run that ended with none of our own errors."""
+    if isinstance(error, asyncio.CancelledError):
+        return "The client disconnected, or the server ended, before Hermes had finished."
+    return f"It failed unexpectedly: {type(error).__name__}."
 
 
 def _now() -> datetime.datetime:

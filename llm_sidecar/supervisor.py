@@ -1,4 +1,4 @@
-"""Keeps one worker process with its model running, and changes what it holds.
+"""Keeps one worker process with its model running, and replaces it to change the adapter.
 
 The worker is started when it is first needed, and again with backoff when it dies.
 """
@@ -6,14 +6,12 @@ The worker is started when it is first needed, and again with backoff when it di
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import logging
 import math
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -26,8 +24,6 @@ from llm_sidecar.worker_process import WorkerEnded, WorkerProcess
 log = logging.getLogger(__name__)
 
 State = Literal["unloaded", "loading", "ready", "failed"]
-NothingRuns = Callable[[], AbstractAsyncContextManager[None]]
-"""Gives a context in which no request is at the worker."""
 
 _LOOK_SECONDS: Final = 0.2
 """Seconds for which it is known whether a model's files are there."""
@@ -37,7 +33,11 @@ _SETTLED: Final = 60.0
 
 
 class Supervisor:
-    """One worker at a time; see the module's docstring.
+    """One serving worker; see the module's docstring.
+
+    A swap loads the new adapter in a second worker. Once that is ready, new requests go to it, and
+    the first worker ends after its last request. So no request waits for a swap, and an adapter
+    that loads slowly or crashes its worker disturbs nobody.
 
     Attributes:
         adapter: folder of the adapter in use; set it before anything is started to begin with one.
@@ -53,7 +53,8 @@ class Supervisor:
         prefix: Callable[[], GenerationRequest] | None,
         load_wait: float,
         load_timeout: float,
-        on_death: Callable[[str], None],
+        drain_timeout: float,
+        on_death: Callable[[WorkerProcess], None],
     ) -> None:
         """Starts nothing.
 
@@ -64,7 +65,8 @@ class Supervisor:
             prefix: what it has read before it counts as ready, as it is at present.
             load_wait: seconds for which a request waits for a model that is loading.
             load_timeout: seconds that a model may load.
-            on_death: hears how a worker ended that nobody asked to.
+            drain_timeout: seconds that a replaced worker has for the requests it still serves.
+            on_death: is called with a worker that has ended though nobody asked it to.
         """
         self.adapter: Path | None = None
         self.together = 1
@@ -74,17 +76,20 @@ class Supervisor:
         self._prefix = prefix
         self._load_wait = load_wait
         self._load_timeout = load_timeout
+        self._drain_timeout = drain_timeout
         self._on_death = on_death
         self._swapping = asyncio.Lock()
-        self._successor: WorkerProcess | None = None
         self._state: State = "unloaded"
         self._reason: str | None = None
         self._worker: asyncio.Future[WorkerProcess] | None = None
-        self._keeping: asyncio.Task[None] | None = None
+        self._supervising: asyncio.Task[None] | None = None
+        self._swap: asyncio.Task[None] | None = None
+        self._draining: set[WorkerProcess] = set()
+        self._ending: set[asyncio.Task[None]] = set()
         self._restarts = 0
         self._next_load = 0.0
         self._died = -math.inf
-        self._tokens_before = 0
+        self._tokens = 0
         self._closed = False
         self._look_again = 0.0
         self._missing_reason: str | None = None
@@ -101,13 +106,12 @@ class Supervisor:
             ModelUnavailable: its files are missing.
         """
         self.check_open()
-        if self._keeping is not None and not self._keeping.done():
+        if self._supervising is not None and not self._supervising.done():
             return
         self._locate()
         self._worker = asyncio.get_running_loop().create_future()
         self._state, self._reason = "loading", None
-        # It outlives the request that was the first, so it does not log in its name.
-        self._keeping = asyncio.create_task(self._supervise(), context=contextvars.Context())
+        self._supervising = _detached(self._supervise())
 
     async def ready(self, by: float) -> WorkerProcess:
         """The worker, as soon as it is ready; ModelUnavailable when it is not by then.
@@ -115,7 +119,7 @@ class Supervisor:
         One that has died meanwhile gets as long to be replaced as one that is loaded first.
         """
         while True:
-            if self._keeping is None or self._keeping.done():
+            if self._supervising is None or self._supervising.done():
                 self.check_open()
             future = self._worker
             if future is None:
@@ -144,33 +148,28 @@ class Supervisor:
         _, inbox = worker.send("prepare", {"request": asdict(self._prefix())})
         await inbox.get()
 
-    async def swap_adapter(self, adapter: Path | None, nothing_runs: NothingRuns) -> None:
+    async def swap_adapter(self, adapter: Path | None) -> None:
         """Changes the adapter; see `ModelHost.swap_adapter`."""
         async with self._swapping:
-            self.start()
-            by = time.monotonic() + self._load_timeout
-            loads = True
+            self.check_open()
+            self._locate()
+            self._swap = asyncio.create_task(self._load_and_take_over(adapter))
             try:
-                await self.ready(by)
-            except ModelUnavailable:
-                if adapter == self.adapter:
-                    raise
-                # It may be the adapter in use that keeps the model from being loaded.
-                loads = False
-            try:
-                if not loads:
-                    await self._begin_anew(adapter, by)
-                elif adapter is None or self.adapter is None:
-                    await self._hand_over(adapter, nothing_runs, by)
-                else:
-                    await self._swap_within(adapter, nothing_runs, by)
-            except AdapterRejected as error:
-                which = (
-                    "The model without an adapter"
-                    if adapter is None
-                    else f"The adapter {adapter.name}"
-                )
-                raise AdapterRejected(f"{which} is refused: {error.detail}") from None
+                await self._swap
+            except asyncio.CancelledError:
+                # `refuse` cancels the load; otherwise whoever asked for the swap is cancelled.
+                self.check_open()
+                raise
+            except ModelUnavailable as error:
+                reason = error.detail
+            except OSError as error:
+                reason = f"no worker can be started: {error.strerror}"
+            else:
+                return
+        what = "The model without an adapter" if adapter is None else f"The adapter {adapter.name}"
+        refusal = f"{what} is refused: {reason}"
+        log.error("%s", refusal)
+        raise AdapterRejected(refusal)
 
     def available(self) -> bool:
         """Whether a request would be served, now or after loading."""
@@ -186,28 +185,32 @@ class Supervisor:
             "state": self._state if missing is None else "failed",
             "reason": missing or self._reason,
             "model": worker.label if worker else None,
-            "adapter": self.adapter_name(),
+            "adapter": None if self.adapter is None else self.adapter.name,
             "runtime": worker.info["runtime"] if worker else None,
             "device": worker.info["device"] if worker else None,
             "pid": worker.process.pid if worker else None,
             "restarts": self._restarts,
-            "completion_tokens_total": self._tokens_before + (worker.tokens if worker else 0),
+            "completion_tokens_total": self._tokens,
         }
 
-    def adapter_name(self) -> str | None:
-        """What the adapter in use is called."""
-        return None if self.adapter is None else self.adapter.name
-
     def refuse(self) -> None:
-        """Starts nothing any more, and lets nobody in."""
+        """Starts nothing any more, gives up a swap, and lets nobody in."""
         self._closed = True
+        if self._swap is not None:
+            self._swap.cancel()
 
     async def close(self) -> None:
-        """Ends the worker."""
+        """Ends all workers."""
         self.refuse()
-        await self._stop_keeping()
-        if self._successor is not None:
-            await self._successor.stop()
+        tasks = [*self._ending]
+        for task in (self._supervising, self._swap):
+            if task is not None:
+                task.cancel()
+                tasks.append(task)
+        workers = [*self._draining, self._current_worker()]
+        await asyncio.gather(*(worker.stop() for worker in workers if worker is not None))
+        if tasks:
+            await asyncio.wait(tasks)
         if self._worker is not None and not self._worker.done():
             self._worker.set_exception(
                 ModelUnavailable("The server is shutting down; try again.", retry_after=5)
@@ -215,85 +218,60 @@ class Supervisor:
             self._worker.exception()
         self._state = "unloaded"
 
-    async def _swap_within(self, adapter: Path, nothing_runs: NothingRuns, by: float) -> None:
-        """Has a worker, which has an adapter, take another between two requests."""
-        async with nothing_runs():
-            # The one that was there before may have died meanwhile, and would never answer.
-            worker = await self.ready(by)
-            _, inbox = worker.send("adapter", {"folder": str(adapter)})
-            try:
-                async with asyncio.timeout(self._load_timeout):
-                    message = await inbox.get()
-            except TimeoutError:
-                worker.process.kill()
-                raise AdapterRejected(f"it did not load within {self._load_timeout:g} s") from None
-            if message["op"] == "error":
-                reason = message.get("detail") or f"its worker ended: {message['died']}"
-                raise AdapterRejected(reason)
-            self.adapter = adapter
+    async def _load_and_take_over(self, adapter: Path | None) -> None:
+        """Has a new worker serve; the former one ends after its last request."""
+        if self._ending:
+            # There is memory for two workers, not for those of several swaps.
+            await asyncio.wait(self._ending)
+        successor = await self._load(adapter)
+        # Nothing is awaited from here on, so that a cancelled swap leaves no worker without owner.
+        former = self._current_worker()
+        if self._supervising is not None:
+            self._supervising.cancel()
+            self._keep_until_done(self._supervising)
+        if former is not None:
+            self._draining.add(former)
+            self._keep_until_done(_detached(self._drain(former)))
+        self.adapter = adapter
+        self._serve(successor)
+        self._supervising = _detached(self._supervise(successor))
 
-    async def _hand_over(self, adapter: Path | None, nothing_runs: NothingRuns, by: float) -> None:
-        """Loads the model with the adapter in a worker beside the one that runs, and switches.
-
-        A model that is loaded without one has no room for adapters, and is faster for it.
-        """
-        successor = await self._loaded_successor(adapter)
-        handed_over = False
+    async def _drain(self, worker: WorkerProcess) -> None:
+        """Stops a replaced worker once it has answered its requests, or has had the time to."""
         try:
-            # The next request meets the successor.
-            async with nothing_runs():
-                replaced = await self.ready(by)
-                self._successor, self.adapter = successor, adapter
-                handed_over = True
-                self._worker = asyncio.get_running_loop().create_future()
-                await replaced.stop()
-                await self.ready(by)
-        finally:
-            if not handed_over:
-                await successor.stop()
+            async with asyncio.timeout(self._drain_timeout):
+                await worker.idle.wait()
+        except TimeoutError:
+            log.error("a replaced %s worker still serves a request; ending it", self._name)
+        if not worker.alive and not worker.stopping:
+            self._on_death(worker)
+        await worker.stop()
+        self._draining.discard(worker)
 
-    async def _begin_anew(self, adapter: Path | None, by: float) -> None:
-        """Loads the model with the adapter where it does not load with the one in use."""
-        successor = await self._loaded_successor(adapter)
-        await self._stop_keeping()
-        self._fail("it is loaded with another adapter", 0.0)
-        self._successor, self.adapter = successor, adapter
-        self.start()
-        await self.ready(by)
+    def _keep_until_done(self, task: asyncio.Task[None]) -> None:
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
-    async def _loaded_successor(self, adapter: Path | None) -> WorkerProcess:
-        try:
-            return await self._loaded_worker(adapter)
-        except ModelUnavailable as error:
-            raise AdapterRejected(error.detail) from None
-        except OSError as error:
-            raise AdapterRejected(f"no worker can be started: {error.strerror}") from None
-
-    async def _stop_keeping(self) -> None:
-        if self._keeping is not None:
-            self._keeping.cancel()
-            await asyncio.wait([self._keeping])
-
-    async def _supervise(self) -> None:
-        """Keeps a worker running until it is cancelled."""
+    async def _supervise(self, worker: WorkerProcess | None = None) -> None:
+        """Keeps a worker serving until it is cancelled: the given one first."""
         failures = 0
         while True:
             began = time.monotonic()
             try:
-                async with self._running_worker() as worker:
-                    await worker.ended.wait()
-                    self._died = time.monotonic()
-                    self._tokens_before += worker.tokens
-                    reason = f"The {self._name} worker ended ({worker.how_it_ended()})"
-                if self._successor is not None:
-                    continue
-                self._on_death(worker.how_it_ended())
+                if worker is None:
+                    worker = await self._load(self.adapter)
+                    self._serve(worker)
+                await worker.ended.wait()
+                self._died = time.monotonic()
+                reason = f"The {self._name} worker ended ({worker.how_it_ended()})"
+                self._on_death(worker)
             except ModelUnavailable as error:
                 reason = error.detail
                 if isinstance(error, WorkerEnded):
-                    self._on_death(error.how)
+                    self._on_death(error.worker)
             except OSError as error:
                 reason = f"The {self._name} worker could not be started: {error.strerror}"
+            worker = None
             failures = 0 if time.monotonic() - began > _SETTLED else failures + 1
             delay = min(_BACKOFF_MOST, _BACKOFF_FIRST * 2 ** (failures - 1)) if failures else 0.0
             delay *= random.uniform(0.8, 1.2)
@@ -302,6 +280,14 @@ class Supervisor:
             self._restarts += 1
             await asyncio.sleep(delay)
             self._state = "loading"
+
+    def _serve(self, worker: WorkerProcess) -> None:
+        """Gives requests from now on, and those that wait for a worker, this one."""
+        self._state, self._reason = "ready", None
+        self.together = worker.info["together"]
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.get_running_loop().create_future()
+        self._worker.set_result(worker)
 
     def _fail(self, reason: str, delay: float) -> None:
         """Tells those who wait for a load why it failed; the next ones wait for the next load."""
@@ -317,38 +303,39 @@ class Supervisor:
             )
             loading.exception()
 
-    @contextlib.asynccontextmanager
-    async def _running_worker(self) -> AsyncGenerator[WorkerProcess, None]:
-        successor, self._successor = self._successor, None
-        worker = successor or await self._loaded_worker(self.adapter)
-        try:
-            self._state, self._reason = "ready", None
-            self.together = worker.info["together"]
-            assert self._worker is not None
-            self._worker.set_result(worker)
-            yield worker
-        finally:
-            await worker.stop()
+    async def _load(self, adapter: Path | None) -> WorkerProcess:
+        """A worker that has loaded the model; none is left where that fails or is cancelled.
 
-    async def _loaded_worker(self, adapter: Path | None) -> WorkerProcess:
+        Raises:
+            ModelUnavailable: says why.
+            OSError: no process can be started.
+        """
         files = self._locate()
+        prefix = self._prefix_to_read()
         began = time.monotonic()
-        worker = await WorkerProcess.start(files.label)
+        name = None if adapter is None else adapter.name
+        worker = await WorkerProcess.start(files.label, name, self._count_tokens)
         try:
             async with asyncio.timeout(self._load_timeout):
                 await worker.load(
                     {
                         **self._spec,
                         "folder": str(files.folder),
-                        "prefix": None if self._prefix is None else asdict(self._prefix()),
+                        "prefix": prefix,
                         "adapter": None if adapter is None else str(adapter),
                     }
                 )
         except BaseException as error:
+            # It may be stuck, and has nothing to finish.
+            worker.process.kill()
             await worker.stop()
             if isinstance(error, TimeoutError):
-                raise ModelUnavailable(f"it did not load within {self._load_timeout:g} s") from None
+                raise ModelUnavailable(
+                    f"it did not load within {self._load_timeout:g} s (MODEL_LOAD_TIMEOUT_SECONDS)"
+                ) from None
             raise
+        if (latest := self._prefix_to_read()) != prefix:
+            worker.send("prepare", {"request": latest})
         log.info(
             "%s is ready after %.1f s: %s on %s, %s",
             self._name,
@@ -358,6 +345,12 @@ class Supervisor:
             worker.info["device"],
         )
         return worker
+
+    def _prefix_to_read(self) -> dict[str, Any] | None:
+        return None if self._prefix is None else asdict(self._prefix())
+
+    def _count_tokens(self, tokens: int) -> None:
+        self._tokens += tokens
 
     def _missing(self) -> str | None:
         """Why the files cannot be loaded; every probe asks, so it is not always looked at anew."""
@@ -372,8 +365,17 @@ class Supervisor:
                 self._missing_reason = None
         return self._missing_reason
 
-    def _live_worker(self) -> WorkerProcess | None:
+    def _current_worker(self) -> WorkerProcess | None:
+        """The worker that serves, or has just ended; None while none has loaded."""
         if self._worker is None or not self._worker.done() or self._worker.exception():
             return None
-        worker = self._worker.result()
-        return worker if worker.alive else None
+        return self._worker.result()
+
+    def _live_worker(self) -> WorkerProcess | None:
+        worker = self._current_worker()
+        return worker if worker is not None and worker.alive else None
+
+
+def _detached(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Runs work that outlives the request that caused it, and so does not log in its name."""
+    return asyncio.create_task(work, context=contextvars.Context())

@@ -1,14 +1,19 @@
 """The process that holds one engine: `python -m llm_sidecar.worker`, started by `model_host`.
 
 Both directions are one JSON object a line. In, on standard input: first what to load, then
-requests, cancellations, prefixes to prepare and adapters to use. Out, on what was standard output:
-`ready` or `failed`, then for every request `begun`, `delta`s, and one `done` or `error`, for every
-prefix and adapter the last of them alone; each with the monotonic time at which it was sent. The
-end of the input ends the process, so that no worker outlives its server, however that ended.
+requests, cancellations, requests to check and prefixes to prepare. Out, on what was standard
+output: `ready` or `failed`, then for every request `begun`, `delta`s, and one `done` or `error`,
+for all else the last of them alone; each with the monotonic time at which it was sent. The end of
+the input ends the process, so that no worker outlives its server, however that ended.
+
+Messages pass through three threads: one reads them, one tokenizes their texts, and the main one
+generates. Long texts have a tokenizing thread to themselves. So no generation waits for a text, and
+no short text for a long one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -17,21 +22,27 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
 from llm_sidecar.engines import Engine, GenerationRequest, load_engine
-from llm_sidecar.engines.base import Together, one_line
-from llm_sidecar.errors import SidecarError
+from llm_sidecar.engines.base import ANSWER_TOKENS, Together, one_line
+from llm_sidecar.errors import InvalidRequest, SidecarError
 from llm_sidecar.logs import log_to_stderr
+from llm_sidecar.out_of_memory import ended_first
+from llm_sidecar.text import cleaned
 
 log = logging.getLogger(__name__)
 
 _FLUSH_SECONDS: Final = 0.02
 """Text goes out at most this often after the first token: one line per token would keep the
 server's event loop busy with nothing else."""
+_LONG_LINE: Final = 8192
+"""Bytes of a message whose texts count as long; a typical request has a thousand."""
+_TOKENIZING_SECONDS: Final = 10.0
+"""Of processor time, for one chat; the worst text of the default length takes a fiftieth of it."""
 
 
 @dataclass(slots=True)
@@ -54,34 +65,29 @@ class Worker:
     def __init__(self, inbox: IO[bytes], outbox: IO[bytes]) -> None:
         self._inbox = inbox
         self._outbox = outbox
+        self._short: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._long: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._cancelled: set[int] = set()
         self._replies: dict[int, _Reply] = {}
         self._tokens = 0
-        self._adapter: str | None = None
 
     def run(self) -> None:
         """Loads what the first line names, then serves until the input ends."""
-        spec = json.loads(self._inbox.readline())
+        first = self._inbox.readline()
+        if not first:
+            # The server has gone, or does not need this worker any more.
+            return
+        spec = json.loads(first)
         # Before loading: the server may go away meanwhile.
         threading.Thread(target=self._read, daemon=True).start()
         try:
-            engine = load_engine(
-                Path(spec["folder"]),
-                device=spec["device"],
-                threads=spec["threads"],
-                adapter=None if spec["adapter"] is None else Path(spec["adapter"]),
-                # What warms it up is like what it will be asked.
-                guided=spec["warm_up"]["guidance"] is not None,
-            )
-            self._adapter = None if spec["adapter"] is None else Path(spec["adapter"]).name
-            for _ in engine.stream(GenerationRequest(**spec["warm_up"])):
-                pass
-            if spec["prefix"] is not None:
-                for _ in engine.prepare(GenerationRequest(**spec["prefix"])):
-                    pass
+            # It may load beside the worker that serves.
+            with ended_first():
+                engine = _loaded(spec)
         except Exception as error:
-            log.exception("the model could not be loaded")
+            expected = isinstance(error, SidecarError)
+            log.error("the model could not be loaded: %s", one_line(error), exc_info=not expected)
             self._send({"op": "failed", "detail": one_line(error)})
             return
         self._send(
@@ -93,6 +99,9 @@ class Worker:
                 "together": engine.together().most,
             }
         )
+        for received in (self._short, self._long):
+            arguments = (engine, received)
+            threading.Thread(target=self._tokenize_all, args=arguments, daemon=True).start()
         self._serve_all(engine)
 
     def _read(self) -> None:
@@ -102,8 +111,34 @@ class Worker:
                 # One that comes too late stays here, a number that nobody asks for.
                 self._cancelled.add(message["id"])
             else:
-                self._requests.put(message)
+                is_long = message["op"] == "prepare" or len(line) > _LONG_LINE
+                (self._long if is_long else self._short).put(message)
         os._exit(0)
+
+    def _tokenize_all(self, engine: Engine, received: queue.SimpleQueue[dict[str, Any]]) -> None:
+        """Tokenizes what has been received, and passes it on in the same order."""
+        watch = _Watch(_TOKENIZING_SECONDS)
+        with _ending_without_server():
+            while True:
+                message = received.get()
+                number = message["id"]
+                if number in self._cancelled:
+                    self._cancelled.discard(number)
+                    self._send({"op": "error", "id": number, "detail": "cancelled"})
+                    continue
+                if message["op"] in ("generate", "choose"):
+                    # First of all: what ends this worker is not given to the next one.
+                    self._send({"op": "begun", "id": number})
+                try:
+                    with watch:
+                        _tokenize(engine, message)
+                except Exception as error:  # noqa: BLE001 - the packages raise bare ones
+                    self._fail(number, error)
+                else:
+                    if message["op"] == "check":
+                        self._send({"op": "done", "id": number})
+                    else:
+                        self._requests.put(message)
 
     def _serve_all(self, engine: Engine) -> None:
         """Takes requests in order, has them generated together, and prepares a prefix step by step
@@ -119,7 +154,7 @@ class Worker:
                 elif preparing is not None and self._prepared(*preparing):
                     preparing = None
                 continue
-            if message["op"] in ("prepare", "adapter") and preparing is not None:
+            if message["op"] == "prepare" and preparing is not None:
                 # What it prepared is out of date.
                 preparing[1].close()
                 self._send({"op": "done", "id": preparing[0]})
@@ -129,25 +164,9 @@ class Worker:
                     self._begin(together, message)
                 case "choose":
                     self._choose(engine, message)
-                case "adapter":
-                    # What has begun is answered with the one that it began with.
-                    while together:
-                        self._step(together)
-                    self._use_adapter(engine, message)
                 case "prepare":
                     steps = engine.prepare(GenerationRequest(**message["request"]))
                     preparing = message["id"], steps
-
-    def _use_adapter(self, engine: Engine, message: dict[str, Any]) -> None:
-        folder = Path(message["folder"])
-        try:
-            engine.use_adapter(folder)
-        except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
-            log.error("the adapter %s is refused: %s", folder.name, one_line(error))
-            self._send({"op": "error", "id": message["id"], "detail": one_line(error)})
-        else:
-            self._adapter = folder.name
-            self._send({"op": "done", "id": message["id"]})
 
     def _prepared(self, number: int, steps: Generator[None]) -> bool:
         """Takes one more step; returns whether it was the last."""
@@ -167,7 +186,6 @@ class Worker:
         while len(together) >= together.most:
             self._step(together)
         number = message["id"]
-        self._send({"op": "begun", "id": number, "adapter": self._adapter})
         try:
             together.add(number, GenerationRequest(**message["request"]))
         except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
@@ -187,7 +205,7 @@ class Worker:
         now = time.monotonic()
         for number, delta in deltas:
             reply = self._replies[number]
-            reply.text += delta.text
+            reply.text += cleaned(delta.text)
             self._tokens += delta.completion_tokens - reply.tokens
             reply.tokens = delta.completion_tokens
             cancelled = number in self._cancelled
@@ -216,11 +234,12 @@ class Worker:
 
     def _choose(self, engine: Engine, message: dict[str, Any]) -> None:
         number = message["id"]
-        self._send({"op": "begun", "id": number, "adapter": self._adapter})
         probabilities: dict[str, float] = {}
         try:
             if number not in self._cancelled:
-                probabilities = engine.answer_probabilities(message["messages"], message["answers"])
+                probabilities = engine.answer_probabilities(
+                    message["messages"], message["answers"], message["tokens"]
+                )
         except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
             self._fail(number, error)
         else:
@@ -228,9 +247,12 @@ class Worker:
         self._cancelled.discard(number)
 
     def _fail(self, number: int, error: Exception) -> None:
-        """Tells that a request has failed, and why where that is the request's fault."""
+        """Tells that a request has failed, and why where that is known."""
         if isinstance(error, SidecarError):
-            self._send({"op": "error", "id": number, "invalid": True, "detail": error.detail})
+            invalid = isinstance(error, InvalidRequest)
+            if not invalid:
+                log.error("a request failed: %s", error.detail)
+            self._send({"op": "error", "id": number, "invalid": invalid, "detail": error.detail})
             return
         # Where and of which type only: a runtime's message may quote the prompt.
         where = "".join(traceback.format_tb(error.__traceback__))
@@ -246,16 +268,97 @@ class Worker:
         self._outbox.write(json.dumps(message).encode() + b"\n")
 
 
+def _loaded(spec: dict[str, Any]) -> Engine:
+    """An engine that has answered once, and has read the prefix that prompts begin with."""
+    engine = load_engine(
+        Path(spec["folder"]),
+        device=spec["device"],
+        threads=spec["threads"],
+        adapter=None if spec["adapter"] is None else Path(spec["adapter"]),
+        # What warms it up is like what it will be asked.
+        guided=spec["warm_up"]["guidance"] is not None,
+    )
+    for _ in engine.stream(GenerationRequest(**spec["warm_up"])):
+        pass
+    if spec["prefix"] is not None:
+        _read_prefix(engine, GenerationRequest(**spec["prefix"]))
+    return engine
+
+
+def _read_prefix(engine: Engine, request: GenerationRequest) -> None:
+    """Reads what prompts begin with; the model serves without it too."""
+    try:
+        for _ in engine.prepare(request):
+            pass
+    except InvalidRequest:
+        log.warning("the few-shot examples do not fit the context, so they are not read ahead")
+    except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
+        # The type only: a runtime's message may quote the examples.
+        log.error("a prefix could not be prepared: %s", type(error).__name__)
+
+
+def _tokenize(engine: Engine, message: dict[str, Any]) -> None:
+    """Adds the tokens of a message's texts to it."""
+    if "request" in message:
+        request = message["request"]
+        header = message["op"] != "prepare"
+        request["tokens"] = engine.tokenize(GenerationRequest(**request), header)
+    elif "messages" in message:
+        request = GenerationRequest(message["messages"], ANSWER_TOKENS)
+        message["tokens"] = engine.tokenize(request)
+
+
+class _Watch:
+    """Ends this process where the thread that makes it spends too long on one thing.
+
+    A chat template, or a regular expression of a tokenizer, may never end, and no thread can be
+    stopped. The time is the thread's own, since it may have to wait for the one that generates. A
+    call that never lets go of Python's lock keeps the watch waiting, too: the server then kills
+    this process for the request that it does not give up.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._began: float | None = None
+        if hasattr(time, "pthread_getcpuclockid"):  # macOS has none
+            clock = time.pthread_getcpuclockid(threading.get_ident())
+            threading.Thread(target=self._look, args=(clock,), daemon=True).start()
+
+    def __enter__(self) -> None:
+        self._began = time.thread_time()
+
+    def __exit__(self, *error: object) -> None:
+        self._began = None
+
+    def _look(self, clock: int) -> None:
+        while True:
+            time.sleep(1.0)
+            began = self._began
+            if began is not None and time.clock_gettime(clock) - began > self._seconds:
+                log.error(
+                    "tokenizing one chat took longer than %g s, so this worker ends; "
+                    "check the chat template and the tokenizer in the model's folder",
+                    self._seconds,
+                )
+                os._exit(1)
+
+
+@contextlib.contextmanager
+def _ending_without_server() -> Iterator[None]:
+    """Ends this process where the server is gone, and nobody is left to tell."""
+    try:
+        yield
+    except BrokenPipeError:
+        os._exit(0)
+
+
 def main() -> None:
     """Runs a worker on the standard streams; whatever prints goes to standard error instead."""
     log_to_stderr(os.environ.get("LOG_FORMAT", "auto"))
     outbox = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    try:
+    with _ending_without_server():
         Worker(sys.stdin.buffer, outbox).run()
-    except BrokenPipeError:
-        # The server is gone, and nobody is left to tell.
-        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,12 +31,12 @@ class WorkerEnded(ModelUnavailable):
     """The process ended while it loaded its model.
 
     Attributes:
-        how: its exit status or signal, in words.
+        worker: what ended.
     """
 
-    def __init__(self, how: str) -> None:
-        super().__init__(f"its worker ended: {how}")
-        self.how = how
+    def __init__(self, worker: WorkerProcess) -> None:
+        super().__init__(f"its worker ended: {worker.how_it_ended()}")
+        self.worker = worker
 
 
 class WorkerProcess:
@@ -43,40 +44,70 @@ class WorkerProcess:
 
     Attributes:
         label: of the model it holds.
+        adapter: name of the adapter that it has loaded with the model, if any.
         process: the process.
         info: what it said when it was ready: runtime, device, context_length.
-        tokens: completion tokens it has generated.
+        idle: set while it has nothing to answer.
+        stopping: whether `stop` was called, so that its end is no surprise.
         ended: set once it has ended.
     """
 
     def __init__(
         self,
         label: str,
+        adapter: str | None,
         process: subprocess.Popen[bytes],
         stdin: asyncio.StreamWriter,
         stdout: asyncio.StreamReader,
+        on_tokens: Callable[[int], None],
     ) -> None:
         """Use `WorkerProcess.start`."""
         self.label = label
+        self.adapter = adapter
         self.process = process
         self.info: dict[str, Any] = {}
-        self.tokens = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
         self.ended = asyncio.Event()
+        self._on_tokens = on_tokens
+        self._tokens = 0
         self._stdin = stdin
-        self._takes_input = True
+        self.stopping = False
         self._numbers = itertools.count(1)
         self._inboxes: dict[int, asyncio.Queue[dict[str, Any]]] = {}
         self._loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reader = asyncio.create_task(self._read(stdout))
 
     @classmethod
-    async def start(cls, label: str) -> WorkerProcess:
+    async def start(
+        cls,
+        label: str,
+        adapter: str | None = None,
+        on_tokens: Callable[[int], None] = lambda tokens: None,
+    ) -> WorkerProcess:
         """Spawns a process in a session of its own, so that Ctrl-C reaches the server only.
 
         With `subprocess`, whatever the event loop: it uses vfork, while uvloop's fork runs the
         handlers of lancedb in the child, which may deadlock. And through a socket: uvloop closes
         the descriptor of a pipe twice, and the second time it may be somebody else's.
+
+        Args:
+            label, adapter: of what it is to load, for whoever reads them here.
+            on_tokens: is called with the number of new completion tokens, as they are generated.
         """
+        starting = asyncio.create_task(cls._start(label, adapter, on_tokens))
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            # A thread that spawns cannot be cancelled, so its process is ended.
+            with contextlib.suppress(OSError):
+                await (await starting).stop()
+            raise
+
+    @classmethod
+    async def _start(
+        cls, label: str, adapter: str | None, on_tokens: Callable[[int], None]
+    ) -> WorkerProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -85,7 +116,7 @@ class WorkerProcess:
                 ours.close()
                 raise
         stdout, stdin = await asyncio.open_connection(sock=ours, limit=_LINE_LIMIT)
-        return cls(label, process, stdin, stdout)
+        return cls(label, adapter, process, stdin, stdout, on_tokens)
 
     @property
     def alive(self) -> bool:
@@ -106,6 +137,7 @@ class WorkerProcess:
         number = next(self._numbers)
         inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._inboxes[number] = inbox
+        self.idle.clear()
         self._write({"op": op, "id": number, **body})
         return number, inbox
 
@@ -116,7 +148,7 @@ class WorkerProcess:
 
     async def stop(self) -> None:
         """Ends the worker's input, which ends it; kills it when it does not end."""
-        self._takes_input = False
+        self.stopping = True
         if not self._stdin.is_closing():
             with contextlib.suppress(OSError):  # it has ended already
                 self._stdin.write_eof()
@@ -126,6 +158,9 @@ class WorkerProcess:
         except TimeoutError:
             self.process.kill()
             await self.ended.wait()
+        except asyncio.CancelledError:
+            self.process.kill()
+            raise
         await self._reader
 
     def how_it_ended(self) -> str:
@@ -137,7 +172,7 @@ class WorkerProcess:
 
     def _write(self, message: dict[str, Any]) -> None:
         # A closed socket shows as the end of the output, which the reader handles.
-        if self._takes_input and not self._stdin.is_closing():
+        if not self.stopping and not self._stdin.is_closing():
             self._stdin.write(json.dumps(message).encode() + b"\n")
 
     async def _read(self, stdout: asyncio.StreamReader) -> None:
@@ -158,8 +193,9 @@ class WorkerProcess:
         for inbox in self._inboxes.values():
             inbox.put_nowait(died)
         self._inboxes.clear()
+        self.idle.set()
         if not self._loaded.done():
-            self._loaded.set_exception(WorkerEnded(self.how_it_ended()))
+            self._loaded.set_exception(WorkerEnded(self))
             self._loaded.exception()
 
     def _dispatch(self, message: dict[str, Any]) -> None:
@@ -171,11 +207,15 @@ class WorkerProcess:
                 self._loaded.set_exception(ModelUnavailable(message["detail"]))
                 self._loaded.exception()  # whoever waited may have given up
             case _:
-                self.tokens = message.get("total_tokens", self.tokens)
+                total = message.get("total_tokens", self._tokens)
+                self._on_tokens(total - self._tokens)
+                self._tokens = total
                 final = message["op"] in ("done", "error")
                 number = message["id"]
                 inbox = self._inboxes.pop(number) if final else self._inboxes[number]
                 inbox.put_nowait(message)
+                if not self._inboxes:
+                    self.idle.set()
 
 
 def _spawn(end: socket.socket) -> subprocess.Popen[bytes]:

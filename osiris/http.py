@@ -8,8 +8,10 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
+from llm_sidecar import input_model
+from llm_sidecar.input_model import InputModel
 from llm_sidecar.model_host import Completion
 from llm_sidecar.sidecar import Sidecar
 from osiris.schemas import ErrorBody
@@ -18,14 +20,15 @@ T = TypeVar("T")
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 _DESCRIPTIONS = {
-    404: "It is off, or there is nothing yet; the detail says which",
+    404: "There is nothing of that name, nothing yet, or it is off; the detail says which",
     409: "The adapter cannot be loaded; the one in use goes on",
     413: "The request is larger than the server takes",
     422: "Bad input; the detail names the field",
     429: "The queue is full; `Retry-After` says when to try again",
     503: "A model, the voice or the database is missing or loading; `Retry-After` says when to try "
     "again",
-    504: "The request's deadline has passed",
+    504: "The request's deadline has passed; the detail names what took the time, and "
+    "`Retry-After` says when to try again",
 }
 
 
@@ -75,24 +78,17 @@ def endpoint(
     return register
 
 
-def check_length(sidecar: Sidecar, **texts: str | None) -> None:
-    """Refuses a text of the body that is longer than a prompt may be, by its field's name.
+def check_length(sidecar: Sidecar, body: InputModel) -> None:
+    """Refuses a body in which a text, or an object as JSON, is longer than a prompt may be.
 
     Raises:
-        RequestValidationError: one is.
+        RequestValidationError: names each field that is.
     """
-    limit = sidecar.settings.max_prompt_chars
-    errors = [
-        {
-            "loc": ("body", field),
-            "msg": f"has {len(text)} characters, and MAX_PROMPT_CHARS takes {limit}",
-            "type": "string_too_long",
-        }
-        for field, text in texts.items()
-        if text is not None and len(text) > limit
-    ]
-    if errors:
-        raise RequestValidationError(errors)
+    try:
+        input_model.check_length(body, sidecar.settings.max_prompt_chars)
+    except ValidationError as error:
+        errors = [{**entry, "loc": ("body", *entry["loc"])} for entry in error.errors()]
+        raise RequestValidationError(errors) from None
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -123,3 +119,8 @@ def generation_headers(completion: Completion) -> dict[str, str]:
         "X-Prompt-Tokens": str(completion.prompt_tokens),
         "X-Completion-Tokens": str(completion.completion_tokens),
     }
+
+
+def stored_header(stored: bool) -> dict[str, str]:
+    """`X-Stored: false` where a row of the request could not be stored."""
+    return {} if stored else {"X-Stored": "false"}

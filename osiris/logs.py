@@ -10,6 +10,7 @@ from typing import Final
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llm_sidecar.logs import LogFormat, log_context, log_to_stderr
+from llm_sidecar.telemetry.instruments import known_method
 from osiris.paths import is_probe_or_metrics, route_path
 
 __all__ = ["AccessLog", "configure", "log_context"]
@@ -42,8 +43,8 @@ class AccessLog:
     """Logs method, route, status and duration of each request but probes and metrics.
 
     Args:
-        routes: the documented spelling of each path, by its spelling without the last slash; an
-            address that is none of them may hold anything, so it is not shown.
+        routes: the documented spelling of each path or template, by its spelling without the last
+            slash; an address that is none of them may hold anything, so it is not shown.
     """
 
     def __init__(self, app: ASGIApp, routes: Callable[[], Mapping[str, str]]) -> None:
@@ -74,8 +75,10 @@ class AccessLog:
             self._log(scope, status, round(1000 * (time.perf_counter() - began), 1))
 
     def _log(self, scope: Scope, status: int, duration_ms: float) -> None:
-        method = scope["method"]
-        route = self._routes().get(route_path(scope).rstrip("/"), "unmatched")
+        method = known_method(scope["method"])
+        # What is refused before the routing has no template.
+        path = getattr(scope.get("route"), "path_format", None) or route_path(scope)
+        route = self._routes().get(path.rstrip("/"), "unmatched")
         access_log.info(
             "%s %s %d in %.1f ms",
             method,

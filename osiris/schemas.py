@@ -6,16 +6,15 @@ import uuid
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
-    AwareDatetime,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
-    NaiveDatetime,
     StringConstraints,
 )
 
+from llm_sidecar.input_model import InputModel, TextOrObject
 from llm_sidecar.proposals import Proposal
+from llm_sidecar.timestamps import Timestamp
 
 MAX_LENGTH: Final = 8192
 """Tokens."""
@@ -28,15 +27,10 @@ Prompt = Annotated[str, Field(min_length=1, pattern=r"\S")]
 ModelId = Literal["hermes", "phi3"]
 
 
-def _text_only(value: object) -> object:
-    """A number may count seconds or milliseconds, and from when is a guess as well."""
-    if isinstance(value, int | float):
-        raise ValueError("a date and time is a text as ISO 8601 has it")
-    return value
-
-
-class _Request(BaseModel):
+class _Request(InputModel):
     model_config = ConfigDict(extra="forbid")
+
+    known_keys = frozenset(Proposal.model_fields)
 
 
 class PromptRequest(_Request):
@@ -64,16 +58,16 @@ class FeedbackRequest(_Request):
 
     transaction_id: str = Field(min_length=1, max_length=256)
     feedback_type: Literal["correction", "rating", "qualitative_comment", "human_edit"]
-    feedback_content: str | dict[str, Any]
-    timestamp: Annotated[AwareDatetime | NaiveDatetime | None, BeforeValidator(_text_only)] = Field(
-        None, description="ISO 8601; now unless given, and UTC unless it says otherwise"
-    )
+    feedback_content: TextOrObject
+    timestamp: Timestamp | None = Field(None, description="when it was said; now unless given")
     corrected_proposal: dict[str, Any] | None = None
     schema_version: str = Field("1.0", min_length=1, max_length=32)
 
 
 class SpeakRequest(_Request):
     """A text to speak, how, and with whose voice."""
+
+    not_text = frozenset({"ref_wav_b64"})
 
     text: Annotated[
         str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_SPEECH)
@@ -120,12 +114,33 @@ class FeedbackStored(BaseModel):
     transaction_id: str
 
 
-class AdapterChoice(BaseModel):
+class FeedbackWithdrawn(BaseModel):
+    """Feedback that is no few-shot example and no training data any more."""
+
+    message: str
+    feedback_id: str
+
+
+class ExampleInUse(BaseModel):
+    """A few-shot example: a stored prompt and the proposal it should have got."""
+
+    transaction_id: str
+    feedback_id: str
+    prompt: str
+    proposal: dict[str, Any]
+
+
+class Examples(BaseModel):
+    """A page of the few-shot examples in use, oldest first."""
+
+    items: list[ExampleInUse]
+    next: str | None = Field(description="`before` of the next page; null on the last one")
+
+
+class AdapterChoice(_Request):
     """Which adapter to take into use: the newest where none is named."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    adapter: str | None = Field(default=None, pattern=r"^\d{8}(-dpo)?$")
+    adapter: str | None = Field(default=None, pattern=r"^[0-9]{8}(-dpo)?$")
 
 
 class AdapterSwapped(BaseModel):
@@ -139,6 +154,14 @@ class ErrorBody(BaseModel):
     """What went wrong, in one sentence, or for bad input one entry for every bad field."""
 
     detail: str | list[dict[str, Any]]
+
+
+class ProposalErrorBody(ErrorBody):
+    """What went wrong, and where a proposal that was finished before is stored."""
+
+    transaction_id: uuid.UUID | None = Field(
+        None, description="there where Hermes failed after Phi-3 had finished"
+    )
 
 
 class Health(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -16,6 +17,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 
 from llm_sidecar.errors import SettingsError, SidecarError
+from llm_sidecar.logs import log_unhandled
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.telemetry import instruments
@@ -23,11 +25,20 @@ from llm_sidecar.telemetry.instruments import Instrument
 from osiris import logs, openapi
 from osiris.access import ApiKeys
 from osiris.admission import Admission
-from osiris.http import ClientGone
+from osiris.http import ClientGone, stored_header
 from osiris.logs import AccessLog
 from osiris.metrics import install_metrics
 from osiris.middleware import SECURITY_HEADERS, BodyLimit, RequestId, SecurityHeaders
-from osiris.routes import adapters, feedback, generation, probes, profiling, scoring, speech
+from osiris.routes import (
+    adapters,
+    examples,
+    feedback,
+    generation,
+    probes,
+    profiling,
+    scoring,
+    speech,
+)
 from osiris.shutdown import Shutdown
 
 log = logging.getLogger(__name__)
@@ -36,11 +47,14 @@ _CLIENT_CLOSED_REQUEST: Final = 499
 _EXPOSED_HEADERS: Final = (
     "Retry-After",
     "X-Completion-Tokens",
+    "X-Feedback-ID",
     "X-Finish-Reason",
+    "X-Grounded",
     "X-Hermes-Score",
     "X-Model",
     "X-Prompt-Tokens",
     "X-Request-ID",
+    "X-Stored",
     "X-Voice",
     "X-Voice-Reference",
 )
@@ -54,6 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_exception_handler(log_unhandled)
         telemetry.start()
         sidecar = Sidecar(settings, metrics, telemetry)
         metrics.watch(sidecar.health)
@@ -75,7 +90,7 @@ def create_app(settings: Settings) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     probes.install(app)
-    for routes in (generation, scoring, feedback, speech, adapters, profiling):
+    for routes in (generation, scoring, feedback, examples, speech, adapters, profiling):
         app.include_router(routes.router)
     app.add_exception_handler(SidecarError, _sidecar_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -110,7 +125,7 @@ def _add_middleware(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["DELETE", "GET", "POST"],
             allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
             expose_headers=_EXPOSED_HEADERS,
         )
@@ -137,8 +152,13 @@ def _version() -> str:
 
 async def _sidecar_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, SidecarError)
-    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    return JSONResponse({"detail": error.detail}, status_code=error.status, headers=headers)
+    headers = stored_header(error.stored)
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
+    body = {"detail": error.detail}
+    if error.transaction_id is not None:
+        body["transaction_id"] = str(error.transaction_id)
+    return JSONResponse(body, status_code=error.status, headers=headers)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:

@@ -234,6 +234,10 @@ def test_other_origins_may_ask_where_configured_only(closed: LiveServer, tmp_pat
     assert preflight.status_code == 200
     assert preflight.headers["Access-Control-Allow-Origin"] == "https://desk.example"
     assert "Access-Control-Allow-Credentials" not in preflight.headers
+    answer = closed.client.get("/health/live", headers={"Origin": "https://desk.example"})
+    assert "X-Grounded" in answer.headers["Access-Control-Expose-Headers"].split(", ")
+    withdrawing = asked | {"Access-Control-Request-Method": "DELETE"}
+    assert closed.client.options("/feedback/some-id", headers=withdrawing).status_code == 200
     other = closed.client.options("/generate/", headers=asked | {"Origin": "https://evil.example"})
     assert "Access-Control-Allow-Origin" not in other.headers
     with serve(tmp_path) as server:

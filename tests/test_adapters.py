@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
+import os
 import shutil
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llm_sidecar import loader
 from llm_sidecar.engines.lora_graph import ADAPTER_FILE
+from llm_sidecar.errors import AdapterRejected
 from llm_sidecar.lora import convert_adapter
 from llm_sidecar.remembered import RememberedAdapter
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
-from tests.live_server import LiveServer, serve
+from tests.live_server import LiveServer, is_running, serve
 from tests.random_models import write_adapter
 
 PROMPT = {"prompt": "Long ABC from 100, now 112.5.", "max_length": 256}
@@ -94,6 +99,46 @@ def test_an_adapter_is_chosen_refused_and_remembered(
         assert proposal(server) == second
 
 
+def test_an_adapter_whose_files_cannot_be_read_is_refused_while_others_ask(
+    adapters: Path, random_models: dict[str, str], tmp_path: Path
+) -> None:
+    file = Path(random_models["MICRO_LLM_MODEL_PATH"])
+    folder = shutil.copytree(file.parent, tmp_path / "model")
+    environ = random_models | {
+        "MICRO_LLM_MODEL_PATH": str(folder),
+        "MODEL_LOAD_TIMEOUT_SECONDS": "8",
+        "SHUTDOWN_GRACE_SECONDS": "0",
+    }
+    with running(tmp_path, adapters, environ) as server, ThreadPoolExecutor() as threads:
+        expected, pid = proposal(server), server.worker("phi3")
+        # The worker that serves has read it; the next one waits for somebody to write.
+        (folder / file.name).unlink()
+        os.mkfifo(folder / file.name)
+        first, second = (threads.submit(swap, server, "20260101") for _ in range(2))
+        while not first.done():
+            assert proposal(server) == expected
+        refused = (
+            409,
+            "The adapter 20260101 is refused: it did not load within 8 s "
+            "(MODEL_LOAD_TIMEOUT_SECONDS)",
+        )
+        # The second was asked for before the first had failed, and does not load again.
+        assert (first.result(), second.result()) == (refused, refused)
+        assert server.worker("phi3") == pid
+        last = threads.submit(swap, server, "20260102")
+        server.wait_until(lambda: len(children(server)) == 3)
+        workers = children(server)
+        assert server.stop() == 0
+        assert last.result() == (503, "The server is shutting down; try again.")
+        assert not any(map(is_running, workers))
+
+
+def children(server: LiveServer) -> list[int]:
+    """The server's worker processes."""
+    threads = Path(f"/proc/{server.process.pid}/task").glob("*/children")
+    return [int(pid) for thread in threads for pid in thread.read_text().split()]
+
+
 def test_a_swap_whose_client_has_gone_is_carried_through_and_remembered(
     adapters: Path, random_models: dict[str, str], tmp_path: Path
 ) -> None:
@@ -126,8 +171,7 @@ async def test_a_swap_whose_caller_is_cancelled_is_carried_through_and_remembere
     await sidecar.start()
     try:
         asking = asyncio.create_task(sidecar.swap_adapter("20260101"))
-        # It has begun, and a process takes longer than this to start.
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
@@ -175,3 +219,35 @@ def test_a_file_that_cannot_be_written_is_said(
     (tmp_path / "file").touch()
     RememberedAdapter(tmp_path / "file", tmp_path).save(tmp_path / "20260101")
     assert "not remembered" in caplog.text
+
+
+def test_an_adapter_may_be_a_link_to_another_place(tmp_path: Path) -> None:
+    adapters, elsewhere = tmp_path / "adapters", tmp_path / "elsewhere"
+    for folder in (adapters, elsewhere):
+        folder.mkdir()
+    (elsewhere / "adapter_config.json").touch()
+    (adapters / "20260101").symlink_to(elsewhere)
+    (adapters / "20260102").symlink_to(tmp_path / "nowhere")
+    (adapters / "20260103").symlink_to(adapters / "20260103")
+    assert loader.get_latest_adapter_dir(adapters) == adapters / "20260101"
+    with pytest.raises(AdapterRejected, match="20260103"):
+        loader.find_adapter_dir(adapters, "20260103")
+
+
+def test_an_adapter_that_may_not_be_read_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "20260101").mkdir()
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    assert loader.get_latest_adapter_dir(tmp_path) == tmp_path / "20260101"
+
+
+def test_digits_of_other_scripts_are_no_date(tmp_path: Path) -> None:
+    folder = tmp_path / "٢٠٢٦٠١٠١"
+    folder.mkdir()
+    (folder / "adapter_config.json").touch()
+    assert loader.get_latest_adapter_dir(tmp_path) is None

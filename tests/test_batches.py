@@ -19,11 +19,12 @@ from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
 from llm_sidecar.engines.base import Delta, Together
 from llm_sidecar.engines.batches import MOST
+from llm_sidecar.engines.chat import TextDecoder
 from llm_sidecar.engines.generation import Generation
 from llm_sidecar.engines.ort import OrtEngine
-from llm_sidecar.engines.torch import TextDecoder, TorchEngine
+from llm_sidecar.engines.torch import TorchEngine
 from llm_sidecar.engines.torch_rows import empty_cache, most_together
-from llm_sidecar.errors import AdapterRejected, InvalidRequest
+from llm_sidecar.errors import InvalidRequest
 from tests.live_server import ROOT
 
 AnyEngine = TorchEngine | OrtEngine
@@ -243,9 +244,9 @@ def test_rows_for_which_there_is_no_memory_wait_their_turn(
     joined = engine.joined
     together: list[set[int]] = []
 
-    def noting(caches: Any, former: Any) -> Any:
+    def noting(caches: Any, size: int, former: Any) -> Any:
         together.append(set(caches))
-        return joined(caches, former)
+        return joined(caches, size, former)
 
     monkeypatch.setattr(engine, "joined", noting)
     written = Written(engine.together())
@@ -297,8 +298,6 @@ def test_what_needs_more_runs_on_the_whole_runtime(
     assert load_engine(random_phi3_onnx, device="cpu", guided=False).runtime == "onnxruntime-genai"
     with pytest.raises(ValueError, match="without guidance"):
         ort_engine.begin(request("Long ABC", 50, guidance=proposals.GUIDANCE))
-    with pytest.raises(AdapterRejected, match="without room"):
-        ort_engine.use_adapter(random_hermes_onnx)
 
 
 def test_bytes_that_are_no_text_end_nothing() -> None:

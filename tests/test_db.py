@@ -48,10 +48,11 @@ PROPOSAL: dict[str, Any] = {
     "model": "phi3",
     "adapter": None,
     "latencies": {"proposal": 0.25, "assessment": 0.5, "score": None},
+    "grounded": "ticker,rationale",
 }
 HOSTILE = [
     "'; DROP TABLE phi3_feedback; --",
-    'quotes " and \\ and \x00 and \x1b[31m',
+    'quotes " and \\ and \\x00',
     "🚀価格\u202e",
     "line\nbreak\r\n\ttab",
     "x" * 1_000_000,
@@ -86,7 +87,9 @@ async def test_a_row_comes_back_as_it_went_in(store: Store) -> None:
     (said,) = await store.last("phi3_feedback", 5)
     assert said.pop("corrected_proposal") == '{"ticker":"ABC","confidence":0.5}'
     assert len(said.pop("feedback_id")) == 64
-    assert said == FEEDBACK | {"schema_version": "1.0"}
+    arrived = datetime.datetime.now(datetime.UTC) - said.pop("received")
+    assert datetime.timedelta() < arrived < datetime.timedelta(minutes=1)
+    assert said == FEEDBACK | {"schema_version": "1.0", "source": "direct"}
     assert await store.last("orchestrator_runs", 5) == [RUN | {"error_message": None}]
     (scored,) = await store.last("hermes_scores", 5)
     assert scored == {"run_id": "r-1", "timestamp": NOW, "score": 0.25, "rationale": ""}
@@ -99,7 +102,7 @@ async def test_an_object_is_stored_as_json(store: Store) -> None:
     assert json.loads(row["feedback_content"]) == {"stars": 5}
 
 
-@pytest.mark.parametrize("text", HOSTILE, ids=["sql", "control", "unicode", "lines", "megabyte"])
+@pytest.mark.parametrize("text", HOSTILE, ids=["sql", "quotes", "unicode", "lines", "megabyte"])
 async def test_a_hostile_text_is_stored_and_found_as_it_was(store: Store, text: str) -> None:
     texts = {"run_id": text, "input_query": text, "final_output": text, "error_message": text}
     await store.append(run(**texts, status=text))
@@ -115,17 +118,19 @@ async def test_a_hostile_text_is_stored_and_found_as_it_was(store: Store, text: 
     )
     await store.append(run())
     found = await store.transaction(text)
+    assert found.pop("feedback_withdrawals") == []
     assert {table: len(rows) for table, rows in found.items()} == dict.fromkeys(found, 1)
     (row,) = found["orchestrator_runs"]
     assert row == RUN | {key: text for key in row if key != "timestamp"}
     (row,) = found["phi3_feedback"]
     assert json.loads(row["corrected_proposal"]) == {"why": text, text: 1}
     assert row["feedback_content"] == text
+    feedback_id = row["feedback_id"]
     assert found["hermes_scores"][0]["rationale"] == text
     (row,) = found["proposals"]
     assert {name: row[name] for name in (*texts, "adapter")} == {**texts, "adapter": text}
     assert await store.last("orchestrator_runs", 0, status=text) == found["orchestrator_runs"]
-    assert await store.recent_corrections(1) == [(text, {"why": text, text: 1}, text)]
+    assert await store.recent_corrections(1) == [(text, {"why": text, text: 1}, text, feedback_id)]
 
 
 async def test_a_text_that_is_no_unicode_is_refused() -> None:
@@ -161,7 +166,12 @@ def test_a_row_without_a_timestamp_is_of_now(given: dict[str, Any]) -> None:
         {"feedback_type": "shout"},
         {"transaction_id": ""},
         {"timestamp": "noon"},
+        {"timestamp": "20260131"},
+        {"timestamp": 1769817600},
         {"timestamp": "0001-01-01T00:00:00+05:00"},
+        {"timestamp": datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1)},
+        {"received": NOW},
+        {"source": "direct"},
         {"feedback_content": 3},
         {"feedback_content": {"when": NOW}},
         {"corrected_proposal": {"confidence": float("nan")}},
@@ -254,24 +264,73 @@ async def test_the_mean_score_is_that_of_the_time_asked_for(store: Store) -> Non
     assert number == 2
 
 
-async def test_corrections_come_with_the_prompt_they_correct(store: Store) -> None:
+async def test_corrections_come_in_the_order_of_arrival_with_the_prompt_they_correct(
+    store: Store,
+) -> None:
     for number in range(3):
-        when = NOW + datetime.timedelta(minutes=number)
         name = f"t-{number}"
         await store.append(run(run_id=name, input_query=f"prompt {number}"))
+        # The first says that it is the latest.
+        when = NOW - datetime.timedelta(minutes=number)
         await store.append(
-            feedback(transaction_id=name, timestamp=when, corrected_proposal={"n": number})
+            feedback(
+                transaction_id=name,
+                timestamp=when,
+                corrected_proposal={"n": number},
+                feedback_id=f"f-{number}",
+            )
         )
     await store.append(feedback(transaction_id="t-1"))
     await store.append(feedback(transaction_id="nobody's", corrected_proposal={"n": 9}))
-    later = NOW + datetime.timedelta(hours=1)
+    earlier = NOW - datetime.timedelta(hours=1)
     await store.append(
-        feedback(transaction_id="t-0", timestamp=later, corrected_proposal={"n": 10})
+        feedback(
+            transaction_id="t-0",
+            timestamp=earlier,
+            corrected_proposal={"n": 10},
+            feedback_id="f-10",
+        )
     )
     assert await store.recent_corrections(2) == [
-        ("prompt 0", {"n": 10}, "t-0"),
-        ("prompt 2", {"n": 2}, "t-2"),
+        ("prompt 0", {"n": 10}, "t-0", "f-10"),
+        ("prompt 2", {"n": 2}, "t-2", "f-2"),
     ]
+
+
+async def test_usable_corrections_are_found_behind_many_that_are_not(store: Store) -> None:
+    await store.append(run(run_id="t"))
+    for number in range(2):
+        await store.append(
+            feedback(
+                transaction_id="t", corrected_proposal={"usable": number}, feedback_id=f"f-{number}"
+            )
+        )
+    others = (
+        feedback(transaction_id="t", corrected_proposal={"n": n}, feedback_id=f"n-{n}")
+        for n in range(300)
+    )
+    await asyncio.gather(*map(store.append, others))
+    found = await store.recent_corrections(3, lambda correction: "usable" in correction.proposal)
+    assert found == [("Long ABC", {"usable": 1}, "t", "f-1")]
+
+
+async def test_corrections_and_prompts_that_are_too_long_are_not_read(store: Store) -> None:
+    for name, prompt, proposal in (
+        ("short", "p" * 10, {"n": 1}),
+        ("long-prompt", "p" * 11, {"n": 1}),
+        ("long-proposal", "p", {"n": "1234"}),
+    ):
+        await store.append(run(run_id=name, input_query=prompt))
+        await store.append(feedback(transaction_id=name, corrected_proposal=proposal))
+    found = await store.recent_corrections(3, proposal_bytes=7, prompt_bytes=10)
+    assert [correction.transaction_id for correction in found] == ["short"]
+
+
+async def test_corrections_that_differ_in_nothing_else_are_two_rows(store: Store) -> None:
+    for number in range(2):
+        await store.append(feedback(corrected_proposal={"n": number}))
+    rows = await store.last("phi3_feedback", 0)
+    assert sorted(row["corrected_proposal"] for row in rows) == ['{"n":0}', '{"n":1}']
 
 
 async def test_a_large_table_gives_its_newest_rows_wherever_they_are(
@@ -334,4 +393,4 @@ def test_scripts_write_models_and_dicts(tmp_path: Path, monkeypatch: pytest.Monk
         await store.close()
         return found
 
-    assert asyncio.run(counts()) == [1, 1, 1, 0]
+    assert asyncio.run(counts()) == [1, 1, 1, 0, 0]

@@ -117,7 +117,9 @@ def test_a_terminal_gets_a_table_in_which_nothing_steers_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LANCEDB_URI", str(tmp_path / "db"))
-    db.log_run(RUN | {"input_query": "red \x1b[31m\n" + "x" * 100})
+    # As a version that took every character has stored it.
+    steering = {"input_query": "red \x1b[31m\n" + "x" * 100}
+    db.log_run(OrchestratorRunSchema(**RUN).model_copy(update=steering))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert cli_main(["query-runs"]) == 0
     header, row = capsys.readouterr().out.splitlines()

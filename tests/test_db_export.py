@@ -15,6 +15,7 @@ import pytest
 
 from llm_sidecar import proposals
 from llm_sidecar.db import (
+    FeedbackWithdrawalSchema,
     OrchestratorRunSchema,
     Phi3FeedbackSchema,
     ProposalSchema,
@@ -219,6 +220,30 @@ def test_what_makes_no_example_is_left_out_and_counted(
     )
 
 
+def test_withdrawn_feedback_is_in_no_export_and_counted(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    better = CORRECTED | {"confidence": 0.5}
+    fill(
+        folder,
+        proposed("a"),
+        proposed("b"),
+        corrected("a", feedback_id="older"),
+        corrected("a", better, minutes=1, feedback_id="newer"),
+        corrected("b", minutes=2, feedback_id="only"),
+        feedback(feedback_id="rating"),
+        *(
+            FeedbackWithdrawalSchema(feedback_id=name, transaction_id="any")
+            for name in ("newer", "only", "rating")
+        ),
+    )
+    rows, told = exported(capsys, "sft")
+    assert said(rows) == [CORRECTED]
+    assert told == "1 rows; left out: 3 withdrawn\n"
+    assert said(exported(capsys, "dpo")[0], "chosen") == [CORRECTED]
+    assert [row["corrected_proposal"] for row in exported(capsys, "jsonl")[0]] == [CORRECTED]
+
+
 def test_a_correction_that_leaves_out_what_the_proposal_has_as_null_is_equal_to_it(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -279,7 +304,7 @@ def test_since_takes_only_later_feedback(
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "jsonl"])
 def test_hostile_texts_survive(folder: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
-    texts = [*HOSTILE, "\u2028 and \u0085 and \x0b end lines for some"]
+    texts = [*HOSTILE, "\u2028 and \u2029 end lines for some"]
     corrections = [CORRECTED | {"rationale": text, "ticker": text} for text in texts]
     fill(
         folder,
@@ -297,15 +322,17 @@ def test_hostile_texts_survive(folder: Path, capsys: pytest.CaptureFixture[str],
         assert [proposal["rationale"] for proposal in chosen] == texts
 
 
-def test_half_a_surrogate_pair_in_a_correction_spoils_no_export(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("text", ["\ud800", "\x00 and \x0b and \u0085"])
+def test_what_is_no_text_in_a_correction_spoils_no_export(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
-    """JSON can hold one, UTF-8 cannot."""
-    fill(folder, proposed(), corrected(proposal={"rationale": "\ud800"}))
+    """As versions that took every string have stored it; JSON can hold it."""
+    spoiled = CORRECTED | {"rationale": text}
+    fill(folder, proposed(), corrected().model_copy(update={"corrected_proposal": spoiled}))
     out = tmp_path / "out.jsonl"
     assert cli_main(["export", "--format", "jsonl", "--out", str(out)]) == 0
-    (line,) = out.read_text("utf-8").splitlines()
-    assert json.loads(line)["corrected_proposal"] == {"rationale": "\ud800"}
+    (line,) = out.read_text("utf-8").split("\n")[:-1]
+    assert json.loads(line)["corrected_proposal"] == spoiled
     assert exported(capsys, "sft")[1] == "0 rows; left out: 1 no valid proposal\n"
 
 

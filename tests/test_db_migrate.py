@@ -14,6 +14,7 @@ import pytest
 
 from llm_sidecar.db import (
     FEEDBACK,
+    PROPOSALS,
     RUNS,
     SCORES,
     TABLES,
@@ -22,7 +23,8 @@ from llm_sidecar.db import (
     Store,
     cli_main,
 )
-from llm_sidecar.db.schema import KEYS, arrow_schemas
+from llm_sidecar.db.log import Log, Row, encode
+from llm_sidecar.db.schema import KEYS, VERSION, arrow_schemas
 from llm_sidecar.errors import DatabaseUnavailable
 from tests.test_db import NOW
 
@@ -42,6 +44,18 @@ OLD_RUN: Final = {
     "final_output": "{}",
     "status": "success",
 }
+OF_VERSION_2: Final = {
+    "transaction_id": "r-1",
+    "timestamp": NOW,
+    "prompt": "Long ABC",
+    "proposal": '{"ticker":"ABC"}',
+    "assessment": "Fine.",
+    "score": 0.5,
+    "model": "phi3",
+    "adapter": None,
+    "latencies": {"proposal": 0.25, "assessment": 0.5, "score": None},
+}
+"""A proposal, before it said whether it is grounded."""
 OLD_SCORE: Final = {"run_id": "r-1", "timestamp": WRITTEN, "score": 0.5, "rationale": "Fine."}
 
 
@@ -186,23 +200,65 @@ def test_the_first_shape_of_all_becomes_todays(
     assert cli_main(["migrate"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(
-        "phi3_feedback: 1 rows brought to version 2, "
-        "with schema_version and corrected_proposal and feedback_id added"
+        "phi3_feedback: 1 rows brought to version 3, "
+        "with schema_version and corrected_proposal and feedback_id and received and source and "
+        "row_id added"
     )
     assert lines[1].startswith(
-        "orchestrator_runs: 1 rows brought to version 2, with error_message and row_id added"
+        "orchestrator_runs: 1 rows brought to version 3, with error_message and row_id added"
     )
-    assert lines[2].startswith("hermes_scores: 1 rows brought to version 2, with row_id added")
-    assert lines[3:] == ["proposals: created, as it was not there."]
+    assert lines[2].startswith("hermes_scores: 1 rows brought to version 3, with row_id added")
+    assert lines[3:] == [
+        f"{table}: created, as it was not there." for table in ("proposals", "feedback_withdrawals")
+    ]
     (said,) = opened(folder, FEEDBACK)
     assert len(said.pop("feedback_id")) == 64
     assert said == OLD_FEEDBACK | {
         "timestamp": NOW,
         "schema_version": "1.0",
         "corrected_proposal": None,
+        "received": NOW,
+        "source": "direct",
     }
     assert opened(folder, RUNS) == [OLD_RUN | {"timestamp": NOW, "error_message": None}]
     assert opened(folder, SCORES) == [OLD_SCORE | {"timestamp": NOW}]
+
+
+def write_version_2(folder: Path) -> None:
+    """The proposals of a database as version 2 wrote them."""
+    today = arrow_schemas()[PROPOSALS]
+    schema = pa.schema(
+        [field for field in today if field.name != "grounded"],
+        metadata={"osiris_schema_version": "2"},
+    )
+    rows = [OF_VERSION_2 | {"row_id": "key"}]
+    write(folder, PROPOSALS, pa.Table.from_pylist(rows, schema=schema))
+
+
+def test_a_proposal_of_version_2_keeps_all_that_it_had(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_version_2(folder)
+    with pytest.raises(DatabaseUnavailable, match=r"proposals has the shape of an older version"):
+        asyncio.run(Store.open(folder))
+    assert cli_main(["migrate"]) == 0
+    told = f"proposals: 1 rows brought to version {VERSION}, with grounded added; the old table"
+    assert told in capsys.readouterr().out
+    assert read(folder, PROPOSALS) == [OF_VERSION_2 | {"row_id": "key", "grounded": None}]
+    assert opened(folder, PROPOSALS) == [OF_VERSION_2 | {"grounded": None}]
+
+
+def test_rows_that_version_2_left_in_its_log_arrive_after_migration(folder: Path) -> None:
+    write_version_2(folder)
+    log = Log(folder / "_log")
+    log.append([encode(Row(PROPOSALS, OF_VERSION_2 | {"prompt": "late", "row_id": "late"}))])
+    log.close()
+    assert cli_main(["migrate"]) == 0
+    rows = sorted(opened(folder, PROPOSALS), key=lambda row: str(row["prompt"]))
+    assert rows == [
+        OF_VERSION_2 | {"grounded": None},
+        OF_VERSION_2 | {"prompt": "late", "grounded": None},
+    ]
 
 
 def test_a_migrated_database_can_be_looked_at_and_is_sound(
@@ -251,12 +307,70 @@ def test_feedback_ids_stay_and_rows_get_the_key_they_lacked(folder: Path) -> Non
     write(folder, RUNS, [OLD_RUN | at | {"error_message": "late"}] * 2)
     write(folder, SCORES, [OLD_SCORE | at] * 2)
     assert cli_main(["migrate"]) == 0
-    assert opened(folder, FEEDBACK) == [OLD_FEEDBACK | at | last]
+    assert opened(folder, FEEDBACK) == [
+        OLD_FEEDBACK | at | last | {"received": NOW, "source": "direct"}
+    ]
     assert opened(folder, RUNS) == [OLD_RUN | at | {"error_message": "late"}] * 2
     for table in (RUNS, SCORES):
         keys = {row["row_id"] for row in read(folder, table)}
         assert len(keys) == 2
         assert "" not in keys
+
+
+@pytest.fixture
+def version_2(folder: Path) -> Path:
+    """A database as version 2 left it, with one feedback that claims to be of the future, and a log
+    of a process that has died with another."""
+    schemas = {
+        FEEDBACK: without(FEEDBACK, "received", "source", "row_id"),
+        RUNS: without(RUNS),
+        SCORES: without(SCORES),
+        PROPOSALS: without(PROPOSALS, "grounded"),
+    }
+    feedback = OLD_FEEDBACK | {"schema_version": "1.0", "corrected_proposal": None}
+    future = NOW.replace(year=2099)
+    rows = {
+        FEEDBACK: [
+            feedback | {"timestamp": NOW, "feedback_id": "f-1"},
+            feedback | {"timestamp": future, "feedback_id": "f-2"},
+        ],
+        RUNS: [OLD_RUN | {"timestamp": NOW, "error_message": None, "row_id": "r"}],
+    }
+    for table, schema in schemas.items():
+        write(folder, table, pa.Table.from_pylist(rows.get(table, []), schema=schema))
+    log = Log(folder / "_log")
+    logged = feedback | {"timestamp": NOW, "feedback_id": "f-3"}
+    log.append([encode(Row(FEEDBACK, logged))])
+    log.close()
+    return folder
+
+
+def without(table: str, *columns: str) -> pa.Schema:
+    """The shape of a table before it had these columns."""
+    schema = arrow_schemas()[table]
+    kept = [field for field in schema if field.name not in columns]
+    return pa.schema(kept, metadata={"osiris_schema_version": "2"})
+
+
+def test_version_2_is_not_opened_but_says_what_to_do(version_2: Path) -> None:
+    with pytest.raises(DatabaseUnavailable, match=r"llm_sidecar\.db migrate"):
+        asyncio.run(Store.open(version_2))
+    assert [row["feedback_id"] for row in read(version_2, FEEDBACK)] == ["f-1", "f-2"]
+
+
+def test_version_2_loses_no_row_of_its_tables_and_logs(version_2: Path) -> None:
+    before = datetime.datetime.now(datetime.UTC)
+    assert cli_main(["migrate"]) == 0
+    rows = {row["feedback_id"]: row for row in opened(version_2, FEEDBACK)}
+    assert sorted(rows) == ["f-1", "f-2", "f-3"]
+    assert [row["source"] for row in rows.values()] == ["direct"] * 3
+    assert rows["f-1"]["received"] == rows["f-3"]["received"] == NOW
+    # It must not stay the newest for decades.
+    assert rows["f-2"]["timestamp"].year == 2099
+    assert before <= rows["f-2"]["received"] <= datetime.datetime.now(datetime.UTC)
+    assert [row["run_id"] for row in opened(version_2, RUNS)] == ["r-1"]
+    assert sorted(row["row_id"] for row in read(version_2, FEEDBACK)) == ["f-1", "f-2", "f-3"]
+    assert [path.suffix for path in (version_2 / "_log" / "set_aside").iterdir()] == [".lance"] * 4
 
 
 def test_feedback_that_is_delivered_again_after_migration_is_one_row(folder: Path) -> None:
@@ -323,7 +437,8 @@ def test_what_is_null_gets_a_value_where_todays_shape_demands_one(folder: Path) 
 def test_a_correction_that_is_no_json_hinders_no_other(folder: Path) -> None:
     texts = ["{'ticker': 'ABC'}", "null", "", "[" * 100_000, '{"ticker":"ABC"}']
     rows = [
-        OLD_FEEDBACK | {"transaction_id": str(number), "corrected_proposal": text}
+        OLD_FEEDBACK
+        | {"transaction_id": str(number), "corrected_proposal": text, "feedback_id": f"f-{number}"}
         for number, text in enumerate(texts)
     ]
     write(folder, FEEDBACK, rows)
@@ -337,7 +452,7 @@ def test_a_correction_that_is_no_json_hinders_no_other(folder: Path) -> None:
         finally:
             await store.close()
 
-    assert asyncio.run(ask()) == [("Long ABC", {"ticker": "ABC"}, "4")]
+    assert asyncio.run(ask()) == [("Long ABC", {"ticker": "ABC"}, "4", "f-4")]
 
 
 def test_numbers_and_texts_in_each_others_columns_are_read_as_what_they_mean(folder: Path) -> None:
@@ -354,7 +469,7 @@ def test_a_column_that_nobody_knows_goes_and_is_named_and_kept_aside(
     write(folder, SCORES, old.append_column("mood", pa.array(["calm"])))
     assert cli_main(["migrate"]) == 0
     assert opened(folder, SCORES) == [OLD_SCORE | {"timestamp": NOW}]
-    line = capsys.readouterr().out.splitlines()[-2]
+    line = capsys.readouterr().out.splitlines()[-3]
     assert ", without heard_at and mood; the old table is kept as " in line
     (kept,) = (folder / "_log" / "set_aside").iterdir()
     assert line.endswith(f"{kept.name}.")
@@ -388,7 +503,7 @@ def test_migrating_again_finds_nothing_to_do(
     before = {table: (read(folder, table), version(folder, table)) for table in TABLES}
     assert cli_main(["migrate"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"{table}: nothing to do, {3 if table == SCORES else 0} rows are of version 2."
+        f"{table}: nothing to do, {3 if table == SCORES else 0} rows are of version 3."
         for table in TABLES
     ]
     assert {table: (read(folder, table), version(folder, table)) for table in TABLES} == before

@@ -338,14 +338,17 @@ async def test_rows_of_another_version_are_kept_and_hold_up_nobody(tmp_path: Pat
     log.append([encode(Row(SCORES, score("ours").as_row()))])
     later = score("theirs").as_row() | {"mood": "good"}
     log.append([encode(Row(SCORES, later)), encode(Row("moods", later))])
+    earlier = score("theirs").as_row()
+    del earlier["rationale"]
+    log.append([encode(Row(SCORES, earlier))])
     log.close()
     store = await Store.open(tmp_path)
     (repair,) = [text for text in store.status()["repairs"] if "another version" in text]
-    assert "2 rows" in repair
+    assert "3 rows" in repair
     assert [row["run_id"] for row in await store.last(SCORES, 0)] == ["ours"]
     await store.close()
     (aside,) = (tmp_path / "_log" / "set_aside").iterdir()
-    assert len(read_segment(aside).rows) == 3
+    assert len(read_segment(aside).rows) == 4
 
 
 async def test_a_disk_that_hangs_refuses_rows_for_certain_and_within_the_deadline(

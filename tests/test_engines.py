@@ -11,7 +11,7 @@ import pytest
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.engines import Engine, GenerationRequest, load_engine
-from llm_sidecar.engines.base import AnswerTree, SpecialTokens, softmax
+from llm_sidecar.engines.base import AnswerTree, softmax
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 
 PROMPT = "Long ABC from 100, now 112.5, RSI 81."
@@ -200,14 +200,6 @@ def test_answer_tree_refuses_answers_it_cannot_read() -> None:
         AnswerTree({"10": [1, 0], "20": [2, 0]})
     with pytest.raises(ValueError, match="more than one branch"):
         AnswerTree({"100": [1, 0, 0]})
-
-
-def test_special_tokens_are_broken_longest_first(tmp_path: Path) -> None:
-    added = [{"content": "<|end|>"}, {"content": "<|end|><|end|>"}, {"content": "x"}]
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
-    special = SpecialTokens(tmp_path)
-    found = special.neutralise([user("a<|end|>b x")])
-    assert found == [user("a< |end|>b x")]
 
 
 def user(text: str) -> dict[str, str]:

@@ -219,6 +219,17 @@ async def test_a_handler_that_raises_is_logged_and_counted_and_goes_on(
     assert "the bad one" not in caplog.text
 
 
+async def test_a_message_that_a_listener_refuses_is_counted_and_logged(
+    bus: EventBus, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus.refuse("some.channel", "it is too long")
+    assert bus.status()["refused"] == 1
+    assert bus.status()["handler_errors"] == 0
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("ERROR", "a message on some.channel is refused: it is too long")
+    ]
+
+
 async def test_a_registered_queue_gets_messages_until_it_is_unregistered(bus: EventBus) -> None:
     queue: asyncio.Queue[str] = asyncio.Queue()
     inbox = Inbox()
@@ -307,6 +318,7 @@ async def test_the_status_of_a_healthy_bus(bus: EventBus, url: str) -> None:
         "waiting": 0,
         "unpublished": 0,
         "handler_errors": 0,
+        "refused": 0,
         "dropped": 0,
     }
 

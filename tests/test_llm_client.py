@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
         script = self.server.script
         (script.pop(0) if len(script) > 1 else script[0])(self)
 
-    do_POST = do_GET  # noqa: N815 - the standard library's name
+    do_DELETE = do_POST = do_GET  # noqa: N815 - the standard library's names
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Say nothing, where the standard library would print to standard error."""
@@ -246,6 +246,11 @@ CALLS: dict[str, tuple[Callable[[Any], Any], tuple[str, str, Any]]] = {
             },
         ),
     ),
+    "withdrawal": (
+        lambda c: c.withdraw_feedback("a/b c?"),
+        ("DELETE", "/feedback/a%2Fb%20c%3F", None),
+    ),
+    "examples": (lambda c: c.list_examples(), ("GET", "/examples/", None)),
     "swap": (lambda c: c.swap_adapters(), ("POST", "/adapters/swap", None)),
     "swap to one": (
         lambda c: c.swap_adapters("20260102"),
@@ -360,6 +365,19 @@ async def test_retries_are_further_tries_and_the_last_error_is_raised(
     error = caught.value
     assert (error.status, error.detail, error.request_id) == (504, "last", "theirs")
     assert len(server.seen) == 3
+
+
+async def test_an_error_names_the_proposal_that_is_stored(
+    clients: Clients, server: ScriptedServer
+) -> None:
+    server.script = [answer(504, {"detail": "late", "transaction_id": "t-1"})]
+    with pytest.raises(LLMClientHTTPError) as caught:
+        await done(clients(retries=0).propose_trade_adjustments("Long ABC"))
+    assert (caught.value.detail, caught.value.transaction_id) == ("late", "t-1")
+    server.script = [answer(504, {"detail": "late"})]
+    with pytest.raises(LLMClientHTTPError) as caught:
+        await done(clients(retries=0).propose_trade_adjustments("Long ABC"))
+    assert caught.value.transaction_id is None
 
 
 async def test_no_retries_means_one_try(clients: Clients, server: ScriptedServer) -> None:

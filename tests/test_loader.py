@@ -71,12 +71,38 @@ def test_an_empty_mount_point_is_no_model_but_a_folder_with_anything_in_it_is(
         loader.locate_hermes(asked)
 
 
-def test_getters_load_once_and_keep(random_models: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (
+            {"genai_config.json": '{"model": {"context_length": 131072}}', "config.json": "{"},
+            131072,
+        ),
+        ({"config.json": '{"max_position_embeddings": 8192}'}, 8192),
+        ({"config.json": "{}"}, 4096),
+        ({"genai_config.json": "no json"}, 4096),
+        ({"genai_config.json": '["model"]'}, 4096),
+        ({}, 4096),
+    ],
+)
+def test_phi3s_context_is_what_its_configuration_says_or_that_of_the_smallest(
+    tmp_path: Path, files: dict[str, str], expected: int
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert loader.phi3_context_length(Settings(phi3_path=tmp_path)) == expected
+
+
+def test_getters_load_once_and_keep_a_tokenizer_that_no_text_ends(
+    random_models: dict[str, str],
+) -> None:
     script = """
 from llm_sidecar import loader
 first, second = loader.get_phi3_model_and_tokenizer(), loader.get_phi3_model_and_tokenizer()
 assert first[0] is second[0] and first[1] is second[1]
 assert loader.get_hermes_model_and_tokenizer()[0] is not first[0]
+text = chr(0x4fa1) * 9000 + chr(0) + "x"
+assert first[1].decode(first[1].encode(text).ids) == text
 """
     command = [sys.executable, "-c", script]
     environ = random_models | {"PYTHONPATH": str(ROOT)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import logging
 import sys
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from llm_sidecar.logs import JsonFormatter, TextFormatter, log_context
+from llm_sidecar.logs import JsonFormatter, TextFormatter, log_context, log_unhandled
 from tests.live_server import LiveServer, serve
 
 
@@ -51,15 +53,63 @@ def test_a_field_cannot_replace_what_every_line_has() -> None:
     assert line["timestamp"].startswith("2023")
 
 
-def test_an_exception_has_type_and_stack() -> None:
+def fail() -> None:
+    raise ZeroDivisionError("a prompt")
+
+
+def fail_after_another() -> None:
     try:
-        raise ZeroDivisionError("nothing to share")
+        fail()
+    except ZeroDivisionError as error:
+        raise ExceptionGroup("a prompt", [KeyError("a prompt"), OSError(28, "full")]) from error
+
+
+def test_an_exception_has_type_and_stack_and_no_message() -> None:
+    try:
+        fail()
     except ZeroDivisionError:
         text = JsonFormatter().format(record("failed", exc_info=sys.exc_info()))
     exception = json.loads(text)["exception"]
     assert exception["type"] == "ZeroDivisionError"
-    assert "nothing to share" in exception["stack"]
+    assert exception["stack"].splitlines()[-3:] == [
+        f'  File "{__file__}", line {fail.__code__.co_firstlineno + 1}, in fail',
+        '    raise ZeroDivisionError("a prompt")',
+        "ZeroDivisionError",
+    ]
     assert "\n" not in text
+
+
+@pytest.mark.parametrize("formatter", [JsonFormatter(), TextFormatter()])
+def test_what_an_exception_came_of_has_no_message_either(formatter: logging.Formatter) -> None:
+    try:
+        fail_after_another()
+    except ExceptionGroup:
+        text = formatter.format(record("failed", exc_info=sys.exc_info()))
+    # The lines of source are ours.
+    said = text.replace('"a prompt"', "").replace('\\"a prompt\\"', "")
+    assert "a prompt" not in said
+    for name in ("ExceptionGroup", "ZeroDivisionError", "KeyError", "OSError: full"):
+        assert name in said
+
+
+async def test_an_error_that_nobody_waits_for_is_logged_without_its_message(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def broken() -> None:
+        raise ZeroDivisionError(" ".join(("a", "prompt")))
+
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(log_unhandled)
+    try:
+        task = asyncio.create_task(broken())
+        await asyncio.wait([task])
+        del task
+        gc.collect()
+    finally:
+        loop.set_exception_handler(None)
+    assert "never retrieved" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+    assert "a prompt" not in caplog.text
 
 
 @pytest.mark.usefixtures("in_a_request")
@@ -80,10 +130,12 @@ def of_requests(server: LiveServer) -> list[dict[str, Any]]:
 
 def test_a_server_logs_json_with_one_line_a_request(tmp_path: Path) -> None:
     with serve(tmp_path) as server:
+        server.wait_until_database_is_open()
         ask = server.client
         ask.post("/speak?why=hidden", json={"text": "hidden"}, headers={"X-Request-ID": "one"})
         ask.post("/speak/", json={"hidden": 1}, headers={"X-Request-ID": "two"})
         ask.get("/hidden", headers={"X-Request-ID": "three"})
+        ask.delete("/feedback/hidden", headers={"X-Request-ID": "four"})
         ask.get("/health")
         ask.get("/health/ready")
         ask.get("/metrics")
@@ -96,6 +148,7 @@ def test_a_server_logs_json_with_one_line_a_request(tmp_path: Path) -> None:
         ("one", "POST", "/speak", 200),
         ("two", "POST", "/speak", 422),
         ("three", "GET", "unmatched", 404),
+        ("four", "DELETE", "/feedback/{feedback_id}/", 404),
     ]
     assert all(line["duration_ms"] > 0 for line in seen)
     assert "uvicorn.error" in loggers

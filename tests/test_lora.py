@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from llm_sidecar import patterns
 from llm_sidecar.conversion import ConversionFailed
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
 from llm_sidecar.engines.lora_graph import ADAPTER_FILE, read_lora_graph
@@ -105,31 +107,6 @@ def test_an_adapter_of_zeros_changes_nothing_to_the_last_bit(
     assert (plain == ours).all()
 
 
-def test_adapters_are_swapped_without_loading_the_model_again(
-    models: dict[str, tuple[Path, Path]], adapters: Path
-) -> None:
-    _, base = models["phi3"]
-    names = ("20260101", "20260102")
-    alone = {n: answer(load_engine(base, device="cpu", adapter=adapters / n)) for n in names}
-    assert alone["20260101"] != alone["20260102"]
-    engine = load_engine(base, device="cpu", adapter=adapters / "20260101")
-    for name in ("20260102", "20260101", "20260101", "20260102"):
-        engine.use_adapter(adapters / name)
-        assert answer(engine) == alone[name]
-
-
-def test_an_answer_that_has_begun_is_ended_before_a_swap(
-    models: dict[str, tuple[Path, Path]], adapters: Path
-) -> None:
-    engine = load_engine(models["phi3"][1], device="cpu", adapter=adapters / "20260101")
-    expected = answer(engine)
-    begun = engine.stream(GenerationRequest(CHAT, 24))
-    next(begun)
-    begun.close()
-    engine.use_adapter(adapters / "20260102")
-    assert answer(engine) != expected
-
-
 def halved(folder: Path) -> None:
     content = (folder / ADAPTER_FILE).read_bytes()
     (folder / ADAPTER_FILE).write_bytes(content[: len(content) // 2])
@@ -174,10 +151,22 @@ def missing(folder: Path) -> None:
     (folder / ADAPTER_FILE).unlink()
 
 
+def no_file(folder: Path) -> None:
+    missing(folder)
+    # Reading it would wait for whoever writes.
+    os.mkfifo(folder / ADAPTER_FILE)
+
+
+def huge(folder: Path) -> None:
+    os.truncate(folder / ADAPTER_FILE, 1 << 40)
+
+
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
         (missing, "llm_sidecar.loader adapter"),
+        (no_file, "llm_sidecar.loader adapter"),
+        (huge, "larger than all that it may change"),
         (halved, "a part of one"),
         (of_another_width, "32 wide"),
         (of_another_model, "layers.7"),
@@ -188,7 +177,7 @@ def missing(folder: Path) -> None:
         (overflowing, "no numbers"),
     ],
 )
-def test_a_bad_adapter_is_refused_and_the_old_one_goes_on(
+def test_a_bad_adapter_is_refused(
     spoil: Callable[[Path], None],
     why: str,
     models: dict[str, tuple[Path, Path]],
@@ -197,21 +186,8 @@ def test_a_bad_adapter_is_refused_and_the_old_one_goes_on(
 ) -> None:
     bad = shutil.copytree(adapters / "20260102", tmp_path / "20260103")
     spoil(bad)
-    engine = load_engine(models["phi3"][1], device="cpu", adapter=adapters / "20260101")
-    expected = answer(engine)
-    with pytest.raises(AdapterRejected, match=why):
-        engine.use_adapter(bad)
-    assert answer(engine) == expected
     with pytest.raises(AdapterRejected, match=why):
         load_engine(models["phi3"][1], device="cpu", adapter=bad)
-
-
-def test_a_model_without_an_adapter_has_no_room_for_one(
-    models: dict[str, tuple[Path, Path]], adapters: Path
-) -> None:
-    engine = load_engine(models["phi3"][1], device="cpu")
-    with pytest.raises(AdapterRejected, match="without room"):
-        engine.use_adapter(adapters / "20260101")
 
 
 def rewritten(folder: Path, **settings: Any) -> Path:
@@ -228,6 +204,8 @@ def rewritten(folder: Path, **settings: Any) -> Path:
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "olora"}, "olora"),
         ({"alora_invocation_tokens": [3, 4]}, "alora"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"megatron_config": {"a": 1}}, "megatron_config"),
         ({"peft_type": "PREFIX_TUNING"}, "not that of a LoRA"),
     ],
 )
@@ -243,37 +221,110 @@ def test_what_is_more_than_lora_is_refused(
         load_engine(source, device="cpu", adapter=peft)
 
 
-def test_torch_lets_no_adapter_write_over_the_model(
-    models: dict[str, tuple[Path, Path]], tmp_path: Path
-) -> None:
-    source, _ = models["phi3"]
-    good, bad = (write_adapter(source, tmp_path / name) for name in ("good", "bad"))
+def with_a_head(folder: Path) -> None:
     head = {"base_model.model.lm_head.weight": np.ones((512, 64), np.float32)}
-    save_file(load_file(bad / WEIGHTS_FILE) | head, bad / WEIGHTS_FILE)
-    engine = load_engine(source, device="cpu", adapter=good)
-    expected = answer(engine)
-    with pytest.raises(AdapterRejected, match="no matrix of LoRA"):
-        engine.use_adapter(bad)
-    assert answer(engine) == expected
-    (bad / WEIGHTS_FILE).write_bytes(b"no")
-    with pytest.raises(AdapterRejected, match="cannot be read"):
-        engine.use_adapter(bad)
-    other = write_transformers_folder(tmp_path / "other", hidden_size=128)
-    with pytest.raises(AdapterRejected, match="does not fit"):
-        engine.use_adapter(write_adapter(other, tmp_path / "wide"))
-    assert answer(engine) == expected
+    save_file(load_file(folder / WEIGHTS_FILE) | head, folder / WEIGHTS_FILE)
+
+
+def with_a_long_name(folder: Path) -> None:
+    tensor = {"x" * 10_000: np.ones(1, np.float32)}
+    save_file(load_file(folder / WEIGHTS_FILE) | tensor, folder / WEIGHTS_FILE)
+
+
+def for_less_than_it_targets(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS_FILE)
+    save_file({key: tensors[key] for key in tensors if ".0." in key}, folder / WEIGHTS_FILE)
+
+
+def with_weights_that_are_none(folder: Path) -> None:
+    (folder / WEIGHTS_FILE).write_bytes(b"no")
+
+
+def with_a_fifo(folder: Path) -> None:
+    (folder / WEIGHTS_FILE).unlink()
+    os.mkfifo(folder / WEIGHTS_FILE)
+
+
+def with_huge_weights(folder: Path) -> None:
+    os.truncate(folder / WEIGHTS_FILE, 1 << 40)
+
+
+def with_a_huge_config(folder: Path) -> None:
+    os.truncate(folder / CONFIG_FILE, 100 << 20)
+
+
+def with_a_deep_config(folder: Path) -> None:
+    (folder / CONFIG_FILE).write_text("[" * 500_000)
 
 
 @pytest.mark.parametrize(
-    "settings", [{"lora_alpha": None}, {"lora_alpha": "much"}, {"alpha_pattern": {"(": 3}}]
+    ("spoil", "why"),
+    [
+        (with_a_head, "lm_head.weight, which is no matrix of LoRA"),
+        (with_a_long_name, "xxx, which is no matrix of LoRA"),
+        (for_less_than_it_targets, "do not both have"),
+        (with_weights_that_are_none, "cannot be read"),
+        (with_a_fifo, "holds no adapter_model.safetensors"),
+        (with_huge_weights, "larger than the model"),
+        (with_a_huge_config, "larger than 1 MB"),
+        (with_a_deep_config, "is no JSON"),
+    ],
+)
+def test_torch_refuses_an_adapter_that_is_no_lora_for_the_model(
+    spoil: Callable[[Path], None],
+    why: str,
+    models: dict[str, tuple[Path, Path]],
+    tmp_path: Path,
+) -> None:
+    source, _ = models["phi3"]
+    spoil(write_adapter(source, tmp_path / "peft"))
+    with pytest.raises(AdapterRejected, match=why):
+        load_engine(source, device="cpu", adapter=tmp_path / "peft")
+
+
+def test_torch_refuses_an_adapter_of_another_width(
+    models: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    other = write_transformers_folder(tmp_path / "other", hidden_size=128)
+    wide = write_adapter(other, tmp_path / "wide")
+    with pytest.raises(AdapterRejected, match="does not fit"):
+        load_engine(models["phi3"][0], device="cpu", adapter=wide)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"lora_alpha": None}, "tells no alpha"),
+        ({"lora_alpha": "much"}, "tells no alpha"),
+        ({"alpha_pattern": {"(": 3}}, "cannot be matched as a regular"),
+        ({"alpha_pattern": ["o_proj"]}, "is no table"),
+    ],
 )
 def test_an_alpha_that_is_none_is_said(
-    settings: dict[str, Any], models: dict[str, tuple[Path, Path]], tmp_path: Path
+    settings: dict[str, Any],
+    why: str,
+    models: dict[str, tuple[Path, Path]],
+    tmp_path: Path,
 ) -> None:
     source, base = models["phi3"]
     peft = rewritten(write_adapter(source, tmp_path / "peft"), **settings)
-    with pytest.raises(ConversionFailed, match="no alpha"):
+    with pytest.raises(ConversionFailed, match=why):
         convert_adapter(peft, base, tmp_path / "20260101")
+    assert list(tmp_path.iterdir()) == [peft]
+
+
+def test_an_alpha_pattern_that_takes_for_ever_ends_at_the_bound(
+    models: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patterns, "SECONDS", 0.5)
+    source, base = models["phi3"]
+    settings = {"alpha_pattern": {r"((\w|\.)+)+!": 3}}
+    peft = rewritten(write_adapter(source, tmp_path / "peft"), **settings)
+    with pytest.raises(ConversionFailed) as caught:
+        convert_adapter(peft, base, tmp_path / "20260101")
+    assert caught.value.detail == (
+        f"{peft}: alpha_pattern in adapter_config.json cannot be matched within 0.5 s"
+    )
 
 
 def test_what_cannot_be_converted_is_said_and_leaves_nothing(

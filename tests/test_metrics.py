@@ -175,6 +175,18 @@ def test_a_call_without_an_answer_is_an_error_and_no_latency() -> None:
     assert text.value("sidecar_request_queue_time_seconds_count") == 1
 
 
+def test_each_ungrounded_field_of_a_proposal_is_counted() -> None:
+    metrics = Metrics()
+    metrics.proposed("pass", ())
+    metrics.proposed("abort", ("rationale",))
+    metrics.proposed("adjust", ("ticker", "rationale"))
+    text = MetricsText(metrics.render().decode())
+    name = "sidecar_ungrounded_proposals_total"
+    assert text.value(name, field="ticker") == 1
+    assert text.value(name, field="rationale") == 2
+    assert text.value("sidecar_proposals_total") == 3
+
+
 # A real server
 
 
@@ -195,6 +207,11 @@ def test_a_walk_is_counted_for_both_models(measured: LiveServer) -> None:
     action = response.json()["phi3_proposal"]["action"]
     assert rise(before, after, "sidecar_proposals_total", action=action) == 1
     assert rise(before, after, "sidecar_proposals_total") == 1
+    ungrounded = response.headers["X-Grounded"].split(",")
+    assert "ticker" in ungrounded
+    for field in ("ticker", "rationale"):
+        grew = rise(before, after, "sidecar_ungrounded_proposals_total", field=field)
+        assert grew == ungrounded.count(field)
     score = pytest.approx(float(response.headers["X-Hermes-Score"]), abs=1e-6)
     assert rise(before, after, "sidecar_hermes_score_sum") == score
     handled = {"handler": "/propose_trade_adjustments/", "method": "POST", "status": "2xx"}
@@ -292,7 +309,10 @@ def test_every_label_value_is_bounded_and_no_prompt_is_one(measured: LiveServer)
     assert text.label_values("sidecar_request_success_total", "finish_reason") == {
         "stop",
         "length",
+        "deadline",
         "score",
     }
     assert text.label_values("sidecar_proposals_total", "action") == {"adjust", "pass", "abort"}
+    fields = text.label_values("sidecar_ungrounded_proposals_total", "field")
+    assert fields == {"ticker", "rationale"}
     assert text.label_values("http_requests_total", "status") <= {"2xx", "4xx", "5xx"}

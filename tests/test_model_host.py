@@ -19,6 +19,7 @@ from unittest.mock import ANY
 import pytest
 
 from llm_sidecar import hermes_plugin, proposals, worker_process
+from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest
 from llm_sidecar.engines.lora_graph import ADAPTER_FILE
 from llm_sidecar.errors import (
@@ -31,16 +32,14 @@ from llm_sidecar.errors import (
 from llm_sidecar.loader import ModelFiles
 from llm_sidecar.lora import convert_adapter
 from llm_sidecar.model_host import HostLimits, ModelHost
+from llm_sidecar.telemetry.calls import WorkerDeath
 from tests.live_server import is_running
 from tests.random_models import write_adapter
 
 SHORT = GenerationRequest(proposals.build_messages("Long ABC"), 256, proposals.GUIDANCE)
 # Thousands of array items keep a worker busy for seconds, whatever its weights say.
-ENDLESS = GenerationRequest(
-    hermes_plugin.chat_messages("count"),
-    7000,
-    '{"type":"array","minItems":6900,"items":{"type":"integer"}}',
-)
+ITEMS = '{"type":"array","minItems":%d,"items":{"type":"integer"}}'
+ENDLESS = GenerationRequest(hermes_plugin.chat_messages("count"), 7000, ITEMS % 6900)
 
 HostFactory = Callable[..., ModelHost]
 
@@ -53,6 +52,7 @@ async def make_host(random_phi3_onnx: Path) -> AsyncIterator[HostFactory]:
         folder: Path = random_phi3_onnx,
         prefix: Callable[[], GenerationRequest] | None = None,
         guidance: str | None = proposals.GUIDANCE,
+        on_death: Callable[[WorkerDeath], None] = lambda death: None,
         **limits: Any,
     ) -> ModelHost:
         host = ModelHost(
@@ -62,12 +62,26 @@ async def make_host(random_phi3_onnx: Path) -> AsyncIterator[HostFactory]:
             limits=HostLimits(**{"load_wait": 60.0, **limits}),
             warm_up=GenerationRequest(proposals.build_messages("Hi."), 1, guidance),
             prefix=prefix,
+            on_death=on_death,
         )
         hosts.append(host)
         return host
 
     yield make
     await asyncio.gather(*(host.close() for host in hosts))
+
+
+@pytest.fixture(scope="module")
+def onnx_adapters(
+    random_phi3_torch: Path, random_phi3_onnx: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
+    """Two adapters for the random Phi-3 on onnxruntime-genai: 20260101 and 20260102."""
+    folder = tmp_path_factory.mktemp("adapters")
+    adapters = [folder / "20260101", folder / "20260102"]
+    for day, adapter in enumerate(adapters, 1):
+        peft = write_adapter(random_phi3_torch, folder / f"peft{day}", day)
+        convert_adapter(peft, random_phi3_onnx, adapter)
+    return adapters
 
 
 async def until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
@@ -201,6 +215,44 @@ async def test_a_deadline_ends_the_generation(make_host: HostFactory) -> None:
     for _ in range(2):
         assert isinstance(await failure(host.generate(ENDLESS)), DeadlineExceeded)
     await stops(host)
+
+
+async def test_the_deadline_of_a_request_holds_for_its_calls_together(
+    make_host: HostFactory,
+) -> None:
+    host = make_host()
+    await host.generate(SHORT)
+    os.kill(host.status()["pid"], signal.SIGSTOP)
+    # Of its 100.3 s others have had 100.
+    deadline = Deadline(time.monotonic() - 100.0, 100.3)
+    score = host.answer_probabilities(SHORT.messages, ("0", "1"), deadline)
+    for work in (host.generate(SHORT, deadline), score):
+        error = await failure(work)
+        assert isinstance(error, DeadlineExceeded)
+        assert error.retry_after == 1
+        assert error.spent is not None
+        assert error.spent.before >= 100.0
+        assert error.spent.prompt == error.spent.writing == 0.0
+    assert time.monotonic() - deadline.began < 110.0
+    os.kill(host.status()["pid"], signal.SIGCONT)
+    await host.generate(SHORT)
+    assert host.status()["restarts"] == 0
+
+
+async def test_text_that_may_be_partial_comes_as_far_as_it_got(make_host: HostFactory) -> None:
+    host = make_host()
+    await host.generate(SHORT)
+    free, before = replace(ENDLESS, guidance=None), tokens(host)
+    part = asyncio.create_task(host.generate(free, Deadline.after(2.0), allow_partial=True))
+    await until(lambda: tokens(host) > before + 100)
+    os.kill(host.status()["pid"], signal.SIGSTOP)
+    completion = await part
+    os.kill(host.status()["pid"], signal.SIGCONT)
+    assert completion.finish_reason == "deadline"
+    assert completion.text
+    assert 0 < completion.completion_tokens < free.max_tokens
+    await host.generate(SHORT)
+    assert host.status()["restarts"] == 0
 
 
 async def test_cancelling_stops_the_worker_within_a_second(make_host: HostFactory) -> None:
@@ -381,25 +433,15 @@ async def test_an_adapter_that_does_not_load_is_refused_and_all_goes_on(
     await host.generate(SHORT)
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime-genai", "transformers"])
 async def test_swapping_adapters_under_load_loses_no_request(
-    runtime: str,
-    make_host: HostFactory,
-    random_phi3_torch: Path,
-    random_phi3_onnx: Path,
-    tmp_path: Path,
+    make_host: HostFactory, onnx_adapters: list[Path]
 ) -> None:
-    first, second = (write_adapter(random_phi3_torch, tmp_path / f"2026010{n}", n) for n in (1, 2))
-    model = random_phi3_torch
-    if runtime == "onnxruntime-genai":
-        model = random_phi3_onnx
-        for peft in (first, second):
-            convert_adapter(peft, model, tmp_path / "onnx" / peft.name)
-        first, second = (tmp_path / "onnx" / peft.name for peft in (first, second))
-    host = make_host(model)
-    alone: dict[str | None, str] = {None: (await host.generate(SHORT)).text}
+    first, second = onnx_adapters
+    host = make_host()
+    first_answer = await host.generate(SHORT)
+    alone: dict[str | None, str] = {None: first_answer.text}
     pids = {host.status()["pid"]}
-    # From none to one in another process, from one to another within, and back to none.
+    generated = first_answer.completion_tokens
     for adapter in (first, second, first, None):
         running = [asyncio.create_task(host.generate(SHORT)) for _ in range(8)]
         await host.swap_adapter(adapter)
@@ -410,24 +452,52 @@ async def test_swapping_adapters_under_load_loses_no_request(
         assert after.adapter == name
         assert alone.setdefault(name, after.text) == after.text
         assert all(answer.text == alone[answer.adapter] for answer in answers)
+        generated += sum(answer.completion_tokens for answer in (*answers, after))
         pids.add(host.status()["pid"])
     assert len(set(alone.values())) == 3
-    assert len(pids) == 3
+    assert len(pids) == 5
     assert host.status()["restarts"] == 0
+    # The count goes on from one worker to the next.
+    assert tokens(host) == generated
+    await until(lambda: workers() == {host.status()["pid"]})
 
 
-async def test_a_swap_lets_a_request_end_that_began_before_the_model_was_loaded(
+async def test_a_swap_waits_for_no_request_and_lets_those_end_that_run(
+    make_host: HostFactory, onnx_adapters: list[Path]
+) -> None:
+    host = make_host()
+    await until_loaded(host)
+    long = replace(ENDLESS, guidance=ITEMS % 4900, max_tokens=5000)
+    running = asyncio.create_task(host.generate(long))
+    await until(lambda: tokens(host) > 0)
+    former = host.status()["pid"]
+    await host.swap_adapter(onnx_adapters[0])
+    assert not running.done()
+    assert workers() == {former, host.status()["pid"]}
+    answer = await running
+    assert answer.adapter is None
+    assert answer.completion_tokens == 5000
+    assert (await host.generate(SHORT)).adapter == "20260101"
+    await until(lambda: not is_running(former))
+
+
+async def test_on_torch_new_requests_go_to_the_new_worker_while_old_ones_run(
     make_host: HostFactory, random_phi3_torch: Path, tmp_path: Path
 ) -> None:
     adapter = write_adapter(random_phi3_torch, tmp_path / "20260101")
     host = make_host(random_phi3_torch)
-    long = replace(SHORT, max_tokens=1200, guidance=None)
-    running = [asyncio.create_task(host.generate(long)) for _ in range(3)]
-    await until(lambda: tokens(host) > 100)
+    former_answer = await host.generate(SHORT)
+    former = host.status()["pid"]
+    running = asyncio.create_task(host.generate(ENDLESS))
+    await until(lambda: host.status()["running"] == 1)
     await host.swap_adapter(adapter)
-    answers = await asyncio.gather(*running)
-    assert [answer.completion_tokens for answer in answers] == [1200] * 3
-    assert (await host.generate(SHORT)).adapter == "20260101"
+    answer = await host.generate(SHORT)
+    assert answer.adapter == "20260101"
+    assert answer.text != former_answer.text
+    assert not running.done()
+    assert is_running(former)
+    running.cancel()
+    await until(lambda: not is_running(former))
 
 
 async def test_another_adapter_can_be_taken_where_the_model_does_not_load_with_the_one_in_use(
@@ -445,24 +515,187 @@ async def test_another_adapter_can_be_taken_where_the_model_does_not_load_with_t
     assert (await host.generate(SHORT)).adapter == good.name
 
 
-async def test_a_swap_goes_on_where_the_worker_dies_that_it_waits_for(
-    make_host: HostFactory, random_phi3_torch: Path, random_phi3_onnx: Path, tmp_path: Path
+async def test_a_swap_goes_on_where_the_worker_that_serves_dies_meanwhile(
+    make_host: HostFactory, onnx_adapters: list[Path]
 ) -> None:
-    for day in (1, 2):
-        peft = write_adapter(random_phi3_torch, tmp_path / f"peft{day}", day)
-        convert_adapter(peft, random_phi3_onnx, tmp_path / f"2026010{day}")
-    host = make_host(random_phi3_onnx)
-    await host.swap_adapter(tmp_path / "20260101")
+    host = make_host()
+    await host.swap_adapter(onnx_adapters[0])
+    pid = host.status()["pid"]
+    swapping = asyncio.create_task(host.swap_adapter(onnx_adapters[1]))
+    await until(lambda: len(workers()) == 2)
+    os.kill(pid, signal.SIGKILL)
+    assert (await host.generate(SHORT)).adapter in ("20260101", "20260102")
+    await swapping
+    assert (await host.generate(SHORT)).adapter == "20260102"
+    assert host.status()["restarts"] == 1
+    await until(lambda: workers() == {host.status()["pid"]})
+
+
+async def test_a_replaced_worker_that_dies_fails_its_request_and_is_no_restart(
+    make_host: HostFactory, onnx_adapters: list[Path]
+) -> None:
+    deaths: list[WorkerDeath] = []
+    host = make_host(on_death=deaths.append)
+    await host.swap_adapter(onnx_adapters[0])
     running = asyncio.create_task(host.generate(ENDLESS))
-    await until(lambda: tokens(host) > 100)
-    swapping = asyncio.create_task(host.swap_adapter(tmp_path / "20260102"))
-    await asyncio.sleep(0.05)
-    assert not swapping.done()
-    os.kill(host.status()["pid"], signal.SIGKILL)
+    await until(lambda: tokens(host) > 0)
+    former = host.status()["pid"]
+    await host.swap_adapter(onnx_adapters[1])
+    os.kill(former, signal.SIGKILL)
     assert isinstance(await failure(running), ModelUnavailable)
-    async with asyncio.timeout(20):
-        await swapping
-        assert (await host.generate(SHORT)).adapter == "20260102"
+    assert (await host.generate(SHORT)).adapter == "20260102"
+    assert host.status()["restarts"] == 0
+    ((name, adapter, how, call),) = (
+        (death.model, death.adapter, death.how, death.call) for death in deaths
+    )
+    assert (name, adapter, how) == ("phi3", "20260101", "signal SIGKILL")
+    assert call is not None
+    assert call.adapter == "20260101"
+
+
+async def test_a_replaced_worker_that_hangs_is_ended(
+    make_host: HostFactory, onnx_adapters: list[Path]
+) -> None:
+    host = make_host(request_timeout=3.0)
+    await until_loaded(host)
+    running = asyncio.create_task(host.generate(ENDLESS))
+    await until(lambda: tokens(host) > 0)
+    former = host.status()["pid"]
+    os.kill(former, signal.SIGSTOP)
+    await host.swap_adapter(onnx_adapters[0])
+    assert isinstance(await failure(running), DeadlineExceeded | ModelUnavailable)
+    await until(lambda: workers() == {host.status()["pid"]})
+    assert (await host.generate(SHORT)).adapter == "20260101"
+
+
+async def test_a_worker_that_dies_is_replaced_with_the_adapter_in_use(
+    make_host: HostFactory, onnx_adapters: list[Path]
+) -> None:
+    host = make_host()
+    # Nothing is loaded before the swap, so only the adapter is.
+    await host.swap_adapter(onnx_adapters[0])
+    assert workers() == {host.status()["pid"]}
+    assert host.status()["restarts"] == 0
+    os.kill(host.status()["pid"], signal.SIGKILL)
+    assert (await host.generate(SHORT)).adapter == "20260101"
+    assert host.status()["restarts"] == 1
+
+
+async def test_swaps_at_once_are_made_in_order_with_two_workers_at_most(
+    make_host: HostFactory, onnx_adapters: list[Path]
+) -> None:
+    host = make_host()
+    await until_loaded(host)
+    running = asyncio.create_task(host.generate(ENDLESS))
+    await until(lambda: tokens(host) > 0)
+    swaps = [
+        asyncio.create_task(host.swap_adapter(adapter))
+        for adapter in (onnx_adapters[0], None, onnx_adapters[1])
+    ]
+    most = 0
+    seen: list[Any] = []
+
+    def swapped() -> bool:
+        nonlocal most
+        most = max(most, len(workers()))
+        if host.status()["adapter"] not in seen[-1:]:
+            seen.append(host.status()["adapter"])
+        if host.adapter == onnx_adapters[0]:
+            # The second swap waits for the worker that still has a request.
+            running.cancel()
+        return all(swap.done() for swap in swaps)
+
+    await until(swapped)
+    assert seen == [None, "20260101", None, "20260102"]
+    assert most == 2
+    assert (await host.generate(SHORT)).adapter == "20260102"
+
+
+async def test_the_prefix_is_read_before_a_new_worker_takes_over(
+    make_host: HostFactory, onnx_adapters: list[Path]
+) -> None:
+    prefix = prefix_of(200 * "word ")
+    host = make_host(prefix=lambda: prefix)
+    await host.generate(after(prefix))
+    await host.swap_adapter(onnx_adapters[0])
+    completion = await host.generate(after(prefix))
+    assert completion.adapter == "20260101"
+    assert completion.prompt_tokens > 500
+    assert completion.prompt_tokens - completion.cached_tokens < 50
+
+
+async def test_a_prefix_that_changes_while_a_worker_loads_is_read_by_it(
+    make_host: HostFactory, onnx_adapters: list[Path]
+) -> None:
+    old, new = prefix_of(200 * "old "), prefix_of(200 * "new ")
+    current = old
+    host = make_host(prefix=lambda: current)
+    await host.generate(after(old))
+    swapping = asyncio.create_task(host.swap_adapter(onnx_adapters[0]))
+    await until(lambda: len(workers()) == 2)
+    current = new
+    await host.prepare()
+    await swapping
+    completion = await host.generate(after(old))
+    # It goes before the prefix that is prepared, and after the one that was loaded with the model.
+    assert completion.prompt_tokens - completion.cached_tokens < 50
+    await host.prepare()
+    completion = await host.generate(after(new))
+    assert completion.prompt_tokens - completion.cached_tokens < 50
+
+
+HANGS = "import time; time.sleep(600)  # llm_sidecar.worker"
+CRASHES = "import os; input(); os.abort()  # llm_sidecar.worker"
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        (HANGS, "it did not load within 2 s (MODEL_LOAD_TIMEOUT_SECONDS)"),
+        (CRASHES, "its worker ended: signal SIGABRT"),
+    ],
+)
+async def test_an_adapter_that_hangs_or_crashes_its_worker_disturbs_nobody(
+    script: str,
+    why: str,
+    make_host: HostFactory,
+    onnx_adapters: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    deaths: list[WorkerDeath] = []
+    host = make_host(on_death=deaths.append, load_timeout=60.0)
+    await host.generate(SHORT)
+    pid = host.status()["pid"]
+    play_worker(monkeypatch, script)
+    monkeypatch.setattr(host._supervisor, "_load_timeout", 2.0)
+    swapping = asyncio.create_task(host.swap_adapter(onnx_adapters[0]))
+    longest = 0.0
+    while not swapping.done():
+        began = time.monotonic()
+        assert (await host.generate(SHORT)).adapter is None
+        longest = max(longest, time.monotonic() - began)
+    error = await failure(swapping)
+    assert isinstance(error, AdapterRejected)
+    assert error.detail == f"The adapter 20260101 is refused: {why}"
+    assert longest < 1.0
+    assert workers() == {pid}
+    assert (host.status()["pid"], host.status()["restarts"], deaths) == (pid, 0, [])
+
+
+async def test_closing_gives_up_a_swap_that_loads(
+    make_host: HostFactory, onnx_adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = make_host()
+    await host.generate(SHORT)
+    play_worker(monkeypatch, HANGS)
+    swaps = [asyncio.create_task(host.swap_adapter(adapter)) for adapter in onnx_adapters]
+    await until(lambda: len(workers()) == 2)
+    async with asyncio.timeout(5):
+        await host.close(grace=1.0)
+    assert workers() == set()
+    for swap in swaps:
+        with pytest.raises(ModelUnavailable, match="shutting down"):
+            await swap
 
 
 async def test_an_adapter_that_does_not_fit_is_refused_and_the_old_one_goes_on(
@@ -517,25 +750,26 @@ async def test_closing_refuses_what_still_waits(make_host: HostFactory) -> None:
         host.preload()
 
 
-async def test_a_swap_that_is_cancelled_before_its_turn_leaves_no_process(
-    make_host: HostFactory, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("workers_there", [1, 2])
+async def test_a_swap_that_is_cancelled_leaves_no_process(
+    workers_there: int,
+    make_host: HostFactory,
+    onnx_adapters: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    caplog.set_level("INFO", "llm_sidecar.supervisor")
     host = make_host()
     await host.generate(SHORT)
-    running = asyncio.create_task(host.generate(ENDLESS))
-    await until(lambda: tokens(host) > 200)
-    swapping = asyncio.create_task(host.swap_adapter(None))
-    await until(lambda: len(workers()) == 2)
-    (successor,) = workers() - {host.status()["pid"]}
-    # It is loaded, and waits for the request that runs.
-    await until(lambda: caplog.text.count("phi3 is ready after") == 2)
-    assert not running.done()
+    pid = host.status()["pid"]
+    play_worker(monkeypatch, HANGS)
+    swapping = asyncio.create_task(host.swap_adapter(onnx_adapters[0]))
+    # Before its process is there, and when it loads.
+    await asyncio.sleep(0)
+    await until(lambda: len(workers()) == workers_there)
     swapping.cancel()
     await asyncio.wait([swapping])
-    await until(lambda: not is_running(successor))
-    running.cancel()
-    await asyncio.wait([running])
+    assert swapping.cancelled()
+    assert workers() == {pid}
+    assert (await host.generate(SHORT)).adapter is None
 
 
 def workers() -> set[int]:

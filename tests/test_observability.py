@@ -87,7 +87,9 @@ def measured(
     """A server under load, on a database that was compacted before."""
     folder = tmp_path_factory.mktemp("observed")
     asyncio.run(compacted(folder / "lancedb"))
-    with serve(folder, PRELOAD_MODELS="true", ENABLE_METRICS="true", **random_models) as running:
+    # Healthy, which random weights are of themselves not.
+    environ = {"PRELOAD_MODELS": "true", "ENABLE_METRICS": "true", "GROUNDING": "retry"}
+    with serve(folder, **environ, **random_models) as running:
         running.wait_until_ready()
         with under_load(running):
             yield running

@@ -60,6 +60,8 @@ def test_every_endpoint_of_this_version_has_an_example() -> None:
         "/generate/",
         "/score/hermes/",
         "/feedback/phi3/",
+        "/feedback/$id",
+        "/examples/",
         "/speak",
         "/stream/audio",
         "/adapters/swap",

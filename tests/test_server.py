@@ -16,6 +16,7 @@ import pytest
 
 from llm_sidecar.db import Store
 from llm_sidecar.event_bus import EventBus
+from llm_sidecar.grounding import ungrounded_fields
 from tests.live_server import ROOT, LiveServer, free_port, is_running, serve
 
 PROMPT = {"prompt": "Long ABC from 100, now 112.5, RSI 81."}
@@ -337,7 +338,7 @@ async def test_a_walk_leaves_a_run_and_a_score(
     store = await Store.open(tmp_path / "lancedb")
     found = await store.transaction(transaction)
     await store.close()
-    assert found.pop("phi3_feedback") == []
+    assert found.pop("phi3_feedback") == found.pop("feedback_withdrawals") == []
     run, score, proposal = (rows[0] for rows in found.values())
     assert run["status"] == "success"
     assert run["input_query"] == PROMPT["prompt"]
@@ -350,4 +351,8 @@ async def test_a_walk_leaves_a_run_and_a_score(
     assert proposal["score"] == score["score"]
     assert proposal["model"] == response.headers["X-Model"]
     assert proposal["adapter"] is None
+    missing = ungrounded_fields(response.json()["phi3_proposal"], PROMPT["prompt"])
+    # Random weights name no ticker of anybody's.
+    assert missing[0] == "ticker"
+    assert proposal["grounded"] == response.headers["X-Grounded"] == ",".join(missing)
     assert all(seconds > 0 for seconds in proposal["latencies"].values())

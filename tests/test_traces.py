@@ -187,6 +187,10 @@ def test_probes_are_not_traced_and_no_prompt_is_in_any_byte(
     """Reads what all tests above have sent."""
     trace_id = traced.client.post("/generate/phi3", json=PROMPT).headers["traceresponse"]
     trace_of(traced, receiver, trace_id.split("-")[1])
+    for path, name in ((f"/feedback/{SECRET}", "/feedback/{feedback_id"), (f"/{SECRET}", None)):
+        trace_id = traced.client.delete(path).headers["traceresponse"]
+        (span,) = trace_of(traced, receiver, trace_id.split("-")[1])
+        assert name is None or name in span.name
     assert {request.path for request in receiver.requests} == {"/v1/traces"}
     assert SECRET.encode() not in receiver.bytes
     assert not [span.name for span in spans(receiver) if "/health" in span.name]

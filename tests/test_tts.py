@@ -255,8 +255,9 @@ async def test_a_full_queue_and_a_passed_deadline_are_errors(bus: EventBus) -> N
     with pytest.raises(QueueFull) as caught:
         await speaker.speak("2")
     assert caught.value.retry_after
-    with pytest.raises(DeadlineExceeded):
+    with pytest.raises(DeadlineExceeded, match=r"0\.0 s waiting, \d\.\d s speaking") as late:
         await first
+    assert late.value.retry_after == 1
 
 
 async def test_the_setting_and_who_is_there_choose_the_voice(bus: EventBus) -> None:

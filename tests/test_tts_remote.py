@@ -16,7 +16,7 @@ from llm_sidecar.errors import DeadlineExceeded, InvalidRequest, QueueFull, Voic
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.tts import wav as wavs
 from llm_sidecar.tts.messages import ANNOUNCED, requested
-from llm_sidecar.tts.remote import RemoteVoice
+from llm_sidecar.tts.remote import RETRY_AFTER, RemoteVoice
 from llm_sidecar.tts.voice import Reference, Wav
 from llm_sidecar.tts.worker import SpeechWorker
 from tests.redis_server import RedisServer, require_redis
@@ -321,6 +321,15 @@ async def test_an_exaggeration_that_there_is_not_is_refused(
         await say(sidecar, "word", exaggeration=exaggeration)
 
 
+@pytest.mark.parametrize("text", ["SECRET\0", "SECRET\x85", "SECRET" * 20_000])
+async def test_what_is_no_text_is_refused_and_not_quoted(house: House, text: str) -> None:
+    sidecar, _ = await pair(house)
+    with pytest.raises(InvalidRequest, match=r"^text: ") as caught:
+        await say(sidecar, text)
+    assert "SECRET" not in caught.value.detail
+    assert same(await say(sidecar, "word"), [tone("word")])
+
+
 async def test_a_reference_that_is_no_wav_is_refused(house: House) -> None:
     sidecar, _ = await pair(house)
     with pytest.raises(InvalidRequest):
@@ -336,6 +345,34 @@ async def test_a_worker_answers_on_no_channel_but_a_sidecars(house: House) -> No
         assert await bus.publish(requested(worker.worker_id), payload)
     assert same(await say(sidecar, "word"), [tone("word")])
     assert heard.empty()
+
+
+async def test_what_is_no_message_is_refused_counted_and_logged_without_its_content(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    buses = [await house.bus() for _ in range(3)]
+    stranger, *ours = buses
+    worker, sidecar = SpeechWorker(ours[0], Tones(), announce_every=0.05), RemoteVoice(ours[1])
+    await worker.start()
+    await sidecar.start()
+    try:
+        await until(lambda: sidecar.available)
+        announcement = {"worker_id": "w", "voice": "SECRET", "clones": False, "waiting": 0}
+        for voice in ("SECRET\n", "SECRET\0", "SECRET: 1\r\nX-Y: 2", "", "価格"):
+            await stranger.publish(ANNOUNCED, json.dumps(announcement | {"voice": voice}))
+        await stranger.publish(ANNOUNCED, "SECRET" * 100_000)
+        await until(lambda: ours[1].status()["refused"] == 6)
+        # Whoever sent one of these cannot be told.
+        for payload in ("SECRET", '{"request_id": "SECRET\\u0000"}', "SECRET" * 3_000_000):
+            await stranger.publish(requested(worker.worker_id), payload)
+        await until(lambda: ours[0].status()["refused"] == 3)
+        assert [w["voice"] for w in sidecar.workers()] == ["tones"]
+        assert same(await say(sidecar, "word"), [tone("word")])
+    finally:
+        await sidecar.close()
+        await worker.close()
+    assert caplog.text.count("is refused: ") == 9
+    assert "SECRET" not in caplog.text
 
 
 class Liar:
@@ -434,8 +471,9 @@ async def test_a_part_that_takes_too_long_ends_the_request(house: House) -> None
     sidecar = await house.sidecar(part_timeout=0.2)
     await house.worker(voice)
     await until(lambda: sidecar.available)
-    with pytest.raises(DeadlineExceeded):
+    with pytest.raises(DeadlineExceeded) as caught:
         await say(sidecar, "word")
+    assert caught.value.retry_after == RETRY_AFTER
     await until(lambda: voice.given_up)
 
 

@@ -4,7 +4,7 @@
 each a list of chat messages: the conversational formats of TRL's SFT and DPO trainers
 (https://huggingface.co/docs/trl/dataset_formats). The prompt is the chat with which the sidecar
 asks Phi-3, so that training and serving agree. `jsonl` gives every feedback as it is, with what it
-is about.
+is about. Feedback that is withdrawn is in none of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, Final, Literal, NamedTuple
 
 from llm_sidecar.db.questions import json_object, stream
-from llm_sidecar.db.schema import FEEDBACK, PROPOSALS, RUNS
+from llm_sidecar.db.schema import FEEDBACK, FEEDBACK_ID, PROPOSALS, RUNS, WITHDRAWALS
 from llm_sidecar.db.tables import Tables
 
 Format = Literal["sft", "dpo", "jsonl"]
@@ -34,14 +34,16 @@ class Walk(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """How many corrections give no example, and why."""
+    """How many rows of feedback give no line, and why."""
 
+    withdrawn: int = 0
     without_prompt: int = 0
     invalid: int = 0
     without_rejected: int = 0
 
     def __str__(self) -> str:
         reasons = (
+            (self.withdrawn, "withdrawn"),
             (self.without_prompt, "of an unknown transaction"),
             (self.invalid, "no valid proposal"),
             (self.without_rejected, "without another proposal to reject"),
@@ -87,11 +89,19 @@ class Export:
             "feedback_content",
             "corrected_proposal",
         ]
-        rows = [
-            dict(zip(columns, values, strict=True))
-            async for batch in stream(self._tables, FEEDBACK, since=self._since, columns=columns)
-            for values in zip(*(batch[name] for name in columns), strict=True)
-        ]
+        withdrawn = {
+            feedback_id
+            async for batch in stream(self._tables, WITHDRAWALS, columns=[FEEDBACK_ID])
+            for feedback_id in batch[FEEDBACK_ID]
+        }
+        rows = []
+        read = [FEEDBACK_ID, *columns]
+        async for batch in stream(self._tables, FEEDBACK, since=self._since, columns=read):
+            for feedback_id, *values in zip(*(batch[name] for name in read), strict=True):
+                if feedback_id in withdrawn:
+                    self._skip("withdrawn")
+                else:
+                    rows.append(dict(zip(columns, values, strict=True)))
         rows.sort(key=lambda row: row["timestamp"])
         if self._kind == "jsonl":
             return rows

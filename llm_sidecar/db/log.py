@@ -29,7 +29,7 @@ _MARKER: Final = b"\xf5ROW"
 _HEADER: Final = struct.Struct("<4sII")
 _SUFFIX: Final = ".log"
 _LOCK: Final = "lock"
-_TIME: Final = "timestamp"
+_TIMES: Final = ("timestamp", "received")
 
 
 class Row(NamedTuple):
@@ -92,7 +92,9 @@ def _record_end(data: bytes, start: int) -> int | None:
 
 def _decode(payload: bytes) -> Row:
     table, values = json.loads(payload)
-    values[_TIME] = datetime.datetime.fromisoformat(values[_TIME])
+    for name in _TIMES:
+        if name in values:
+            values[name] = datetime.datetime.fromisoformat(values[name])
     return Row(table, values)
 
 

@@ -20,13 +20,16 @@ from llm_sidecar.db.disk import Disk
 from llm_sidecar.db.log import locked
 from llm_sidecar.db.place import Place
 from llm_sidecar.db.schema import (
+    ADDED,
     FEEDBACK,
+    FEEDBACK_ID,
     KEYS,
     TABLES,
     VERSION,
     arrow_schemas,
     feedback_key,
     is_current,
+    new_table_schema,
     require_not_newer,
 )
 from llm_sidecar.db.tables import connect
@@ -77,7 +80,7 @@ async def migrate(place: Place, progress: Callable[[str], None]) -> AsyncIterato
                     yield await _migrate_table(place, connection, name, progress)
                 else:
                     # Who only looks at a database creates nothing, and would find it incomplete.
-                    schema = arrow_schemas()[name]
+                    schema = new_table_schema(name)
                     await _sync(place, await connection.create_table(name, schema=schema))
                     yield f"{name}: created, as it was not there."
     finally:
@@ -89,7 +92,7 @@ async def _migrate_table(
 ) -> str:
     import pyarrow as pa
 
-    table, schema = await connection.open_table(name), arrow_schemas()[name]
+    table, schema = await connection.open_table(name), new_table_schema(name)
     old = await table.schema()
     require_not_newer(name, old)
     if is_current(name, old):
@@ -134,6 +137,9 @@ class _Converter:
         self.count = 0
         self._table = table
         self._schema = arrow_schemas()[table]
+        self._added = ADDED.get(table, {})
+        # What makes a row of version 2 the row that it is.
+        self._key_column = FEEDBACK_ID if table == FEEDBACK else KEYS[table]
         self._seen: set[str] = set()
         self._without_time = 0
 
@@ -154,15 +160,21 @@ class _Converter:
         return pa.RecordBatch.from_pylist(rows, schema=self._schema)
 
     def _row(self, old: dict[str, Any]) -> dict[str, Any]:
-        row = {field.name: self._value(field, old.get(field.name)) for field in self._schema}
-        row[KEYS[self._table]] = self._key(old, row)
+        missing = [name for name in self._added if old.get(name) is None]
+        row = {
+            field.name: self._value(field, old.get(field.name))
+            for field in self._schema
+            if field.name not in missing
+        }
+        row[self._key_column] = self._key(old, row)
+        row |= {name: self._added[name](row) for name in missing}
         self.count += 1
         return row
 
     def _value(self, field: Any, value: Any) -> Any:
         import pyarrow as pa
 
-        if field.name == "timestamp":
+        if pa.types.is_timestamp(field.type):
             return self._time(value)
         if pa.types.is_floating(field.type):
             value = _number_or_none(value)
@@ -182,7 +194,7 @@ class _Converter:
     def _key(self, old: dict[str, Any], row: dict[str, Any]) -> str:
         """The key that is there, or the one that today's code would give; a new one for a row whose
         key another has, as no row is to be lost."""
-        key = old.get(KEYS[self._table])
+        key = old.get(self._key_column)
         if not key and self._table == FEEDBACK:
             key = feedback_key(row)
         if not key or key in self._seen:

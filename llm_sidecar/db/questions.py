@@ -7,10 +7,20 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
-from llm_sidecar.db.schema import FEEDBACK, ROW_ID, RUNS, SCORES, TABLES, TRANSACTION
+from llm_sidecar.db.schema import (
+    FEEDBACK,
+    FEEDBACK_ID,
+    ROW_ID,
+    RUNS,
+    SCORES,
+    TABLES,
+    TRANSACTION,
+    WITHDRAWALS,
+    PublishedFeedback,
+)
 from llm_sidecar.db.tables import Tables
 
 _SMALL: Final = 20_000
@@ -20,6 +30,11 @@ _WIDER: Final = 4
 _MOST_ROWS: Final = 2**31 - 1
 """The greatest limit that lancedb takes."""
 _EPOCH: Final = datetime.datetime(1, 1, 1, tzinfo=datetime.UTC)
+_CORRECTIONS: Final = 64
+_MOST_CORRECTIONS: Final = 4096
+"""How many of the latest corrections are looked at first, and at most, to find usable ones."""
+_AT_ONCE: Final = 500
+"""Ids in one filter."""
 
 
 class Correction(NamedTuple):
@@ -28,6 +43,7 @@ class Correction(NamedTuple):
     prompt: str
     proposal: dict[str, Any]
     transaction_id: str
+    feedback_id: str
 
 
 async def newest(
@@ -84,10 +100,10 @@ def _filtered(
     return query
 
 
-async def _ordered(query: Any, count: int) -> list[dict[str, Any]]:
+async def _ordered(query: Any, count: int, column: str = "timestamp") -> list[dict[str, Any]]:
     from lancedb.query import ColumnOrdering
 
-    query = query.order_by([ColumnOrdering(column_name="timestamp", ascending=False)])
+    query = query.order_by([ColumnOrdering(column_name=column, ascending=False)])
     if count > 0:
         query = query.limit(min(count, _MOST_ROWS))
     return [_shown(row) for row in await query.to_list()]
@@ -118,26 +134,105 @@ async def mean_score(tables: Tables, since: datetime.datetime) -> tuple[float | 
     return (total / count if count else None), count
 
 
-async def recent_corrections(tables: Tables, count: int) -> list[Correction]:
-    """The latest corrections whose run is known, newest first, one a transaction."""
+async def recent_corrections(
+    tables: Tables,
+    count: int,
+    usable: Callable[[Correction], bool],
+    *,
+    proposal_bytes: int,
+    prompt_bytes: int,
+    from_bus: bool,
+) -> list[Correction]:
+    """The latest usable correction of each run, in the order of arrival, newest first.
+
+    One that is withdrawn, whose run is not stored or that is not usable counts as not there, so an
+    earlier one of the same run, or of another, takes its place.
+
+    Args:
+        count: how many at most.
+        usable: decides on each.
+        proposal_bytes, prompt_bytes: longer ones (in UTF-8) are never read.
+        from_bus: whether feedback that another service published counts.
+    """
+    from lancedb.expr import col, func, lit
+
+    condition = col("corrected_proposal").ne(lit(""))
+    condition = condition.and_(func("octet_length", col("corrected_proposal")).lte(proposal_bytes))
+    if not from_bus:
+        condition = condition.and_(col("source").ne(lit(PublishedFeedback.SOURCE)))
+    columns = ["transaction_id", FEEDBACK_ID, "corrected_proposal", "received"]
+    found: dict[str, Correction] = {}
+    seen, limit = 0, _CORRECTIONS
+    while True:
+        query = tables[FEEDBACK].query().where(condition).select(columns)
+        rows = await _ordered(query, limit, "received")
+        for correction in await _corrections(tables, rows[seen:], prompt_bytes):
+            if usable(correction):
+                found.setdefault(correction.transaction_id, correction)
+        if len(found) >= count or len(rows) < limit or limit >= _MOST_CORRECTIONS:
+            return list(found.values())[:count]
+        seen, limit = len(rows), limit * _WIDER
+
+
+async def _corrections(
+    tables: Tables, rows: Iterable[Mapping[str, Any]], prompt_bytes: int
+) -> list[Correction]:
+    """The corrections in rows of feedback, those left out that are withdrawn or without a run."""
+    gone = await withdrawn(tables, [row[FEEDBACK_ID] for row in rows])
+    left = [row for row in rows if row[FEEDBACK_ID] not in gone]
+    prompts = await _prompts(tables, {row["transaction_id"] for row in left}, prompt_bytes)
+    return [
+        Correction(prompts[name], proposal, name, row[FEEDBACK_ID])
+        for row in left
+        if (name := row["transaction_id"]) in prompts
+        and (proposal := json_object(row["corrected_proposal"])) is not None
+    ]
+
+
+async def _prompts(
+    tables: Tables, run_ids: Iterable[str], most_bytes: int | None = None
+) -> dict[str, str]:
+    """The prompt of each run that is stored, where it is not longer than `most_bytes`."""
+    from lancedb.expr import col, func
+
+    prompts: dict[str, str] = {}
+    for some in _parts(run_ids):
+        condition = col("run_id").isin(some)
+        if most_bytes is not None:
+            condition = condition.and_(func("octet_length", col("input_query")).lte(most_bytes))
+        query = tables[RUNS].query().where(condition).select(["run_id", "input_query"])
+        prompts |= {run["run_id"]: run["input_query"] for run in await query.to_list()}
+    return prompts
+
+
+async def prompt(tables: Tables, run_id: str) -> str | None:
+    """The prompt of a run; None where the run is not stored."""
+    return (await _prompts(tables, [run_id])).get(run_id)
+
+
+async def withdrawn(tables: Tables, feedback_ids: Iterable[str]) -> set[str]:
+    """Those of the ids whose feedback is withdrawn."""
+    from lancedb.expr import col
+
+    found: set[str] = set()
+    for some in _parts(feedback_ids):
+        query = tables[WITHDRAWALS].query().where(col(FEEDBACK_ID).isin(some))
+        found |= {row[FEEDBACK_ID] for row in await query.select([FEEDBACK_ID]).to_list()}
+    return found
+
+
+async def feedback_transaction(tables: Tables, feedback_id: str) -> str | None:
+    """The transaction_id of feedback; None where there is no such feedback."""
     from lancedb.expr import col, lit
 
-    corrected = await _ordered(
-        tables[FEEDBACK].query().where(col("corrected_proposal").ne(lit(""))), 4 * count
-    )
-    latest: dict[str, str] = {}
-    for row in corrected:
-        latest.setdefault(row["transaction_id"], row["corrected_proposal"])
-    if not latest:
-        return []
-    query = tables[RUNS].query().where(col("run_id").isin(list(latest)))
-    runs = await query.select(["run_id", "input_query"]).to_list()
-    prompts = {run["run_id"]: run["input_query"] for run in runs}
-    return [
-        Correction(prompts[name], proposal, name)
-        for name, proposal in ((name, json_object(text)) for name, text in latest.items())
-        if name in prompts and proposal is not None
-    ][:count]
+    query = tables[FEEDBACK].query().where(col(FEEDBACK_ID).eq(lit(feedback_id)))
+    rows = await query.select(["transaction_id"]).limit(1).to_list()
+    return rows[0]["transaction_id"] if rows else None
+
+
+def _parts(ids: Iterable[str]) -> list[list[str]]:
+    distinct = list(dict.fromkeys(ids))
+    return [distinct[start : start + _AT_ONCE] for start in range(0, len(distinct), _AT_ONCE)]
 
 
 def json_object(text: str | None) -> dict[str, Any] | None:

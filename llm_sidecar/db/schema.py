@@ -1,10 +1,11 @@
 """What a row is: the pydantic models callers fill, and the Arrow schemas of the tables.
 
-Timestamps are aware UTC with microseconds; a naive one counts as UTC. An object in a text column
-(`feedback_content`, `corrected_proposal`, `proposal`) is stored as compact JSON text.
+Timestamps are aware UTC with microseconds; a naive one counts as UTC. Strings are text as
+`llm_sidecar.text` has it. An object in a text column (`feedback_content`, `corrected_proposal`,
+`proposal`) is stored as compact JSON text.
 
 Every table has a key, by which a row that is written twice, after a crash for instance, is one row:
-`feedback_id`, and elsewhere `row_id`, which no caller sees.
+`row_id`, which no caller sees; for withdrawals it is `feedback_id`.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ import functools
 import hashlib
 import json
 import uuid
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
-    field_validator,
 )
 
+from llm_sidecar import timestamps
 from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.input_model import InputModel, TextOrObject
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,82 +37,44 @@ FEEDBACK: Final = "phi3_feedback"
 RUNS: Final = "orchestrator_runs"
 SCORES: Final = "hermes_scores"
 PROPOSALS: Final = "proposals"
-TABLES: Final = (FEEDBACK, RUNS, SCORES, PROPOSALS)
+WITHDRAWALS: Final = "feedback_withdrawals"
+TABLES: Final = (FEEDBACK, RUNS, SCORES, PROPOSALS, WITHDRAWALS)
 ROW_ID: Final = "row_id"
-KEYS: Final = {FEEDBACK: "feedback_id", RUNS: ROW_ID, SCORES: ROW_ID, PROPOSALS: ROW_ID}
+FEEDBACK_ID: Final = "feedback_id"
+KEYS: Final = {
+    FEEDBACK: ROW_ID,
+    RUNS: ROW_ID,
+    SCORES: ROW_ID,
+    PROPOSALS: ROW_ID,
+    WITHDRAWALS: FEEDBACK_ID,
+}
 """The column of each table that makes two deliveries the same row."""
 TRANSACTION: Final = {
     FEEDBACK: "transaction_id",
     RUNS: "run_id",
     SCORES: "run_id",
     PROPOSALS: "transaction_id",
+    WITHDRAWALS: "transaction_id",
 }
 """The column of each table that says to which walk from prompt to proposal a row belongs."""
 
 
-_DEEPEST: Final = 64
-"""Levels of an object; whoever writes it as JSON recurses as deep."""
-
-
-def _as_utc(value: datetime.datetime) -> datetime.datetime:
-    if value.tzinfo is None:
-        return value.replace(tzinfo=datetime.UTC)
-    try:
-        return value.astimezone(datetime.UTC)
-    except OverflowError:
-        raise ValueError("in UTC it lies outside the years 1 to 9999") from None
-
-
-def _now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.UTC)
-
-
 def _or_now(value: object) -> object:
-    return _now() if value is None else value
+    return timestamps.now() if value is None else value
 
 
 def _compact_json(value: dict[str, Any]) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def _is_json(value: dict[str, Any]) -> dict[str, Any]:
-    if _depth(value) > _DEEPEST:
-        raise ValueError(f"it is nested more than {_DEEPEST} deep")
-    try:
-        _compact_json(value)
-    except (TypeError, ValueError):
-        raise ValueError("it cannot be written as JSON") from None
-    return value
+Timestamp = Annotated[timestamps.Timestamp, BeforeValidator(_or_now)]
+JsonObject = dict[str, Any]
 
 
-def _depth(value: object) -> int:
-    """How deep objects and lists are nested, counted up to one more than `_DEEPEST`."""
-    depth, layer = 0, [value]
-    while layer and depth <= _DEEPEST:
-        parts = [part for part in layer if isinstance(part, dict | list)]
-        depth += bool(parts)
-        layer = [
-            inner for part in parts for inner in (part.values() if isinstance(part, dict) else part)
-        ]
-    return depth
-
-
-Timestamp = Annotated[datetime.datetime, BeforeValidator(_or_now), AfterValidator(_as_utc)]
-JsonObject = Annotated[dict[str, Any], AfterValidator(_is_json)]
-
-
-class _Row(BaseModel):
+class _Row(InputModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    timestamp: Timestamp = Field(default_factory=_now)
-
-    @field_validator("*")
-    @classmethod
-    def _is_unicode(cls, value: object) -> object:
-        try:
-            return value if not isinstance(value, str) else value.encode().decode()
-        except UnicodeEncodeError:
-            raise ValueError("it is no Unicode: half of a surrogate pair is no character") from None
+    timestamp: Timestamp = Field(default_factory=timestamps.now)
 
     def as_row(self) -> dict[str, Any]:
         """Column values as Arrow takes them."""
@@ -134,37 +98,78 @@ class _Numbered(_Row):
 
 
 class Phi3FeedbackSchema(_Row):
-    """What somebody said of a proposal.
+    """What somebody said of a proposal, over HTTP or in a script.
+
+    The order in which feedback arrives is the order in which these objects are made, by this
+    process's clock: `timestamp` is the caller's.
 
     Attributes:
         feedback_id: makes two deliveries the same feedback. Where none is given it follows from
-            transaction, time, type and content; the content, because a clock may count in seconds.
+            transaction, time, type, content and correction; the latter two, because a clock may
+            count in seconds.
     """
 
+    SOURCE: ClassVar[Literal["direct", "bus"]] = "direct"
     feedback_id: str | None = Field(None, min_length=1, max_length=128)
     transaction_id: str = Field(min_length=1)
     feedback_type: Literal["correction", "rating", "qualitative_comment", "human_edit"]
-    feedback_content: str | JsonObject
+    feedback_content: TextOrObject
     schema_version: str = "1.0"
     corrected_proposal: JsonObject | None = None
+    # Private, so that no caller and no message can set it.
+    _received: datetime.datetime = PrivateAttr(default_factory=timestamps.now)
 
     def as_row(self) -> dict[str, Any]:
         """Column values as Arrow takes them."""
         row = super().as_row()
-        return row | {"feedback_id": self.feedback_id or feedback_key(row)}
+        feedback_id = self.feedback_id or feedback_key(row)
+        return row | {
+            FEEDBACK_ID: feedback_id,
+            "received": self._received,
+            "source": self.SOURCE,
+            ROW_ID: feedback_id if self.SOURCE == "direct" else f"{self.SOURCE}:{feedback_id}",
+        }
 
 
-def feedback_key(row: dict[str, Any]) -> str:
+class PublishedFeedback(Phi3FeedbackSchema):
+    """Feedback that another service published on the event bus.
+
+    It has row ids of its own: whoever publishes chooses the `feedback_id`, and must not be able to
+    take the place of a row that came over HTTP.
+
+    Attributes:
+        stored_in: the database, or the sidecar, that has stored it already, as its publisher says.
+    """
+
+    SOURCE: ClassVar[Literal["direct", "bus"]] = "bus"
+    stored_in: str | None = Field(None, exclude=True)
+
+
+def feedback_key(row: Mapping[str, Any]) -> str:
     """The `feedback_id` of feedback that brings none, from its column values."""
-    key = json.dumps([str(row[column]) for column in _FEEDBACK_KEY])
-    return hashlib.sha256(key.encode()).hexdigest()
+    parts = [str(row[column]) for column in _FEEDBACK_KEY]
+    if row["corrected_proposal"] is not None:
+        parts.append(row["corrected_proposal"])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 _FEEDBACK_KEY: Final = ("transaction_id", "timestamp", "feedback_type", "feedback_content")
 
 
+class FeedbackWithdrawalSchema(_Row):
+    """Feedback that is no few-shot example and no training data any more."""
+
+    feedback_id: str = Field(min_length=1)
+    transaction_id: str = Field(min_length=1)
+
+
 class OrchestratorRunSchema(_Numbered):
-    """One walk from a prompt to a judged proposal; `run_id` is its transaction_id."""
+    """One walk from a prompt to a judged proposal; `run_id` is its transaction_id.
+
+    Attributes:
+        status: the sidecar writes `success`; `partial` for a proposal that Hermes has not fully
+            assessed; `error` for a run without a proposal.
+    """
 
     run_id: str = Field(min_length=1)
     input_query: str
@@ -198,6 +203,8 @@ class ProposalSchema(_Numbered):
         score: Hermes' score in [0, 1]; None where there is none.
         model: the name of the model that wrote the proposal.
         adapter: the name of its adapter; None without one.
+        grounded: `true`, or the fields whose ticker or numbers are not in the prompt, separated by
+            commas; None where nobody looked.
     """
 
     transaction_id: str = Field(min_length=1)
@@ -208,6 +215,7 @@ class ProposalSchema(_Numbered):
     model: str
     adapter: str | None = None
     latencies: Latencies = Latencies()
+    grounded: str | None = None
 
 
 SCHEMAS: Final[dict[str, type[_Row]]] = {
@@ -215,18 +223,43 @@ SCHEMAS: Final[dict[str, type[_Row]]] = {
     RUNS: OrchestratorRunSchema,
     SCORES: HermesScoreSchema,
     PROPOSALS: ProposalSchema,
+    WITHDRAWALS: FeedbackWithdrawalSchema,
 }
 """The pydantic model of each table."""
 
-VERSION: Final = "2"
-"""Of the tables' shapes, in their Arrow metadata: 2 has keys and aware timestamps in microseconds.
-Version 1 is whatever was written before; `migrate` brings it here."""
+VERSION: Final = "3"
+"""Of the tables' shapes, in their Arrow metadata: 2 has keys and aware timestamps in microseconds,
+3 the columns in `ADDED`, `grounded` and the table of withdrawals. Version 1 is whatever was written
+before; `migrate` brings all of them here."""
 _VERSION_KEY: Final = b"osiris_schema_version"
+_DATABASE_KEY: Final = b"osiris_database"
+
+ADDED: Final[dict[str, dict[str, Callable[[Mapping[str, Any]], Any]]]] = {
+    FEEDBACK: {
+        # A timestamp in the future would keep its feedback the newest for as long.
+        "received": lambda row: min(row["timestamp"], timestamps.now()),
+        "source": lambda row: Phi3FeedbackSchema.SOURCE,
+        ROW_ID: lambda row: row[FEEDBACK_ID],
+    },
+}
+"""The columns without nulls that version 2 does not have, and the value that its rows get."""
 
 
-def is_known(table: str, row: dict[str, Any]) -> bool:
-    """Whether a row, by its columns, is one of today's."""
-    return table in TABLES and set(row) == set(arrow_schemas()[table].names)
+def upgraded(table: str, row: dict[str, Any]) -> dict[str, Any] | None:
+    """A row of version 2 or later, by its columns, with all columns of today; None for any other.
+
+    Processes that have died leave such rows in their logs, whatever their version was.
+    """
+    if table not in TABLES:
+        return None
+    schema, added = arrow_schemas()[table], ADDED.get(table, {})
+    whole = dict(row)
+    for field in schema:
+        if field.name not in row and field.name in added:
+            whole[field.name] = added[field.name](row)
+        elif field.name not in row and field.nullable:
+            whole[field.name] = None
+    return whole if set(whole) == set(schema.names) else None
 
 
 def is_current(table: str, schema: pa.Schema) -> bool:
@@ -257,7 +290,10 @@ def arrow_schemas() -> dict[str, pa.Schema]:
     def number(name: str, nullable: bool = False) -> pa.Field:
         return pa.field(name, pa.float64(), nullable)
 
-    time = pa.field("timestamp", pa.timestamp("us", tz="UTC"), nullable=False)
+    def instant(name: str) -> pa.Field:
+        return pa.field(name, pa.timestamp("us", tz="UTC"), nullable=False)
+
+    time = instant("timestamp")
     columns = {
         FEEDBACK: [
             text("transaction_id"),
@@ -266,6 +302,9 @@ def arrow_schemas() -> dict[str, pa.Schema]:
             text("feedback_content"),
             text("schema_version"),
             text("corrected_proposal", nullable=True),
+            text(FEEDBACK_ID),
+            instant("received"),
+            text("source"),
         ],
         RUNS: [
             text("run_id"),
@@ -290,7 +329,9 @@ def arrow_schemas() -> dict[str, pa.Schema]:
                 pa.struct([number(name, nullable=True) for name in Latencies.model_fields]),
                 nullable=False,
             ),
+            text("grounded", nullable=True),
         ],
+        WITHDRAWALS: [text("transaction_id"), time],
     }
     # The metadata makes two processes that insert the same key at once conflict, and one retry.
     unique = {"lance-schema:unenforced-primary-key": "true"}
@@ -301,3 +342,17 @@ def arrow_schemas() -> dict[str, pa.Schema]:
         )
         for table in TABLES
     }
+
+
+def new_table_schema(table: str) -> pa.Schema:
+    """The Arrow schema to create a table with: that of feedback names the database it begins."""
+    schema = arrow_schemas()[table]
+    if table != FEEDBACK:
+        return schema
+    return schema.with_metadata({**schema.metadata, _DATABASE_KEY: uuid.uuid4().hex.encode()})
+
+
+def database_id(schema: pa.Schema) -> str | None:
+    """The name that `new_table_schema` gave the database, from its feedback table's schema."""
+    found: bytes | None = (schema.metadata or {}).get(_DATABASE_KEY)
+    return None if found is None else found.decode()

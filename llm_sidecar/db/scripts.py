@@ -12,6 +12,8 @@ from llm_sidecar.db.place import default_uri
 from llm_sidecar.db.run import run
 from llm_sidecar.db.schema import HermesScoreSchema, OrchestratorRunSchema, Phi3FeedbackSchema
 from llm_sidecar.db.store import AnyRow, Store
+from llm_sidecar.input_model import check_length
+from llm_sidecar.settings import default_max_chars
 
 
 def init_db(uri: str | None = None) -> None:
@@ -34,7 +36,9 @@ def append_feedback(row: Phi3FeedbackSchema | Mapping[str, Any], *, uri: str | N
     """Stores feedback, once however often it comes; returns when it would survive a power loss.
 
     Raises:
-        pydantic.ValidationError: a dict is no feedback.
+        pydantic.ValidationError: it is no feedback, or a text in it is longer than
+            MAX_PROMPT_CHARS; says which field, and quotes nothing.
+        SettingsError: MAX_PROMPT_CHARS is not valid.
         DatabaseUnavailable: it is not certain that the row is stored. Storing the same model object
             again is safe; a dict becomes a new row each time, unless it is feedback with a
             `feedback_id` or a `timestamp`.
@@ -53,6 +57,8 @@ def log_hermes_score(row: HermesScoreSchema | Mapping[str, Any], *, uri: str | N
 
 
 def _append(row: AnyRow, uri: str | None) -> None:
+    check_length(row, default_max_chars())
+
     async def once() -> None:
         store = Store(uri or default_uri())
         store.start()

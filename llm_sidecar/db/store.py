@@ -14,11 +14,15 @@ from llm_sidecar.db.log import Row
 from llm_sidecar.db.place import place_of
 from llm_sidecar.db.questions import Correction
 from llm_sidecar.db.schema import (
+    FEEDBACK,
+    FEEDBACK_ID,
     SCHEMAS,
+    FeedbackWithdrawalSchema,
     HermesScoreSchema,
     OrchestratorRunSchema,
     Phi3FeedbackSchema,
     ProposalSchema,
+    PublishedFeedback,
 )
 from llm_sidecar.db.tables import Tables, one_line
 from llm_sidecar.db.writer import Writer
@@ -26,11 +30,25 @@ from llm_sidecar.errors import DatabaseUnavailable
 
 T = TypeVar("T")
 
-AnyRow = Phi3FeedbackSchema | OrchestratorRunSchema | HermesScoreSchema | ProposalSchema
-_TABLE_OF: Final = {schema: table for table, schema in SCHEMAS.items()}
+AnyRow = (
+    Phi3FeedbackSchema
+    | FeedbackWithdrawalSchema
+    | OrchestratorRunSchema
+    | HermesScoreSchema
+    | ProposalSchema
+)
+_TABLE_OF: Final = {schema: table for table, schema in SCHEMAS.items()} | {
+    PublishedFeedback: FEEDBACK
+}
+_UNBOUNDED: Final = 2**31 - 1
 _ASK_SECONDS: Final = 5.0
 """Deadline of one question; a remote store takes far longer to fail by itself."""
 _OPEN_SECONDS: Final = 30.0
+
+
+def table_of(row: AnyRow) -> str:
+    """The table that a row goes into."""
+    return _TABLE_OF[type(row)]
 
 
 class Store:
@@ -108,7 +126,7 @@ class Store:
         Raises:
             DatabaseUnavailable: it is not stored, or, after the deadline, not known to be.
         """
-        await self._writer.append(Row(_TABLE_OF[type(row)], row.as_row()))
+        await self._writer.append(Row(table_of(row), row.as_row()))
 
     async def last(
         self,
@@ -148,13 +166,66 @@ class Store:
         """
         return await self._ask(lambda tables: questions.mean_score(tables, since))
 
-    async def recent_corrections(self, count: int) -> list[Correction]:
-        """The latest corrections whose run is known, newest first, one a transaction.
+    async def recent_corrections(
+        self,
+        count: int,
+        usable: Callable[[Correction], bool] = lambda correction: True,
+        *,
+        proposal_bytes: int = _UNBOUNDED,
+        prompt_bytes: int = _UNBOUNDED,
+        from_bus: bool = False,
+    ) -> list[Correction]:
+        """The latest usable corrections in the order of arrival, newest first, one a run.
+
+        Args:
+            count: how many at most.
+            usable: decides on each.
+            proposal_bytes, prompt_bytes: longer ones (in UTF-8) are never read.
+            from_bus: whether feedback that another service published counts.
 
         Raises:
             DatabaseUnavailable: they cannot be read.
         """
-        return await self._ask(lambda tables: questions.recent_corrections(tables, count))
+        return await self._ask(
+            lambda tables: questions.recent_corrections(
+                tables,
+                count,
+                usable,
+                proposal_bytes=proposal_bytes,
+                prompt_bytes=prompt_bytes,
+                from_bus=from_bus,
+            )
+        )
+
+    async def prompt(self, run_id: str) -> str | None:
+        """The prompt of a run; None where the run is not stored.
+
+        Raises:
+            DatabaseUnavailable: it cannot be read.
+        """
+        return await self._ask(lambda tables: questions.prompt(tables, run_id))
+
+    async def is_withdrawn(self, feedback_id: str) -> bool:
+        """Whether feedback is withdrawn.
+
+        Raises:
+            DatabaseUnavailable: that is not known.
+        """
+        return bool(await self._ask(lambda tables: questions.withdrawn(tables, [feedback_id])))
+
+    async def feedback_transaction(self, feedback_id: str) -> str | None:
+        """The transaction_id of feedback; None where there is no such feedback.
+
+        What this process still has in its log is found while the database is away, too.
+
+        Raises:
+            DatabaseUnavailable: it is not known whether there is such feedback.
+        """
+        for row in self._writer.pending():
+            if row.table == FEEDBACK and row.values[FEEDBACK_ID] == feedback_id:
+                found: str = row.values["transaction_id"]
+                return found
+        return await self._ask(lambda tables: questions.feedback_transaction(tables, feedback_id))
 
     async def compact(self) -> bool:
         """Compacts the tables now; False where another process is at it.
@@ -168,6 +239,12 @@ class Store:
     def log_folder(self) -> Path:
         """The local folder of the write-ahead logs."""
         return self._place.log_folder
+
+    @property
+    def database_id(self) -> str | None:
+        """The database's own name, the same for every process that uses it; None until it has been
+        open."""
+        return self._writer.database_id
 
     def status(self) -> dict[str, Any]:
         """The state for `/health`: JSON types only."""

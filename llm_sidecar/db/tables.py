@@ -19,14 +19,18 @@ from llm_sidecar.db.disk import Disk
 from llm_sidecar.db.log import Row, locked, sweep
 from llm_sidecar.db.place import Place
 from llm_sidecar.db.schema import (
+    FEEDBACK,
     KEYS,
     TABLES,
     TRANSACTION,
     arrow_schemas,
+    database_id,
     is_current,
+    new_table_schema,
     require_not_newer,
 )
 from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.text import cleaned
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +67,14 @@ class Tables:
 
     Attributes:
         repairs: what was done on opening, in words.
+        database_id: the database's own name, the same for every process that uses it; None where it
+            has none.
     """
 
     def __init__(self, place: Place, connection: Any) -> None:
         """Use `open_tables`."""
         self.repairs: list[str] = []
+        self.database_id: str | None = None
         self._place = place
         self._connection = connection
         # Held as long as any write of this process may be running.
@@ -101,12 +108,9 @@ class Tables:
             present = (await self._connection.list_tables()).tables
             if not create and not present:
                 raise FileNotFoundError("There is no database")
-            for name, schema in arrow_schemas().items():
+            for name in TABLES:
                 self._tables[name] = await (
-                    self._connection.open_table(name)
-                    if name in present
-                    # Another machine may just be creating it too.
-                    else self._connection.create_table(name, schema=schema, exist_ok=True)
+                    self._connection.open_table(name) if name in present else self._create(name)
                 )
                 schema = await self._tables[name].schema()
                 require_not_newer(name, schema)
@@ -115,6 +119,16 @@ class Tables:
                         f"The table {name} has the shape of an older version; stop what uses the "
                         "database and run `python -m llm_sidecar.db migrate`."
                     )
+            self.database_id = database_id(await self._tables[FEEDBACK].schema())
+
+    async def _create(self, name: str) -> Any:
+        try:
+            return await self._connection.create_table(name, schema=new_table_schema(name))
+        except Exception:
+            if name not in (await self._connection.list_tables()).tables:
+                raise
+            # Another machine has created it at the same time.
+            return await self._connection.open_table(name)
 
     async def _repair(self, disk: Disk) -> None:
         await asyncio.to_thread(sweep, self._place.log_folder)
@@ -379,4 +393,4 @@ def _is_of_the_machine(error: Exception) -> bool:
 
 def one_line(error: Exception) -> str:
     """What an error says, on one line of bounded length."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return cleaned(" ".join(str(error).split())[:200]) or type(error).__name__

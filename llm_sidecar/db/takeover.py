@@ -10,7 +10,7 @@ from typing import Final
 from llm_sidecar.db import log as wal
 from llm_sidecar.db.log import Row
 from llm_sidecar.db.place import Place
-from llm_sidecar.db.schema import is_known
+from llm_sidecar.db.schema import upgraded
 from llm_sidecar.db.tables import Tables
 
 _LOOK_AGAIN: Final = 0.02
@@ -24,7 +24,8 @@ async def take_over(
 ) -> None:
     """Stores the rows of processes that have died.
 
-    What another version wrote, and what is damaged, is set aside.
+    Rows of older versions get the columns that they lack. What no version knows, and what is
+    damaged, is set aside.
 
     Args:
         insert: into these tables.
@@ -53,7 +54,11 @@ async def _take_over(
     count = 0
     for path in wal.segments(abandoned.folder):
         segment = await asyncio.to_thread(wal.read_segment, path)
-        rows = [row for row in segment.rows if is_known(row.table, row.values)]
+        rows = [
+            Row(row.table, values)
+            for row in segment.rows
+            if (values := upgraded(row.table, row.values)) is not None
+        ]
         await insert(rows)
         count += len(rows)
         if unknown := len(segment.rows) - len(rows):

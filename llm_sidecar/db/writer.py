@@ -17,7 +17,7 @@ from llm_sidecar.db import log as wal
 from llm_sidecar.db.compaction import Compactor
 from llm_sidecar.db.log import Row
 from llm_sidecar.db.place import Place
-from llm_sidecar.db.schema import FEEDBACK, TABLES
+from llm_sidecar.db.schema import FEEDBACK, TABLES, WITHDRAWALS
 from llm_sidecar.db.tables import Tables, one_line, open_tables
 from llm_sidecar.db.takeover import take_over
 from llm_sidecar.errors import DatabaseUnavailable
@@ -75,6 +75,7 @@ class Writer:
         compactor: keeps the tables in few files.
         repairs: what opening had to repair, in words.
         log_failure: why the last rows could not be stored; None if they could.
+        database_id: of the tables, also while they are away; None until they have been open.
     """
 
     def __init__(self, place: Place, *, create: bool = True) -> None:
@@ -86,6 +87,7 @@ class Writer:
         self.compactor = Compactor()
         self.repairs: list[str] = []
         self.log_failure: str | None = None
+        self.database_id: str | None = None
         self.failure: DatabaseUnavailable | None = None
         self._place = place
         self._create = create
@@ -197,6 +199,10 @@ class Writer:
     def rows_waiting(self) -> int:
         """Rows that are in the log and not yet in their tables."""
         return self.rows_written - self._moved
+
+    def pending(self) -> list[Row]:
+        """The rows that are acknowledged and not known to be in their tables."""
+        return [*self._moving, *self._logged]
 
     async def close(self) -> None:
         """Moves what the log holds, within a bound, and ends; what is left is replayed later."""
@@ -340,6 +346,7 @@ class Writer:
         self._swept = time.monotonic()
         await self.compactor.look(tables)
         self.tables = tables
+        self.database_id = tables.database_id
         # By now nearly all has been imported, and most of what that ran is not run again.
         await asyncio.to_thread(release_code)
         await self._set_open()
@@ -415,15 +422,15 @@ class Writer:
 
         Args:
             certain: whether it is certain that none of them is there yet; feedback never is, as
-                several sidecars hear the same.
+                several sidecars hear the same, nor is a withdrawal, which may come again.
         """
         for name in TABLES:
             mine = [row for row in rows if row.table == name]
             for start in range(0, len(mine), _MOVE_ROWS):
                 batch = mine[start : start + _MOVE_ROWS]
                 # An object store may take a commit and lose its answer, and lancedb tries again.
-                certain = certain and name != FEEDBACK and self._place.folder is not None
-                store = tables.add if certain else tables.merge
+                new = certain and name not in (FEEDBACK, WITHDRAWALS)
+                store = tables.add if new and self._place.folder is not None else tables.merge
                 await self._awaited(store(name, batch))
 
     async def _awaited(self, writing: Coroutine[Any, Any, None]) -> None:

@@ -5,11 +5,8 @@ An engine is synchronous and lives in a worker process of its own.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
 import numpy as np
@@ -23,6 +20,11 @@ FinishReason = Literal["stop", "length"]
 
 PROBE: Final[Sequence[Message]] = ({"role": "user", "content": "Long ABC. What now?"},)
 """What a model has to answer before an adapter is taken into use."""
+
+_LONGEST_LINE: Final = 400
+"""Characters of an error."""
+ANSWER_TOKENS: Final = 2
+"""The longest answer that `answer_probabilities` can read."""
 
 PREFILL_CHUNK: Final = 256
 """Prompt tokens processed between two chances to cancel."""
@@ -38,6 +40,7 @@ class GenerationRequest:
         guidance: JSON schema text (llguidance dialect) that the completion must follow, or None.
         temperature: 0 is greedy; otherwise the logits are divided by it and sampled from.
         seed: makes sampling repeatable.
+        tokens: of the messages, as `Engine.tokenize` returns them; None where that is still to do.
     """
 
     messages: Sequence[Message]
@@ -45,6 +48,7 @@ class GenerationRequest:
     guidance: str | None = None
     temperature: float = 0.0
     seed: int | None = None
+    tokens: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +80,28 @@ class Engine(Protocol):
     device: str
     context_length: int
 
+    def tokenize(self, request: GenerationRequest, header: bool = True) -> list[int]:
+        """The tokens of a request's messages: those that it comes with, or else encoded now.
+
+        It may be called from another thread while the engine generates.
+
+        Args:
+            header: with the header of the assistant's turn, or without, as `prepare` takes them.
+
+        Raises:
+            InvalidRequest: prompt and completion do not fit the context, or the messages hold
+                something that cannot be encoded.
+            ModelUnavailable: the model's chat template refuses the chat.
+        """
+        ...
+
     def stream(self, request: GenerationRequest) -> Generator[Delta]:
         """Generates step by step; closing the iterator stops the generation.
 
         What the prompt shares with an earlier one is not read again.
 
         Raises:
-            InvalidRequest: prompt and completion do not fit the context.
+            InvalidRequest, ModelUnavailable: as of `tokenize`.
         """
         ...
 
@@ -93,22 +112,11 @@ class Engine(Protocol):
     def prepare(self, request: GenerationRequest) -> Generator[None]:
         """Reads `messages`, which prompts to come begin with, step by step, beside what is kept.
 
-        Reads nothing where they do not fit the context with the completion.
-
         Args:
             request: with the turns that come first, and all else as it will be.
-        """
-        ...
-
-    def use_adapter(self, folder: Path) -> None:
-        """Answers with another LoRA adapter from the next request on.
-
-        Args:
-            folder: of an adapter in the runtime's own format.
 
         Raises:
-            AdapterRejected: says why; all is as before. One of them: no adapter was loaded with the
-                model, so that it has no room for one.
+            InvalidRequest, ModelUnavailable: as of `tokenize`.
         """
         ...
 
@@ -116,17 +124,24 @@ class Engine(Protocol):
         """The prompt's tokens, and the probability of each token, (vocabulary,), to come next.
 
         Raises:
-            InvalidRequest: the prompt does not fit the context.
+            InvalidRequest, ModelUnavailable: as of `tokenize`.
         """
         ...
 
     def answer_probabilities(
-        self, messages: Sequence[Message], answers: Sequence[str]
+        self,
+        messages: Sequence[Message],
+        answers: Sequence[str],
+        tokens: Sequence[int] | None = None,
     ) -> dict[str, float]:
         """Probability that the assistant's turn is each of `answers`, from one prefill.
 
+        Args:
+            tokens: of the messages, with room for `ANSWER_TOKENS`, as `tokenize` returns them;
+                None where that is still to do.
+
         Raises:
-            InvalidRequest: the prompt does not fit the context.
+            InvalidRequest, ModelUnavailable: as of `tokenize`.
         """
         ...
 
@@ -150,8 +165,8 @@ class Together(Protocol):
         """Takes in one more; there is room for it.
 
         Raises:
-            InvalidRequest: prompt and completion do not fit the context; it may as well come from
-                the next step.
+            InvalidRequest, ModelUnavailable: as of `Engine.tokenize`, where the request comes
+                without tokens; they may as well come from the next step.
         """
         ...
 
@@ -172,8 +187,8 @@ def check_context(prompt_tokens: int, max_tokens: int, context_length: int) -> N
     """Raises InvalidRequest unless prompt and completion fit."""
     if prompt_tokens + max_tokens > context_length:
         raise InvalidRequest(
-            f"prompt: it takes {prompt_tokens} tokens, which with max_length {max_tokens} is more "
-            f"than the model's context of {context_length}; shorten one of them"
+            f"prompt: it takes {prompt_tokens} tokens, which with max_length is more than the "
+            f"model's context of {context_length}; shorten one of them"
         )
 
 
@@ -190,33 +205,6 @@ def prefill_steps(begin: int, end: int) -> Iterator[tuple[int, int]]:
             stop -= 1
         yield begin, stop
         begin = stop
-
-
-class SpecialTokens:
-    """Keeps a message from writing a chat template's own tokens (`<|end|>`, `<|im_start|>`).
-
-    Without this a prompt could end its turn and speak as the system.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Reads the special tokens of `folder`'s tokenizer.json (Hugging Face tokenizers)."""
-        added = json.loads((folder / "tokenizer.json").read_bytes()).get("added_tokens", [])
-        tokens = [token["content"] for token in added if len(token["content"]) > 1]
-        longest_first = sorted(tokens, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if tokens else None
-
-    def neutralise(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages with a space inside every special token that their content spells."""
-        if self._pattern is None:
-            return list(messages)
-        pattern = self._pattern
-        return [
-            {**message, "content": pattern.sub(_break, message["content"])} for message in messages
-        ]
-
-
-def _break(match: re.Match[str]) -> str:
-    return f"{match[0][0]} {match[0][1:]}"
 
 
 class AnswerTree:
@@ -255,9 +243,10 @@ class AnswerTree:
 
 def one_line(error: Exception) -> str:
     """What went wrong while a model or an adapter was loaded, for the log and for `/health`."""
-    if isinstance(error, SidecarError):
-        return error.detail
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    said = error.detail if isinstance(error, SidecarError) else f"{type(error).__name__}: {error}"
+    # It may quote a name from a file, of any length and of any characters.
+    printable = (char if char.isprintable() else " " for char in said[:_LONGEST_LINE])
+    return " ".join("".join(printable).split())
 
 
 def softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

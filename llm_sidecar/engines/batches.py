@@ -57,11 +57,12 @@ class BatchingEngine(Protocol[C]):
         """Logits (keep, vocabulary) of the last positions; `cache` takes in the tokens."""
         ...
 
-    def joined(self, caches: Mapping[int, C], former: Any) -> Rows:
+    def joined(self, caches: Mapping[int, C], size: int, former: Any) -> Rows:
         """Puts rows together.
 
         Args:
             caches: of all, by number, with what was read before each joined.
+            size: tokens of the longest row, its completion included.
             former: what this returned last, or None; it has the states of those that were in it,
                 and is of no use afterwards.
         """
@@ -165,7 +166,7 @@ class Batches(Generic[C]):
         fitting: dict[int, _Row[C]] = {}
         for number in dict.fromkeys([*(n for n in batched if n in rows), *rows]):
             row = rows[number]
-            longest = max(longest, len(row.generation.prompt) + row.generation.limit)
+            longest = max(longest, _size(row))
             if fitting and (len(fitting) + 1) * longest > 2 * self._engine.context_length:
                 break
             fitting[number] = row
@@ -177,6 +178,12 @@ class Batches(Generic[C]):
             return {number: self._engine.forward(row.generation.pending, row.cache)[-1]}
         if self._batch is None or self._batched != list(rows):
             caches = {number: row.cache for number, row in rows.items()}
-            self._batch = self._engine.joined(caches, self._batch)
+            size = max(_size(row) for row in rows.values())
+            self._batch = self._engine.joined(caches, size, self._batch)
             self._batched = list(rows)
         return self._batch.forward({number: row.generation.pending for number, row in rows.items()})
+
+
+def _size(row: _Row[Any]) -> int:
+    """Tokens of a row when its completion is as long as it may be."""
+    return len(row.generation.prompt) + row.generation.limit

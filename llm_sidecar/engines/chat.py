@@ -1,55 +1,278 @@
-"""Chats as tokens for models in onnxruntime-genai's format, by its own tokenizer."""
+"""Chats as tokens, by Hugging Face's `tokenizers` and the model's chat template.
+
+    chat = ChatTokenizer.from_folder(folder, ends=frozenset({4}))
+    prompt = chat.encode([{"role": "user", "content": "Hi."}])
+
+Encoding may run in another thread than decoding: it changes nothing, and lets other threads run.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+import concurrent.futures
+import functools
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Final, TypeVar
 
-import onnxruntime_genai as og
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
-from llm_sidecar.engines.base import AnswerTree, Message, SpecialTokens
+from llm_sidecar.engines.base import AnswerTree, GenerationRequest, Message, check_context
+from llm_sidecar.engines.chat_template import ChatTemplate, read_special_tokens, read_template
+from llm_sidecar.engines.control_tokens import ControlTokens
+from llm_sidecar.errors import InvalidRequest, ModelUnavailable
+
+# One text at a time gains nothing from a pool of threads.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+T = TypeVar("T")
+
+TOKENIZER_FILE: Final = "tokenizer.json"
+
+_TEMPLATE_SECONDS: Final = 10.0
+"""What a template has for a few short chats when it is loaded; it takes about a millisecond."""
+_ATTEMPTS: Final = 3
+"""To encode a chat; two are enough where no control token begins inside of another."""
+_SLICE: Final = 1 << 15
+"""Characters of a long text whose tokens are counted at a time."""
+_CUT_TOKENS: Final = 64
+"""More than a cut through a text can add to its tokens."""
+_KEPT_FRAMES: Final = 64
+_LONGEST_CHARACTER: Final = 8
+"""More tokens than one character takes: UTF-8 has at most four bytes of it."""
+_KNOWN_CHATS: Final = (
+    ("user",),
+    ("system", "user"),
+    ("user", "assistant", "user"),
+    ("system", "user", "assistant", "user"),
+)
+
+_Shape = tuple[tuple[str, str], ...]
+"""The role of each message, and a content that stands for its own: one letter, space or none."""
 
 
 class ChatTokenizer:
     """A model's tokenizer and chat template.
 
+    No message can write a control token: one that spells it is read with a space in it. Whether
+    that was enough shows in the result, whatever normalizer and template did to the text: a chat
+    must have the control tokens of one with the same roles and other contents, and no more.
+
     Attributes:
-        tokenizer: the runtime's.
+        tokenizer: of the `tokenizers` package.
         ends: tokens that end a turn.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Reads them from `folder`."""
-        self.tokenizer = og.Tokenizer(str(folder))
-        self.ends = frozenset(int(token) for token in self.tokenizer.eos_token_ids)
-        self._special = SpecialTokens(folder)
-        self._answer_trees: dict[tuple[str, ...], AnswerTree] = {}
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str,
+        special_tokens: Mapping[str, str],
+        ends: frozenset[int],
+    ) -> None:
+        """Compiles the template and tries it.
 
-    def encode(self, messages: Sequence[Message], header: bool = True) -> list[int]:
-        """The chat's tokens, with the header of the assistant's turn or without."""
-        text = self.tokenizer.apply_chat_template(
-            json.dumps(self._special.neutralise(messages)), add_generation_prompt=header
+        Args:
+            tokenizer: of the `tokenizers` package; it is not to be changed afterwards.
+            template: source of the chat template.
+            special_tokens: tokens that the template may name, by `bos_token` and the like.
+            ends: tokens that end a turn.
+
+        Raises:
+            ModelUnavailable: the template is not valid, refuses every chat or takes too long.
+        """
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = False
+        self.tokenizer = tokenizer
+        self.ends = ends
+        self._frame = functools.lru_cache(_KEPT_FRAMES)(self._control_tokens_of)
+        self._answer_tree = functools.lru_cache(_KEPT_FRAMES)(self._new_answer_tree)
+        try:
+            self._template, written = _within(
+                _TEMPLATE_SECONDS, lambda: self._try(template, special_tokens)
+            )
+        except TimeoutError:
+            raise ModelUnavailable(
+                f"the model's chat template takes longer than {_TEMPLATE_SECONDS:g} s for a short "
+                "chat; set another template in the model's folder"
+            ) from None
+        self._control = ControlTokens(tokenizer, self._template.literals, written)
+
+    @classmethod
+    def from_folder(cls, folder: Path, ends: frozenset[int]) -> ChatTokenizer:
+        """Reads the tokenizer and the template from a model's folder.
+
+        Raises:
+            ModelUnavailable: one of them is missing or broken.
+        """
+        file = folder / TOKENIZER_FILE
+        if not file.is_file():
+            raise ModelUnavailable(
+                f"{folder} has no {TOKENIZER_FILE}; save the original model's tokenizer there with "
+                "transformers: AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER)"
+            )
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # noqa: BLE001 - the package raises bare ones
+            raise ModelUnavailable(
+                f"{file} cannot be read ({error}); copy it again from the original model"
+            ) from None
+        return cls(tokenizer, read_template(folder), read_special_tokens(folder), ends)
+
+    def encode(
+        self, messages: Sequence[Message], header: bool = True, most: int | None = None
+    ) -> list[int]:
+        """The chat's tokens, with the header of the assistant's turn or without.
+
+        Args:
+            most: tokens that there may be, about: a text that has more by far is refused early.
+
+        Raises:
+            InvalidRequest: there are more, or a message holds control tokens that cannot be
+                broken, or half a surrogate pair.
+            ModelUnavailable: the template refuses the chat.
+        """
+        shape = tuple((one["role"], _stand_in(one["content"])) for one in messages)
+        for _ in range(_ATTEMPTS):
+            tokens = self._tokens(self._template.render(messages, header), most)
+            if self._control.among(tokens) == self._frame(shape, header):
+                return tokens
+            if most is not None and len(tokens) > most:
+                raise _too_long(most)
+            broken = [{**one, "content": self._control.broken(one["content"])} for one in messages]
+            if broken == list(messages):
+                break
+            messages = broken
+        raise InvalidRequest(
+            "prompt: it holds control tokens of the model that cannot be read as text; remove them"
         )
-        tokens: list[int] = self.tokenizer.encode(text).tolist()
+
+    def prompt(
+        self, request: GenerationRequest, context_length: int, header: bool = True
+    ) -> list[int]:
+        """See `Engine.tokenize`."""
+        if request.tokens is not None:
+            return list(request.tokens)
+        tokens = self.encode(request.messages, header, context_length)
+        check_context(len(tokens), request.max_tokens, context_length)
         return tokens
 
-    def decoder(self) -> Callable[[int], str]:
-        """The text that each token adds to those before it."""
-        decode: Callable[[int], str] = self.tokenizer.create_stream().decode
-        return decode
+    def decoder(self) -> TextDecoder:
+        """Gives the text that each token adds to those before it."""
+        return TextDecoder(self.tokenizer)
 
     def answer_tree(self, answers: tuple[str, ...]) -> AnswerTree:
         """The answers as the assistant's turn would begin with them."""
-        if answers not in self._answer_trees:
-            turn = json.dumps([{"role": "user", "content": "?"}])
-            apply = self.tokenizer.apply_chat_template
-            with_header = apply(turn, add_generation_prompt=True)
-            header = with_header[len(apply(turn, add_generation_prompt=False)) :]
-            skip = len(self.tokenizer.encode(header))
-            encoded = {
-                answer: [int(t) for t in self.tokenizer.encode(header + answer)[skip:]]
-                for answer in answers
-            }
-            self._answer_trees[answers] = AnswerTree(encoded)
-        return self._answer_trees[answers]
+        return self._answer_tree(answers)
+
+    def _new_answer_tree(self, answers: tuple[str, ...]) -> AnswerTree:
+        chat = self._template.render([{"role": "user", "content": "?"}])
+        skip = len(self._tokens(chat))
+        return AnswerTree({answer: self._tokens(chat + answer)[skip:] for answer in answers})
+
+    def _try(self, source: str, special_tokens: Mapping[str, str]) -> tuple[ChatTemplate, set[int]]:
+        """The template, and the tokens that it writes around messages of the known chats."""
+        template = ChatTemplate(source, special_tokens)
+        written: set[int] = set()
+        refused: ModelUnavailable | None = None
+        for roles in _KNOWN_CHATS:
+            try:
+                text = template.render([{"role": role, "content": "x"} for role in roles])
+            except ModelUnavailable as error:
+                refused = error
+            else:
+                written.update(self._tokens(text))
+        if not written and refused is not None:
+            raise refused
+        return template, written
+
+    def _tokens(self, text: str, most: int | None = None) -> list[int]:
+        if most is not None and len(text) > 2 * _SLICE:
+            # However long a text is, it is read no further than what fits the context.
+            counted = 0
+            for start in range(0, len(text), _SLICE):
+                counted += len(self._ids(text[start : start + _SLICE])) - _CUT_TOKENS
+                if counted > most:
+                    raise _too_long(most)
+        return self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
+        try:
+            # `encode` would keep other threads waiting: it holds Python's lock.
+            (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        except TypeError:
+            raise InvalidRequest(
+                "prompt: it holds half of a surrogate pair; send Unicode text"
+            ) from None
+        ids: list[int] = encoding.ids
+        return ids
+
+    def _control_tokens_of(self, shape: _Shape, header: bool) -> list[int]:
+        """The control tokens of a chat whose messages write none."""
+        messages = [{"role": role, "content": content} for role, content in shape]
+        return self._control.among(self._tokens(self._template.render(messages, header)))
+
+
+def _stand_in(content: str) -> str:
+    return "x" if content.strip() else content[:1]
+
+
+def _too_long(most: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"prompt: it takes more tokens than the model's context of {most}; shorten it"
+    )
+
+
+def end_tokens(model: Mapping[str, Any]) -> frozenset[int]:
+    """The tokens that end a turn, by the `model` part of a genai_config.json."""
+    configured = model.get("eos_token_id")
+    return frozenset(configured if isinstance(configured, list) else [configured]) - {None}
+
+
+class TextDecoder:
+    """The text that each token adds to those before it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Args: tokenizer: of the `tokenizers` package."""
+        self._tokenizer = tokenizer
+        self._begin()
+
+    def _begin(self) -> None:
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._pending: list[int] = []
+
+    def __call__(self, token: int) -> str:
+        try:
+            text: str = self._stream.step(self._tokenizer, token) or ""
+        except Exception:  # noqa: BLE001 - the package raises bare ones
+            # A decoder that joins bytes fails on some that are no text, and is of no use any more.
+            self._begin()
+            return "\N{REPLACEMENT CHARACTER}"
+        self._pending.append(token)
+        if not text and len(self._pending) == _LONGEST_CHARACTER:
+            # These are no text. The stream would keep them, and read all of them at every step.
+            text = self._tokenizer.decode(self._pending, skip_special_tokens=True)
+            self._begin()
+        elif text:
+            self._pending.clear()
+        return text
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    """What `work` returns; raises TimeoutError where it takes longer.
+
+    It then goes on in its thread, which does not keep the process from ending.
+    """
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - whoever waits gets it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result(seconds)

@@ -1,4 +1,4 @@
-"""A model's ONNX graph with room for LoRA adapters, which can be changed while it runs.
+"""A model's ONNX graph with room for a LoRA adapter.
 
     output = weight(input) + (input @ A) @ B
 
@@ -27,6 +27,8 @@ ADAPTER_FILE: Final = "adapter.onnx_adapter"
 """onnxruntime's AdapterFormat, in an adapter's folder."""
 
 _PROJECTION: Final = re.compile(r"/(model/layers\.\d+/(?:attn|mlp)/\w+_proj)/MatMul\w*")
+_MOST_OVERHEAD: Final = 1 << 20
+"""Bytes of an adapter file that are names and padding."""
 _TYPES: Final[dict[int, type[np.floating[Any]]]] = {
     TensorProto.FLOAT: np.float32,
     TensorProto.FLOAT16: np.float16,
@@ -136,12 +138,19 @@ def write_adapter(file: Path, matrices: Mapping[str, tuple[npt.NDArray[Any], ...
     adapter.export_adapter(str(file))
 
 
-def check_adapter(file: Path, projections: Mapping[str, Projection]) -> None:
-    """Makes sure that the graph can take what is in `file`.
+def checked_adapter(folder: Path, projections: Mapping[str, Projection]) -> Path:
+    """The adapter file in `folder`, which the graph can take.
 
     Raises:
-        AdapterRejected: says what does not fit.
+        AdapterRejected: it is missing, or says what does not fit.
     """
+    file = folder / ADAPTER_FILE
+    if not file.is_file():
+        raise AdapterRejected(
+            f"it holds no {ADAPTER_FILE}; make one with python -m llm_sidecar.loader adapter"
+        )
+    if file.stat().st_size > _MOST_OVERHEAD + sum(map(_bytes, projections.values())):
+        raise AdapterRejected(f"its {ADAPTER_FILE} is larger than all that it may change")
     try:
         adapter = onnxruntime.AdapterFormat.read_adapter(str(file))
         found = {name: value.numpy() for name, value in adapter.get_parameters().items()}
@@ -172,3 +181,8 @@ def check_adapter(file: Path, projections: Mapping[str, Projection]) -> None:
     ]
     if incomplete or not found:
         raise AdapterRejected(f"the two matrices of {next(iter(incomplete), 'anything')} differ")
+    return file
+
+
+def _bytes(projection: Projection) -> int:
+    return projection.inputs * projection.outputs * np.dtype(projection.dtype).itemsize

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime_genai as og
 
 from llm_sidecar.engines.base import (
+    ANSWER_TOKENS,
     PROBE,
     Delta,
     GenerationRequest,
     Message,
-    check_context,
     prefill_steps,
     softmax,
 )
-from llm_sidecar.engines.chat import ChatTokenizer
+from llm_sidecar.engines.chat import ChatTokenizer, end_tokens
 from llm_sidecar.engines.prefixes import Kept, Prefixes
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable
 
-if TYPE_CHECKING:
-    from llm_sidecar.engines.lora_graph import Projection
-
 _FAST_FORWARD_HEADROOM: Final = 128
 """Forced tokens may run past max_length and crash the attention kernel, so leave them room."""
+
+_ADAPTER: Final = "adapter"
+"""What the runtime calls the one that is loaded."""
 
 _ROOM_STEP: Final = 512
 """Tokens by which room grows; a prepared prefix has as many for the prompt that follows."""
@@ -86,7 +86,7 @@ class OnnxEngine:
             device: `auto` takes CUDA where the runtime has it.
             threads: of the decoder session, on CPU.
             adapter: folder with an `adapter.onnx_adapter`, as `llm_sidecar.lora` writes it. A model
-                that is loaded without one is a little faster, and takes none later on.
+                that is loaded without one is a little faster.
 
         Raises:
             ModelUnavailable: `cuda` is asked for and the runtime has none.
@@ -109,34 +109,32 @@ class OnnxEngine:
             }
             config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
         written = json.loads((folder / "genai_config.json").read_bytes())
-        self._projections: Mapping[str, Projection] | None = None
         if adapter is not None:
             # It takes 30 MB, which most workers do without.
-            from llm_sidecar.engines.lora_graph import read_lora_graph
+            from llm_sidecar.engines.lora_graph import checked_adapter, read_lora_graph
 
             name = written["model"]["decoder"]["filename"]
             graph = read_lora_graph(folder / name)
-            self._projections = graph.projections
+            adapter_file = checked_adapter(adapter, graph.projections)
             config.add_model_data(name, graph.serialized)
         self.model = og.Model(config)
-        self._chat = ChatTokenizer(folder)
+        self._chat = ChatTokenizer.from_folder(folder, end_tokens(written["model"]))
         self.tokenizer = self._chat.tokenizer
         self.context_length = int(written["model"]["context_length"])
         self._prefixes: Prefixes[_Kind, _Cache] = Prefixes(self._new_cache)
-        self._adapters = og.Adapters(self.model)
-        self._adapter: str | None = None
-        self._adapters_taken = 0
+        self._adapters: Any = None
         if adapter is not None:
-            self.use_adapter(adapter)
+            self._load_adapter(adapter_file)
+
+    def tokenize(self, request: GenerationRequest, header: bool = True) -> list[int]:
+        return self._chat.prompt(request, self.context_length - _headroom(request), header)
 
     def stream(self, request: GenerationRequest) -> Generator[Delta]:
-        prompt = self._chat.encode(request.messages)
+        prompt = self.tokenize(request)
         count, limit = len(prompt), request.max_tokens
         guided = request.guidance is not None
-        headroom = _FAST_FORWARD_HEADROOM if guided else 0
-        check_context(count, limit, self.context_length - headroom)
         kind = _Kind(request.guidance, request.temperature, request.seed)
-        with self._borrowed(kind, prompt, count + limit + headroom) as kept:
+        with self._borrowed(kind, prompt, count + limit + _headroom(request)) as kept:
             cached = len(kept.tokens)
             for _ in self._read(kept, prompt):
                 yield Delta("", count, 0, cached)
@@ -160,20 +158,19 @@ class OnnxEngine:
         return OneByOne(self)
 
     def prepare(self, request: GenerationRequest) -> Generator[None]:
-        prompt = self._chat.encode(request.messages, header=False)
-        headroom = 0 if request.guidance is None else _FAST_FORWARD_HEADROOM
-        room = len(prompt) + request.max_tokens + headroom
-        if room > self.context_length:
-            return
+        prompt = self.tokenize(request, header=False)
+        room = len(prompt) + request.max_tokens + _headroom(request)
         kind = _Kind(request.guidance, request.temperature, request.seed)
         with self._borrowed(kind, (), min(room + _ROOM_STEP, self.context_length)) as kept:
             yield from self._read(kept, prompt)
 
     def answer_probabilities(
-        self, messages: Sequence[Message], answers: Sequence[str]
+        self,
+        messages: Sequence[Message],
+        answers: Sequence[str],
+        tokens: Sequence[int] | None = None,
     ) -> dict[str, float]:
-        prompt = self._chat.encode(messages)
-        check_context(len(prompt), 2, self.context_length)
+        prompt = self.tokenize(GenerationRequest(messages, ANSWER_TOKENS, tokens=tokens))
         tree = self._chat.answer_tree(tuple(answers))
         branch = [] if tree.branch is None else [tree.branch]
         # The one that a critique has just been written with, as a rule.
@@ -187,46 +184,24 @@ class OnnxEngine:
         return tree.read(logits[0], logits[1] if branch else None)
 
     def next_token(self, messages: Sequence[Message]) -> tuple[list[int], npt.NDArray[np.float64]]:
-        prompt = self._chat.encode(messages)
-        check_context(len(prompt), 1, self.context_length)
+        prompt = self.tokenize(GenerationRequest(messages, 1))
         with self._borrowed(_Kind(), prompt, len(prompt) + 1) as kept:
             for _ in self._read(kept, prompt):
                 pass
             return prompt, softmax(kept.cache.generator.get_logits().reshape(-1))
 
-    def use_adapter(self, folder: Path) -> None:
-        from llm_sidecar.engines.lora_graph import ADAPTER_FILE, check_adapter
-
-        if self._projections is None:
-            raise AdapterRejected("the model is loaded without room for one")
-        file = folder / ADAPTER_FILE
-        if not file.is_file():
-            raise AdapterRejected(
-                f"it holds no {ADAPTER_FILE}; make one with python -m llm_sidecar.loader adapter"
-            )
-        check_adapter(file, self._projections)
-        self._adapters_taken += 1
-        name = f"{folder.name} {self._adapters_taken}"
-        self._adapters.load(str(file), name)
-        former, kept = self._adapter, self._prefixes
-        self._adapter, self._prefixes = name, Prefixes(self._new_cache)
-        unused = former
-        if (reason := self._refusal()) is not None:
-            self._adapter, self._prefixes, unused = former, kept, name
-        # What was read with it goes first: an adapter in use cannot be unloaded.
-        del kept
-        if unused is not None:
-            self._adapters.unload(unused)
-        if reason is not None:
-            raise AdapterRejected(reason)
-
-    def _refusal(self) -> str | None:
-        """Why the model does not answer a probe, or None where it does."""
+    def _load_adapter(self, file: Path) -> None:
+        """Takes an adapter into use, and makes sure that the model answers with it."""
+        self._adapters = og.Adapters(self.model)
         try:
+            self._adapters.load(str(file), _ADAPTER)
             _, probabilities = self.next_token(PROBE)
         except Exception as error:  # noqa: BLE001 - the runtime raises bare ones
-            return f"the model does not run with it: {type(error).__name__}"
-        return None if np.isfinite(probabilities).all() else "the model answers with no numbers"
+            raise AdapterRejected(
+                f"the model does not run with it: {type(error).__name__}"
+            ) from None
+        if not np.isfinite(probabilities).all():
+            raise AdapterRejected("the model answers with no numbers")
 
     def _borrowed(
         self, kind: _Kind, prompt: Sequence[int], room: int
@@ -252,9 +227,13 @@ class OnnxEngine:
         if kind.guidance is not None:
             params.set_guidance("json_schema", kind.guidance, True)
         generator = og.Generator(self.model, params)
-        if self._adapter is not None:
-            generator.set_active_adapter(self._adapters, self._adapter)
+        if self._adapters is not None:
+            generator.set_active_adapter(self._adapters, _ADAPTER)
         return _Cache(generator, room)
+
+
+def _headroom(request: GenerationRequest) -> int:
+    return 0 if request.guidance is None else _FAST_FORWARD_HEADROOM
 
 
 def _sampling(kind: _Kind) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import mmap
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,19 +21,22 @@ import numpy.typing as npt
 import onnxruntime
 
 from llm_sidecar.engines.base import (
+    ANSWER_TOKENS,
     Delta,
     GenerationRequest,
     Message,
-    check_context,
     prefill_steps,
     softmax,
 )
 from llm_sidecar.engines.batches import MOST, Batches, stream_alone
-from llm_sidecar.engines.chat import ChatTokenizer
+from llm_sidecar.engines.chat import ChatTokenizer, end_tokens
 from llm_sidecar.engines.generation import Generation, Logits
 from llm_sidecar.engines.prefixes import Kept, Prefixes, shared_prefix
-from llm_sidecar.errors import AdapterRejected, ModelUnavailable
+from llm_sidecar.errors import ModelUnavailable
+from llm_sidecar.resident import trim_heap
 
+_LONG_PROMPT: Final = 1024
+"""Tokens of a prompt whose scratch memory is worth giving back."""
 _SIZE_STEP: Final = 128
 """Tokens by which memory for states grows."""
 _INPUTS: Final = {"input_ids", "attention_mask", "position_ids"}
@@ -43,9 +48,14 @@ _ARCHITECTURES: Final = {"llama", "mistral", "qwen2", "qwen3"}
 class States:
     """Attention states of some rows, each of a length of its own.
 
+    Each array is an anonymous mapping of its own. Pages that no token was written to take no
+    memory, and the system has the rest back as soon as the array is dropped; the C library's heap
+    would keep it.
+
     Attributes:
-        room: greatest number of tokens of a row; they take as much memory as they need.
-        size: tokens for which there is memory.
+        room: greatest number of tokens of a row: no bound here, the arrays grow.
+        rows: rows of the arrays.
+        size: tokens of each row that the arrays have space for.
         arrays: keys and values of each layer, (rows, heads, size, width).
         lengths: tokens that each row has.
     """
@@ -54,13 +64,12 @@ class States:
     rewinds = True
 
     def __init__(self, model: OrtModel, rows: int, size: int) -> None:
-        """No tokens in any row."""
+        """No tokens in any row; `size` is rounded up."""
         self._model = model
-        self.size = -(-size // _SIZE_STEP) * _SIZE_STEP
-        self.arrays = [
-            np.zeros((rows, model.heads, self.size, model.width), model.dtype)
-            for _ in range(model.arrays)
-        ]
+        self.rows = rows
+        self.size = _rounded(size)
+        shape = (rows, model.heads, self.size, model.width)
+        self.arrays = [_mapped(shape, model.dtype) for _ in range(model.arrays)]
         self.lengths = [0] * rows
 
     def rewind(self, length: int) -> None:
@@ -68,19 +77,45 @@ class States:
         self.lengths = [length]
 
     def reserve(self, rows: int, size: int) -> None:
-        """Makes sure that there is memory for so many rows and tokens."""
-        if rows <= len(self.lengths) and size <= self.size:
-            return
-        larger = States(self._model, max(rows, len(self.lengths)), max(size, self.size))
-        for row, length in enumerate(self.lengths):
-            larger.copy(row, self, row, length)
-        self.size, self.arrays, self.lengths = larger.size, larger.arrays, larger.lengths
+        """Grows to at least so many rows and tokens."""
+        if rows > self.rows or size > self.size:
+            self._resize(max(rows, self.rows), max(size, self.size))
+
+    def fit(self, rows: int, size: int) -> None:
+        """Grows to so many rows and tokens, and shrinks where less than half of either is needed.
+
+        Half, so that memory is not copied each time that a request differs from the one before.
+        """
+        size = max(size, *self.lengths, 1)
+        grows = rows > self.rows or size > self.size
+        if grows or 2 * rows < self.rows or 2 * _rounded(size) < self.size:
+            self._resize(rows, size)
+
+    def _resize(self, rows: int, size: int) -> None:
+        resized = States(self._model, rows, size)
+        for row, length in enumerate(self.lengths[:rows]):
+            resized.copy(row, self, row, length)
+        self.rows, self.size = resized.rows, resized.size
+        self.arrays, self.lengths = resized.arrays, resized.lengths
 
     def copy(self, row: int, source: States, source_row: int, length: int) -> None:
         """Makes a row of the first tokens of another."""
         for array, other in zip(self.arrays, source.arrays, strict=True):
             array[row, :, :length] = other[source_row, :, :length]
         self.lengths[row] = length
+
+
+def _rounded(size: int) -> int:
+    return -(-size // _SIZE_STEP) * _SIZE_STEP
+
+
+def _mapped(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """An array of zeros in an anonymous mapping."""
+    count = math.prod(shape)
+    # A mapping has at least one byte.
+    size = max(1, count * np.dtype(dtype).itemsize)
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
 class OrtModel:
@@ -121,6 +156,9 @@ class OrtModel:
         self.arrays = len(self._names)
         self.heads, self.width = decoder["num_key_value_heads"], decoder["head_size"]
         self._takes_positions = "position_ids" in inputs
+        # The scratch memory of a long prefill is many times that of a decode step.
+        self._shrinking = onnxruntime.RunOptions()
+        self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def run(self, ids: npt.NDArray[np.int64], states: States, rows: int) -> Any:
         """Reads tokens, which the states of the first `rows` take in.
@@ -146,14 +184,16 @@ class OrtModel:
             binding.bind_input(past, "cpu", 0, self.dtype, shape, array.ctypes.data)
             binding.bind_output(present, "cpu", 0, self.dtype, shape, array.ctypes.data)
         binding.bind_output("logits", "cpu")
-        self.session.run_with_iobinding(binding)
+        self.session.run_with_iobinding(binding, self._shrinking if tokens > 1 else None)
         states.lengths[:rows] = [length + tokens for length in states.lengths[:rows]]
         return binding.get_outputs()[-1]
 
 
 class OrtRows:
-    """Rows side by side; who leaves gives its place to the last, so that none is computed for
-    nobody."""
+    """Rows side by side in one batch.
+
+    A row that leaves is replaced by the last one, so that no computation goes to an empty row.
+    """
 
     def __init__(self, model: OrtModel) -> None:
         """No rows."""
@@ -161,13 +201,13 @@ class OrtRows:
         self._numbers: list[int] = []
         self._states = States(model, 0, 0)
 
-    def clear(self) -> None:
-        """Lets go of all; their memory is for the next ones."""
-        self._numbers.clear()
-        self._states.lengths = [0] * len(self._states.lengths)
+    def settle(self, caches: Mapping[int, States], size: int) -> None:
+        """Drops the rows that are not among `caches`, and adds those that are new.
 
-    def settle(self, caches: Mapping[int, States]) -> None:
-        """Lets go of those that are not among `caches`, and takes in those that are new."""
+        Args:
+            caches: of all rows, by number.
+            size: tokens of the longest row, its completion included.
+        """
         states = self._states
         for number in [number for number in self._numbers if number not in caches]:
             row = self._numbers.index(number)
@@ -175,9 +215,10 @@ class OrtRows:
             if last != number:
                 self._numbers[row] = last
                 states.copy(row, states, len(self._numbers), states.lengths[len(self._numbers)])
-        # Twice as many each time: joined one by one, none is copied more than three times.
+        states.lengths[len(self._numbers) :] = [0] * (states.rows - len(self._numbers))
+        # Capacity doubles: joined one by one, no row is copied more than three times.
         rows = next(rows for rows in (2, 4, MOST) if rows >= len(caches))
-        states.reserve(rows, max(cache.size for cache in caches.values()))
+        states.fit(rows, size)
         for number, cache in caches.items():
             if number not in self._numbers:
                 states.copy(len(self._numbers), cache, 0, cache.lengths[0])
@@ -210,14 +251,15 @@ class OrtEngine:
         written = json.loads((folder / "genai_config.json").read_bytes())["model"]
         self.context_length = int(written["context_length"])
         self.model = OrtModel(folder, written["decoder"], threads)
-        self._chat = ChatTokenizer(folder)
+        self._chat = ChatTokenizer.from_folder(folder, end_tokens(written))
         self.tokenizer = self._chat.tokenizer
         self._prefixes: Prefixes[None, States] = Prefixes(
             lambda kind, room: States(self.model, 1, 0)
         )
         self._in_use: list[Kept[States]] = []
-        # Its memory is kept from one batch to the next: to have it anew takes longer than to read.
-        self._rows = OrtRows(self.model)
+
+    def tokenize(self, request: GenerationRequest, header: bool = True) -> list[int]:
+        return self._chat.prompt(request, self.context_length, header)
 
     def stream(self, request: GenerationRequest) -> Generator[Delta]:
         return stream_alone(self, request)
@@ -229,8 +271,7 @@ class OrtEngine:
         """See `BatchingEngine`."""
         if request.guidance is not None:
             raise ValueError("this engine writes without guidance")
-        prompt = self._chat.encode(request.messages)
-        check_context(len(prompt), request.max_tokens, self.context_length)
+        prompt = self.tokenize(request)
         return Generation(request, prompt, decode=self._chat.decoder(), ends=self._chat.ends)
 
     @contextlib.contextmanager
@@ -243,11 +284,13 @@ class OrtEngine:
                 yield kept
             finally:
                 self._in_use.remove(kept)
+                if len(generation.prompt) > _LONG_PROMPT:
+                    trim_heap()
 
     def reading(self, generation: Generation, kept: Kept[States]) -> Iterator[None]:
         """See `BatchingEngine`."""
         prompt = generation.prompt[:-1]
-        kept.cache.reserve(1, len(generation.prompt) + generation.limit)
+        kept.cache.fit(1, len(generation.prompt) + generation.limit)
         self._take_over(kept, prompt)
         generation.cached = len(kept.tokens)
         yield from self._read(kept, prompt)
@@ -273,34 +316,29 @@ class OrtEngine:
         logits: Logits = self._run(tokens, cache).numpy()[0, -keep:]
         return logits.astype(np.float32, copy=False)
 
-    def joined(self, caches: Mapping[int, States], former: OrtRows | None) -> OrtRows:
+    def joined(self, caches: Mapping[int, States], size: int, former: OrtRows | None) -> OrtRows:
         """See `BatchingEngine`."""
-        if former is None:
-            self._rows.clear()
-        self._rows.settle(caches)
-        return self._rows
+        rows = former or OrtRows(self.model)
+        rows.settle(caches, size)
+        return rows
 
     def prepare(self, request: GenerationRequest) -> Generator[None]:
-        prompt = self._chat.encode(request.messages, header=False)
-        if len(prompt) + request.max_tokens > self.context_length:
-            return
+        prompt = self.tokenize(request, header=False)
         with self._prefixes.borrowed(None, (), 0) as kept:
             yield from self._read(kept, prompt)
 
-    def use_adapter(self, folder: Path) -> None:
-        raise AdapterRejected("the model is loaded without room for one")
-
     def next_token(self, messages: Sequence[Message]) -> tuple[list[int], npt.NDArray[np.float64]]:
-        prompt = self._chat.encode(messages)
-        check_context(len(prompt), 1, self.context_length)
+        prompt = self.tokenize(GenerationRequest(messages, 1))
         with self._prefixes.borrowed(None, prompt, 0) as kept:
             return prompt, softmax(self._last(kept, prompt)[-1])
 
     def answer_probabilities(
-        self, messages: Sequence[Message], answers: Sequence[str]
+        self,
+        messages: Sequence[Message],
+        answers: Sequence[str],
+        tokens: Sequence[int] | None = None,
     ) -> dict[str, float]:
-        prompt = self._chat.encode(messages)
-        check_context(len(prompt), 2, self.context_length)
+        prompt = self.tokenize(GenerationRequest(messages, ANSWER_TOKENS, tokens=tokens))
         tree = self._chat.answer_tree(tuple(answers))
         branch = [] if tree.branch is None else [tree.branch]
         # The one that a critique has just been written with, as a rule.

@@ -13,6 +13,8 @@ CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 """PEFT's other formats are pickles."""
 
+_MOST_CONFIG: Final = 1 << 20
+"""Bytes of a configuration; PEFT writes a few thousand."""
 _MATRIX: Final = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")
 _PLAIN_BEGINNINGS: Final = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 """`init_lora_weights` with which the matrices belong to the model as it is; with all others, such
@@ -26,6 +28,12 @@ _UNKNOWN: Final = (
     "alora_invocation_tokens",
     "trainable_token_indices",
     "target_parameters",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "megatron_config",
 )
 """Settings with which an adapter does otherwise than adding the product of two matrices."""
 
@@ -39,9 +47,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise AdapterRejected(f"it holds no {name}")
+    if (folder / CONFIG_FILE).stat().st_size > _MOST_CONFIG:
+        raise AdapterRejected(f"its {CONFIG_FILE} is larger than {_MOST_CONFIG >> 20} MB")
     try:
         config = json.loads((folder / CONFIG_FILE).read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise AdapterRejected(f"its {CONFIG_FILE} is no JSON") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise AdapterRejected(f"its {CONFIG_FILE} is not that of a LoRA adapter")

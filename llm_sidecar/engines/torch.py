@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 # Nothing here is compiled, yet loading a model makes this folder where none is named.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
@@ -19,27 +19,29 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
-from tokenizers.decoders import DecodeStream
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_sidecar.engines.base import (
+    ANSWER_TOKENS,
     PROBE,
-    AnswerTree,
     Delta,
     GenerationRequest,
     Message,
-    SpecialTokens,
-    check_context,
     one_line,
     prefill_steps,
     softmax,
 )
 from llm_sidecar.engines.batches import Batches, stream_alone
+from llm_sidecar.engines.chat import TOKENIZER_FILE, ChatTokenizer
+from llm_sidecar.engines.chat_template import read_template
 from llm_sidecar.engines.generation import Generation, Logits
 from llm_sidecar.engines.peft_files import WEIGHTS_FILE, matrix_of, read_config
 from llm_sidecar.engines.prefixes import Kept, Prefixes
 from llm_sidecar.engines.torch_rows import TorchRows, empty_cache, most_together
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable
+
+_ADAPTER: Final = "default"
+"""What PEFT calls the one that is loaded."""
 
 
 class _Cache:
@@ -61,23 +63,6 @@ class _Cache:
     def rewind(self, length: int) -> None:
         """Forgets all but the first tokens."""
         self.states.crop(length - self.states.get_seq_length())
-
-
-class TextDecoder:
-    """The text that each token adds to those before it."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        """Args: tokenizer: of the tokenizers package."""
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-
-    def __call__(self, token: int) -> str:
-        try:
-            return self._stream.step(self._tokenizer, token) or ""
-        except Exception:  # noqa: BLE001 - the package raises bare ones
-            # A decoder that joins bytes fails on some that are no text, and is of no use any more.
-            self._stream = DecodeStream(skip_special_tokens=True)
-            return "\N{REPLACEMENT CHARACTER}"
 
 
 class TorchEngine:
@@ -102,18 +87,15 @@ class TorchEngine:
             adapter: folder of a PEFT LoRA adapter, in safetensors.
 
         Raises:
-            ModelUnavailable: `cuda` is asked for and torch has none, or there is no chat template.
+            ModelUnavailable: `cuda` is asked for and torch has none, or the tokenizer or its chat
+                template is missing or broken.
             AdapterRejected: says why the adapter does not fit.
         """
         if device == "cuda" and not torch.cuda.is_available():
             raise ModelUnavailable("DEVICE=cuda, but torch finds no CUDA here; set DEVICE=cpu")
         self.device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
         torch.set_num_threads(threads)
-        self.tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        if not self.tokenizer.chat_template:
-            raise ModelUnavailable("the model's tokenizer has no chat template; add one to it")
+        self.tokenizer = _load_tokenizer(folder)
         self.model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32 if self.device == "cpu" else "auto",
@@ -124,15 +106,16 @@ class TorchEngine:
         self.model.eval()
         self.context_length = int(self.model.config.max_position_embeddings)
         self.most_together = most_together(self.model.config)
-        self._eos = self._end_tokens()
-        self._special = SpecialTokens(folder)
+        self._chat = self._chat_tokenizer(folder)
         self._guidance_tokenizer: Any = None
-        self._answer_trees: dict[tuple[str, ...], AnswerTree] = {}
-        self._prefixes = self._no_prefixes()
-        self._adapter: str | None = None
-        self._adapters_taken = 0
+        self._prefixes: Prefixes[None, _Cache] = Prefixes(
+            lambda kind, room: _Cache(self.model.config)
+        )
         if adapter is not None:
-            self.use_adapter(adapter)
+            self._load_adapter(adapter)
+
+    def tokenize(self, request: GenerationRequest, header: bool = True) -> list[int]:
+        return self._chat.prompt(request, self.context_length, header)
 
     def stream(self, request: GenerationRequest) -> Generator[Delta]:
         return stream_alone(self, request)
@@ -142,13 +125,12 @@ class TorchEngine:
 
     def begin(self, request: GenerationRequest) -> Generation:
         """See `BatchingEngine`."""
-        prompt = self._encode(request.messages)
-        check_context(len(prompt), request.max_tokens, self.context_length)
+        prompt = self.tokenize(request)
         return Generation(
             request,
             prompt,
-            decode=TextDecoder(self.tokenizer.backend_tokenizer),
-            ends=self._eos,
+            decode=self._chat.decoder(),
+            ends=self._chat.ends,
             matcher=self._matcher(request.guidance),
         )
 
@@ -160,20 +142,18 @@ class TorchEngine:
             yield kept
 
     def prepare(self, request: GenerationRequest) -> Generator[None]:
-        prompt = self._tokens(
-            self._template(self._special.neutralise(request.messages), header=False)
-        )
-        if len(prompt) + request.max_tokens > self.context_length:
-            return
+        prompt = self.tokenize(request, header=False)
         with self._prefixes.borrowed(None, (), len(prompt)) as kept:
             yield from self._read(kept, prompt)
 
     def answer_probabilities(
-        self, messages: Sequence[Message], answers: Sequence[str]
+        self,
+        messages: Sequence[Message],
+        answers: Sequence[str],
+        tokens: Sequence[int] | None = None,
     ) -> dict[str, float]:
-        prompt = self._encode(messages)
-        check_context(len(prompt), 2, self.context_length)
-        tree = self._answer_tree(tuple(answers))
+        prompt = self.tokenize(GenerationRequest(messages, ANSWER_TOKENS, tokens=tokens))
+        tree = self._chat.answer_tree(tuple(answers))
         branch = [] if tree.branch is None else [tree.branch]
         with self._prefixes.borrowed(None, prompt, len(prompt) + 2) as kept:
             rest = prompt[len(kept.tokens) :] + branch
@@ -182,8 +162,7 @@ class TorchEngine:
         return tree.read(logits[0], logits[1] if branch else None)
 
     def next_token(self, messages: Sequence[Message]) -> tuple[list[int], npt.NDArray[np.float64]]:
-        prompt = self._encode(messages)
-        check_context(len(prompt), 1, self.context_length)
+        prompt = self.tokenize(GenerationRequest(messages, 1))
         with self._prefixes.borrowed(None, prompt, len(prompt)) as kept:
             logits = self.forward(prompt[len(kept.tokens) :], kept.cache)[-1]
             kept.tokens = list(prompt)
@@ -200,44 +179,34 @@ class TorchEngine:
             kept.tokens += prompt[start:stop]
             yield
 
-    def use_adapter(self, folder: Path) -> None:
+    def _load_adapter(self, folder: Path) -> None:
         stored = self._stored(folder)
-        self._adapters_taken += 1
-        name = f"adapter{self._adapters_taken}"
-        former, kept = self._adapter, self._prefixes
         try:
-            self.model.load_adapter(str(folder), adapter_name=name)
-            self.model.set_adapter(name)
-            self._prefixes = self._no_prefixes()
-            self._check_adapter(stored, name)
-        except Exception as error:
-            if name in getattr(self.model, "peft_config", {}):
-                self.model.delete_adapter(name)
-            if former is not None:
-                self.model.set_adapter(former)
-            self._prefixes = kept
-            if isinstance(error, AdapterRejected):
-                raise
+            self.model.load_adapter(str(folder), adapter_name=_ADAPTER)
+            self.model.set_adapter(_ADAPTER)
+            self._check_adapter(stored)
+        except AdapterRejected:
+            raise
+        except Exception as error:  # noqa: BLE001 - transformers and PEFT raise bare ones
             raise AdapterRejected(f"it does not fit the model: {one_line(error)}") from None
-        if former is not None:
-            self.model.delete_adapter(former)
-        self._adapter = name
 
     def _stored(self, folder: Path) -> set[tuple[str, str]]:
         """The matrices in an adapter's files; what is not one would be written over the model."""
         read_config(folder)
+        if (folder / WEIGHTS_FILE).stat().st_size > self.model.get_memory_footprint():
+            raise AdapterRejected(f"its {WEIGHTS_FILE} is larger than the model")
         try:
             with safe_open(folder / WEIGHTS_FILE, "np") as file:
                 return {matrix_of(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
         except SafetensorError as error:
             raise AdapterRejected(f"its {WEIGHTS_FILE} cannot be read: {error}") from None
 
-    def _check_adapter(self, stored: set[tuple[str, str]], name: str) -> None:
+    def _check_adapter(self, stored: set[tuple[str, str]]) -> None:
         """Makes sure that all of the adapter has a place in the model, and that it answers."""
         placed = {
-            matrix_of(key.replace(f".{name}.", "."))
+            matrix_of(key.replace(f".{_ADAPTER}.", "."))
             for key in self.model.state_dict()
-            if f".{name}." in key
+            if f".{_ADAPTER}." in key
         }
         if stored != placed:
             module, half = min(stored ^ placed)
@@ -245,9 +214,6 @@ class TorchEngine:
         _, probabilities = self.next_token(PROBE)
         if not np.isfinite(probabilities).all():
             raise AdapterRejected("the model answers with no numbers")
-
-    def _no_prefixes(self) -> Prefixes[None, _Cache]:
-        return Prefixes(lambda kind, room: _Cache(self.model.config))
 
     def forward(self, tokens: Sequence[int], cache: _Cache, keep: int = 1) -> Logits:
         """See `BatchingEngine`."""
@@ -259,7 +225,9 @@ class TorchEngine:
         logits: Logits = out.logits[0].float().cpu().numpy()
         return logits
 
-    def joined(self, caches: Mapping[int, _Cache], former: TorchRows | None) -> TorchRows:
+    def joined(
+        self, caches: Mapping[int, _Cache], size: int, former: TorchRows | None
+    ) -> TorchRows:
         """See `BatchingEngine`."""
         states = {number: cache.states for number, cache in caches.items()}
         return TorchRows(self.model, states, former)
@@ -275,30 +243,44 @@ class TorchEngine:
             raise ValueError(f"the guidance schema is refused: {matcher.get_error()}")
         return matcher
 
-    def _encode(self, messages: Sequence[Message]) -> list[int]:
-        text = self._template(self._special.neutralise(messages))
-        return self._tokens(text)
-
-    def _template(self, messages: Sequence[Message], header: bool = True) -> str:
-        text: str = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=header
+    def _chat_tokenizer(self, folder: Path) -> ChatTokenizer:
+        template = self.tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        return ChatTokenizer(
+            self.tokenizer.backend_tokenizer,
+            read_template(folder) if template is None else template,
+            self.tokenizer.special_tokens_map,
+            self._end_tokens(),
         )
-        return text
-
-    def _tokens(self, text: str) -> list[int]:
-        tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        return tokens
-
-    def _answer_tree(self, answers: tuple[str, ...]) -> AnswerTree:
-        if answers not in self._answer_trees:
-            turn = [{"role": "user", "content": "?"}]
-            header = self._template(turn)[len(self._template(turn, header=False)) :]
-            skip = len(self._tokens(header))
-            encoded = {answer: self._tokens(header + answer)[skip:] for answer in answers}
-            self._answer_trees[answers] = AnswerTree(encoded)
-        return self._answer_trees[answers]
 
     def _end_tokens(self) -> frozenset[int]:
         configured = self.model.generation_config.eos_token_id
         tokens = configured if isinstance(configured, list) else [configured]
         return frozenset(t for t in (*tokens, self.tokenizer.eos_token_id) if t is not None)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    """What transformers makes of a folder, also of one with an older format than tokenizer.json.
+
+    Raises:
+        ModelUnavailable: there is no tokenizer that the `tokenizers` package can run.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # noqa: BLE001 - transformers raises bare ones
+        reason = one_line(error)
+    else:
+        # Of no files at all transformers makes a tokenizer that knows no word.
+        files = tokenizer.vocab_files_names.values()
+        if not any((folder / name).is_file() for name in files):
+            reason = f"it holds none of {', '.join(sorted(files))}"
+        elif not hasattr(tokenizer, "backend_tokenizer"):
+            reason = f"{type(tokenizer).__name__} has no form as {TOKENIZER_FILE}"
+        else:
+            return tokenizer
+    raise ModelUnavailable(
+        f"{folder} has no usable tokenizer; add the model's {TOKENIZER_FILE} ({reason})"
+    )

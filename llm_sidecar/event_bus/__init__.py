@@ -62,6 +62,7 @@ class EventBus:
         self._running: list[asyncio.Task[None]] = []
         self._handlers: dict[asyncio.Task[None], asyncio.Queue[str]] = {}
         self._handler_errors = 0
+        self._refused_messages = 0
         self._closed = False
 
     async def connect(self) -> None:
@@ -141,6 +142,16 @@ class EventBus:
         """Put nothing more into the queue; one that is not registered is no error."""
         self._subscriber.discard(channel, queue)
 
+    def refuse(self, event_type: str, reason: str) -> None:
+        """Count and log a message that whoever listens cannot take.
+
+        Args:
+            event_type: its channel.
+            reason: what is wrong with it, without a word of it.
+        """
+        self._refused_messages += 1
+        log.error("a message on %s is refused: %s", event_type, reason)
+
     async def close(self) -> None:
         """Let handlers finish what they have within a few seconds, then leave nothing behind."""
         if self._closed:
@@ -179,6 +190,7 @@ class EventBus:
             "waiting": self._publisher.waiting,
             "unpublished": self._publisher.lost,
             "handler_errors": self._handler_errors,
+            "refused": self._refused_messages,
             "dropped": self._subscriber.dropped,
         }
 

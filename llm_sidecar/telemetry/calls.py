@@ -46,7 +46,7 @@ class ModelCall:
         prompt_tokens, completion_tokens: as far as it got.
         cached_tokens: of the prompt's, that were read for an earlier one.
         steps: (seconds, tokens) of each message after the first token.
-        finish_reason: `stop` or `length`.
+        finish_reason: `stop`, `length`, or `deadline` for text that the deadline cut.
         error: the name of its class in `llm_sidecar.errors`, `CANCELLED` or `UNEXPECTED`; None for
             one that was answered.
         context: of the request, for those who hear of the call outside of it.
@@ -77,7 +77,7 @@ class ModelCall:
         """
         now = message.get("at", time.monotonic())
         if message["op"] == "begun":
-            self.begun, self.adapter = now, message["adapter"]
+            self.begun = now
         elif "completion_tokens" in message:
             self._note_tokens(now, message)
 

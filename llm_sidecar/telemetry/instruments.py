@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from llm_sidecar.settings import Settings
 from llm_sidecar.telemetry.calls import ModelCall, WorkerDeath
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 UNOBSERVED = ("/health", "/metrics", "/debug/prof")
 """How paths begin whose requests are neither traced nor profiled: a probe a second hides the
 rest."""
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+def known_method(method: str) -> str:
+    """An HTTP method as telemetry shows it: `other` for one of a client's invention."""
+    return method if method in _METHODS else "other"
 
 
 class Instrument:

@@ -13,7 +13,7 @@ prometheus-fastapi-instrumentator. Every label value comes from a fixed set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from prometheus_client import (
@@ -25,7 +25,9 @@ from prometheus_client import (
     exposition,
 )
 
+from llm_sidecar.grounding import FIELDS
 from llm_sidecar.telemetry.calls import CANCELLED, UNEXPECTED, CallObserver, ModelCall
+from llm_sidecar.telemetry.instruments import known_method
 from llm_sidecar.telemetry.parts import PartsCollector
 
 CONTENT_TYPE: Final = exposition.CONTENT_TYPE_PLAIN_0_0_4
@@ -42,7 +44,7 @@ SCORES: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 MODELS: Final = ("phi3", "hermes")
 SCORE: Final = "score"
 """The finish reason of a call that generates nothing but the probabilities of a score."""
-_FINISH_REASONS: Final = ("stop", "length", SCORE)
+_FINISH_REASONS: Final = ("stop", "length", "deadline", SCORE)
 _ERRORS: Final = (
     "QueueFull",
     "ModelUnavailable",
@@ -52,7 +54,8 @@ _ERRORS: Final = (
     UNEXPECTED,
 )
 _ACTIONS: Final = ("adjust", "pass", "abort")
-_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_LOSABLE_TABLES: Final = ("orchestrator_runs", "hermes_scores", "proposals")
+"""Feedback that cannot be stored is refused instead."""
 
 
 class MetricsSink(CallObserver, Protocol):
@@ -62,12 +65,16 @@ class MetricsSink(CallObserver, Protocol):
         """Takes what `Sidecar.health` returns as the state of the parts from now on."""
         ...
 
-    def proposed(self, action: str) -> None:
-        """A valid proposal was made."""
+    def proposed(self, action: str, ungrounded: Sequence[str]) -> None:
+        """A valid proposal was made, with these fields not grounded in its context."""
         ...
 
     def scored(self, score: float) -> None:
         """Hermes has scored a proposal, in [0, 1]."""
+        ...
+
+    def row_lost(self, table: str) -> None:
+        """A row of a run, a proposal or a score could not be stored."""
         ...
 
 
@@ -77,10 +84,13 @@ class NoMetrics:
     def watch(self, health: Callable[[], Mapping[str, Any]]) -> None:
         """Asks nothing."""
 
-    def proposed(self, action: str) -> None:
+    def proposed(self, action: str, ungrounded: Sequence[str]) -> None:
         """Counts nothing."""
 
     def scored(self, score: float) -> None:
+        """Counts nothing."""
+
+    def row_lost(self, table: str) -> None:
         """Counts nothing."""
 
     def call_started(self, call: ModelCall) -> None:
@@ -102,6 +112,7 @@ class Metrics:
         self._registry.register(self._parts)
         self._define_calls()
         self._define_proposals()
+        self._define_rows()
         self._define_http()
 
     def watch(self, health: Callable[[], Mapping[str, Any]]) -> None:
@@ -112,13 +123,19 @@ class Metrics:
         """Everything in Prometheus' text format, version 0.0.4."""
         return exposition.generate_latest(self._registry)
 
-    def proposed(self, action: str) -> None:
-        """A valid proposal was made."""
+    def proposed(self, action: str, ungrounded: Sequence[str]) -> None:
+        """A valid proposal was made, with these fields not grounded in its context."""
         self._proposals.labels(action).inc()
+        for field in ungrounded:
+            self._ungrounded.labels(field).inc()
 
     def scored(self, score: float) -> None:
         """Hermes has scored a proposal, in [0, 1]."""
         self._scores.observe(score)
+
+    def row_lost(self, table: str) -> None:
+        """A row of a run, a proposal or a score could not be stored."""
+        self._rows_lost.labels(table).inc()
 
     def call_started(self, call: ModelCall) -> None:
         """Nothing: what runs and waits is read from the hosts."""
@@ -151,7 +168,7 @@ class Metrics:
             handler: the route's template, or `none` where the request met no route.
             seconds: until the response began.
         """
-        method = method if method in _METHODS else "other"
+        method = known_method(method)
         self._requests.labels(method, f"{status // 100}xx", handler).inc()
         self._durations.labels(method, handler).observe(seconds)
 
@@ -206,12 +223,30 @@ class Metrics:
         )
         for action in _ACTIONS:
             self._proposals.labels(action)
+        self._ungrounded = Counter(
+            "sidecar_ungrounded_proposals",
+            "Proposals with a field whose ticker or numbers are not in their context.",
+            ["field"],
+            registry=self._registry,
+        )
+        for field in FIELDS:
+            self._ungrounded.labels(field)
         self._scores = Histogram(
             "sidecar_hermes_score",
             "Scores that Hermes gave, from 0 to 1.",
             buckets=SCORES,
             registry=self._registry,
         )
+
+    def _define_rows(self) -> None:
+        self._rows_lost = Counter(
+            "sidecar_database_rows_lost",
+            "Rows of runs, proposals and scores that could not be stored.",
+            ["table"],
+            registry=self._registry,
+        )
+        for table in _LOSABLE_TABLES:
+            self._rows_lost.labels(table)
 
     def _define_http(self) -> None:
         self._requests = Counter(

@@ -21,7 +21,7 @@ import sentry_sdk
 from sentry_sdk.utils import event_from_exception
 
 from llm_sidecar.telemetry.calls import ModelCall, WorkerDeath
-from llm_sidecar.telemetry.instruments import UNOBSERVED, Instrument
+from llm_sidecar.telemetry.instruments import UNOBSERVED, Instrument, known_method
 from llm_sidecar.telemetry.sentry_events import allowed
 
 if TYPE_CHECKING:
@@ -154,13 +154,13 @@ def _transaction(scope: Scope) -> Iterator[None]:
         return
     with (
         sentry_sdk.isolation_scope(),
-        sentry_sdk.start_transaction(op="http.server", name=scope["method"]),
+        sentry_sdk.start_transaction(op="http.server", name=known_method(scope["method"])),
     ):
         try:
             yield
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
-            name = f"{scope['method']} {route}"
+            name = f"{known_method(scope['method'])} {route}"
             sentry_sdk.get_current_scope().set_transaction_name(name, source="route")
 
 

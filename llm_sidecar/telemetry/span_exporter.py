@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 from urllib.parse import urlsplit
 
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
-from opentelemetry.trace import Status
+from opentelemetry.trace import SpanContext, SpanKind, Status
 from opentelemetry.util.types import AttributeValue
 
 log = logging.getLogger(__name__)
@@ -20,8 +20,16 @@ RETRY_AFTER: Final = 5.0
 
 _SDK_LOGGERS: Final = ("opentelemetry.exporter", "opentelemetry.sdk._shared_internal")
 """What writes a line or more for every failed delivery."""
-_TEXTS: Final = frozenset({"exception.message", "exception.stacktrace", "url.query"})
-_URLS: Final = frozenset({"http.url", "http.target", "url.full"})
+_TEXTS: Final = frozenset({"exception.message", "exception.stacktrace"})
+_SENT: Final = frozenset(
+    {
+        *("http.url", "http.target", "url.full", "url.path", "url.query"),
+        *("http.host", "http.server_name", "server.address"),
+        *("http.user_agent", "user_agent.original"),
+    }
+)
+"""What a request's span has of its address and headers, under old and new names of the
+conventions; `http.route` says enough."""
 
 
 class CarefulExporter(SpanExporter):
@@ -63,15 +71,21 @@ class CarefulExporter(SpanExporter):
 
 
 def scrubbed(span: ReadableSpan) -> ReadableSpan:
-    """The span without what might quote a request: queries, and the texts of exceptions."""
+    """The span without what might quote a request: its address and headers, the state that its
+    trace brought along, and the texts of exceptions."""
+    context = span.context
+    if context is not None:
+        context = SpanContext(
+            context.trace_id, context.span_id, context.is_remote, context.trace_flags
+        )
     return ReadableSpan(
         name=span.name,
-        context=span.context,
+        context=context,
         parent=span.parent,
         resource=span.resource,
-        attributes=_scrubbed(span.attributes or {}),
+        attributes=_without(span.attributes, _SENT if span.kind is SpanKind.SERVER else ()),
         events=[
-            Event(event.name, _scrubbed(event.attributes or {}), event.timestamp)
+            Event(event.name, _without(event.attributes, _TEXTS), event.timestamp)
             for event in span.events
         ],
         links=span.links,
@@ -83,9 +97,7 @@ def scrubbed(span: ReadableSpan) -> ReadableSpan:
     )
 
 
-def _scrubbed(attributes: Mapping[str, AttributeValue]) -> dict[str, AttributeValue]:
-    return {
-        name: str(value).partition("?")[0] if name in _URLS else value
-        for name, value in attributes.items()
-        if name not in _TEXTS
-    }
+def _without(
+    attributes: Mapping[str, AttributeValue] | None, names: Collection[str]
+) -> dict[str, AttributeValue]:
+    return {name: value for name, value in (attributes or {}).items() if name not in names}

@@ -24,6 +24,8 @@ import numpy as np
 
 from llm_sidecar.errors import InvalidRequest, VoiceUnavailable
 from llm_sidecar.event_bus import EventBus
+from llm_sidecar.settings import default_max_chars
+from llm_sidecar.text import require_text
 from llm_sidecar.tts import text as texts
 from llm_sidecar.tts import wav as wavs
 from llm_sidecar.tts.reference import check_reference
@@ -71,9 +73,12 @@ class ChatterboxTTS:
             One WAV file, 16-bit PCM, mono, 24 kHz.
 
         Raises:
-            InvalidRequest: nothing to say, a reference that is no WAV, a bad exaggeration.
+            InvalidRequest: no text, or one that is longer than MAX_PROMPT_CHARS; nothing to say, a
+                reference that is no WAV, a bad exaggeration.
             VoiceUnavailable: the package or the weights are missing.
+            SettingsError: MAX_PROMPT_CHARS is not valid.
         """
+        require_text(default_max_chars(), text=text)
         if not texts.speakable(text):
             raise InvalidRequest("the text has nothing to say")
         reference = None if ref_wav is None else await asyncio.to_thread(_reference, ref_wav)
@@ -207,8 +212,10 @@ class _Model:
         try:
             # librosa, which reads it, takes an open file as well as a path.
             self._package.prepare_conditionals(io.BytesIO(reference.wav))
-        except Exception as error:
-            raise InvalidRequest(f"the reference cannot be used: {_line(error)}") from error
+        except Exception as error:  # noqa: BLE001 - the package raises anything
+            # The type only: its message may quote the file.
+            name = type(error).__name__
+            raise InvalidRequest(f"the reference cannot be used: {name}") from None
         return self._package.conds
 
     def speak(self, part: str, speaker: Any, exaggeration: float, stop: threading.Event) -> Wav:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from typing import Annotated, Final
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
+from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter
 
+from llm_sidecar.input_model import InputModel
 from llm_sidecar.tts.reference import MAX_REFERENCE_BYTES
 
 ANNOUNCED: Final = "tts.worker.announced"
@@ -46,8 +47,17 @@ def base64_length(size: int) -> int:
     return -(-size // 3) * 4
 
 
-class _Message(BaseModel):
+LONGEST_ANNOUNCEMENT: Final = 1 << 17
+LONGEST_REQUEST: Final = base64_length(MAX_REFERENCE_BYTES) + 12 * MAX_TEXT + (1 << 12)
+LONGEST_ANSWER: Final = base64_length(MAX_WAV) + (1 << 14)
+"""Characters of a whole message: JSON takes up to twelve for one of text. What is longer is refused
+unread."""
+
+
+class _Message(InputModel):
     model_config = ConfigDict(frozen=True)
+
+    not_text = frozenset({"ref_wav_b64", "wav_b64"})
 
 
 class Announcement(_Message):
@@ -60,7 +70,8 @@ class Announcement(_Message):
     """
 
     worker_id: Id
-    voice: str = Field(max_length=64)
+    # It goes into a header.
+    voice: str = Field(pattern=r"^[!-~]{1,64}$")
     clones: bool
     sample_rate: int | None = None
     waiting: int = Field(ge=0)

@@ -23,10 +23,13 @@ from llm_sidecar.errors import (
 )
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.event_bus.subscriber import cancel
+from llm_sidecar.input_model import summary
 from llm_sidecar.tts import wav as wavs
 from llm_sidecar.tts.messages import (
     ANNOUNCED,
     ANSWER,
+    LONGEST_ANNOUNCEMENT,
+    LONGEST_ANSWER,
     Announcement,
     Answer,
     Cancellation,
@@ -224,7 +227,9 @@ class RemoteVoice:
                     return await answers.get()
             if time.monotonic() >= deadline:
                 raise DeadlineExceeded(
-                    f"the voice did not speak the next part within {self._part_timeout:.0f} s"
+                    f"the voice did not speak the next part within {self._part_timeout:.0f} s; "
+                    "try again later or with less text.",
+                    retry_after=RETRY_AFTER,
                 )
             if time.monotonic() >= self._alive_until(worker_id):
                 raise VoiceUnavailable(
@@ -254,10 +259,13 @@ class RemoteVoice:
     async def _meet(self, payloads: asyncio.Queue[str]) -> None:
         while True:
             payload = await payloads.get()
+            if len(payload) > LONGEST_ANNOUNCEMENT:
+                self._bus.refuse(ANNOUNCED, "it is too long")
+                continue
             try:
                 announcement = Announcement.model_validate_json(payload)
-            except ValidationError:
-                log.error("a message on %s is no announcement", ANNOUNCED)
+            except ValidationError as error:
+                self._bus.refuse(ANNOUNCED, f"it is no announcement: {summary(error)}")
                 continue
             self._note(announcement)
 
@@ -286,10 +294,13 @@ class RemoteVoice:
     async def _hear(self, payloads: asyncio.Queue[str]) -> None:
         while True:
             payload = await payloads.get()
+            if len(payload) > LONGEST_ANSWER:
+                self._bus.refuse(self._replies, "it is too long")
+                continue
             try:
                 answer = await asyncio.to_thread(ANSWER.validate_json, payload)
             except ValidationError:
-                log.error("a message on %s is no answer", self._replies)
+                self._bus.refuse(self._replies, "it is no answer")
                 continue
             answers = self._waiting.get(answer.request_id)
             # Nobody waits for what was cancelled. What finds no room leaves a gap that is noticed.

@@ -112,7 +112,7 @@ class Speaker:
         """Raises QueueFull or VoiceUnavailable where a request would be refused now."""
         self.choose()
         if self._admitted >= self._queue_length:
-            wait = max(1, round(self._admitted * self._recent_seconds))
+            wait = self._retry_after()
             raise QueueFull(f"The speech queue is full; try again in {wait} s.", retry_after=wait)
 
     async def speak(
@@ -131,14 +131,27 @@ class Speaker:
         if not speakable(text):
             raise InvalidRequest("text: there is no letter or digit in it to speak")
         with self._admission():
+            asked, begun = time.monotonic(), None
             try:
                 async with asyncio.timeout(self._timeout), self._slot:
+                    begun = time.monotonic()
                     return await self._speak(text, exaggeration, reference)
             except TimeoutError:
-                raise DeadlineExceeded(
-                    f"The text was not spoken within {self._timeout:g} s; "
-                    "try again later or with less text."
-                ) from None
+                raise self._too_late(asked, begun or time.monotonic()) from None
+
+    def _too_late(self, asked: float, begun: float) -> DeadlineExceeded:
+        """The deadline's error, which names what took the time."""
+        waiting, speaking = begun - asked, time.monotonic() - begun
+        remedy = "try again later" if waiting > speaking else "send less text"
+        return DeadlineExceeded(
+            f"The text was not spoken within {self._timeout:g} s: {waiting:.1f} s waiting, "
+            f"{speaking:.1f} s speaking; {remedy}.",
+            retry_after=self._retry_after(),
+        )
+
+    def _retry_after(self) -> int:
+        """Seconds until the texts that are here now are likely to be spoken."""
+        return max(1, round(self._admitted * self._recent_seconds))
 
     async def _speak(self, text: str, exaggeration: float, reference: Reference | None) -> Spoken:
         # The worker may have come or gone since the request was admitted.

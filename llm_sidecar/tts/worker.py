@@ -20,6 +20,7 @@ from llm_sidecar.tts import wav as wavs
 from llm_sidecar.tts.messages import (
     ANNOUNCED,
     INCOMING,
+    LONGEST_REQUEST,
     Announcement,
     Answer,
     Cancellation,
@@ -121,6 +122,9 @@ class SpeechWorker:
     async def _receive(self) -> None:
         while True:
             payload = await self._inbox.get()
+            if len(payload) > LONGEST_REQUEST:
+                self._bus.refuse(requested(self.worker_id), "it is too long")
+                continue
             try:
                 message = INCOMING.validate_json(payload)
             except ValidationError as error:
@@ -140,7 +144,7 @@ class SpeechWorker:
         try:
             request = ReplyTo.model_validate_json(payload)
         except ValidationError:
-            log.error("a message that is no request: %s", first["msg"])
+            self._bus.refuse(requested(self.worker_id), f"it is no request: {first['msg']}")
             return
         await self._fail(request, InvalidRequest(f"{first['loc'][-1]}: {first['msg']}"))
 

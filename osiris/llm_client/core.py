@@ -99,13 +99,18 @@ class Core:
         return error, wait if again else None
 
     def _http_error(self, request: httpx.Request, reply: httpx.Response) -> LLMClientHTTPError:
+        transaction_id = None
         try:
-            detail = reply.json()["detail"]
+            body = reply.json()
+            detail = body["detail"]
+            transaction_id = body.get("transaction_id")
         except (ValueError, KeyError, TypeError):  # not from the sidecar: a proxy's own page
             detail = reply.text
         request_id = reply.headers.get("X-Request-ID", request.headers["X-Request-ID"])
         retry_after = self._seconds(reply.headers.get("Retry-After", ""))
-        return LLMClientHTTPError(reply.status_code, detail, request_id, retry_after)
+        return LLMClientHTTPError(
+            reply.status_code, detail, request_id, retry_after, transaction_id
+        )
 
     def _seconds(self, retry_after: str) -> float | None:
         """Seconds or an HTTP date (RFC 9110, section 10.2.3); None for anything else."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import urllib.parse
 import uuid
 from abc import ABC, abstractmethod
 from datetime import UTC, datetime
@@ -80,7 +81,8 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
             transaction_id: the proposal's.
             feedback_type: `correction`, `rating`, `qualitative_comment` or `human_edit`.
             feedback_content: text or an object.
-            timestamp: when it was said, ISO 8601 if it is text; now unless given.
+            timestamp: when it was said, ISO 8601 if it is text; now unless given. At most five
+                minutes ahead of the sidecar's clock.
             corrected_proposal: the proposal as it should have been.
             schema_version: of the feedback.
         """
@@ -95,6 +97,23 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
             schema_version=schema_version,
         )
         return self._json("POST", "/feedback/phi3/", body)
+
+    def withdraw_feedback(self, feedback_id: str) -> JSONAnswer:
+        """Withdraw feedback, so that it is no few-shot example and no training data any more:
+        `{"message": str, "feedback_id": str}`; error 404 where there is no such feedback.
+
+        Args:
+            feedback_id: as `list_examples` and the events on Redis have it.
+        """
+        return self._json("DELETE", f"/feedback/{urllib.parse.quote(feedback_id, safe='')}")
+
+    def list_examples(self) -> JSONAnswer:
+        """The few-shot examples in use, oldest first.
+
+        Returns:
+            `{"items": [{"transaction_id", "feedback_id", "prompt", "proposal"}], "next": None}`.
+        """
+        return self._json("GET", "/examples/")
 
     def speak(self, text: str, exaggeration: float = 0.5, ref_wav: bytes | None = None) -> Wav:
         """Have a text spoken, in the voice of `ref_wav` (a WAV file's bytes) if given.

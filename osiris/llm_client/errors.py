@@ -21,13 +21,20 @@ class LLMClientHTTPError(LLMClientError):
         detail: the `detail` of the answer, or its text where it has none.
         request_id: the `X-Request-ID` under which the sidecar logged the request.
         retry_after: seconds that the answer asks to wait, or None.
+        transaction_id: of the proposal that was finished before the error and is stored, or None.
     """
 
     def __init__(
-        self, status: int, detail: Any, request_id: str, retry_after: float | None = None
+        self,
+        status: int,
+        detail: Any,
+        request_id: str,
+        retry_after: float | None = None,
+        transaction_id: str | None = None,
     ) -> None:
         super().__init__(f"HTTP {status}: {detail} (request {request_id})")
         self.status = status
         self.detail = detail
         self.request_id = request_id
         self.retry_after = retry_after
+        self.transaction_id = transaction_id

@@ -7,8 +7,22 @@ from fastapi.responses import JSONResponse
 
 from llm_sidecar.errors import InvalidRequest
 from llm_sidecar.proposals import Proposal
-from osiris.http import CurrentSidecar, check_length, endpoint, generation_headers, unless_gone
-from osiris.schemas import GeneratedText, GenerateRequest, ModelId, PromptRequest, TradeAdjustment
+from osiris.http import (
+    CurrentSidecar,
+    check_length,
+    endpoint,
+    generation_headers,
+    stored_header,
+    unless_gone,
+)
+from osiris.schemas import (
+    GeneratedText,
+    GenerateRequest,
+    ModelId,
+    PromptRequest,
+    ProposalErrorBody,
+    TradeAdjustment,
+)
 
 router = APIRouter(tags=["generation"])
 _ERRORS = (413, 422, 429, 503, 504)
@@ -23,9 +37,7 @@ async def generate(
 ) -> JSONResponse:
     """Generates with the model that the body or the query names, Hermes unless one does."""
     if model_id and body.model_id and model_id != body.model_id:
-        raise InvalidRequest(
-            f"model_id: the body says {body.model_id} and the query says {model_id}; send one"
-        )
+        raise InvalidRequest("model_id: the body and the query name different models; send one")
     if "phi3" in (model_id, body.model_id):
         return await generate_phi3(body, request, sidecar)
     return await generate_hermes(body, request, sidecar)
@@ -35,8 +47,12 @@ async def generate(
 async def generate_hermes(
     body: PromptRequest, request: Request, sidecar: CurrentSidecar
 ) -> JSONResponse:
-    """Hermes' answer to a free question."""
-    check_length(sidecar, prompt=body.prompt)
+    """Hermes' answer to a free question.
+
+    At the deadline the text so far is returned, with `X-Finish-Reason: deadline`; 504 where there
+    is none.
+    """
+    check_length(sidecar, body)
     completion = await unless_gone(request, sidecar.generate_hermes(body.prompt, body.max_length))
     return JSONResponse({"generated_text": completion.text}, headers=generation_headers(completion))
 
@@ -45,23 +61,37 @@ async def generate_hermes(
 async def generate_phi3(
     body: PromptRequest, request: Request, sidecar: CurrentSidecar
 ) -> JSONResponse:
-    """A trade proposal, always valid; neither assessed nor stored."""
-    check_length(sidecar, prompt=body.prompt)
-    proposal, completion = await unless_gone(
-        request, sidecar.generate_phi3(body.prompt, body.max_length)
+    """A trade proposal, always valid; neither assessed nor stored.
+
+    `X-Grounded` is `true`, or the fields whose ticker or numbers are not in the prompt.
+    """
+    check_length(sidecar, body)
+    proposed = await unless_gone(request, sidecar.generate_phi3(body.prompt, body.max_length))
+    return JSONResponse(
+        proposed.proposal,
+        headers={**generation_headers(proposed.completion), "X-Grounded": proposed.grounded},
     )
-    return JSONResponse(proposal, headers=generation_headers(completion))
 
 
-@endpoint(router, "POST", "/propose_trade_adjustments/", *_ERRORS, response_model=TradeAdjustment)
+@endpoint(
+    router,
+    "POST",
+    "/propose_trade_adjustments/",
+    *_ERRORS,
+    error_model=ProposalErrorBody,
+    response_model=TradeAdjustment,
+)
 async def propose_trade_adjustments(
     body: PromptRequest, request: Request, sidecar: CurrentSidecar
 ) -> JSONResponse:
     """A trade proposal with Hermes' critique; stored, and told on the event bus.
 
-    The generation headers are those of the proposal; `X-Hermes-Score` is Hermes' score.
+    The generation headers are those of the proposal; `X-Hermes-Score` is Hermes' score, and
+    `X-Grounded` is `true`, or the fields whose ticker or numbers are not in the prompt. Where
+    Hermes fails, a finished proposal is stored, and the error's body has its `transaction_id`.
+    `X-Stored: false` says that a row could not be stored.
     """
-    check_length(sidecar, prompt=body.prompt)
+    check_length(sidecar, body)
     result = await unless_gone(request, sidecar.propose(body.prompt, body.max_length))
     return JSONResponse(
         {
@@ -71,6 +101,8 @@ async def propose_trade_adjustments(
         },
         headers={
             **generation_headers(result.completion),
+            "X-Grounded": result.grounded,
             "X-Hermes-Score": f"{result.score:.6f}",
+            **stored_header(result.stored),
         },
     )

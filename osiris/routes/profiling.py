@@ -8,6 +8,7 @@ from typing import Final
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import HTMLResponse
 
+from llm_sidecar.input_model import Text
 from osiris.http import endpoint
 
 router = APIRouter(tags=["operations"])
@@ -20,7 +21,7 @@ _HEADERS: Final = {"Content-Security-Policy": _CONTENT_SECURITY_POLICY, "Cache-C
 
 
 @endpoint(router, "GET", "/debug/prof", 404, response_class=HTMLResponse)
-async def profile(request: Request, path: str | None = None) -> HTMLResponse:
+async def profile(request: Request, path: Text | None = None) -> HTMLResponse:
     """The profile of the latest request, or of the latest one of a route.
 
     `path` is the route's, such as `/generate/phi3/`.

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
+from fastapi import APIRouter, Request, Response
 
-from fastapi import APIRouter, Request
-
-from osiris.http import CurrentSidecar, check_length, endpoint, unless_gone
+from osiris.http import CurrentSidecar, check_length, endpoint, stored_header, unless_gone
 from osiris.schemas import Score, ScoreRequest
 
 router = APIRouter(tags=["scoring"])
 
 
 @endpoint(router, "POST", "/score/hermes/", 413, 422, 429, 503, 504)
-async def score_hermes(body: ScoreRequest, request: Request, sidecar: CurrentSidecar) -> Score:
-    """Scores a proposal from 0 to 1 and stores the score."""
-    check_length(sidecar, proposal=json.dumps(body.proposal), context=body.context)
-    proposal_id, score = await unless_gone(request, sidecar.score(body.proposal, body.context))
-    return Score(proposal_id=proposal_id, score=score)
+async def score_hermes(
+    body: ScoreRequest, request: Request, response: Response, sidecar: CurrentSidecar
+) -> Score:
+    """Scores a proposal from 0 to 1 and stores the score.
+
+    `X-Stored: false` says that it could not be stored.
+    """
+    check_length(sidecar, body)
+    result = await unless_gone(request, sidecar.score(body.proposal, body.context))
+    response.headers.update(stored_header(result.stored))
+    return Score(proposal_id=result.proposal_id, score=result.score)

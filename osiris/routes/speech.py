@@ -41,7 +41,7 @@ async def speak(body: SpeakRequest, request: Request, sidecar: CurrentSidecar) -
     `X-Voice` names the voice. `X-Voice-Reference: ignored` says that the reference was not used,
     because this voice cannot clone.
     """
-    check_length(sidecar, text=body.text)
+    check_length(sidecar, body)
     spoken = await unless_gone(request, _speak(sidecar, body))
     headers = {"X-Voice": spoken.voice}
     if body.ref_wav_b64 is not None and not spoken.cloned:

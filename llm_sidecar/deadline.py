@@ -1,0 +1,72 @@
+"""The deadline of a request, which all its model calls share, and the error when it passes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Final, Self
+
+from llm_sidecar.errors import DeadlineExceeded, TimeSpent
+from llm_sidecar.telemetry.calls import ModelCall
+
+_NEGLIGIBLE: Final = 0.05
+"""Seconds; less would show as 0.0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """When a request has to be answered.
+
+    Attributes:
+        began: when the request began, of `time.monotonic`.
+        seconds: how long it may take.
+    """
+
+    began: float
+    seconds: float
+
+    @classmethod
+    def after(cls, seconds: float) -> Self:
+        """The deadline of a request that begins now."""
+        return cls(time.monotonic(), seconds)
+
+    def remaining(self) -> float:
+        """Seconds that are left; negative once it has passed."""
+        return self.began + self.seconds - time.monotonic()
+
+    def exceeded(self, call: ModelCall, retry_after: int) -> DeadlineExceeded:
+        """The error of a call that has just missed this deadline; it names what took the time."""
+        spent = self._spent(call)
+        before = ""
+        if spent.before >= _NEGLIGIBLE:
+            before = f"{spent.before:.1f} s before it was asked, "
+        return DeadlineExceeded(
+            f"{call.model} did not answer within {self.seconds:g} s: {before}"
+            f"{spent.waiting:.1f} s waiting, {spent.prompt:.1f} s reading the prompt, "
+            f"{spent.writing:.1f} s writing; {_remedy(spent)}.",
+            retry_after=retry_after,
+            spent=spent,
+        )
+
+    def _spent(self, call: ModelCall) -> TimeSpent:
+        now = time.monotonic()
+        begun = now if call.begun is None else call.begun
+        first_token = now if call.first_token is None else call.first_token
+        return TimeSpent(
+            before=max(0.0, call.queued - self.began),
+            waiting=begun - call.queued,
+            prompt=first_token - begun,
+            writing=now - first_token,
+        )
+
+
+def _remedy(spent: TimeSpent) -> str:
+    """What helps against the longest phase."""
+    longest = max(spent.before, spent.waiting, spent.prompt, spent.writing)
+    if longest == spent.waiting:
+        return "try again later"
+    if longest == spent.prompt:
+        return "shorten the prompt, or raise REQUEST_TIMEOUT_SECONDS"
+    if longest == spent.writing:
+        return "lower max_length if you can, or raise REQUEST_TIMEOUT_SECONDS"
+    return "try again, or raise REQUEST_TIMEOUT_SECONDS"

@@ -1,0 +1,75 @@
+"""Timestamps that callers send: ISO 8601, kept in UTC, at most a little in the future."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from typing import Annotated, Final
+
+from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
+
+_ZONE: Final = r"([Zz]|[+-][0-9]{2}(:?[0-9]{2})?)?"
+_EXTENDED: Final = (
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
+    rf"([Tt ][0-9]{{2}}(:[0-9]{{2}}(:[0-9]{{2}}([.,][0-9]{{1,9}})?)?)?{_ZONE})?"
+)
+_BASIC: Final = rf"[0-9]{{8}}[Tt][0-9]{{2}}([0-9]{{2}}([0-9]{{2}}([.,][0-9]{{1,9}})?)?)?{_ZONE}"
+ISO_8601: Final = rf"^({_EXTENDED}|{_BASIC})$"
+"""A calendar date, with or without a time, in ISO 8601's extended format, or a date and time in its
+basic format. A date in the basic format is digits alone, which may as well count seconds, so it is
+not accepted."""
+_PATTERN: Final = re.compile(ISO_8601)
+MAX_AHEAD: Final = datetime.timedelta(minutes=5)
+"""How far a caller's clock may be ahead of this one."""
+
+
+def now() -> datetime.datetime:
+    """The current time in UTC."""
+    return datetime.datetime.now(datetime.UTC)
+
+
+def _read(value: object) -> object:
+    """Text becomes a time; `date` and `datetime` objects stay as they are."""
+    if isinstance(value, datetime.date):
+        return value
+    if isinstance(value, str) and _PATTERN.fullmatch(value):
+        try:
+            return datetime.datetime.fromisoformat(value.upper())
+        except ValueError:
+            pass
+    raise ValueError(
+        "must be ISO 8601 with a full date, such as 2026-01-31T10:00:00Z or 20260131T100000Z"
+    )
+
+
+def _as_utc(value: datetime.datetime) -> datetime.datetime:
+    if value.tzinfo is None:
+        return value.replace(tzinfo=datetime.UTC)
+    try:
+        return value.astimezone(datetime.UTC)
+    except OverflowError:
+        raise ValueError("in UTC it lies outside the years 1 to 9999") from None
+
+
+def _not_ahead(value: datetime.datetime) -> datetime.datetime:
+    if value - now() > MAX_AHEAD:
+        raise ValueError("is more than five minutes ahead of the sidecar's clock")
+    return value
+
+
+Timestamp = Annotated[
+    datetime.datetime,
+    BeforeValidator(_read),
+    AfterValidator(_as_utc),
+    AfterValidator(_not_ahead),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "pattern": ISO_8601,
+            "description": "ISO 8601, extended or basic format, in UTC unless it has an offset; at "
+            "most five minutes ahead of the sidecar's clock",
+            "examples": ["2026-01-31T10:00:00Z", "20260131T100000Z"],
+        }
+    ),
+]
+"""An aware time in UTC. Text must be ISO 8601; a time without an offset counts as UTC."""

@@ -1,0 +1,34 @@
+"""The few-shot examples that Phi-3 is shown."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+
+from llm_sidecar.errors import InvalidRequest
+from llm_sidecar.input_model import Text
+from osiris.http import CurrentSidecar, endpoint
+from osiris.schemas import ExampleInUse, Examples
+
+router = APIRouter(tags=["feedback"])
+
+
+@endpoint(router, "GET", "/examples/", 422)
+async def list_examples(
+    sidecar: CurrentSidecar,
+    limit: Annotated[int, Query(ge=1, le=500)] = 500,
+    before: Annotated[Text | None, Query(description="`next` of the page before")] = None,
+) -> Examples:
+    """The few-shot examples in use, oldest first."""
+    used = sidecar.archive.corrections
+    ids = [correction.feedback_id for correction in used]
+    if before is not None and before not in ids:
+        raise InvalidRequest("before: this is the next of no page; ask without it.")
+    start = 0 if before is None else ids.index(before) + 1
+    page = used[start : start + limit]
+    is_last = start + limit >= len(used)
+    return Examples(
+        items=[ExampleInUse.model_validate(correction._asdict()) for correction in page],
+        next=None if is_last else page[-1].feedback_id,
+    )

@@ -1,0 +1,77 @@
+"""Memory of rows on plain onnxruntime: each takes what it needs, and gives it back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm_sidecar.engines import GenerationRequest, load_engine
+from llm_sidecar.engines.base import Message, Together
+from tests.live_server import ROOT
+from tests.random_models import convert_to_onnx, write_transformers_folder
+
+SYSTEM = Message(role="system", content="You are Hermes, the risk officer of a trading desk.")
+LONG = "Long ABC. " * 430
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose attention states take 32 KB a token, so that they outweigh all else."""
+    source = write_transformers_folder(
+        tmp_path_factory.mktemp("wide-torch"), architecture="llama", hidden_size=2048
+    )
+    return convert_to_onnx(source, tmp_path_factory.mktemp("wide-onnx"))
+
+
+def request(text: str) -> GenerationRequest:
+    return GenerationRequest([SYSTEM, Message(role="user", content=text)], 16)
+
+
+def run(together: Together, requests: list[GenerationRequest]) -> int:
+    """Answers all at once; returns the prompt tokens of the first."""
+    for number, one in enumerate(requests):
+        together.add(number, one)
+    prompt_tokens = {}
+    while together:
+        prompt_tokens.update({number: delta.prompt_tokens for number, delta in together.step()})
+    return prompt_tokens[0]
+
+
+def resident() -> float:
+    """MB of this process, without pages that are in a file, as the weights are."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if "RssAnon" in line) / 1024
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """MB that eight short questions need before and after a long one, each alone or among them."""
+    engine = load_engine(folder, device="cpu", guided=False)
+    together = engine.together()
+    loaded = resident()
+    short = [request(f"Question {number}: what now?") for number in range(8)]
+    found = {}
+    run(together, short)
+    found["before"] = resident() - loaded
+    found["long prompt"] = run(together, [request(LONG)])
+    run(together, short)
+    found["after a long one"] = resident() - loaded
+    run(together, [request(LONG), *short[:7]])
+    run(together, short)
+    found["after a long one among others"] = resident() - loaded
+    return found
+
+
+def test_eight_short_questions_need_no_more_memory_after_a_long_one(wide_model: Path) -> None:
+    call = f"measure(pathlib.Path({str(wide_model)!r}))"
+    code = f"import json, pathlib; from {__name__} import measure; print(json.dumps({call}))"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    found = json.loads(ran.stdout)
+    assert found["long prompt"] >= 3000
+    assert found["after a long one"] <= 1.2 * found["before"], found
+    assert found["after a long one among others"] <= 1.2 * found["before"], found

@@ -1,0 +1,88 @@
+"""The rows that a run leaves, at each point where it may end."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from llm_sidecar.db import HermesScoreSchema, OrchestratorRunSchema, ProposalSchema
+from llm_sidecar.model_host import Completion
+from llm_sidecar.proposal_run import ProposalRun, Row
+from llm_sidecar.proposals import Proposed
+
+PROPOSAL = {"ticker": "ABC", "action": "pass", "confidence": 0.5, "rationale": "Nothing to do."}
+
+
+def completion(text: str, model: str) -> Completion:
+    return Completion(text, model, "20260102", "stop", 10, 5)
+
+
+def run_until(*steps: str) -> ProposalRun:
+    run = ProposalRun("Long ABC.")
+    if "proposal" in steps:
+        run.proposed(Proposed(PROPOSAL, completion("{}", "phi3/x"), ("ticker",)))
+    if "assessment" in steps:
+        run.assessed(completion("Too tight.", "hermes/x"))
+    if "score" in steps:
+        run.scored(0.7)
+    return run
+
+
+def of_type(kind: type[Any], rows: list[Row]) -> Any:
+    (row,) = [row for row in rows if isinstance(row, kind)]
+    return row
+
+
+def test_a_finished_run_is_a_success_with_proposal_and_score() -> None:
+    run = run_until("proposal", "assessment", "score")
+    rows = run.rows()
+    assert len(rows) == 3
+    stored = of_type(OrchestratorRunSchema, rows)
+    assert stored.run_id == str(run.transaction_id)
+    assert (stored.input_query, stored.status) == ("Long ABC.", "success")
+    assert stored.error_message is None
+    assert json.loads(stored.final_output) == {
+        "proposal": PROPOSAL,
+        "assessment": "Too tight.",
+        "score": 0.7,
+    }
+    proposal = of_type(ProposalSchema, rows)
+    assert proposal.transaction_id == str(run.transaction_id)
+    assert (proposal.prompt, proposal.proposal) == ("Long ABC.", PROPOSAL)
+    assert (proposal.assessment, proposal.score) == ("Too tight.", 0.7)
+    assert (proposal.model, proposal.adapter) == ("phi3/x", "20260102")
+    assert proposal.grounded == "ticker"
+    assert None not in proposal.latencies.model_dump().values()
+    score = of_type(HermesScoreSchema, rows)
+    assert (score.run_id, score.score) == (str(run.transaction_id), 0.7)
+    assert score.rationale == "Too tight."
+
+
+@pytest.mark.parametrize(
+    ("steps", "assessment"), [(("proposal",), None), (("proposal", "assessment"), "Too tight.")]
+)
+def test_a_run_that_ends_before_its_score_is_partial_and_keeps_what_there_is(
+    steps: tuple[str, ...], assessment: str | None
+) -> None:
+    rows = run_until(*steps).rows("hermes is late")
+    assert len(rows) == 2
+    stored = of_type(OrchestratorRunSchema, rows)
+    assert (stored.status, stored.error_message) == ("partial", "hermes is late")
+    assert json.loads(stored.final_output) == {
+        "proposal": PROPOSAL,
+        "assessment": assessment,
+        "score": None,
+    }
+    proposal = of_type(ProposalSchema, rows)
+    assert (proposal.assessment, proposal.score) == (assessment or "", None)
+    seconds = proposal.latencies.model_dump()
+    assert {name for name in seconds if seconds[name] is not None} == set(steps)
+
+
+def test_a_run_without_a_proposal_is_an_error_alone() -> None:
+    (stored,) = run_until().rows("phi3 is late")
+    assert isinstance(stored, OrchestratorRunSchema)
+    assert (stored.status, stored.final_output) == ("error", "")
+    assert stored.error_message == "phi3 is late"

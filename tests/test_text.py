@@ -1,0 +1,121 @@
+"""What is text, and what is said of what is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llm_sidecar.errors import InvalidRequest
+from llm_sidecar.text import MAX_DEPTH, MAX_VALUES, cleaned, find_fault, require_text
+
+CONTROLS = [chr(code) for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n\r"]
+SURROGATES = ["\ud800", "\udbff", "\udc00", "\udfff"]
+TEXTS = [
+    "",
+    "\t\n\r",
+    "Long ABC from 100, now 112.5.",
+    "\u202eright to left\u202c \u2066isolated\u2069 \u200f\u061c",  # bidirectional marks
+    "\u0378 \U000e0fff",  # unassigned
+    "\ue000 \U0010fffd",  # private use
+    "\uffff \U0010ffff",  # noncharacters
+    "\u200b\ufeff\u2028\u2029\u00ad\u00a0",
+    "शॉर्ट बेचो, 価格 240.50, اشترِ, 🚀👩‍💻",
+]
+KNOWN = frozenset({"rationale"})
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_of_every_script_passes(text: str) -> None:
+    assert find_fault(text) is None
+    assert find_fault({text: [text, {"a": text}]}) is None
+
+
+@pytest.mark.parametrize("character", CONTROLS + SURROGATES, ids=ascii)
+def test_control_characters_and_half_surrogate_pairs_are_no_text(character: str) -> None:
+    kind = "text_unicode" if character in SURROGATES else "text_control"
+    for value, location in (
+        (f"価格{character}", ()),
+        ({"rationale": f"価格{character}"}, ("rationale",)),
+        ({f"価格{character}": 1}, ("*",)),
+        ({"mine": [0, {"rationale": ["", f"価格{character}"]}]}, ("*", 1, "rationale", 1)),
+        ([{f"価格{character}": 1}], (0, "*")),
+    ):
+        fault = find_fault(value, KNOWN)
+        assert fault is not None
+        assert (fault.kind, fault.location) == (kind, location)
+        assert "its character 3 is" in fault.message
+        assert character not in fault.message
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (float("nan"), "finite_number"),
+        (float("-inf"), "finite_number"),
+        (10**4300, "integer_too_long"),
+        ({1: "a"}, "not_json"),
+        ({"a", "b"}, "not_json"),
+        (b"a", "not_json"),
+        (object(), "not_json"),
+    ],
+    ids=["nan", "infinity", "integer", "key", "set", "bytes", "object"],
+)
+def test_what_is_no_json_is_found_in_an_object(value: object, kind: str) -> None:
+    fault = find_fault({"a": [value]})
+    assert fault is not None
+    assert fault.kind == kind
+
+
+def nested(levels: int) -> Any:
+    value: Any = {}
+    for _ in range(levels - 1):
+        value = {"a": value} if levels % 2 else [value]
+    return value
+
+
+@pytest.mark.parametrize("levels", [MAX_DEPTH, MAX_DEPTH - 1])
+def test_an_object_may_be_nested_as_deep_as_it_says(levels: int) -> None:
+    assert find_fault(nested(levels)) is None
+
+
+@pytest.mark.parametrize("levels", [MAX_DEPTH + 1, MAX_DEPTH + 2, 50_000])
+def test_an_object_that_is_nested_deeper_is_found(levels: int) -> None:
+    fault = find_fault(nested(levels))
+    assert fault is not None
+    assert (fault.kind, fault.location) == ("too_deep", ())
+
+
+def test_an_object_may_have_as_many_values_as_it_says() -> None:
+    assert find_fault({"a": [1] * (MAX_VALUES - 1)}) is None
+    fault = find_fault({"a": [1] * MAX_VALUES})
+    assert fault is not None
+    assert (fault.kind, fault.location) == ("too_many_values", ())
+
+
+def test_an_object_that_holds_itself_is_found() -> None:
+    value: dict[str, Any] = {}
+    value["a"] = value
+    assert find_fault(value) is not None
+
+
+def test_an_argument_may_be_as_long_as_it_says() -> None:
+    require_text(4, text="価格🚀価", proposal={}, context=None)
+    with pytest.raises(InvalidRequest, match=r"^text: Text should have at most 4 characters"):
+        require_text(4, text="価格🚀価格")
+    # {"a":"価格"} has ten.
+    require_text(10, proposal={"a": "価格"})
+    with pytest.raises(InvalidRequest, match=r"^proposal: Object should have at most 9 characters"):
+        require_text(9, proposal={"a": "価格"})
+
+
+def test_an_argument_that_is_no_text_is_named_and_not_quoted() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        require_text(100, proposal={"SECRET": ["SECRET\0"]})
+    assert caught.value.detail.startswith("proposal.*.0: ")
+    assert "SECRET" not in caught.value.detail
+
+
+def test_what_a_model_wrote_is_cleaned_and_not_refused() -> None:
+    assert cleaned("价格\0 up\x1b[31m\r\n\ttwo\ud83d") == "价格\ufffd up\ufffd[31m\r\n\ttwo\ufffd"
+    assert cleaned(TEXTS[-1]) == TEXTS[-1]
