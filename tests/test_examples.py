@@ -24,7 +24,6 @@ from llm_sidecar.db import (
 )
 from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.event_bus import EventBus
-from llm_sidecar.examples import Outcome, choose, refusal, token_bound
 from llm_sidecar.settings import Settings
 from osiris.server import create_app
 
@@ -50,61 +49,6 @@ def with_rationale(characters: int) -> dict[str, Any]:
     """A proposal of so many characters as compact JSON."""
     filler = "x" * (characters - SIZE + len(GOOD["rationale"]))  # type: ignore[arg-type]
     return GOOD | {"rationale": filler}
-
-
-# What can be one
-
-
-@pytest.mark.parametrize(
-    ("example", "outcome"),
-    [
-        (correction(), None),
-        (correction("p" * 2000), None),
-        (correction("p" * 2001), Outcome.PROMPT_TOO_LONG),
-        (correction(rationale=with_rationale(500)["rationale"]), None),
-        (correction(rationale=with_rationale(501)["rationale"]), Outcome.PROPOSAL_TOO_LONG),
-        # As JSON a character that is no ASCII takes six.
-        (correction(rationale="価" * 67), None),
-        (correction(rationale="価" * 90), Outcome.PROPOSAL_TOO_LONG),
-        # A character may take as many tokens as it has bytes.
-        (correction("価" * 900), None),
-        (correction("価" * 990), Outcome.TOO_MANY_TOKENS),
-        (correction("🚀" * 740), Outcome.TOO_MANY_TOKENS),
-        (correction(action="hold"), Outcome.INVALID),
-        (correction(extra=1), Outcome.INVALID),
-        (correction(confidence=float("nan")), Outcome.INVALID),
-    ],
-)
-def test_an_example_is_bounded_in_characters_and_tokens(
-    example: Correction, outcome: Outcome | None
-) -> None:
-    assert refusal(example, 100_000) is outcome
-
-
-def test_an_example_takes_at_most_half_of_the_context() -> None:
-    example = correction("p" * (1000 - SIZE - AROUND))
-    assert token_bound(example) == 1000
-    assert refusal(example, 2000) is None
-    assert refusal(example, 1999) is Outcome.TOO_MANY_TOKENS
-
-
-def test_the_newest_come_oldest_first() -> None:
-    newest_first = [correction(number=number) for number in (4, 3, 2, 1)]
-    chosen = choose(newest_first, 3, 100_000)
-    assert [example.feedback_id for example in chosen] == ["f-2", "f-3", "f-4"]
-    assert choose(newest_first, 0, 100_000) == ()
-
-
-def test_the_oldest_give_way_where_all_take_more_than_half_of_the_context() -> None:
-    newest_first = [correction("p" * (500 - SIZE - AROUND), number) for number in (3, 2, 1)]
-    for context_length, expected in (
-        (3000, ["f-1", "f-2", "f-3"]),
-        (2999, ["f-2", "f-3"]),
-        (1999, ["f-3"]),
-        (999, []),
-    ):
-        chosen = choose(newest_first, 3, context_length)
-        assert [example.feedback_id for example in chosen] == expected
 
 
 # Over HTTP

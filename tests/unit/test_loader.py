@@ -10,6 +10,11 @@ import pytest
 from llm_sidecar import loader
 from llm_sidecar.errors import AdapterRejected
 
+NO_SUCH_ADAPTER = (
+    "There is no such adapter: PHI3_ADAPTER_DIR holds no folder of that name with an "
+    "adapter_config.json."
+)
+
 
 def make_adapters(base: Path, *names: str) -> None:
     for name in names:
@@ -104,12 +109,11 @@ def test_an_adapter_that_is_not_there_is_said(tmp_path: Path, name: str) -> None
     (tmp_path / "20260105").mkdir()
     with pytest.raises(AdapterRejected) as caught:
         loader.find_adapter_dir(tmp_path, name)
-    assert caught.value.detail == (
-        f"There is no adapter {name}: PHI3_ADAPTER_DIR holds no such folder with an "
-        "adapter_config.json."
-    )
+    # Without the name, which is the caller's.
+    assert caught.value.detail == NO_SUCH_ADAPTER
 
 
 def test_without_a_folder_no_adapter_is_found(tmp_path: Path) -> None:
-    with pytest.raises(AdapterRejected, match="There is no adapter 20260101: "):
+    with pytest.raises(AdapterRejected) as caught:
         loader.find_adapter_dir(tmp_path / "nowhere", "20260101")
+    assert caught.value.detail == NO_SUCH_ADAPTER
