@@ -9,7 +9,7 @@ BENCH_VENV := .venv-bench
 CHATTERBOX_VENV := .venv-chatterbox
 STAND_IN := .data/chatterbox-stand-in
 
-.PHONY: serve test test-long test-chatterbox lint bench train evaluate clean
+.PHONY: serve test test-long test-chatterbox mutants lint bench train evaluate clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve
@@ -29,6 +29,10 @@ test-long: $(VENV)/.test
 test-chatterbox: $(VENV)/.test $(CHATTERBOX_VENV)/.installed $(STAND_IN)/conds.pt
 	CHATTERBOX_PYTHON=$(CURDIR)/$(CHATTERBOX_VENV)/bin/python CHATTERBOX_STAND_IN=$(CURDIR)/$(STAND_IN) \
 	$(BIN)/python -m pytest tests/chatterbox -v -o faulthandler_timeout=1200 -o log_cli=true -o log_cli_level=INFO
+
+# Half an hour on two cores, so it is no part of the continuous integration.
+mutants: $(VENV)/.mutants
+	nice $(BIN)/python -m tests.mutants
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -60,6 +64,10 @@ $(VENV)/.serve: requirements.txt | $(VENV)/bin/python
 # Of what tests alone need, Python compiles what is used: a few modules of thousands.
 $(VENV)/.test: requirements-tests.txt $(VENV)/.serve
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt -r requirements-tests.txt
+	touch $@
+
+$(VENV)/.mutants: requirements-mutants.txt $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-mutants.txt
 	touch $@
 
 $(BENCH_VENV)/.installed: requirements.txt requirements-bench.txt

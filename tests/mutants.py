@@ -14,6 +14,7 @@ import argparse
 import fnmatch
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -27,20 +28,31 @@ SCOPE: Final = (
     "llm_sidecar.archive.*",
     "llm_sidecar.db.questions.x_json_object*",
     "llm_sidecar.db.schema.*",
+    "llm_sidecar.deadline.*",
+    "llm_sidecar.examples.*",
+    "llm_sidecar.grounding.*",
     "llm_sidecar.hermes_plugin.*",
+    "llm_sidecar.input_model.*",
     "llm_sidecar.loader.x_get_latest_adapter_dir*",
     "llm_sidecar.loader.x_find_adapter_dir*",
     "llm_sidecar.loader.x__adapters*",
+    "llm_sidecar.loader.x_holds_adapter*",
     "llm_sidecar.loader.x_adapter_date*",
+    "llm_sidecar.proposal_run.*",
     "llm_sidecar.proposals.*",
     "llm_sidecar.reward.*",
     "llm_sidecar.settings.*",
-    "llm_sidecar.sidecar.xǁSidecarǁ*propose*",
+    "llm_sidecar.sidecar.xǁSidecarǁgenerate_*",
+    "llm_sidecar.sidecar.xǁSidecarǁpropose*",
+    "llm_sidecar.sidecar.xǁSidecarǁ_run*",
+    "llm_sidecar.sidecar.xǁSidecarǁ_finish*",
+    "llm_sidecar.sidecar.xǁSidecarǁ_keep*",
     "llm_sidecar.sidecar.xǁSidecarǁ*score*",
     "llm_sidecar.sidecar.xǁSidecarǁ*feedback*",
-    "llm_sidecar.sidecar.xǁSidecarǁ_log_run*",
-    "llm_sidecar.sidecar.xǁSidecarǁ_keep*",
+    "llm_sidecar.sidecar.x__why_it_ended*",
     "llm_sidecar.sidecar.x__uuid_or_none*",
+    "llm_sidecar.text.*",
+    "llm_sidecar.timestamps.*",
     "llm_sidecar.tts.text.*",
     "llm_sidecar.tts.wav.*",
     "osiris.access.*",
@@ -107,6 +119,8 @@ def main() -> int:
     )
     os.chdir(_ROOT)
     if not options.report:
+        # What an earlier run has found out about tests that have changed since is out of date.
+        shutil.rmtree(_MUTANTS, ignore_errors=True)
         mutmut = Path(sys.executable).parent / "mutmut"
         command = [str(mutmut), "run", "--max-children", str(options.children), *scope]
         if subprocess.run(command, check=False).returncode:

@@ -13,14 +13,16 @@ class Inner:
     """The app behind a middleware: answers 200 with `inner`.
 
     Attributes:
-        scopes: of what reached it.
+        scopes, receivers: of what reached it.
     """
 
     def __init__(self) -> None:
         self.scopes: list[Scope] = []
+        self.receivers: list[Receive] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scopes.append(scope)
+        self.receivers.append(receive)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"inner"})
 

@@ -10,6 +10,8 @@ from types import ModuleType
 from typing import Any, cast
 
 from llm_sidecar.archive import Archive
+from llm_sidecar.db import Correction
+from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest, Message
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.examples import Outcome
@@ -38,22 +40,38 @@ class FakeHost:
     Attributes:
         answers: completions, probabilities, or errors to raise; the first is for the next request.
         asked: generation requests, and the (messages, answers) of scores.
+        deadlines: of the requests; None for one without.
+        partial: whether part of an answer would do, of each generation request.
         before_answer: is called before each answer.
     """
 
     def __init__(self, *answers: object) -> None:
         self.answers = list(answers)
         self.asked: list[object] = []
+        self.deadlines: list[Deadline | None] = []
+        self.partial: list[bool] = []
         self.before_answer: Callable[[], None] = lambda: None
 
-    async def generate(self, request: GenerationRequest, *_: object, **__: object) -> Completion:
+    async def generate(
+        self,
+        request: GenerationRequest,
+        deadline: Deadline | None = None,
+        *,
+        allow_partial: bool = False,
+    ) -> Completion:
         self.asked.append(request)
+        self.deadlines.append(deadline)
+        self.partial.append(allow_partial)
         return cast(Completion, self._next())
 
     async def answer_probabilities(
-        self, messages: Sequence[Message], answers: Sequence[str], *_: object, **__: object
+        self,
+        messages: Sequence[Message],
+        answers: Sequence[str],
+        deadline: Deadline | None = None,
     ) -> dict[str, float]:
         self.asked.append((messages, answers))
+        self.deadlines.append(deadline)
         return cast(dict[str, float], self._next())
 
     def _next(self) -> object:
@@ -73,8 +91,9 @@ class Happened:
     """What happens around a sidecar, in order.
 
     Attributes:
-        log: (`row`, the name of its class, its columns), (`event`, its channel, its payload) and
-            (`metric`, its name, its value).
+        log: (`row`, the name of its class, its columns), (`event`, its channel, its payload),
+            (`refusal`, a channel, the reason), (`metric`, its name, its value) and
+            (`archive`, what was asked of it, of what).
     """
 
     def __init__(self) -> None:
@@ -95,21 +114,29 @@ class FakeBus:
         self._happened.log.append(("event", channel, json.loads(payload)))
         return True
 
+    def refuse(self, channel: str, reason: str) -> None:
+        self._happened.log.append(("refusal", channel, reason))
+
 
 class FakeArchive:
     """Takes every row, or refuses all.
 
     Attributes:
-        examples: few-shot examples, oldest first.
+        corrections: the few-shot examples in use, oldest first.
+        examples: as a prompt has them.
         failure: raised instead of taking a row.
-        outcome: what becomes of feedback.
+        outcome: what is said of feedback.
+        known: feedback that can be withdrawn.
+        database_id: the database's own name, once that is known.
     """
 
     def __init__(self, happened: Happened) -> None:
         self._happened = happened
+        self.corrections: tuple[Correction, ...] = ()
         self.examples: tuple[Example, ...] = ()
         self.failure: Exception | None = None
         self.outcome = Outcome.NO_CORRECTION
+        self.known: set[str] = set()
         self.database_id: str | None = None
 
     async def append(self, row: Any) -> None:
@@ -121,18 +148,31 @@ class FakeArchive:
         await self.append(row)
         return self.outcome
 
+    async def append_published(self, row: Any) -> None:
+        await self.append(row)
+
+    async def withdraw(self, feedback_id: str) -> bool:
+        self._happened.log.append(("archive", "withdraw", feedback_id))
+        return feedback_id in self.known
+
+    def refresh_soon(self) -> None:
+        self._happened.log.append(("archive", "refresh_soon", None))
+
 
 class FakeMetrics(NoMetrics):
-    """Notes proposals and scores."""
+    """Notes proposals, scores and lost rows."""
 
     def __init__(self, happened: Happened) -> None:
         self._happened = happened
 
-    def proposed(self, action: str, *_: object) -> None:
-        self._happened.log.append(("metric", "proposed", action))
+    def proposed(self, action: str, ungrounded: Sequence[str]) -> None:
+        self._happened.log.append(("metric", "proposed", (action, *ungrounded)))
 
-    def scored(self, score: float, *_: object) -> None:
+    def scored(self, score: float) -> None:
         self._happened.log.append(("metric", "scored", score))
+
+    def row_lost(self, table: str) -> None:
+        self._happened.log.append(("metric", "row_lost", table))
 
 
 class FakeParts:

@@ -113,6 +113,13 @@ async def test_the_metrics_are_open_unless_they_need_a_key(
             assert shown.status_code == 200
 
 
+async def test_what_gets_through_gets_its_body() -> None:
+    app, inner = guarded()
+    call = Call()
+    await app(http_scope("/health"), call.receive, call.send)
+    assert inner.receivers == [call.receive]
+
+
 @pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/stream/audio", "/healthy"])
 async def test_every_other_path_is_closed(path: str) -> None:
     app, _ = guarded()
@@ -126,5 +133,5 @@ async def test_only_http_needs_a_key(kind: str) -> None:
     call = Call()
     scope = http_scope("/generate/", type=kind)
     await app(scope, call.receive, call.send)
-    assert inner.scopes == [scope]
+    assert (inner.scopes, inner.receivers) == ([scope], [call.receive])
     assert call.body == b"inner"

@@ -108,8 +108,15 @@ async def test_only_http_is_admitted(kind: str) -> None:
     ending.draining = True
     call, scope = Call(), http_scope("/generate/", type=kind)
     await Admission(inner, 0, ending)(scope, call.receive, call.send)
-    assert inner.scopes == [scope]
+    assert (inner.scopes, inner.receivers) == ([scope], [call.receive])
     assert call.headers == {}
+
+
+@pytest.mark.parametrize("path", ["/health", "/generate/"])
+async def test_what_is_let_through_gets_its_scope_and_its_body(path: str) -> None:
+    inner, call, scope = Inner(), Call(), http_scope(path)
+    await Admission(inner, 1, shutdown())(scope, call.receive, call.send)
+    assert (inner.scopes, inner.receivers) == ([scope], [call.receive])
 
 
 # While the server drains

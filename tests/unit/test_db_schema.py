@@ -12,11 +12,13 @@ from pydantic import BaseModel, ValidationError
 
 from llm_sidecar.db import schema
 from llm_sidecar.db.schema import (
+    FeedbackWithdrawalSchema,
     HermesScoreSchema,
     Latencies,
     OrchestratorRunSchema,
     Phi3FeedbackSchema,
     ProposalSchema,
+    PublishedFeedback,
 )
 from llm_sidecar.errors import DatabaseUnavailable
 
@@ -46,6 +48,10 @@ PROPOSAL: dict[str, Any] = {
 
 def feedback(**changes: Any) -> Phi3FeedbackSchema:
     return Phi3FeedbackSchema(**FEEDBACK | changes)
+
+
+def published(**changes: Any) -> PublishedFeedback:
+    return PublishedFeedback(**FEEDBACK | changes)
 
 
 def columns(row: BaseModel, *left_out: str) -> dict[str, Any]:
@@ -86,8 +92,17 @@ def test_a_run_a_score_and_a_proposal_have_these_columns() -> None:
         "score": None,
         "adapter": None,
         "latencies": {"proposal": None, "assessment": None, "score": None},
+        "grounded": None,
     }
-    assert {name: row[name] for name in expected} == expected
+    assert row == expected
+
+
+def test_a_withdrawal_has_these_columns() -> None:
+    values = {"feedback_id": "f-1", "transaction_id": "t-1", "timestamp": NOW}
+    assert FeedbackWithdrawalSchema(**values).as_row() == values
+    for name in ("feedback_id", "transaction_id"):
+        with pytest.raises(ValidationError):
+            FeedbackWithdrawalSchema(**values | {name: ""})
 
 
 @pytest.mark.parametrize(
@@ -113,6 +128,35 @@ def test_without_one_it_follows_from_transaction_time_type_and_content() -> None
     assert feedback().as_row()["feedback_id"] == hashlib.sha256(key.encode()).hexdigest()
 
 
+def test_a_correction_is_part_of_it() -> None:
+    key = (
+        '["t-1", "2026-01-02 03:04:05.678901+00:00", "rating", "good", "{\\"ticker\\":\\"ABC\\"}"]'
+    )
+    made = feedback(corrected_proposal={"ticker": "ABC"}).as_row()["feedback_id"]
+    assert made == hashlib.sha256(key.encode()).hexdigest()
+
+
+def test_what_others_publish_takes_no_row_of_ours() -> None:
+    ours, theirs = feedback(feedback_id="f-1").as_row(), published(feedback_id="f-1").as_row()
+    assert ours["feedback_id"] == theirs["feedback_id"] == "f-1"
+    assert (ours["row_id"], ours["source"]) == ("f-1", "direct")
+    assert (theirs["row_id"], theirs["source"]) == ("bus:f-1", "bus")
+    # Where it is stored already is no column.
+    assert published(stored_in="d-1").as_row().keys() == theirs.keys() == ours.keys()
+
+
+def test_the_order_of_arrival_is_that_of_making() -> None:
+    before = datetime.datetime.now(datetime.UTC)
+    first, second = feedback(), feedback(timestamp=NOW - datetime.timedelta(days=1))
+    received = [row.as_row()["received"] for row in (first, second)]
+    assert before <= received[0] <= received[1] <= datetime.datetime.now(datetime.UTC)
+    assert first.as_row()["received"] == received[0]
+    with pytest.raises(ValidationError):
+        feedback(received=NOW)
+    with pytest.raises(ValidationError):
+        feedback(source="bus")
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -121,6 +165,8 @@ def test_without_one_it_follows_from_transaction_time_type_and_content() -> None
         {"feedback_type": "human_edit"},
         {"feedback_content": "Good"},
         {"feedback_content": {"good": 1}},
+        {"corrected_proposal": {"ticker": "ABC"}},
+        {"corrected_proposal": {}},
     ],
 )
 def test_other_feedback_has_another_id(changes: dict[str, Any]) -> None:
@@ -161,8 +207,10 @@ def test_a_row_without_a_timestamp_is_of_now(given: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("written", ["0001-01-01T00:00:00+05:00", "9999-12-31T23:59:59-05:00"])
 def test_a_time_that_utc_cannot_hold_is_refused(written: str) -> None:
-    with pytest.raises(ValidationError, match="in UTC it lies outside the years 1 to 9999"):
+    with pytest.raises(ValidationError) as caught:
         HermesScoreSchema(**SCORE | {"timestamp": written})
+    (error,) = caught.value.errors()
+    assert error["msg"] == "Value error, in UTC it lies outside the years 1 to 9999"
 
 
 # What is refused
@@ -269,13 +317,14 @@ def test_a_row_is_frozen() -> None:
 
 def test_each_table_has_the_columns_of_its_rows() -> None:
     rows: dict[str, Any] = {
-        "phi3_feedback": feedback(),
+        "phi3_feedback": published(),
+        "feedback_withdrawals": FeedbackWithdrawalSchema(feedback_id="f", transaction_id="t"),
         "orchestrator_runs": OrchestratorRunSchema(**RUN),
         "hermes_scores": HermesScoreSchema(**SCORE),
         "proposals": ProposalSchema(**PROPOSAL),
     }
     made = schema.arrow_schemas()
-    assert set(rows) <= set(made)
+    assert set(rows) == set(made) == set(schema.SCHEMAS)
     assert tuple(made) == schema.TABLES
     for table, row in rows.items():
         assert set(row.as_row()) == set(made[table].names)
@@ -285,8 +334,18 @@ def test_each_table_has_the_columns_of_its_rows() -> None:
 
 
 def test_the_names_of_the_tables_are_the_contracts() -> None:
-    names: list[str] = [schema.FEEDBACK, schema.RUNS, schema.SCORES, schema.PROPOSALS]
-    assert names == ["phi3_feedback", "orchestrator_runs", "hermes_scores", "proposals"]
+    names: list[str] = [*schema.TABLES]
+    assert names == [
+        *("phi3_feedback", "orchestrator_runs", "hermes_scores", "proposals"),
+        "feedback_withdrawals",
+    ]
+    assert {table: schema.KEYS[table] for table in names} == {
+        **dict.fromkeys(names, "row_id"),
+        "feedback_withdrawals": "feedback_id",
+    }
+    assert [schema.TRANSACTION[table] for table in names] == [
+        *("transaction_id", "run_id", "run_id", "transaction_id", "transaction_id")
+    ]
 
 
 def test_todays_schema_is_current_and_no_other_is() -> None:
@@ -319,3 +378,75 @@ def test_a_table_of_a_later_version_is_left_alone(text: str) -> None:
         "update the sidecar."
     )
     assert caught.value.retry_after == 30
+
+
+# Rows of version 2
+
+
+V2_FEEDBACK: dict[str, Any] = FEEDBACK | {
+    "feedback_id": "f-1",
+    "schema_version": "1.0",
+    "corrected_proposal": None,
+}
+
+
+def test_a_row_of_version_2_is_given_the_columns_of_today() -> None:
+    assert schema.upgraded("phi3_feedback", V2_FEEDBACK) == V2_FEEDBACK | {
+        "received": NOW,
+        "source": "direct",
+        "row_id": "f-1",
+    }
+    proposal = ProposalSchema(**PROPOSAL).as_row()
+    older = {name: value for name, value in proposal.items() if name != "grounded"}
+    assert schema.upgraded("proposals", older) == older | {"grounded": None}
+
+
+def test_feedback_of_the_future_arrived_no_later_than_now() -> None:
+    """A time in the future would keep it the newest for as long."""
+    ahead = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1)
+    found = schema.upgraded("phi3_feedback", V2_FEEDBACK | {"timestamp": ahead})
+    assert found is not None
+    assert found["timestamp"] == ahead
+    assert found["received"] <= datetime.datetime.now(datetime.UTC)
+
+
+def test_a_row_of_today_stays_as_it_is() -> None:
+    for table, row in (
+        ("phi3_feedback", published(corrected_proposal={"a": 1}).as_row()),
+        ("proposals", ProposalSchema(**PROPOSAL | {"grounded": "true"}).as_row()),
+        ("hermes_scores", HermesScoreSchema(**SCORE).as_row()),
+    ):
+        assert schema.upgraded(table, row) == row
+
+
+def test_any_other_row_is_none() -> None:
+    score = HermesScoreSchema(**SCORE).as_row()
+    assert schema.upgraded("hermes_scores", score | {"mood": "good"}) is None
+    assert schema.upgraded("hermes_scores", {"run_id": "r-1"}) is None
+    assert schema.upgraded("moods", score) is None
+
+
+def test_upgrading_leaves_the_row_itself_as_it_is() -> None:
+    row = dict(V2_FEEDBACK)
+    schema.upgraded("phi3_feedback", row)
+    assert row == V2_FEEDBACK
+
+
+# The database's name
+
+
+def test_a_database_is_named_with_its_feedback_table() -> None:
+    one, other = (schema.new_table_schema("phi3_feedback") for _ in range(2))
+    name = schema.database_id(one)
+    assert name is not None
+    assert len(name) == 32
+    assert schema.database_id(other) != name
+    assert one.equals(schema.arrow_schemas()["phi3_feedback"])
+    assert one.metadata[b"osiris_schema_version"] == b"3"
+
+
+def test_a_table_without_a_name_has_none() -> None:
+    for table in schema.TABLES:
+        assert schema.database_id(schema.arrow_schemas()[table]) is None
+    assert schema.database_id(pa.schema([])) is None
+    assert schema.new_table_schema("proposals") is schema.arrow_schemas()["proposals"]

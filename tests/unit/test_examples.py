@@ -1,98 +1,123 @@
-"""Which corrections can be few-shot examples, and which of them are."""
+"""Which corrections can be few-shot examples, how many fit, and in which order."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Any, Final
 
 import pytest
 
+from llm_sidecar import examples
 from llm_sidecar.db import Correction
 from llm_sidecar.examples import Outcome, choose, proposal_refusal, refusal, token_bound
-from llm_sidecar.proposals import Example, dumps
+from llm_sidecar.proposals import Example
 
-GOOD: dict[str, Any] = {
+GOOD: Final[dict[str, Any]] = {
     "ticker": "ABC",
     "action": "pass",
     "confidence": 0.7,
-    "rationale": "",
+    "rationale": "The trend needs room.",
 }
-SIZE = 64
+SIZE: Final = len(json.dumps(GOOD, separators=(",", ":")))
 """Characters of it as compact JSON."""
-AROUND = 32
+AROUND: Final = 32
 """Tokens of a chat template around an example's two turns."""
-AMPLE = 100_000
-"""A context that bounds nothing."""
+PLENTY: Final = 100_000
+"""A context that holds everything."""
 
 
 def correction(prompt: str = "Long ABC", number: int = 0, **changes: Any) -> Correction:
-    return Correction(prompt, GOOD | {"rationale": "x"} | changes, f"t-{number}", f"f-{number}")
+    return Correction(prompt, GOOD | changes, f"t-{number}", f"f-{number}")
 
 
-def with_bound(tokens: int, number: int = 0) -> Correction:
-    """A correction of so many tokens at most."""
-    return correction("p" * (tokens - SIZE - 1 - AROUND), number)
+def of_tokens(count: int, number: int = 0) -> Correction:
+    """One that may take so many tokens."""
+    return correction("p" * (count - SIZE - AROUND), number)
 
 
-def test_an_example_takes_at_most_a_token_a_byte_and_a_template() -> None:
-    assert len(dumps(GOOD)) == SIZE
-    assert token_bound(Example("", GOOD)) == SIZE + AROUND
-    assert token_bound(correction("ab")) == 2 + SIZE + 1 + AROUND
-    # As a prompt a character takes its bytes, in JSON its escape.
-    assert token_bound(correction("価")) == 3 + SIZE + 1 + AROUND
-    assert token_bound(correction("", rationale="価")) == SIZE + 6 + AROUND
+def rationale(characters: int) -> str:
+    """Makes a proposal of so many characters as compact JSON."""
+    return "x" * (characters - SIZE + len(GOOD["rationale"]))
+
+
+def test_the_bounds_are_the_documented_ones() -> None:
+    bounds: list[float] = [
+        examples.MAX_PROMPT_CHARS,
+        examples.MAX_PROPOSAL_CHARS,
+        examples.MAX_TOKENS,
+        examples.CONTEXT_SHARE,
+    ]
+    assert bounds == [2000, 500, 3000, 0.5]
+
+
+def test_a_token_is_at_least_a_byte_and_turns_have_something_around_them() -> None:
+    assert token_bound(correction("")) == SIZE + AROUND
+    assert token_bound(Example("p" * 10, GOOD)) == SIZE + AROUND + 10
+    assert token_bound(correction("価")) == SIZE + AROUND + 3
 
 
 @pytest.mark.parametrize(
-    ("changes", "outcome"),
+    ("example", "outcome"),
     [
-        ({"rationale": "x" * (500 - SIZE)}, None),
-        ({"rationale": "x" * (501 - SIZE)}, Outcome.PROPOSAL_TOO_LONG),
-        ({"rationale": "価" * 72}, None),
-        ({"rationale": "価" * 73}, Outcome.PROPOSAL_TOO_LONG),
-        ({"rationale": "x", "action": "hold"}, Outcome.INVALID),
-        ({"rationale": "x", "extra": 1}, Outcome.INVALID),
-        ({"rationale": "x", "confidence": float("nan")}, Outcome.INVALID),
-        # It is said to be no proposal before it is said to be too long.
-        ({"rationale": "x" * 501, "action": "hold"}, Outcome.INVALID),
+        (correction(), None),
+        (correction(""), None),
+        (correction("p" * 2000), None),
+        (correction("p" * 2001), Outcome.PROMPT_TOO_LONG),
+        (correction("a\x00b"), Outcome.PROMPT_NOT_TEXT),
+        (correction("a\x00b" * 1000), Outcome.PROMPT_NOT_TEXT),
+        (correction(rationale=rationale(500)), None),
+        (correction(rationale=rationale(501)), Outcome.PROPOSAL_TOO_LONG),
+        # As JSON a character that is no ASCII takes six.
+        (correction(rationale="価" * 67), None),
+        (correction(rationale="価" * 90), Outcome.PROPOSAL_TOO_LONG),
+        # A character may take as many tokens as it has bytes.
+        (correction("価" * 900), None),
+        (correction("価" * 990), Outcome.TOO_MANY_TOKENS),
+        (correction("🚀" * 740), Outcome.TOO_MANY_TOKENS),
+        (correction(action="hold"), Outcome.INVALID),
+        (correction(extra=1), Outcome.INVALID),
+        (correction(confidence=float("nan")), Outcome.INVALID),
+        # What is wrong with the proposal comes first.
+        (correction("p" * 2001, action="hold"), Outcome.INVALID),
     ],
 )
-def test_a_corrected_proposal_has_to_be_valid_and_short(
-    changes: dict[str, Any], outcome: Outcome | None
+def test_an_example_is_bounded_in_characters_and_tokens(
+    example: Correction, outcome: Outcome | None
 ) -> None:
-    assert proposal_refusal(GOOD | changes) is outcome
-    assert refusal(correction(**changes), AMPLE) is outcome
+    assert refusal(example, PLENTY) is outcome
 
 
-@pytest.mark.parametrize(
-    ("prompt", "outcome"),
-    [
-        ("p" * 2000, None),
-        ("p" * 2001, Outcome.PROMPT_TOO_LONG),
-        ("a\tb\r\nc", None),
-        ("a\x00b", Outcome.PROMPT_NOT_TEXT),
-        ("\x1b" + "p" * 2001, Outcome.PROMPT_NOT_TEXT),
-        ("価" * 967, None),
-        ("価" * 968, Outcome.TOO_MANY_TOKENS),
-        ("🚀" * 726, Outcome.TOO_MANY_TOKENS),
-        ("価" * 2001, Outcome.PROMPT_TOO_LONG),
-    ],
-)
-def test_a_prompt_has_to_be_text_and_short(prompt: str, outcome: Outcome | None) -> None:
-    assert refusal(correction(prompt), AMPLE) is outcome
+def test_a_proposal_alone_is_refused_for_what_is_wrong_with_it() -> None:
+    assert proposal_refusal(GOOD) is None
+    assert proposal_refusal(GOOD | {"action": "hold"}) is Outcome.INVALID
+    assert proposal_refusal(GOOD | {"rationale": rationale(500)}) is None
+    too_long = GOOD | {"rationale": rationale(501)}
+    assert proposal_refusal(too_long) is Outcome.PROPOSAL_TOO_LONG
+
+
+def test_three_thousand_tokens_are_the_most() -> None:
+    prompt = "価" * ((3000 - SIZE - AROUND) // 3)
+    prompt += "p" * (3000 - token_bound(correction(prompt)))
+    assert token_bound(correction(prompt)) == 3000
+    assert refusal(correction(prompt), PLENTY) is None
+    assert refusal(correction(prompt + "p"), PLENTY) is Outcome.TOO_MANY_TOKENS
 
 
 def test_an_example_takes_at_most_half_of_the_context() -> None:
-    assert refusal(with_bound(1000), 2000) is None
-    assert refusal(with_bound(1000), 1999) is Outcome.TOO_MANY_TOKENS
-    assert refusal(with_bound(1001), 2001) is Outcome.TOO_MANY_TOKENS
+    assert refusal(of_tokens(1000), 2000) is None
+    assert refusal(of_tokens(1000), 1999) is Outcome.TOO_MANY_TOKENS
 
 
-def test_the_newest_are_chosen_and_come_oldest_first() -> None:
+def chosen(newest_first: list[Correction], count: int, context_length: int) -> list[str]:
+    return [used.feedback_id for used in choose(newest_first, count, context_length)]
+
+
+def test_the_newest_come_oldest_first() -> None:
     newest_first = [correction(number=number) for number in (4, 3, 2, 1)]
-    assert choose(newest_first, 3, AMPLE) == tuple(correction(number=n) for n in (2, 3, 4))
-    assert choose(newest_first, 5, AMPLE) == tuple(correction(number=n) for n in (1, 2, 3, 4))
-    assert choose(newest_first, 0, AMPLE) == ()
-    assert choose([], 3, AMPLE) == ()
+    assert choose(newest_first, 3, PLENTY) == tuple(reversed(newest_first[:3]))
+    assert chosen(newest_first, 3, PLENTY) == ["f-2", "f-3", "f-4"]
+    assert chosen(newest_first, 0, PLENTY) == []
+    assert chosen(newest_first, 9, PLENTY) == ["f-1", "f-2", "f-3", "f-4"]
 
 
 @pytest.mark.parametrize(
@@ -108,11 +133,11 @@ def test_the_newest_are_chosen_and_come_oldest_first() -> None:
 def test_the_oldest_give_way_where_all_take_more_than_half_of_the_context(
     context_length: int, expected: list[str]
 ) -> None:
-    newest_first = [with_bound(500, number) for number in (3, 2, 1)]
-    chosen = choose(newest_first, 3, context_length)
-    assert [example.feedback_id for example in chosen] == expected
+    newest_first = [of_tokens(500, number) for number in (3, 2, 1)]
+    assert chosen(newest_first, 3, context_length) == expected
 
 
-def test_one_that_does_not_fit_lets_no_older_one_pass() -> None:
-    newest_first = [with_bound(500, 3), with_bound(600, 2), with_bound(400, 1)]
-    assert choose(newest_first, 3, 2000) == (with_bound(500, 3),)
+def test_a_small_one_behind_one_that_does_not_fit_is_left_out_too() -> None:
+    # Otherwise an old correction would outlive a newer one.
+    newest_first = [of_tokens(500, 3), of_tokens(900, 2), of_tokens(200, 1)]
+    assert chosen(newest_first, 3, 2000) == ["f-3"]

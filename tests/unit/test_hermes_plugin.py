@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from llm_sidecar import hermes_plugin, loader
+from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest, Message
 from llm_sidecar.errors import ModelUnavailable, QueueFull
 from tests.unit.fakes import FakeHost, completion
@@ -76,6 +77,8 @@ async def test_a_free_question_is_generated_without_guidance() -> None:
     assert await hermes_plugin.chat(fake.host, "What now?", max_tokens=12) is answer
     messages = [SYSTEM, {"role": "user", "content": "What now?"}]
     assert fake.asked == [GenerationRequest(messages, 12, None, 0.0, None)]
+    # At the deadline, what there is of an answer is better than none.
+    assert fake.partial == [True]
 
 
 async def test_a_free_questions_temperature_is_the_callers() -> None:
@@ -89,7 +92,13 @@ async def test_a_critique_is_asked_in_its_context() -> None:
     answer = completion("Thin.")
     fake = FakeHost(answer, answer)
     assert await hermes_plugin.assess(fake.host, PROPOSAL, CONTEXT, max_tokens=30) is answer
-    await hermes_plugin.assess(fake.host, PROPOSAL, max_tokens=31, temperature=0.5)
+    deadline = Deadline.after(60)
+    await hermes_plugin.assess(
+        fake.host, PROPOSAL, max_tokens=31, temperature=0.5, deadline=deadline
+    )
+    # Half a critique is none.
+    assert fake.partial == [False, False]
+    assert fake.deadlines == [None, deadline]
     assert fake.asked == [
         GenerationRequest(in_context(CRITICISE), 30, None, 0.0, None),
         GenerationRequest(alone(CRITICISE), 31, None, 0.5, None),
@@ -99,7 +108,10 @@ async def test_a_critique_is_asked_in_its_context() -> None:
 async def test_a_score_is_read_from_the_probabilities_of_the_answers() -> None:
     fake = FakeHost(probabilities(_0=0.1, _10=0.9), probabilities(_5=1.0))
     assert await hermes_plugin.score(fake.host, PROPOSAL, CONTEXT) == pytest.approx(0.9)
-    assert await hermes_plugin.score(fake.host, PROPOSAL) == pytest.approx(0.5)
+    deadline = Deadline.after(60)
+    scored = await hermes_plugin.score(fake.host, PROPOSAL, deadline=deadline)
+    assert scored == pytest.approx(0.5)
+    assert fake.deadlines == [None, deadline]
     assert fake.asked == [(in_context(SCORE), ANSWERS), (alone(SCORE), ANSWERS)]
 
 
@@ -230,3 +242,35 @@ def test_a_script_gets_minus_one_where_the_model_does_not_load(
     monkeypatch.setattr(loader, "get_hermes_engine", fail)
     assert hermes_plugin.score_with_hermes(PROPOSAL) == -1.0
     assert caplog.messages == ["scoring failed: set HERMES_MODEL_PATH"]
+
+
+@pytest.mark.parametrize(
+    ("proposal", "context", "logged"),
+    [
+        (
+            {"rationale": "a\x00b"},
+            None,
+            "scoring failed: proposal.*: Text should have no control characters but tab, newline "
+            "and carriage return; its character 2 is one",
+        ),
+        (
+            PROPOSAL,
+            "x" * 101,
+            "scoring failed: context: Text should have at most 100 characters (MAX_PROMPT_CHARS)",
+        ),
+    ],
+)
+def test_a_script_cannot_send_what_is_no_text_or_too_long(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    proposal: dict[str, Any],
+    context: str | None,
+    logged: str,
+) -> None:
+    monkeypatch.setenv("MAX_PROMPT_CHARS", "100")
+    engine = FakeEngine(probabilities(_5=1.0))
+    monkeypatch.setattr(loader, "get_hermes_engine", lambda: engine)
+    assert hermes_plugin.score_with_hermes(proposal, context) == -1.0
+    assert caplog.messages == [logged]
+    assert engine.asked == []
+    assert hermes_plugin.score_with_hermes({"rationale": "fine"}, "x" * 100) == 0.5

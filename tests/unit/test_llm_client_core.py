@@ -305,7 +305,7 @@ def test_a_wav_whose_last_line_has_not_come_is_none_yet() -> None:
     assert fed("data: UklGRg==") == []
 
 
-@pytest.mark.parametrize("data", ["a", "!!!!", "UklGRg=", "UklG Rg=="])
+@pytest.mark.parametrize("data", ["a", "!!!!", "UklGRg=", "UklG Rg==", "UklG:Rg=="])
 def test_an_event_that_is_no_base64_is_an_error(data: str) -> None:
     events = AudioEvents()
     events.feed(f"data: {data}")

@@ -10,6 +10,11 @@ import pytest
 from llm_sidecar import loader
 from llm_sidecar.errors import AdapterRejected
 
+NO_SUCH_ADAPTER = (
+    "There is no such adapter: PHI3_ADAPTER_DIR holds no folder of that name with an "
+    "adapter_config.json."
+)
+
 
 def make_adapters(base: Path, *names: str) -> None:
     for name in names:
@@ -81,11 +86,6 @@ def test_a_folder_that_cannot_be_read_is_said(tmp_path: Path) -> None:
 
 # The one that is named
 
-NO_SUCH_ADAPTER = (
-    "There is no such adapter: PHI3_ADAPTER_DIR holds no folder of that name with an "
-    "adapter_config.json."
-)
-
 
 @pytest.mark.parametrize(
     ("name", "found"),
@@ -109,6 +109,7 @@ def test_an_adapter_that_is_not_there_is_said(tmp_path: Path, name: str) -> None
     (tmp_path / "20260105").mkdir()
     with pytest.raises(AdapterRejected) as caught:
         loader.find_adapter_dir(tmp_path, name)
+    # Without the name, which is the caller's.
     assert caught.value.detail == NO_SUCH_ADAPTER
 
 

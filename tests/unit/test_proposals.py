@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from llm_sidecar import proposals
+from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest
 from llm_sidecar.errors import DeadlineExceeded, InvalidRequest, ModelUnavailable
 from llm_sidecar.proposals import Example, Proposal
@@ -196,7 +199,7 @@ def test_a_budget_that_cannot_hold_it_is_refused() -> None:
     proposals.check_budget(LEAST)
     with pytest.raises(InvalidRequest) as caught:
         proposals.check_budget(LEAST - 1)
-    assert caught.value.detail == "max_length: a proposal can take 248 tokens; send at least that"
+    assert caught.value.detail == ("max_length: a proposal can take 248 tokens; send at least that")
 
 
 # The prompt
@@ -228,17 +231,23 @@ def test_what_every_prompt_begins_with_is_all_but_the_context() -> None:
 # Asking
 
 
-def request(examples: list[Example], max_tokens: int, temperature: float) -> GenerationRequest:
-    messages = proposals.build_messages("now", examples)
+def request(
+    examples: list[Example], max_tokens: int, temperature: float, prompt: str = "now"
+) -> GenerationRequest:
+    messages = proposals.build_messages(prompt, examples)
     return GenerationRequest(messages, max_tokens, proposals.GUIDANCE, temperature, None)
 
 
 async def test_phi3_is_asked_under_guidance_with_the_examples() -> None:
     answer = completion(WRITTEN)
     fake = FakeHost(answer)
-    made = await proposals.propose(fake.host, "now", EXAMPLES, max_tokens=300, temperature=0.5)
-    assert (made[0], made[1]) == (VALID, answer)
+    deadline = Deadline.after(60)
+    made = await proposals.propose(
+        fake.host, "now", EXAMPLES, max_tokens=300, temperature=0.5, deadline=deadline
+    )
+    assert (made.proposal, made.completion) == (VALID, answer)
     assert fake.asked == [request(EXAMPLES, 300, 0.5)]
+    assert (fake.deadlines, fake.partial) == ([deadline], [False])
 
 
 async def test_unless_told_otherwise_it_is_greedy_and_takes_256_tokens() -> None:
@@ -259,9 +268,13 @@ async def test_examples_that_do_not_fit_beside_a_prompt_are_left_out(
 ) -> None:
     answer = completion(WRITTEN)
     fake = FakeHost(InvalidRequest("too long"), answer)
-    made = await proposals.propose(fake.host, "now", EXAMPLES, max_tokens=300, temperature=0.5)
-    assert (made[0], made[1]) == (VALID, answer)
+    deadline = Deadline.after(60)
+    made = await proposals.propose(
+        fake.host, "now", EXAMPLES, max_tokens=300, temperature=0.5, deadline=deadline
+    )
+    assert (made.proposal, made.completion) == (VALID, answer)
     assert fake.asked == [request(EXAMPLES, 300, 0.5), request([], 300, 0.5)]
+    assert fake.deadlines == [deadline, deadline]
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("WARNING", "the few-shot examples do not fit the context beside a long prompt")
     ]
@@ -299,3 +312,146 @@ async def test_what_is_no_valid_proposal_never_comes_back(
     # Neither the error's cause nor the log quotes what it wrote.
     assert caught.value.__suppress_context__
     assert caplog.messages == ["phi3 broke the proposal schema under guidance: ValidationError"]
+
+
+# Grounding
+
+
+CONTEXT = "Long ABC from 100, now 112.5; XYZ is quiet."
+GROUNDED = VALID | {"rationale": "ABC is at 112.5."}
+MADE_UP = VALID | {"ticker": "NEW", "rationale": "RSI is at 78."}
+
+
+async def test_what_is_not_grounded_is_named() -> None:
+    fake = FakeHost(completion(json.dumps(GROUNDED)), completion(json.dumps(MADE_UP)))
+    made = await proposals.propose(fake.host, CONTEXT)
+    assert (made.ungrounded, made.grounded) == ((), "true")
+    made = await proposals.propose(fake.host, CONTEXT)
+    assert (made.ungrounded, made.grounded) == (("ticker", "rationale"), "ticker,rationale")
+    assert len(fake.asked) == 2
+
+
+def retried(tickers: list[str]) -> GenerationRequest:
+    first = request(EXAMPLES, 300, 0.5, CONTEXT)
+    guidance = proposals.grounded_guidance(CONTEXT, tickers)
+    return replace(first, guidance=guidance, seed=0)
+
+
+async def propose_again(fake: FakeHost, deadline: Deadline | None = None) -> proposals.Proposed:
+    return await proposals.propose(
+        fake.host,
+        CONTEXT,
+        EXAMPLES,
+        max_tokens=300,
+        temperature=0.5,
+        deadline=deadline,
+        retry=True,
+    )
+
+
+async def test_what_is_not_grounded_is_asked_for_once_more_under_its_contexts_guidance() -> None:
+    better = completion(json.dumps(GROUNDED))
+    fake = FakeHost(completion(json.dumps(MADE_UP)), better)
+    made = await propose_again(fake)
+    assert (made.proposal, made.completion, made.grounded) == (GROUNDED, better, "true")
+    # The ticker is none of the context's, so it is no choice.
+    assert fake.asked == [request(EXAMPLES, 300, 0.5, CONTEXT), retried([])]
+    assert fake.deadlines == [None, None]
+
+
+async def test_a_ticker_that_the_context_has_stays_a_choice() -> None:
+    written = VALID | {"ticker": "quiet", "rationale": "RSI is at 78."}
+    fake = FakeHost(completion(json.dumps(written)), completion(json.dumps(MADE_UP)))
+    made = await propose_again(fake)
+    assert fake.asked[1] == retried(["quiet"])
+    # It is asked for once more, and then reported.
+    assert made.ungrounded == ("ticker", "rationale")
+    assert len(fake.asked) == 2
+
+
+async def test_what_is_grounded_is_not_asked_for_again() -> None:
+    fake = FakeHost(completion(json.dumps(GROUNDED)))
+    assert (await propose_again(fake)).grounded == "true"
+    assert len(fake.asked) == 1
+
+
+async def test_a_context_without_a_ticker_has_no_guidance_to_ask_with() -> None:
+    fake = FakeHost(completion(json.dumps(MADE_UP)))
+    made = await proposals.propose(fake.host, "12,5 %", retry=True)
+    assert made.proposal == MADE_UP
+    assert len(fake.asked) == 1
+
+
+async def test_a_retry_has_half_of_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    fake = FakeHost(completion(json.dumps(MADE_UP)), completion(json.dumps(GROUNDED)))
+    deadline = Deadline(now - 20.0, 60.0)
+    await propose_again(fake, deadline)
+    assert fake.deadlines == [deadline, Deadline(now, 20.0)]
+
+
+@pytest.mark.parametrize("failure", [DeadlineExceeded("late"), InvalidRequest("too long"), "{"])
+async def test_a_retry_that_fails_leaves_the_first_proposal(
+    failure: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    second = completion(failure) if isinstance(failure, str) else failure
+    kind = "ModelUnavailable" if isinstance(failure, str) else type(failure).__name__
+    fake = FakeHost(completion(json.dumps(MADE_UP)), second)
+    made = await propose_again(fake)
+    assert (made.proposal, made.grounded) == (MADE_UP, "ticker,rationale")
+    assert caplog.messages[-1] == f"the retry of an ungrounded proposal failed: {kind}"
+
+
+async def test_a_retry_beside_a_long_prompt_has_no_examples_either() -> None:
+    fake = FakeHost(
+        InvalidRequest("too long"),
+        completion(json.dumps(MADE_UP)),
+        completion(json.dumps(GROUNDED)),
+    )
+    assert (await propose_again(fake)).proposal == GROUNDED
+    messages = proposals.build_messages(CONTEXT)
+    again = fake.asked[2]
+    assert isinstance(again, GenerationRequest)
+    assert again.messages == messages
+
+
+def test_a_contexts_guidance_offers_its_tickers_and_numbers() -> None:
+    guidance = proposals.grounded_guidance(CONTEXT, ["quiet", "ABC"])
+    assert guidance is not None
+    text = "[A-Za-z,;:%$()/+' -]"
+    body = rf"{text}*((100|112\.5){text}+)*(100|112\.5)?"
+    expected = json.loads(proposals.GUIDANCE)
+    expected["properties"]["ticker"] = {"enum": ["quiet", "ABC", "XYZ"]}
+    expected["properties"]["rationale"] = {
+        "type": "string",
+        "pattern": rf"^[A-Z]{body}[A-Za-z%)]\.$",
+        "minLength": 10,
+        "maxLength": 109,
+    }
+    assert json.loads(guidance) == expected
+    # The same text each time: runtimes keep the compiled grammar by it.
+    assert proposals.grounded_guidance(CONTEXT, ["quiet", "ABC"]) == guidance
+
+
+def test_without_a_number_a_rationale_has_none() -> None:
+    guidance = proposals.grounded_guidance("Long ABC.")
+    assert guidance is not None
+    properties = json.loads(guidance)["properties"]
+    assert properties["ticker"] == {"enum": ["ABC"]}
+    assert properties["rationale"]["pattern"] == "^[A-Z][A-Za-z,;:%$()/+' -]*[A-Za-z%)]\\.$"
+
+
+def test_without_a_ticker_there_is_no_guidance() -> None:
+    assert proposals.grounded_guidance("12,5 %") is None
+    assert proposals.grounded_guidance("") is None
+
+
+def test_at_most_64_tickers_and_numbers_are_offered() -> None:
+    context = " ".join(f"T{n} at 1{n:03}" for n in range(100))
+    guidance = proposals.grounded_guidance(context)
+    assert guidance is not None
+    properties = json.loads(guidance)["properties"]
+    assert properties["ticker"]["enum"] == [f"T{n}" for n in range(64)]
+    numbers = properties["rationale"]["pattern"].partition("((")[2].partition(")")[0].split("|")
+    assert len(numbers) == 64

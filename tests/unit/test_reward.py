@@ -22,6 +22,11 @@ LONG: dict[str, Any] = {
 }
 
 
+NO_PROPOSAL = "the trace needs a proposal, an object"
+NO_PRICES = "prices must be a list of positive numbers"
+NO_PATCH = "patch_content must be the JSON text of a corrected proposal"
+
+
 def squash(multiple: float) -> float:
     return (1 + math.tanh(multiple / 2)) / 2
 
@@ -40,6 +45,11 @@ def with_calibration(outcome: float, confidence: float) -> float:
         ({"side": "SHORT"}, [100, 95], 2.0),
         ({"side": "SHORT"}, [100, 103], -1.0),
         ({"new_target_pct": None}, [100, 110], 5.0),
+        ({"new_stop_pct": 0.5}, [100, 100.25], 0.5),
+        # What is just reached counts as reached.
+        ({"new_stop_pct": 50.0}, [100, 50, 104], -1.0),
+        ({"new_stop_pct": 50.0, "new_target_pct": 100.0}, [100, 200, 100], 2.0),
+        ({}, [100, 100], 0.0),
         ({"action": "pass"}, [100, 103], 1.5),
         ({"action": "abort"}, [100, 103], -1.5),
         ({"action": "abort", "side": "SHORT"}, [100, 103], 1.5),
@@ -56,6 +66,25 @@ def test_agreement_compares_field_by_field() -> None:
     patch = LONG | {"action": "pass", "new_stop_pct": 1.0, "rationale": "Other words."}
     # Equal: ticker, side, target, confidence; the action differs; the stop is half.
     assert proofable_reward({"proposal": LONG}, json.dumps(patch)) == pytest.approx(4.5 / 6)
+
+
+def test_a_field_that_only_one_of_them_has_does_not_agree() -> None:
+    without_side = {name: value for name, value in LONG.items() if name != "side"}
+    without_target = {name: value for name, value in LONG.items() if name != "new_target_pct"}
+    # Six fields in all, of which ticker, action, stop and confidence are equal.
+    reward = proofable_reward({"proposal": without_side}, json.dumps(without_target))
+    assert reward == pytest.approx(4 / 6)
+    # What neither has is not compared.
+    reward = proofable_reward({"proposal": without_side}, json.dumps(without_side))
+    assert reward == pytest.approx(1.0)
+    reward = proofable_reward({"proposal": without_side}, json.dumps(without_side | {"ticker": 1}))
+    assert reward == pytest.approx(4 / 5)
+
+
+@pytest.mark.parametrize("stop", [0.0, -2.0, None, "2", True])
+def test_a_number_agrees_with_nothing_that_is_no_positive_number(stop: object) -> None:
+    patch = LONG | {"new_stop_pct": stop}
+    assert proofable_reward({"proposal": LONG}, json.dumps(patch)) == pytest.approx(5 / 6)
 
 
 def test_a_number_beyond_every_float_agrees_with_nothing() -> None:
@@ -92,18 +121,36 @@ def test_a_confident_loser_earns_less_than_a_doubtful_one() -> None:
 @pytest.mark.parametrize(
     ("trace", "patch", "message"),
     [
-        ({}, None, "needs a proposal"),
-        ({"proposal": LONG, "prices": [100, float("nan")]}, None, "positive"),
-        ({"proposal": LONG, "prices": [100, 0]}, None, "positive"),
-        ({"proposal": LONG, "prices": [True, 1]}, None, "positive"),
-        ({"proposal": LONG, "prices": [1, 10**400]}, None, "positive"),
-        ({"proposal": LONG}, '{"a":' * 100_000, "JSON text"),
-        ({"proposal": LONG}, "{", "JSON text"),
-        ({"proposal": LONG}, "[]", "JSON text"),
+        ({"proposal": [1]}, None, NO_PROPOSAL),
+        ({"proposal": LONG, "prices": "100"}, None, NO_PRICES),
+        ({}, None, NO_PROPOSAL),
+        (
+            {"proposal": LONG, "prices": [100, float("nan")]},
+            None,
+            NO_PRICES,
+        ),
+        ({"proposal": LONG, "prices": [100, 0]}, None, NO_PRICES),
+        (
+            {"proposal": LONG, "prices": [True, 1]},
+            None,
+            NO_PRICES,
+        ),
+        (
+            {"proposal": LONG, "prices": [1, 10**400]},
+            None,
+            NO_PRICES,
+        ),
+        (
+            {"proposal": LONG},
+            '{"a":' * 100_000,
+            NO_PATCH,
+        ),
+        ({"proposal": LONG}, "{", NO_PATCH),
+        ({"proposal": LONG}, "[]", NO_PATCH),
     ],
 )
 def test_bad_evidence_is_refused(trace: dict[str, Any], patch: str | None, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
         proofable_reward(trace, patch)
 
 

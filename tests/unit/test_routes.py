@@ -1,4 +1,4 @@
-"""The routes of scores and feedback, in this process, over a sidecar whose parts are fakes."""
+"""The routes of scores, feedback and examples, over a sidecar whose parts are fakes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from llm_sidecar import hermes_plugin
+from llm_sidecar.db import Correction
 from llm_sidecar.errors import DatabaseUnavailable, QueueFull
 from llm_sidecar.examples import Outcome
 from llm_sidecar.settings import Settings
@@ -79,6 +80,18 @@ async def test_what_is_no_proposal_is_422(
     assert parts.hermes.asked == []
 
 
+async def test_a_score_that_is_not_stored_says_so(
+    asking: httpx.AsyncClient, parts: FakeParts
+) -> None:
+    parts.hermes.answers = [SURE, SURE]
+    response = await asking.post("/score/hermes/", json={"proposal": CORRECTED})
+    assert "X-Stored" not in response.headers
+    parts.archive.failure = DatabaseUnavailable("The disk is full.")
+    response = await asking.post("/score/hermes/", json={"proposal": CORRECTED})
+    assert (response.status_code, response.json()["score"]) == (200, 0.75)
+    assert response.headers["X-Stored"] == "false"
+
+
 # Feedback
 
 
@@ -91,53 +104,63 @@ async def test_feedback_is_answered_once_it_is_stored(
     assert response.json() == {"message": "Feedback stored.", "transaction_id": "t-1"}
     ((name, row),) = parts.happened.of("row")
     assert name == "Phi3FeedbackSchema"
+    assert response.headers["X-Feedback-ID"] == row["feedback_id"]
     assert row["timestamp"].isoformat() == "2026-01-02T03:04:05+00:00"
     expected = FEEDBACK | {"schema_version": "1.1", "corrected_proposal": None}
     assert {column: row[column] for column in expected} == expected
 
 
+NO_EXAMPLE = "Feedback stored; the corrected proposal is no example, as "
 MESSAGES = {
-    Outcome.NO_CORRECTION: "Feedback stored.",
     Outcome.EXAMPLE: "Feedback stored; the corrected proposal is an example for the next ones.",
-    Outcome.PROPOSAL_TOO_LONG: "Feedback stored; the corrected proposal is no example, as it takes "
-    "more than 500 characters as JSON.",
-    Outcome.OFF: "Feedback stored; the corrected proposal is no example, as FEW_SHOT_EXAMPLES is "
-    "0.",
+    Outcome.NO_CORRECTION: "Feedback stored.",
+    Outcome.PROPOSAL_TOO_LONG: f"{NO_EXAMPLE}it takes more than 500 characters as JSON.",
+    Outcome.OFF: f"{NO_EXAMPLE}FEW_SHOT_EXAMPLES is 0.",
     Outcome.DATABASE_AWAY: "Feedback stored; whether the corrected proposal is an example is not "
     "known before the database is back.",
-    Outcome.NO_RUN: "Feedback stored; the corrected proposal is no example, as no run with this "
-    "transaction_id is stored.",
-    Outcome.PROMPT_NOT_TEXT: "Feedback stored; the corrected proposal is no example, as the prompt "
-    "of its run has control characters.",
-    Outcome.PROMPT_TOO_LONG: "Feedback stored; the corrected proposal is no example, as the prompt "
-    "of its run has more than 2000 characters.",
-    Outcome.TOO_MANY_TOKENS: "Feedback stored; the corrected proposal is no example, as it and the "
-    "prompt of its run may take more than 3000 tokens, or more than half of the model's context "
-    "(counted as one token a byte).",
-    Outcome.WITHDRAWN: "Feedback stored; the corrected proposal is no example, as this feedback "
-    "was withdrawn.",
-    Outcome.REPLACED: "Feedback stored; the corrected proposal is no example, as a newer "
-    "correction of the same run is one.",
-    Outcome.CROWDED_OUT: "Feedback stored; the corrected proposal is no example, as newer ones "
-    "take all the room.",
-    Outcome.INVALID: "Feedback stored; corrected_proposal is no valid proposal (*, action, "
-    "confidence, rationale), so no example.",
+    Outcome.NO_RUN: f"{NO_EXAMPLE}no run with this transaction_id is stored.",
+    Outcome.PROMPT_NOT_TEXT: f"{NO_EXAMPLE}the prompt of its run has control characters.",
+    Outcome.PROMPT_TOO_LONG: f"{NO_EXAMPLE}the prompt of its run has more than 2000 characters.",
+    Outcome.TOO_MANY_TOKENS: f"{NO_EXAMPLE}it and the prompt of its run may take more than 3000 "
+    "tokens, or more than half of the model's context (counted as one token a byte).",
+    Outcome.WITHDRAWN: f"{NO_EXAMPLE}this feedback was withdrawn.",
+    Outcome.REPLACED: f"{NO_EXAMPLE}a newer correction of the same run is one.",
+    Outcome.CROWDED_OUT: f"{NO_EXAMPLE}newer ones take all the room.",
 }
 
 
-@pytest.mark.parametrize("outcome", Outcome)
-async def test_the_answer_says_what_became_of_a_correction(
+@pytest.mark.parametrize("outcome", MESSAGES)
+async def test_the_answer_says_whether_a_correction_is_an_example(
     asking: httpx.AsyncClient, parts: FakeParts, outcome: Outcome
 ) -> None:
     parts.archive.outcome = outcome
-    invalid = {"ticker": "A", "action": "buy", "extra": 1}
-    corrected = invalid if outcome is Outcome.INVALID else CORRECTED
-    response = await asking.post(
-        "/feedback/phi3/", json=FEEDBACK | {"corrected_proposal": corrected}
-    )
+    sent = FEEDBACK | {"corrected_proposal": CORRECTED}
+    response = await asking.post("/feedback/phi3/", json=sent)
     assert response.json() == {"message": MESSAGES[outcome], "transaction_id": "t-1"}
-    ((_, row),) = parts.happened.of("row")
-    assert response.headers["X-Feedback-ID"] == row["feedback_id"]
+
+
+@pytest.mark.parametrize(
+    ("corrected", "fields"),
+    [
+        ({"ticker": "A", "action": "buy"}, "action, confidence, rationale"),
+        # A key that a caller made up is not shown.
+        (CORRECTED | {"a secret": 1}, "*"),
+        (CORRECTED | {"a secret": 1, "another": 2, "ticker": ""}, "*, ticker"),
+    ],
+)
+async def test_the_answer_names_the_fields_that_make_it_no_proposal(
+    asking: httpx.AsyncClient, parts: FakeParts, corrected: dict[str, Any], fields: str
+) -> None:
+    parts.archive.outcome = Outcome.INVALID
+    sent = FEEDBACK | {"corrected_proposal": corrected}
+    response = await asking.post("/feedback/phi3/", json=sent)
+    assert response.json()["message"] == (
+        f"Feedback stored; corrected_proposal is no valid proposal ({fields}), so no example."
+    )
+
+
+def test_every_outcome_has_its_message() -> None:
+    assert set(MESSAGES) | {Outcome.INVALID} == set(Outcome)
 
 
 async def test_feedback_that_cannot_be_stored_is_503(
@@ -149,3 +172,65 @@ async def test_feedback_that_cannot_be_stored_is_503(
     assert response.headers["Retry-After"] == "5"
     assert response.json() == {"detail": "The disk is full."}
     assert parts.happened.log == []
+
+
+@pytest.mark.parametrize("feedback_id", ["f-1", "theirs/and/ours"])
+async def test_feedback_is_withdrawn_by_its_id(
+    asking: httpx.AsyncClient, parts: FakeParts, feedback_id: str
+) -> None:
+    parts.archive.known = {feedback_id}
+    for _ in range(2):
+        response = await asking.delete(f"/feedback/{feedback_id}")
+        assert response.status_code == 200
+        assert response.json() == {"message": "Feedback withdrawn.", "feedback_id": feedback_id}
+    response = await asking.delete("/feedback/other/")
+    assert response.status_code == 404
+    assert response.json() == {"detail": "There is no feedback with this feedback_id."}
+
+
+# Examples
+
+
+def used(count: int) -> tuple[Correction, ...]:
+    return tuple(Correction(f"prompt {n}", {"n": n}, f"t-{n}", f"f-{n}") for n in range(count))
+
+
+def item(number: int) -> dict[str, Any]:
+    return {
+        "transaction_id": f"t-{number}",
+        "feedback_id": f"f-{number}",
+        "prompt": f"prompt {number}",
+        "proposal": {"n": number},
+    }
+
+
+@pytest.mark.parametrize(
+    ("query", "numbers", "following"),
+    [
+        ("", [0, 1, 2], None),
+        ("?limit=3", [0, 1, 2], None),
+        ("?limit=2", [0, 1], "f-1"),
+        ("?limit=2&before=f-1", [2], None),
+        ("?limit=1&before=f-0", [1], "f-1"),
+        ("?before=f-2", [], None),
+    ],
+)
+async def test_the_examples_in_use_are_listed_oldest_first_in_pages(
+    asking: httpx.AsyncClient,
+    parts: FakeParts,
+    query: str,
+    numbers: list[int],
+    following: str | None,
+) -> None:
+    parts.archive.corrections = used(3)
+    response = await asking.get(f"/examples/{query}")
+    assert response.json() == {"items": [item(n) for n in numbers], "next": following}
+
+
+async def test_a_page_that_is_none_is_422(asking: httpx.AsyncClient, parts: FakeParts) -> None:
+    parts.archive.corrections = used(3)
+    response = await asking.get("/examples/?before=f-9")
+    assert response.status_code == 422
+    assert response.json() == {"detail": "before: this is the next of no page; ask without it."}
+    for query in ("?limit=0", "?limit=501", "?limit=many"):
+        assert (await asking.get(f"/examples/{query}")).status_code == 422

@@ -9,7 +9,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from llm_sidecar.errors import SettingsError
-from llm_sidecar.settings import Settings
+from llm_sidecar.settings import Settings, default_max_chars
 
 DEFAULTS: dict[str, object] = {
     "MICRO_LLM_MODEL_PATH": None,
@@ -273,3 +273,18 @@ def test_every_variable_says_what_it_takes() -> None:
     for name, field in Settings.model_fields.items():
         assert field.alias, name
         assert field.description, name
+
+
+def test_scripts_need_one_variable_to_be_valid_and_no_other() -> None:
+    assert default_max_chars({}) == 32_768
+    assert default_max_chars({"MAX_PROMPT_CHARS": ""}) == 32_768
+    assert default_max_chars({"MAX_PROMPT_CHARS": "100", "QUEUE_LENGTH": "many"}) == 100
+    with pytest.raises(SettingsError, match=r"^MAX_PROMPT_CHARS='0' is not valid: it takes"):
+        default_max_chars({"MAX_PROMPT_CHARS": "0"})
+
+
+def test_scripts_read_the_processs_own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_PROMPT_CHARS", "100")
+    assert default_max_chars() == 100
+    monkeypatch.delenv("MAX_PROMPT_CHARS")
+    assert default_max_chars() == 32_768

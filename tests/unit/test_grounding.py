@@ -11,8 +11,6 @@ import pytest
 
 from llm_sidecar import grounding
 from llm_sidecar.grounding import numbers_in, tickers_in, ungrounded_fields
-from tests.live_server import LiveServer, serve
-from tests.metrics_text import MetricsText
 
 MOST: Final = 64
 LONGEST_PROMPT: Final = 32_768
@@ -345,58 +343,3 @@ def test_the_longest_context_takes_no_time_to_speak_of(piece: str) -> None:
     tickers_in(context, MOST)
     # Of the order of 0.1 s, and minutes where it grew with the square.
     assert time.process_time() - began < 4
-
-
-# A server that asks again
-
-
-PROMPTS: Final = [
-    f"Long T{number}X from {100 + number}, now {112.5 + number}, RSI {60 + number}."
-    for number in range(10)
-]
-
-
-@pytest.fixture(scope="module")
-def retrying(
-    random_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LiveServer]:
-    """A server of random weights, which alone say nothing that is in a prompt."""
-    folder = tmp_path_factory.mktemp("retrying")
-    environ = {"GROUNDING": "retry", "ENABLE_METRICS": "true", "FEW_SHOT_EXAMPLES": "3"}
-    with serve(folder, **environ, **random_models) as running:
-        running.wait_until_ready()
-        yield running
-
-
-def test_what_is_asked_for_again_has_the_tickers_and_numbers_of_its_prompt(
-    retrying: LiveServer,
-) -> None:
-    for prompt in PROMPTS:
-        response = retrying.client.post("/generate/phi3", json={"prompt": prompt})
-        assert response.headers["X-Grounded"] == "true"
-        assert ungrounded_fields(response.json(), prompt) == ()
-    text = MetricsText(retrying.client.get("/metrics").text)
-    assert text.value("sidecar_ungrounded_proposals_total") == 0
-    # Each of them was asked for twice.
-    assert text.value("sidecar_request_success_total", model="phi3") == 2 * len(PROMPTS)
-
-
-def test_a_correction_is_an_example_whatever_it_is_grounded_in(retrying: LiveServer) -> None:
-    def ask() -> tuple[int, str]:
-        response = retrying.client.post("/generate/phi3", json={"prompt": PROMPTS[0]})
-        return int(response.headers["X-Prompt-Tokens"]), response.headers["X-Grounded"]
-
-    response = retrying.client.post("/propose_trade_adjustments", json={"prompt": PROMPTS[0]})
-    before, _ = ask()
-    corrected = proposal("OTHER", "The 4711 of another day.")
-    correction = {
-        "transaction_id": response.json()["transaction_id"],
-        "feedback_type": "correction",
-        "feedback_content": "Look at it as I do.",
-        "corrected_proposal": corrected,
-    }
-    answer = retrying.client.post("/feedback/phi3", json=correction).json()
-    assert answer["message"].endswith("is an example for the next ones.")
-    after, grounded = ask()
-    assert after > before + 20
-    assert grounded == "true"
