@@ -35,7 +35,7 @@ def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer
 
 NUMBER, TEXT = "a number", "a text"
 VARIES = {
-    *("transaction_id", "proposal_id", "uri"),
+    *("transaction_id", "proposal_id", "feedback_id", "uri"),
     *("action", "rationale", "hermes_assessment", "generated_text"),
 }
 """Texts that differ from run to run, or, written by a model, from processor to processor."""
