@@ -55,40 +55,6 @@ def all_of(connection: socket.socket) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "headers",
-    [
-        BEARER,
-        {"Authorization": f"bearer  {KEYS[1]}"},
-        {"X-API-Key": KEYS[1]},
-        {"X-API-Key": "wrong", **BEARER},
-    ],
-)
-def test_each_key_opens_in_each_header(closed: LiveServer, headers: dict[str, str]) -> None:
-    assert closed.client.get("/openapi.json", headers=headers).status_code == 200
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {},
-        {"Authorization": "Bearer"},
-        {"Authorization": f"Basic {KEYS[0]}"},
-        {"Authorization": KEYS[0]},
-        {"Authorization": f"Bearer {KEYS[0]}x"},
-        {"Authorization": f"Bearer {KEYS[0][:-1]}"},
-        {"Authorization": f"Bearer {KEYS[0]},{KEYS[1]}"},
-        {"X-API-Key": ""},
-        {"X-API-Key": b"\xff\xfe"},
-    ],
-)
-def test_nothing_else_does(closed: LiveServer, headers: Any) -> None:
-    response = closed.client.post("/generate/", json={"prompt": "x"}, headers=headers)
-    assert response.status_code == 401
-    assert response.headers["WWW-Authenticate"].startswith("Bearer")
-    assert "X-API-Key" in response.json()["detail"]
-
-
-@pytest.mark.parametrize(
     "path", ["/docs", "/redoc", "/openapi.json", "/stream/audio", "/nothing", "/health/../docs"]
 )
 def test_every_other_path_is_closed(closed: LiveServer, path: str) -> None:

@@ -231,7 +231,7 @@ def test_an_adapter_may_be_a_link_to_another_place(tmp_path: Path) -> None:
     (adapters / "20260102").symlink_to(tmp_path / "nowhere")
     (adapters / "20260103").symlink_to(adapters / "20260103")
     assert loader.get_latest_adapter_dir(adapters) == adapters / "20260101"
-    with pytest.raises(AdapterRejected, match="^There is no such adapter: "):
+    with pytest.raises(AdapterRejected, match=r"^There is no such adapter: "):
         loader.find_adapter_dir(adapters, "20260103")
 
 

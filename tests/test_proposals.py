@@ -1,4 +1,4 @@
-"""The proposal: its schemas, its prompt, and that nothing else can be generated."""
+"""The proposal: its guidance, its retry, and that nothing else can be generated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import llguidance
 import pytest
-from pydantic import ValidationError
 
 from llm_sidecar import proposals
 from llm_sidecar.deadline import Deadline
@@ -31,47 +30,6 @@ VALID: dict[str, Any] = {
     "confidence": 0.7,
     "rationale": "The trend is intact.",
 }
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"confidence": 0}, {"confidence": 1}, {"new_stop_pct": 7}, {"ticker": "BRK.B"}]
-)
-def test_a_valid_proposal_is_accepted(changes: dict[str, Any]) -> None:
-    Proposal.model_validate(VALID | changes)
-
-
-@pytest.mark.parametrize("missing", ["side", "new_stop_pct", "new_target_pct"])
-def test_an_optional_key_may_be_left_out(missing: str) -> None:
-    written = {key: value for key, value in VALID.items() if key != missing}
-    assert proposals.parse(json.dumps(written)) == written
-
-
-@pytest.mark.parametrize("missing", ["ticker", "action", "confidence", "rationale"])
-def test_a_required_key_may_not(missing: str) -> None:
-    with pytest.raises(ValidationError):
-        Proposal.model_validate({key: value for key, value in VALID.items() if key != missing})
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"extra": 1},
-        {"action": "buy"},
-        {"side": "BOTH"},
-        {"side": None},
-        {"confidence": 1.01},
-        {"confidence": "0.5"},
-        {"confidence": True},
-        {"new_stop_pct": "1"},
-        {"new_stop_pct": float("inf")},
-        {"ticker": ""},
-        {"ticker": 7},
-        {"rationale": ""},
-    ],
-)
-def test_anything_else_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
-        Proposal.model_validate(VALID | changes)
 
 
 def accepts(text: str, guidance: str = proposals.GUIDANCE) -> bool:
@@ -349,13 +307,6 @@ async def test_examples_that_do_not_fit_are_left_out_of_the_retry_too() -> None:
     proposed = await propose(host, examples=[Example("then", VALID)], retry=True)
     assert proposed.grounded == "true"
     assert host.asked[2].messages == proposals.build_messages(PROMPT)
-
-
-def test_examples_come_between_the_system_prompt_and_the_context() -> None:
-    messages = proposals.build_messages("now", [Example("then", VALID)])
-    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
-    assert messages[2]["content"] == proposals.dumps(VALID)
-    assert messages[-1]["content"] == "now"
 
 
 # Random weights at a high temperature may write anything that they are allowed to.

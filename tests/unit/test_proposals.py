@@ -91,6 +91,7 @@ def test_the_public_schema_is_the_contracts() -> None:
         {"confidence": 0},
         {"confidence": 1},
         {"ticker": "B"},
+        {"ticker": "BRK.B"},
         {"rationale": "R"},
     ],
 )
