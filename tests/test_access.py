@@ -120,8 +120,8 @@ def test_keys_are_in_no_log(closed: LiveServer) -> None:
 
 # Limits
 
-LONG_TEXT = "Text should have at most 100 characters (MAX_PROMPT_CHARS)"
-LONG_OBJECT = "Object should have at most 100 characters as JSON (MAX_PROMPT_CHARS)"
+LONG_TEXT = "Text is too long; MAX_PROMPT_CHARS takes 100 characters"
+LONG_OBJECT = "Object is too long; MAX_PROMPT_CHARS takes 100 characters of JSON"
 
 
 @pytest.mark.parametrize(
