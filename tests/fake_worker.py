@@ -123,5 +123,5 @@ def load_engine(
 
 
 if __name__ == "__main__":
-    worker.load_engine = load_engine  # type: ignore[assignment]
+    worker.load_engine = load_engine  # type: ignore[assignment, attr-defined]
     worker.main()

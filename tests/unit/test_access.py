@@ -81,7 +81,7 @@ async def test_a_key_need_not_be_ascii() -> None:
     app = ApiKeys(inner, [SecretStr("schlüssel-von-uns")], metrics_need_key=False)
     async with client(app) as asking:
         # Headers are bytes, read as Latin-1; the key's own bytes are UTF-8.
-        sent = {"X-API-Key": "schlüssel-von-uns".encode()}
+        sent = {b"X-API-Key": "schlüssel-von-uns".encode()}
         assert (await asking.get("/docs", headers=sent)).status_code == 200
 
 
