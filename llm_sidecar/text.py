@@ -89,7 +89,7 @@ def find_length_fault(value: object, max_chars: int) -> Fault | None:
     """
     if isinstance(value, str) and len(value) > max_chars:
         return Fault(
-            "string_too_long", f"Text should have at most {max_chars} characters (MAX_PROMPT_CHARS)"
+            "string_too_long", f"Text is too long; MAX_PROMPT_CHARS takes {max_chars} characters"
         )
     # Not escaped, so that every script has the same room.
     if (
@@ -98,7 +98,7 @@ def find_length_fault(value: object, max_chars: int) -> Fault | None:
     ):
         return Fault(
             "object_too_long",
-            f"Object should have at most {max_chars} characters as JSON (MAX_PROMPT_CHARS)",
+            f"Object is too long; MAX_PROMPT_CHARS takes {max_chars} characters of JSON",
         )
     return None
 

@@ -11,8 +11,8 @@ import pytest
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.engines import Engine, GenerationRequest, load_engine
-from llm_sidecar.engines.base import AnswerTree, softmax
-from llm_sidecar.errors import InvalidRequest, ModelUnavailable
+from llm_sidecar.engines.base import AnswerTree, one_line, softmax
+from llm_sidecar.errors import AdapterRejected, InvalidRequest, ModelUnavailable
 
 PROMPT = "Long ABC from 100, now 112.5, RSI 81."
 
@@ -204,3 +204,9 @@ def test_answer_tree_refuses_answers_it_cannot_read() -> None:
 
 def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
+
+
+def test_what_went_wrong_is_one_short_line() -> None:
+    error = AdapterRejected("it holds \x1b[31m\n" + "x" * 1000)
+    assert one_line(error) == "it holds [31m " + "x" * 385
+    assert one_line(ValueError("a\tb")) == "ValueError: a b"

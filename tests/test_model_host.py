@@ -41,6 +41,10 @@ SHORT = GenerationRequest(proposals.build_messages("Long ABC"), 256, proposals.G
 ITEMS = '{"type":"array","minItems":%d,"items":{"type":"integer"}}'
 ENDLESS = GenerationRequest(hermes_plugin.chat_messages("count"), 7000, ITEMS % 6900)
 
+# Scripts that stand for a worker, and are counted as one.
+HANGS = "import time; time.sleep(600)  # llm_sidecar.worker"
+CRASHES = "import os; input(); os.abort()  # llm_sidecar.worker"
+
 HostFactory = Callable[..., ModelHost]
 
 
@@ -581,6 +585,20 @@ async def test_a_worker_that_dies_is_replaced_with_the_adapter_in_use(
     assert host.status()["restarts"] == 1
 
 
+async def test_a_swap_serves_those_who_wait_for_a_first_load(
+    make_host: HostFactory, onnx_adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = make_host()
+    play_worker(monkeypatch, HANGS)
+    waiting = asyncio.create_task(host.generate(SHORT))
+    await until(lambda: len(workers()) == 1)
+    monkeypatch.undo()
+    await host.swap_adapter(onnx_adapters[0])
+    assert (await waiting).adapter == "20260101"
+    assert host.status()["restarts"] == 0
+    await until(lambda: workers() == {host.status()["pid"]})
+
+
 async def test_swaps_at_once_are_made_in_order_with_two_workers_at_most(
     make_host: HostFactory, onnx_adapters: list[Path]
 ) -> None:
@@ -593,7 +611,7 @@ async def test_swaps_at_once_are_made_in_order_with_two_workers_at_most(
         for adapter in (onnx_adapters[0], None, onnx_adapters[1])
     ]
     most = 0
-    seen: list[Any] = []
+    seen: list[str | None] = []
 
     def swapped() -> bool:
         nonlocal most
@@ -636,16 +654,12 @@ async def test_a_prefix_that_changes_while_a_worker_loads_is_read_by_it(
     current = new
     await host.prepare()
     await swapping
-    completion = await host.generate(after(old))
-    # It goes before the prefix that is prepared, and after the one that was loaded with the model.
-    assert completion.prompt_tokens - completion.cached_tokens < 50
-    await host.prepare()
-    completion = await host.generate(after(new))
-    assert completion.prompt_tokens - completion.cached_tokens < 50
-
-
-HANGS = "import time; time.sleep(600)  # llm_sidecar.worker"
-CRASHES = "import os; input(); os.abort()  # llm_sidecar.worker"
+    worker = await host._supervisor.ready(0.0)
+    await worker.idle.wait()
+    for prefix in (new, old):
+        completion = await host.generate(after(prefix))
+        assert completion.adapter == "20260101"
+        assert completion.prompt_tokens - completion.cached_tokens < 50
 
 
 @pytest.mark.parametrize(
@@ -686,16 +700,21 @@ async def test_closing_gives_up_a_swap_that_loads(
     make_host: HostFactory, onnx_adapters: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host = make_host()
-    await host.generate(SHORT)
+    running = asyncio.create_task(host.generate(ENDLESS))
+    await until(lambda: tokens(host) > 0)
     play_worker(monkeypatch, HANGS)
     swaps = [asyncio.create_task(host.swap_adapter(adapter)) for adapter in onnx_adapters]
     await until(lambda: len(workers()) == 2)
-    async with asyncio.timeout(5):
-        await host.close(grace=1.0)
-    assert workers() == set()
+    closing = asyncio.create_task(host.close(grace=60.0))
     for swap in swaps:
         with pytest.raises(ModelUnavailable, match="shutting down"):
             await swap
+    assert workers() == {host.status()["pid"]}
+    # The request that runs still has its time.
+    assert not closing.done()
+    running.cancel()
+    await closing
+    assert workers() == set()
 
 
 async def test_an_adapter_that_does_not_fit_is_refused_and_the_old_one_goes_on(

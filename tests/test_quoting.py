@@ -126,7 +126,7 @@ class Document:
     def _of_operation(self, method: str, path: str, operation: dict[str, Any]) -> Iterator[Attempt]:
         content = operation.get("requestBody", {}).get("content", {})
         schema = self._resolved(content.get("application/json", {}).get("schema", {}))
-        base = self._smallest(schema) if content else None
+        base: Any = self._smallest(schema) if content else None
 
         def attempt(name: str, status: int | None = None, **options: Any) -> Attempt:
             return Attempt(f"{method} {path}: {name}", method, _filled(path), status, options)

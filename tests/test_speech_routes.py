@@ -113,7 +113,7 @@ def test_the_client_speaks_with_a_reference_larger_than_other_bodies(voice: Live
         {"text": "Hi", "exaggeration": -0.1},
         {"text": "Hi", "exaggeration": 2.1},
         {"text": "Hi", "exaggeration": "much"},
-        {"text": "Hi", "voice": "x"},
+        {"text": "Hi\x1b[31m"},
         *({"text": "Hi", "ref_wav_b64": encoded} for encoded in BAD_REFERENCES.values()),
     ],
     ids=lambda body: str(body)[:60].replace("/", ""),
@@ -136,7 +136,7 @@ def test_an_exaggeration_that_is_no_number_is_422(voice: LiveServer) -> None:
     [
         "<speak><break time='60s'/>Hello</speak>",
         "$(rm -rf /); `id` | cat > /etc/x & ${HOME}",
-        "Hello\x00there\x1b[31m\x01",
+        "Hello\tthere\u202e\u0378\r\n",
         "価格 is up \N{ROCKET}",
         "../../etc/passwd %s %n {0}",
     ],
