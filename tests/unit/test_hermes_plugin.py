@@ -256,7 +256,7 @@ def test_a_script_gets_minus_one_where_the_model_does_not_load(
         (
             PROPOSAL,
             "x" * 101,
-            "scoring failed: context: Text should have at most 100 characters (MAX_PROMPT_CHARS)",
+            "scoring failed: context: Text is too long; MAX_PROMPT_CHARS takes 100 characters",
         ),
     ],
 )

@@ -603,7 +603,7 @@ async def test_feedback_that_is_too_long_is_refused() -> None:
     await hear(made, " " * longest + json.dumps(PUBLISHED))
     padding = " " * (longest - len(json.dumps(PUBLISHED)))
     await hear(made, padding + json.dumps(PUBLISHED))
-    reason = "feedback_content: Text should have at most 100 characters (MAX_PROMPT_CHARS)"
+    reason = "feedback_content: Text is too long; MAX_PROMPT_CHARS takes 100 characters"
     assert [(kind, name) for kind, name, _ in made.happened.log] == [
         ("refusal", "phi3.feedback.submitted"),
         ("row", "PublishedFeedback"),

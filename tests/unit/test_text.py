@@ -31,7 +31,7 @@ def test_text_of_every_script_passes(text: str) -> None:
     assert find_fault({text: [text, {"a": text}]}) is None
 
 
-@pytest.mark.parametrize("character", CONTROLS + SURROGATES, ids=ascii)
+@pytest.mark.parametrize("character", CONTROLS + SURROGATES, ids=lambda char: f"U+{ord(char):04X}")
 def test_control_characters_and_half_surrogate_pairs_are_no_text(character: str) -> None:
     kind = "text_unicode" if character in SURROGATES else "text_control"
     for value, location in (
