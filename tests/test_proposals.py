@@ -35,6 +35,14 @@ def test_a_valid_proposal_is_accepted(changes: dict[str, Any]) -> None:
     Proposal.model_validate(VALID | changes)
 
 
+def test_an_example_has_its_keys_in_the_order_in_which_a_proposal_is_written() -> None:
+    backwards = dict(reversed(VALID.items()))
+    messages = proposals.build_messages("Long XYZ.", [Example("Long ABC.", backwards)])
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
+    assert messages[1]["content"] == "Long ABC."
+    assert messages[2]["content"] == proposals.dumps(VALID)
+
+
 @pytest.mark.parametrize("missing", ["side", "new_stop_pct", "new_target_pct"])
 def test_an_optional_key_may_be_left_out(missing: str) -> None:
     written = {key: value for key, value in VALID.items() if key != missing}
