@@ -119,7 +119,7 @@ class Sidecar:
         self.archive = Archive(
             settings.lancedb_uri,
             log_dir=settings.lancedb_log_dir,
-            examples=settings.few_shot_examples,
+            examples=loader.few_shot_examples(settings),
             on_examples=self._prepare_examples,
         )
         self._preparing: asyncio.Task[None] | None = None

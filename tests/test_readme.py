@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from llm_sidecar.demo.evaluate import numbers
 from tests.live_server import ROOT, LiveServer, serve
 
 README = (ROOT / "README.md").read_text()
@@ -78,3 +79,30 @@ def test_an_example_answers_as_shown(
         assert done.stdout.strip() == shown.strip()
     else:
         assert agree(shape(json.loads(shown)), shape(json.loads(done.stdout))), done.stdout
+
+
+def test_a_correction_puts_none_of_its_numbers_into_the_next_proposals(
+    demo_server: LiveServer,
+) -> None:
+    def propose(prompt: str) -> tuple[dict[str, Any], str]:
+        response = demo_server.client.post("/propose_trade_adjustments/", json={"prompt": prompt})
+        return response.json(), response.headers["X-Prompt-Tokens"]
+
+    prompts = re.findall(r'"prompt": "(.*?)"', README)
+    assert len(prompts) > 2
+    before = {prompt: propose(prompt) for prompt in prompts}
+    corrected, _ = propose("Long MSFT from 402, RSI 83.5 and overbought.")
+    demo_server.client.post(
+        "/feedback/phi3/",
+        json={
+            "transaction_id": corrected["transaction_id"],
+            "feedback_type": "correction",
+            "feedback_content": "Too tight.",
+            "corrected_proposal": corrected["phi3_proposal"] | {"new_stop_pct": 2.5},
+        },
+    ).raise_for_status()
+    for prompt, (answer, tokens) in before.items():
+        again, tokens_again = propose(prompt)
+        assert again["phi3_proposal"] == answer["phi3_proposal"]
+        assert tokens_again == tokens
+        assert numbers(again["phi3_proposal"]["rationale"]) <= numbers(prompt)
