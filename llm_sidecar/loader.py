@@ -80,6 +80,16 @@ def phi3_model_file(settings: Settings) -> Path:
     return path
 
 
+def few_shot_examples(settings: Settings) -> int:
+    """How many examples Phi-3 is shown at most.
+
+    Unless set, none where it is the demo model: examples make that one worse (see its card).
+    """
+    if settings.few_shot_examples is not None:
+        return settings.few_shot_examples
+    return 0 if phi3_model_file(settings) == _DEMO_PHI3_FILE else 3
+
+
 def phi3_model_file_exists(settings: Settings) -> bool:
     """Whether that file is there and may be seen."""
     return _exists(phi3_model_file(settings))

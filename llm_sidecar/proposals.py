@@ -206,12 +206,13 @@ def build_messages(prompt: str, examples: Sequence[Example] = ()) -> list[Messag
     """The chat that asks Phi-3 for a proposal.
 
     The system prompt and the few-shot examples come first and change rarely, so an engine can
-    keep their prefill; the market context is the last turn.
+    keep their prefill; the market context is the last turn. An example's keys are in the order of
+    the guidance, in whatever order a client sent them.
     """
     messages = [{"role": "system", "content": SYSTEM_PROMPT}]
     for example in examples:
         messages.append({"role": "user", "content": example.prompt})
-        messages.append({"role": "assistant", "content": dumps(example.proposal)})
+        messages.append({"role": "assistant", "content": dumps(in_order(example.proposal))})
     messages.append({"role": "user", "content": prompt})
     return messages
 

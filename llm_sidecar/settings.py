@@ -121,12 +121,12 @@ class Settings(BaseModel):
         allow_inf_nan=False,
         description="a number from 0 (greedy) to 2",
     )
-    few_shot_examples: int = Field(
-        3,
+    few_shot_examples: int | None = Field(
+        None,
         alias="FEW_SHOT_EXAMPLES",
         ge=0,
         le=16,
-        description="an integer from 0 to 16",
+        description="an integer from 0 to 16; unset: 3, and 0 where Phi-3 is the demo model",
     )
     grounding: Literal["report", "retry"] = Field(
         "report", alias="GROUNDING", description="report or retry"

@@ -145,7 +145,7 @@ class Sidecar:
         self.archive = Archive(
             settings.lancedb_uri,
             log_dir=settings.lancedb_log_dir,
-            examples=settings.few_shot_examples,
+            examples=loader.few_shot_examples(settings),
             examples_from_bus=settings.examples_from_bus,
             context_length=lambda: loader.phi3_context_length(settings),
             on_examples=self._prepare_examples,

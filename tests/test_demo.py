@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from llm_sidecar import hermes_plugin, proposals
+from llm_sidecar.demo import __main__ as command_line
 from llm_sidecar.demo import evaluate, judgement, lessons, market, recipe
 from llm_sidecar.demo.batches import batches, drawn_lessons, padded
 from llm_sidecar.demo.forward import attention, forward, hold, logits
@@ -317,12 +318,49 @@ def test_a_missed_promise_is_told_from_a_kept_one() -> None:
     assert evaluate.Figure("x", 0.0, 10).kept
 
 
+@pytest.mark.parametrize(("optional", "status"), [(True, 0), (False, 1)])
+def test_a_missed_figure_is_told_and_fails_unless_it_is_of_something_optional(
+    optional: bool,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    figures = [
+        evaluate.Figure("kept", 0.99, 500, 0.99),
+        evaluate.Figure("missed", 0.966, 500, 0.98, optional=optional),
+    ]
+    monkeypatch.setattr(command_line, "evaluate", lambda folder: figures)
+    monkeypatch.setattr(sys, "argv", ["demo", "evaluate"])
+    assert command_line.main() == status
+    kept, missed = capsys.readouterr().out.splitlines()
+    assert kept.split() == ["kept", "99.0%", "of", "500", "at", "least", "99.0%"]
+    assert missed.split() == ["missed", "96.6%", "of", "500", "at", "least", "98.0%", "MISSED"]
+
+
 def test_the_handwritten_prompts_hold_what_they_claim() -> None:
     rows = [json.loads(line) for line in evaluate.HANDWRITTEN.read_text().splitlines()]
     assert len(rows) == len({row["prompt"] for row in rows}) == 200
     for row in rows:
         assert row["ticker"] in row["prompt"]
         assert row["side"] in ("LONG", "SHORT", None)
+
+
+def test_the_handwritten_corrections_are_proposals_as_the_server_shows_them() -> None:
+    rows = [json.loads(line) for line in evaluate.CORRECTIONS.read_text().splitlines()]
+    assert len(rows) == len({row["prompt"] for row in rows}) == 40
+    for row in rows:
+        correction = row["corrected_proposal"]
+        proposals.Proposal.model_validate(correction)
+        assert list(correction) == list(proposals.in_order(correction))
+        assert correction["ticker"] in row["prompt"]
+
+
+def test_numbers_are_compared_by_their_value() -> None:
+    assert evaluate.numbers("191.10, 1,200 at 3.4 % and .5") == evaluate.numbers(
+        "191.1 1200.0 3.40% 0.5"
+    )
+    assert evaluate.numbers("58.39") != evaluate.numbers("58.3")
+    assert evaluate.numbers("no number") == set()
 
 
 # The recipe, from end to end but short

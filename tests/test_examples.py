@@ -253,7 +253,8 @@ async def test_without_examples_a_correction_says_that_they_are_off(tmp_path: Pa
         await sidecar.log_runs("t")
         message, _ = await sidecar.correct("t")
         assert message == (
-            "Feedback stored; the corrected proposal is no example, as FEW_SHOT_EXAMPLES is 0."
+            "Feedback stored; the corrected proposal is no example, as few-shot examples are off; "
+            "FEW_SHOT_EXAMPLES turns them on."
         )
         assert await sidecar.examples() == []
 

@@ -58,6 +58,15 @@ def test_the_demo_stands_in_where_no_model_is_configured() -> None:
     assert loader.phi3_model_file(asked).exists()
 
 
+def test_only_the_demo_model_is_shown_no_examples_unless_asked() -> None:
+    assert loader.few_shot_examples(settings(SIDECAR_DEMO="true")) == 0
+    assert loader.few_shot_examples(settings(SIDECAR_DEMO="true", FEW_SHOT_EXAMPLES="2")) == 2
+    assert loader.few_shot_examples(settings()) == 3
+    configured = {"SIDECAR_DEMO": "true", "MICRO_LLM_MODEL_PATH": "/models/phi3"}
+    assert loader.few_shot_examples(settings(**configured)) == 3
+    assert loader.few_shot_examples(settings(**configured, FEW_SHOT_EXAMPLES="0")) == 0
+
+
 def test_an_empty_mount_point_is_no_model_but_a_folder_with_anything_in_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,14 @@ VALID: dict[str, Any] = {
 }
 
 
+def test_an_example_has_its_keys_in_the_order_in_which_a_proposal_is_written() -> None:
+    backwards = dict(reversed(VALID.items()))
+    messages = proposals.build_messages("Long XYZ.", [Example("Long ABC.", backwards)])
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
+    assert messages[1]["content"] == "Long ABC."
+    assert messages[2]["content"] == proposals.dumps(VALID)
+
+
 def accepts(text: str, guidance: str = proposals.GUIDANCE) -> bool:
     tokenizer = llguidance.LLTokenizer("byte")
     grammar = llguidance.LLMatcher.grammar_from_json_schema(guidance)

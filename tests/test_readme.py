@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from llm_sidecar.demo.evaluate import numbers
 from tests.live_server import ROOT, LiveServer, serve
 
 README = (ROOT / "README.md").read_text()
@@ -114,3 +115,30 @@ def test_an_answer_that_differs_from_the_one_shown_is_noticed(shown: Any, found:
 def test_numbers_and_texts_that_vary_are_no_difference() -> None:
     shown = {"rationale": "So.", "score": 1, "in": [{"score": 0.5}]}
     assert known(shown) == known({"rationale": "Or so.", "score": 2.5, "in": [{"score": 1}]})
+
+
+def test_a_correction_puts_none_of_its_numbers_into_the_next_proposals(
+    demo_server: LiveServer,
+) -> None:
+    def propose(prompt: str) -> tuple[dict[str, Any], str]:
+        response = demo_server.client.post("/propose_trade_adjustments/", json={"prompt": prompt})
+        return response.json(), response.headers["X-Prompt-Tokens"]
+
+    prompts = re.findall(r'"prompt": "(.*?)"', README)
+    assert len(prompts) > 2
+    before = {prompt: propose(prompt) for prompt in prompts}
+    corrected, _ = propose("Long MSFT from 402, RSI 83.5 and overbought.")
+    demo_server.client.post(
+        "/feedback/phi3/",
+        json={
+            "transaction_id": corrected["transaction_id"],
+            "feedback_type": "correction",
+            "feedback_content": "Too tight.",
+            "corrected_proposal": corrected["phi3_proposal"] | {"new_stop_pct": 2.5},
+        },
+    ).raise_for_status()
+    for prompt, (answer, tokens) in before.items():
+        again, tokens_again = propose(prompt)
+        assert again["phi3_proposal"] == answer["phi3_proposal"]
+        assert tokens_again == tokens
+        assert numbers(again["phi3_proposal"]["rationale"]) <= numbers(prompt)

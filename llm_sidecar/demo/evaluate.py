@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -17,11 +20,15 @@ from llm_sidecar.demo import judgement
 from llm_sidecar.demo.market import Case, draw
 from llm_sidecar.demo.situations import SITUATIONS
 from llm_sidecar.engines import Engine, GenerationRequest, load_engine
+from llm_sidecar.proposals import Example
 
 HANDWRITTEN: Final = Path(__file__).parent / "handwritten.jsonl"
+CORRECTIONS: Final = Path(__file__).parent / "corrections.jsonl"
+"""Prompts and how somebody corrected their proposals, written by hand; no training sees them."""
 _HELD_OUT, _SCORED, _CRITICISED = 500, 200, 50
 _SEED: Final = 20_260_101
 """Of the held-out prompts; training draws with other seeds, and other tickers."""
+_NUMBER: Final = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?|\.\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +37,15 @@ class Figure:
 
     Attributes:
         promised: least acceptable value; None where nothing is promised.
+        optional: whether it is of something that is off unless a user asks for it, so that missing
+            it breaks nothing.
     """
 
     name: str
     value: float
     count: int
     promised: float | None = None
+    optional: bool = False
 
     @property
     def kept(self) -> bool:
@@ -44,20 +54,22 @@ class Figure:
 
 
 def evaluate(folder: Path) -> list[Figure]:
-    """All figures of the models in `folder`/phi3 and `folder`/hermes; takes about a minute.
+    """All figures of the models in `folder`/phi3 and `folder`/hermes; takes about three minutes.
 
     Raises:
         ModelUnavailable: a model is not there.
     """
     phi3 = load_engine(folder / "phi3", device="cpu")
-    figures = [*_held_out(phi3), *_handwritten(phi3)]
+    figures = [*_held_out(phi3), *_with_examples(phi3), *_handwritten(phi3)]
     return [*figures, *_scores(load_engine(folder / "hermes", device="cpu"))]
 
 
-def propose(engine: Engine, prompt: str) -> dict[str, Any]:
+def propose(engine: Engine, prompt: str, examples: Sequence[Example] = ()) -> dict[str, Any]:
     """The proposal for one prompt, as the server asks for it."""
     request = GenerationRequest(
-        proposals.build_messages(prompt), proposals.MAX_COMPLETION_TOKENS, proposals.GUIDANCE
+        proposals.build_messages(prompt, examples),
+        proposals.MAX_COMPLETION_TOKENS,
+        proposals.GUIDANCE,
     )
     return proposals.parse("".join(delta.text for delta in engine.stream(request)))
 
@@ -72,9 +84,18 @@ def _ranks(values: Sequence[float]) -> Any:
     return (np.cumsum(counts) - (counts - 1) / 2)[index]
 
 
-def _held_out(engine: Engine) -> list[Figure]:
+def numbers(text: str) -> set[Decimal]:
+    """The values of the numbers in a text: 1,200 and 1200.0 are the same."""
+    return {Decimal(found.replace(",", "")) for found in _NUMBER.findall(text)}
+
+
+def _held_out_cases() -> list[Case]:
     rng = Random(_SEED)
-    cases = [draw(rng, "held-out") for _ in range(_HELD_OUT)]
+    return [draw(rng, "held-out") for _ in range(_HELD_OUT)]
+
+
+def _held_out(engine: Engine) -> list[Figure]:
+    cases = _held_out_cases()
     written = _with_progress("held-out prompts", engine, [case.prompt for case in cases])
     pairs = list(zip(cases, written, strict=True))
     sided = [(case, got) for case, got in pairs if not _sideless(case)]
@@ -89,7 +110,47 @@ def _held_out(engine: Engine) -> list[Figure]:
             "held-out: situation named",
             [SITUATIONS[c.situation].keyword in g["rationale"].lower() for c, g in pairs],
         ),
+        _share("held-out: numbers from the prompt", _taken(pairs)),
     ]
+
+
+def _with_examples(engine: Engine) -> list[Figure]:
+    """The held-out prompts again, behind few-shot examples of other tickers.
+
+    Optional, as the server shows the demo model none unless it is asked to.
+    """
+    cases = _held_out_cases()
+    figures: list[Figure] = []
+    for count, name in ((1, "one example"), (3, "three examples")):
+        rng = Random(_SEED + count)
+        examples = [_examples(rng, case, count) for case in cases]
+        prompts = [case.prompt for case in cases]
+        written = _with_progress(f"prompts with {name}", engine, prompts, examples)
+        pairs = list(zip(cases, written, strict=True))
+        sided = [(case, got) for case, got in pairs if not _sideless(case)]
+        for what, hits, promised in (
+            ("ticker copied", [_same(c, g, "ticker") for c, g in pairs], 0.98),
+            ("side right", [_same(c, g, "side") for c, g in sided], 0.98),
+            ("numbers from the prompt", _taken(pairs), 0.97),
+        ):
+            figures.append(_share(f"{name}: {what}", hits, promised, optional=True))
+    return figures
+
+
+def _examples(rng: Random, case: Case, count: int) -> list[Example]:
+    """So many of other tickers, half of them as the rule answers, half as people did."""
+    corrections = [json.loads(line) for line in CORRECTIONS.read_text().splitlines()]
+    found: list[Example] = []
+    while len(found) < count:
+        if rng.random() < 0.5:
+            drawn = draw(rng, "held-out")
+            example = Example(drawn.prompt, drawn.proposal)
+        else:
+            row = rng.choice(corrections)
+            example = Example(row["prompt"], row["corrected_proposal"])
+        if example.proposal["ticker"] != case.proposal["ticker"]:
+            found.append(example)
+    return found
 
 
 def _handwritten(engine: Engine) -> list[Figure]:
@@ -145,6 +206,15 @@ def _critiques(engine: Engine) -> Figure:
     return _share("critique: first sentence right", right)
 
 
+def _taken(pairs: Sequence[tuple[Case, dict[str, Any]]]) -> list[bool]:
+    """Of each rationale that has numbers, whether all of them are the prompt's."""
+    return [
+        numbers(got["rationale"]) <= numbers(case.prompt)
+        for case, got in pairs
+        if numbers(got["rationale"])
+    ]
+
+
 def _sideless(case: Case) -> bool:
     return "side" not in case.proposal
 
@@ -153,14 +223,21 @@ def _same(case: Case, got: dict[str, Any], field: str) -> bool:
     return bool(case.proposal.get(field) == got.get(field))
 
 
-def _share(name: str, hits: list[bool], promised: float | None = None) -> Figure:
-    return Figure(name, sum(hits) / len(hits), len(hits), promised)
+def _share(
+    name: str, hits: list[bool], promised: float | None = None, *, optional: bool = False
+) -> Figure:
+    return Figure(name, sum(hits) / len(hits), len(hits), promised, optional)
 
 
-def _with_progress(name: str, engine: Engine, prompts: list[str]) -> list[dict[str, Any]]:
+def _with_progress(
+    name: str,
+    engine: Engine,
+    prompts: list[str],
+    examples: Iterable[Sequence[Example]] = itertools.repeat(()),
+) -> list[dict[str, Any]]:
     written = []
-    for number, prompt in enumerate(prompts, 1):
-        written.append(propose(engine, prompt))
+    for number, (prompt, before) in enumerate(zip(prompts, examples, strict=False), 1):
+        written.append(propose(engine, prompt, before))
         if sys.stderr.isatty() and number % 20 == 0:
             sys.stderr.write(f"\r{name}: {number} of {len(prompts)}")
     if sys.stderr.isatty():

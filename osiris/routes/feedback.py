@@ -21,7 +21,8 @@ _MESSAGES: Final = {
     Outcome.EXAMPLE: "the corrected proposal is an example for the next ones.",
     Outcome.PROPOSAL_TOO_LONG: "the corrected proposal is no example, as it takes more than "
     f"{MAX_PROPOSAL_CHARS} characters as JSON.",
-    Outcome.OFF: "the corrected proposal is no example, as FEW_SHOT_EXAMPLES is 0.",
+    Outcome.OFF: "the corrected proposal is no example, as few-shot examples are off; "
+    "FEW_SHOT_EXAMPLES turns them on.",
     Outcome.DATABASE_AWAY: "whether the corrected proposal is an example is not known before the "
     "database is back.",
     Outcome.NO_RUN: "the corrected proposal is no example, as no run with this transaction_id is "

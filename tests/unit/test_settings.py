@@ -24,7 +24,7 @@ DEFAULTS: dict[str, object] = {
     "DEVICE": "auto",
     "PHI3_TEMPERATURE": 0.0,
     "HERMES_TEMPERATURE": 0.0,
-    "FEW_SHOT_EXAMPLES": 3,
+    "FEW_SHOT_EXAMPLES": None,
     "EXAMPLES_FROM_BUS": False,
     "GROUNDING": "report",
     "QUEUE_LENGTH": 64,
