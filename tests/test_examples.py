@@ -217,16 +217,14 @@ async def test_feedback_that_is_no_example_says_the_true_reason(sidecar: Running
          "so it is not an example."),
         ("good", {"ticker": ""}, "corrected_proposal is not a valid proposal (action, confidence, "
          "rationale, ticker), so it is not an example."),
-        ("good", GOOD | {"rationale": "x" * 437}, "the corrected proposal is not an example, because it "
-         "takes more than 500 characters as JSON."),
+        ("good", GOOD | {"rationale": "x" * 437}, "the corrected proposal is not an example, "
+         "because it takes more than 500 characters as JSON."),
         ("nobody's", GOOD, "the corrected proposal is not an example, because no run with this "
          "transaction_id is stored."),
-        ("long", GOOD, "the corrected proposal is not an example, because the prompt of its run has "
-         "more "
-         "than 2000 characters."),
-        ("wide", GOOD, "the corrected proposal is not an example, because it and the prompt of its run "
-         "may "
-         "take more than 3000 tokens, or more than half of the model's context (each "
+        ("long", GOOD, "the corrected proposal is not an example, because the prompt of its "
+         "run has more than 2000 characters."),
+        ("wide", GOOD, "the corrected proposal is not an example, because it and the prompt of "
+         "its run may take more than 3000 tokens, or more than half of the model's context (each "
          "byte counts as one token)."),
     ):  # fmt: skip
         message, _ = await sidecar.correct(transaction_id, proposal)
