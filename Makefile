@@ -21,7 +21,7 @@ serve: $(VENV)/.serve
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0
 
-# What takes longer than CI may; one process, as it measures time.
+# Tests that are too long for CI. In one process, because they measure time.
 test-long: $(VENV)/.test
 	$(BIN)/python -m pytest tests/long -v -s -o faulthandler_timeout=3000
 
@@ -30,7 +30,7 @@ test-chatterbox: $(VENV)/.test $(CHATTERBOX_VENV)/.installed $(STAND_IN)/conds.p
 	CHATTERBOX_PYTHON=$(CURDIR)/$(CHATTERBOX_VENV)/bin/python CHATTERBOX_STAND_IN=$(CURDIR)/$(STAND_IN) \
 	$(BIN)/python -m pytest tests/chatterbox -v -o faulthandler_timeout=1200 -o log_cli=true -o log_cli_level=INFO
 
-# Half an hour on two cores, so it is no part of the continuous integration.
+# Mutation tests. They take half an hour on two cores, so CI does not run them.
 mutants: $(VENV)/.mutants
 	nice $(BIN)/python -m tests.mutants
 

@@ -38,7 +38,7 @@ _REFRESH_SECONDS: Final = 30.0
 _REFRESH_PAUSE: Final = 0.5
 _RETRY_PAUSE: Final = 1.0
 _REFRESH_DEADLINE: Final = 8.0
-"""Of reading the examples, the wait for those who read them already included."""
+"""Seconds to read the examples, including the wait for a read that is already running."""
 
 
 class Archive:
@@ -67,8 +67,8 @@ class Archive:
             log_dir: where the log of an object store goes.
             examples: greatest number of few-shot examples.
             examples_from_bus: whether feedback that another service published can be one.
-            context_length: gives that of the model, in tokens; may read files.
-            on_examples: is called where the examples have changed.
+            context_length: returns the model's context length in tokens; may read files.
+            on_examples: is called when the examples have changed.
         """
         self.corrections: tuple[Correction, ...] = ()
         self.mean_score: float | None = None
@@ -119,8 +119,8 @@ class Archive:
 
     @property
     def database_id(self) -> str | None:
-        """The database's own name, the same for every sidecar that uses it; None until it has been
-        open."""
+        """The database's own id, the same for every sidecar that uses it; None until it has been
+        opened."""
         return self._store.database_id
 
     async def append_feedback(self, feedback: Phi3FeedbackSchema) -> Outcome:
@@ -151,7 +151,7 @@ class Archive:
             return Outcome.DATABASE_AWAY
 
     async def _outcome(self, feedback: Phi3FeedbackSchema, corrected: dict[str, Any]) -> Outcome:
-        """What became of a valid correction that was stored before the last refresh."""
+        """The outcome of a valid correction that was stored before the last refresh."""
         feedback_id = feedback.as_row()["feedback_id"]
         if any(used.feedback_id == feedback_id for used in self.corrections):
             return Outcome.EXAMPLE
@@ -178,10 +178,10 @@ class Archive:
             self.refresh_soon()
 
     async def withdraw(self, feedback_id: str) -> bool:
-        """Withdraws feedback: it is no example from the next proposal on, and no training data.
+        """Withdraws feedback: it is neither an example nor training data from then on.
 
         Returns:
-            False where there is no such feedback.
+            False if there is no such feedback.
 
         Raises:
             DatabaseUnavailable: the withdrawal is not stored, or it is not known whether there is
@@ -199,13 +199,13 @@ class Archive:
         try:
             await self._refresh_examples()
         except DatabaseUnavailable:
-            # Without the one that would take its place.
+            # The example that would replace it is not known now.
             self._use(tuple(c for c in self.corrections if c.feedback_id != feedback_id))
             self.refresh_soon()
         return True
 
     def refresh_soon(self) -> None:
-        """Has what is kept in memory read again: another process has changed it."""
+        """Lets the background task read the examples and the mean score again."""
         self._stale.set()
 
     async def append(self, row: OrchestratorRunSchema | HermesScoreSchema | ProposalSchema) -> None:
@@ -242,10 +242,10 @@ class Archive:
                     await self._stale.wait()
 
     async def _refresh_examples(self) -> None:
-        """Reads the examples again; returns once they are as of this call or later.
+        """Reads the examples again, unless a read that began after this call has done so.
 
         Raises:
-            DatabaseUnavailable: they cannot be read, and are as they were.
+            DatabaseUnavailable: they cannot be read, and stay as they were.
         """
         if not self._max_examples:
             return
@@ -253,7 +253,7 @@ class Archive:
         mine = self._refreshes_asked
         try:
             async with asyncio.timeout(_REFRESH_DEADLINE), self._refreshing:
-                # Otherwise one that began after this call has done it.
+                # Otherwise a read that began after this call has finished meanwhile.
                 if self._refreshes_done < mine:
                     begun = self._refreshes_asked
                     await self._read_examples()

@@ -10,16 +10,16 @@ from llm_sidecar.errors import DeadlineExceeded, TimeSpent
 from llm_sidecar.telemetry.calls import ModelCall
 
 _NEGLIGIBLE: Final = 0.05
-"""Seconds; less would show as 0.0."""
+"""Seconds; a shorter time would be shown as 0.0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """When a request has to be answered.
+    """By when a request has to be answered.
 
     Attributes:
-        began: when the request began, of `time.monotonic`.
-        seconds: how long it may take.
+        began: when the request began, as `time.monotonic` gives it.
+        seconds: how long the request may take.
     """
 
     began: float
@@ -35,11 +35,11 @@ class Deadline:
         return self.began + self.seconds - time.monotonic()
 
     def exceeded(self, call: ModelCall, retry_after: int) -> DeadlineExceeded:
-        """The error of a call that has just missed this deadline; it names what took the time."""
+        """The error for a call that has just missed this deadline; it says what took the time."""
         spent = self._spent(call)
         before = ""
         if spent.before >= _NEGLIGIBLE:
-            before = f"{spent.before:.1f} s before it was asked, "
+            before = f"{spent.before:.1f} s in earlier model calls, "
         return DeadlineExceeded(
             f"{call.model} did not answer within {self.seconds:g} s: {before}"
             f"{spent.waiting:.1f} s waiting, {spent.prompt:.1f} s reading the prompt, "
@@ -61,7 +61,7 @@ class Deadline:
 
 
 def _remedy(spent: TimeSpent) -> str:
-    """What helps against the longest phase."""
+    """Advice that shortens the longest phase."""
     longest = max(spent.before, spent.waiting, spent.prompt, spent.writing)
     if longest == spent.waiting:
         return "try again later"

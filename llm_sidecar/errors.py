@@ -19,8 +19,8 @@ class SidecarError(Exception):
         status: the HTTP status a server answers with.
         detail: one sentence for the caller; holds no prompt and no secret.
         retry_after: seconds after which the same request may succeed, or None.
-        transaction_id: of the proposal that was finished before this error and is stored, or None.
-        stored: False where a row of the failed request could not be stored.
+        transaction_id: of the proposal that was stored before this error, or None.
+        stored: False if a row of the failed request could not be stored.
     """
 
     status: ClassVar[int] = 500
@@ -55,7 +55,7 @@ class InvalidRequest(SidecarError):
 
 
 class NotFound(SidecarError):
-    """There is nothing of that name."""
+    """What the caller names does not exist."""
 
     status = 404
 
@@ -64,12 +64,6 @@ class AdapterRejected(SidecarError):
     """An adapter cannot be loaded; the one in use goes on."""
 
     status = 409
-
-
-class TooLarge(SidecarError):
-    """The request is larger than the server takes."""
-
-    status = 413
 
 
 class QueueFull(SidecarError):
@@ -98,11 +92,11 @@ class DatabaseUnavailable(Unavailable):
 
 @dataclass(frozen=True, slots=True)
 class TimeSpent:
-    """Seconds that the phases of a model call took until its request's deadline passed.
+    """Seconds that each phase of a model call took until the request's deadline passed.
 
     Attributes:
-        before: the request's earlier calls of models.
-        waiting: queue and loading of the model.
+        before: earlier model calls of the request.
+        waiting: for a turn in the queue, and for the model to load.
         prompt: prefill.
         writing: decoding.
     """
@@ -117,7 +111,7 @@ class DeadlineExceeded(SidecarError):
     """The request took longer than its deadline.
 
     Attributes:
-        spent: what took the time, where a model missed the deadline; else None.
+        spent: the phases of the model call that missed the deadline; None if there was none.
     """
 
     status = 504

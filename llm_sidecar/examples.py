@@ -1,7 +1,7 @@
-"""Few-shot examples: which corrections Phi-3 is shown, and why another one is not.
+"""Few-shot examples: which corrections Phi-3 is shown, and why the others are not.
 
-Every request for a proposal pays for the examples, and a bad one changes the answers to everybody.
-So each is bounded, and so are all of them together.
+Every proposal takes longer with each example, and a bad example changes all proposals. So the size
+of one example is limited, and the size of all examples.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ MAX_PROPOSAL_CHARS: Final = 500
 MAX_TOKENS: Final = 3000
 """Of prompt and proposal together."""
 CONTEXT_SHARE: Final = 0.5
-"""Of the model's context, which all examples together may take."""
+"""The share of the model's context that all examples together may take."""
 _TURN_TOKENS: Final = 16
-"""What a chat template puts around one turn, at most."""
+"""The most tokens that a chat template adds around one turn."""
 
 
 class Outcome(enum.Enum):
-    """What became of feedback: a few-shot example, or the reason why not."""
+    """Whether feedback is a few-shot example, or the reason why not."""
 
     EXAMPLE = enum.auto()
     NO_CORRECTION = enum.auto()
@@ -46,15 +46,15 @@ class Outcome(enum.Enum):
 def token_bound(example: Example | Correction) -> int:
     """The greatest number of tokens that an example can take with any tokenizer.
 
-    A token is at least one byte: the vocabularies in use are byte-level, or spell what they do not
-    know in bytes. English takes a third of this bound, or less.
+    A token is at least one byte: the vocabularies in use are byte-level, or fall back to bytes for
+    unknown text. English takes a third of this bound, or less.
     """
     text = example.prompt + dumps(example.proposal)
     return len(text.encode()) + 2 * _TURN_TOKENS
 
 
 def proposal_refusal(proposal: dict[str, Any]) -> Outcome | None:
-    """Why a corrected proposal cannot be in an example, whatever its prompt; None where it can."""
+    """Why a corrected proposal cannot be in an example with any prompt; None where it can."""
     if not is_valid(proposal):
         return Outcome.INVALID
     if len(dumps(proposal)) > MAX_PROPOSAL_CHARS:
@@ -63,14 +63,14 @@ def proposal_refusal(proposal: dict[str, Any]) -> Outcome | None:
 
 
 def refusal(example: Example | Correction, context_length: int) -> Outcome | None:
-    """Why a correction cannot be an example, whatever others there are; None where it can.
+    """Why a correction cannot be an example, even as the only one; None where it can.
 
     Args:
         context_length: of the model, in tokens.
     """
     if (refused := proposal_refusal(example.proposal)) is not None:
         return refused
-    # Versions before text was checked stored prompts with control characters.
+    # Earlier versions did not check texts, and stored prompts with control characters.
     if find_fault(example.prompt) is not None:
         return Outcome.PROMPT_NOT_TEXT
     if len(example.prompt) > MAX_PROMPT_CHARS:
@@ -83,11 +83,11 @@ def refusal(example: Example | Correction, context_length: int) -> Outcome | Non
 def choose(
     newest_first: Sequence[Correction], count: int, context_length: int
 ) -> tuple[Correction, ...]:
-    """The newest corrections that fit the budget together, oldest first.
+    """The newest corrections that fit half of the context, oldest first.
 
     Args:
         newest_first: corrections that can be examples.
-        count: how many at most.
+        count: the greatest number of examples.
         context_length: of the model, in tokens.
     """
     chosen: list[Correction] = []

@@ -1,16 +1,15 @@
-"""Whether a proposal speaks of its context: its ticker, and the numbers in its rationale.
+"""Grounding: whether a proposal's ticker and the numbers in its rationale come from its context.
 
-A number may be written in another way than the context writes it: `191.1` and `191.10`, `1,200`,
-`1 200` and `1.200`, `2.5k` and `2500`, `1e5`, `7 %` and `0.07`, the digits of any script. Where a
-text can be read in more than one way (`1,200` is also 1.2 in German, and 1 and 200 in a list), each
-reading counts. A sign does not matter, and a rounded number (`191` for `191.10`), a number in words
-and the quotient of a fraction do not count.
+A number may be written differently than in the context: `191.1` and `191.10`, `1,200`, `1 200` and
+`1.200`, `2.5k` and `2500`, `1e5`, `7 %` and `0.07`, the digits of any script. If a text can be read
+in more than one way (`1,200` is also 1.2 in German, and 1 and 200 in a list), each reading counts.
+The sign is ignored. A rounded number (`191` for `191.10`), a number in words and the quotient of a
+fraction do not count.
 
-A ticker counts where it stands alone, between characters that are no letters or digits: `AAPL` in
-`$AAPL`, `AAPL.O` and `AAPL:US`. The case of one or two letters matters: `a`, `it` and `on` are
-words.
+A ticker counts if the characters beside it are neither letters nor digits: `AAPL` in `$AAPL`,
+`AAPL.O` and `AAPL:US`. Case matters for one or two letters, because `a`, `it` and `on` are words.
 
-Everything takes time in proportion to the length of the context.
+The time of each function is proportional to the length of the context.
 """
 
 from __future__ import annotations
@@ -22,53 +21,54 @@ from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal
 from typing import Any, Final, NamedTuple
 
 GROUNDED: Final = "true"
-"""What `describe` says of a proposal all of whose fields are grounded."""
+"""What `describe` returns if all fields are grounded."""
 FIELDS: Final = ("ticker", "rationale")
 """The fields of a proposal that can be ungrounded."""
 
 _OWN_NUMBERS: Final = ("new_stop_pct", "new_target_pct", "confidence")
 _LONGEST_TICKER: Final = 12
 _LONGEST_NUMBER: Final = 12
-"""Characters of what is offered to a model; a proposal has to keep its greatest length."""
+"""Most characters of what guidance offers, so that a proposal keeps its greatest length."""
 _TICKERS_OF_DIGITS: Final = range(4, 7)
-"""Digits that the exchanges of East Asia give to a ticker without letters."""
+"""Lengths of tickers without letters, as East Asian exchanges use them."""
 _CASE_MATTERS: Final = 2
-"""Letters up to which a ticker is looked for in its own case only."""
+"""Tickers of at most so many letters have to be in the context in their own case."""
 
 _SUFFIXES: Final = {
     "%": -2, "percent": -2, "pct": -2,
     "k": 3, "thousand": 3, "m": 6, "mn": 6, "million": 6, "b": 9, "bn": 9, "billion": 9,
 }  # fmt: skip
-"""Powers of ten by which a number may be multiplied, by what follows it."""
+"""The power of ten for each suffix of a number."""
 _RUN: Final = re.compile(
     r"(\.?)([0-9]+(?:(?:[.,' ]|[eE][+-]?)[0-9]+)*)"
     rf"(?:\s?((?ai:{'|'.join(sorted(_SUFFIXES, key=len, reverse=True))}))(?![^\W_]))?"
 )
-"""Digits, what may stand between those of one number, and what may follow it."""
+"""Groups of digits with separators between them, and a suffix."""
 _GROUPS: Final = re.compile(r"([0-9]+)([^0-9]*)")
 _THOUSANDS: Final = 3
 """Digits."""
 _MOST_GROUPS: Final = 5
-"""Groups of digits before the decimal point."""
+"""Greatest number of digit groups before the decimal point."""
 _LONGEST_EXPONENT: Final = 3
 _EXACT: Final = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
 
 _WORD: Final = re.compile(r"\^?[A-Za-z0-9]+(?:[./_-][A-Za-z0-9]+)*(?:=[FXfx]\b)?")
-"""Elsewhere than in `ES=F` and `EURUSD=X` an equals sign stands between a key and its value."""
+"""In `ES=F` and `EURUSD=X` the equals sign is part of the ticker; elsewhere it separates key and
+value."""
 _PART: Final = re.compile(r"[A-Za-z0-9]{2,}")
 _ENGLISH_CAPITALS: Final = {"A", "I"}
-"""Words that English writes in capitals, so that they alone say nothing of how tickers are."""
+"""English words in capitals, which do not show that the context writes tickers in capitals."""
 
 _SPELLINGS: Final = {"\u2019": "'", "\u02bc": "'", "\u066b": ".", "\u066c": ",", "\u066a": "%"}
-"""Apostrophes and the Arabic marks, which have no ASCII form in Unicode's own tables."""
+"""Apostrophes and Arabic marks, for which Unicode's tables have no ASCII form."""
 
 
 def ungrounded_fields(proposal: Mapping[str, Any], context: str) -> tuple[str, ...]:
     """The fields of a proposal that are not grounded in its context, in the order of `FIELDS`.
 
     Args:
-        proposal: a valid one. Its own distances and its confidence ground its rationale too.
-        context: the prompt that it answers.
+        proposal: a valid one. Its own distances and confidence may be in its rationale too.
+        context: the prompt of the proposal.
     """
     text = _plain(context)
     known = _numbers(text)
@@ -81,15 +81,16 @@ def ungrounded_fields(proposal: Mapping[str, Any], context: str) -> tuple[str, .
 
 
 def describe(ungrounded: tuple[str, ...]) -> str:
-    """`true`, or the ungrounded fields separated by commas: the header and the column."""
+    """`true`, or the ungrounded fields separated by commas, as in the header and the column."""
     return ",".join(ungrounded) or GROUNDED
 
 
 def numbers_in(context: str, most: int) -> list[str]:
-    """The first different numbers of a context, in ASCII as it writes them, without a sign.
+    """The first distinct numbers of a context, in ASCII, in their notation, without a sign.
 
-    A text that has no other digits than these, with anything but a digit or a full stop between
-    two of them, is grounded. One of thousands comes in its parts, which such a text may join.
+    A text is grounded if its only digits are these numbers, and neither a digit nor a full stop
+    separates two of them. A number with separators of thousands is returned as its groups of
+    digits, which such a text may join again.
     """
     found: dict[str, None] = {}
     for run in _runs(_plain(context)):
@@ -102,10 +103,10 @@ def numbers_in(context: str, most: int) -> list[str]:
 
 
 def tickers_in(context: str, most: int) -> list[str]:
-    """The first different words of a context that may be tickers, in capital letters.
+    """The first distinct words of a context that may be tickers, in capital letters.
 
-    Those that are written so, where there are any; otherwise every word, and numbers that may be
-    tickers only where there is no word.
+    If the context has words in capitals, only those; otherwise all words; without any word, the
+    numbers that may be tickers.
     """
     text = _plain(context)
     capitals: dict[str, None] = {}
@@ -126,8 +127,8 @@ def tickers_in(context: str, most: int) -> list[str]:
 
 
 def _words(text: str) -> Iterator[str]:
-    """What stands alone in a text and is short enough for a ticker; the parts of a word such as
-    `AAPL-long`, too, unless all of it is in capitals."""
+    """The words that are short enough for a ticker, and the parts of a word such as `AAPL-long`
+    unless all of it is in capitals."""
     for match in _WORD.finditer(text):
         word = match[0]
         if not _stands_alone(text, match.start(), match.end()):
@@ -154,13 +155,13 @@ def _stands_alone(text: str, start: int, end: int) -> bool:
 
 
 def _joins(char: str) -> bool:
-    """Whether a character is part of the word beside it. Scripts without case, such as Chinese,
-    write words without a space between them."""
+    """Whether a character belongs to the word beside it. Letters without case, such as Chinese, do
+    not: there is no space between the words."""
     return char.isdigit() or char.lower() != char.upper()
 
 
 def _numbers(text: str) -> set[Decimal]:
-    """Every number that a text can be read to have."""
+    """Every number that a text has in one of its readings."""
     return {
         number
         for run in _runs(text)
@@ -170,13 +171,13 @@ def _numbers(text: str) -> set[Decimal]:
 
 
 class _Run(NamedTuple):
-    """Digits with single marks between them: one number, or several.
+    """Groups of digits with separators between them: one number or several.
 
     Attributes:
-        groups: the digits.
-        marks: what follows each of them, nothing the last.
+        groups: the groups of digits.
+        marks: the separator after each group; empty after the last one.
         point: whether a full stop comes first, as in `.5` or `No.5`.
-        power: of ten, by which the last number may be multiplied.
+        power: the power of ten of the suffix, for the last number; 0 without a suffix.
     """
 
     groups: list[str]
@@ -185,7 +186,7 @@ class _Run(NamedTuple):
     power: int
 
     def numbers_from(self, first: int) -> Iterator[tuple[int, Decimal]]:
-        """The numbers that can begin with a group, each with the index of the group after it."""
+        """The numbers that can begin with this group, each with the index of the next group."""
         if not self._may_break(first):
             return
         if self._begins_with_point() and first == 0:
@@ -204,11 +205,12 @@ class _Run(NamedTuple):
                     yield end + 1, number.scaleb(exponent, _EXACT)
 
     def _spellings_from(self, first: int) -> Iterator[tuple[int, str]]:
-        """Whole numbers and decimals, without marks of thousands and with a decimal point."""
+        """Integers and decimals that begin with this group, without separators of thousands; each
+        with the index of the next group."""
         digits, end, used = self.groups[first], first + 1, ""
         while True:
             mark = self.marks[end - 1]
-            # Until three digits come last, as in `1,00,000`, it is only on its way to a number.
+            # The last group of thousands has three digits: `1,00` alone is not yet `1,00,000`.
             if not used or len(self.groups[end - 1]) == _THOUSANDS:
                 yield end, digits
                 if mark and mark in ".," and mark != used:
@@ -222,7 +224,7 @@ class _Run(NamedTuple):
             digits, end, used = digits + self.groups[end], end + 1, mark
 
     def is_made_of(self, known: set[Decimal]) -> bool:
-        """Whether it can be read as nothing but numbers that are known."""
+        """Whether there is a reading in which every number is known."""
         reached = {0}
         for first in range(len(self.groups)):
             if first in reached:
@@ -230,7 +232,7 @@ class _Run(NamedTuple):
         return len(self.groups) in reached
 
     def parts(self) -> Iterator[str]:
-        """The numbers in it, as many as can be."""
+        """The numbers in the reading that has the most of them."""
         number = "0." if self._begins_with_point() else ""
         for index, group in enumerate(self.groups, 1):
             number += group
@@ -244,9 +246,9 @@ class _Run(NamedTuple):
         return self.point and self._may_break(1)
 
     def _may_break(self, index: int) -> bool:
-        """Whether a number may end before a group, and another begin there.
+        """Whether one number may end before this group and another begin with it.
 
-        A single full stop is a decimal point; several in a row are those of a date or a list.
+        A single full stop is a decimal point; several of them are separators of a date or a list.
         """
         if index == 0 or self.marks[index - 1] != ".":
             return True
@@ -265,13 +267,13 @@ def _runs(text: str) -> Iterator[_Run]:
 
 
 def _plain(text: str) -> str:
-    """A text with digits of every script, full-width letters and kinds of spaces in ASCII."""
-    # One by one: to normalise a whole text takes time that grows with the square of its accents.
+    """The text with digits of every script, full-width letters and all kinds of spaces in ASCII."""
+    # By character: normalising a whole text takes quadratic time in its number of accents.
     return text if text.isascii() else text.translate(_PlainChars())
 
 
 class _PlainChars(dict[int, str]):
-    """What each character is in ASCII, as far as it was asked for."""
+    """The ASCII form of each character, computed on first use."""
 
     def __missing__(self, code: int) -> str:
         char = chr(code)
@@ -280,7 +282,7 @@ class _PlainChars(dict[int, str]):
         else:
             plain = _SPELLINGS.get(char) or unicodedata.normalize("NFKC", char)
         if unicodedata.category(char) == "No":
-            # What `½` and `²` stand for is no part of the number before them.
+            # The digits of `½` and `²` are not part of the number before them.
             plain = f" {plain} "
         self[code] = plain
         return plain

@@ -80,7 +80,7 @@ def expected_score(probabilities: Mapping[str, float]) -> float:
 async def chat(
     host: ModelHost, prompt: str, *, max_tokens: int, temperature: float = 0.0
 ) -> Completion:
-    """Hermes' answer to a free question; at the deadline, what has been written of it.
+    """Hermes' answer to a free question; at the deadline, the text so far.
 
     Raises:
         InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
@@ -98,7 +98,7 @@ async def assess(
     temperature: float = 0.0,
     deadline: Deadline | None = None,
 ) -> Completion:
-    """Hermes' critique of a proposal, in words; always a whole one.
+    """Hermes' critique of a proposal in words, never cut by the deadline.
 
     Raises:
         InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
@@ -128,7 +128,7 @@ def score_with_hermes(proposal: dict[str, Any], context: str | None = None) -> f
 
     Args:
         proposal: the proposal as JSON types, at most MAX_PROMPT_CHARS characters as JSON.
-        context: the market context it answers, as long at most.
+        context: the market context it answers, at most MAX_PROMPT_CHARS characters.
 
     Returns:
         A score in [0, 1], or -1.0 when scoring failed; the log says why.

@@ -1,4 +1,4 @@
-"""Models of what comes from outside, over HTTP, from Redis or from a script.
+"""Pydantic models of input from outside: over HTTP, from Redis or from a script.
 
 class Question(InputModel):
     prompt: str
@@ -35,12 +35,12 @@ def _text(value: object) -> object:
 
 
 Text = Annotated[str, BeforeValidator(_text)]
-"""A string that is text, where no `InputModel` checks it: a parameter in a path or a query."""
+"""A checked string outside of an `InputModel`: a parameter in a path or a query."""
 
 
 def _text_or_object(value: object) -> object:
     if not isinstance(value, str | Mapping):
-        # One error, where a union would give one for each of its types.
+        # One error; a union would give one for each of its types.
         raise PydanticCustomError("text_or_object", "Input should be a string or an object")
     return value
 
@@ -49,13 +49,13 @@ TextOrObject = Annotated[str | dict[str, Any], BeforeValidator(_text_or_object)]
 
 
 class InputModel(BaseModel):
-    """Every string in a field is text, as `llm_sidecar.text` has it, at any depth, keys included.
+    """Every string in a field, at any depth and keys included, is text; see `llm_sidecar.text`.
 
-    An error quotes nothing of what was validated.
+    An error quotes nothing of the input.
 
     Attributes:
-        not_text: fields that nobody reads as text, such as sound in base64.
-        known_keys: keys in objects that a schema defines, so that a location may show them.
+        not_text: fields that are not text, such as audio in base64.
+        known_keys: keys of objects that a schema defines, so that an error may name them.
     """
 
     model_config = ConfigDict(hide_input_in_errors=True)
@@ -77,7 +77,7 @@ class InputModel(BaseModel):
             return handler(value)
         except ValidationError as error:
             faults = [cls._without_input(entry) for entry in error.errors(include_input=False)]
-        # After the block, so that the error with the input is not this one's context.
+        # After the block: inside it, the error that quotes the input would become the context.
         raise _as_error(cls.__name__, faults)
 
     @classmethod
@@ -91,14 +91,14 @@ class InputModel(BaseModel):
 
 
 def check_length(given: InputModel, max_chars: int) -> None:
-    """Checks that no text of a model, and no object of it as JSON, is longer than MAX_PROMPT_CHARS.
+    """Checks that no text in a model, and no object in it as JSON, exceeds MAX_PROMPT_CHARS.
 
     Args:
         given: a model.
         max_chars: the setting's value.
 
     Raises:
-        ValidationError: names every field that is.
+        ValidationError: names every field that is too long.
     """
     faults = [
         fault._replace(location=(name,))
@@ -110,13 +110,15 @@ def check_length(given: InputModel, max_chars: int) -> None:
 
 
 def longest_payload(max_chars: int) -> int:
-    """Characters of a message of JSON that holds no more than a text and an object of the longest:
-    JSON takes up to twelve for one of text. A longer message need not be read to be refused."""
+    """The most characters of a JSON message with one text and one object of `max_chars` characters.
+
+    JSON takes up to twelve characters for one of text. A longer message is refused unread.
+    """
     return 2 * 12 * max_chars + (1 << 14)
 
 
 def summary(error: ValidationError) -> str:
-    """One line that says what is wrong with which field, for an error of an `InputModel`."""
+    """What is wrong with which field, on one line, from an error of an `InputModel`."""
     faults = error.errors(include_url=False, include_context=False, include_input=False)
     return "; ".join(
         ": ".join(filter(None, (".".join(map(str, fault["loc"])), fault["msg"])))
@@ -129,7 +131,7 @@ def _as_error(title: str, faults: Iterable[Fault]) -> ValidationError:
         InitErrorDetails(
             type=PydanticCustomError(fault.kind, fault.message),
             loc=fault.location,
-            # `ValidationError.errors` shows it.
+            # `ValidationError.errors` would show it.
             input=None,
         )
         for fault in faults

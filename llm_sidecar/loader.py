@@ -60,8 +60,8 @@ def locate_hermes(settings: Settings) -> ModelFiles:
 
 
 def phi3_context_length(settings: Settings) -> int:
-    """Tokens that Phi-3 reads and writes at most, by its configuration; that of the smallest Phi-3
-    where there is none."""
+    """Phi-3's context length in tokens, from its configuration; the smallest of any Phi-3 where
+    there is none."""
     with contextlib.suppress(ModelUnavailable, OSError, ValueError, KeyError, TypeError):
         folder = locate_phi3(settings).folder
         genai = folder / "genai_config.json"
@@ -185,10 +185,10 @@ def _adapters(base_path: Path | str) -> list[tuple[datetime.date, str, Path]]:
 
 
 def holds_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter. Loading it tells why one cannot be read.
+    """Whether a folder holds an adapter; also True if that cannot be read, as loading says why.
 
     Symbolic links are followed, also out of the folder of adapters: operators keep adapters on
-    other disks, and a link shows nobody what it leads to.
+    other disks, and no client sees the target of a link.
     """
     try:
         return (folder / "adapter_config.json").is_file()
@@ -236,9 +236,9 @@ get_hermes_engine = functools.cache(load_hermes_model)
 def get_phi3_model_and_tokenizer() -> tuple[Any, Any]:
     """The runtime's own Phi-3 model and a tokenizer, loaded on first use and kept.
 
-    The tokenizer is transformers' for a model in its format, and else one of the `tokenizers`
-    package, which those of transformers are made of: onnxruntime-genai's own ends the process at
-    some texts.
+    For a model in transformers' format the tokenizer is that of transformers, otherwise one of the
+    `tokenizers` package, because onnxruntime-genai's own tokenizer crashes the process on some
+    texts.
 
     Raises:
         SettingsError, ModelUnavailable: as the environment or the files are wrong.
@@ -248,7 +248,7 @@ def get_phi3_model_and_tokenizer() -> tuple[Any, Any]:
 
 
 def get_hermes_model_and_tokenizer() -> tuple[Any, Any]:
-    """The runtime's own Hermes model and a tokenizer, as `get_phi3_model_and_tokenizer` has it.
+    """The runtime's own Hermes model and a tokenizer; see `get_phi3_model_and_tokenizer`.
 
     Raises:
         SettingsError, ModelUnavailable: as the environment or the files are wrong.

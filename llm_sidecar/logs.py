@@ -39,10 +39,9 @@ _OWN_ATTRIBUTES: Final = frozenset(logging.makeLogRecord({}).__dict__) | {
 
 
 def stack(error: BaseException) -> str:
-    """Where an error was raised and of which type, after those that it came of.
+    """An error's traceback after those of its causes, without messages, which may quote a prompt.
 
-    Like a traceback, but without messages: they may quote a prompt. Those of the operating system
-    and of `llm_sidecar.errors` do not, so they are there.
+    Messages of the operating system and of `llm_sidecar.errors` quote none, so they are kept.
     """
     found: list[BaseException] = []
     waiting: list[BaseException | None] = [error]
@@ -70,9 +69,9 @@ def _raised(error: BaseException) -> str:
 
 
 def log_unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Logs what nobody has handled, as the exception handler of an event loop.
+    """Logs an unhandled exception; for `loop.set_exception_handler`.
 
-    asyncio's own shows the task as well, and with it the error's message.
+    asyncio's own handler also shows the task, and with it the error's message.
     """
     error = context.get("exception")
     log.error("%s\n%s", context["message"], "" if error is None else stack(error))

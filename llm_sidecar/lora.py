@@ -112,7 +112,7 @@ def _read(source: Path) -> dict[str, _Pair]:
             raise ConversionFailed(f"{source} holds two matrices of {module} that do not fit")
         alpha, rank = alphas[module], len(pair["A"])
         if not isinstance(alpha, int | float):
-            raise ConversionFailed(f"{source}: {CONFIG_FILE} tells no alpha of {module}")
+            raise ConversionFailed(f"{source}: {CONFIG_FILE} has no alpha for {module}")
         # rsLoRA: Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with
         # LoRA", arXiv:2312.03732.
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -124,7 +124,7 @@ def _alphas(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]
     """The alpha of each module, as the configuration has it."""
     own = config.get("alpha_pattern") or {}
     if not isinstance(own, dict):
-        raise PatternsFailed("is no table of patterns")
+        raise PatternsFailed("is not an object")
     alphas = list(own.values())
     return {
         module: config.get("lora_alpha") if index is None else alphas[index]

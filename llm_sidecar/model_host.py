@@ -44,7 +44,7 @@ class Completion:
     Attributes:
         model: the label of the model that wrote it.
         adapter: the name of the adapter that it had.
-        finish_reason: `deadline` where the request's deadline cut it.
+        finish_reason: `deadline` if the request's deadline cut the text.
         cached_tokens: of the prompt, that were read for an earlier one.
     """
 
@@ -140,8 +140,8 @@ class ModelHost:
         Args:
             request: what to generate.
             deadline: of the request that this call belongs to.
-            allow_partial: at the deadline returns what has been written, if anything, with the
-                finish reason `deadline`.
+            allow_partial: at the deadline returns the text so far, if any, with the finish reason
+                `deadline`.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
@@ -210,11 +210,11 @@ class ModelHost:
         self._supervisor.adapter = adapter
 
     async def swap_adapter(self, adapter: Path | None) -> None:
-        """Has requests answered with another adapter, or with none, from the next one on.
+        """Answers the next requests with another adapter, or with none.
 
-        The model is loaded with it in a second worker meanwhile, so no request waits for it; those
-        that run end with the adapter that they began with. Where it cannot be loaded, or not in
-        time, all stays as it was. Cancelling the swap ends it.
+        A second worker loads the model with it, so no request waits; running requests end with the
+        adapter that they began with. If the adapter cannot be loaded in time, the one in use stays.
+        Cancelling this call cancels the swap.
 
         Raises:
             AdapterRejected: it cannot be loaded; says why.
@@ -254,7 +254,7 @@ class ModelHost:
     ) -> AsyncGenerator[tuple[ModelCall, dict[str, Any]], None]:
         """Admits a request, waits for its turn and the model, and yields (call, message)s.
 
-        With `allow_partial` the deadline may end them without a last one.
+        With `allow_partial` the messages may end at the deadline without a `done`.
         """
         deadline = deadline or Deadline.after(self._limits.request_timeout)
         with observed(self._observer, ModelCall(self.name, op)) as call, self._admission():
@@ -294,7 +294,7 @@ class ModelHost:
                 self._idle.set()
 
     def _retry_after(self) -> int:
-        """Seconds until the requests that are here now are likely to be answered."""
+        """Estimated seconds until the requests that run and wait now are answered."""
         return max(1, round(self._admitted / self._supervisor.together * self._recent_seconds))
 
     async def _check(self, ready_by: float, body: dict[str, Any]) -> None:

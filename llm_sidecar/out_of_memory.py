@@ -1,4 +1,4 @@
-"""Which process the kernel ends when memory runs out."""
+"""Which process the kernel kills when memory runs out."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Final
 
 _SCORE: Final = Path("/proc/self/oom_score_adj")
-"""See proc_pid_oom_score_adj(5): from -1000, never, to 1000, before all others."""
+"""See proc_pid_oom_score_adj(5): -1000 is never, 1000 before all other processes."""
 
 
 @contextlib.contextmanager
 def ended_first() -> Iterator[None]:
-    """If memory runs out meanwhile, the kernel ends this process before any other.
+    """If memory runs out inside this context, the kernel kills this process before any other.
 
     Does nothing where the kernel is not Linux.
     """

@@ -1,7 +1,7 @@
-"""Matches regular expressions that come with an adapter, within a bound.
+"""Matches an adapter's regular expressions within a time limit.
 
-Some expressions take practically forever, and Python's matching cannot be interrupted from outside.
-So a process of its own matches them (this file, run as a program) and is ended at the bound.
+Some expressions take practically forever, and Python cannot interrupt matching. So a separate
+process (this file, run as a program) matches them, and is killed at the time limit.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ import sys
 from collections.abc import Sequence
 
 SECONDS = 10.0
-"""How long all the matching may take."""
+"""Time limit for all patterns and names."""
 
 
 class PatternsFailed(Exception):
-    """The message says why, to follow the name of the patterns."""
+    """The message says why; it follows the name of the setting."""
 
 
 def first_matches(patterns: Sequence[str], names: Sequence[str]) -> list[int | None]:
-    """The index of the first pattern that matches each name as PEFT matches it, or None.
+    """For each name, the index of the first pattern that matches it as in PEFT, or None.
 
-    PEFT lets a pattern match a whole name or all of it that follows a dot (`get_pattern_key` in
+    In PEFT a pattern has to match the whole name or all of it after a dot (`get_pattern_key` in
     peft/utils/other.py).
 
     Raises:
-        PatternsFailed: one is no regular expression, or the matching takes longer than `SECONDS`.
+        PatternsFailed: a pattern is not a valid regular expression, or matching takes longer than
+            `SECONDS`.
     """
     if not patterns:
         return [None] * len(names)
@@ -43,7 +44,7 @@ def first_matches(patterns: Sequence[str], names: Sequence[str]) -> list[int | N
     except subprocess.TimeoutExpired:
         raise PatternsFailed(f"cannot be matched within {SECONDS:g} s") from None
     except subprocess.CalledProcessError:
-        raise PatternsFailed("holds what cannot be matched as a regular expression") from None
+        raise PatternsFailed("holds an invalid regular expression") from None
     found: list[int | None] = json.loads(done.stdout)
     return found
 

@@ -1,4 +1,4 @@
-"""One run from a prompt to an assessed proposal: how far it has come, and the rows it leaves."""
+"""One run from a prompt to an assessed proposal: its progress, and the rows to store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Row = OrchestratorRunSchema | HermesScoreSchema | ProposalSchema
 
 @dataclass(slots=True)
 class ProposalRun:
-    """A run; what it has not come to yet is None.
+    """A run; results that it does not have yet are None.
 
     Attributes:
         prompt: the market context.
@@ -62,8 +62,8 @@ class ProposalRun:
             error: why the run ended early, or None for a finished one.
 
         Returns:
-            The run with the status `success`; with an error `partial` where there is a proposal,
-            else `error`. Beside it the proposal and the score, as far as there are any.
+            The run, with the status `success`, or with an error `partial` if there is a proposal
+            and `error` if not; then the proposal and the score, if there are any.
         """
         rows: list[Row] = [self._run_row(error)]
         if self.made is not None:
@@ -114,7 +114,7 @@ class ProposalRun:
         return None if self.assessment is None else self.assessment.text
 
     def _lap(self, name: str) -> None:
-        """Notes the seconds since the one before."""
+        """Notes the seconds since the last phase."""
         now = time.monotonic()
         self._seconds[name] = now - self._last
         self._last = now

@@ -75,7 +75,7 @@ class Proposed(NamedTuple):
 
 
 _TEXT: Final = "[A-Za-z,;:%$()/+' -]"
-"""A character of a rationale that is no part of a number."""
+"""A character of a rationale outside of numbers."""
 _SHORTEST_RATIONALE: Final = 10
 _LONGEST_RATIONALE: Final = 109
 
@@ -143,7 +143,7 @@ _LONGEST: Final = {
 }
 """As long as a guided one gets; 109 = 1 + 34 + 2 + 34 + 2 + 34 + 2 is the longest rationale."""
 _MOST_OFFERED: Final = 64
-"""Tickers, and numbers, of a context that its guidance offers: it has to stay small."""
+"""Most tickers, and most numbers, that the guidance of a context offers, to keep it small."""
 
 MAX_COMPLETION_TOKENS: Final = len(json.dumps(_LONGEST, separators=(",", ":"))) + 4
 """Tokens the longest guided proposal can take with any tokenizer: it is ASCII and a token is at
@@ -152,14 +152,14 @@ never takes more than four, and the end of the turn takes one."""
 
 
 def grounded_guidance(context: str, tickers: Sequence[str] = ()) -> str | None:
-    """`GUIDANCE` narrowed to the tickers and the numbers of a context.
+    """`GUIDANCE` limited to the tickers and the numbers of a context.
 
-    What it lets a model write is grounded, and no longer than with `GUIDANCE`. Distances and
-    confidence are free; the rationale cannot quote them, as they are not known beforehand.
+    Every proposal under it is grounded, and no longer than under `GUIDANCE`. Distances and
+    confidence are not limited; the rationale cannot quote them, as they are not known beforehand.
 
     Args:
         context: a prompt.
-        tickers: that it is known to have; they are offered first.
+        tickers: tickers that the context is known to have; they come first.
 
     Returns:
         JSON schema text, or None where the context has no ticker.
@@ -168,7 +168,7 @@ def grounded_guidance(context: str, tickers: Sequence[str] = ()) -> str | None:
     if not tickers:
         return None
     numbers = "|".join(map(re.escape, grounding.numbers_in(context, _MOST_OFFERED)))
-    # Two numbers have text between them, or they would be a third.
+    # Without text between them two numbers would read as a third one.
     body = f"{_TEXT}*(({numbers}){_TEXT}+)*({numbers})?" if numbers else f"{_TEXT}*"
     schema = json.loads(GUIDANCE)
     schema["properties"] |= {
@@ -259,11 +259,11 @@ async def propose(
         max_tokens: at least `MAX_COMPLETION_TOKENS`.
         temperature: 0 is greedy.
         deadline: of the request that this belongs to, the retry included.
-        retry: whether a proposal that is not grounded is asked for once more, with the guidance of
-            its context, in at most half of the time that is left.
+        retry: whether an ungrounded proposal is generated once more, under the guidance of its
+            context, in at most half of the time that is left.
 
     Returns:
-        The valid proposal. The first one where a retry fails.
+        The valid proposal; the first one if the retry fails.
 
     Raises:
         InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
@@ -286,7 +286,7 @@ async def propose(
         )
     if not retry or not first.ungrounded:
         return first
-    # The other half is for the assessment: a slow retry must not cost the answer.
+    # The other half is for the assessment: a slow retry must not cause a 504.
     half = None if deadline is None else Deadline.after(deadline.remaining() / 2)
     return await _ask_again(host, prompt, request, first, half)
 
@@ -298,13 +298,13 @@ async def _ask_again(
     first: Proposed,
     deadline: Deadline | None,
 ) -> Proposed:
-    """The answer under the guidance of the context; the first one where that fails."""
-    # A ticker that the context has stays a choice, however many others there are.
+    """The proposal under the guidance of the context; the first one if that fails."""
+    # A grounded ticker is always offered, even if the context has too many others.
     tickers = [] if "ticker" in first.ungrounded else [first.proposal["ticker"]]
     guidance = await asyncio.to_thread(grounded_guidance, prompt, tickers)
     if guidance is None:
         return first
-    # With a seed, so that a runtime whose cache belongs to a guidance does not keep this one's.
+    # With a seed, a runtime that keeps a cache for each guidance does not keep one for this.
     request = replace(request, guidance=guidance, seed=0)
     try:
         return await _ask(host, prompt, request, deadline)
@@ -326,6 +326,6 @@ async def _ask(
             "check the model with another prompt.",
             retry_after=1,
         ) from None
-    # In a thread, as a long context takes longer than the event loop can wait.
+    # In a thread, because a long context would block the event loop.
     ungrounded = await asyncio.to_thread(grounding.ungrounded_fields, proposal, prompt)
     return Proposed(proposal, completion, ungrounded)

@@ -1,4 +1,4 @@
-"""Gives memory back to the system: code that only the start ran, and what the C library frees."""
+"""Returns memory to the system: code that only the start ran, and freed memory of the C library."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def release_code() -> None:
 
 
 def trim_heap() -> None:
-    """Returns what the C library has freed and kept for later to the system (malloc_trim(3)).
+    """Returns memory that the C library has freed but keeps to the system (malloc_trim(3)).
 
     It takes milliseconds. Does nothing where the C library is not glibc.
     """

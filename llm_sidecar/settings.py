@@ -324,7 +324,7 @@ class Settings(BaseModel):
 
 
 def default_max_chars(environ: Mapping[str, str] | None = None) -> int:
-    """`MAX_PROMPT_CHARS` for scripts, which need no other variable to be valid.
+    """`MAX_PROMPT_CHARS`, for scripts: no other variable is validated.
 
     Raises:
         SettingsError: it is not valid.

@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 
 from pydantic import ValidationError
 
-from llm_sidecar import hermes_plugin, loader, proposals
+from llm_sidecar import hermes_plugin, loader, proposals, timestamps
 from llm_sidecar.archive import Archive
 from llm_sidecar.db import HermesScoreSchema, Phi3FeedbackSchema, PublishedFeedback, table_of
 from llm_sidecar.deadline import Deadline
@@ -60,9 +60,10 @@ _STORE_AGAIN: Final = 1.0
 
 @dataclass(frozen=True, slots=True)
 class AssessedProposal:
-    """What one walk from prompt to judged proposal gives.
+    """The result of one run from a prompt to an assessed proposal.
 
     Attributes:
+        grounded: `true`, or the ungrounded fields separated by commas.
         stored: whether each of its rows is stored.
     """
 
@@ -150,7 +151,7 @@ class Sidecar:
             context_length=lambda: loader.phi3_context_length(settings),
             on_examples=self._prepare_examples,
         )
-        # By which it knows what it published itself, before the database's own name is known.
+        # Marks the sidecar's own events as long as the database's id is not known.
         self._name = uuid.uuid4().hex
         self._preparing: asyncio.Task[None] | None = None
         self._swapping = asyncio.Lock()
@@ -190,7 +191,7 @@ class Sidecar:
         while self._unfinished:
             await asyncio.wait(self._unfinished)
         if self._swaps:
-            # They have failed, or have yet to remember what they took.
+            # Closing the models has ended them, but one may still save the adapter's name.
             await asyncio.wait(self._swaps)
         # What is still spoken goes out on the bus.
         await self.speaker.close()
@@ -203,7 +204,7 @@ class Sidecar:
     async def generate_phi3(
         self, prompt: str, max_tokens: int, deadline: Deadline | None = None
     ) -> Proposed:
-        """A proposal alone: not assessed, not stored, not told."""
+        """A proposal alone: not assessed, not stored, not published."""
         proposed = await proposals.propose(
             self.phi3,
             prompt,
@@ -224,11 +225,11 @@ class Sidecar:
         )
 
     async def propose(self, prompt: str, max_tokens: int) -> AssessedProposal:
-        """A proposal with Hermes' critique and score, stored and told to the other services.
+        """A proposal with Hermes' critique and score, stored and published to the other services.
 
         Raises:
-            InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded: where Phi-3 had finished
-                before, the proposal is stored under the error's `transaction_id`.
+            InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded: if Phi-3 had finished,
+                the proposal is stored under the error's `transaction_id`.
         """
         run = ProposalRun(prompt)
         try:
@@ -247,7 +248,7 @@ class Sidecar:
         return replace(result, stored=stored)
 
     async def _run(self, run: ProposalRun, max_tokens: int) -> AssessedProposal:
-        """Takes a run to its end, or as far as it comes within the request's deadline."""
+        """Makes the proposal, the assessment and the score, and notes each in the run."""
         deadline = Deadline.after(self.settings.request_timeout)
         proposed = await self.generate_phi3(run.prompt, max_tokens, deadline)
         run.proposed(proposed)
@@ -270,20 +271,20 @@ class Sidecar:
         )
 
     async def _finish(self, run: ProposalRun, result: AssessedProposal) -> bool:
-        """Stores a finished run and tells of its assessment; returns whether all is stored."""
+        """Stores a finished run, publishes its assessment; returns whether all rows are stored."""
         stored = await self._keep_all(run.rows())
         await self._publish(
             PROPOSAL_ASSESSED,
             {
                 "proposal_transaction_id": str(result.transaction_id),
                 "assessment_text": result.assessment.text,
-                "timestamp": _now().isoformat(),
+                "timestamp": timestamps.now().isoformat(),
             },
         )
         return stored
 
     async def _keep_failed(self, run: ProposalRun, error: SidecarError) -> SidecarError:
-        """Stores how far a run has come; returns the error, which says what is stored."""
+        """Stores a failed run; returns the error, with what is stored."""
         keeping = self._to_the_end(self._keep_all(run.rows(error.detail)))
         stored = await asyncio.shield(keeping)
         has_proposal = stored and run.proposal is not None
@@ -327,7 +328,7 @@ class Sidecar:
         return feedback_id, outcome
 
     async def withdraw_feedback(self, feedback_id: str) -> None:
-        """Withdraws feedback: it is no few-shot example and no training data any more.
+        """Withdraws feedback: it is neither a few-shot example nor training data from then on.
 
         Raises:
             NotFound: there is no such feedback.
@@ -365,7 +366,7 @@ class Sidecar:
             if chosen != self.phi3.adapter:
                 refused, when, why = self._last_refusal
                 if refused == chosen and when > asked:
-                    # A client timed out and tried again while this adapter was still loading.
+                    # A client timed out and retried while this adapter was still loading.
                     raise AdapterRejected(why)
                 try:
                     await self.phi3.swap_adapter(chosen)
@@ -425,11 +426,10 @@ class Sidecar:
         }
 
     async def _store_published_feedback(self, payload: str) -> None:
-        """Stores what another service publishes.
+        """Stores feedback that another service publishes.
 
-        What a sidecar on the same database publishes is stored already: whether it is an example is
-        read from the database, and the message only says when. A forged `stored_in` does nothing
-        but leave the forged message unstored.
+        Feedback of a sidecar on the same database is stored already, so the message only causes a
+        refresh of the examples. A message with a forged `stored_in` is not stored.
         """
         if len(payload) > longest_payload(self.settings.max_prompt_chars):
             self.bus.refuse(FEEDBACK_SUBMITTED, "it is too long")
@@ -464,7 +464,7 @@ class Sidecar:
                 return
 
     def _to_the_end(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """A task that a cancelled request does not take along; `close` waits for it."""
+        """A task that runs to completion even if the request is cancelled; `close` waits for it."""
         task = asyncio.create_task(work)
         self._unfinished.add(task)
         task.add_done_callback(self._unfinished.discard)
@@ -475,7 +475,7 @@ class Sidecar:
         return all(await asyncio.gather(*map(self._keep, rows)))
 
     async def _keep(self, row: Row) -> bool:
-        """A failure to store a row is logged and counted, and never fails the request."""
+        """Stores a row; a failure is logged and counted, and never fails the request."""
         try:
             await self.archive.append(row)
         except DatabaseUnavailable as error:
@@ -490,14 +490,10 @@ class Sidecar:
 
 
 def _why_it_ended(error: BaseException) -> str:
-    """The error message of a run that ended with none of our own errors."""
+    """The error message for a run that ended with another exception than a `SidecarError`."""
     if isinstance(error, asyncio.CancelledError):
         return "The client disconnected, or the server ended, before Hermes had finished."
     return f"It failed unexpectedly: {type(error).__name__}."
-
-
-def _now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.UTC)
 
 
 def _uuid_or_none(value: object) -> uuid.UUID | None:

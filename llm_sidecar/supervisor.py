@@ -36,8 +36,8 @@ class Supervisor:
     """One serving worker; see the module's docstring.
 
     A swap loads the new adapter in a second worker. Once that is ready, new requests go to it, and
-    the first worker ends after its last request. So no request waits for a swap, and an adapter
-    that loads slowly or crashes its worker disturbs nobody.
+    the first worker ends after its last request. So no request waits for a swap, and requests go on
+    if an adapter loads slowly or crashes its worker.
 
     Attributes:
         adapter: folder of the adapter in use; set it before anything is started to begin with one.
@@ -66,7 +66,7 @@ class Supervisor:
             load_wait: seconds for which a request waits for a model that is loading.
             load_timeout: seconds that a model may load.
             drain_timeout: seconds that a replaced worker has for the requests it still serves.
-            on_death: is called with a worker that has ended though nobody asked it to.
+            on_death: is called with a worker that has ended unexpectedly.
         """
         self.adapter: Path | None = None
         self.together = 1
@@ -157,7 +157,7 @@ class Supervisor:
             try:
                 await self._swap
             except asyncio.CancelledError:
-                # `refuse` cancels the load; otherwise whoever asked for the swap is cancelled.
+                # `refuse` cancels the load; otherwise the caller was cancelled.
                 self.check_open()
                 raise
             except ModelUnavailable as error:
@@ -194,7 +194,7 @@ class Supervisor:
         }
 
     def refuse(self) -> None:
-        """Starts nothing any more, gives up a swap, and lets nobody in."""
+        """Refuses new requests, starts no worker any more, and cancels a swap."""
         self._closed = True
         if self._swap is not None:
             self._swap.cancel()
@@ -219,12 +219,12 @@ class Supervisor:
         self._state = "unloaded"
 
     async def _load_and_take_over(self, adapter: Path | None) -> None:
-        """Has a new worker serve; the former one ends after its last request."""
+        """Loads a new worker and lets it serve; the former one ends after its last request."""
         if self._ending:
-            # There is memory for two workers, not for those of several swaps.
+            # There is memory for two workers at most, even if swaps follow each other.
             await asyncio.wait(self._ending)
         successor = await self._load(adapter)
-        # Nothing is awaited from here on, so that a cancelled swap leaves no worker without owner.
+        # Nothing is awaited from here on, so that a cancelled swap never leaks a worker.
         former = self._current_worker()
         if self._supervising is not None:
             self._supervising.cancel()
@@ -237,7 +237,7 @@ class Supervisor:
         self._supervising = _detached(self._supervise(successor))
 
     async def _drain(self, worker: WorkerProcess) -> None:
-        """Stops a replaced worker once it has answered its requests, or has had the time to."""
+        """Stops a replaced worker once it has answered its requests, or at the drain timeout."""
         try:
             async with asyncio.timeout(self._drain_timeout):
                 await worker.idle.wait()
@@ -253,7 +253,7 @@ class Supervisor:
         task.add_done_callback(self._ending.discard)
 
     async def _supervise(self, worker: WorkerProcess | None = None) -> None:
-        """Keeps a worker serving until it is cancelled: the given one first."""
+        """Keeps a worker serving until this is cancelled, beginning with `worker` if given."""
         failures = 0
         while True:
             began = time.monotonic()
@@ -282,7 +282,7 @@ class Supervisor:
             self._state = "loading"
 
     def _serve(self, worker: WorkerProcess) -> None:
-        """Gives requests from now on, and those that wait for a worker, this one."""
+        """Lets this worker serve new requests and those that wait for a worker."""
         self._state, self._reason = "ready", None
         self.together = worker.info["together"]
         if self._worker is None or self._worker.done():
@@ -304,7 +304,7 @@ class Supervisor:
             loading.exception()
 
     async def _load(self, adapter: Path | None) -> WorkerProcess:
-        """A worker that has loaded the model; none is left where that fails or is cancelled.
+        """Starts a worker and loads the model; stops the worker if that fails or is cancelled.
 
         Raises:
             ModelUnavailable: says why.
@@ -326,7 +326,7 @@ class Supervisor:
                     }
                 )
         except BaseException as error:
-            # It may be stuck, and has nothing to finish.
+            # It may hang, and it serves no requests.
             worker.process.kill()
             await worker.stop()
             if isinstance(error, TimeoutError):
@@ -366,7 +366,7 @@ class Supervisor:
         return self._missing_reason
 
     def _current_worker(self) -> WorkerProcess | None:
-        """The worker that serves, or has just ended; None while none has loaded."""
+        """The worker that serves or has just ended; None before a model has loaded."""
         if self._worker is None or not self._worker.done() or self._worker.exception():
             return None
         return self._worker.result()
@@ -377,5 +377,5 @@ class Supervisor:
 
 
 def _detached(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    """Runs work that outlives the request that caused it, and so does not log in its name."""
+    """Runs work that outlives its request, so it does not log with the request's id."""
     return asyncio.create_task(work, context=contextvars.Context())

@@ -1,11 +1,11 @@
-"""Text: what a model, the database, an export or an event may be given.
+"""The strings that models, the database, exports and events accept: text.
 
-Text is Unicode scalar values without control characters (general category Cc), tab, newline and
-carriage return excepted. Bidirectional marks and unassigned characters are text. How long a text
-may be is a setting, MAX_PROMPT_CHARS, so it is checked where settings are known.
+Text is Unicode scalar values without control characters (general category Cc) other than tab,
+newline and carriage return. Bidirectional marks and unassigned characters are text. The greatest
+length is a setting, MAX_PROMPT_CHARS, so it is checked separately.
 
-What is said of a fault quotes nothing of the value: not a character, and no key that a caller made
-up. `llm_sidecar.input_model` has the models that check what comes from outside.
+A fault quotes nothing of the value: no character, and no key that a caller made up. The models in
+`llm_sidecar.input_model` check input from outside.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _REPLACEMENT: Final = "\ufffd"
 CALLERS_KEY: Final = "*"
 """Stands in a location for a key that a caller made up."""
 MAX_DEPTH: Final = 64
-"""Levels of an object; whoever writes it as JSON recurses as deep."""
+"""Levels of an object, because writing it as JSON recurses as deep."""
 MAX_VALUES: Final = 1 << 15
 """Values of an object on all its levels together."""
 _MAX_INTEGER_BITS: Final = 14_000
-"""Some 4,200 digits; Python writes no integer of more than 4,300."""
+"""About 4,200 digits; Python refuses to write an integer of more than 4,300."""
 
 Location = tuple[str | int, ...]
 
 
 class Fault(NamedTuple):
-    """What is wrong with a value, and where in it: keys and indexes."""
+    """What is wrong with a value, and where: a path of keys and indexes."""
 
     kind: str
     message: str
@@ -61,7 +61,7 @@ def find_fault(value: object, known_keys: Collection[str] = ()) -> Fault | None:
     elif isinstance(value, list | tuple):
         containers.append(((), value))
     values = 0
-    # It grows while it is read: without recursion no depth is too much.
+    # The list grows during the loop: without recursion no depth is too much.
     for location, container in containers:
         values += len(container)
         if len(location) >= MAX_DEPTH:
@@ -85,13 +85,13 @@ def find_length_fault(value: object, max_chars: int) -> Fault | None:
     """The fault of a text, or of an object as JSON, that has more than `max_chars` characters.
 
     Args:
-        value: one in which `find_fault` finds none.
+        value: a value without a fault by `find_fault`.
     """
     if isinstance(value, str) and len(value) > max_chars:
         return Fault(
             "string_too_long", f"Text is too long; MAX_PROMPT_CHARS takes {max_chars} characters"
         )
-    # Not escaped, so that every script has the same room.
+    # Not escaped, so that the limit is the same for every script.
     if (
         isinstance(value, dict | list | tuple)
         and len(json.dumps(value, ensure_ascii=False, separators=(",", ":"))) > max_chars
@@ -104,7 +104,7 @@ def find_length_fault(value: object, max_chars: int) -> Fault | None:
 
 
 def require_text(max_chars: int, **values: object) -> None:
-    """Checks arguments: texts, and objects, of at most `max_chars` characters.
+    """Checks that arguments are texts or objects of at most `max_chars` characters.
 
     Raises:
         InvalidRequest: names the argument.
@@ -116,7 +116,7 @@ def require_text(max_chars: int, **values: object) -> None:
 
 
 def cleaned(text: str) -> str:
-    """The text with U+FFFD for each character that is none: a model's words are not refused."""
+    """The text with U+FFFD for each forbidden character: a model's output cannot be refused."""
     return _FORBIDDEN.sub(_REPLACEMENT, text)
 
 

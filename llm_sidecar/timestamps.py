@@ -16,8 +16,7 @@ _EXTENDED: Final = (
 _BASIC: Final = rf"[0-9]{{8}}[Tt][0-9]{{2}}([0-9]{{2}}([0-9]{{2}}([.,][0-9]{{1,9}})?)?)?{_ZONE}"
 ISO_8601: Final = rf"^({_EXTENDED}|{_BASIC})$"
 """A calendar date, with or without a time, in ISO 8601's extended format, or a date and time in its
-basic format. A date in the basic format is digits alone, which may as well count seconds, so it is
-not accepted."""
+basic format. A date alone in the basic format is not accepted: its digits may mean seconds."""
 _PATTERN: Final = re.compile(ISO_8601)
 MAX_AHEAD: Final = datetime.timedelta(minutes=5)
 """How far a caller's clock may be ahead of this one."""

@@ -1,14 +1,14 @@
 """The process that holds one engine: `python -m llm_sidecar.worker`, started by `model_host`.
 
-Both directions are one JSON object a line. In, on standard input: first what to load, then
-requests, cancellations, requests to check and prefixes to prepare. Out, on what was standard
-output: `ready` or `failed`, then for every request `begun`, `delta`s, and one `done` or `error`,
-for all else the last of them alone; each with the monotonic time at which it was sent. The end of
-the input ends the process, so that no worker outlives its server, however that ended.
+Messages in both directions are one JSON object a line. In, on standard input: first what to load,
+then requests, cancellations, requests to check and prefixes to prepare. Out, on the former standard
+output: `ready` or `failed`; then for every request `begun`, `delta`s, and one `done` or `error`;
+for a check or a prefix only `done` or `error`. Each has the monotonic time at which it was sent.
+The end of the input ends the process, so that no worker outlives its server.
 
-Messages pass through three threads: one reads them, one tokenizes their texts, and the main one
-generates. Long texts have a tokenizing thread to themselves. So no generation waits for a text, and
-no short text for a long one.
+A message passes through three threads: one reads it, one tokenizes its texts, and the main thread
+generates. Long texts have a tokenizing thread of their own. So generation never waits for
+tokenizing, and a short text never waits for a long one.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _FLUSH_SECONDS: Final = 0.02
 """Text goes out at most this often after the first token: one line per token would keep the
 server's event loop busy with nothing else."""
 _LONG_LINE: Final = 8192
-"""Bytes of a message whose texts count as long; a typical request has a thousand."""
+"""Messages of more bytes count as long; a typical request has a thousand."""
 _TOKENIZING_SECONDS: Final = 10.0
-"""Of processor time, for one chat; the worst text of the default length takes a fiftieth of it."""
+"""Limit of CPU time for one chat; the slowest text of the default length takes a fiftieth of it."""
 
 
 @dataclass(slots=True)
@@ -76,13 +76,13 @@ class Worker:
         """Loads what the first line names, then serves until the input ends."""
         first = self._inbox.readline()
         if not first:
-            # The server has gone, or does not need this worker any more.
+            # The server has ended, or does not need this worker any more.
             return
         spec = json.loads(first)
         # Before loading: the server may go away meanwhile.
         threading.Thread(target=self._read, daemon=True).start()
         try:
-            # It may load beside the worker that serves.
+            # Another worker may serve while this one loads.
             with ended_first():
                 engine = _loaded(spec)
         except Exception as error:
@@ -127,7 +127,8 @@ class Worker:
                     self._send({"op": "error", "id": number, "detail": "cancelled"})
                     continue
                 if message["op"] in ("generate", "choose"):
-                    # First of all: what ends this worker is not given to the next one.
+                    # First: a request that has begun is not given to the next worker if this
+                    # one crashes on it.
                     self._send({"op": "begun", "id": number})
                 try:
                     with watch:
@@ -247,7 +248,7 @@ class Worker:
         self._cancelled.discard(number)
 
     def _fail(self, number: int, error: Exception) -> None:
-        """Tells that a request has failed, and why where that is known."""
+        """Reports that a request has failed, with the reason if it is known."""
         if isinstance(error, SidecarError):
             invalid = isinstance(error, InvalidRequest)
             if not invalid:
@@ -269,13 +270,13 @@ class Worker:
 
 
 def _loaded(spec: dict[str, Any]) -> Engine:
-    """An engine that has answered once, and has read the prefix that prompts begin with."""
+    """Loads the engine, warms it up, and reads the prefix that prompts begin with."""
     engine = load_engine(
         Path(spec["folder"]),
         device=spec["device"],
         threads=spec["threads"],
         adapter=None if spec["adapter"] is None else Path(spec["adapter"]),
-        # What warms it up is like what it will be asked.
+        # The warm-up has guidance if the requests have.
         guided=spec["warm_up"]["guidance"] is not None,
     )
     for _ in engine.stream(GenerationRequest(**spec["warm_up"])):
@@ -286,7 +287,7 @@ def _loaded(spec: dict[str, Any]) -> Engine:
 
 
 def _read_prefix(engine: Engine, request: GenerationRequest) -> None:
-    """Reads what prompts begin with; the model serves without it too."""
+    """Reads the prefix of prompts ahead; a failure is logged, as the model can serve without it."""
     try:
         for _ in engine.prepare(request):
             pass
@@ -309,12 +310,12 @@ def _tokenize(engine: Engine, message: dict[str, Any]) -> None:
 
 
 class _Watch:
-    """Ends this process where the thread that makes it spends too long on one thing.
+    """Ends this process if the thread that creates this object spends too long inside the context.
 
-    A chat template, or a regular expression of a tokenizer, may never end, and no thread can be
-    stopped. The time is the thread's own, since it may have to wait for the one that generates. A
-    call that never lets go of Python's lock keeps the watch waiting, too: the server then kills
-    this process for the request that it does not give up.
+    A chat template or a regular expression of a tokenizer may never end, and Python cannot stop a
+    thread. CPU time of the thread counts, because it may wait for the thread that generates. A call
+    that never releases the GIL blocks the watch too; then the server kills this process, because
+    the request does not end when it is cancelled.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -345,7 +346,7 @@ class _Watch:
 
 @contextlib.contextmanager
 def _ending_without_server() -> Iterator[None]:
-    """Ends this process where the server is gone, and nobody is left to tell."""
+    """Ends this process when the server, which reads its output, has ended."""
     try:
         yield
     except BrokenPipeError:

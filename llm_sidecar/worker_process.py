@@ -31,7 +31,7 @@ class WorkerEnded(ModelUnavailable):
     """The process ended while it loaded its model.
 
     Attributes:
-        worker: what ended.
+        worker: the process that ended.
     """
 
     def __init__(self, worker: WorkerProcess) -> None:
@@ -44,11 +44,11 @@ class WorkerProcess:
 
     Attributes:
         label: of the model it holds.
-        adapter: name of the adapter that it has loaded with the model, if any.
+        adapter: name of the adapter that it loads with the model, or None.
         process: the process.
         info: what it said when it was ready: runtime, device, context_length.
-        idle: set while it has nothing to answer.
-        stopping: whether `stop` was called, so that its end is no surprise.
+        idle: set while it has no request to answer.
+        stopping: whether `stop` was called, so that its end is expected.
         ended: set once it has ended.
     """
 
@@ -92,14 +92,14 @@ class WorkerProcess:
         the descriptor of a pipe twice, and the second time it may be somebody else's.
 
         Args:
-            label, adapter: of what it is to load, for whoever reads them here.
+            label, adapter: names of what it is to load, for the attributes.
             on_tokens: is called with the number of new completion tokens, as they are generated.
         """
         starting = asyncio.create_task(cls._start(label, adapter, on_tokens))
         try:
             return await asyncio.shield(starting)
         except asyncio.CancelledError:
-            # A thread that spawns cannot be cancelled, so its process is ended.
+            # Spawning in a thread cannot be cancelled, so its process is stopped afterwards.
             with contextlib.suppress(OSError):
                 await (await starting).stop()
             raise

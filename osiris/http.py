@@ -20,7 +20,7 @@ T = TypeVar("T")
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 _DESCRIPTIONS = {
-    404: "There is nothing of that name, nothing yet, or it is off; the detail says which",
+    404: "It does not exist, there is none yet, or it is off; the detail says which",
     409: "The adapter cannot be loaded; the one in use goes on",
     413: "The request is larger than the server takes",
     422: "Bad input; the detail names the field",
@@ -79,10 +79,10 @@ def endpoint(
 
 
 def check_length(sidecar: Sidecar, body: InputModel) -> None:
-    """Refuses a body in which a text, or an object as JSON, is longer than a prompt may be.
+    """Refuses a body in which a text, or an object as JSON, is longer than MAX_PROMPT_CHARS.
 
     Raises:
-        RequestValidationError: names each field that is.
+        RequestValidationError: names each field that is too long.
     """
     try:
         input_model.check_length(body, sidecar.settings.max_prompt_chars)

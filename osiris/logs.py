@@ -44,7 +44,7 @@ class AccessLog:
 
     Args:
         routes: the documented spelling of each path or template, by its spelling without the last
-            slash; an address that is none of them may hold anything, so it is not shown.
+            slash. Any other path is not logged, as a client may put anything into it.
     """
 
     def __init__(self, app: ASGIApp, routes: Callable[[], Mapping[str, str]]) -> None:
@@ -76,7 +76,7 @@ class AccessLog:
 
     def _log(self, scope: Scope, status: int, duration_ms: float) -> None:
         method = known_method(scope["method"])
-        # What is refused before the routing has no template.
+        # A request that is refused before routing has no template.
         path = getattr(scope.get("route"), "path_format", None) or route_path(scope)
         route = self._routes().get(path.rstrip("/"), "unmatched")
         access_log.info(

@@ -59,7 +59,9 @@ class FeedbackRequest(_Request):
     transaction_id: str = Field(min_length=1, max_length=256)
     feedback_type: Literal["correction", "rating", "qualitative_comment", "human_edit"]
     feedback_content: TextOrObject
-    timestamp: Timestamp | None = Field(None, description="when it was said; now unless given")
+    timestamp: Timestamp | None = Field(
+        None, description="when the feedback was given; now by default"
+    )
     corrected_proposal: dict[str, Any] | None = None
     schema_version: str = Field("1.0", min_length=1, max_length=32)
 
@@ -115,14 +117,14 @@ class FeedbackStored(BaseModel):
 
 
 class FeedbackWithdrawn(BaseModel):
-    """Feedback that is no few-shot example and no training data any more."""
+    """Feedback that was withdrawn: neither a few-shot example nor training data any more."""
 
     message: str
     feedback_id: str
 
 
 class ExampleInUse(BaseModel):
-    """A few-shot example: a stored prompt and the proposal it should have got."""
+    """A few-shot example: the prompt of a stored run, and its corrected proposal."""
 
     transaction_id: str
     feedback_id: str
@@ -134,7 +136,7 @@ class Examples(BaseModel):
     """A page of the few-shot examples in use, oldest first."""
 
     items: list[ExampleInUse]
-    next: str | None = Field(description="`before` of the next page; null on the last one")
+    next: str | None = Field(description="`before` for the next page; null on the last page")
 
 
 class AdapterChoice(_Request):
@@ -157,10 +159,10 @@ class ErrorBody(BaseModel):
 
 
 class ProposalErrorBody(ErrorBody):
-    """What went wrong, and where a proposal that was finished before is stored."""
+    """What went wrong, and the id of a proposal that was stored before the error."""
 
     transaction_id: uuid.UUID | None = Field(
-        None, description="there where Hermes failed after Phi-3 had finished"
+        None, description="present if Hermes failed after Phi-3 had finished"
     )
 
 

@@ -1,11 +1,12 @@
-"""Makes small changes to the code that decides something, and says which of them no test notices.
+"""Mutation tests of the modules with the decision logic: lists the mutants that survive.
 
     make mutants
     .venv/bin/python -m tests.mutants llm_sidecar.reward   # one module alone
 
-mutmut makes the changes (mutants) and runs the tests of `tests/unit` that reach each of them, in a
-process that it forks. A mutant is killed when a test fails. A crash or a timeout proves nothing
-about the tests, so it counts neither way. `docs/testing.md` has the reason for each survivor.
+mutmut makes small changes to the code (mutants), and runs the tests of `tests/unit` that reach a
+mutant in a forked process. A mutant is killed when a test fails. A crash or a timeout proves
+nothing about the tests, so it counts neither way. `docs/testing.md` has the reason for each
+survivor.
 """
 
 from __future__ import annotations
@@ -61,17 +62,17 @@ SCOPE: Final = (
     "osiris.paths.*",
     "osiris.routes.feedback.*",
 )
-"""mutmut's names of the functions that decide something, in the modules of `tool.mutmut`."""
+"""mutmut's names of the functions in scope, in the modules of `tool.mutmut`."""
 LEAST_SHARE: Final = 0.9
-"""Of the mutants that were killed or survived, those that have to be killed."""
+"""The least share of mutants that have to be killed, of those that were killed or survived."""
 
 _ROOT: Final = Path(__file__).resolve().parent.parent
 _MUTANTS: Final = _ROOT / "mutants"
 _REASONS: Final = _ROOT / "docs" / "testing.md"
 _KILLED: Final = 1
-"""The exit status of pytest where a test has failed."""
+"""The exit status of pytest when a test has failed."""
 _SURVIVED: Final = (0, 5, 33)
-"""All tests passed; pytest found none; mutmut knows of none."""
+"""All tests passed; pytest collected no test; mutmut knows no test for the mutant."""
 
 
 class Survivor(NamedTuple):
@@ -105,12 +106,15 @@ def survivor(name: str) -> Survivor:
 
 
 def main() -> int:
-    """Runs mutmut and reports; the exit status is 0 where enough are killed, and each survivor has
-    its reason."""
+    """Runs mutmut and reports.
+
+    Returns:
+        0 if enough mutants are killed and each survivor has its reason; otherwise 1.
+    """
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("modules", nargs="*", help="only these, such as llm_sidecar.reward")
     parser.add_argument("--children", type=int, default=os.cpu_count(), metavar="N")
-    parser.add_argument("--report", action="store_true", help="of the last run, without another")
+    parser.add_argument("--report", action="store_true", help="report on the last run only")
     options = parser.parse_args()
     scope = tuple(
         pattern
@@ -119,7 +123,7 @@ def main() -> int:
     )
     os.chdir(_ROOT)
     if not options.report:
-        # What an earlier run has found out about tests that have changed since is out of date.
+        # The results of an earlier run are out of date once a test has changed.
         shutil.rmtree(_MUTANTS, ignore_errors=True)
         mutmut = Path(sys.executable).parent / "mutmut"
         command = [str(mutmut), "run", "--max-children", str(options.children), *scope]
@@ -129,7 +133,7 @@ def main() -> int:
 
 
 def report(scope: tuple[str, ...]) -> int:
-    """Prints the share of each module, what is unknown and each survivor."""
+    """Prints the share of killed mutants of each module, the unknown results and the survivors."""
     killed: defaultdict[str, int] = defaultdict(int)
     survived: defaultdict[str, list[Survivor]] = defaultdict(list)
     unknown: list[tuple[str, int | None]] = []
@@ -146,8 +150,8 @@ def report(scope: tuple[str, ...]) -> int:
     for module in sorted(modules):
         print(_share(module, killed[module], len(survived[module])))
     survivors = [one for module in sorted(modules) for one in survived[module]]
-    print(_share("together", sum(killed.values()), len(survivors)))
-    print(f"\n{len(unknown)} unknown: a crash (negative: of a signal) or a timeout")
+    print(_share("all", sum(killed.values()), len(survivors)))
+    print(f"\n{len(unknown)} unknown: a crash (a negative status is a signal) or a timeout")
     for name, status in unknown:
         print(f"  {name}: exit status {status}")
     reasons = _REASONS.read_text()

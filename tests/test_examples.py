@@ -200,8 +200,8 @@ async def test_the_newer_correction_of_a_run_replaces_the_older(sidecar: Running
     # The same again is the same row, which has arrived before the other.
     message, _ = await sidecar.correct(name, GOOD | {"confidence": 0.1}, **older)
     assert message == (
-        "Feedback stored; the corrected proposal is no example, as a newer correction of the same "
-        "run is one."
+        "Feedback stored; the corrected proposal is not an example, because a newer "
+        "correction of the same run is one."
     )
 
 
@@ -213,19 +213,19 @@ async def test_feedback_that_is_no_example_says_the_true_reason(sidecar: Running
     ):
         await sidecar.log_runs(name, prompt=prompt)
     for transaction_id, proposal, reason in (
-        ("good", {**GOOD, "secret key": 1}, "corrected_proposal is no valid proposal (*), so no "
-         "example."),
-        ("good", {"ticker": ""}, "corrected_proposal is no valid proposal (action, confidence, "
-         "rationale, ticker), so no example."),
-        ("good", GOOD | {"rationale": "x" * 437}, "the corrected proposal is no example, as it "
-         "takes more than 500 characters as JSON."),
-        ("nobody's", GOOD, "the corrected proposal is no example, as no run with this "
+        ("good", {**GOOD, "secret key": 1}, "corrected_proposal is not a valid proposal (*), "
+         "so it is not an example."),
+        ("good", {"ticker": ""}, "corrected_proposal is not a valid proposal (action, confidence, "
+         "rationale, ticker), so it is not an example."),
+        ("good", GOOD | {"rationale": "x" * 437}, "the corrected proposal is not an example, "
+         "because it takes more than 500 characters as JSON."),
+        ("nobody's", GOOD, "the corrected proposal is not an example, because no run with this "
          "transaction_id is stored."),
-        ("long", GOOD, "the corrected proposal is no example, as the prompt of its run has more "
-         "than 2000 characters."),
-        ("wide", GOOD, "the corrected proposal is no example, as it and the prompt of its run may "
-         "take more than 3000 tokens, or more than half of the model's context (counted as one "
-         "token a byte)."),
+        ("long", GOOD, "the corrected proposal is not an example, because the prompt of its "
+         "run has more than 2000 characters."),
+        ("wide", GOOD, "the corrected proposal is not an example, because it and the prompt of "
+         "its run may take more than 3000 tokens, or more than half of the model's context (each "
+         "byte counts as one token)."),
     ):  # fmt: skip
         message, _ = await sidecar.correct(transaction_id, proposal)
         assert message == f"Feedback stored; {reason}"
@@ -242,8 +242,8 @@ async def test_a_correction_that_newer_ones_crowd_out_says_so(tmp_path: Path) ->
         await sidecar.correct("second")
         message, _ = await sidecar.correct("first", timestamp="2026-01-01")
         assert message == (
-            "Feedback stored; the corrected proposal is no example, as newer ones take all the "
-            "room."
+            "Feedback stored; the corrected proposal is not an example, because newer ones "
+            "leave no space for it."
         )
         assert await sidecar.examples() == ["second"]
 
@@ -253,8 +253,8 @@ async def test_without_examples_a_correction_says_that_they_are_off(tmp_path: Pa
         await sidecar.log_runs("t")
         message, _ = await sidecar.correct("t")
         assert message == (
-            "Feedback stored; the corrected proposal is no example, as few-shot examples are off; "
-            "FEW_SHOT_EXAMPLES turns them on."
+            "Feedback stored; the corrected proposal is not an example, because few-shot examples "
+            "are off; FEW_SHOT_EXAMPLES turns them on."
         )
         assert await sidecar.examples() == []
 
@@ -323,7 +323,8 @@ async def test_what_is_withdrawn_stays_so_when_it_is_sent_again(sidecar: Running
     message, again = await sidecar.correct(name, timestamp="2026-01-01")
     assert again == feedback_id
     assert message == (
-        "Feedback stored; the corrected proposal is no example, as this feedback was withdrawn."
+        "Feedback stored; the corrected proposal is not an example, because this "
+        "feedback was withdrawn."
     )
     assert await sidecar.examples() == []
 
@@ -366,8 +367,8 @@ async def test_while_the_database_is_away_what_is_known_can_be_withdrawn(
     async with running(folder, state="away") as sidecar:
         message, feedback_id = await sidecar.correct("t")
         assert message == (
-            "Feedback stored; whether the corrected proposal is an example is not known before the "
-            "database is back."
+            "Feedback stored; until the database is back, it is not known whether the corrected "
+            "proposal is an example."
         )
         _, kept = await sidecar.correct("t", feedback_content="another")
         known = await sidecar.client.delete(f"/feedback/{feedback_id}")

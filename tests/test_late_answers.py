@@ -32,7 +32,7 @@ QUEUE = 4
 DEADLINE = 4
 """Seconds in which Phi-3 writes a proposal, however busy the machine is."""
 PHASES = (
-    r"\d\.\d s before it was asked, \d\.\d s waiting, 0\.0 s reading the prompt, 0\.0 s writing"
+    r"\d\.\d s in earlier model calls, \d\.\d s waiting, 0\.0 s reading the prompt, 0\.0 s writing"
 )
 
 

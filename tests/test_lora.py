@@ -166,7 +166,7 @@ def huge(folder: Path) -> None:
     [
         (missing, "llm_sidecar.loader adapter"),
         (no_file, "llm_sidecar.loader adapter"),
-        (huge, "larger than all that it may change"),
+        (huge, "larger than the weights that it may change"),
         (halved, "a part of one"),
         (of_another_width, "32 wide"),
         (of_another_model, "layers.7"),
@@ -174,7 +174,7 @@ def huge(folder: Path) -> None:
         (in_another_precision, "float16"),
         (infinite, "infinities"),
         (no_matrix, "is no matrix"),
-        (overflowing, "no numbers"),
+        (overflowing, "not finite numbers"),
     ],
 )
 def test_a_bad_adapter_is_refused(
@@ -294,9 +294,9 @@ def test_torch_refuses_an_adapter_of_another_width(
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"lora_alpha": None}, "tells no alpha"),
-        ({"lora_alpha": "much"}, "tells no alpha"),
-        ({"alpha_pattern": {"(": 3}}, "cannot be matched as a regular"),
+        ({"lora_alpha": None}, "has no alpha"),
+        ({"lora_alpha": "much"}, "has no alpha"),
+        ({"alpha_pattern": {"(": 3}}, "holds an invalid regular expression"),
         ({"alpha_pattern": ["o_proj"]}, "is no table"),
     ],
 )

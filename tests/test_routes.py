@@ -159,13 +159,13 @@ def test_a_corrected_proposal_that_is_none_is_stored_and_said_to_be_no_example(
 ) -> None:
     response = post(server, "/feedback/phi3/", FEEDBACK | {"corrected_proposal": {"ticker": "A"}})
     assert response.status_code == 200
-    assert "no valid proposal (action, confidence, rationale)" in response.json()["message"]
+    assert "not a valid proposal (action, confidence, rationale)" in response.json()["message"]
 
 
 def test_a_correction_of_an_unknown_run_is_said_to_be_no_example(server: LiveServer) -> None:
     response = post(server, "/feedback/phi3/", FEEDBACK | {"corrected_proposal": CORRECTED})
     assert response.status_code == 200
-    assert "is no example" in response.json()["message"]
+    assert "is not an example, because" in response.json()["message"]
 
 
 # Request ids

@@ -3,8 +3,8 @@
 `sft` gives the columns `prompt` and `completion`, `dpo` gives `prompt`, `chosen` and `rejected`,
 each a list of chat messages: the conversational formats of TRL's SFT and DPO trainers
 (https://huggingface.co/docs/trl/dataset_formats). The prompt is the chat with which the sidecar
-asks Phi-3, so that training and serving agree. `jsonl` gives every feedback as it is, with what it
-is about. Feedback that is withdrawn is in none of them.
+asks Phi-3, so that training and serving agree. `jsonl` gives every feedback as it is, with its
+prompt, proposal, assessment and score. Withdrawn feedback is left out of all three.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Walk(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """How many rows of feedback give no line, and why."""
+    """How many rows of feedback are left out, and why."""
 
     withdrawn: int = 0
     without_prompt: int = 0

@@ -79,7 +79,7 @@ async def migrate(place: Place, progress: Callable[[str], None]) -> AsyncIterato
                 if name in names:
                     yield await _migrate_table(place, connection, name, progress)
                 else:
-                    # Who only looks at a database creates nothing, and would find it incomplete.
+                    # Readers create no tables, so without this one they would fail.
                     schema = new_table_schema(name)
                     await _sync(place, await connection.create_table(name, schema=schema))
                     yield f"{name}: created, as it was not there."
@@ -138,7 +138,7 @@ class _Converter:
         self._table = table
         self._schema = arrow_schemas()[table]
         self._added = ADDED.get(table, {})
-        # What makes a row of version 2 the row that it is.
+        # The key in version 2.
         self._key_column = FEEDBACK_ID if table == FEEDBACK else KEYS[table]
         self._seen: set[str] = set()
         self._without_time = 0

@@ -32,7 +32,7 @@ _MOST_ROWS: Final = 2**31 - 1
 _EPOCH: Final = datetime.datetime(1, 1, 1, tzinfo=datetime.UTC)
 _CORRECTIONS: Final = 64
 _MOST_CORRECTIONS: Final = 4096
-"""How many of the latest corrections are looked at first, and at most, to find usable ones."""
+"""How many of the latest corrections the search for usable ones reads at first, and at most."""
 _AT_ONCE: Final = 500
 """Ids in one filter."""
 
@@ -145,13 +145,13 @@ async def recent_corrections(
 ) -> list[Correction]:
     """The latest usable correction of each run, in the order of arrival, newest first.
 
-    One that is withdrawn, whose run is not stored or that is not usable counts as not there, so an
-    earlier one of the same run, or of another, takes its place.
+    A correction that is withdrawn, not usable or without a stored run is skipped, so that an
+    earlier one takes its place.
 
     Args:
-        count: how many at most.
-        usable: decides on each.
-        proposal_bytes, prompt_bytes: longer ones (in UTF-8) are never read.
+        count: the greatest number of corrections.
+        usable: whether a correction can be used.
+        proposal_bytes, prompt_bytes: longer ones (in UTF-8) are not read.
         from_bus: whether feedback that another service published counts.
     """
     from lancedb.expr import col, func, lit
@@ -177,7 +177,7 @@ async def recent_corrections(
 async def _corrections(
     tables: Tables, rows: Iterable[Mapping[str, Any]], prompt_bytes: int
 ) -> list[Correction]:
-    """The corrections in rows of feedback, those left out that are withdrawn or without a run."""
+    """The corrections in rows of feedback that are not withdrawn and whose run is stored."""
     gone = await withdrawn(tables, [row[FEEDBACK_ID] for row in rows])
     left = [row for row in rows if row[FEEDBACK_ID] not in gone]
     prompts = await _prompts(tables, {row["transaction_id"] for row in left}, prompt_bytes)
@@ -192,7 +192,7 @@ async def _corrections(
 async def _prompts(
     tables: Tables, run_ids: Iterable[str], most_bytes: int | None = None
 ) -> dict[str, str]:
-    """The prompt of each run that is stored, where it is not longer than `most_bytes`."""
+    """The prompt of each run that is stored and whose prompt has at most `most_bytes`."""
     from lancedb.expr import col, func
 
     prompts: dict[str, str] = {}

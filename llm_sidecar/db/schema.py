@@ -98,15 +98,15 @@ class _Numbered(_Row):
 
 
 class Phi3FeedbackSchema(_Row):
-    """What somebody said of a proposal, over HTTP or in a script.
+    """Feedback on a proposal, over HTTP or from a script.
 
-    The order in which feedback arrives is the order in which these objects are made, by this
-    process's clock: `timestamp` is the caller's.
+    Feedback is ordered by the time at which this object was created, by the clock of this process,
+    because `timestamp` is set by the caller.
 
     Attributes:
         feedback_id: makes two deliveries the same feedback. Where none is given it follows from
-            transaction, time, type, content and correction; the latter two, because a clock may
-            count in seconds.
+            transaction, time, type, content and correction. The time alone is not enough: a clock
+            may count in whole seconds.
     """
 
     SOURCE: ClassVar[Literal["direct", "bus"]] = "direct"
@@ -116,7 +116,7 @@ class Phi3FeedbackSchema(_Row):
     feedback_content: TextOrObject
     schema_version: str = "1.0"
     corrected_proposal: JsonObject | None = None
-    # Private, so that no caller and no message can set it.
+    # Private, so that neither a caller nor a message can set it.
     _received: datetime.datetime = PrivateAttr(default_factory=timestamps.now)
 
     def as_row(self) -> dict[str, Any]:
@@ -134,11 +134,12 @@ class Phi3FeedbackSchema(_Row):
 class PublishedFeedback(Phi3FeedbackSchema):
     """Feedback that another service published on the event bus.
 
-    It has row ids of its own: whoever publishes chooses the `feedback_id`, and must not be able to
-    take the place of a row that came over HTTP.
+    Its `row_id` has a prefix, because the publisher chooses the `feedback_id` and must not be able
+    to replace a row that came over HTTP.
 
     Attributes:
-        stored_in: the database, or the sidecar, that has stored it already, as its publisher says.
+        stored_in: the id of the database or sidecar that has stored it already, according to its
+            publisher.
     """
 
     SOURCE: ClassVar[Literal["direct", "bus"]] = "bus"
@@ -157,14 +158,14 @@ _FEEDBACK_KEY: Final = ("transaction_id", "timestamp", "feedback_type", "feedbac
 
 
 class FeedbackWithdrawalSchema(_Row):
-    """Feedback that is no few-shot example and no training data any more."""
+    """Marks feedback as withdrawn: neither a few-shot example nor training data any more."""
 
     feedback_id: str = Field(min_length=1)
     transaction_id: str = Field(min_length=1)
 
 
 class OrchestratorRunSchema(_Numbered):
-    """One walk from a prompt to a judged proposal; `run_id` is its transaction_id.
+    """One run from a prompt to an assessed proposal; `run_id` is its transaction_id.
 
     Attributes:
         status: the sidecar writes `success`; `partial` for a proposal that Hermes has not fully
@@ -204,7 +205,7 @@ class ProposalSchema(_Numbered):
         model: the name of the model that wrote the proposal.
         adapter: the name of its adapter; None without one.
         grounded: `true`, or the fields whose ticker or numbers are not in the prompt, separated by
-            commas; None where nobody looked.
+            commas; None where it was not checked.
     """
 
     transaction_id: str = Field(min_length=1)
@@ -228,27 +229,27 @@ SCHEMAS: Final[dict[str, type[_Row]]] = {
 """The pydantic model of each table."""
 
 VERSION: Final = "3"
-"""Of the tables' shapes, in their Arrow metadata: 2 has keys and aware timestamps in microseconds,
-3 the columns in `ADDED`, `grounded` and the table of withdrawals. Version 1 is whatever was written
-before; `migrate` brings all of them here."""
+"""Of the tables' schemas, in their Arrow metadata. Version 2 added keys and aware timestamps in
+microseconds; version 3 added the columns in `ADDED`, `grounded` and the table of withdrawals.
+Version 1 is everything before. `migrate` upgrades all of them."""
 _VERSION_KEY: Final = b"osiris_schema_version"
 _DATABASE_KEY: Final = b"osiris_database"
 
 ADDED: Final[dict[str, dict[str, Callable[[Mapping[str, Any]], Any]]]] = {
     FEEDBACK: {
-        # A timestamp in the future would keep its feedback the newest for as long.
+        # With a timestamp in the future, feedback would stay the newest until then.
         "received": lambda row: min(row["timestamp"], timestamps.now()),
         "source": lambda row: Phi3FeedbackSchema.SOURCE,
         ROW_ID: lambda row: row[FEEDBACK_ID],
     },
 }
-"""The columns without nulls that version 2 does not have, and the value that its rows get."""
+"""Columns that version 2 lacks and that cannot be null; each with the value for an old row."""
 
 
 def upgraded(table: str, row: dict[str, Any]) -> dict[str, Any] | None:
-    """A row of version 2 or later, by its columns, with all columns of today; None for any other.
+    """A row of version 2 or later with all current columns; None for any other row.
 
-    Processes that have died leave such rows in their logs, whatever their version was.
+    Logs of processes that have died may hold rows of older versions.
     """
     if table not in TABLES:
         return None
@@ -345,7 +346,7 @@ def arrow_schemas() -> dict[str, pa.Schema]:
 
 
 def new_table_schema(table: str) -> pa.Schema:
-    """The Arrow schema to create a table with: that of feedback names the database it begins."""
+    """The Arrow schema to create a table with. That of feedback has a new id for the database."""
     schema = arrow_schemas()[table]
     if table != FEEDBACK:
         return schema
@@ -353,6 +354,6 @@ def new_table_schema(table: str) -> pa.Schema:
 
 
 def database_id(schema: pa.Schema) -> str | None:
-    """The name that `new_table_schema` gave the database, from its feedback table's schema."""
+    """The database's id, from the schema of its feedback table; None where it has none."""
     found: bytes | None = (schema.metadata or {}).get(_DATABASE_KEY)
     return None if found is None else found.decode()

@@ -36,8 +36,8 @@ def append_feedback(row: Phi3FeedbackSchema | Mapping[str, Any], *, uri: str | N
     """Stores feedback, once however often it comes; returns when it would survive a power loss.
 
     Raises:
-        pydantic.ValidationError: it is no feedback, or a text in it is longer than
-            MAX_PROMPT_CHARS; says which field, and quotes nothing.
+        pydantic.ValidationError: it is not valid feedback, or a text in it is longer than
+            MAX_PROMPT_CHARS; names the field, and quotes nothing.
         SettingsError: MAX_PROMPT_CHARS is not valid.
         DatabaseUnavailable: it is not certain that the row is stored. Storing the same model object
             again is safe; a dict becomes a new row each time, unless it is feedback with a

@@ -178,9 +178,9 @@ class Store:
         """The latest usable corrections in the order of arrival, newest first, one a run.
 
         Args:
-            count: how many at most.
-            usable: decides on each.
-            proposal_bytes, prompt_bytes: longer ones (in UTF-8) are never read.
+            count: the greatest number of corrections.
+            usable: whether a correction can be used.
+            proposal_bytes, prompt_bytes: longer ones (in UTF-8) are not read.
             from_bus: whether feedback that another service published counts.
 
         Raises:
@@ -216,7 +216,7 @@ class Store:
     async def feedback_transaction(self, feedback_id: str) -> str | None:
         """The transaction_id of feedback; None where there is no such feedback.
 
-        What this process still has in its log is found while the database is away, too.
+        Feedback that is still in this process's log is found even while the database is away.
 
         Raises:
             DatabaseUnavailable: it is not known whether there is such feedback.
@@ -242,8 +242,8 @@ class Store:
 
     @property
     def database_id(self) -> str | None:
-        """The database's own name, the same for every process that uses it; None until it has been
-        open."""
+        """The database's own id, the same for every process that uses it; None until it has been
+        opened."""
         return self._writer.database_id
 
     def status(self) -> dict[str, Any]:

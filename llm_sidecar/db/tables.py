@@ -67,7 +67,7 @@ class Tables:
 
     Attributes:
         repairs: what was done on opening, in words.
-        database_id: the database's own name, the same for every process that uses it; None where it
+        database_id: the database's own id, the same for every process that uses it; None where it
             has none.
     """
 

@@ -24,8 +24,8 @@ async def take_over(
 ) -> None:
     """Stores the rows of processes that have died.
 
-    Rows of older versions get the columns that they lack. What no version knows, and what is
-    damaged, is set aside.
+    Rows of older versions get the columns that they lack. Rows that no version knows, and damaged
+    ones, are set aside.
 
     Args:
         insert: into these tables.

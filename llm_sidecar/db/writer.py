@@ -75,7 +75,7 @@ class Writer:
         compactor: keeps the tables in few files.
         repairs: what opening had to repair, in words.
         log_failure: why the last rows could not be stored; None if they could.
-        database_id: of the tables, also while they are away; None until they have been open.
+        database_id: of the tables, also while they are away; None until they have been opened.
     """
 
     def __init__(self, place: Place, *, create: bool = True) -> None:
@@ -201,7 +201,7 @@ class Writer:
         return self.rows_written - self._moved
 
     def pending(self) -> list[Row]:
-        """The rows that are acknowledged and not known to be in their tables."""
+        """The rows that are acknowledged but not known to be in their tables yet."""
         return [*self._moving, *self._logged]
 
     async def close(self) -> None:
@@ -422,7 +422,7 @@ class Writer:
 
         Args:
             certain: whether it is certain that none of them is there yet; feedback never is, as
-                several sidecars hear the same, nor is a withdrawal, which may come again.
+                several sidecars receive the same, nor is a withdrawal, which may be repeated.
         """
         for name in TABLES:
             mine = [row for row in rows if row.table == name]

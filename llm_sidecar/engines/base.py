@@ -22,7 +22,7 @@ PROBE: Final[Sequence[Message]] = ({"role": "user", "content": "Long ABC. What n
 """What a model has to answer before an adapter is taken into use."""
 
 _LONGEST_LINE: Final = 400
-"""Characters of an error."""
+"""Characters of an error message that are shown."""
 ANSWER_TOKENS: Final = 2
 """The longest answer that `answer_probabilities` can read."""
 
@@ -40,7 +40,7 @@ class GenerationRequest:
         guidance: JSON schema text (llguidance dialect) that the completion must follow, or None.
         temperature: 0 is greedy; otherwise the logits are divided by it and sampled from.
         seed: makes sampling repeatable.
-        tokens: of the messages, as `Engine.tokenize` returns them; None where that is still to do.
+        tokens: of the messages, as `Engine.tokenize` returns them; None to tokenize them later.
     """
 
     messages: Sequence[Message]
@@ -81,12 +81,13 @@ class Engine(Protocol):
     context_length: int
 
     def tokenize(self, request: GenerationRequest, header: bool = True) -> list[int]:
-        """The tokens of a request's messages: those that it comes with, or else encoded now.
+        """The tokens of a request's messages: `request.tokens` if given, otherwise encoded now.
 
         It may be called from another thread while the engine generates.
 
         Args:
-            header: with the header of the assistant's turn, or without, as `prepare` takes them.
+            header: whether the header of the assistant's turn follows; `prepare` takes tokens
+                without it.
 
         Raises:
             InvalidRequest: prompt and completion do not fit the context, or the messages hold
@@ -137,8 +138,8 @@ class Engine(Protocol):
         """Probability that the assistant's turn is each of `answers`, from one prefill.
 
         Args:
-            tokens: of the messages, with room for `ANSWER_TOKENS`, as `tokenize` returns them;
-                None where that is still to do.
+            tokens: of the messages, as `tokenize` returns them for `ANSWER_TOKENS` new tokens;
+                None to tokenize them here.
 
         Raises:
             InvalidRequest, ModelUnavailable: as of `tokenize`.
@@ -165,8 +166,8 @@ class Together(Protocol):
         """Takes in one more; there is room for it.
 
         Raises:
-            InvalidRequest, ModelUnavailable: as of `Engine.tokenize`, where the request comes
-                without tokens; they may as well come from the next step.
+            InvalidRequest, ModelUnavailable: as of `Engine.tokenize`, if the request has no tokens;
+                the next step may raise them instead.
         """
         ...
 
@@ -244,7 +245,7 @@ class AnswerTree:
 def one_line(error: Exception) -> str:
     """What went wrong while a model or an adapter was loaded, for the log and for `/health`."""
     said = error.detail if isinstance(error, SidecarError) else f"{type(error).__name__}: {error}"
-    # It may quote a name from a file, of any length and of any characters.
+    # An error may quote a name from a file, which may be long or have control characters.
     printable = (char if char.isprintable() else " " for char in said[:_LONGEST_LINE])
     return " ".join("".join(printable).split())
 

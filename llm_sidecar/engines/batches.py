@@ -63,8 +63,8 @@ class BatchingEngine(Protocol[C]):
         Args:
             caches: of all, by number, with what was read before each joined.
             size: tokens of the longest row, its completion included.
-            former: what this returned last, or None; it has the states of those that were in it,
-                and is of no use afterwards.
+            former: what this returned last, or None; its states move to the new rows, and it cannot
+                be used afterwards.
         """
         ...
 
@@ -185,5 +185,5 @@ class Batches(Generic[C]):
 
 
 def _size(row: _Row[Any]) -> int:
-    """Tokens of a row when its completion is as long as it may be."""
+    """Tokens of a row with its longest possible completion."""
     return len(row.generation.prompt) + row.generation.limit

@@ -3,7 +3,7 @@
     chat = ChatTokenizer.from_folder(folder, ends=frozenset({4}))
     prompt = chat.encode([{"role": "user", "content": "Hi."}])
 
-Encoding may run in another thread than decoding: it changes nothing, and lets other threads run.
+Encoding may run in another thread than decoding: it changes no state, and releases the GIL.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llm_sidecar.engines.chat_template import ChatTemplate, read_special_tokens,
 from llm_sidecar.engines.control_tokens import ControlTokens
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 
-# One text at a time gains nothing from a pool of threads.
+# A thread pool does not make a single text faster.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 T = TypeVar("T")
@@ -32,16 +32,16 @@ T = TypeVar("T")
 TOKENIZER_FILE: Final = "tokenizer.json"
 
 _TEMPLATE_SECONDS: Final = 10.0
-"""What a template has for a few short chats when it is loaded; it takes about a millisecond."""
+"""Time limit for rendering a few short chats on loading; normally it takes about a millisecond."""
 _ATTEMPTS: Final = 3
-"""To encode a chat; two are enough where no control token begins inside of another."""
+"""Attempts to encode a chat; two are enough unless a control token begins inside another."""
 _SLICE: Final = 1 << 15
 """Characters of a long text whose tokens are counted at a time."""
 _CUT_TOKENS: Final = 64
-"""More than a cut through a text can add to its tokens."""
+"""An upper bound of the tokens that cutting a text in two adds."""
 _KEPT_FRAMES: Final = 64
 _LONGEST_CHARACTER: Final = 8
-"""More tokens than one character takes: UTF-8 has at most four bytes of it."""
+"""More tokens than one character takes: it has at most four bytes in UTF-8."""
 _KNOWN_CHATS: Final = (
     ("user",),
     ("system", "user"),
@@ -50,15 +50,15 @@ _KNOWN_CHATS: Final = (
 )
 
 _Shape = tuple[tuple[str, str], ...]
-"""The role of each message, and a content that stands for its own: one letter, space or none."""
+"""The role of each message, and a placeholder for its content: a letter, a space or nothing."""
 
 
 class ChatTokenizer:
     """A model's tokenizer and chat template.
 
-    No message can write a control token: one that spells it is read with a space in it. Whether
-    that was enough shows in the result, whatever normalizer and template did to the text: a chat
-    must have the control tokens of one with the same roles and other contents, and no more.
+    No message can write a control token: if it spells one, a space is inserted. The result is then
+    checked, because a normalizer or the template may change the text: the chat must have exactly
+    the control tokens of a chat with the same roles and placeholder contents.
 
     Attributes:
         tokenizer: of the `tokenizers` package.
@@ -75,9 +75,9 @@ class ChatTokenizer:
         """Compiles the template and tries it.
 
         Args:
-            tokenizer: of the `tokenizers` package; it is not to be changed afterwards.
+            tokenizer: of the `tokenizers` package; do not change it afterwards.
             template: source of the chat template.
-            special_tokens: tokens that the template may name, by `bos_token` and the like.
+            special_tokens: tokens that the template may use, by names such as `bos_token`.
             ends: tokens that end a turn.
 
         Raises:
@@ -128,11 +128,11 @@ class ChatTokenizer:
         """The chat's tokens, with the header of the assistant's turn or without.
 
         Args:
-            most: tokens that there may be, about: a text that has more by far is refused early.
+            most: about the greatest number of tokens: a text that has far more is refused early.
 
         Raises:
-            InvalidRequest: there are more, or a message holds control tokens that cannot be
-                broken, or half a surrogate pair.
+            InvalidRequest: the text has too many tokens, or a message holds control tokens that
+                cannot be broken, or half a surrogate pair.
             ModelUnavailable: the template refuses the chat.
         """
         shape = tuple((one["role"], _stand_in(one["content"])) for one in messages)
@@ -161,7 +161,7 @@ class ChatTokenizer:
         return tokens
 
     def decoder(self) -> TextDecoder:
-        """Gives the text that each token adds to those before it."""
+        """A new decoder, for one completion."""
         return TextDecoder(self.tokenizer)
 
     def answer_tree(self, answers: tuple[str, ...]) -> AnswerTree:
@@ -174,7 +174,7 @@ class ChatTokenizer:
         return AnswerTree({answer: self._tokens(chat + answer)[skip:] for answer in answers})
 
     def _try(self, source: str, special_tokens: Mapping[str, str]) -> tuple[ChatTemplate, set[int]]:
-        """The template, and the tokens that it writes around messages of the known chats."""
+        """Compiles the template; also returns the tokens that it writes for the known chats."""
         template = ChatTemplate(source, special_tokens)
         written: set[int] = set()
         refused: ModelUnavailable | None = None
@@ -191,7 +191,7 @@ class ChatTokenizer:
 
     def _tokens(self, text: str, most: int | None = None) -> list[int]:
         if most is not None and len(text) > 2 * _SLICE:
-            # However long a text is, it is read no further than what fits the context.
+            # Stops as soon as the text cannot fit the context, however long it is.
             counted = 0
             for start in range(0, len(text), _SLICE):
                 counted += len(self._ids(text[start : start + _SLICE])) - _CUT_TOKENS
@@ -201,7 +201,7 @@ class ChatTokenizer:
 
     def _ids(self, text: str) -> list[int]:
         try:
-            # `encode` would keep other threads waiting: it holds Python's lock.
+            # `encode` holds the GIL, so other threads would wait.
             (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
         except TypeError:
             raise InvalidRequest(
@@ -211,7 +211,7 @@ class ChatTokenizer:
         return ids
 
     def _control_tokens_of(self, shape: _Shape, header: bool) -> list[int]:
-        """The control tokens of a chat whose messages write none."""
+        """The control tokens of a chat with placeholder contents, which write none."""
         messages = [{"role": role, "content": content} for role, content in shape]
         return self._control.among(self._tokens(self._template.render(messages, header)))
 
@@ -248,12 +248,12 @@ class TextDecoder:
         try:
             text: str = self._stream.step(self._tokenizer, token) or ""
         except Exception:  # noqa: BLE001 - the package raises bare ones
-            # A decoder that joins bytes fails on some that are no text, and is of no use any more.
+            # A byte-level decoder fails on bytes that are no valid text, and cannot go on.
             self._begin()
             return "\N{REPLACEMENT CHARACTER}"
         self._pending.append(token)
         if not text and len(self._pending) == _LONGEST_CHARACTER:
-            # These are no text. The stream would keep them, and read all of them at every step.
+            # These bytes are no valid text. The stream would decode all of them at every step.
             text = self._tokenizer.decode(self._pending, skip_special_tokens=True)
             self._begin()
         elif text:
@@ -264,14 +264,14 @@ class TextDecoder:
 def _within(seconds: float, work: Callable[[], T]) -> T:
     """What `work` returns; raises TimeoutError where it takes longer.
 
-    It then goes on in its thread, which does not keep the process from ending.
+    In that case it continues in a daemon thread.
     """
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def run() -> None:
         try:
             future.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - whoever waits gets it
+        except BaseException as error:  # noqa: BLE001 - the caller receives it
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()

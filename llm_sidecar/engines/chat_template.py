@@ -6,9 +6,9 @@
 The environment is that of transformers 5.23 (`utils/chat_template_utils.py`): its options,
 extensions, globals and `tojson` filter.
 
-A template is a program that comes with a model. The sandbox keeps it from the rest of the process
-and limits `range`, but nothing in Python limits its time: `ChatTokenizer` tries it when it is
-loaded, and a worker ends itself where a later rendering takes too long.
+A template is a program that comes with a model. The sandbox isolates it from the rest of the
+process and limits `range`, but cannot limit its time. So `ChatTokenizer` tries the template on
+loading, and a worker ends itself if a later rendering takes too long.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _SPECIAL_TOKENS: Final = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 class ChatTemplate:
-    """Turns a chat into the text that the model reads.
+    """Renders a chat as the text that the model reads.
 
     Attributes:
-        literals: the texts that the template itself may write, joined by NUL.
+        literals: all literal texts in the template, joined by NUL.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
@@ -48,10 +48,10 @@ class ChatTemplate:
 
         Args:
             source: in Jinja.
-            special_tokens: `bos_token` and others, which it may name.
+            special_tokens: `bos_token` and others, which it may use.
 
         Raises:
-            ModelUnavailable: it is no Jinja template.
+            ModelUnavailable: it is not a valid Jinja template.
         """
         environment = _environment()
         try:
@@ -80,7 +80,7 @@ class ChatTemplate:
             )
         except Exception as error:  # noqa: BLE001 - a template can raise anything
             roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
-            # Its message may quote the chat.
+            # The error's message may quote the chat.
             raise ModelUnavailable(
                 f"the model's chat template refuses a chat with the roles {roles} "
                 f"({type(error).__name__}); set a template that takes them in the model's folder"
@@ -90,8 +90,8 @@ class ChatTemplate:
 def read_template(folder: Path) -> str:
     """The source of the chat template in a model's folder.
 
-    It is in chat_template.jinja or else in tokenizer_config.json, either as it is or as the one
-    named `default` of several. onnxruntime-genai also reads it from chat_template.json.
+    It is in chat_template.jinja, in tokenizer_config.json or in chat_template.json, which
+    onnxruntime-genai reads too. Of several templates it is the one named `default`.
 
     Raises:
         ModelUnavailable: there is none.
@@ -115,7 +115,7 @@ def read_template(folder: Path) -> str:
 
 
 def read_special_tokens(folder: Path) -> dict[str, str]:
-    """The special tokens that a template may name: `bos_token`, `eos_token` and others."""
+    """The special tokens that a template may use: `bos_token`, `eos_token` and others."""
     written = {
         **_read_object(folder / _LEGACY_TOKENS_FILE),
         **_read_object(folder / _CONFIG_FILE),
@@ -185,7 +185,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """`namespace`, which takes no name that begins with an underscore."""
+    """`namespace`, which refuses names that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         # `self` may be one of the names.
@@ -202,7 +202,7 @@ class _Namespace(Namespace):
 
 def _check_name(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError("a namespace takes no name with an underscore first")
+        raise jinja2.exceptions.SecurityError("a name in a namespace must not begin with _")
 
 
 def _tojson(
@@ -223,4 +223,4 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(format: str) -> str:  # noqa: A002 - as transformers calls it
-    return datetime.datetime.now().strftime(format)  # noqa: DTZ005 - the reader's own time
+    return datetime.datetime.now().strftime(format)  # noqa: DTZ005 - local time, as transformers has it

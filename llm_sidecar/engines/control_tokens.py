@@ -1,8 +1,8 @@
 """A model's control tokens (`<|end|>`, `<|im_start|>`), which no message may write.
 
-With one a message could end its turn and speak as the system. `tokenizers` can leave such tokens in
-a text unread, but only all that are declared special, those of the chat template with them. So a
-text that spells one is changed, and what comes out is counted.
+With a control token a message could end its turn and continue as the system. `tokenizers` can treat
+special tokens as plain text, but only all of them, including those of the chat template. So a text
+that spells one is changed, and the control tokens of the result are compared with those expected.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from typing import Any, Final
 _UNKNOWN: Final = "\U000f0000"
 """A character for private use, which no vocabulary has."""
 _BYTE: Final = re.compile("<0x[0-9A-F]{2}>")
-"""What some models make of each byte of an unknown character."""
+"""How some vocabularies spell each byte of an unknown character."""
 
 
 class ControlTokens:
-    """Those of one tokenizer."""
+    """The control tokens of one tokenizer."""
 
     def __init__(self, tokenizer: Any, template_text: str, written: Collection[int]) -> None:
         """Finds them.
 
-        They are the special tokens, and of the other added ones those that the template writes, as
-        transformers has it (`sanitize_control_tokens` of `apply_chat_template`); but not those that
-        stand for unknown characters, which plain text may become.
+        They are the special tokens, and those other added tokens that the template writes, as in
+        transformers (`sanitize_control_tokens` of `apply_chat_template`). Tokens for unknown
+        characters are not among them, because plain text may contain such characters.
 
         Args:
             tokenizer: of the `tokenizers` package.
-            template_text: the texts that the chat template may write.
-            written: tokens that it has written; some it puts together of pieces.
+            template_text: the literal texts of the chat template.
+            written: tokens that the template has written; it may build some of several literals.
         """
         self._tokenizer = tokenizer
         unknown = _tokens_of(_UNKNOWN, tokenizer)
@@ -45,19 +45,19 @@ class ControlTokens:
         }
 
     def among(self, tokens: Sequence[int]) -> list[int]:
-        """Those that are among `tokens`, in their order."""
+        """The control tokens among `tokens`, in their order."""
         return [token for token in tokens if token in self._numbers]
 
     def broken(self, text: str) -> str:
-        """The text with a space inside each one that it spells.
+        """The text with a space inserted into each control token that it spells.
 
-        What is left may spell another one, which began inside of it.
+        The result may spell another control token, which began inside the broken one.
         """
         (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
         pieces, done = [], 0
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if token in self._numbers:
-                # Some take the spaces around them along.
+                # The offsets of some tokens include the spaces around them.
                 first = end - len(text[start:end].lstrip()) + 1
                 pieces += [text[done:first], " "]
                 done = first
@@ -67,5 +67,5 @@ class ControlTokens:
 def _tokens_of(character: str, tokenizer: Any) -> set[int]:
     try:
         return {token.id for token in tokenizer.model.tokenize(character)}
-    except Exception:  # noqa: BLE001 - some raise where they have no token for it
+    except Exception:  # noqa: BLE001 - some raise if they have no token for it
         return set()

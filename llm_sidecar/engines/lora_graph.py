@@ -28,7 +28,7 @@ ADAPTER_FILE: Final = "adapter.onnx_adapter"
 
 _PROJECTION: Final = re.compile(r"/(model/layers\.\d+/(?:attn|mlp)/\w+_proj)/MatMul\w*")
 _MOST_OVERHEAD: Final = 1 << 20
-"""Bytes of an adapter file that are names and padding."""
+"""Greatest number of bytes of an adapter file that are names and padding."""
 _TYPES: Final[dict[int, type[np.floating[Any]]]] = {
     TensorProto.FLOAT: np.float32,
     TensorProto.FLOAT16: np.float16,
@@ -139,10 +139,10 @@ def write_adapter(file: Path, matrices: Mapping[str, tuple[npt.NDArray[Any], ...
 
 
 def checked_adapter(folder: Path, projections: Mapping[str, Projection]) -> Path:
-    """The adapter file in `folder`, which the graph can take.
+    """The adapter file in `folder`, after checking that it fits the graph.
 
     Raises:
-        AdapterRejected: it is missing, or says what does not fit.
+        AdapterRejected: it is missing or does not fit; says why.
     """
     file = folder / ADAPTER_FILE
     if not file.is_file():
@@ -150,7 +150,7 @@ def checked_adapter(folder: Path, projections: Mapping[str, Projection]) -> Path
             f"it holds no {ADAPTER_FILE}; make one with python -m llm_sidecar.loader adapter"
         )
     if file.stat().st_size > _MOST_OVERHEAD + sum(map(_bytes, projections.values())):
-        raise AdapterRejected(f"its {ADAPTER_FILE} is larger than all that it may change")
+        raise AdapterRejected(f"its {ADAPTER_FILE} is larger than the weights that it may change")
     try:
         adapter = onnxruntime.AdapterFormat.read_adapter(str(file))
         found = {name: value.numpy() for name, value in adapter.get_parameters().items()}

@@ -29,7 +29,7 @@ _FAST_FORWARD_HEADROOM: Final = 128
 """Forced tokens may run past max_length and crash the attention kernel, so leave them room."""
 
 _ADAPTER: Final = "adapter"
-"""What the runtime calls the one that is loaded."""
+"""The name of the loaded adapter in the runtime."""
 
 _ROOM_STEP: Final = 512
 """Tokens by which room grows; a prepared prefix has as many for the prompt that follows."""
@@ -191,7 +191,7 @@ class OnnxEngine:
             return prompt, softmax(kept.cache.generator.get_logits().reshape(-1))
 
     def _load_adapter(self, file: Path) -> None:
-        """Takes an adapter into use, and makes sure that the model answers with it."""
+        """Loads an adapter, and checks that the model answers with it."""
         self._adapters = og.Adapters(self.model)
         try:
             self._adapters.load(str(file), _ADAPTER)
@@ -201,7 +201,7 @@ class OnnxEngine:
                 f"the model does not run with it: {type(error).__name__}"
             ) from None
         if not np.isfinite(probabilities).all():
-            raise AdapterRejected("the model answers with no numbers")
+            raise AdapterRejected("the model's probabilities are not finite numbers")
 
     def _borrowed(
         self, kind: _Kind, prompt: Sequence[int], room: int

@@ -36,7 +36,7 @@ from llm_sidecar.errors import ModelUnavailable
 from llm_sidecar.resident import trim_heap
 
 _LONG_PROMPT: Final = 1024
-"""Tokens of a prompt whose scratch memory is worth giving back."""
+"""Tokens of a prompt from which on its scratch memory is returned to the system."""
 _SIZE_STEP: Final = 128
 """Tokens by which memory for states grows."""
 _INPUTS: Final = {"input_ids", "attention_mask", "position_ids"}
@@ -48,12 +48,11 @@ _ARCHITECTURES: Final = {"llama", "mistral", "qwen2", "qwen3"}
 class States:
     """Attention states of some rows, each of a length of its own.
 
-    Each array is an anonymous mapping of its own. Pages that no token was written to take no
-    memory, and the system has the rest back as soon as the array is dropped; the C library's heap
-    would keep it.
+    Each array is an anonymous memory mapping. Pages without a token take no memory, and the others
+    return to the system as soon as the array is dropped; the C library's heap would keep them.
 
     Attributes:
-        room: greatest number of tokens of a row: no bound here, the arrays grow.
+        room: greatest number of tokens of a row; unbounded, because the arrays grow.
         rows: rows of the arrays.
         size: tokens of each row that the arrays have space for.
         arrays: keys and values of each layer, (rows, heads, size, width).
@@ -84,7 +83,7 @@ class States:
     def fit(self, rows: int, size: int) -> None:
         """Grows to so many rows and tokens, and shrinks where less than half of either is needed.
 
-        Half, so that memory is not copied each time that a request differs from the one before.
+        The factor of two avoids a copy whenever a request differs from the one before.
         """
         size = max(size, *self.lengths, 1)
         grows = rows > self.rows or size > self.size
@@ -156,7 +155,7 @@ class OrtModel:
         self.arrays = len(self._names)
         self.heads, self.width = decoder["num_key_value_heads"], decoder["head_size"]
         self._takes_positions = "position_ids" in inputs
-        # The scratch memory of a long prefill is many times that of a decode step.
+        # A long prefill takes many times the scratch memory of a decode step, so it is returned.
         self._shrinking = onnxruntime.RunOptions()
         self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
@@ -216,7 +215,7 @@ class OrtRows:
                 self._numbers[row] = last
                 states.copy(row, states, len(self._numbers), states.lengths[len(self._numbers)])
         states.lengths[len(self._numbers) :] = [0] * (states.rows - len(self._numbers))
-        # Capacity doubles: joined one by one, no row is copied more than three times.
+        # Capacity doubles, so rows that join one by one are copied at most three times.
         rows = next(rows for rows in (2, 4, MOST) if rows >= len(caches))
         states.fit(rows, size)
         for number, cache in caches.items():

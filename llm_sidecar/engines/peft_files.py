@@ -14,7 +14,7 @@ WEIGHTS_FILE: Final = "adapter_model.safetensors"
 """PEFT's other formats are pickles."""
 
 _MOST_CONFIG: Final = 1 << 20
-"""Bytes of a configuration; PEFT writes a few thousand."""
+"""Greatest size of a configuration in bytes; PEFT writes a few thousand."""
 _MATRIX: Final = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")
 _PLAIN_BEGINNINGS: Final = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 """`init_lora_weights` with which the matrices belong to the model as it is; with all others, such

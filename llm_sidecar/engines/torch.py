@@ -41,7 +41,7 @@ from llm_sidecar.engines.torch_rows import TorchRows, empty_cache, most_together
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable
 
 _ADAPTER: Final = "default"
-"""What PEFT calls the one that is loaded."""
+"""The name of the loaded adapter in PEFT."""
 
 
 class _Cache:
@@ -213,7 +213,7 @@ class TorchEngine:
             raise AdapterRejected(f"it and the model do not both have {module}.lora_{half}")
         _, probabilities = self.next_token(PROBE)
         if not np.isfinite(probabilities).all():
-            raise AdapterRejected("the model answers with no numbers")
+            raise AdapterRejected("the model's probabilities are not finite numbers")
 
     def forward(self, tokens: Sequence[int], cache: _Cache, keep: int = 1) -> Logits:
         """See `BatchingEngine`."""
@@ -261,10 +261,10 @@ class TorchEngine:
 
 
 def _load_tokenizer(folder: Path) -> Any:
-    """What transformers makes of a folder, also of one with an older format than tokenizer.json.
+    """The tokenizer in a folder, also in a format older than tokenizer.json.
 
     Raises:
-        ModelUnavailable: there is no tokenizer that the `tokenizers` package can run.
+        ModelUnavailable: the folder has no tokenizer that the `tokenizers` package can run.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -273,12 +273,12 @@ def _load_tokenizer(folder: Path) -> Any:
     except Exception as error:  # noqa: BLE001 - transformers raises bare ones
         reason = one_line(error)
     else:
-        # Of no files at all transformers makes a tokenizer that knows no word.
+        # Without any file transformers returns a tokenizer with an empty vocabulary.
         files = tokenizer.vocab_files_names.values()
         if not any((folder / name).is_file() for name in files):
             reason = f"it holds none of {', '.join(sorted(files))}"
         elif not hasattr(tokenizer, "backend_tokenizer"):
-            reason = f"{type(tokenizer).__name__} has no form as {TOKENIZER_FILE}"
+            reason = f"{type(tokenizer).__name__} cannot be converted to {TOKENIZER_FILE}"
         else:
             return tokenizer
     raise ModelUnavailable(

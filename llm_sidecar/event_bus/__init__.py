@@ -143,11 +143,11 @@ class EventBus:
         self._subscriber.discard(channel, queue)
 
     def refuse(self, event_type: str, reason: str) -> None:
-        """Count and log a message that whoever listens cannot take.
+        """Count and log a message that a subscriber does not accept.
 
         Args:
             event_type: its channel.
-            reason: what is wrong with it, without a word of it.
+            reason: what is wrong with it; quotes nothing of the message.
         """
         self._refused_messages += 1
         log.error("a message on %s is refused: %s", event_type, reason)

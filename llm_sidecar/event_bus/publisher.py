@@ -161,7 +161,7 @@ class Publisher:
 
     def _tell(self, channel: str, error: RedisError) -> None:
         if not self._quiet:
-            # Redis repeats the arguments of a command that it does not know.
+            # Redis quotes the arguments of an unknown command in its error.
             reason = str(error).partition(", with args")[0]
             log.error("not published to %s, more are only counted: %s", channel, reason)
         self._quiet = True

@@ -46,7 +46,7 @@ class ModelCall:
         prompt_tokens, completion_tokens: as far as it got.
         cached_tokens: of the prompt's, that were read for an earlier one.
         steps: (seconds, tokens) of each message after the first token.
-        finish_reason: `stop`, `length`, or `deadline` for text that the deadline cut.
+        finish_reason: `stop`, `length`, or `deadline` if the deadline cut the text.
         error: the name of its class in `llm_sidecar.errors`, `CANCELLED` or `UNEXPECTED`; None for
             one that was answered.
         context: of the request, for those who hear of the call outside of it.

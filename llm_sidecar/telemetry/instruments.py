@@ -29,7 +29,7 @@ _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "O
 
 
 def known_method(method: str) -> str:
-    """An HTTP method as telemetry shows it: `other` for one of a client's invention."""
+    """An HTTP method as telemetry shows it: `other` for any that is not standard."""
     return method if method in _METHODS else "other"
 
 

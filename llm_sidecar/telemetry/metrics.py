@@ -55,7 +55,7 @@ _ERRORS: Final = (
 )
 _ACTIONS: Final = ("adjust", "pass", "abort")
 _LOSABLE_TABLES: Final = ("orchestrator_runs", "hermes_scores", "proposals")
-"""Feedback that cannot be stored is refused instead."""
+"""Not feedback: it is refused if it cannot be stored."""
 
 
 class MetricsSink(CallObserver, Protocol):

@@ -24,7 +24,7 @@ _EVENT_BUS: Final = (
     (GaugeMetricFamily, "waiting", "waiting", "Messages that wait for Redis."),
     (CounterMetricFamily, "unpublished", "unpublished", "Messages that Redis never took."),
     (CounterMetricFamily, "handler_errors", "handler_errors", "Messages whose handler failed."),
-    (CounterMetricFamily, "refused", "refused", "Messages of others that are not valid."),
+    (CounterMetricFamily, "refused", "refused", "Invalid messages that were refused."),
     (CounterMetricFamily, "dropped", "dropped", "Messages that a slow listener lost."),
 )
 _SPEECH: Final = (

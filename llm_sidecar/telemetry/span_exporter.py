@@ -28,7 +28,7 @@ _SENT: Final = frozenset(
         *("http.user_agent", "user_agent.original"),
     }
 )
-"""What a request's span has of its address and headers, under old and new names of the
+"""Attributes of a request's address and headers, by their old and new names in OpenTelemetry's
 conventions; `http.route` says enough."""
 
 
@@ -71,8 +71,8 @@ class CarefulExporter(SpanExporter):
 
 
 def scrubbed(span: ReadableSpan) -> ReadableSpan:
-    """The span without what might quote a request: its address and headers, the state that its
-    trace brought along, and the texts of exceptions."""
+    """The span without what may quote a request: its address and headers, the `tracestate` of its
+    caller, and the texts of exceptions."""
     context = span.context
     if context is not None:
         context = SpanContext(

@@ -73,8 +73,8 @@ class ChatterboxTTS:
             One WAV file, 16-bit PCM, mono, 24 kHz.
 
         Raises:
-            InvalidRequest: no text, or one that is longer than MAX_PROMPT_CHARS; nothing to say, a
-                reference that is no WAV, a bad exaggeration.
+            InvalidRequest: `text` is not text, is longer than MAX_PROMPT_CHARS or has nothing to
+                speak; the reference is not a WAV; the exaggeration is out of range.
             VoiceUnavailable: the package or the weights are missing.
             SettingsError: MAX_PROMPT_CHARS is not valid.
         """
@@ -213,7 +213,7 @@ class _Model:
             # librosa, which reads it, takes an open file as well as a path.
             self._package.prepare_conditionals(io.BytesIO(reference.wav))
         except Exception as error:  # noqa: BLE001 - the package raises anything
-            # The type only: its message may quote the file.
+            # The type only: the error's message may quote the file.
             name = type(error).__name__
             raise InvalidRequest(f"the reference cannot be used: {name}") from None
         return self._package.conds

@@ -50,8 +50,8 @@ def base64_length(size: int) -> int:
 LONGEST_ANNOUNCEMENT: Final = 1 << 17
 LONGEST_REQUEST: Final = base64_length(MAX_REFERENCE_BYTES) + 12 * MAX_TEXT + (1 << 12)
 LONGEST_ANSWER: Final = base64_length(MAX_WAV) + (1 << 14)
-"""Characters of a whole message: JSON takes up to twelve for one of text. What is longer is refused
-unread."""
+"""Characters of a whole message: JSON takes up to twelve for one of text. A longer message is
+refused unread."""
 
 
 class _Message(InputModel):
@@ -70,7 +70,7 @@ class Announcement(_Message):
     """
 
     worker_id: Id
-    # It goes into a header.
+    # It becomes the value of a header.
     voice: str = Field(pattern=r"^[!-~]{1,64}$")
     clones: bool
     sample_rate: int | None = None

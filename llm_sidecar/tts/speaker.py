@@ -140,7 +140,7 @@ class Speaker:
                 raise self._too_late(asked, begun or time.monotonic()) from None
 
     def _too_late(self, asked: float, begun: float) -> DeadlineExceeded:
-        """The deadline's error, which names what took the time."""
+        """The error when the deadline passes; it says what took the time."""
         waiting, speaking = begun - asked, time.monotonic() - begun
         remedy = "try again later" if waiting > speaking else "send less text"
         return DeadlineExceeded(
@@ -150,7 +150,7 @@ class Speaker:
         )
 
     def _retry_after(self) -> int:
-        """Seconds until the texts that are here now are likely to be spoken."""
+        """Estimated seconds until the texts that run and wait now are spoken."""
         return max(1, round(self._admitted * self._recent_seconds))
 
     async def _speak(self, text: str, exaggeration: float, reference: Reference | None) -> Spoken:

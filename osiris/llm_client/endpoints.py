@@ -99,11 +99,13 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
         return self._json("POST", "/feedback/phi3/", body)
 
     def withdraw_feedback(self, feedback_id: str) -> JSONAnswer:
-        """Withdraw feedback, so that it is no few-shot example and no training data any more:
-        `{"message": str, "feedback_id": str}`; error 404 where there is no such feedback.
+        """Withdraw feedback: it is neither a few-shot example nor training data from then on.
 
         Args:
-            feedback_id: as `list_examples` and the events on Redis have it.
+            feedback_id: from `list_examples`, an event on Redis or the header `X-Feedback-ID`.
+
+        Returns:
+            `{"message": str, "feedback_id": str}`; error 404 if there is no such feedback.
         """
         return self._json("DELETE", f"/feedback/{urllib.parse.quote(feedback_id, safe='')}")
 

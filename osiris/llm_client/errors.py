@@ -21,7 +21,7 @@ class LLMClientHTTPError(LLMClientError):
         detail: the `detail` of the answer, or its text where it has none.
         request_id: the `X-Request-ID` under which the sidecar logged the request.
         retry_after: seconds that the answer asks to wait, or None.
-        transaction_id: of the proposal that was finished before the error and is stored, or None.
+        transaction_id: of the proposal that was stored before the error, or None.
     """
 
     def __init__(

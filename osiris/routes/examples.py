@@ -24,7 +24,7 @@ async def list_examples(
     used = sidecar.archive.corrections
     ids = [correction.feedback_id for correction in used]
     if before is not None and before not in ids:
-        raise InvalidRequest("before: this is the next of no page; ask without it.")
+        raise InvalidRequest("before: no page ended there; leave it out for the first page.")
     start = 0 if before is None else ids.index(before) + 1
     page = used[start : start + limit]
     is_last = start + limit >= len(used)

@@ -17,27 +17,24 @@ from osiris.schemas import FeedbackRequest, FeedbackStored, FeedbackWithdrawn
 
 router = APIRouter(tags=["feedback"])
 
+_NO_EXAMPLE: Final = "the corrected proposal is not an example, because"
 _MESSAGES: Final = {
     Outcome.EXAMPLE: "the corrected proposal is an example for the next ones.",
-    Outcome.PROPOSAL_TOO_LONG: "the corrected proposal is no example, as it takes more than "
-    f"{MAX_PROPOSAL_CHARS} characters as JSON.",
-    Outcome.OFF: "the corrected proposal is no example, as few-shot examples are off; "
-    "FEW_SHOT_EXAMPLES turns them on.",
-    Outcome.DATABASE_AWAY: "whether the corrected proposal is an example is not known before the "
-    "database is back.",
-    Outcome.NO_RUN: "the corrected proposal is no example, as no run with this transaction_id is "
-    "stored.",
-    Outcome.PROMPT_NOT_TEXT: "the corrected proposal is no example, as the prompt of its run has "
-    "control characters.",
-    Outcome.PROMPT_TOO_LONG: "the corrected proposal is no example, as the prompt of its run has "
-    f"more than {MAX_PROMPT_CHARS} characters.",
-    Outcome.TOO_MANY_TOKENS: "the corrected proposal is no example, as it and the prompt of its "
-    f"run may take more than {MAX_TOKENS} tokens, or more than half of the model's context "
-    "(counted as one token a byte).",
-    Outcome.WITHDRAWN: "the corrected proposal is no example, as this feedback was withdrawn.",
-    Outcome.REPLACED: "the corrected proposal is no example, as a newer correction of the same run "
-    "is one.",
-    Outcome.CROWDED_OUT: "the corrected proposal is no example, as newer ones take all the room.",
+    Outcome.PROPOSAL_TOO_LONG: f"{_NO_EXAMPLE} it takes more than {MAX_PROPOSAL_CHARS} characters "
+    "as JSON.",
+    Outcome.OFF: f"{_NO_EXAMPLE} few-shot examples are off; FEW_SHOT_EXAMPLES turns them on.",
+    Outcome.DATABASE_AWAY: "until the database is back, it is not known whether the corrected "
+    "proposal is an example.",
+    Outcome.NO_RUN: f"{_NO_EXAMPLE} no run with this transaction_id is stored.",
+    Outcome.PROMPT_NOT_TEXT: f"{_NO_EXAMPLE} the prompt of its run has control characters.",
+    Outcome.PROMPT_TOO_LONG: f"{_NO_EXAMPLE} the prompt of its run has more than "
+    f"{MAX_PROMPT_CHARS} characters.",
+    Outcome.TOO_MANY_TOKENS: f"{_NO_EXAMPLE} it and the prompt of its run may take more than "
+    f"{MAX_TOKENS} tokens, or more than half of the model's context (each byte counts as one "
+    "token).",
+    Outcome.WITHDRAWN: f"{_NO_EXAMPLE} this feedback was withdrawn.",
+    Outcome.REPLACED: f"{_NO_EXAMPLE} a newer correction of the same run is one.",
+    Outcome.CROWDED_OUT: f"{_NO_EXAMPLE} newer ones leave no space for it.",
 }
 
 
@@ -69,13 +66,14 @@ def _message(outcome: Outcome, corrected: object) -> str:
     if outcome is Outcome.INVALID:
         fields = ", ".join(_bad_fields(corrected))
         return (
-            f"Feedback stored; corrected_proposal is no valid proposal ({fields}), so no example."
+            f"Feedback stored; corrected_proposal is not a valid proposal ({fields}), so it is not "
+            "an example."
         )
     return f"Feedback stored; {_MESSAGES[outcome]}"
 
 
 def _bad_fields(corrected: object) -> list[str]:
-    """The fields that make it no proposal; `*` is a key that no proposal has."""
+    """The fields that are not valid, sorted; `*` stands for each key that no proposal has."""
     try:
         Proposal.model_validate(corrected)
     except ValidationError as error:
@@ -84,14 +82,14 @@ def _bad_fields(corrected: object) -> list[str]:
     return []
 
 
-# A feedback_id that another service chose may have slashes.
+# The feedback_id of feedback from another service may have slashes.
 @endpoint(router, "DELETE", "/feedback/{feedback_id:path}/", 404, 422, 503)
 async def withdraw_feedback(
     feedback_id: Annotated[Text, Path(min_length=1, max_length=128)], sidecar: CurrentSidecar
 ) -> FeedbackWithdrawn:
-    """Withdraws feedback: it is no few-shot example and no training data any more.
+    """Withdraws feedback: it is neither a few-shot example nor training data from then on.
 
-    Nothing is removed; withdrawing again changes nothing.
+    Nothing is deleted. Withdrawing the same feedback again changes nothing.
     """
     await sidecar.withdraw_feedback(feedback_id)
     return FeedbackWithdrawn(message="Feedback withdrawn.", feedback_id=feedback_id)

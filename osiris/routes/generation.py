@@ -49,7 +49,7 @@ async def generate_hermes(
 ) -> JSONResponse:
     """Hermes' answer to a free question.
 
-    At the deadline the text so far is returned, with `X-Finish-Reason: deadline`; 504 where there
+    At the deadline it returns the text so far, with `X-Finish-Reason: deadline`, or 504 if there
     is none.
     """
     check_length(sidecar, body)
@@ -61,7 +61,7 @@ async def generate_hermes(
 async def generate_phi3(
     body: PromptRequest, request: Request, sidecar: CurrentSidecar
 ) -> JSONResponse:
-    """A trade proposal, always valid; neither assessed nor stored.
+    """A valid trade proposal, which is neither assessed nor stored.
 
     `X-Grounded` is `true`, or the fields whose ticker or numbers are not in the prompt.
     """
@@ -84,11 +84,11 @@ async def generate_phi3(
 async def propose_trade_adjustments(
     body: PromptRequest, request: Request, sidecar: CurrentSidecar
 ) -> JSONResponse:
-    """A trade proposal with Hermes' critique; stored, and told on the event bus.
+    """A trade proposal with Hermes' critique, stored and published on the event bus.
 
     The generation headers are those of the proposal; `X-Hermes-Score` is Hermes' score, and
-    `X-Grounded` is `true`, or the fields whose ticker or numbers are not in the prompt. Where
-    Hermes fails, a finished proposal is stored, and the error's body has its `transaction_id`.
+    `X-Grounded` is `true`, or the fields whose ticker or numbers are not in the prompt. If Hermes
+    fails, the proposal is stored, and the error's body has its `transaction_id`.
     `X-Stored: false` says that a row could not be stored.
     """
     check_length(sidecar, body)

@@ -52,7 +52,7 @@ def test_what_came_before_the_call_is_named() -> None:
     error = exceeded(40.0, 41.0, 42.0)
     assert error.spent == TimeSpent(before=40.0, waiting=1.0, prompt=1.0, writing=18.0)
     assert error.detail == (
-        "hermes did not answer within 60 s: 40.0 s before it was asked, 1.0 s waiting, "
+        "hermes did not answer within 60 s: 40.0 s in earlier model calls, 1.0 s waiting, "
         "1.0 s reading the prompt, 18.0 s writing; try again, or raise REQUEST_TIMEOUT_SECONDS."
     )
 

@@ -110,22 +110,22 @@ async def test_feedback_is_answered_once_it_is_stored(
     assert {column: row[column] for column in expected} == expected
 
 
-NO_EXAMPLE = "Feedback stored; the corrected proposal is no example, as "
+NO_EXAMPLE = "Feedback stored; the corrected proposal is not an example, because "
 MESSAGES = {
     Outcome.EXAMPLE: "Feedback stored; the corrected proposal is an example for the next ones.",
     Outcome.NO_CORRECTION: "Feedback stored.",
     Outcome.PROPOSAL_TOO_LONG: f"{NO_EXAMPLE}it takes more than 500 characters as JSON.",
     Outcome.OFF: f"{NO_EXAMPLE}FEW_SHOT_EXAMPLES is 0.",
-    Outcome.DATABASE_AWAY: "Feedback stored; whether the corrected proposal is an example is not "
-    "known before the database is back.",
+    Outcome.DATABASE_AWAY: "Feedback stored; until the database is back, it is not known whether "
+    "the corrected proposal is an example.",
     Outcome.NO_RUN: f"{NO_EXAMPLE}no run with this transaction_id is stored.",
     Outcome.PROMPT_NOT_TEXT: f"{NO_EXAMPLE}the prompt of its run has control characters.",
     Outcome.PROMPT_TOO_LONG: f"{NO_EXAMPLE}the prompt of its run has more than 2000 characters.",
     Outcome.TOO_MANY_TOKENS: f"{NO_EXAMPLE}it and the prompt of its run may take more than 3000 "
-    "tokens, or more than half of the model's context (counted as one token a byte).",
+    "tokens, or more than half of the model's context (each byte counts as one token).",
     Outcome.WITHDRAWN: f"{NO_EXAMPLE}this feedback was withdrawn.",
     Outcome.REPLACED: f"{NO_EXAMPLE}a newer correction of the same run is one.",
-    Outcome.CROWDED_OUT: f"{NO_EXAMPLE}newer ones take all the room.",
+    Outcome.CROWDED_OUT: f"{NO_EXAMPLE}newer ones leave no space for it.",
 }
 
 
@@ -155,7 +155,8 @@ async def test_the_answer_names_the_fields_that_make_it_no_proposal(
     sent = FEEDBACK | {"corrected_proposal": corrected}
     response = await asking.post("/feedback/phi3/", json=sent)
     assert response.json()["message"] == (
-        f"Feedback stored; corrected_proposal is no valid proposal ({fields}), so no example."
+        f"Feedback stored; corrected_proposal is not a valid proposal ({fields}), so it is not an "
+        "example."
     )
 
 
@@ -231,6 +232,8 @@ async def test_a_page_that_is_none_is_422(asking: httpx.AsyncClient, parts: Fake
     parts.archive.corrections = used(3)
     response = await asking.get("/examples/?before=f-9")
     assert response.status_code == 422
-    assert response.json() == {"detail": "before: this is the next of no page; ask without it."}
+    assert response.json() == {
+        "detail": "before: no page ended there; leave it out for the first page."
+    }
     for query in ("?limit=0", "?limit=501", "?limit=many"):
         assert (await asking.get(f"/examples/{query}")).status_code == 422
