@@ -115,7 +115,7 @@ MESSAGES = {
     Outcome.EXAMPLE: "Feedback stored; the corrected proposal is an example for the next ones.",
     Outcome.NO_CORRECTION: "Feedback stored.",
     Outcome.PROPOSAL_TOO_LONG: f"{NO_EXAMPLE}it takes more than 500 characters as JSON.",
-    Outcome.OFF: f"{NO_EXAMPLE}FEW_SHOT_EXAMPLES is 0.",
+    Outcome.OFF: f"{NO_EXAMPLE}few-shot examples are off; FEW_SHOT_EXAMPLES turns them on.",
     Outcome.DATABASE_AWAY: "Feedback stored; until the database is back, it is not known whether "
     "the corrected proposal is an example.",
     Outcome.NO_RUN: f"{NO_EXAMPLE}no run with this transaction_id is stored.",

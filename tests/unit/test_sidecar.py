@@ -63,11 +63,11 @@ def without(row: dict[str, Any], *columns: str) -> dict[str, Any]:
 
 async def test_phi3_is_asked_with_the_examples_oldest_first() -> None:
     made = parts(phi3_temperature=0.4)
-    made.archive.examples = (Example("older", {"n": 1}), Example("newer", {"n": 2}))
+    made.archive.examples = (Example("older", {"ticker": "A"}), Example("newer", {"ticker": "B"}))
     await made.sidecar.propose(PROMPT, 300)
     messages = proposals.build_messages(PROMPT, made.archive.examples)
     assert [turn["content"] for turn in messages[1:]] == [
-        *("older", '{"n":1}', "newer", '{"n":2}', PROMPT)
+        *("older", '{"ticker":"A"}', "newer", '{"ticker":"B"}', PROMPT)
     ]
     assert made.phi3.asked == [GenerationRequest(messages, 300, proposals.GUIDANCE, 0.4)]
 
