@@ -105,7 +105,8 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
         Args:
             feedback_id: as `list_examples` and the events on Redis have it.
         """
-        return self._json("DELETE", f"/feedback/{urllib.parse.quote(feedback_id, safe='')}")
+        # With the last slash, or an id that ends in one would be taken for a shorter one.
+        return self._json("DELETE", f"/feedback/{urllib.parse.quote(feedback_id, safe='')}/")
 
     def list_examples(self) -> JSONAnswer:
         """The few-shot examples in use, oldest first.
