@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import datetime
 import json
+import urllib.parse
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
@@ -334,6 +335,29 @@ async def test_feedback_that_is_no_example_can_be_withdrawn_too(sidecar: Running
     answer = await sidecar.client.post("/feedback/phi3/", json=body)
     feedback_id = answer.headers["X-Feedback-ID"]
     assert (await sidecar.client.delete(f"/feedback/{feedback_id}")).status_code == 200
+
+
+@pytest.mark.parametrize("feedback_id", ["a\nb", "\n", "a\n", "a/", "/", "a b?#%2F"])
+async def test_feedback_of_another_service_is_withdrawn_whatever_its_id(
+    sidecar: Running, feedback_id: str
+) -> None:
+    store = await Store.open(sidecar.folder)
+    row = PublishedFeedback(
+        transaction_id="t",
+        feedback_id=feedback_id,
+        feedback_type="rating",
+        feedback_content="5",
+    )
+    await store.append(row)
+    # A question moves what waits.
+    await store.last("phi3_feedback", 1)
+    await store.close()
+    path = urllib.parse.quote(feedback_id, safe="")
+    answer = await sidecar.client.delete(f"/feedback/{path}/")
+    assert (answer.status_code, answer.json()) == (
+        200,
+        {"message": "Feedback withdrawn.", "feedback_id": feedback_id},
+    )
 
 
 async def test_withdrawing_what_is_not_there_is_404(sidecar: Running) -> None:

@@ -247,8 +247,8 @@ CALLS: dict[str, tuple[Callable[[Any], Any], tuple[str, str, Any]]] = {
         ),
     ),
     "withdrawal": (
-        lambda c: c.withdraw_feedback("a/b c?"),
-        ("DELETE", "/feedback/a%2Fb%20c%3F", None),
+        lambda c: c.withdraw_feedback("a/b c?/"),
+        ("DELETE", "/feedback/a%2Fb%20c%3F%2F/", None),
     ),
     "examples": (lambda c: c.list_examples(), ("GET", "/examples/", None)),
     "swap": (lambda c: c.swap_adapters(), ("POST", "/adapters/swap", None)),

@@ -107,7 +107,8 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
         Returns:
             `{"message": str, "feedback_id": str}`; error 404 if there is no such feedback.
         """
-        return self._json("DELETE", f"/feedback/{urllib.parse.quote(feedback_id, safe='')}")
+        # With the last slash, or an id that ends in one would be taken for a shorter one.
+        return self._json("DELETE", f"/feedback/{urllib.parse.quote(feedback_id, safe='')}/")
 
     def list_examples(self) -> JSONAnswer:
         """The few-shot examples in use, oldest first.

@@ -6,6 +6,7 @@ from typing import Annotated, Final
 
 from fastapi import APIRouter, Path, Response
 from pydantic import ValidationError
+from starlette.convertors import Convertor, register_url_convertor
 
 from llm_sidecar.db import Phi3FeedbackSchema
 from llm_sidecar.errors import InvalidRequest
@@ -82,8 +83,24 @@ def _bad_fields(corrected: object) -> list[str]:
     return []
 
 
-# The feedback_id of feedback from another service may have slashes.
-@endpoint(router, "DELETE", "/feedback/{feedback_id:path}/", 404, 422, 503)
+class _AnyText(Convertor[str]):
+    """The rest of a path, in which another service's feedback_id may have slashes, and newlines, at
+    which Starlette's `path` stops."""
+
+    regex = r"[\s\S]*"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("any_text", _AnyText())
+
+
+# Where the id ends in a slash, the path needs the slash of its own as well.
+@endpoint(router, "DELETE", "/feedback/{feedback_id:any_text}/", 404, 422, 503)
 async def withdraw_feedback(
     feedback_id: Annotated[Text, Path(min_length=1, max_length=128)], sidecar: CurrentSidecar
 ) -> FeedbackWithdrawn:
