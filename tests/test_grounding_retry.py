@@ -30,7 +30,7 @@ def retrying(
         yield running
 
 
-def test_what_is_asked_for_again_has_the_tickers_and_numbers_of_its_prompt(
+def test_a_retried_proposal_has_the_tickers_and_numbers_of_its_prompt(
     retrying: LiveServer,
 ) -> None:
     for prompt in PROMPTS:

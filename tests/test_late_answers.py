@@ -130,7 +130,7 @@ def server(
 @pytest.fixture(scope="module")
 def late(server: Server) -> dict[str, httpx.Response]:
     """The answers to requests for whose whole time Hermes was stopped: one that had begun, three
-    that had not, and a walk that met the full queue."""
+    that had not, and a proposal request that met the full queue."""
 
     def tokens() -> int:
         count: int = server.model("hermes")["completion_tokens_total"]
@@ -153,7 +153,7 @@ def late(server: Server) -> dict[str, httpx.Response]:
 
 
 def partial_run(server: Server, answer: httpx.Response) -> dict[str, Any]:
-    """The run that is stored for a failed walk, beside its proposal and no score."""
+    """The row of the failed run, stored beside its proposal and no score."""
     rows = server.rows(answer.json()["transaction_id"])
     (run,), (proposal,) = rows.pop("orchestrator_runs"), rows.pop("proposals")
     assert rows["hermes_scores"] == []
@@ -219,7 +219,7 @@ def test_free_text_at_the_deadline_is_returned_as_far_as_it_got(
     assert server.metric("sidecar_request_success_total", **deadline) == 1
 
 
-def test_what_has_not_begun_at_the_deadline_is_504_and_stores_nothing(
+def test_a_request_that_has_not_begun_at_the_deadline_is_504_and_stores_nothing(
     server: Server, late: dict[str, httpx.Response]
 ) -> None:
     for answer in (late["unbegun"], late["score"]):

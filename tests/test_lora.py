@@ -297,10 +297,10 @@ def test_torch_refuses_an_adapter_of_another_width(
         ({"lora_alpha": None}, "has no alpha"),
         ({"lora_alpha": "much"}, "has no alpha"),
         ({"alpha_pattern": {"(": 3}}, "holds an invalid regular expression"),
-        ({"alpha_pattern": ["o_proj"]}, "is no table"),
+        ({"alpha_pattern": ["o_proj"]}, "is not an object"),
     ],
 )
-def test_an_alpha_that_is_none_is_said(
+def test_a_missing_or_invalid_alpha_is_refused_with_the_reason(
     settings: dict[str, Any],
     why: str,
     models: dict[str, tuple[Path, Path]],

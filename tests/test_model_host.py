@@ -535,7 +535,7 @@ async def test_a_swap_goes_on_where_the_worker_that_serves_dies_meanwhile(
     await until(lambda: workers() == {host.status()["pid"]})
 
 
-async def test_a_replaced_worker_that_dies_fails_its_request_and_is_no_restart(
+async def test_a_replaced_worker_that_dies_fails_its_request_and_counts_as_no_restart(
     make_host: HostFactory, onnx_adapters: list[Path]
 ) -> None:
     deaths: list[WorkerDeath] = []
@@ -669,7 +669,7 @@ async def test_a_prefix_that_changes_while_a_worker_loads_is_read_by_it(
         (CRASHES, "its worker ended: signal SIGABRT"),
     ],
 )
-async def test_an_adapter_that_hangs_or_crashes_its_worker_disturbs_nobody(
+async def test_an_adapter_that_hangs_or_crashes_its_worker_fails_no_request(
     script: str,
     why: str,
     make_host: HostFactory,

@@ -241,7 +241,7 @@ async def test_an_ungrounded_proposal_is_reported_unless_a_retry_is_asked_for() 
 
 
 @pytest.mark.parametrize("first", [OTHER_TICKER, OTHER_NUMBER])
-async def test_it_is_asked_for_once_more_with_the_guidance_of_its_context(
+async def test_a_retry_has_the_guidance_of_its_context(
     first: dict[str, Any],
 ) -> None:
     host = Host(first, GROUNDED)

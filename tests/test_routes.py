@@ -162,7 +162,9 @@ def test_a_corrected_proposal_that_is_none_is_stored_and_said_to_be_no_example(
     assert "not a valid proposal (action, confidence, rationale)" in response.json()["message"]
 
 
-def test_a_correction_of_an_unknown_run_is_said_to_be_no_example(server: LiveServer) -> None:
+def test_the_message_says_that_a_correction_of_an_unknown_run_is_no_example(
+    server: LiveServer,
+) -> None:
     response = post(server, "/feedback/phi3/", FEEDBACK | {"corrected_proposal": CORRECTED})
     assert response.status_code == 200
     assert "is not an example, because" in response.json()["message"]

@@ -204,7 +204,7 @@ def test_a_request_that_is_refused_says_why(one: Process) -> None:
     assert (error["invalid"], error["detail"]) == (True, "prompt: it does not fit")
 
 
-def test_an_engine_that_fails_is_said_without_a_word_of_the_request(one: Process) -> None:
+def test_a_failing_engine_is_reported_without_quoting_the_request(one: Process) -> None:
     one.generate(31, "fail")
     assert one.hear_until("error", 31)["detail"] == "RuntimeError"
     assert "invalid" not in one.said[-1] or one.said[-1]["invalid"] is False

@@ -295,7 +295,7 @@ async def test_feedback_without_a_correction_asks_for_no_examples(made: Made) ->
         ({"rationale": "x" * 500}, Outcome.PROPOSAL_TOO_LONG),
     ],
 )
-async def test_a_correction_that_can_be_none_is_stored_and_said_to_be_none(
+async def test_a_correction_that_cannot_be_an_example_is_stored_with_the_reason(
     made: Made, changes: dict[str, Any], outcome: Outcome
 ) -> None:
     assert await made.correct("A", corrected_proposal=proposal("A") | changes) is outcome
@@ -319,7 +319,7 @@ async def test_each_reason_is_the_true_one(made: Made) -> None:
     assert await made.correct("A") is Outcome.EXAMPLE
 
 
-async def test_whether_it_is_one_is_not_known_while_the_database_is_away(
+async def test_whether_it_is_an_example_is_unknown_while_the_database_is_away(
     made: Made, caplog: pytest.LogCaptureFixture
 ) -> None:
     made.store.is_away = True
@@ -375,7 +375,7 @@ async def test_what_others_publish_and_cannot_be_stored_is_an_error(made: Made) 
 # Withdrawing
 
 
-async def test_an_example_that_is_withdrawn_leaves_its_place_to_another(made: Made) -> None:
+async def test_another_correction_replaces_a_withdrawn_example(made: Made) -> None:
     made.store.corrections = [correction("B"), correction("A")]
     await made.correct("B")
     made.store.corrections = [correction("A"), correction("0")]

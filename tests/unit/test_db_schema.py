@@ -123,7 +123,7 @@ def test_a_feedback_id_that_is_given_is_kept() -> None:
     assert feedback(feedback_id="f-1").as_row()["feedback_id"] == "f-1"
 
 
-def test_without_one_it_follows_from_transaction_time_type_and_content() -> None:
+def test_a_missing_feedback_id_follows_from_transaction_time_type_and_content() -> None:
     key = '["t-1", "2026-01-02 03:04:05.678901+00:00", "rating", "good"]'
     assert feedback().as_row()["feedback_id"] == hashlib.sha256(key.encode()).hexdigest()
 

@@ -50,7 +50,7 @@ def test_the_bounds_are_the_documented_ones() -> None:
     assert bounds == [2000, 500, 3000, 0.5]
 
 
-def test_a_token_is_at_least_a_byte_and_turns_have_something_around_them() -> None:
+def test_the_token_bound_counts_bytes_and_what_is_around_each_turn() -> None:
     assert token_bound(correction("")) == SIZE + AROUND
     assert token_bound(Example("p" * 10, GOOD)) == SIZE + AROUND + 10
     assert token_bound(correction("価")) == SIZE + AROUND + 3
@@ -137,7 +137,7 @@ def test_the_oldest_give_way_where_all_take_more_than_half_of_the_context(
     assert chosen(newest_first, 3, context_length) == expected
 
 
-def test_a_small_one_behind_one_that_does_not_fit_is_left_out_too() -> None:
+def test_a_small_example_older_than_one_that_does_not_fit_is_left_out_too() -> None:
     # Otherwise an old correction would outlive a newer one.
     newest_first = [of_tokens(500, 3), of_tokens(900, 2), of_tokens(200, 1)]
     assert chosen(newest_first, 3, 2000) == ["f-3"]

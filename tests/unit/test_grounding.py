@@ -312,7 +312,7 @@ def contexts() -> Iterator[str]:
         yield "".join(rng.choices(pieces, k=rng.randrange(1, 40)))
 
 
-def test_whatever_is_written_with_what_a_context_offers_is_grounded() -> None:
+def test_every_text_under_the_guidance_of_a_context_is_grounded() -> None:
     rng = random.Random(4)
     letters = [*"abeEkKm%,;:$()/+' -", "e+", "e-", " %", "percent"]
     for _, context in zip(range(3000), contexts(), strict=False):

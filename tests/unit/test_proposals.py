@@ -350,7 +350,7 @@ async def propose_again(fake: FakeHost, deadline: Deadline | None = None) -> pro
     )
 
 
-async def test_what_is_not_grounded_is_asked_for_once_more_under_its_contexts_guidance() -> None:
+async def test_an_ungrounded_proposal_is_retried_under_the_guidance_of_its_context() -> None:
     better = completion(json.dumps(GROUNDED))
     fake = FakeHost(completion(json.dumps(MADE_UP)), better)
     made = await propose_again(fake)

@@ -151,7 +151,7 @@ async def test_its_latencies_are_those_of_each_part(monkeypatch: pytest.MonkeyPa
     }
 
 
-async def test_others_hear_of_a_proposal_at_once_and_of_its_assessment_once_it_is_stored() -> None:
+async def test_a_proposal_is_published_at_once_and_its_assessment_once_it_is_stored() -> None:
     made = parts()
     published: list[int] = []
     made.hermes.before_answer = lambda: published.append(len(made.happened.of("event")))
@@ -229,7 +229,7 @@ async def test_a_run_that_fails_leaves_a_row_that_says_why(failure: SidecarError
     assert made.happened.of("event") == made.hermes.asked == []
 
 
-async def test_a_proposal_that_hermes_does_not_come_to_is_stored_as_partial() -> None:
+async def test_a_proposal_that_hermes_does_not_assess_is_stored_as_partial() -> None:
     made = parts()
     made.hermes.answers = [DeadlineExceeded("hermes is late", retry_after=3)]
     with pytest.raises(DeadlineExceeded, match="hermes is late") as caught:
@@ -562,7 +562,9 @@ async def test_with_a_time_its_id_follows_from_what_it_says() -> None:
 
 
 @pytest.mark.parametrize("stored_in", ["ours", "d-1"])
-async def test_what_is_in_our_database_already_is_read_again_and_not_stored(stored_in: str) -> None:
+async def test_feedback_of_the_same_database_is_not_stored_and_refreshes_the_examples(
+    stored_in: str,
+) -> None:
     made = parts()
     await made.sidecar.submit_feedback(feedback())
     ((_, event),) = made.happened.of("event")
