@@ -14,7 +14,7 @@ from llm_sidecar.db import Correction
 from llm_sidecar.proposals import Example, dumps, is_valid
 from llm_sidecar.text import find_fault
 
-MAX_PROMPT_CHARS: Final = 2000
+EXAMPLE_PROMPT_CHARS: Final = 2000
 MAX_PROPOSAL_CHARS: Final = 500
 """Of the corrected proposal as compact JSON."""
 MAX_TOKENS: Final = 3000
@@ -73,7 +73,7 @@ def refusal(example: Example | Correction, context_length: int) -> Outcome | Non
     # Earlier versions did not check texts, and stored prompts with control characters.
     if find_fault(example.prompt) is not None:
         return Outcome.PROMPT_NOT_TEXT
-    if len(example.prompt) > MAX_PROMPT_CHARS:
+    if len(example.prompt) > EXAMPLE_PROMPT_CHARS:
         return Outcome.PROMPT_TOO_LONG
     if token_bound(example) > min(MAX_TOKENS, _budget(context_length)):
         return Outcome.TOO_MANY_TOKENS

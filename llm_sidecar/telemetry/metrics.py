@@ -25,6 +25,7 @@ from prometheus_client import (
     exposition,
 )
 
+from llm_sidecar.db import PROPOSALS, RUNS, SCORES
 from llm_sidecar.grounding import FIELDS
 from llm_sidecar.telemetry.calls import CANCELLED, UNEXPECTED, CallObserver, ModelCall
 from llm_sidecar.telemetry.instruments import known_method
@@ -54,7 +55,7 @@ _ERRORS: Final = (
     UNEXPECTED,
 )
 _ACTIONS: Final = ("adjust", "pass", "abort")
-_LOSABLE_TABLES: Final = ("orchestrator_runs", "hermes_scores", "proposals")
+_LOSABLE_TABLES: Final = (RUNS, SCORES, PROPOSALS)
 """Not feedback: it is refused if it cannot be stored."""
 
 

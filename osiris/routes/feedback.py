@@ -10,7 +10,7 @@ from starlette.convertors import Convertor, register_url_convertor
 
 from llm_sidecar.db import Phi3FeedbackSchema
 from llm_sidecar.errors import InvalidRequest
-from llm_sidecar.examples import MAX_PROMPT_CHARS, MAX_PROPOSAL_CHARS, MAX_TOKENS, Outcome
+from llm_sidecar.examples import EXAMPLE_PROMPT_CHARS, MAX_PROPOSAL_CHARS, MAX_TOKENS, Outcome
 from llm_sidecar.input_model import Text
 from llm_sidecar.proposals import Proposal
 from osiris.http import CurrentSidecar, check_length, endpoint
@@ -29,7 +29,7 @@ _MESSAGES: Final = {
     Outcome.NO_RUN: f"{_NO_EXAMPLE} no run with this transaction_id is stored.",
     Outcome.PROMPT_NOT_TEXT: f"{_NO_EXAMPLE} the prompt of its run has control characters.",
     Outcome.PROMPT_TOO_LONG: f"{_NO_EXAMPLE} the prompt of its run has more than "
-    f"{MAX_PROMPT_CHARS} characters.",
+    f"{EXAMPLE_PROMPT_CHARS} characters.",
     Outcome.TOO_MANY_TOKENS: f"{_NO_EXAMPLE} it and the prompt of its run may take more than "
     f"{MAX_TOKENS} tokens, or more than half of the model's context (each byte counts as one "
     "token).",

@@ -42,7 +42,7 @@ def rationale(characters: int) -> str:
 
 def test_the_bounds_are_the_documented_ones() -> None:
     bounds: list[float] = [
-        examples.MAX_PROMPT_CHARS,
+        examples.EXAMPLE_PROMPT_CHARS,
         examples.MAX_PROPOSAL_CHARS,
         examples.MAX_TOKENS,
         examples.CONTEXT_SHARE,
