@@ -25,7 +25,7 @@ from prometheus_client import (
     exposition,
 )
 
-from llm_sidecar.db import PROPOSALS, RUNS, SCORES
+from llm_sidecar import db
 from llm_sidecar.grounding import FIELDS
 from llm_sidecar.telemetry.calls import CANCELLED, UNEXPECTED, CallObserver, ModelCall
 from llm_sidecar.telemetry.instruments import known_method
@@ -55,7 +55,7 @@ _ERRORS: Final = (
     UNEXPECTED,
 )
 _ACTIONS: Final = ("adjust", "pass", "abort")
-_LOSABLE_TABLES: Final = (RUNS, SCORES, PROPOSALS)
+_LOSABLE_TABLES: Final = (db.RUNS, db.SCORES, db.PROPOSALS)
 """Not feedback: it is refused if it cannot be stored."""
 
 
