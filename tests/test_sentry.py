@@ -139,14 +139,17 @@ def test_a_workers_death_while_it_answers_names_the_request(
     long = {"prompt": SECRET, "max_length": 7900}
     headers = {"X-Request-ID": "cut-short"}
 
-    def running() -> bool:
-        return bool(reporting.client.get("/health").json()["models"]["hermes"]["running"])
+    def tokens() -> int:
+        hermes = reporting.client.get("/health").json()["models"]["hermes"]
+        return int(hermes["completion_tokens_total"])
 
+    before = tokens()
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(
             httpx.post, f"{reporting.url}/generate/hermes/", json=long, headers=headers, timeout=60
         )
-        reporting.wait_until(running)
+        # A request whose worker dies before it has begun goes to the next worker.
+        reporting.wait_until(lambda: tokens() > before)
         os.kill(reporting.worker("hermes"), signal.SIGKILL)
         assert answer.result().status_code == 503
     (event,) = reporting.wait_until(lambda: items(sentry, "event"))
