@@ -11,7 +11,7 @@ check_length(question, settings.max_prompt_chars)
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Final, Self
 
 from pydantic import (
     BaseModel,
@@ -34,7 +34,8 @@ def _text(value: object) -> object:
     return value
 
 
-Text = Annotated[str, BeforeValidator(_text)]
+IS_TEXT: Final = BeforeValidator(_text)
+Text = Annotated[str, IS_TEXT]
 """A checked string outside of an `InputModel`: a parameter in a path or a query."""
 
 

@@ -368,6 +368,21 @@ async def test_withdrawing_what_is_not_there_is_404(sidecar: Running) -> None:
     assert (await sidecar.database())["rows_written"] == 0
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("x" * 129, "String should have at most 128 characters"),
+        ("/", "String should have at least 1 character"),
+    ],
+    ids=["long", "empty"],
+)
+async def test_an_id_of_another_length_is_422(sidecar: Running, path: str, message: str) -> None:
+    answer = await sidecar.client.delete(f"/feedback/{path}")
+    assert answer.status_code == 422
+    (entry,) = answer.json()["detail"]
+    assert (entry["loc"], entry["msg"]) == (["path", "feedback_id"], message)
+
+
 async def test_a_withdrawal_adds_one_row_and_removes_none(sidecar: Running) -> None:
     await sidecar.log_runs("t")
     _, feedback_id = await sidecar.correct("t")

@@ -5,18 +5,21 @@ from __future__ import annotations
 from typing import Annotated, Final
 
 from fastapi import APIRouter, Path, Response
-from pydantic import ValidationError
+from pydantic import StringConstraints, ValidationError
 from starlette.convertors import Convertor, register_url_convertor
 
 from llm_sidecar.db import Phi3FeedbackSchema
 from llm_sidecar.errors import InvalidRequest
 from llm_sidecar.examples import EXAMPLE_PROMPT_CHARS, MAX_PROPOSAL_CHARS, MAX_TOKENS, Outcome
-from llm_sidecar.input_model import Text
+from llm_sidecar.input_model import IS_TEXT
 from llm_sidecar.proposals import Proposal
 from osiris.http import CurrentSidecar, check_length, endpoint
 from osiris.schemas import FeedbackRequest, FeedbackStored, FeedbackWithdrawn
 
 router = APIRouter(tags=["feedback"])
+
+# The length comes first, so that its error speaks of characters.
+FeedbackId = Annotated[str, StringConstraints(min_length=1, max_length=128), IS_TEXT]
 
 _NO_EXAMPLE: Final = "the corrected proposal is not an example, because"
 _MESSAGES: Final = {
@@ -102,7 +105,7 @@ register_url_convertor("any_text", _AnyText())
 # Where the id ends in a slash, the path needs the slash of its own as well.
 @endpoint(router, "DELETE", "/feedback/{feedback_id:any_text}/", 404, 422, 503)
 async def withdraw_feedback(
-    feedback_id: Annotated[Text, Path(min_length=1, max_length=128)], sidecar: CurrentSidecar
+    feedback_id: Annotated[FeedbackId, Path()], sidecar: CurrentSidecar
 ) -> FeedbackWithdrawn:
     """Withdraws feedback: it is neither a few-shot example nor training data from then on.
 
