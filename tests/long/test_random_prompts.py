@@ -26,13 +26,13 @@ MOST_CHARACTERS: Final = 32_768
 """MAX_PROMPT_CHARS where it is not set."""
 FITTING_BYTES: Final = 6_000
 """A byte-level tokenizer makes at most one token of a byte; the rest is for the chat around it."""
-PROPOSALS: Final = 15
+PROPOSALS: Final = 21
 PROMPT: Final = "Long AAPL from 182.40, now 191.10, RSI 78 and overbought."
 
 MODELS: Final = {
     "phi3 on onnxruntime-genai": ("phi3", "demo", "demo"),
-    "phi3 on torch": ("phi3", "random_phi3_torch", "demo"),
-    "hermes on torch": ("hermes", "demo", "demo"),
+    "phi3 on transformers": ("phi3", "random_phi3_torch", "demo"),
+    "hermes on transformers": ("hermes", "demo", "demo"),
     "hermes on onnxruntime": ("hermes", "demo", "random_hermes_onnx"),
     "hermes on onnxruntime-genai": ("hermes", "demo", "random_phi3_onnx"),
 }
@@ -60,13 +60,15 @@ def asked(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str,
 
 
 def median_proposal(server: LiveServer) -> float:
-    """Seconds of a proposal."""
-    seconds = []
-    for _ in range(PROPOSALS):
-        began = time.monotonic()
-        assert server.client.post("/generate/phi3/", json={"prompt": PROMPT}).status_code == 200
-        seconds.append(time.monotonic() - began)
-    return statistics.median(seconds)
+    """Median seconds of a proposal, in the quietest of three turns."""
+    turns = [[proposal_seconds(server) for _ in range(PROPOSALS)] for _ in range(3)]
+    return min(map(statistics.median, turns))
+
+
+def proposal_seconds(server: LiveServer) -> float:
+    began = time.monotonic()
+    assert server.client.post("/generate/phi3/", json={"prompt": PROMPT}).status_code == 200
+    return time.monotonic() - began
 
 
 def any_text(rng: Random) -> str:
