@@ -343,3 +343,30 @@ def test_the_longest_context_takes_no_time_to_speak_of(piece: str) -> None:
     tickers_in(context, MOST)
     # Of the order of 0.1 s, and minutes where it grew with the square.
     assert time.process_time() - began < 4
+
+
+# To the letter
+
+
+def test_a_word_that_is_part_of_another_hides_none_after_it() -> None:
+    assert tickers_in("ñX ABC", MOST) == ["ABC"]
+
+
+def test_what_is_as_long_as_a_ticker_may_be_is_one() -> None:
+    assert tickers_in("AAAAAA-BBBBB", MOST) == ["AAAAAA-BBBBB"]
+    assert tickers_in("ABCDEFGHIJKL-long now", MOST) == ["ABCDEFGHIJKL"]
+    assert tickers_in("ABCDEFGHIJKLM-long XY", MOST) == ["XY"]
+
+
+def test_long_numbers_are_exact() -> None:
+    digits = "1234567890123456789012345678901"
+    assert has_numbers(f"{digits}k", f"{digits}000.")
+    assert has_numbers(f"{digits}e3", f"{digits}000.")
+    assert not has_numbers(f"{digits}k", f"{digits[:-1]}2000.")
+
+
+def test_an_exponent_has_up_to_three_digits_and_its_own_mark() -> None:
+    assert has_numbers("1e100", f"1{'0' * 100}.")
+    assert not has_numbers("1e1000", f"1{'0' * 1000}.")
+    assert not has_numbers("5 12", "5000000000000.")
+    assert not has_numbers("5,12", "5000000000000.")

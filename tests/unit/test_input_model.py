@@ -135,3 +135,45 @@ def test_a_parameter_is_text() -> None:
     for value in ("a\0", "\ud83d", b"a"):
         with pytest.raises(ValidationError):
             adapter.validate_python(value)
+
+
+class Note(InputModel):
+    model_config = ConfigDict(extra="forbid")
+
+    words: int = 0
+
+
+class Noted(InputModel):
+    notes: list[Note] = Field(default_factory=list)
+
+
+def test_an_error_of_one_model_in_another_says_where() -> None:
+    with pytest.raises(ValidationError) as caught:
+        Noted.model_validate({"notes": [{"words": MARK}]})
+    assert summary(caught.value) == (
+        "notes.0.words: Input should be a valid integer, unable to parse string as an integer"
+    )
+    with pytest.raises(ValidationError) as caught:
+        Noted.model_validate({"notes": [{}, {MARK: 1}]})
+    assert locations(caught.value) == [("notes", 1, "*")]
+
+
+def test_an_error_is_one_of_the_model_and_has_no_input() -> None:
+    with pytest.raises(ValidationError) as caught:
+        Trade.model_validate({"said": 7})
+    with pytest.raises(ValidationError) as too_long:
+        check_length(Trade(said="abc"), 2)
+    assert str(caught.value) == (
+        "1 validation error for Trade\nsaid\n  Input should be a string or an object "
+        "[type=text_or_object]"
+    )
+    assert str(too_long.value) == (
+        "1 validation error for Trade\nsaid\n  Text is too long; MAX_PROMPT_CHARS takes 2 "
+        "characters [type=string_too_long]"
+    )
+    for error in (caught.value, too_long.value):
+        assert [entry["input"] for entry in error.errors()] == [None]
+
+
+def test_the_longest_message_is_24_times_the_longest_text_and_a_little() -> None:
+    assert longest_payload(1000) == 24_000 + 16_384

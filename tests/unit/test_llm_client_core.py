@@ -222,6 +222,13 @@ def test_an_error_without_them_has_our_request_id_and_no_retry_after() -> None:
     assert (error.request_id, error.retry_after) == ("ours", None)
 
 
+def test_an_error_says_where_a_finished_proposal_is_stored() -> None:
+    late = httpx.Response(504, json={"detail": "hermes is late", "transaction_id": "t-1"})
+    assert raised(late).transaction_id == "t-1"
+    assert raised(answer(504, detail="phi3 is late")).transaction_id is None
+    assert raised(answer(502, text="<h1>Bad gateway</h1>")).transaction_id is None
+
+
 @pytest.mark.parametrize("page", ["<h1>Bad gateway</h1>", '"text"', "[]", '{"error": "x"}', ""])
 def test_the_detail_of_a_foreign_error_page_is_its_text(page: str) -> None:
     assert raised(answer(502, text=page)).detail == page

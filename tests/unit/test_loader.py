@@ -84,6 +84,21 @@ def test_a_folder_that_cannot_be_read_is_said(tmp_path: Path) -> None:
     assert caught.value.detail == said
 
 
+def test_a_folder_that_cannot_be_looked_into_counts_until_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading it says why it cannot be read; an older one in its place would say nothing."""
+    make_adapters(tmp_path, "20260101", "20260102")
+
+    def is_file(path: Path) -> bool:
+        if "20260102" in path.parts:
+            raise OSError("Input/output error")
+        return True
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    assert loader.get_latest_adapter_dir(tmp_path) == tmp_path / "20260102"
+
+
 # The one that is named
 
 

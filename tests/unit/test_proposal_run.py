@@ -86,3 +86,8 @@ def test_a_run_without_a_proposal_is_an_error_alone() -> None:
     assert isinstance(stored, OrchestratorRunSchema)
     assert (stored.status, stored.final_output) == ("error", "")
     assert stored.error_message == "phi3 is late"
+
+
+def test_a_score_without_a_critique_has_no_rationale() -> None:
+    score = of_type(HermesScoreSchema, run_until("proposal", "score").rows())
+    assert (score.score, score.rationale) == (0.7, "")

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from llm_sidecar.errors import InvalidRequest
-from llm_sidecar.text import MAX_DEPTH, MAX_VALUES, cleaned, find_fault, require_text
+from llm_sidecar.text import (
+    MAX_DEPTH,
+    MAX_VALUES,
+    cleaned,
+    find_fault,
+    find_length_fault,
+    require_text,
+)
 
 CONTROLS = [chr(code) for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n\r"]
 SURROGATES = ["\ud800", "\udbff", "\udc00", "\udfff"]
@@ -119,3 +127,60 @@ def test_an_argument_that_is_no_text_is_named_and_not_quoted() -> None:
 def test_what_a_model_wrote_is_cleaned_and_not_refused() -> None:
     assert cleaned("价格\0 up\x1b[31m\r\n\ttwo\ud83d") == "价格\ufffd up\ufffd[31m\r\n\ttwo\ufffd"
     assert cleaned(TEXTS[-1]) == TEXTS[-1]
+
+
+CONTROL = (
+    "Text should have no control characters but tab, newline and carriage return; "
+    "its character 2 is one"
+)
+SURROGATE = "Text should be Unicode; its character 3 is half a surrogate pair"
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        ("a\0", ("text_control", CONTROL, ())),
+        ("ab\ud83d", ("text_unicode", SURROGATE, ())),
+        (b"a", ("string_type", "Input should be a valid string", ())),
+        (bytearray(b"a"), ("string_type", "Input should be a valid string", ())),
+        ({"a\0": 1}, ("text_control", f"Key: {CONTROL}", ("*",))),
+        ({7: 1}, ("not_json", "Keys of an object should be text", ("*",))),
+        ({"rationale": float("inf")}, ("finite_number", "Number should be finite", ("rationale",))),
+        ([1, {"a": {1, 2}}], ("not_json", "Value should be JSON", (1, "*"))),
+        ({"a": 1 << 14_000}, ("integer_too_long", "Integer has too many digits", ("*",))),
+        ({"a": -(1 << 14_000)}, ("integer_too_long", "Integer has too many digits", ("*",))),
+    ],
+)
+def test_each_fault_says_what_is_wrong(value: object, fault: tuple[object, ...]) -> None:
+    assert find_fault(value, KNOWN) == fault
+
+
+def test_an_integer_may_have_as_many_bits_as_it_says() -> None:
+    assert find_fault({"a": (1 << 14_000) - 1}) is None
+
+
+def test_what_is_no_text_and_no_object_has_no_fault() -> None:
+    for value in (None, 1, 1.5, True):
+        assert find_fault(value) is None
+        assert find_length_fault(value, 1) is None
+
+
+@pytest.mark.parametrize("value", [[1, 22], (1, 22), {"a": 1}])
+def test_an_object_is_as_long_as_its_compact_json(value: object) -> None:
+    length = len(json.dumps(value, separators=(",", ":")))
+    assert find_length_fault(value, length) is None
+    assert find_length_fault(value, length - 1) == (
+        "object_too_long",
+        f"Object is too long; MAX_PROMPT_CHARS takes {length - 1} characters of JSON",
+        (),
+    )
+
+
+def test_a_text_is_as_long_as_its_characters() -> None:
+    assert find_length_fault("価格", 2) is None
+    assert find_length_fault({"価": "格"}, 9) is None
+    assert find_length_fault("価格", 1) == (
+        "string_too_long",
+        "Text is too long; MAX_PROMPT_CHARS takes 1 characters",
+        (),
+    )
