@@ -155,6 +155,18 @@ def test_each_fault_says_what_is_wrong(value: object, fault: tuple[object, ...])
     assert find_fault(value, KNOWN) == fault
 
 
+def test_too_much_of_an_object_says_how_much_there_may_be() -> None:
+    assert find_fault([0] * (MAX_VALUES + 1)) == (
+        "too_many_values",
+        "Object should hold at most 32768 values",
+        (),
+    )
+    deep: object = 1
+    for _ in range(MAX_DEPTH + 1):
+        deep = [deep]
+    assert find_fault(deep) == ("too_deep", "Object should be nested at most 64 deep", ())
+
+
 def test_an_integer_may_have_as_many_bits_as_it_says() -> None:
     assert find_fault({"a": (1 << 14_000) - 1}) is None
 
