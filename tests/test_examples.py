@@ -484,7 +484,7 @@ async def test_published_feedback_is_stored_and_an_example_only_where_that_is_al
         await sidecar.correct("ours")
         await other.publish(CHANNEL, published())
         await wait_for_rows(sidecar, 2)
-        # Whoever hears of a correction reads the examples again.
+        # Each sidecar that receives a correction reads the examples again.
         await sidecar.correct("nobody's")
         await sidecar.until(*expected)
         store = await Store.open(tmp_path / "db")

@@ -153,7 +153,7 @@ def missing(folder: Path) -> None:
 
 def no_file(folder: Path) -> None:
     missing(folder)
-    # Reading it would wait for whoever writes.
+    # Reading a FIFO waits for a writer.
     os.mkfifo(folder / ADAPTER_FILE)
 
 

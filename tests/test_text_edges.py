@@ -326,7 +326,7 @@ def test_a_script_is_told_of_a_limit_that_is_none(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MAX_PROMPT_CHARS", "many")
-    # Another variable may be as it likes.
+    # A bad value of another variable does no harm here.
     monkeypatch.setenv("QUEUE_LENGTH", "many")
     with pytest.raises(SettingsError, match=r"^MAX_PROMPT_CHARS='many' is not valid"):
         db.append_feedback(feedback())

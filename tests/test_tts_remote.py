@@ -362,7 +362,7 @@ async def test_what_is_no_message_is_refused_counted_and_logged_without_its_cont
             await stranger.publish(ANNOUNCED, json.dumps(announcement | {"voice": voice}))
         await stranger.publish(ANNOUNCED, "SECRET" * 100_000)
         await until(lambda: ours[1].status()["refused"] == 6)
-        # Whoever sent one of these cannot be told.
+        # There is no known sender to answer.
         for payload in ("SECRET", '{"request_id": "SECRET\\u0000"}', "SECRET" * 3_000_000):
             await stranger.publish(requested(worker.worker_id), payload)
         await until(lambda: ours[0].status()["refused"] == 3)

@@ -115,7 +115,7 @@ async def test_a_score_is_read_from_the_probabilities_of_the_answers() -> None:
     assert fake.asked == [(in_context(SCORE), ANSWERS), (alone(SCORE), ANSWERS)]
 
 
-async def test_an_error_of_the_model_reaches_whoever_asked() -> None:
+async def test_an_error_of_the_model_reaches_the_caller() -> None:
     fake = FakeHost(*[QueueFull("full", retry_after=3) for _ in range(3)])
     for asking in (
         hermes_plugin.chat(fake.host, "What now?", max_tokens=12),
