@@ -268,9 +268,10 @@ async def test_reading_them_has_a_deadline(
 ) -> None:
     seconds: float = module._REFRESH_DEADLINE
     assert seconds == 8.0
-    monkeypatch.setattr(module, "_REFRESH_DEADLINE", 0.01)
     made.store.reading.clear()
-    assert await made.correct("A") is Outcome.DATABASE_AWAY
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_REFRESH_DEADLINE", 0.01)
+        assert await made.correct("A") is Outcome.DATABASE_AWAY
     assert caplog.messages == [
         "the examples are not refreshed: The examples could not be read within 0.01 s."
     ]

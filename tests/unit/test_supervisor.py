@@ -288,6 +288,7 @@ async def test_a_model_that_is_still_loading_is_waited_for_so_long() -> None:
     assert caught.value.retry_after == 5
     assert made.host.status()["state"] == "loading"
     house.loading.set()
+    await until(lambda: made.host.status()["state"] == "ready")
     assert (await made.host.generate(ASKED)).text == "from 1"
     await made.host.close()
 
