@@ -42,16 +42,46 @@ class Proposal(InputModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    ticker: str = Field(min_length=1)
-    action: Literal["adjust", "pass", "abort"]
+    ticker: str = Field(
+        min_length=1, description="the symbol of the position, as traded", examples=["AAPL"]
+    )
+    action: Literal["adjust", "pass", "abort"] = Field(
+        description="`adjust`: move the stop and the target; `pass`: leave the position as it is; "
+        "`abort`: close the position",
+        examples=["adjust"],
+    )
     # Left out where the context states none; null is not a side.
     side: Literal["LONG", "SHORT"] = Field(
-        default="LONG", validate_default=False, json_schema_extra=_without_default
+        default="LONG",
+        validate_default=False,
+        json_schema_extra=_without_default,
+        description="the position's side: `LONG` gains when the price rises, `SHORT` when it "
+        "falls; absent if the context does not say",
+        examples=["LONG"],
     )
-    new_stop_pct: float | None = None
-    new_target_pct: float | None = None
-    confidence: float = Field(ge=0.0, le=1.0)
-    rationale: str = Field(min_length=1)
+    new_stop_pct: float | None = Field(
+        default=None,
+        description="the distance of the new stop, in percent of the current price, away from it "
+        "on the losing side; positive; null for no new stop",
+        examples=[2.5],
+    )
+    new_target_pct: float | None = Field(
+        default=None,
+        description="the distance of the new target, in percent of the current price, away from "
+        "it on the winning side; positive; null for no new target",
+        examples=[4.0],
+    )
+    confidence: float = Field(
+        ge=0.0,
+        le=1.0,
+        description="how sure the model is of the action: 0 is not at all, 1 is entirely",
+        examples=[0.72],
+    )
+    rationale: str = Field(
+        min_length=1,
+        description="why, in one sentence",
+        examples=["RSI at 78 calls for a tighter stop."],
+    )
 
 
 class Example(NamedTuple):

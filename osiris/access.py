@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from osiris.paths import is_metrics, is_probe
+from osiris.paths import is_documentation, is_metrics, is_probe
 
 _DETAIL: Final = (
     "This needs an API key that the server knows: send it as Authorization: Bearer KEY, or as "
@@ -23,7 +23,8 @@ _DETAIL: Final = (
 class ApiKeys:
     """Answers 401 to whoever shows none of the keys, before the body is read.
 
-    The probes are open to everybody, and so are the metrics unless `metrics_need_key`.
+    The probes and the documentation are open to everybody, and so are the metrics unless
+    `metrics_need_key`.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[SecretStr], metrics_need_key: bool) -> None:
@@ -44,7 +45,9 @@ class ApiKeys:
         await refusal(scope, receive, send)
 
     def _is_open(self, scope: Scope) -> bool:
-        return is_probe(scope) or (is_metrics(scope) and not self._metrics_need_key)
+        if is_metrics(scope):
+            return not self._metrics_need_key
+        return is_probe(scope) or is_documentation(scope)
 
     def _knows(self, headers: Headers) -> bool:
         scheme, _, token = headers.get("authorization", "").partition(" ")

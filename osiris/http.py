@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,7 +14,8 @@ from llm_sidecar import input_model
 from llm_sidecar.input_model import InputModel
 from llm_sidecar.model_host import Completion
 from llm_sidecar.sidecar import Sidecar
-from osiris.schemas import ErrorBody
+from osiris.response_headers import declared
+from osiris.schemas import BadInput, ErrorBody
 
 T = TypeVar("T")
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
@@ -23,13 +24,16 @@ _DESCRIPTIONS = {
     404: "It does not exist, there is none yet, or it is off; the detail says which",
     409: "The adapter cannot be loaded; the one in use goes on",
     413: "The request is larger than the server takes",
-    422: "Bad input; the detail names the field",
+    422: "Bad input: `detail` is a sentence, or a list of the bad fields",
     429: "The queue is full; `Retry-After` says when to try again",
     503: "A model, the voice or the database is missing or loading; `Retry-After` says when to try "
     "again",
     504: "The request's deadline has passed; the detail names what took the time, and "
     "`Retry-After` says when to try again",
 }
+
+
+_BAD_INPUT: Final = 422
 
 
 class ClientGone(Exception):
@@ -54,17 +58,34 @@ def endpoint(
     path: str,
     *errors: int,
     error_model: type[BaseModel] = ErrorBody,
+    bad_input_model: type[BaseModel] = BadInput,
+    headers: Iterable[str] = (),
+    content: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Callable[[Endpoint], Endpoint]:
-    """Registers a function for `path` with and without its trailing slash, and documents its
-    errors."""
+    """Registers a function for `path` with and without its trailing slash, and documents it.
+
+    Args:
+        errors: statuses that the function answers with.
+        error_model: the body of an error.
+        bad_input_model: the body of a 422.
+        headers: names of the headers that a good answer carries.
+        content: media types of a good answer that is not JSON, as OpenAPI describes them.
+        options: of the route, such as `response_description`.
+    """
     responses: dict[int | str, dict[str, Any]] = {
-        status: {"model": error_model, "description": _DESCRIPTIONS[status]} for status in errors
+        status: {
+            "model": bad_input_model if status == _BAD_INPUT else error_model,
+            "description": _DESCRIPTIONS[status],
+        }
+        for status in errors
     }
+    responses[200] = {"headers": declared(*headers)} | ({"content": content} if content else {})
 
     def register(function: Endpoint) -> Endpoint:
         bare = path.rstrip("/")
-        for spelling in (path, bare if path != bare else f"{path}/"):
+        # The longer one first: a parameter that takes slashes would take the last one as well.
+        for spelling in (f"{bare}/", bare):
             router.add_api_route(
                 spelling,
                 function,

@@ -16,6 +16,17 @@ _UNCOUNTED: Final = frozenset({"/metrics", "/health/live", "/health/ready"})
 _NO_ROUTE: Final = "none"
 
 
+_PROMETHEUS_TEXT: Final = {
+    "type": "string",
+    "description": "Prometheus' text format: a line for each series",
+    "examples": ['http_requests_total{method="GET",status="2xx",handler="/speak"} 3.0'],
+}
+
+
+class _MetricsResponse(Response):
+    """Prometheus' text."""
+
+
 def install_metrics(app: FastAPI, settings: Settings) -> MetricsSink:
     """Serves `/metrics` and counts requests, or does neither where ENABLE_METRICS is off.
 
@@ -28,17 +39,18 @@ def install_metrics(app: FastAPI, settings: Settings) -> MetricsSink:
         return NoMetrics()
     metrics = Metrics()
 
-    async def scrape() -> Response:
+    async def scrape_metrics() -> Response:
         """Every metric in Prometheus' text format."""
-        return Response(metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+        return _MetricsResponse(metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
     for path in ("/metrics", "/metrics/"):
         app.add_api_route(
             path,
-            scrape,
+            scrape_metrics,
             tags=["operations"],
-            response_class=Response,
-            responses={200: {"content": {"text/plain": {}}}},
+            response_class=_MetricsResponse,
+            response_description="The metrics",
+            responses={200: {"content": {CONTENT_TYPE: {"schema": _PROMETHEUS_TEXT}}}},
             include_in_schema=path == "/metrics",
         )
     app.add_middleware(HttpMetrics, metrics=metrics)

@@ -50,19 +50,12 @@ SECURITY_HEADERS: Final = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+# A page sends a policy of its own.
 _CSP: Final = "default-src 'none'; frame-ancestors 'none'"
-_CSP_OF_PAGES: Final = (
-    "default-src 'self' 'unsafe-inline' data: https://cdn.jsdelivr.net "
-    "https://fastapi.tiangolo.com; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
-)
-"""`/docs` and other pages carry their scripts inside, or have them from FastAPI's own places."""
-
-
 _RAW_HEADERS: Final = tuple(
-    (name.lower().encode(), value.encode()) for name, value in SECURITY_HEADERS.items()
+    (name.lower().encode(), value.encode())
+    for name, value in (*SECURITY_HEADERS.items(), ("Content-Security-Policy", _CSP))
 )
-_RAW_CSP: Final = (b"content-security-policy", _CSP.encode())
-_RAW_CSP_OF_PAGES: Final = (b"content-security-policy", _CSP_OF_PAGES.encode())
 
 
 class SecurityHeaders:
@@ -80,11 +73,9 @@ class SecurityHeaders:
             if message["type"] == "http.response.start":
                 # As ASGI has them, in lower case: Starlette's view would read each one five times.
                 headers = dict(message["headers"])
-                is_page = headers.get(b"content-type", b"").startswith(b"text/html")
-                added = (*_RAW_HEADERS, _RAW_CSP_OF_PAGES if is_page else _RAW_CSP)
                 message["headers"] = [
                     *message["headers"],
-                    *(header for header in added if header[0] not in headers),
+                    *(header for header in _RAW_HEADERS if header[0] not in headers),
                 ]
             await send(message)
 

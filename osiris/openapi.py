@@ -1,17 +1,41 @@
-"""What the OpenAPI document says of every route: API keys, and what is answered before a route."""
+"""The OpenAPI document: what FastAPI cannot know of the routes.
+
+That is the API keys, the answers that middleware gives before a route, and response headers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Any, Final
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 
 from llm_sidecar.settings import Settings
 from osiris.paths import METRICS, PROBES
+from osiris.response_headers import HEADERS, declared
 
+TITLE: Final = "Osiris LLM sidecar"
+_SUMMARY: Final = "Trade proposals from a local language model: written, judged, stored, published."
+_DESCRIPTION: Final = """\
+Phi-3 writes trade proposals, Hermes judges them and answers free questions, and a voice speaks.
+
+* Every path answers with and without its trailing slash.
+* Every request body is JSON in UTF-8. Text holds no control characters but tab, newline and
+  carriage return.
+* A request may bring an `X-Request-ID` of 1 to 128 visible ASCII characters; every answer has one.
+* An error is `{"detail": ...}` with the right status: a sentence, or a list of bad fields for 422.
+* Where the server has API keys, send one as `Authorization: Bearer KEY` or as `X-API-Key: KEY`.
+"""
+_TAGS: Final = {
+    "generation": "Proposals from Phi-3, free text from Hermes, and both together.",
+    "scoring": "How good Hermes thinks a proposal is, as a number.",
+    "feedback": "What people say about proposals, and the few-shot examples made of it.",
+    "speech": "Text to speech, and a stream of everything that is spoken.",
+    "operations": "Probes, metrics, profiles and adapters.",
+}
 _SCHEMES: Final = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "One of `SIDECAR_API_KEYS`"},
     "apiKey": {
@@ -22,15 +46,29 @@ _SCHEMES: Final = {
     },
 }
 _ANYWHERE: Final = {
-    "408": "The body did not arrive in time",
-    "413": "The request is larger than the server takes",
     "429": "As many requests are at work, wait or listen as may; `Retry-After` says when to try "
     "again",
     "503": "The server is shutting down, or a model, the voice or the database is missing or "
     "loading; `Retry-After` says when to try again",
 }
+"""Answers of every operation but probes and metrics, which are always let through."""
+_WITH_BODY: Final = {
+    "408": "The body did not arrive in time",
+    "413": "The request is larger than the server takes",
+    "415": "The body is not JSON; the detail names the header",
+}
 _UNAUTHORIZED: Final = "The server has API keys, and none of them was sent"
-_LIMITED_TEXTS: Final = {"PromptRequest": ["prompt"], "GenerateRequest": ["prompt"]}
+_RETRY: Final = frozenset({"429", "503", "504"})
+_LIMITED_TEXTS: Final = {
+    "PromptRequest": ["prompt"],
+    "ProposalRequest": ["prompt"],
+    "GenerateRequest": ["prompt"],
+}
+
+
+def operation_id(route: APIRoute) -> str:
+    """The function's name: short, stable, and unique among the documented routes."""
+    return route.name
 
 
 def document(app: FastAPI, settings: Settings) -> Callable[[], dict[str, Any]]:
@@ -38,7 +76,14 @@ def document(app: FastAPI, settings: Settings) -> Callable[[], dict[str, Any]]:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            made = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            made = get_openapi(
+                title=TITLE,
+                version=app.version,
+                summary=_SUMMARY,
+                description=_DESCRIPTION,
+                routes=app.routes,
+                tags=[{"name": name, "description": text} for name, text in _TAGS.items()],
+            )
             _describe(made, settings)
             app.openapi_schema = made
         return app.openapi_schema
@@ -49,30 +94,51 @@ def document(app: FastAPI, settings: Settings) -> Callable[[], dict[str, Any]]:
 def _describe(made: dict[str, Any], settings: Settings) -> None:
     components = made["components"]
     components["securitySchemes"] = _SCHEMES
+    components["headers"] = HEADERS
     for schema, fields in _LIMITED_TEXTS.items():
         for field in fields:
             components["schemas"][schema]["properties"][field]["maxLength"] = (
                 settings.max_prompt_chars
             )
-    for path, operations in made["paths"].items():
-        for operation in operations.values():
-            if path not in PROBES:
-                _describe_operation(operation, path, settings)
+    for path, operation in operations(made):
+        responses = operation["responses"]
+        for status, response in responses.items():
+            # FastAPI gives errors the content type of the route's own answer, be it a sound.
+            if int(status) >= HTTPStatus.BAD_REQUEST and len(response.get("content", {})) == 1:
+                response["content"] = {"application/json": response["content"].popitem()[1]}
+        if path not in PROBES:
+            _add_refusals(operation, path, settings)
+        for status, response in responses.items():
+            names = ["X-Request-ID", "traceresponse"]
+            if status in _RETRY and path not in PROBES:
+                names.append("Retry-After")
+            if status == "401":
+                names.append("WWW-Authenticate")
+            response.setdefault("headers", {}).update(declared(*names))
+        operation["responses"] = dict(sorted(responses.items()))
 
 
-def _describe_operation(operation: dict[str, Any], path: str, settings: Settings) -> None:
+def operations(made: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(path, operation) of everything that a document describes."""
+    for path, methods in made["paths"].items():
+        for operation in methods.values():
+            yield path, operation
+
+
+def _add_refusals(operation: dict[str, Any], path: str, settings: Settings) -> None:
+    """The answers that middleware gives before the route."""
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
-    responses = operation["responses"]
-    for status, response in responses.items():
-        # FastAPI gives errors the content type of the route's own answer, be it a sound.
-        if int(status) >= HTTPStatus.BAD_REQUEST and len(response.get("content", {})) == 1:
-            response["content"] = {"application/json": response["content"].popitem()[1]}
+    refusals: dict[str, str] = {}
     if path != METRICS:
-        for status, description in _ANYWHERE.items():
-            responses[status] = {"description": description, "content": content}
-    if path == METRICS and not settings.metrics_need_key:
-        return
-    responses["401"] = {"description": _UNAUTHORIZED, "content": content}
-    # An empty requirement is OpenAPI's way to say that none is needed.
-    none_needed: list[dict[str, list[str]]] = [] if settings.api_keys else [{}]
-    operation["security"] = [{name: []} for name in _SCHEMES] + none_needed
+        refusals |= _ANYWHERE
+    if "requestBody" in operation:
+        refusals |= _WITH_BODY
+    needs_key = path != METRICS or settings.metrics_need_key
+    if needs_key:
+        refusals["401"] = _UNAUTHORIZED
+        # An empty requirement is OpenAPI's way to say that none is needed.
+        none_needed: list[dict[str, list[str]]] = [] if settings.api_keys else [{}]
+        operation["security"] = [{name: []} for name in _SCHEMES] + none_needed
+    for status, description in refusals.items():
+        response = operation["responses"].setdefault(status, {"content": content})
+        response["description"] = description

@@ -8,6 +8,8 @@ from starlette.types import Scope
 
 PROBES: Final = frozenset({"/health", "/health/live", "/health/ready"})
 METRICS: Final = "/metrics"
+DOCS: Final = "/docs"
+OPENAPI: Final = "/openapi.json"
 _BY_MACHINES: Final = PROBES | {METRICS}
 
 
@@ -25,6 +27,12 @@ def is_probe(scope: Scope) -> bool:
 def is_metrics(scope: Scope) -> bool:
     """Whether the request is for the metrics."""
     return route_path(scope).rstrip("/") == METRICS
+
+
+def is_documentation(scope: Scope) -> bool:
+    """Whether the request is for the documentation's page, one of its files, or the document."""
+    path = route_path(scope).rstrip("/")
+    return path in (DOCS, OPENAPI) or path.startswith(f"{DOCS}/")
 
 
 def is_probe_or_metrics(scope: Scope) -> bool:

@@ -8,7 +8,6 @@ import functools
 import logging
 import sys
 from collections.abc import AsyncIterator
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
@@ -16,13 +15,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 
+from llm_sidecar import __version__
 from llm_sidecar.errors import SettingsError, SidecarError
 from llm_sidecar.logs import log_unhandled
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.telemetry import instruments
 from llm_sidecar.telemetry.instruments import Instrument
-from osiris import logs, openapi
+from osiris import docs_page, logs, openapi
 from osiris.access import ApiKeys
 from osiris.admission import Admission
 from osiris.http import ClientGone, stored_header
@@ -82,10 +82,12 @@ def create_app(settings: Settings) -> FastAPI:
             await telemetry.close()
 
     app = FastAPI(
-        title="Osiris LLM sidecar",
-        version=_version(),
+        version=__version__,
         lifespan=lifespan,
         redirect_slashes=False,
+        # The page and the document have routes of their own.
+        openapi_url=None,
+        generate_unique_id_function=openapi.operation_id,
         # FastAPI's own would export the texts of errors, if its variable asked it to.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
@@ -99,6 +101,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(Exception, _unexpected_error)
     app.state.shutdown = shutdown
     app.openapi = openapi.document(app, settings)  # type: ignore[method-assign]
+    docs_page.install(app)
     _add_middleware(app, settings, shutdown, telemetry)
     metrics = install_metrics(app, settings)
     return app
@@ -138,16 +141,7 @@ def _add_middleware(
 
 def _spellings(app: FastAPI) -> dict[str, str]:
     """The documented spelling of each path, by its spelling without the last slash."""
-    of_its_own = filter(None, (app.docs_url, app.redoc_url, app.openapi_url))
-    return {path.rstrip("/"): path for path in (*app.openapi()["paths"], *of_its_own)}
-
-
-def _version() -> str:
-    try:
-        return version("osiris-llm-sidecar")
-    except PackageNotFoundError:
-        # A checkout that is run without being installed.
-        return "0.0.0"
+    return {path.rstrip("/"): path for path in (*app.openapi()["paths"], *docs_page.PATHS)}
 
 
 async def _sidecar_error(request: Request, error: Exception) -> Response:

@@ -14,6 +14,7 @@ from llm_sidecar.telemetry.calls import ModelCall
 
 _OUTSIDE: Final = re.compile(r"https://fonts\.googleapis\.com/[^\"'`\s<>\\]*")
 """The page works without the fonts that pyinstrument's would fetch."""
+_OWN: Final = re.compile("<(script|style)>")
 _COLUMNS: Final = ("model", "operation", "queue", "prefill", "decode", "total", "tokens", "outcome")
 _STYLE: Final = """<style>
 body { display: flex; flex-direction: column; height: 100vh }
@@ -24,18 +25,20 @@ body { display: flex; flex-direction: column; height: 100vh }
 """The transform keeps what pyinstrument fixes to the window within the rest of it."""
 
 
-def render(heading: str, calls: Sequence[ModelCall], session: Session) -> str:
+def render(heading: str, calls: Sequence[ModelCall], session: Session, nonce: str = "") -> str:
     """The page.
 
     Args:
         heading: one line about the request.
         calls: of models that the request made; times in seconds.
         session: the samples.
+        nonce: lets the page's own scripts and style sheets pass a content security policy.
     """
     session.target_description = heading
     page = _OUTSIDE.sub("data:,", HTMLRenderer().render(session))
     above = f'{_STYLE}<div id="model-calls"><p>{html.escape(heading)}</p>{_table(calls)}</div>'
-    return page.replace("<body>", f"<body>{above}", 1)
+    page = page.replace("<body>", f"<body>{above}", 1)
+    return _OWN.sub(rf'<\1 nonce="{nonce}">', page)
 
 
 def _table(calls: Sequence[ModelCall]) -> str:

@@ -61,14 +61,18 @@ class Profile:
     calls: list[ModelCall] = field(default_factory=list)
     session: Session | None = None
 
-    def page(self) -> str:
-        """The profile as an HTML page that needs nothing else; takes a moment to make."""
+    def page(self, nonce: str = "") -> str:
+        """The profile as an HTML page that needs nothing else; takes a moment to make.
+
+        Args:
+            nonce: of the content security policy that the page is sent with.
+        """
         assert self.session is not None
         heading = (
             f"{self.method} {self.route}: {self.status} after {self.seconds:.3f} s, "
             f"{self.began:%Y-%m-%d %H:%M:%S} UTC"
         )
-        return render(heading, self.calls, self.session)
+        return render(heading, self.calls, self.session, nonce)
 
 
 class Profiling(Instrument):

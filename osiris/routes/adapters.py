@@ -10,11 +10,21 @@ from osiris.schemas import AdapterChoice, AdapterSwapped
 router = APIRouter(tags=["operations"])
 
 
-@endpoint(router, "POST", "/adapters/swap", 409, 503)
+@endpoint(
+    router,
+    "POST",
+    "/adapters/swap",
+    409,
+    422,
+    503,
+    response_description="The adapter is in use",
+)
 async def swap_adapters(
     sidecar: CurrentSidecar, chosen: AdapterChoice | None = None
 ) -> AdapterSwapped:
-    """Takes the newest adapter into use, or the one that is named; requests that run keep the one
-    they began with."""
+    """Swaps Phi-3's adapter for the newest one, or for the one that is named.
+
+    Requests that run keep the adapter they began with.
+    """
     date = await sidecar.swap_adapter(None if chosen is None else chosen.adapter)
     return AdapterSwapped(status="ok", phi3_adapter_date=None if date is None else date.isoformat())

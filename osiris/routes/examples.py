@@ -14,11 +14,19 @@ from osiris.schemas import ExampleInUse, Examples
 router = APIRouter(tags=["feedback"])
 
 
-@endpoint(router, "GET", "/examples/", 422)
+@endpoint(router, "GET", "/examples/", 422, response_description="A page of examples")
 async def list_examples(
     sidecar: CurrentSidecar,
-    limit: Annotated[int, Query(ge=1, le=500)] = 500,
-    before: Annotated[Text | None, Query(description="`next` of the page before")] = None,
+    limit: Annotated[
+        int, Query(ge=1, le=500, description="the most items of the page", examples=[100])
+    ] = 500,
+    before: Annotated[
+        Text | None,
+        Query(
+            description="`next` of the page before; the first page without it",
+            examples=["9f2c1d64a7d0"],
+        ),
+    ] = None,
 ) -> Examples:
     """The few-shot examples in use, oldest first."""
     used = sidecar.archive.corrections

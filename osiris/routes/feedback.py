@@ -42,13 +42,22 @@ _MESSAGES: Final = {
 }
 
 
-@endpoint(router, "POST", "/feedback/phi3/", 413, 422, 503)
+@endpoint(
+    router,
+    "POST",
+    "/feedback/phi3/",
+    413,
+    422,
+    503,
+    headers=("X-Feedback-ID",),
+    response_description="The feedback is durable",
+)
 async def submit_feedback(
     body: FeedbackRequest, sidecar: CurrentSidecar, response: Response
 ) -> FeedbackStored:
     """Stores feedback and answers once the row is durable; `X-Feedback-ID` is its id.
 
-    A client that hangs up meanwhile does not undo it, so nothing races the disconnect here.
+    A client that disconnects meanwhile does not undo it.
     """
     check_length(sidecar, body)
     try:
@@ -103,9 +112,21 @@ register_url_convertor("any_text", _AnyText())
 
 
 # Where the id ends in a slash, the path needs the slash of its own as well.
-@endpoint(router, "DELETE", "/feedback/{feedback_id:any_text}/", 404, 422, 503)
+@endpoint(
+    router,
+    "DELETE",
+    "/feedback/{feedback_id:any_text}",
+    404,
+    422,
+    503,
+    response_description="The feedback is withdrawn, now or before",
+)
 async def withdraw_feedback(
-    feedback_id: Annotated[FeedbackId, Path()], sidecar: CurrentSidecar
+    feedback_id: Annotated[
+        FeedbackId,
+        Path(description="as `X-Feedback-ID` gave it", examples=["9f2c1d64a7d0"]),
+    ],
+    sidecar: CurrentSidecar,
 ) -> FeedbackWithdrawn:
     """Withdraws feedback: it is neither a few-shot example nor training data from then on.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
 from llm_sidecar.errors import InvalidRequest
@@ -15,12 +17,16 @@ from osiris.http import (
     stored_header,
     unless_gone,
 )
+from osiris.response_headers import GENERATION
 from osiris.schemas import (
+    MODEL_ID,
     GeneratedText,
     GenerateRequest,
     ModelId,
     PromptRequest,
+    ProposalBadInput,
     ProposalErrorBody,
+    ProposalRequest,
     TradeAdjustment,
 )
 
@@ -28,22 +34,44 @@ router = APIRouter(tags=["generation"])
 _ERRORS = (413, 422, 429, 503, 504)
 
 
-@endpoint(router, "POST", "/generate/", *_ERRORS, response_model=GeneratedText | Proposal)
+@endpoint(
+    router,
+    "POST",
+    "/generate/",
+    *_ERRORS,
+    headers=(*GENERATION, "X-Grounded"),
+    response_model=GeneratedText | Proposal,
+    response_description="Hermes' text, or Phi-3's proposal",
+)
 async def generate(
     body: GenerateRequest,
     request: Request,
     sidecar: CurrentSidecar,
-    model_id: ModelId | None = None,
+    model_id: Annotated[
+        ModelId | None, Query(description=f"{MODEL_ID} here or in the body", examples=["phi3"])
+    ] = None,
 ) -> JSONResponse:
-    """Generates with the model that the body or the query names, Hermes unless one does."""
+    """Generates with the model that the body or the query names; Hermes unless one does.
+
+    `X-Grounded` comes with a proposal only.
+    """
     if model_id and body.model_id and model_id != body.model_id:
         raise InvalidRequest("model_id: the body and the query name different models; send one")
     if "phi3" in (model_id, body.model_id):
-        return await generate_phi3(body, request, sidecar)
+        proposing = ProposalRequest(prompt=body.prompt, max_length=body.max_length)
+        return await generate_phi3(proposing, request, sidecar)
     return await generate_hermes(body, request, sidecar)
 
 
-@endpoint(router, "POST", "/generate/hermes/", *_ERRORS, response_model=GeneratedText)
+@endpoint(
+    router,
+    "POST",
+    "/generate/hermes/",
+    *_ERRORS,
+    headers=GENERATION,
+    response_model=GeneratedText,
+    response_description="The text",
+)
 async def generate_hermes(
     body: PromptRequest, request: Request, sidecar: CurrentSidecar
 ) -> JSONResponse:
@@ -57,9 +85,17 @@ async def generate_hermes(
     return JSONResponse({"generated_text": completion.text}, headers=generation_headers(completion))
 
 
-@endpoint(router, "POST", "/generate/phi3/", *_ERRORS, response_model=Proposal)
+@endpoint(
+    router,
+    "POST",
+    "/generate/phi3/",
+    *_ERRORS,
+    headers=(*GENERATION, "X-Grounded"),
+    response_model=Proposal,
+    response_description="The proposal",
+)
 async def generate_phi3(
-    body: PromptRequest, request: Request, sidecar: CurrentSidecar
+    body: ProposalRequest, request: Request, sidecar: CurrentSidecar
 ) -> JSONResponse:
     """A valid trade proposal, which is neither assessed nor stored.
 
@@ -79,10 +115,13 @@ async def generate_phi3(
     "/propose_trade_adjustments/",
     *_ERRORS,
     error_model=ProposalErrorBody,
+    bad_input_model=ProposalBadInput,
+    headers=(*GENERATION, "X-Grounded", "X-Hermes-Score", "X-Stored"),
     response_model=TradeAdjustment,
+    response_description="The proposal is made and assessed",
 )
 async def propose_trade_adjustments(
-    body: PromptRequest, request: Request, sidecar: CurrentSidecar
+    body: ProposalRequest, request: Request, sidecar: CurrentSidecar
 ) -> JSONResponse:
     """A trade proposal with Hermes' critique, stored and published on the event bus.
 

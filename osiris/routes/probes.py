@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from llm_sidecar.sidecar import Sidecar
 from osiris.http import endpoint
-from osiris.schemas import Health, Probe
+from osiris.schemas import Health, HealthStatus, Probe
 
 _JSON: Final = "application/json"
 
@@ -35,10 +35,17 @@ class ProbeRoute(APIRoute):
 def install(app: FastAPI) -> None:
     """Adds the probes; call it before other routes, as a path is compared with one by one."""
     shared: dict[str, Any] = {"tags": ["operations"], "route_class_override": ProbeRoute}
-    endpoint(app.router, "GET", "/health", response_model=Health, **shared)(health)
-    endpoint(app.router, "GET", "/health/live", response_model=Probe, **shared)(live)
-    ready_errors = {"error_model": Probe, "response_model": Probe}
-    endpoint(app.router, "GET", "/health/ready", 503, **ready_errors, **shared)(ready)
+    whole: dict[str, Any] = {"response_model": Health | HealthStatus}
+    endpoint(app.router, "GET", "/health", response_description="The state", **whole, **shared)(
+        health
+    )
+    probe: dict[str, Any] = {"error_model": Probe, "response_model": Probe}
+    endpoint(
+        app.router, "GET", "/health/live", response_description="It serves", **probe, **shared
+    )(health_live)
+    endpoint(
+        app.router, "GET", "/health/ready", 503, response_description="Ready", **probe, **shared
+    )(health_ready)
 
 
 async def health(request: Request) -> Response:
@@ -47,12 +54,12 @@ async def health(request: Request) -> Response:
     return Response(to_json(sidecar.health()), media_type=_JSON)
 
 
-async def live(request: Request) -> Response:
+async def health_live(request: Request) -> Response:
     """Whether the process serves requests at all."""
     return _answer(200, Probe(status="ok"))
 
 
-async def ready(request: Request) -> Response:
+async def health_ready(request: Request) -> Response:
     """Whether every part that an answer needs is there; `draining` once the server is to end."""
     if request.app.state.shutdown.draining:
         return _answer(503, Probe(status="draining"))

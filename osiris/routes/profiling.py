@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+import secrets
+from typing import Annotated, Final
 
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import HTMLResponse
 
 from llm_sidecar.input_model import Text
@@ -13,19 +14,30 @@ from osiris.http import endpoint
 
 router = APIRouter(tags=["operations"])
 _CONTENT_SECURITY_POLICY: Final = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+    "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """Everything the page needs is in it; a browser refuses the rest."""
-_HEADERS: Final = {"Content-Security-Policy": _CONTENT_SECURITY_POLICY, "Cache-Control": "no-store"}
 
 
-@endpoint(router, "GET", "/debug/prof", 404, response_class=HTMLResponse)
-async def profile(request: Request, path: Text | None = None) -> HTMLResponse:
-    """The profile of the latest request, or of the latest one of a route.
-
-    `path` is the route's, such as `/generate/phi3/`.
-    """
+@endpoint(
+    router,
+    "GET",
+    "/debug/prof",
+    404,
+    422,
+    content={"text/html": {"schema": {"type": "string", "description": "an HTML page"}}},
+    response_class=HTMLResponse,
+    response_description="The page",
+)
+async def profile(
+    request: Request,
+    path: Annotated[
+        Text | None,
+        Query(description="the route's path; any route unless given", examples=["/generate/phi3/"]),
+    ] = None,
+) -> HTMLResponse:
+    """The profile of the latest request, or of the latest one of a route, as a page."""
     profiling = getattr(request.app.state, "profiles", None)
     if profiling is None:
         raise HTTPException(404, "Profiling is off; ENABLE_PROFILING=true turns it on.")
@@ -33,5 +45,7 @@ async def profile(request: Request, path: Text | None = None) -> HTMLResponse:
     if latest is None:
         raise HTTPException(404, "No such request has been profiled yet.")
     # Making the page takes long enough for others to notice.
-    page = await asyncio.to_thread(latest.page)
-    return HTMLResponse(page, headers=_HEADERS)
+    nonce = secrets.token_urlsafe(16)
+    page = await asyncio.to_thread(latest.page, nonce)
+    policy = _CONTENT_SECURITY_POLICY.format(nonce=nonce)
+    return HTMLResponse(page, headers={"Content-Security-Policy": policy})

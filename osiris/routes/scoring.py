@@ -10,7 +10,18 @@ from osiris.schemas import Score, ScoreRequest
 router = APIRouter(tags=["scoring"])
 
 
-@endpoint(router, "POST", "/score/hermes/", 413, 422, 429, 503, 504)
+@endpoint(
+    router,
+    "POST",
+    "/score/hermes/",
+    413,
+    422,
+    429,
+    503,
+    504,
+    headers=("X-Stored",),
+    response_description="The score",
+)
 async def score_hermes(
     body: ScoreRequest, request: Request, response: Response, sidecar: CurrentSidecar
 ) -> Score:

@@ -28,13 +28,42 @@ _SHUTDOWN_GRACE: Final = 0.3
 """Seconds in which a stream ends by itself at shutdown; then it is cut off."""
 
 
+_WAV: Final = {
+    "type": "string",
+    "format": "binary",
+    "description": "a WAV file of 16-bit PCM, one channel",
+}
+_EVENTS: Final = {
+    "type": "string",
+    "description": "Server-sent events. One without a name has in `data` one whole WAV file in "
+    "base64; an event `lost` has the number of WAVs that this listener missed there. Comments keep "
+    "the connection open.",
+    "contentMediaType": "text/event-stream",
+    "contentSchema": {"$ref": "#/components/schemas/AudioEvent"},
+    "examples": [": ping\r\n\r\ndata: UklGRiQAAABXQVZFZm10IA==\r\n\r\n"],
+}
+
+
 class WavResponse(Response):
     """A WAV file."""
 
     media_type = "audio/wav"
 
 
-@endpoint(router, "POST", "/speak", 413, 422, 429, 503, 504, response_class=WavResponse)
+@endpoint(
+    router,
+    "POST",
+    "/speak",
+    413,
+    422,
+    429,
+    503,
+    504,
+    headers=("X-Voice", "X-Voice-Reference"),
+    content={"audio/wav": {"schema": _WAV}},
+    response_class=WavResponse,
+    response_description="The WAV file",
+)
 async def speak(body: SpeakRequest, request: Request, sidecar: CurrentSidecar) -> WavResponse:
     """Speaks a text: a WAV of 16-bit PCM, whose parts go out on `audio.bytes` while it is spoken.
 
@@ -64,7 +93,15 @@ async def _backlog(sidecar: CurrentSidecar) -> AsyncIterator[Backlog]:
         yield backlog
 
 
-@endpoint(router, "GET", "/stream/audio", 429, response_class=EventSourceResponse)
+@endpoint(
+    router,
+    "GET",
+    "/stream/audio",
+    429,
+    content={"text/event-stream": {"schema": _EVENTS}},
+    response_class=EventSourceResponse,
+    response_description="The events, until the client disconnects or the server ends",
+)
 async def stream_audio(
     request: Request, backlog: Annotated[Backlog, Depends(_backlog)]
 ) -> EventSourceResponse:

@@ -1,0 +1,216 @@
+"""The parts of `/health`, one model for each.
+
+`/health` is written without validation, because it is asked every second; a test compares a real
+answer with these models.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, Field
+
+MODEL: Final[dict[str, Any]] = {
+    "state": "ready",
+    "reason": None,
+    "model": "phi3/Phi-3-mini-4k-instruct",
+    "adapter": "20260131-dpo",
+    "runtime": "onnxruntime-genai",
+    "device": "cpu",
+    "pid": 4711,
+    "restarts": 0,
+    "completion_tokens_total": 18230,
+    "requests": 3,
+    "queue_length": 64,
+    "running": 2,
+}
+EVENT_BUS: Final[dict[str, Any]] = {
+    "connected": True,
+    "url": "redis://localhost:6379/0",
+    "outages": 0,
+    "seconds_away": 0.0,
+    "published": 1200,
+    "published_late": 0,
+    "waiting": 0,
+    "unpublished": 0,
+    "handler_errors": 0,
+    "refused": 0,
+    "dropped": 0,
+}
+_LOG: Final[dict[str, Any]] = {"accepts_rows": True, "bytes": 0, "most_bytes": 67108864}
+DATABASE: Final[dict[str, Any]] = {
+    "state": "open",
+    "reason": None,
+    "uri": "/app/lancedb_data",
+    "rows_written": 5310,
+    "rows_waiting": 0,
+    "log": _LOG,
+    "fragments": {"proposals": 3},
+    "last_compaction": "2026-01-31T10:00:00+00:00",
+    "compaction_failure": None,
+    "compaction_failures": 0,
+    "repairs": [],
+}
+_WORKER: Final[dict[str, Any]] = {"worker_id": "gpu-1", "voice": "chatterbox", "waiting": 0}
+SPEECH: Final[dict[str, Any]] = {
+    "state": "ready",
+    "reason": None,
+    "voice": "espeak",
+    "waiting": 0,
+    "spoken": 17,
+    "workers": [_WORKER],
+    "listeners": 1,
+    "lost": 0,
+}
+
+
+class ModelHealth(BaseModel):
+    """A model and its worker process."""
+
+    state: Literal["unloaded", "loading", "ready", "failed"] = Field(
+        description="`unloaded`: the first request loads it; `loading`: it will answer soon; `ready`: it "
+        "answers; "
+        "`failed`: its files are missing or it could not be loaded, see `reason`",
+        examples=["ready"],
+    )
+    reason: str | None = Field(
+        description="why it failed, and what to set; null if it has not",
+        examples=["HERMES_MODEL_PATH: no such folder."],
+    )
+    model: str | None = Field(
+        description="the name that `X-Model` carries; null while it is not loaded",
+        examples=[MODEL["model"]],
+    )
+    adapter: str | None = Field(
+        description="the name of its adapter; null without one", examples=[MODEL["adapter"]]
+    )
+    runtime: str | None = Field(
+        description="the library that runs it; null while it is not loaded",
+        examples=[MODEL["runtime"]],
+    )
+    device: str | None = Field(
+        description="what it runs on, `cpu` or `cuda`; null while it is not loaded",
+        examples=["cpu"],
+    )
+    pid: int | None = Field(
+        description="the process id of its worker; null while there is none", examples=[4711]
+    )
+    restarts: int = Field(description="how many times its worker was replaced", examples=[0])
+    completion_tokens_total: int = Field(
+        description="tokens that it has generated since the server started", examples=[18230]
+    )
+    requests: int = Field(description="requests that run or wait now", examples=[3])
+    queue_length: int = Field(
+        description="how many requests may run and wait; one more is answered with 429",
+        examples=[64],
+    )
+    running: int = Field(description="requests that it works on now", examples=[2])
+
+
+class EventBusHealth(BaseModel):
+    """The connection to Redis; counts are since the server started."""
+
+    connected: bool = Field(description="whether Redis can be reached now", examples=[True])
+    url: str = Field(
+        description="`REDIS_URL`, without its password", examples=["redis://localhost:6379/0"]
+    )
+    outages: int = Field(description="how often the connection was lost", examples=[0])
+    seconds_away: float = Field(
+        description="seconds without a connection, of all outages together", examples=[0.0]
+    )
+    published: int = Field(description="events that were published", examples=[1200])
+    published_late: int = Field(
+        description="of those, events that were published after an outage", examples=[0]
+    )
+    waiting: int = Field(description="events that wait for a connection now", examples=[0])
+    unpublished: int = Field(description="events that were given up", examples=[0])
+    handler_errors: int = Field(description="messages whose handler raised an error", examples=[0])
+    refused: int = Field(description="messages of other services that were not valid", examples=[0])
+    dropped: int = Field(
+        description="messages that were dropped because handlers were too slow", examples=[0]
+    )
+
+
+class JournalHealth(BaseModel):
+    """The journal: rows that are durable and not yet in the database."""
+
+    accepts_rows: bool = Field(
+        description="whether a row can be stored now, be the database there or not",
+        examples=[True],
+    )
+    bytes: int = Field(description="bytes of the rows in it", examples=[0])
+    most_bytes: int = Field(
+        description="bytes that it may hold; beyond them rows are refused", examples=[67108864]
+    )
+
+
+class DatabaseHealth(BaseModel):
+    """The database, and the journal before it; counts are since the server started."""
+
+    state: Literal["opening", "open", "away", "closed"] = Field(
+        description="`opening`: not yet open; `open`: rows are written; `away`: it cannot be opened or "
+        "written, see `reason`, and the journal takes rows meanwhile; `closed`: the server is "
+        "shutting down",
+        examples=["open"],
+    )
+    reason: str | None = Field(
+        description="why it is away, or why the journal failed; null if neither",
+        examples=["The folder of LANCEDB_URI cannot be written."],
+    )
+    uri: str = Field(description="`LANCEDB_URI`, without secrets", examples=["/app/lancedb_data"])
+    rows_written: int = Field(description="rows that were acknowledged", examples=[5310])
+    rows_waiting: int = Field(
+        description="rows in the journal that the database does not have yet", examples=[0]
+    )
+    log: JournalHealth = Field(description="the journal", examples=[_LOG])
+    fragments: dict[str, int] = Field(
+        description="the number of fragments of each table by its name; compaction keeps it low",
+        examples=[{"proposals": 3}],
+    )
+    last_compaction: str | None = Field(
+        description="when the tables were last compacted, ISO 8601 in UTC; null if they were not",
+        examples=[DATABASE["last_compaction"]],
+    )
+    compaction_failure: str | None = Field(
+        description="why the last compaction failed; null if it did not",
+        examples=["disk full"],
+    )
+    compaction_failures: int = Field(description="compactions that failed", examples=[0])
+    repairs: list[str] = Field(
+        description="the latest repairs after a crash, one sentence each",
+        examples=[["proposals: a manifest of no bytes was set aside."]],
+    )
+
+
+class VoiceWorker(BaseModel):
+    """A worker that speaks for this sidecar."""
+
+    worker_id: str = Field(description="its name", examples=["gpu-1"])
+    voice: str = Field(description="its voice", examples=["chatterbox"])
+    waiting: int = Field(description="texts that wait for it", examples=[0])
+
+
+class SpeechHealth(BaseModel):
+    """The voice and its listeners; counts are since the server started."""
+
+    state: Literal["ready", "unavailable"] = Field(
+        description="`ready`: `/speak` answers; `unavailable`: no voice is there, see `reason`",
+        examples=["ready"],
+    )
+    reason: str | None = Field(
+        description="why no voice is there, and what to set; null if one is",
+        examples=["TTS_VOICE=chatterbox needs a worker, and none is there."],
+    )
+    voice: str | None = Field(
+        description="the voice that speaks next, as in `X-Voice`; null without one",
+        examples=["espeak"],
+    )
+    waiting: int = Field(description="texts that are spoken or wait now", examples=[0])
+    spoken: int = Field(description="texts that were spoken", examples=[17])
+    workers: list[VoiceWorker] = Field(
+        description="the workers on the event bus that can be reached", examples=[[_WORKER]]
+    )
+    listeners: int = Field(description="clients that listen to `/stream/audio` now", examples=[1])
+    lost: int = Field(
+        description="WAVs that listeners missed because they were too slow", examples=[0]
+    )

@@ -1,0 +1,88 @@
+"""The response headers, as the OpenAPI document describes them."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+_COUNT: Final = {"type": "integer", "minimum": 0}
+_TEXT: Final = {"type": "string"}
+
+
+def _header(
+    description: str, example: Any, schema: dict[str, Any], required: bool = False
+) -> dict[str, Any]:
+    return {
+        "description": description,
+        "required": required,
+        "schema": schema,
+        "example": example,
+    }
+
+
+HEADERS: Final[dict[str, dict[str, Any]]] = {
+    "Retry-After": _header("Seconds after which the same request may succeed", 5, _COUNT),
+    "WWW-Authenticate": _header(
+        "How to send a key", 'Bearer realm="sidecar"', _TEXT, required=True
+    ),
+    "X-Completion-Tokens": _header("Tokens that were generated", 87, _COUNT, required=True),
+    "X-Feedback-ID": _header(
+        "The id of the stored feedback, by which it is withdrawn",
+        "9f2c1d64a7d0",
+        _TEXT,
+        required=True,
+    ),
+    "X-Finish-Reason": _header(
+        "Why the generation ended: `stop`, the model ended it; `length`, `max_length` was reached; "
+        "`deadline`, the request's deadline passed and the text ends there",
+        "stop",
+        {"type": "string", "enum": ["stop", "length", "deadline"]},
+        required=True,
+    ),
+    "X-Grounded": _header(
+        "`true`, or the fields whose ticker or numbers are not in the prompt, separated by commas",
+        "true",
+        _TEXT,
+    ),
+    "X-Hermes-Score": _header(
+        "Hermes' score of the proposal: 0 is worst, 1 is best",
+        "0.750000",
+        {"type": "number", "minimum": 0, "maximum": 1},
+        required=True,
+    ),
+    "X-Model": _header(
+        "The model that answered, with its adapter if it has one", "phi3/phi3", _TEXT, required=True
+    ),
+    "X-Prompt-Tokens": _header(
+        "Tokens of the prompt, with the system prompt and the examples", 412, _COUNT, required=True
+    ),
+    "X-Request-ID": _header(
+        "The request's id: the one that was sent, or a new one; log lines carry it",
+        "1b4e28ba-2fa1-41d2-883f-0016d3cca427",
+        {"type": "string", "minLength": 1, "maxLength": 128},
+        required=True,
+    ),
+    "X-Stored": _header(
+        "`false` if a row of this request could not be stored; absent otherwise",
+        "false",
+        {"type": "string", "enum": ["false"]},
+    ),
+    "X-Voice": _header("The voice that spoke", "espeak", _TEXT, required=True),
+    "X-Voice-Reference": _header(
+        "`ignored` if the reference was not used because this voice cannot clone; absent otherwise",
+        "ignored",
+        {"type": "string", "enum": ["ignored"]},
+    ),
+    "traceresponse": _header(
+        "The trace of the request, as W3C Trace Context has it, where tracing is on",
+        "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        _TEXT,
+    ),
+}
+
+GENERATION: Final = ("X-Model", "X-Finish-Reason", "X-Prompt-Tokens", "X-Completion-Tokens")
+"""Of every answer that a model generated."""
+
+
+def declared(*names: str) -> dict[str, dict[str, str]]:
+    """What a response declares of the headers it carries."""
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
