@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, Field
 
-MODEL: Final[dict[str, Any]] = {
+_MODEL: Final[dict[str, Any]] = {
     "state": "ready",
     "reason": None,
     "model": "phi3/Phi-3-mini-4k-instruct",
@@ -24,7 +24,7 @@ MODEL: Final[dict[str, Any]] = {
     "queue_length": 64,
     "running": 2,
 }
-EVENT_BUS: Final[dict[str, Any]] = {
+_EVENT_BUS: Final[dict[str, Any]] = {
     "connected": True,
     "url": "redis://localhost:6379/0",
     "outages": 0,
@@ -38,7 +38,7 @@ EVENT_BUS: Final[dict[str, Any]] = {
     "dropped": 0,
 }
 _LOG: Final[dict[str, Any]] = {"accepts_rows": True, "bytes": 0, "most_bytes": 67108864}
-DATABASE: Final[dict[str, Any]] = {
+_DATABASE: Final[dict[str, Any]] = {
     "state": "open",
     "reason": None,
     "uri": "/app/lancedb_data",
@@ -52,7 +52,7 @@ DATABASE: Final[dict[str, Any]] = {
     "repairs": [],
 }
 _WORKER: Final[dict[str, Any]] = {"worker_id": "gpu-1", "voice": "chatterbox", "waiting": 0}
-SPEECH: Final[dict[str, Any]] = {
+_SPEECH: Final[dict[str, Any]] = {
     "state": "ready",
     "reason": None,
     "voice": "espeak",
@@ -62,15 +62,23 @@ SPEECH: Final[dict[str, Any]] = {
     "listeners": 1,
     "lost": 0,
 }
+EXAMPLES: Final = {
+    "models": {"phi3": _MODEL},
+    "event_bus": _EVENT_BUS,
+    "database": _DATABASE,
+    "speech": _SPEECH,
+}
+"""An example of each part of `/health`. FastAPI drops nulls from the examples of a field, and these
+would not be valid without."""
 
 
 class ModelHealth(BaseModel):
     """A model and its worker process."""
 
     state: Literal["unloaded", "loading", "ready", "failed"] = Field(
-        description="`unloaded`: the first request loads it; `loading`: it will answer soon; `ready`: it "
-        "answers; "
-        "`failed`: its files are missing or it could not be loaded, see `reason`",
+        description="`unloaded`: the first request loads it; `loading`: it will answer soon; "
+        "`ready`: it answers; `failed`: its files are missing or it cannot be loaded, see "
+        "`reason`",
         examples=["ready"],
     )
     reason: str | None = Field(
@@ -79,14 +87,14 @@ class ModelHealth(BaseModel):
     )
     model: str | None = Field(
         description="the name that `X-Model` carries; null while it is not loaded",
-        examples=[MODEL["model"]],
+        examples=[_MODEL["model"]],
     )
     adapter: str | None = Field(
-        description="the name of its adapter; null without one", examples=[MODEL["adapter"]]
+        description="the name of its adapter; null without one", examples=[_MODEL["adapter"]]
     )
     runtime: str | None = Field(
         description="the library that runs it; null while it is not loaded",
-        examples=[MODEL["runtime"]],
+        examples=[_MODEL["runtime"]],
     )
     device: str | None = Field(
         description="what it runs on, `cpu` or `cuda`; null while it is not loaded",
@@ -148,9 +156,9 @@ class DatabaseHealth(BaseModel):
     """The database, and the journal before it; counts are since the server started."""
 
     state: Literal["opening", "open", "away", "closed"] = Field(
-        description="`opening`: not yet open; `open`: rows are written; `away`: it cannot be opened or "
-        "written, see `reason`, and the journal takes rows meanwhile; `closed`: the server is "
-        "shutting down",
+        description="`opening`: not yet open; `open`: rows are written; `away`: it cannot be "
+        "opened or written, see `reason`, and the journal takes rows meanwhile; `closed`: the "
+        "server is shutting down",
         examples=["open"],
     )
     reason: str | None = Field(
@@ -169,7 +177,7 @@ class DatabaseHealth(BaseModel):
     )
     last_compaction: str | None = Field(
         description="when the tables were last compacted, ISO 8601 in UTC; null if they were not",
-        examples=[DATABASE["last_compaction"]],
+        examples=[_DATABASE["last_compaction"]],
     )
     compaction_failure: str | None = Field(
         description="why the last compaction failed; null if it did not",

@@ -23,7 +23,6 @@ Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 _DESCRIPTIONS = {
     404: "It does not exist, there is none yet, or it is off; the detail says which",
     409: "The adapter cannot be loaded; the one in use goes on",
-    413: "The request is larger than the server takes",
     422: "Bad input: `detail` is a sentence, or a list of the bad fields",
     429: "The queue is full; `Retry-After` says when to try again",
     503: "A model, the voice or the database is missing or loading; `Retry-After` says when to try "
@@ -60,6 +59,7 @@ def endpoint(
     error_model: type[BaseModel] = ErrorBody,
     bad_input_model: type[BaseModel] = BadInput,
     headers: Iterable[str] = (),
+    error_headers: Iterable[str] = (),
     content: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Callable[[Endpoint], Endpoint]:
@@ -69,7 +69,7 @@ def endpoint(
         errors: statuses that the function answers with.
         error_model: the body of an error.
         bad_input_model: the body of a 422.
-        headers: names of the headers that a good answer carries.
+        headers, error_headers: names of the headers that a good answer and an error carry.
         content: media types of a good answer that is not JSON, as OpenAPI describes them.
         options: of the route, such as `response_description`.
     """
@@ -77,6 +77,7 @@ def endpoint(
         status: {
             "model": bad_input_model if status == _BAD_INPUT else error_model,
             "description": _DESCRIPTIONS[status],
+            "headers": declared(*error_headers),
         }
         for status in errors
     }

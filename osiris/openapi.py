@@ -14,8 +14,10 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 
 from llm_sidecar.settings import Settings
+from osiris.health_schemas import EXAMPLES
 from osiris.paths import METRICS, PROBES
 from osiris.response_headers import HEADERS, declared
+from osiris.schemas import AudioEvent
 
 TITLE: Final = "Osiris LLM sidecar"
 _SUMMARY: Final = "Trade proposals from a local language model: written, judged, stored, published."
@@ -95,6 +97,10 @@ def _describe(made: dict[str, Any], settings: Settings) -> None:
     components = made["components"]
     components["securitySchemes"] = _SCHEMES
     components["headers"] = HEADERS
+    # No route returns one of these: they travel inside a stream.
+    components["schemas"]["AudioEvent"] = AudioEvent.model_json_schema()
+    for field, example in EXAMPLES.items():
+        components["schemas"]["Health"]["properties"][field]["examples"] = [example]
     for schema, fields in _LIMITED_TEXTS.items():
         for field in fields:
             components["schemas"][schema]["properties"][field]["maxLength"] = (

@@ -1,6 +1,7 @@
 """Request and response models of the HTTP contract.
 
-The OpenAPI document is made from them, so every field says its meaning and unit, and has an example.
+The OpenAPI document is made from them, so every field says its meaning and unit, and has
+an example.
 """
 
 from __future__ import annotations
@@ -19,10 +20,6 @@ from llm_sidecar.input_model import InputModel, TextOrObject
 from llm_sidecar.proposals import MAX_COMPLETION_TOKENS, Proposal
 from llm_sidecar.timestamps import Timestamp
 from osiris.health_schemas import (
-    DATABASE,
-    EVENT_BUS,
-    MODEL,
-    SPEECH,
     DatabaseHealth,
     EventBusHealth,
     ModelHealth,
@@ -294,6 +291,21 @@ class Examples(BaseModel):
     )
 
 
+class AudioEvent(BaseModel):
+    """One event of `/stream/audio`."""
+
+    event: Literal["lost"] | None = Field(
+        None,
+        description="absent for a WAV file; `lost`: this listener was too slow and missed some",
+        examples=["lost"],
+    )
+    data: str = Field(
+        description="a whole WAV file in base64 (the example is the beginning of one), or the "
+        "number of WAV files that were missed",
+        examples=["UklGRiQAAABXQVZFZm10IA==", "3"],
+    )
+
+
 class AdapterChoice(_Request):
     """Which adapter to use."""
 
@@ -401,16 +413,14 @@ class Health(BaseModel):
         description="how many scores the last 24 hours have", examples=[42]
     )
     models: dict[str, ModelHealth] = Field(
-        description="each model by its name: `phi3` and `hermes`", examples=[{"phi3": MODEL}]
+        description="each model by its name: `phi3` and `hermes`"
     )
-    event_bus: EventBusHealth = Field(description="the connection to Redis", examples=[EVENT_BUS])
-    database: DatabaseHealth = Field(
-        description="the database, and the journal before it", examples=[DATABASE]
-    )
-    speech: SpeechHealth = Field(description="the voice and its listeners", examples=[SPEECH])
+    event_bus: EventBusHealth = Field(description="the connection to Redis")
+    database: DatabaseHealth = Field(description="the database, and the journal before it")
+    speech: SpeechHealth = Field(description="the voice and its listeners")
 
 
-class HealthStatus(BaseModel):
+class HealthSummary(BaseModel):
     """What a caller without a key gets of `/health` where API keys are set."""
 
     status: Literal["ok", "partial_error", "error"] = Field(

@@ -26,6 +26,7 @@ _FILES: Final = {
 }
 """The only files that are served, with their content types."""
 _ASSET: Final = f"{DOCS}/{{build}}/{{name}}"
+_METHODS: Final = ["GET", "HEAD"]
 PATHS: Final = (DOCS, _ASSET, OPENAPI)
 _CONTENT_SECURITY_POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -45,10 +46,10 @@ def install(app: FastAPI) -> None:
         )
 
     for path in (DOCS, f"{DOCS}/"):
-        app.add_api_route(path, _page, include_in_schema=False)
+        app.add_api_route(path, _page, methods=_METHODS, include_in_schema=False)
     for path in (OPENAPI, f"{OPENAPI}/"):
-        app.add_api_route(path, openapi_document, include_in_schema=False)
-    app.add_api_route(_ASSET, _asset, include_in_schema=False)
+        app.add_api_route(path, openapi_document, methods=_METHODS, include_in_schema=False)
+    app.add_api_route(_ASSET, _asset, methods=_METHODS, include_in_schema=False)
 
 
 async def _page(request: Request) -> HTMLResponse:

@@ -46,7 +46,6 @@ _MESSAGES: Final = {
     router,
     "POST",
     "/feedback/phi3/",
-    413,
     422,
     503,
     headers=("X-Feedback-ID",),

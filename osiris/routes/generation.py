@@ -31,7 +31,7 @@ from osiris.schemas import (
 )
 
 router = APIRouter(tags=["generation"])
-_ERRORS = (413, 422, 429, 503, 504)
+_ERRORS = (422, 429, 503, 504)
 
 
 @endpoint(
@@ -117,6 +117,7 @@ async def generate_phi3(
     error_model=ProposalErrorBody,
     bad_input_model=ProposalBadInput,
     headers=(*GENERATION, "X-Grounded", "X-Hermes-Score", "X-Stored"),
+    error_headers=("X-Stored",),
     response_model=TradeAdjustment,
     response_description="The proposal is made and assessed",
 )

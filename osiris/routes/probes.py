@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from llm_sidecar.sidecar import Sidecar
 from osiris.http import endpoint
-from osiris.schemas import Health, HealthStatus, Probe
+from osiris.schemas import Health, HealthSummary, Probe
 
 _JSON: Final = "application/json"
 
@@ -35,7 +35,7 @@ class ProbeRoute(APIRoute):
 def install(app: FastAPI) -> None:
     """Adds the probes; call it before other routes, as a path is compared with one by one."""
     shared: dict[str, Any] = {"tags": ["operations"], "route_class_override": ProbeRoute}
-    whole: dict[str, Any] = {"response_model": Health | HealthStatus}
+    whole: dict[str, Any] = {"response_model": Health | HealthSummary}
     endpoint(app.router, "GET", "/health", response_description="The state", **whole, **shared)(
         health
     )

@@ -14,7 +14,6 @@ router = APIRouter(tags=["scoring"])
     router,
     "POST",
     "/score/hermes/",
-    413,
     422,
     429,
     503,

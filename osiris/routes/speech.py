@@ -54,7 +54,6 @@ class WavResponse(Response):
     router,
     "POST",
     "/speak",
-    413,
     422,
     429,
     503,

@@ -82,7 +82,7 @@ async def test_a_key_need_not_be_ascii() -> None:
     async with client(app) as asking:
         # Headers are bytes, read as Latin-1; the key's own bytes are UTF-8.
         sent = {b"X-API-Key": "schlüssel-von-uns".encode()}
-        assert (await asking.get("/docs", headers=sent)).status_code == 200
+        assert (await asking.get("/examples/", headers=sent)).status_code == 200
 
 
 async def test_a_refusal_reads_no_body() -> None:
@@ -97,6 +97,13 @@ async def test_a_refusal_reads_no_body() -> None:
 @pytest.mark.parametrize("metrics_need_key", [False, True])
 async def test_the_probes_are_open(path: str, metrics_need_key: bool) -> None:
     app, _ = guarded(metrics_need_key=metrics_need_key)
+    async with client(app) as asking:
+        assert (await asking.get(path)).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/docs", "/docs/", "/docs/x/init.js", "/openapi.json/"])
+async def test_the_documentation_is_open(path: str) -> None:
+    app, _ = guarded(metrics_need_key=True)
     async with client(app) as asking:
         assert (await asking.get(path)).status_code == 200
 
@@ -120,7 +127,7 @@ async def test_what_gets_through_gets_its_body() -> None:
     assert inner.receivers == [call.receive]
 
 
-@pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/stream/audio", "/healthy"])
+@pytest.mark.parametrize("path", ["/", "/docsx", "/openapi.jsonx", "/stream/audio", "/healthy"])
 async def test_every_other_path_is_closed(path: str) -> None:
     app, _ = guarded()
     async with client(app) as asking:

@@ -51,6 +51,19 @@ def test_nothing_else_is_either(path: str) -> None:
     assert paths.is_probe_or_metrics(scope) is False
 
 
+@pytest.mark.parametrize("path", ["/docs", "/docs/", "/docs/a/b", "/openapi.json/"])
+def test_the_documentation_is_no_probe(path: str) -> None:
+    scope = http_scope(path)
+    assert paths.is_documentation(scope) is True
+    assert paths.is_documentation(http_scope(f"/desk{path}", root_path="/desk")) is True
+    assert paths.is_probe_or_metrics(scope) is False
+
+
+@pytest.mark.parametrize("path", [*PROBES, *METRICS, "/", "/docsX", "/health/../docs", "/Docs"])
+def test_nothing_else_is_documentation(path: str) -> None:
+    assert paths.is_documentation(http_scope(path)) is False
+
+
 @pytest.mark.parametrize(
     ("scope", "path"),
     [

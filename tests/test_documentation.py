@@ -1,0 +1,196 @@
+"""What a running server says of itself: a client generated from its document, and `/docs`."""
+
+from __future__ import annotations
+
+import compileall
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from osiris.schemas import Health
+from tests.live_server import LiveServer, serve
+
+KEY = "a-key-of-the-tests-0123"
+PROMPT = "Long AAPL from 182.40, now 191.10, RSI 78."
+PROPOSAL = {"ticker": "AAPL", "action": "pass", "confidence": 0.5, "rationale": "Wait for it."}
+GENERATOR = str(Path(sys.executable).parent / "openapi-python-client")
+PACKAGE = "generated_client_of_the_tests"
+OPTIONS = {
+    # The generated code need not be pretty, and the generator knows only one name for bytes.
+    "post_hooks": [],
+    "content_type_overrides": {"audio/wav": "application/octet-stream"},
+}
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    random_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveServer]:
+    """A server with a key, metrics and profiles."""
+    with serve(
+        tmp_path_factory.mktemp("guarded"),
+        PRELOAD_MODELS="true",
+        SIDECAR_API_KEYS=KEY,
+        ENABLE_METRICS="true",
+        ENABLE_PROFILING="true",
+        **random_models,
+    ) as running:
+        running.wait_until_ready()
+        running.client.headers["X-API-Key"] = KEY
+        running.wait_until_database_is_open()
+        yield running
+
+
+# A generated client
+
+
+@pytest.fixture(scope="module")
+def generated(guarded: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The package that the generator writes from the served document, without a warning."""
+    folder = tmp_path_factory.mktemp("client")
+    (folder / "options.json").write_text(json.dumps(OPTIONS))
+    command = [
+        *(GENERATOR, "generate", "--url", f"{guarded.url}/openapi.json", "--meta", "none"),
+        *("--config", str(folder / "options.json"), "--fail-on-warning"),
+        *("--output-path", str(folder / PACKAGE)),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    sys.path.insert(0, str(folder))
+    try:
+        yield importlib.import_module(PACKAGE)
+    finally:
+        sys.path.remove(str(folder))
+        for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def models(generated: Any) -> Any:
+    return importlib.import_module(f"{PACKAGE}.models")
+
+
+class Operations:
+    """Calls operations by their ids, as the generated client has them."""
+
+    def __init__(self, client: Any, folder: Path) -> None:
+        self.client = client
+        self._modules = {path.stem: path.parent.name for path in folder.glob("api/*/[a-z]*.py")}
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._modules)
+
+    def module(self, name: str) -> Any:
+        return importlib.import_module(f"{PACKAGE}.api.{self._modules[name]}.{name}")
+
+    def __call__(self, name: str, *args: Any, **options: Any) -> Any:
+        return self.module(name).sync(*args, client=self.client, **options)
+
+
+@pytest.fixture(scope="module")
+def ask(guarded: LiveServer, generated: Any) -> Iterator[Operations]:
+    with generated.AuthenticatedClient(guarded.url, KEY, timeout=60) as client:
+        yield Operations(client, Path(generated.__file__).parent)
+
+
+def test_every_generated_module_compiles_and_imports(generated: Any) -> None:
+    assert compileall.compile_dir(generated.__path__[0], quiet=1, force=True)
+    for module in pkgutil.walk_packages(generated.__path__, f"{PACKAGE}."):
+        importlib.import_module(module.name)
+
+
+def test_every_operation_is_tried_with_the_generated_client(ask: Operations) -> None:
+    source = Path(__file__).read_text()
+    tried = {name for name in ask.names if re.search(rf'ask(\.module)?\(\s*"{name}"', source)}
+    assert tried == ask.names
+
+
+def test_it_reads_proposals_and_texts(ask: Operations, models: Any) -> None:
+    request = models.PromptRequest(prompt=PROMPT, max_length=8)
+    assert isinstance(ask("generate_hermes", body=request).generated_text, str)
+    request = models.GenerateRequest(prompt=PROMPT)
+    request.model_id = models.GenerateRequestModelIdType0.PHI3
+    for made in (
+        ask("generate", body=request),
+        ask("generate_phi3", body=models.ProposalRequest(prompt=PROMPT)),
+    ):
+        assert isinstance(made, models.Proposal)
+        assert made.action in models.ProposalAction
+        assert 0 <= made.confidence <= 1
+    walked = ask("propose_trade_adjustments", body=models.ProposalRequest(prompt=PROMPT))
+    assert isinstance(walked.phi3_proposal, models.Proposal)
+    assert walked.transaction_id.version == 4
+
+
+def test_it_scores(ask: Operations, models: Any) -> None:
+    body = models.ScoreRequest(models.ScoreRequestProposal.from_dict(PROPOSAL), context=PROMPT)
+    score = ask("score_hermes", body=body)
+    assert 0 <= score.score <= 1
+
+
+def test_it_sends_lists_and_withdraws_feedback(ask: Operations, models: Any) -> None:
+    walked = ask("propose_trade_adjustments", body=models.ProposalRequest(prompt=PROMPT))
+    body = models.FeedbackRequest.from_dict(
+        {
+            "transaction_id": str(walked.transaction_id),
+            "feedback_type": "correction",
+            "feedback_content": {"by": "a test"},
+            "corrected_proposal": PROPOSAL,
+        }
+    )
+    sent = ask.module("submit_feedback").sync_detailed(client=ask.client, body=body)
+    assert sent.parsed.transaction_id == str(walked.transaction_id)
+    page = ask("list_examples", limit=500)
+    (item,) = [item for item in page.items if item.transaction_id == sent.parsed.transaction_id]
+    assert item.proposal.to_dict() == PROPOSAL
+    feedback_id = sent.headers["X-Feedback-ID"]
+    assert item.feedback_id == feedback_id
+    withdrawn = ask("withdraw_feedback", feedback_id)
+    assert withdrawn.feedback_id == feedback_id
+    missing = ask("withdraw_feedback", "no-such-feedback")
+    assert isinstance(missing, models.ErrorBody)
+
+
+def test_it_speaks_and_listens(ask: Operations, models: Any) -> None:
+    listening = ask.module("stream_audio")._get_kwargs()
+    with ask.client.get_httpx_client().stream(**listening) as stream:
+        body = models.SpeakRequest("Take the profit.")
+        assert ask("speak", body=body).payload.read().startswith(b"RIFF")
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        assert next(line for line in stream.iter_lines() if line.startswith("data: UklGR"))
+
+
+def test_it_reads_states(ask: Operations, models: Any) -> None:
+    health = ask("health")
+    assert isinstance(health, models.Health)
+    assert health.models["phi3"].state is models.ModelHealthState.READY
+    assert health.database.state is models.DatabaseHealthState.OPEN
+    assert ask("health_live").status is models.ProbeStatus.OK
+    assert ask("health_ready").missing == []
+    swapped = ask("swap_adapters", body=models.AdapterChoice())
+    assert swapped.phi3_adapter_date is None
+    assert "http_requests_total" in ask("scrape_metrics")
+    assert 'id="model-calls"' in ask("profile")
+
+
+def test_it_reads_errors(ask: Operations, models: Any) -> None:
+    blank = ask("generate_phi3", body=models.ProposalRequest(prompt=" "))
+    assert [entry.loc for entry in blank.detail] == [["body", "prompt"]]
+    short = ask("generate_phi3", body=models.ProposalRequest(prompt=PROMPT, max_length=1))
+    assert short.detail.startswith("max_length: ")
+
+
+def test_health_has_the_documented_keys_and_no_others(guarded: LiveServer) -> None:
+    """It is written without validation, so nothing else compares it with its model."""
+    health = guarded.client.get("/health").json()
+    known = Health.model_validate(health, strict=True)
+    assert known.model_dump(mode="json") == health
