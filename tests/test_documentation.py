@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import compileall
+import contextlib
 import importlib
 import json
+import os
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
 from osiris.schemas import Health
 from tests.live_server import LiveServer, serve
@@ -194,3 +199,127 @@ def test_health_has_the_documented_keys_and_no_others(guarded: LiveServer) -> No
     health = guarded.client.get("/health").json()
     known = Health.model_validate(health, strict=True)
     assert known.model_dump(mode="json") == health
+
+
+# The page at /docs
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    executable = shutil.which("chromium")
+    if executable is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("chromium is not installed")
+        pytest.skip("chromium is not installed")
+    with sync_playwright() as playwright:
+        # Root has no sandbox.
+        args = ["--no-sandbox"] if os.geteuid() == 0 else []
+        launched = playwright.chromium.launch(executable_path=executable, args=args)
+        yield launched
+        launched.close()
+
+
+@contextlib.contextmanager
+def opened(browser: Browser, url: str, **options: Any) -> Iterator[tuple[Page, list[str]]]:
+    """A page whose requests to other servers fail, and what went wrong on it: such a request, an
+    error, or something that the content security policy forbids."""
+    faults: list[str] = []
+    server = url.partition("/docs")[0]
+    with browser.new_context(**options) as context:
+        context.set_default_timeout(20_000)
+
+        def answer(route: Route) -> None:
+            if route.request.url.startswith(server):
+                route.continue_()
+            else:
+                faults.append(route.request.url)
+                route.abort()
+
+        context.route("**/*", answer)
+        page = context.new_page()
+        page.on("console", lambda said: faults.append(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.goto(url)
+        page.locator(".opblock").first.wait_for()
+        yield page, faults
+
+
+def operation(page: Page, tag: str, name: str) -> Locator:
+    """An operation, unfolded and ready to be tried."""
+    block = page.locator(f"#operations-{tag}-{name}")
+    block.locator(".opblock-summary-control").click()
+    block.get_by_role("button", name="Try it out").click()
+    return block
+
+
+def executed(block: Locator, status: int) -> Locator:
+    """The answer to the example that the page offers."""
+    block.get_by_role("button", name="Execute").click()
+    answer = block.locator("tr.response").first
+    expect(answer.locator(".response-col_status")).to_have_text(str(status))
+    return answer
+
+
+def test_the_page_needs_no_other_server_and_lets_one_call_with_a_key(
+    guarded: LiveServer, browser: Browser
+) -> None:
+    with opened(browser, f"{guarded.url}/docs") as (page, faults):
+        expect(page.locator(".opblock")).to_have_count(16)
+        expect(page.locator("h1")).to_contain_text("Osiris LLM sidecar")
+        proposing = operation(page, "generation", "propose_trade_adjustments")
+        executed(proposing, 401)
+        # A browser reports each answer that is an error.
+        assert [fault for fault in faults if "401" not in fault] == []
+        faults.clear()
+        page.get_by_role("button", name="Authorize", exact=True).click()
+        page.locator("#auth-bearer-value").fill(KEY)
+        page.get_by_role("button", name="Apply credentials").first.click()
+        page.get_by_role("button", name="Close").first.click()
+        expect(executed(proposing, 200)).to_contain_text("phi3_proposal")
+        spoken = executed(operation(page, "speech", "speak"), 200)
+        # The sound that has come is played: asking for it again would be a GET.
+        expect(spoken.locator("audio source")).to_have_attribute("src", re.compile("^blob:"))
+        kept = page.evaluate("[{...localStorage}, {...sessionStorage}, document.cookie]")
+        assert kept == [{}, {}, ""]
+        page.reload()
+        expect(page.locator(".authorize.unlocked")).to_be_visible()
+        assert faults == []
+
+
+def test_the_profile_works_under_its_policy(guarded: LiveServer, browser: Browser) -> None:
+    assert guarded.client.post("/score/hermes/", json={"proposal": PROPOSAL}).is_success
+    faults: list[str] = []
+    with browser.new_context(extra_http_headers={"X-API-Key": KEY}) as context:
+        page = context.new_page()
+        page.on("console", lambda said: faults.append(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.goto(f"{guarded.url}/debug/prof?path=/score/hermes/")
+        page.locator(".call-stack-view").first.wait_for()
+        expect(page.locator("#model-calls")).to_have_css("padding-left", "16px")
+    assert faults == []
+
+
+OF_THE_VIEWER = {
+    "color-contrast": "its badges and buttons have white or green text on light colours",
+    "label": "its text field for a request's body has no label",
+    "nested-interactive": "an operation's heading is a button that holds another one",
+    "select-name": "its label for the list of servers does not name the list",
+}
+"""Rules of axe that Swagger UI breaks seriously or critically, each with what breaks it."""
+
+
+def test_the_page_is_accessible_but_for_the_viewer(guarded: LiveServer, browser: Browser) -> None:
+    # The policy would keep axe out as well.
+    with opened(browser, f"{guarded.url}/docs", bypass_csp=True) as (page, _):
+        operation(page, "generation", "generate_phi3")
+        found = Axe().run(page).response["violations"]
+        serious = [rule for rule in found if rule["impact"] in ("serious", "critical")]
+        ours = [
+            target
+            for rule in serious
+            for node in rule["nodes"]
+            for target in node["target"]
+            if page.locator(".swagger-ui").locator(target).count() == 0
+        ]
+    assert {rule["id"] for rule in serious} == set(OF_THE_VIEWER)
+    assert ours == []

@@ -35,7 +35,7 @@ def render(heading: str, calls: Sequence[ModelCall], session: Session, nonce: st
         nonce: lets the page's own scripts and style sheets pass a content security policy.
     """
     session.target_description = heading
-    page = _OUTSIDE.sub("data:,", HTMLRenderer().render(session))
+    page = _OUTSIDE.sub("", HTMLRenderer().render(session))
     above = f'{_STYLE}<div id="model-calls"><p>{html.escape(heading)}</p>{_table(calls)}</div>'
     page = page.replace("<body>", f"<body>{above}", 1)
     return _OWN.sub(rf'<\1 nonce="{nonce}">', page)

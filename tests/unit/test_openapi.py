@@ -13,7 +13,9 @@ from llm_sidecar import __version__
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.telemetry.metrics import NoMetrics
+from osiris.schemas import Health
 from osiris.server import create_app
+from tests.unit.asgi import client
 
 ENVIRON = {"REDIS_URL": "memory://", "ENABLE_METRICS": "true"}
 OPERATIONS = {
