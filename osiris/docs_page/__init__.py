@@ -30,7 +30,8 @@ _METHODS: Final = ["GET", "HEAD"]
 PATHS: Final = (DOCS, _ASSET, OPENAPI)
 _CONTENT_SECURITY_POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-    "connect-src 'self'; media-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "connect-src 'self'; media-src blob:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
 )
 """Swagger UI's style sheet has its icons as `data:` images; a sound that has come is a `blob:`."""
 

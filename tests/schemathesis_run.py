@@ -1,0 +1,30 @@
+"""Runs schemathesis, which sends a server what its OpenAPI document allows and what it forbids."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+_COMMAND: Final = Path(sys.executable).parent / "schemathesis"
+_OPTIONS: Final = Path(__file__).with_name("schemathesis.toml")
+
+
+def find_faults(url: str, key: str, folder: Path, examples: int) -> str:
+    """The report of a run in which a check failed, or an empty text.
+
+    Args:
+        url: of the server.
+        key: one of its API keys.
+        folder: for what schemathesis writes.
+        examples: the most random requests of each operation and each kind.
+    """
+    command = [
+        *(str(_COMMAND), "--config-file", str(_OPTIONS), "run", f"{url}/openapi.json"),
+        *("--header", f"Authorization: Bearer {key}", "--checks", "all"),
+        *("--seed", "1", "--max-examples", str(examples), "--request-timeout", "20"),
+        *("--workers", "2", "--no-color"),
+    ]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return "" if done.returncode == 0 else done.stdout + done.stderr
