@@ -34,7 +34,7 @@ MAX_SPEECH: Final = 5_000
 _PROMPT: Final = "Long AAPL from 182.40, now 191.10, RSI 78 after an 8 % run."
 _TRANSACTION: Final = "1b4e28ba-2fa1-41d2-883f-0016d3cca427"
 _FEEDBACK: Final = "9f2c1d64a7d0"
-_PROPOSAL: Final = {
+_PROPOSAL: Final[dict[str, Any]] = {
     "ticker": "AAPL",
     "action": "adjust",
     "side": "LONG",
