@@ -55,7 +55,7 @@ def all_of(connection: socket.socket) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "path", ["/redoc", "/stream/audio", "/nothing", "/health/../docs", "/docsX", "/metrics"]
+    "path", ["/redoc", "/stream/audio", "/nothing", "/health/%2e%2e/docs", "/docsX"]
 )
 def test_every_other_path_is_closed(closed: LiveServer, path: str) -> None:
     assert closed.client.get(path).status_code == 401

@@ -148,7 +148,7 @@ def test_a_server_logs_json_with_one_line_a_request(tmp_path: Path) -> None:
         ("one", "POST", "/speak", 200),
         ("two", "POST", "/speak", 422),
         ("three", "GET", "unmatched", 404),
-        ("four", "DELETE", "/feedback/{feedback_id}/", 404),
+        ("four", "DELETE", "/feedback/{feedback_id}", 404),
     ]
     assert all(line["duration_ms"] > 0 for line in seen)
     assert "uvicorn.error" in loggers

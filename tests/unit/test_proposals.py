@@ -65,15 +65,17 @@ def test_the_public_schema_is_the_contracts() -> None:
     assert list(schema["properties"]) == list(VALID)
     assert schema["required"] == ["ticker", "action", "confidence", "rationale"]
     assert schema["additionalProperties"] is False
-    assert {name: set(field) for name, field in schema["properties"].items()} == {
-        "ticker": {"title", "type", "minLength"},
-        "action": {"title", "type", "enum"},
+    told = {"title", "description", "examples"}
+    assert all(told <= set(field) for field in schema["properties"].values())
+    assert {name: set(field) - told for name, field in schema["properties"].items()} == {
+        "ticker": {"type", "minLength"},
+        "action": {"type", "enum"},
         # It may be left out, and has no default: null is not a side.
-        "side": {"title", "type", "enum"},
-        "new_stop_pct": {"title", "anyOf", "default"},
-        "new_target_pct": {"title", "anyOf", "default"},
-        "confidence": {"title", "type", "minimum", "maximum"},
-        "rationale": {"title", "type", "minLength"},
+        "side": {"type", "enum"},
+        "new_stop_pct": {"anyOf", "default"},
+        "new_target_pct": {"anyOf", "default"},
+        "confidence": {"type", "minimum", "maximum"},
+        "rationale": {"type", "minLength"},
     }
     assert schema["properties"]["action"]["enum"] == ["adjust", "pass", "abort"]
     assert schema["properties"]["side"]["enum"] == ["LONG", "SHORT"]
