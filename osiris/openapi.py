@@ -48,8 +48,7 @@ _SCHEMES: Final = {
     },
 }
 _ANYWHERE: Final = {
-    "429": "As many requests are at work, wait or listen as may; `Retry-After` says when to try "
-    "again",
+    "429": "Too many requests run, wait or listen; `Retry-After` says when to try again",
     "503": "The server is shutting down, or a model, the voice or the database is missing or "
     "loading; `Retry-After` says when to try again",
 }
@@ -59,7 +58,7 @@ _WITH_BODY: Final = {
     "413": "The request is larger than the server takes",
     "415": "The body is not JSON; the detail names the header",
 }
-_UNAUTHORIZED: Final = "The server has API keys, and none of them was sent"
+_UNAUTHORIZED: Final = "The server has API keys, and the request brings none of them"
 _RETRY: Final = frozenset({"429", "503", "504"})
 _LIMITED_TEXTS: Final = {
     "PromptRequest": ["prompt"],

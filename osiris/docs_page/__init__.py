@@ -53,7 +53,7 @@ def install(app: FastAPI) -> None:
     app.add_api_route(_ASSET, _asset, methods=_METHODS, include_in_schema=False)
 
 
-async def _page(request: Request) -> HTMLResponse:
+def _page(request: Request) -> HTMLResponse:
     page = (_FOLDER / "index.html").read_text()
     # A browser resolves links against the folder that the page's path is in.
     folder = "" if request.scope["path"].endswith("/") else "docs/"
@@ -63,7 +63,7 @@ async def _page(request: Request) -> HTMLResponse:
     )
 
 
-async def _asset(build: str, name: str) -> FileResponse:
+def _asset(build: str, name: str) -> FileResponse:
     if build != _build() or name not in _FILES:
         raise HTTPException(404)
     return FileResponse(

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 
 from llm_sidecar.errors import InvalidRequest
 from llm_sidecar.proposals import Proposal
+from llm_sidecar.sidecar import Sidecar
 from osiris.http import (
     CurrentSidecar,
     check_length,
@@ -58,8 +59,7 @@ async def generate(
     if model_id and body.model_id and model_id != body.model_id:
         raise InvalidRequest("model_id: the body and the query name different models; send one")
     if "phi3" in (model_id, body.model_id):
-        proposing = ProposalRequest(prompt=body.prompt, max_length=body.max_length)
-        return await generate_phi3(proposing, request, sidecar)
+        return await _propose(body, request, sidecar)
     return await generate_hermes(body, request, sidecar)
 
 
@@ -101,6 +101,10 @@ async def generate_phi3(
 
     `X-Grounded` is `true`, or the fields whose ticker or numbers are not in the prompt.
     """
+    return await _propose(body, request, sidecar)
+
+
+async def _propose(body: PromptRequest, request: Request, sidecar: Sidecar) -> JSONResponse:
     check_length(sidecar, body)
     proposed = await unless_gone(request, sidecar.generate_phi3(body.prompt, body.max_length))
     return JSONResponse(

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 from openapi_schema_validator import OAS31Validator
 from openapi_spec_validator import validate
 
 from llm_sidecar import __version__
+from llm_sidecar.errors import DatabaseUnavailable, DeadlineExceeded, InvalidRequest, QueueFull
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.telemetry.metrics import NoMetrics
 from osiris.schemas import Health
 from osiris.server import create_app
 from tests.unit.asgi import client
+from tests.unit.fakes import FakeParts, completion
 
 ENVIRON = {"REDIS_URL": "memory://", "ENABLE_METRICS": "true"}
 OPERATIONS = {
@@ -213,3 +216,95 @@ async def test_the_served_document_names_the_server_under_its_root_path() -> Non
                 served = (await asking.get(f"{root_path}/openapi.json{slash}")).json()
                 assert served.pop("servers") == [{"url": url, "description": "This server"}]
                 assert served == app.openapi()
+
+
+KEY = "a-key-of-the-tests-0123"
+PROPOSED = (
+    '{"ticker":"ABC","action":"pass","new_stop_pct":null,"new_target_pct":null,"confidence":0.5,'
+    '"rationale":"Nothing to do."}'
+)
+FULL = QueueFull("The queue is full.", retry_after=7)
+AWAY = DatabaseUnavailable("The disk is full.", retry_after=5)
+LATE = DeadlineExceeded("The deadline has passed.", retry_after=5)
+INVALID = InvalidRequest("prompt: it takes too many tokens.")
+PROMPTED = {"json": {"prompt": "Long ABC."}}
+SCORED = {"json": {"proposal": {"ticker": "ABC"}}}
+FEEDBACK = {"json": {"transaction_id": "t", "feedback_type": "rating", "feedback_content": "Good."}}
+PROPOSE = "/propose_trade_adjustments/"
+ERRORS: list[tuple[str, str, dict[str, Any], list[object], list[object], int]] = [
+    ("POST", "/generate/", PROMPTED, [], [FULL], 429),
+    ("POST", "/generate/", {"content": b"{"}, [], [], 422),
+    ("POST", "/generate/hermes/", PROMPTED, [], [LATE], 504),
+    ("POST", "/generate/phi3/", PROMPTED, [INVALID], [], 422),
+    ("POST", PROPOSE, {"json": {}}, [], [], 422),
+    ("POST", PROPOSE, PROMPTED, [FULL], [], 429),
+    ("POST", PROPOSE, PROMPTED, [completion(PROPOSED)], [INVALID], 422),
+    ("POST", PROPOSE, PROMPTED, [completion(PROPOSED)], [FULL], 429),
+    ("POST", PROPOSE, PROMPTED, [completion(PROPOSED)], [AWAY], 503),
+    ("POST", PROPOSE, PROMPTED, [completion(PROPOSED)], [LATE], 504),
+    ("POST", "/score/hermes/", SCORED, [], [FULL], 429),
+    ("POST", "/score/hermes/", {"content": b"1"}, [], [], 422),
+    ("POST", "/score/hermes/", {"content": b" " * (9 << 20)}, [], [], 413),
+    ("POST", "/feedback/phi3/", FEEDBACK, [], [], 503),
+    ("POST", "/adapters/swap", {"json": {"adapter": "newest"}}, [], [], 422),
+    ("POST", "/adapters/swap", {"json": {"adapter": "20260131"}}, [], [], 409),
+    ("DELETE", "/feedback/{feedback_id}", {}, [], [], 404),
+    ("GET", "/examples/", {"params": {"limit": "0"}}, [], [], 422),
+    ("GET", "/examples/", {"params": {"before": "nothing"}}, [], [], 422),
+    ("GET", "/debug/prof", {"params": {"path": "\0"}}, [], [], 422),
+    ("GET", "/debug/prof", {}, [], [], 404),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "sent", "phi3", "hermes", "status"), ERRORS)
+async def test_an_error_is_as_documented(
+    document: dict[str, Any],
+    method: str,
+    path: str,
+    sent: dict[str, Any],
+    phi3: list[object],
+    hermes: list[object],
+    status: int,
+) -> None:
+    parts = FakeParts()
+    parts.phi3.answers, parts.hermes.answers = list(phi3), list(hermes)
+    parts.archive.failure = AWAY if path == "/feedback/phi3/" else None
+    app = create_app(Settings.from_environ(ENVIRON))
+    app.state.sidecar = parts.sidecar
+    async with client(app) as asking:
+        response = await asking.request(method, path.format(feedback_id="f-1"), **sent)
+    assert response.status_code == status, response.text
+    check_documented(document, document["paths"][path][method.lower()], response)
+    if path == PROPOSE and phi3 != [FULL] and phi3:
+        assert "transaction_id" in response.json()
+
+
+async def test_a_refused_key_is_as_documented(document: dict[str, Any]) -> None:
+    app = create_app(Settings.from_environ(ENVIRON | {"SIDECAR_API_KEYS": KEY}))
+    async with client(app) as asking:
+        for method, path, operation in operations(document):
+            if "401" in operation["responses"]:
+                response = await asking.request(method, path.format(feedback_id="f-1"))
+                assert response.status_code == 401
+                check_documented(document, operation, response)
+
+
+def check_documented(
+    document: dict[str, Any], operation: dict[str, Any], response: httpx.Response
+) -> None:
+    """Compares an answer with the document: its media type, its body, every key, its headers."""
+    documented = operation["responses"][str(response.status_code)]
+    (media, content), *_ = documented["content"].items()
+    assert response.headers["content-type"] == media
+    schema = content["schema"] | {"components": document["components"]}
+    assert list(OAS31Validator(schema).iter_errors(response.json())) == []
+    name = content["schema"]["$ref"].rpartition("/")[2]
+    assert set(response.json()) <= set(document["components"]["schemas"][name]["properties"])
+    declared = {header.lower() for header in documented["headers"]}
+    own = {name for name in response.headers if name.startswith("x-")} - {"x-content-type-options"}
+    assert own <= declared
+    for header, of in document["components"]["headers"].items():
+        if of["required"] and header.lower() in declared:
+            assert header in response.headers
+    if "retry-after" in declared:
+        assert response.headers["Retry-After"].isdigit()
