@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, TypeVar
 
@@ -14,6 +15,7 @@ from llm_sidecar import input_model
 from llm_sidecar.input_model import InputModel
 from llm_sidecar.model_host import Completion
 from llm_sidecar.sidecar import Sidecar
+from osiris.checked_route import CheckedRoute, ClientGone
 from osiris.schemas import ErrorBody
 
 T = TypeVar("T")
@@ -30,10 +32,6 @@ _DESCRIPTIONS = {
     504: "The request's deadline has passed; the detail names what took the time, and "
     "`Retry-After` says when to try again",
 }
-
-
-class ClientGone(Exception):
-    """The client has hung up, so nobody waits for an answer."""
 
 
 async def current_sidecar(request: Request) -> Sidecar:
@@ -54,23 +52,32 @@ def endpoint(
     path: str,
     *errors: int,
     error_model: type[BaseModel] = ErrorBody,
+    documented: bool = True,
     **options: Any,
 ) -> Callable[[Endpoint], Endpoint]:
     """Registers a function for `path` with and without its trailing slash, and documents its
-    errors."""
+    errors.
+
+    A function for GET answers HEAD as well. The server sends no body then; a stream has to look at
+    the method, see `osiris.routes.speech`.
+    """
     responses: dict[int | str, dict[str, Any]] = {
         status: {"model": error_model, "description": _DESCRIPTIONS[status]} for status in errors
     }
+    options = {"route_class_override": CheckedRoute, **options}
+    options["responses"] = {**options.get("responses", {}), **responses}
 
     def register(function: Endpoint) -> Endpoint:
         bare = path.rstrip("/")
-        for spelling in (path, bare if path != bare else f"{path}/"):
+        spellings = (path, bare if path != bare else f"{path}/")
+        # HEAD has routes of its own, because every method of a documented route is documented.
+        methods = ("GET", "HEAD") if method == "GET" else (method,)
+        for verb, spelling in itertools.product(methods, spellings):
             router.add_api_route(
                 spelling,
                 function,
-                methods=[method],
-                responses=responses,
-                include_in_schema=spelling == path,
+                methods=[verb],
+                include_in_schema=documented and (verb, spelling) == (method, path),
                 **options,
             )
         return function

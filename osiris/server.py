@@ -15,6 +15,8 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
+from starlette.routing import Match
+from starlette.types import Receive, Scope, Send
 
 from llm_sidecar.errors import SettingsError, SidecarError
 from llm_sidecar.logs import log_unhandled
@@ -25,10 +27,13 @@ from llm_sidecar.telemetry.instruments import Instrument
 from osiris import logs, openapi
 from osiris.access import ApiKeys
 from osiris.admission import Admission
-from osiris.http import ClientGone, stored_header
+from osiris.checked_route import ClientGone
+from osiris.hosts import AllowedHosts
+from osiris.http import stored_header
 from osiris.logs import AccessLog
 from osiris.metrics import install_metrics
-from osiris.middleware import SECURITY_HEADERS, BodyLimit, RequestId, SecurityHeaders
+from osiris.middleware import BodyLimit, RequestId, SecurityHeaders, UnexpectedErrors
+from osiris.paths import drop_repeated_root_path
 from osiris.routes import (
     adapters,
     examples,
@@ -45,11 +50,15 @@ log = logging.getLogger(__name__)
 
 _CLIENT_CLOSED_REQUEST: Final = 499
 _EXPOSED_HEADERS: Final = (
+    "Allow",
+    "Idempotent-Replayed",
     "Retry-After",
+    "WWW-Authenticate",
     "X-Completion-Tokens",
     "X-Feedback-ID",
     "X-Finish-Reason",
     "X-Grounded",
+    "X-Hermes-Answer-Mass",
     "X-Hermes-Score",
     "X-Model",
     "X-Prompt-Tokens",
@@ -57,8 +66,36 @@ _EXPOSED_HEADERS: Final = (
     "X-Stored",
     "X-Voice",
     "X-Voice-Reference",
+    "traceresponse",
 )
-"""What a script of another origin may read."""
+"""Response headers that a script of another origin may read."""
+_ACCEPTED_HEADERS: Final = (
+    "Authorization",
+    "Content-Type",
+    "Idempotency-Key",
+    "Last-Event-ID",
+    "X-API-Key",
+    "X-Request-ID",
+    "baggage",
+    "traceparent",
+    "tracestate",
+)
+"""Request headers that a script of another origin may send."""
+_METHODS: Final = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+
+
+class _App(FastAPI):
+    """FastAPI behind any proxy."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves a request, or the lifespan."""
+        if scope["type"] == "http" and scope.get("root_path"):
+            drop_repeated_root_path(scope, self._first_segments)
+        await super().__call__(scope, receive, send)
+
+    @functools.cached_property
+    def _first_segments(self) -> frozenset[str]:
+        return frozenset(path.split("/")[1] for path in _spellings(self))
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -81,7 +118,7 @@ def create_app(settings: Settings) -> FastAPI:
             await shutdown.close(sidecar.close())
             await telemetry.close()
 
-    app = FastAPI(
+    app = _App(
         title="Osiris LLM sidecar",
         version=_version(),
         lifespan=lifespan,
@@ -95,8 +132,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(SidecarError, _sidecar_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(400, _unreadable_body)
+    app.add_exception_handler(405, _method_not_allowed)
     app.add_exception_handler(ClientGone, _client_gone)
-    app.add_exception_handler(Exception, _unexpected_error)
     app.state.shutdown = shutdown
     app.openapi = openapi.document(app, settings)  # type: ignore[method-assign]
     _add_middleware(app, settings, shutdown, telemetry)
@@ -120,13 +157,16 @@ def _add_middleware(
         app.add_middleware(
             ApiKeys, keys=settings.api_keys, metrics_need_key=settings.metrics_need_key
         )
+    if settings.allowed_hosts:
+        app.add_middleware(AllowedHosts, hosts=settings.allowed_hosts)
+    app.add_middleware(UnexpectedErrors)
     if settings.cors_origins:
         # A key travels in a header that scripts set; browsers need not add anything to it.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["DELETE", "GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
+            allow_methods=["DELETE", "GET", "HEAD", "POST"],
+            allow_headers=_ACCEPTED_HEADERS,
             expose_headers=_EXPOSED_HEADERS,
         )
     app.add_middleware(AccessLog, routes=functools.cache(lambda: _spellings(app)))
@@ -162,11 +202,13 @@ async def _sidecar_error(request: Request, error: Exception) -> Response:
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
-    """Every bad field and why, without the input: that may be a prompt."""
+    """One entry for every bad field, without the input: that may be a prompt."""
     assert isinstance(error, RequestValidationError)
+    # From the last to the first, so that of several entries for a field the first one stays.
+    by_field = {tuple(entry["loc"]): entry for entry in reversed(error.errors())}
     entries = [
-        {"loc": list(entry["loc"]), "msg": entry["msg"], "type": entry["type"]}
-        for entry in error.errors()
+        {"loc": list(location), "msg": entry["msg"], "type": entry["type"]}
+        for location, entry in reversed(by_field.items())
     ]
     return JSONResponse({"detail": entries}, status_code=422)
 
@@ -176,19 +218,24 @@ async def _unreadable_body(request: Request, error: Exception) -> Response:
     return JSONResponse({"detail": "The body is not JSON in UTF-8."}, status_code=422)
 
 
+async def _method_not_allowed(request: Request, error: Exception) -> Response:
+    """Names every method of the path; Starlette names those of the first route that matches it."""
+    scopes = {method: {**request.scope, "method": method} for method in _METHODS}
+    allowed = [
+        method
+        for method, scope in scopes.items()
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+    ]
+    return JSONResponse(
+        {"detail": f"This path takes {' and '.join(allowed)}."},
+        status_code=405,
+        headers={"Allow": ", ".join(allowed)},
+    )
+
+
 async def _client_gone(request: Request, error: Exception) -> Response:
     log.info("the client hung up; its request was stopped")
     return Response(status_code=_CLIENT_CLOSED_REQUEST)
-
-
-async def _unexpected_error(request: Request, error: Exception) -> Response:
-    request_id = request.scope["state"]["request_id"]
-    return JSONResponse(
-        {"detail": f"Something failed that should not; the log has it under {request_id}."},
-        status_code=500,
-        # It is answered outside of the middleware.
-        headers={"X-Request-ID": request_id, **SECURITY_HEADERS},
-    )
 
 
 def __getattr__(name: str) -> Any:
