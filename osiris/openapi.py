@@ -29,6 +29,8 @@ _ANYWHERE: Final = {
     "503": "The server is shutting down, or a model, the voice or the database is missing or "
     "loading; `Retry-After` says when to try again",
 }
+_NOT_JSON: Final = "The body is not JSON; the detail names the header that says so"
+_FOREIGN_HOST: Final = "The server does not answer under this Host; `ALLOWED_HOSTS` lists the names"
 _UNAUTHORIZED: Final = "The server has API keys, and none of them was sent"
 _LIMITED_TEXTS: Final = {"PromptRequest": ["prompt"], "GenerateRequest": ["prompt"]}
 
@@ -70,6 +72,10 @@ def _describe_operation(operation: dict[str, Any], path: str, settings: Settings
     if path != METRICS:
         for status, description in _ANYWHERE.items():
             responses[status] = {"description": description, "content": content}
+        if settings.allowed_hosts:
+            responses["400"] = {"description": _FOREIGN_HOST, "content": content}
+    if "requestBody" in operation:
+        responses["415"] = {"description": _NOT_JSON, "content": content}
     if path == METRICS and not settings.metrics_need_key:
         return
     responses["401"] = {"description": _UNAUTHORIZED, "content": content}

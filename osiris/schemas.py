@@ -79,7 +79,6 @@ class SpeakRequest(_Request):
         ge=0,
         le=2,
         allow_inf_nan=False,
-        strict=True,
         description="0 is flat, 0.5 neutral, 2 theatrical",
     )
     ref_wav_b64: str | None = Field(

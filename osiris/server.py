@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
-from starlette.routing import Match
+from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from llm_sidecar.errors import SettingsError, SidecarError
@@ -81,7 +81,6 @@ _ACCEPTED_HEADERS: Final = (
     "tracestate",
 )
 """Request headers that a script of another origin may send."""
-_METHODS: Final = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 
 
 class _App(FastAPI):
@@ -204,13 +203,11 @@ async def _sidecar_error(request: Request, error: Exception) -> Response:
 async def _validation_error(request: Request, error: Exception) -> Response:
     """One entry for every bad field, without the input: that may be a prompt."""
     assert isinstance(error, RequestValidationError)
-    # From the last to the first, so that of several entries for a field the first one stays.
-    by_field = {tuple(entry["loc"]): entry for entry in reversed(error.errors())}
-    entries = [
-        {"loc": list(location), "msg": entry["msg"], "type": entry["type"]}
-        for location, entry in reversed(by_field.items())
-    ]
-    return JSONResponse({"detail": entries}, status_code=422)
+    by_field: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for entry in error.errors():
+        shown = {"loc": list(entry["loc"]), "msg": entry["msg"], "type": entry["type"]}
+        by_field.setdefault(tuple(entry["loc"]), shown)
+    return JSONResponse({"detail": list(by_field.values())}, status_code=422)
 
 
 async def _unreadable_body(request: Request, error: Exception) -> Response:
@@ -219,17 +216,20 @@ async def _unreadable_body(request: Request, error: Exception) -> Response:
 
 
 async def _method_not_allowed(request: Request, error: Exception) -> Response:
-    """Names every method of the path; Starlette names those of the first route that matches it."""
-    scopes = {method: {**request.scope, "method": method} for method in _METHODS}
-    allowed = [
-        method
-        for method, scope in scopes.items()
-        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
-    ]
+    """Names every documented method of the path; Starlette knows those of one route only."""
+    assert isinstance(error, HTTPException)
+    template = getattr(request.scope.get("route"), "path_format", "").rstrip("/")
+    paths = request.app.openapi()["paths"]
+    documented = paths.get(_spellings(request.app).get(template), {})
+    allowed = {method.upper() for method in documented}
+    allowed |= set((error.headers or {}).get("Allow", "").split(", "))
+    if "GET" in allowed:
+        allowed.add("HEAD")
+    names = sorted(allowed)
     return JSONResponse(
-        {"detail": f"This path takes {' and '.join(allowed)}."},
+        {"detail": f"This path takes {' and '.join(names)}."},
         status_code=405,
-        headers={"Allow": ", ".join(allowed)},
+        headers={"Allow": ", ".join(names)},
     )
 
 

@@ -190,7 +190,7 @@ class HermesScoreSchema(_Numbered):
 class Latencies(BaseModel):
     """Seconds, queueing included; None for a part that did not happen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     proposal: float | None = Field(None, ge=0.0, allow_inf_nan=False)
     assessment: float | None = Field(None, ge=0.0, allow_inf_nan=False)

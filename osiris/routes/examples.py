@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from llm_sidecar.errors import InvalidRequest
-from llm_sidecar.input_model import Text
+from llm_sidecar.input_model import QueryInteger, Text
 from osiris.http import CurrentSidecar, endpoint
 from osiris.schemas import ExampleInUse, Examples
 
@@ -17,7 +17,7 @@ router = APIRouter(tags=["feedback"])
 @endpoint(router, "GET", "/examples/", 422)
 async def list_examples(
     sidecar: CurrentSidecar,
-    limit: Annotated[int, Query(ge=1, le=500)] = 500,
+    limit: Annotated[QueryInteger, Query(ge=1, le=500)] = 500,
     before: Annotated[Text | None, Query(description="`next` of the page before")] = None,
 ) -> Examples:
     """The few-shot examples in use, oldest first."""

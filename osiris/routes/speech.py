@@ -89,9 +89,7 @@ async def stream_audio(
     )
 
 
-async def _events(
-    backlog: Backlog | None, ending: anyio.Event
-) -> AsyncIterator[ServerSentEvent]:
+async def _events(backlog: Backlog | None, ending: anyio.Event) -> AsyncIterator[ServerSentEvent]:
     """Ends with the server's shutdown, so that the response ends as a whole one does."""
     if backlog is None:
         return
