@@ -222,7 +222,7 @@ async def _method_not_allowed(request: Request, error: Exception) -> Response:
     paths = request.app.openapi()["paths"]
     documented = paths.get(_spellings(request.app).get(template), {})
     allowed = {method.upper() for method in documented}
-    allowed |= set((error.headers or {}).get("Allow", "").split(", "))
+    allowed |= set(filter(None, (error.headers or {}).get("Allow", "").split(", ")))
     if "GET" in allowed:
         allowed.add("HEAD")
     names = sorted(allowed)
