@@ -64,15 +64,14 @@ TextOrObject = Annotated[str | dict[str, Any], BeforeValidator(_text_or_object)]
 class InputModel(BaseModel):
     """Every string in a field, at any depth and keys included, is text; see `llm_sidecar.text`.
 
-    No value is converted from another type: a number is neither text nor a boolean, and an integer
-    has no decimal point. An error quotes nothing of the input.
+    An error quotes nothing of the input.
 
     Attributes:
         not_text: fields that are not text, such as audio in base64.
         known_keys: keys of objects that a schema defines, so that an error may name them.
     """
 
-    model_config = ConfigDict(hide_input_in_errors=True, strict=True)
+    model_config = ConfigDict(hide_input_in_errors=True)
 
     not_text: ClassVar[frozenset[str]] = frozenset()
     known_keys: ClassVar[frozenset[str]] = frozenset()

@@ -40,7 +40,7 @@ def _without_default(schema: dict[str, Any]) -> None:
 class Proposal(InputModel):
     """The public schema of a proposal; see section 1 of the contract."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     ticker: str = Field(min_length=1)
     action: Literal["adjust", "pass", "abort"]

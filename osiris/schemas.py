@@ -28,7 +28,8 @@ ModelId = Literal["hermes", "phi3"]
 
 
 class _Request(InputModel):
-    model_config = ConfigDict(extra="forbid")
+    # No value is converted from another type: text is no number, and 12.0 is no integer.
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     known_keys = frozenset(Proposal.model_fields)
 

@@ -158,6 +158,8 @@ def _add_middleware(
         )
     if settings.allowed_hosts:
         app.add_middleware(AllowedHosts, hosts=settings.allowed_hosts)
+    telemetry.install(app)
+    # Outside of telemetry, which reports what is raised; inside of all that adds headers.
     app.add_middleware(UnexpectedErrors)
     if settings.cors_origins:
         # A key travels in a header that scripts set; browsers need not add anything to it.
@@ -169,8 +171,6 @@ def _add_middleware(
             expose_headers=_EXPOSED_HEADERS,
         )
     app.add_middleware(AccessLog, routes=functools.cache(lambda: _spellings(app)))
-    # Around the line in the log, which carries the trace's id.
-    telemetry.install(app)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestId)
 

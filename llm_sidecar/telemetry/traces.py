@@ -40,7 +40,7 @@ from llm_sidecar.telemetry.span_exporter import CarefulExporter
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 QUEUE_SPANS: Final = 2048
 """Spans that wait to be delivered; beyond it the oldest is dropped."""
@@ -86,6 +86,7 @@ class Traces(Instrument):
         )
         build = app.build_middleware_stack
         app.build_middleware_stack = lambda: _Observed(build())  # type: ignore[method-assign]
+        app.add_middleware(_RecordErrors)
 
     def start(self) -> None:
         """Delivers from now on, names the trace in log lines and in a `traceresponse` header."""
@@ -146,6 +147,31 @@ class _Observed:
             return
         with suppress_http_instrumentation():
             await self._app(scope, receive, send)
+
+
+class _RecordErrors:
+    """ASGI middleware that records an unexpected error before it is answered: the end of the answer
+    ends the span, and OpenTelemetry's own middleware would be too late."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        except Exception as error:
+            if not begun:
+                span = trace.get_current_span()
+                span.record_exception(error)
+                span.set_status(Status(StatusCode.ERROR))
+            raise
 
 
 class TraceIdFilter(logging.Filter):

@@ -37,8 +37,9 @@ def install(app: FastAPI) -> None:
     shared: dict[str, Any] = {"tags": ["operations"], "route_class_override": ProbeRoute}
     endpoint(app.router, "GET", "/health", response_model=Health, **shared)(health)
     endpoint(app.router, "GET", "/health/live", response_model=Probe, **shared)(live)
-    ready_errors = {"error_model": Probe, "response_model": Probe}
-    endpoint(app.router, "GET", "/health/ready", 503, **ready_errors, **shared)(ready)
+    endpoint(
+        app.router, "GET", "/health/ready", 503, error_model=Probe, response_model=Probe, **shared
+    )(ready)
 
 
 async def health(request: Request) -> Response:

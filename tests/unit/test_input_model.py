@@ -96,7 +96,7 @@ def test_every_fault_is_named_in_one_line() -> None:
     with pytest.raises(ValidationError) as caught:
         Trade.model_validate({"size": MARK, "said": 7, MARK: 1})
     assert summary(caught.value) == (
-        "size: Input should be a valid integer; "
+        "size: Input should be a valid integer, unable to parse string as an integer; "
         "said: Input should be a string or an object; "
         "*: Unknown field; the known ones are name, size, said, details, sound"
     )
@@ -150,7 +150,9 @@ class Noted(InputModel):
 def test_an_error_of_one_model_in_another_says_where() -> None:
     with pytest.raises(ValidationError) as caught:
         Noted.model_validate({"notes": [{"words": MARK}]})
-    assert summary(caught.value) == ("notes.0.words: Input should be a valid integer")
+    assert summary(caught.value) == (
+        "notes.0.words: Input should be a valid integer, unable to parse string as an integer"
+    )
     with pytest.raises(ValidationError) as caught:
         Noted.model_validate({"notes": [{}, {MARK: 1}]})
     assert locations(caught.value) == [("notes", 1, "*")]
