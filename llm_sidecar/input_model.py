@@ -10,6 +10,7 @@ check_length(question, settings.max_prompt_chars)
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Final, Self
 
@@ -25,7 +26,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from llm_sidecar.text import CALLERS_KEY, Fault, find_fault, find_length_fault
+from llm_sidecar.text import CALLERS_KEY, Fault, Location, find_fault, find_length_fault
 
 
 def _text(value: object) -> object:
@@ -37,6 +38,17 @@ def _text(value: object) -> object:
 IS_TEXT: Final = BeforeValidator(_text)
 Text = Annotated[str, IS_TEXT]
 """A checked string outside of an `InputModel`: a parameter in a path or a query."""
+
+
+def _digits(value: object) -> object:
+    if isinstance(value, str) and not _INTEGER.fullmatch(value):
+        raise PydanticCustomError("int_parsing", "Input should be an integer in decimal digits")
+    return value
+
+
+_INTEGER: Final = re.compile(r"-?[0-9]+")
+QueryInteger = Annotated[int, BeforeValidator(_digits)]
+"""An integer in a query. Pydantic would take `5.0`, `+5` and `1_000` as well."""
 
 
 def _text_or_object(value: object) -> object:
@@ -128,13 +140,17 @@ def summary(error: ValidationError) -> str:
 
 
 def _as_error(title: str, faults: Iterable[Fault]) -> ValidationError:
+    """One error for each location: the first, so that no field is reported twice."""
+    by_location: dict[Location, Fault] = {}
+    for fault in faults:
+        by_location.setdefault(fault.location, fault)
     details = [
         InitErrorDetails(
             type=PydanticCustomError(fault.kind, fault.message),
-            loc=fault.location,
+            loc=location,
             # `ValidationError.errors` would show it.
             input=None,
         )
-        for fault in faults
+        for location, fault in by_location.items()
     ]
     return ValidationError.from_exception_data(title, details, hide_input=True)

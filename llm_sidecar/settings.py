@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from llm_sidecar.errors import SettingsError
+from llm_sidecar.host_names import allowed_host
 from llm_sidecar.logs import LogFormat
 
 _REDIS_SCHEMES = ("redis", "rediss", "unix", "memory")
@@ -260,6 +261,11 @@ class Settings(BaseModel):
         alias="CORS_ORIGINS",
         description="origins such as https://desk.example, separated by commas, or *",
     )
+    allowed_hosts: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
+        (),
+        alias="ALLOWED_HOSTS",
+        description="host names such as desk.example or *.desk.example, separated by commas, or *",
+    )
     log_format: LogFormat = Field("auto", alias="LOG_FORMAT", description="auto, json or text")
 
     @field_validator("api_keys")
@@ -275,6 +281,11 @@ class Settings(BaseModel):
         if not all(map(_ORIGIN.fullmatch, value)):
             raise ValueError("no origin")
         return value
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _known_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(allowed_host, value))
 
     @field_validator("redis_url")
     @classmethod

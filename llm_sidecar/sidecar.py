@@ -293,7 +293,12 @@ class Sidecar:
     async def score(self, proposal: Mapping[str, Any], context: str | None) -> ScoredProposal:
         """Scores a proposal and stores the score under the proposal's own id, or a new one."""
         proposal_id = _uuid_or_none(proposal.get("id")) or uuid.uuid4()
-        score = await self._score(proposal, context)
+        try:
+            score = await self._score(proposal, context)
+        except InvalidRequest as error:
+            # An engine knows one text, the prompt; the caller sent these fields.
+            fields = "proposal: it" if context is None else "proposal and context: their text"
+            raise InvalidRequest(f"{fields} {error.detail.removeprefix('prompt: it ')}") from None
         rationale = proposal.get("rationale")
         row = HermesScoreSchema(
             run_id=str(proposal_id),

@@ -6,7 +6,7 @@ import datetime
 import re
 from typing import Annotated, Final
 
-from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Strict, WithJsonSchema
 
 _ZONE: Final = r"([Zz]|[+-][0-9]{2}(:?[0-9]{2})?)?"
 _EXTENDED: Final = (
@@ -58,6 +58,8 @@ def _not_ahead(value: datetime.datetime) -> datetime.datetime:
 
 Timestamp = Annotated[
     datetime.datetime,
+    # A `date` object is taken as well.
+    Strict(False),
     BeforeValidator(_read),
     AfterValidator(_as_utc),
     AfterValidator(_not_ahead),

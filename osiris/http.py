@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Annotated, Any, Final, TypeVar
 
@@ -14,6 +15,7 @@ from llm_sidecar import input_model
 from llm_sidecar.input_model import InputModel
 from llm_sidecar.model_host import Completion
 from llm_sidecar.sidecar import Sidecar
+from osiris.checked_route import CheckedRoute, ClientGone
 from osiris.response_headers import declared
 from osiris.schemas import BadInput, ErrorBody
 
@@ -33,10 +35,6 @@ _DESCRIPTIONS = {
 
 
 _BAD_INPUT: Final = 422
-
-
-class ClientGone(Exception):
-    """The client has hung up, so nobody waits for an answer."""
 
 
 async def current_sidecar(request: Request) -> Sidecar:
@@ -61,9 +59,13 @@ def endpoint(
     headers: Iterable[str] = (),
     error_headers: Iterable[str] = (),
     content: Mapping[str, Any] | None = None,
+    documented: bool = True,
     **options: Any,
 ) -> Callable[[Endpoint], Endpoint]:
     """Registers a function for `path` with and without its trailing slash, and documents it.
+
+    A function for GET answers HEAD as well. The server sends no body then; a stream has to look at
+    the method, see `osiris.routes.speech`.
 
     Args:
         errors: statuses that the function answers with.
@@ -71,6 +73,7 @@ def endpoint(
         bad_input_model: the body of a 422.
         headers, error_headers: names of the headers that a good answer and an error carry.
         content: media types of a good answer that is not JSON, as OpenAPI describes them.
+        documented: whether the path is in the document.
         options: of the route, such as `response_description`.
     """
     responses: dict[int | str, dict[str, Any]] = {
@@ -82,17 +85,20 @@ def endpoint(
         for status in errors
     }
     responses[200] = {"headers": declared(*headers)} | ({"content": content} if content else {})
+    options = {"route_class_override": CheckedRoute, **options, "responses": responses}
 
     def register(function: Endpoint) -> Endpoint:
         bare = path.rstrip("/")
         # The longer one first: a parameter that takes slashes would take the last one as well.
-        for spelling in (f"{bare}/", bare):
+        spellings = (f"{bare}/", bare)
+        # HEAD has routes of its own, because every method of a documented route is documented.
+        methods = ("GET", "HEAD") if method == "GET" else (method,)
+        for verb, spelling in itertools.product(methods, spellings):
             router.add_api_route(
                 spelling,
                 function,
-                methods=[method],
-                responses=responses,
-                include_in_schema=spelling == path,
+                methods=[verb],
+                include_in_schema=documented and (verb, spelling) == (method, path),
                 **options,
             )
         return function

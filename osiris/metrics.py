@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, HTTPException, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llm_sidecar.settings import Settings
 from llm_sidecar.telemetry.metrics import CONTENT_TYPE, Metrics, MetricsSink, NoMetrics
+from osiris.http import endpoint
+from osiris.paths import METRICS, route_path
 
-_UNCOUNTED: Final = frozenset({"/metrics", "/health/live", "/health/ready"})
+_UNCOUNTED: Final = frozenset({METRICS, "/health/live", "/health/ready"})
 """What machines ask all day long."""
 _NO_ROUTE: Final = "none"
 
@@ -28,31 +30,33 @@ class _MetricsResponse(Response):
 
 
 def install_metrics(app: FastAPI, settings: Settings) -> MetricsSink:
-    """Serves `/metrics` and counts requests, or does neither where ENABLE_METRICS is off.
+    """Serves `/metrics` and counts requests; where ENABLE_METRICS is off, `/metrics` is a 404.
 
     Call it after every other middleware is added, so that what those refuse is counted too.
 
     Returns:
         What the app's sidecar tells its metrics.
     """
-    if not settings.enable_metrics:
-        return NoMetrics()
-    metrics = Metrics()
+    metrics = Metrics() if settings.enable_metrics else None
 
     async def scrape_metrics() -> Response:
         """Every metric in Prometheus' text format."""
+        if metrics is None:
+            raise HTTPException(404, "Metrics are off; ENABLE_METRICS=true turns them on.")
         return _MetricsResponse(metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
-    for path in ("/metrics", "/metrics/"):
-        app.add_api_route(
-            path,
-            scrape_metrics,
-            tags=["operations"],
-            response_class=_MetricsResponse,
-            response_description="The metrics",
-            responses={200: {"content": {CONTENT_TYPE: {"schema": _PROMETHEUS_TEXT}}}},
-            include_in_schema=path == "/metrics",
-        )
+    endpoint(
+        app.router,
+        "GET",
+        METRICS,
+        content={CONTENT_TYPE: {"schema": _PROMETHEUS_TEXT}},
+        documented=metrics is not None,
+        tags=["operations"],
+        response_class=_MetricsResponse,
+        response_description="The metrics",
+    )(scrape_metrics)
+    if metrics is None:
+        return NoMetrics()
     app.add_middleware(HttpMetrics, metrics=metrics)
     return metrics
 
@@ -68,7 +72,7 @@ class HttpMetrics:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].rstrip("/") in _UNCOUNTED:
+        if scope["type"] != "http" or route_path(scope).rstrip("/") in _UNCOUNTED:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()

@@ -1,4 +1,5 @@
-"""ASGI middleware: the request id, security headers, and bounds on a body's size and time."""
+"""ASGI middleware: the request id, security headers, the answer to an unexpected error, and bounds
+on a body's size and time."""
 
 from __future__ import annotations
 
@@ -82,6 +83,33 @@ class SecurityHeaders:
         await self._app(scope, receive, send_with_headers)
 
 
+class UnexpectedErrors:
+    """Answers 500 to an error that nothing else has answered, and raises it again.
+
+    Starlette would answer it outside of all middleware, without their headers.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        except Exception:
+            if scope["type"] == "http" and not begun:
+                request_id = scope["state"]["request_id"]
+                detail = f"Something failed that should not; the log has it under {request_id}."
+                await JSONResponse({"detail": detail}, status_code=500)(scope, receive, send)
+            raise
+
+
 class BodyLimit:
     """Answers 413 to a body over the limit: by its declared length before a byte is read, and by
     its real one where none is declared; and 408 to one that does not come in time. A path in
@@ -99,7 +127,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["method"] == "GET" and is_probe_or_metrics(scope):
+        if scope["method"] in ("GET", "HEAD") and is_probe_or_metrics(scope):
             # None of these reads a body.
             await self._app(scope, receive, send)
             return

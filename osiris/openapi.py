@@ -56,8 +56,9 @@ _ANYWHERE: Final = {
 _WITH_BODY: Final = {
     "408": "The body did not arrive in time",
     "413": "The request is larger than the server takes",
-    "415": "The body is not JSON; the detail names the header",
+    "415": "The body is not JSON; the detail names the header that says so",
 }
+_FOREIGN_HOST: Final = "The server does not answer under this Host; `ALLOWED_HOSTS` lists the names"
 _UNAUTHORIZED: Final = "The server has API keys, and the request brings none of them"
 _RETRY: Final = frozenset({"429", "503", "504"})
 _LIMITED_TEXTS: Final = {
@@ -136,6 +137,8 @@ def _add_refusals(operation: dict[str, Any], path: str, settings: Settings) -> N
     refusals: dict[str, str] = {}
     if path != METRICS:
         refusals |= _ANYWHERE
+        if settings.allowed_hosts:
+            refusals["400"] = _FOREIGN_HOST
     if "requestBody" in operation:
         refusals |= _WITH_BODY
     needs_key = path != METRICS or settings.metrics_need_key

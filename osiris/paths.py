@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Final
 
 from starlette.types import Scope
+
+from llm_sidecar.telemetry.paths import route_path
+
+__all__ = [
+    "METRICS",
+    "PROBES",
+    "drop_repeated_root_path",
+    "is_metrics",
+    "is_probe",
+    "is_probe_or_metrics",
+    "route_path",
+]
 
 PROBES: Final = frozenset({"/health", "/health/live", "/health/ready"})
 METRICS: Final = "/metrics"
 DOCS: Final = "/docs"
 OPENAPI: Final = "/openapi.json"
 _BY_MACHINES: Final = PROBES | {METRICS}
-
-
-def route_path(scope: Scope) -> str:
-    """The path as the routes know it: without what a proxy in front of the server adds."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
 
 
 def is_probe(scope: Scope) -> bool:
@@ -38,3 +45,22 @@ def is_documentation(scope: Scope) -> bool:
 def is_probe_or_metrics(scope: Scope) -> bool:
     """Whether the request is one that machines send every few seconds."""
     return route_path(scope).rstrip("/") in _BY_MACHINES
+
+
+def drop_repeated_root_path(scope: Scope, first_segments: Collection[str]) -> None:
+    """Removes a root path that the request brings a second time.
+
+    uvicorn puts `--root-path` in front of every path. A proxy that keeps its prefix sends it as
+    well, and then no route would match.
+
+    Args:
+        scope: of an HTTP request; its `path` is changed.
+        first_segments: the first segment of each route. A root path that begins with one of them is
+            left alone: below `/v1`, a second `/v1` may belong to the route.
+    """
+    root_path = scope.get("root_path", "")
+    prefix = root_path.rstrip("/")
+    if not prefix or prefix.strip("/").split("/")[0] in first_segments:
+        return
+    while (path := route_path(scope)).startswith(f"{prefix}/"):
+        scope["path"] = root_path + path.removeprefix(prefix)

@@ -53,7 +53,8 @@ MODEL_ID: Final = (
 
 
 class _Request(InputModel):
-    model_config = ConfigDict(extra="forbid")
+    # No value is converted from another type: text is no number, and 12.0 is no integer.
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     known_keys = frozenset(Proposal.model_fields)
 
@@ -187,7 +188,6 @@ class SpeakRequest(_Request):
         ge=0,
         le=2,
         allow_inf_nan=False,
-        strict=True,
         description="how expressive it is: 0 is flat, 0.5 neutral, 2 theatrical",
         examples=[0.5],
     )

@@ -14,6 +14,8 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from llm_sidecar import __version__
 from llm_sidecar.errors import SettingsError, SidecarError
@@ -25,10 +27,13 @@ from llm_sidecar.telemetry.instruments import Instrument
 from osiris import docs_page, logs, openapi
 from osiris.access import ApiKeys
 from osiris.admission import Admission
-from osiris.http import ClientGone, stored_header
+from osiris.checked_route import ClientGone
+from osiris.hosts import AllowedHosts
+from osiris.http import stored_header
 from osiris.logs import AccessLog
 from osiris.metrics import install_metrics
-from osiris.middleware import SECURITY_HEADERS, BodyLimit, RequestId, SecurityHeaders
+from osiris.middleware import BodyLimit, RequestId, SecurityHeaders, UnexpectedErrors
+from osiris.paths import drop_repeated_root_path
 from osiris.routes import (
     adapters,
     examples,
@@ -45,11 +50,15 @@ log = logging.getLogger(__name__)
 
 _CLIENT_CLOSED_REQUEST: Final = 499
 _EXPOSED_HEADERS: Final = (
+    "Allow",
+    "Idempotent-Replayed",
     "Retry-After",
+    "WWW-Authenticate",
     "X-Completion-Tokens",
     "X-Feedback-ID",
     "X-Finish-Reason",
     "X-Grounded",
+    "X-Hermes-Answer-Mass",
     "X-Hermes-Score",
     "X-Model",
     "X-Prompt-Tokens",
@@ -57,8 +66,35 @@ _EXPOSED_HEADERS: Final = (
     "X-Stored",
     "X-Voice",
     "X-Voice-Reference",
+    "traceresponse",
 )
-"""What a script of another origin may read."""
+"""Response headers that a script of another origin may read."""
+_ACCEPTED_HEADERS: Final = (
+    "Authorization",
+    "Content-Type",
+    "Idempotency-Key",
+    "Last-Event-ID",
+    "X-API-Key",
+    "X-Request-ID",
+    "baggage",
+    "traceparent",
+    "tracestate",
+)
+"""Request headers that a script of another origin may send."""
+
+
+class _App(FastAPI):
+    """FastAPI behind any proxy."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves a request, or the lifespan."""
+        if scope["type"] == "http" and scope.get("root_path"):
+            drop_repeated_root_path(scope, self._first_segments)
+        await super().__call__(scope, receive, send)
+
+    @functools.cached_property
+    def _first_segments(self) -> frozenset[str]:
+        return frozenset(path.split("/")[1] for path in _spellings(self))
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -81,7 +117,7 @@ def create_app(settings: Settings) -> FastAPI:
             await shutdown.close(sidecar.close())
             await telemetry.close()
 
-    app = FastAPI(
+    app = _App(
         version=__version__,
         lifespan=lifespan,
         redirect_slashes=False,
@@ -97,8 +133,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(SidecarError, _sidecar_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(400, _unreadable_body)
+    app.add_exception_handler(405, _method_not_allowed)
     app.add_exception_handler(ClientGone, _client_gone)
-    app.add_exception_handler(Exception, _unexpected_error)
     app.state.shutdown = shutdown
     app.openapi = openapi.document(app, settings)  # type: ignore[method-assign]
     docs_page.install(app)
@@ -123,18 +159,21 @@ def _add_middleware(
         app.add_middleware(
             ApiKeys, keys=settings.api_keys, metrics_need_key=settings.metrics_need_key
         )
+    if settings.allowed_hosts:
+        app.add_middleware(AllowedHosts, hosts=settings.allowed_hosts)
+    telemetry.install(app)
+    # Outside of telemetry, which reports what is raised; inside of all that adds headers.
+    app.add_middleware(UnexpectedErrors)
     if settings.cors_origins:
         # A key travels in a header that scripts set; browsers need not add anything to it.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["DELETE", "GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
+            allow_methods=["DELETE", "GET", "HEAD", "POST"],
+            allow_headers=_ACCEPTED_HEADERS,
             expose_headers=_EXPOSED_HEADERS,
         )
     app.add_middleware(AccessLog, routes=functools.cache(lambda: _spellings(app)))
-    # Around the line in the log, which carries the trace's id.
-    telemetry.install(app)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestId)
 
@@ -156,13 +195,13 @@ async def _sidecar_error(request: Request, error: Exception) -> Response:
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
-    """Every bad field and why, without the input: that may be a prompt."""
+    """One entry for every bad field, without the input: that may be a prompt."""
     assert isinstance(error, RequestValidationError)
-    entries = [
-        {"loc": list(entry["loc"]), "msg": entry["msg"], "type": entry["type"]}
-        for entry in error.errors()
-    ]
-    return JSONResponse({"detail": entries}, status_code=422)
+    by_field: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for entry in error.errors():
+        shown = {"loc": list(entry["loc"]), "msg": entry["msg"], "type": entry["type"]}
+        by_field.setdefault(tuple(entry["loc"]), shown)
+    return JSONResponse({"detail": list(by_field.values())}, status_code=422)
 
 
 async def _unreadable_body(request: Request, error: Exception) -> Response:
@@ -170,19 +209,27 @@ async def _unreadable_body(request: Request, error: Exception) -> Response:
     return JSONResponse({"detail": "The body is not JSON in UTF-8."}, status_code=422)
 
 
+async def _method_not_allowed(request: Request, error: Exception) -> Response:
+    """Names every documented method of the path; Starlette knows those of one route only."""
+    assert isinstance(error, HTTPException)
+    template = getattr(request.scope.get("route"), "path_format", "").rstrip("/")
+    paths = request.app.openapi()["paths"]
+    documented = paths.get(_spellings(request.app).get(template), {})
+    allowed = {method.upper() for method in documented}
+    allowed |= set(filter(None, (error.headers or {}).get("Allow", "").split(", ")))
+    if "GET" in allowed:
+        allowed.add("HEAD")
+    names = sorted(allowed)
+    return JSONResponse(
+        {"detail": f"This path takes {' and '.join(names)}."},
+        status_code=405,
+        headers={"Allow": ", ".join(names)},
+    )
+
+
 async def _client_gone(request: Request, error: Exception) -> Response:
     log.info("the client hung up; its request was stopped")
     return Response(status_code=_CLIENT_CLOSED_REQUEST)
-
-
-async def _unexpected_error(request: Request, error: Exception) -> Response:
-    request_id = request.scope["state"]["request_id"]
-    return JSONResponse(
-        {"detail": f"Something failed that should not; the log has it under {request_id}."},
-        status_code=500,
-        # It is answered outside of the middleware.
-        headers={"X-Request-ID": request_id, **SECURITY_HEADERS},
-    )
 
 
 def __getattr__(name: str) -> Any:

@@ -149,7 +149,7 @@ class Document:
             return
         for name, raw in BODIES.items():
             yield attempt(name, 422, content=raw, headers=JSON)
-        yield attempt("a form", 422, data={"prompt": MARK, MARK: MARK})
+        yield attempt("a form", 415, data={"prompt": MARK, MARK: MARK})
         yield body("unknown field", base | {MARK: MARK}, 422)
         for field_name, described in schema["properties"].items():
             for kind, status, value in self._values(described):

@@ -24,6 +24,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    Strict,
 )
 
 from llm_sidecar import timestamps
@@ -69,6 +70,8 @@ def _compact_json(value: dict[str, Any]) -> str:
 
 Timestamp = Annotated[timestamps.Timestamp, BeforeValidator(_or_now)]
 JsonObject = dict[str, Any]
+Number = Annotated[float, Strict()]
+"""Neither text nor a boolean."""
 
 
 class _Row(InputModel):
@@ -183,7 +186,7 @@ class HermesScoreSchema(_Numbered):
     """A score in [0, 1]; `run_id` is the proposal's id."""
 
     run_id: str = Field(min_length=1)
-    score: float = Field(ge=0.0, le=1.0, allow_inf_nan=False)
+    score: Number = Field(ge=0.0, le=1.0, allow_inf_nan=False)
     rationale: str = ""
 
 
@@ -192,9 +195,9 @@ class Latencies(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    proposal: float | None = Field(None, ge=0.0, allow_inf_nan=False)
-    assessment: float | None = Field(None, ge=0.0, allow_inf_nan=False)
-    score: float | None = Field(None, ge=0.0, allow_inf_nan=False)
+    proposal: Number | None = Field(None, ge=0.0, allow_inf_nan=False)
+    assessment: Number | None = Field(None, ge=0.0, allow_inf_nan=False)
+    score: Number | None = Field(None, ge=0.0, allow_inf_nan=False)
 
 
 class ProposalSchema(_Numbered):
@@ -212,7 +215,7 @@ class ProposalSchema(_Numbered):
     prompt: str
     proposal: JsonObject
     assessment: str = ""
-    score: float | None = Field(None, ge=0.0, le=1.0, allow_inf_nan=False)
+    score: Number | None = Field(None, ge=0.0, le=1.0, allow_inf_nan=False)
     model: str
     adapter: str | None = None
     latencies: Latencies = Latencies()

@@ -186,11 +186,18 @@ class Together(Protocol):
 
 def check_context(prompt_tokens: int, max_tokens: int, context_length: int) -> None:
     """Raises InvalidRequest unless prompt and completion fit."""
-    if prompt_tokens + max_tokens > context_length:
+    if prompt_tokens + max_tokens <= context_length:
+        return
+    if prompt_tokens + ANSWER_TOKENS > context_length:
+        # Lowering max_length would not help, and who asks for a score sends none.
         raise InvalidRequest(
-            f"prompt: it takes {prompt_tokens} tokens, which with max_length is more than the "
-            f"model's context of {context_length}; shorten one of them"
+            f"prompt: it takes {prompt_tokens} tokens, which is too many for the model's context "
+            f"of {context_length}; shorten it"
         )
+    raise InvalidRequest(
+        f"prompt: it takes {prompt_tokens} tokens, which with max_length is more than the model's "
+        f"context of {context_length}; shorten one of them"
+    )
 
 
 def prefill_steps(begin: int, end: int) -> Iterator[tuple[int, int]]:

@@ -22,9 +22,6 @@ from llm_sidecar.telemetry.calls import ModelCall, WorkerDeath
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-UNOBSERVED = ("/health", "/metrics", "/debug/prof")
-"""How paths begin whose requests are neither traced nor profiled: a probe a second hides the
-rest."""
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 

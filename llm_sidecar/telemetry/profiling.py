@@ -19,15 +19,16 @@ from pyinstrument import Profiler
 from pyinstrument.session import Session
 
 from llm_sidecar.telemetry.calls import ModelCall
-from llm_sidecar.telemetry.instruments import UNOBSERVED, Instrument
+from llm_sidecar.telemetry.instruments import Instrument
+from llm_sidecar.telemetry.paths import is_observed, route_path
 from llm_sidecar.telemetry.profile_page import render
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_UNPROFILED: Final = (*UNOBSERVED, "/stream/")
-"""How paths begin that are not profiled; a stream lasts for days, and its samples would pile up."""
+_STREAMS: Final = "/stream/"
+"""How the paths of streams begin. A stream lasts for days, and its samples would pile up."""
 
 _INTERVAL: Final = 0.01
 """Seconds between two samples, of which each costs every request of the moment some time."""
@@ -129,8 +130,7 @@ class _ProfileRequests:
         self._profiling = profiling
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        observed = scope["type"] == "http" and not scope["path"].startswith(_UNPROFILED)
-        if not observed or not self._profiling.admits():
+        if not _is_profiled(scope) or not self._profiling.admits():
             await self._app(scope, receive, send)
             return
         profile = Profile(datetime.datetime.now(datetime.UTC), scope["method"])
@@ -156,6 +156,12 @@ class _ProfileRequests:
             if route is not None:
                 profile.route = route
                 self._profiling.keep(profile)
+
+
+def _is_profiled(scope: Scope) -> bool:
+    if scope["type"] != "http":
+        return False
+    return is_observed(scope) and not route_path(scope).startswith(_STREAMS)
 
 
 def _key(path: str) -> str:

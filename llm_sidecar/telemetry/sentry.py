@@ -21,7 +21,8 @@ import sentry_sdk
 from sentry_sdk.utils import event_from_exception
 
 from llm_sidecar.telemetry.calls import ModelCall, WorkerDeath
-from llm_sidecar.telemetry.instruments import UNOBSERVED, Instrument, known_method
+from llm_sidecar.telemetry.instruments import Instrument, known_method
+from llm_sidecar.telemetry.paths import is_observed
 from llm_sidecar.telemetry.sentry_events import allowed
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class _ReportErrors:
 @contextlib.contextmanager
 def _transaction(scope: Scope) -> Iterator[None]:
     """Measures a request under the name of its route, never of its path."""
-    if scope["path"].startswith(UNOBSERVED):
+    if not is_observed(scope):
         yield
         return
     with (

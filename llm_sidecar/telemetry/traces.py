@@ -27,17 +27,20 @@ from opentelemetry.instrumentation.propagators import (
     set_global_response_propagator,
 )
 from opentelemetry.instrumentation.redis import RedisInstrumentor
+from opentelemetry.instrumentation.utils import suppress_http_instrumentation
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, format_trace_id
 
 from llm_sidecar.telemetry.calls import ModelCall, Operation
-from llm_sidecar.telemetry.instruments import UNOBSERVED, Instrument
+from llm_sidecar.telemetry.instruments import Instrument
+from llm_sidecar.telemetry.paths import is_observed
 from llm_sidecar.telemetry.span_exporter import CarefulExporter
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 QUEUE_SPANS: Final = 2048
 """Spans that wait to be delivered; beyond it the oldest is dropped."""
@@ -77,9 +80,13 @@ class Traces(Instrument):
         FastAPIInstrumentor.instrument_app(
             app,
             tracer_provider=self._provider,
-            excluded_urls=",".join(rf"//[^/]+{path}(/|$)" for path in UNOBSERVED),
+            # It compares whole URLs, and cannot tell a root path from a route.
+            excluded_urls="",
             exclude_spans=["receive", "send"],
         )
+        build = app.build_middleware_stack
+        app.build_middleware_stack = lambda: _Observed(build())  # type: ignore[method-assign]
+        app.add_middleware(_RecordErrors)
 
     def start(self) -> None:
         """Delivers from now on, names the trace in log lines and in a `traceresponse` header."""
@@ -125,6 +132,46 @@ class Traces(Instrument):
         if call.error is not None:
             span.set_status(Status(StatusCode.ERROR))
         span.end(None if call.finished is None else _unix_ns(call, call.finished))
+
+
+class _Observed:
+    """ASGI middleware around OpenTelemetry's own, which it turns off for requests that are not
+    observed."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or is_observed(scope):
+            await self._app(scope, receive, send)
+            return
+        with suppress_http_instrumentation():
+            await self._app(scope, receive, send)
+
+
+class _RecordErrors:
+    """ASGI middleware that records an unexpected error before it is answered: the end of the answer
+    ends the span, and OpenTelemetry's own middleware would be too late."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        except Exception as error:
+            if not begun:
+                span = trace.get_current_span()
+                span.record_exception(error)
+                span.set_status(Status(StatusCode.ERROR))
+            raise
 
 
 class TraceIdFilter(logging.Filter):

@@ -53,6 +53,14 @@ class AudioListeners:
         self.count = 0
         self.lost = 0
 
+    def check_capacity(self) -> None:
+        """Raises QueueFull if no further listener may join."""
+        if self.count >= self._limit:
+            raise QueueFull(
+                f"{self._limit} listen already, which is MAX_AUDIO_LISTENERS; try again later.",
+                retry_after=_RETRY_AFTER,
+            )
+
     @contextlib.asynccontextmanager
     async def listen(self) -> AsyncIterator[Backlog]:
         """Every WAV that goes out while the block lasts.
@@ -60,11 +68,7 @@ class AudioListeners:
         Raises:
             QueueFull: as many listen as may.
         """
-        if self.count >= self._limit:
-            raise QueueFull(
-                f"{self._limit} listen already, which is MAX_AUDIO_LISTENERS; try again later.",
-                retry_after=_RETRY_AFTER,
-            )
+        self.check_capacity()
         backlog = Backlog(self)
         self.count += 1
         try:

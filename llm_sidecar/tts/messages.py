@@ -55,7 +55,8 @@ refused unread."""
 
 
 class _Message(InputModel):
-    model_config = ConfigDict(frozen=True)
+    # No value is converted from another type.
+    model_config = ConfigDict(frozen=True, strict=True)
 
     not_text = frozenset({"ref_wav_b64", "wav_b64"})
 

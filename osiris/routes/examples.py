@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from llm_sidecar.errors import InvalidRequest
-from llm_sidecar.input_model import Text
+from llm_sidecar.input_model import QueryInteger, Text
 from osiris.http import CurrentSidecar, endpoint
 from osiris.schemas import ExampleInUse, Examples
 
@@ -18,7 +18,8 @@ router = APIRouter(tags=["feedback"])
 async def list_examples(
     sidecar: CurrentSidecar,
     limit: Annotated[
-        int, Query(ge=1, le=500, description="the most items of the page", examples=[100])
+        QueryInteger,
+        Query(ge=1, le=500, description="the most items of the page", examples=[100]),
     ] = 500,
     before: Annotated[
         Text | None,

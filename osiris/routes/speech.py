@@ -86,8 +86,15 @@ async def _speak(sidecar: Sidecar, body: SpeakRequest) -> Spoken:
     return await sidecar.speaker.speak(body.text, body.exaggeration, reference)
 
 
-async def _backlog(sidecar: CurrentSidecar) -> AsyncIterator[Backlog]:
-    """Listens from before the response begins until it has ended, however it ends."""
+async def _backlog(request: Request, sidecar: CurrentSidecar) -> AsyncIterator[Backlog | None]:
+    """Listens from before the response begins until it has ended, however it ends.
+
+    None for a HEAD request, which opens no stream.
+    """
+    if request.method == "HEAD":
+        sidecar.listeners.check_capacity()
+        yield None
+        return
     async with sidecar.listeners.listen() as backlog:
         yield backlog
 
@@ -102,7 +109,7 @@ async def _backlog(sidecar: CurrentSidecar) -> AsyncIterator[Backlog]:
     response_description="The events, until the client disconnects or the server ends",
 )
 async def stream_audio(
-    request: Request, backlog: Annotated[Backlog, Depends(_backlog)]
+    request: Request, backlog: Annotated[Backlog | None, Depends(_backlog)]
 ) -> EventSourceResponse:
     """Server-sent events: every WAV that goes out on `audio.bytes`, base64, one event each.
 
@@ -118,8 +125,10 @@ async def stream_audio(
     )
 
 
-async def _events(backlog: Backlog, ending: anyio.Event) -> AsyncIterator[ServerSentEvent]:
+async def _events(backlog: Backlog | None, ending: anyio.Event) -> AsyncIterator[ServerSentEvent]:
     """Ends with the server's shutdown, so that the response ends as a whole one does."""
+    if backlog is None:
+        return
     ended = asyncio.create_task(ending.wait())
     try:
         while (payload := await _next(backlog, ended)) is not None:

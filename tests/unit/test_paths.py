@@ -73,6 +73,9 @@ def test_nothing_else_is_documentation(path: str) -> None:
         ({"path": "/health/desk", "root_path": "/desk"}, "/health/desk"),
         ({"path": "/desk/desk", "root_path": "/desk"}, "/desk"),
         ({"path": "/desk/health", "root_path": ""}, "/desk/health"),
+        ({"path": "/deskhealth", "root_path": "/desk"}, "/deskhealth"),
+        ({"path": "/desk//health", "root_path": "/desk/"}, "/health"),
+        ({"path": "/desk", "root_path": "/desk"}, ""),
     ],
 )
 def test_a_proxys_prefix_is_taken_off(scope: dict[str, str], path: str) -> None:
@@ -83,3 +86,25 @@ def test_a_probe_behind_a_proxy_is_one() -> None:
     scope = http_scope("/desk/health/ready/", root_path="/desk")
     assert paths.is_probe(scope) is True
     assert paths.is_probe_or_metrics(http_scope("/desk/metrics", root_path="/desk")) is True
+
+
+@pytest.mark.parametrize(
+    ("path", "root_path", "route"),
+    [
+        ("/desk/desk/health", "/desk", "/health"),
+        ("/desk//desk/health", "/desk/", "/health"),
+        ("/a/b/a/b/health/live", "/a/b", "/health/live"),
+        ("deskdesk/health", "desk", "deskdesk/health"),
+        ("/desk/health", "/desk", "/health"),
+        ("/desk/deskhealth", "/desk", "/deskhealth"),
+        ("/desk/desk", "/desk", "/desk"),
+        ("/health", "/desk", "/health"),
+        ("/health", "", "/health"),
+        ("/v1/v1/models", "/v1", "/v1/models"),
+    ],
+)
+def test_a_root_path_that_is_sent_twice_counts_once(path: str, root_path: str, route: str) -> None:
+    scope = http_scope(path, root_path=root_path)
+    paths.drop_repeated_root_path(scope, {"v1", "health"})
+    assert paths.route_path(scope) == route
+    assert scope["root_path"] == root_path

@@ -51,6 +51,7 @@ DEFAULTS: dict[str, object] = {
     "SIDECAR_API_KEYS": (),
     "METRICS_NEED_KEY": False,
     "CORS_ORIGINS": (),
+    "ALLOWED_HOSTS": (),
     "LOG_FORMAT": "auto",
 }
 BY_CORES = {"PHI3_THREADS", "HERMES_THREADS"}
@@ -157,6 +158,12 @@ def test_without_an_environment_the_processs_own_is_read(monkeypatch: pytest.Mon
             "https://desk.example, http://localhost:3000",
             ("https://desk.example", "http://localhost:3000"),
         ),
+        (
+            "ALLOWED_HOSTS",
+            "Localhost, 127.0.0.1:8000, [::1], *.Desk.Example.",
+            ("localhost", "127.0.0.1", "::1", "*.desk.example"),
+        ),
+        ("ALLOWED_HOSTS", "*, 0:0::1", ("*", "::1")),
         ("SIDECAR_API_KEYS", "!-16-characters-", (SecretStr("!-16-characters-"),)),
     ],
 )
@@ -204,6 +211,13 @@ def test_settings_given_in_python_may_be_lists_or_by_name() -> None:
         ("CORS_ORIGINS", "https://desk.example,"),
         ("CORS_ORIGINS", "https://*.example"),
         ("CORS_ORIGINS", "ftp://desk.example"),
+        ("ALLOWED_HOSTS", "https://desk.example"),
+        ("ALLOWED_HOSTS", "desk.example,"),
+        ("ALLOWED_HOSTS", "desk.*"),
+        ("ALLOWED_HOSTS", "*.*.example"),
+        ("ALLOWED_HOSTS", "*.[::1]"),
+        ("ALLOWED_HOSTS", "[desk.example]"),
+        ("ALLOWED_HOSTS", "desk example"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://otel:0"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://otel:port"),

@@ -1,0 +1,113 @@
+"""A FastAPI route with the checks that FastAPI lacks: how a body is encoded, and which query
+parameters are sent twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from email.message import Message
+from http import HTTPStatus
+from typing import Any, Final
+
+from fastapi import HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+
+_CONTENT_TYPE: Final = (
+    "Content-Type: send the body as JSON, with the header Content-Type: application/json."
+)
+_CHARSET: Final = "Content-Type: JSON is UTF-8; send charset=utf-8, or leave the charset out."
+_CONTENT_ENCODING: Final = (
+    "Content-Encoding: the server does not decompress; send the body as it is, without this header."
+)
+
+
+class ClientGone(Exception):
+    """The client disconnected, so nobody waits for an answer."""
+
+
+class CheckedRoute(APIRoute):
+    """Refuses a body that is not a JSON object, and a repeated query parameter.
+
+    An empty body is no body, whatever its headers say.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's own handler, after the checks."""
+        handle = super().get_route_handler()
+
+        async def check_and_handle(request: Request) -> Response:
+            self._check_query(request)
+            if self.body_field is not None:
+                await _check_body(request)
+            return await handle(request)
+
+        return check_and_handle
+
+    def _check_query(self, request: Request) -> None:
+        """Raises RequestValidationError for a parameter that is sent twice: FastAPI would take the
+        last one and drop the others."""
+        repeated = [
+            {
+                "type": "repeated_parameter",
+                "loc": ("query", parameter.alias),
+                "msg": "Parameter should be sent once",
+            }
+            for parameter in self.dependant.query_params
+            if len(request.query_params.getlist(parameter.alias)) > 1
+        ]
+        if repeated:
+            raise RequestValidationError(repeated)
+
+
+async def _check_body(request: Request) -> None:
+    """Reads the body, which the request keeps.
+
+    Raises:
+        HTTPException: 415 for a body that its headers do not declare as JSON in UTF-8.
+        RequestValidationError: the body is not an object.
+        ClientGone: the client disconnected before the body was complete.
+    """
+    try:
+        body = await request.body()
+    except ClientDisconnect:
+        raise ClientGone from None
+    if not body:
+        return
+    if detail := _header_fault(request.headers):
+        raise HTTPException(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, detail)
+    try:
+        value = await request.json()
+    except (ValueError, RecursionError):
+        # FastAPI reads it again, and says where it is not JSON.
+        return
+    if not isinstance(value, dict):
+        # FastAPI takes null for no body where a body is optional.
+        error = {"type": "dict_type", "loc": ("body",), "msg": "Input should be an object"}
+        raise RequestValidationError([error])
+
+
+def _header_fault(headers: Headers) -> str | None:
+    """What is wrong with the headers that describe a body, or None.
+
+    A missing Content-Type is refused as well: a page of another origin may send such a body without
+    asking first.
+    """
+    encodings = ",".join(headers.getlist("content-encoding")).lower().split(",")
+    if {encoding.strip() for encoding in encodings} - {"", "identity"}:
+        return _CONTENT_ENCODING
+    declared = headers.getlist("content-type")
+    if len(declared) != 1:
+        return _CONTENT_TYPE
+    message = Message()
+    message["content-type"] = declared[0]
+    # As FastAPI reads it, which would take the body for bytes otherwise.
+    subtype = message.get_content_subtype()
+    is_json = subtype == "json" or subtype.endswith("+json")
+    if message.get_content_maintype() != "application" or not is_json:
+        return _CONTENT_TYPE
+    charset = message.get_param("charset", "utf-8")
+    if not isinstance(charset, str) or charset.lower() not in ("utf-8", "utf8"):
+        return _CHARSET
+    return None

@@ -1,0 +1,53 @@
+"""Allowed hosts: the names under which the server answers.
+
+A page whose name is made to resolve to this machine (DNS rebinding) reaches the server as its own
+origin, so neither CORS nor a loopback address stops it. Its requests carry that name in the header
+Host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Final
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from llm_sidecar.host_names import host_name
+from osiris.paths import is_probe_or_metrics
+
+_DETAIL: Final = (
+    "Host: the server does not answer under this name; use a name that ALLOWED_HOSTS holds, or add "
+    "this one to it."
+)
+
+
+class AllowedHosts:
+    """Answers 400 to a request whose Host is not allowed; ports do not count.
+
+    Probes and metrics are exempt: orchestrators ask each instance at its own address.
+
+    Args:
+        hosts: `*.desk.example` stands for every name below `desk.example`, and `*` for every name;
+            see `llm_sidecar.host_names.allowed_host`.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:
+        self._app = app
+        self._names = frozenset(hosts)
+        self._suffixes = tuple(host[1:] for host in hosts if host.startswith("*."))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or is_probe_or_metrics(scope) or self._allows(scope):
+            await self._app(scope, receive, send)
+            return
+        await JSONResponse({"detail": _DETAIL}, status_code=400)(scope, receive, send)
+
+    def _allows(self, scope: Scope) -> bool:
+        if "*" in self._names:
+            return True
+        sent = Headers(scope=scope).getlist("host")
+        # Of two headers, each could be the one that somebody else goes by.
+        name = host_name(sent[0]) if len(sent) == 1 else None
+        return name is not None and (name in self._names or name.endswith(self._suffixes))

@@ -1,0 +1,227 @@
+"""What a request is refused for before its route sees it."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from llm_sidecar.errors import InvalidRequest
+from llm_sidecar.settings import Settings
+from osiris.server import create_app
+from tests.unit.asgi import client
+from tests.unit.fakes import FakeParts
+
+BODY = b'{"prompt": "Long ABC from 100."}'
+JSON = {"Content-Type": "application/json"}
+CONTENT_TYPE = (
+    "Content-Type: send the body as JSON, with the header Content-Type: application/json."
+)
+CHARSET = "Content-Type: JSON is UTF-8; send charset=utf-8, or leave the charset out."
+ENCODING = (
+    "Content-Encoding: the server does not decompress; send the body as it is, without this header."
+)
+
+
+@pytest.fixture
+def parts() -> FakeParts:
+    return FakeParts()
+
+
+@pytest.fixture(scope="module")
+def app() -> FastAPI:
+    return create_app(Settings.from_environ({"REDIS_URL": "memory://"}))
+
+
+@pytest.fixture
+async def asking(app: FastAPI, parts: FakeParts) -> AsyncIterator[httpx.AsyncClient]:
+    app.state.sidecar = parts.sidecar
+    async with client(app) as made:
+        yield made
+
+
+def entries(response: httpx.Response) -> list[tuple[list[str], str]]:
+    """(location, message) of each entry of a 422."""
+    assert response.status_code == 422, response.text
+    return [(entry["loc"], entry["msg"]) for entry in response.json()["detail"]]
+
+
+# How a body is encoded
+
+
+@pytest.mark.parametrize(
+    ("headers", "detail"),
+    [
+        ({}, CONTENT_TYPE),
+        ({"Content-Type": ""}, CONTENT_TYPE),
+        ({"Content-Type": "text/plain"}, CONTENT_TYPE),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, CONTENT_TYPE),
+        ({"Content-Type": "application/json, text/plain"}, CONTENT_TYPE),
+        ({"Content-Type": "text/json"}, CONTENT_TYPE),
+        ({"Content-Type": "application/json; charset=latin-1"}, CHARSET),
+        ({"Content-Type": "application/json; charset=utf-16"}, CHARSET),
+        (JSON | {"Content-Encoding": "gzip"}, ENCODING),
+        (JSON | {"Content-Encoding": "identity, br"}, ENCODING),
+    ],
+)
+async def test_a_body_that_is_not_declared_as_json_is_415(
+    asking: httpx.AsyncClient, parts: FakeParts, headers: dict[str, str], detail: str
+) -> None:
+    response = await asking.post("/generate/hermes/", content=BODY, headers=headers)
+    assert response.status_code == 415
+    assert response.json() == {"detail": detail}
+    assert parts.hermes.asked == []
+
+
+async def test_two_content_types_are_415(asking: httpx.AsyncClient) -> None:
+    headers = [("Content-Type", "application/json"), ("Content-Type", "text/plain")]
+    response = await asking.post("/generate/hermes/", content=BODY, headers=headers)
+    assert response.json() == {"detail": CONTENT_TYPE}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        JSON,
+        {"Content-Type": "APPLICATION/JSON"},
+        {"Content-Type": 'application/json; charset="UTF-8"'},
+        {"Content-Type": "application/vnd.desk+json;charset=utf-8;v=1"},
+        JSON | {"Content-Encoding": "identity"},
+    ],
+)
+async def test_a_body_that_is_declared_as_json_is_read(
+    asking: httpx.AsyncClient, parts: FakeParts, headers: dict[str, str]
+) -> None:
+    parts.hermes.answers = [InvalidRequest("It was read.")]
+    response = await asking.post("/generate/hermes/", content=BODY, headers=headers)
+    assert response.json() == {"detail": "It was read."}
+
+
+@pytest.mark.parametrize("body", [b"null", b'""', b'"x"', b"[]", b"[{}]", b"7", b"true"])
+@pytest.mark.parametrize("path", ["/adapters/swap", "/generate/", "/speak"])
+async def test_a_body_that_is_no_object_is_422(
+    asking: httpx.AsyncClient, path: str, body: bytes
+) -> None:
+    response = await asking.post(path, content=body, headers=JSON)
+    assert entries(response) == [(["body"], "Input should be an object")]
+
+
+@pytest.mark.parametrize(("body", "at"), [(b"  ", 2), (b"{", 1), (b'{"adapter": }', 12)])
+async def test_a_body_that_is_no_json_is_422_with_the_position(
+    asking: httpx.AsyncClient, body: bytes, at: int
+) -> None:
+    response = await asking.post("/adapters/swap", content=body, headers=JSON)
+    assert entries(response) == [(["body", at], "JSON decode error")]
+
+
+# The newest adapter
+
+
+async def nothing() -> AsyncIterator[bytes]:
+    yield b""
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({}, None),
+        ({"headers": {"Content-Type": "text/plain"}}, None),
+        ({"content": nothing()}, None),
+        ({"json": {}}, None),
+        ({"json": {"adapter": None}}, None),
+        ({"json": {"adapter": "20260102-dpo"}}, "20260102-dpo"),
+    ],
+)
+async def test_the_newest_adapter_is_taken_unless_one_is_named(
+    asking: httpx.AsyncClient,
+    parts: FakeParts,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    named: str | None,
+) -> None:
+    asked = []
+
+    async def swap_adapter(name: str | None) -> datetime.date:
+        asked.append(name)
+        return datetime.date(2026, 1, 2)
+
+    monkeypatch.setattr(parts.sidecar, "swap_adapter", swap_adapter)
+    response = await asking.post("/adapters/swap", **options)
+    assert response.json() == {"status": "ok", "phi3_adapter_date": "2026-01-02"}
+    assert asked == [named]
+
+
+# Values of another type
+
+INTEGER = "Input should be a valid integer"
+NUMBER = "Input should be a valid number"
+MODEL = "Input should be 'hermes' or 'phi3'"
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value", "message"),
+    [
+        ("/generate/", "max_length", "12", INTEGER),
+        ("/generate/", "max_length", 12.0, INTEGER),
+        ("/generate/", "max_length", True, INTEGER),
+        ("/generate/", "max_length", None, INTEGER),
+        ("/generate/phi3/", "max_length", [12], INTEGER),
+        ("/generate/", "model_id", ["phi3"], MODEL),
+        ("/generate/", "model_id", True, MODEL),
+        ("/generate/", "prompt", 7, "Input should be a valid string"),
+        ("/speak", "exaggeration", True, NUMBER),
+        ("/speak", "exaggeration", "1", NUMBER),
+        ("/adapters/swap", "adapter", 20260102, "Input should be a valid string"),
+    ],
+)
+async def test_a_value_of_another_type_is_422_with_one_entry(
+    asking: httpx.AsyncClient, path: str, field: str, value: object, message: str
+) -> None:
+    body = {"/speak": {"text": "Filled."}, "/adapters/swap": {}}.get(path, {"prompt": "Long ABC."})
+    response = await asking.post(path, json=body | {field: value})
+    assert entries(response) == [(["body", field], message)]
+
+
+DIGITS = "Input should be an integer in decimal digits"
+
+
+@pytest.mark.parametrize("limit", ["1e3", "5.0", "+5", "1_0", " 5", "true", ""])
+async def test_an_integer_in_a_query_is_decimal_digits(
+    asking: httpx.AsyncClient, limit: str
+) -> None:
+    response = await asking.get("/examples/", params={"limit": limit})
+    assert entries(response) == [(["query", "limit"], DIGITS)]
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_a_parameter_that_is_sent_twice_is_422(
+    asking: httpx.AsyncClient, method: str
+) -> None:
+    response = await asking.request(method, "/examples/?limit=5&limit=5")
+    assert response.status_code == 422
+    response = await asking.post("/generate/?model_id=phi3&model_id=phi3", json={"prompt": "Long."})
+    assert entries(response) == [(["query", "model_id"], "Parameter should be sent once")]
+
+
+async def test_several_unknown_fields_are_one_entry(asking: httpx.AsyncClient) -> None:
+    response = await asking.post("/generate/phi3/", json={"prompt": "Long.", "a": 1, "b": 2})
+    known = "Unknown field; the known ones are prompt, max_length"
+    assert entries(response) == [(["body", "*"], known)]
+
+
+@pytest.mark.parametrize(
+    ("context", "fields"),
+    [(None, "proposal: it"), ("ABC is quiet.", "proposal and context: their text")],
+)
+async def test_a_score_that_does_not_fit_names_what_was_sent(
+    asking: httpx.AsyncClient, parts: FakeParts, context: str | None, fields: str
+) -> None:
+    parts.hermes.answers = [InvalidRequest("prompt: it takes 9000 tokens; shorten it")]
+    body = {"proposal": {"ticker": "ABC"}, "context": context}
+    response = await asking.post("/score/hermes/", json=body)
+    assert response.status_code == 422
+    assert response.json() == {"detail": f"{fields} takes 9000 tokens; shorten it"}
