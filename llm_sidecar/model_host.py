@@ -20,6 +20,7 @@ from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import FinishReason, GenerationRequest, Message
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable, QueueFull
 from llm_sidecar.loader import ModelFiles
+from llm_sidecar.logs import start_owned
 from llm_sidecar.supervisor import Supervisor
 from llm_sidecar.telemetry.calls import (
     CallObserver,
@@ -357,7 +358,7 @@ class ModelHost:
                 log.error("%s does not give up a cancelled request; killing it", self.name)
                 worker.process.kill()
 
-        task = asyncio.create_task(let_go())
+        task = start_owned(let_go())
         self._watchdogs.add(task)
         task.add_done_callback(self._watchdogs.discard)
 

@@ -4,7 +4,6 @@ walks a request through them."""
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import datetime
 import hashlib
 import json
@@ -36,6 +35,7 @@ from llm_sidecar.errors import (
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.examples import Outcome
 from llm_sidecar.input_model import check_length, longest_payload, summary
+from llm_sidecar.logs import start_detached, start_owned
 from llm_sidecar.model_host import Completion, HostLimits, ModelHost
 from llm_sidecar.proposal_run import ProposalRun, Row
 from llm_sidecar.proposals import Proposed
@@ -162,7 +162,7 @@ class Sidecar:
 
     def _prepare_examples(self) -> None:
         # A worker that prepares one already gives it up for the newer.
-        self._preparing = asyncio.create_task(self.phi3.prepare(), context=contextvars.Context())
+        self._preparing = start_detached(self.phi3.prepare())
 
     async def start(self) -> None:
         """Starts the parts; none of them being away keeps the others from starting."""
@@ -175,7 +175,7 @@ class Sidecar:
         if self.remote_voice is not None:
             await self.remote_voice.start()
         # Its first attempt may take seconds where Redis is away.
-        self._connecting = asyncio.create_task(self.bus.start())
+        self._connecting = start_detached(self.bus.start())
         if self.settings.preload:
             for host in (self.phi3, self.hermes):
                 try:
@@ -352,7 +352,7 @@ class Sidecar:
             ModelUnavailable: Phi-3 is missing, or the server is shutting down.
         """
         # It runs to completion even if the client disconnects.
-        swapping = asyncio.create_task(self._swap_adapter(name))
+        swapping = start_owned(self._swap_adapter(name))
         self._swaps.add(swapping)
         swapping.add_done_callback(self._swaps.discard)
         await asyncio.shield(swapping)
@@ -465,7 +465,7 @@ class Sidecar:
 
     def _to_the_end(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """A task that runs to completion even if the request is cancelled; `close` waits for it."""
-        task = asyncio.create_task(work)
+        task = start_owned(work)
         self._unfinished.add(task)
         task.add_done_callback(self._unfinished.discard)
         return task

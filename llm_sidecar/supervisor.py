@@ -6,12 +6,11 @@ The worker is started when it is first needed, and again with backoff when it di
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 import math
 import random
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -19,6 +18,7 @@ from typing import Any, Final, Literal
 from llm_sidecar.engines import GenerationRequest
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable
 from llm_sidecar.loader import ModelFiles
+from llm_sidecar.logs import start_detached
 from llm_sidecar.worker_process import WorkerEnded, WorkerProcess
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class Supervisor:
         self._locate()
         self._worker = asyncio.get_running_loop().create_future()
         self._state, self._reason = "loading", None
-        self._supervising = _detached(self._supervise())
+        self._supervising = start_detached(self._supervise())
 
     async def ready(self, by: float) -> WorkerProcess:
         """The worker, as soon as it is ready; ModelUnavailable when it is not by then.
@@ -231,10 +231,10 @@ class Supervisor:
             self._keep_until_done(self._supervising)
         if former is not None:
             self._draining.add(former)
-            self._keep_until_done(_detached(self._drain(former)))
+            self._keep_until_done(start_detached(self._drain(former)))
         self.adapter = adapter
         self._serve(successor)
-        self._supervising = _detached(self._supervise(successor))
+        self._supervising = start_detached(self._supervise(successor))
 
     async def _drain(self, worker: WorkerProcess) -> None:
         """Stops a replaced worker once it has answered its requests, or at the drain timeout."""
@@ -374,8 +374,3 @@ class Supervisor:
     def _live_worker(self) -> WorkerProcess | None:
         worker = self._current_worker()
         return worker if worker is not None and worker.alive else None
-
-
-def _detached(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    """Runs work that outlives its request, so it does not log with the request's id."""
-    return asyncio.create_task(work, context=contextvars.Context())

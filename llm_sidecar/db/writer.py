@@ -21,6 +21,7 @@ from llm_sidecar.db.schema import FEEDBACK, TABLES, WITHDRAWALS
 from llm_sidecar.db.tables import Tables, one_line, open_tables
 from llm_sidecar.db.takeover import take_over
 from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.logs import start_detached
 from llm_sidecar.resident import release_code
 
 T = TypeVar("T")
@@ -117,9 +118,9 @@ class Writer:
     def start(self) -> None:
         """Starts to take rows and to open the database."""
         self._tasks = [
-            asyncio.create_task(self._keep_logging()),
-            asyncio.create_task(self._keep_moving()),
-            asyncio.create_task(self._keep_compacting()),
+            start_detached(self._keep_logging()),
+            start_detached(self._keep_moving()),
+            start_detached(self._keep_compacting()),
         ]
 
     async def opened(self, seconds: float) -> Tables:
