@@ -105,9 +105,9 @@ class Archive:
         """The state for `/health`: JSON types only."""
         return self._store.status()
 
-    def available(self) -> bool:
-        """Whether rows can be stored now."""
-        return self._store.has_room()
+    def refusal(self) -> str | None:
+        """Why rows cannot be stored now; None if they can."""
+        return self._store.refusal()
 
     def is_whole(self) -> bool:
         """Whether rows can be stored and questions asked."""

@@ -14,11 +14,11 @@ import uuid
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from llm_sidecar import hermes_plugin, loader, proposals, timestamps
+from llm_sidecar import __version__, hermes_plugin, loader, proposals, timestamps
 from llm_sidecar.archive import Archive
 from llm_sidecar.db import HermesScoreSchema, Phi3FeedbackSchema, PublishedFeedback, table_of
 from llm_sidecar.deadline import Deadline
@@ -102,6 +102,7 @@ class Sidecar:
             telemetry: hears of model calls and of workers' deaths; its owner starts and stops it.
         """
         telemetry = telemetry or Instrument()
+        self._began = time.monotonic()
         self.settings = settings
         self._metrics = metrics or NoMetrics()
         observers = Observers(self._metrics, telemetry)
@@ -182,6 +183,11 @@ class Sidecar:
                     host.preload()
                 except ModelUnavailable as error:
                     log.error("%s", error.detail)
+
+    def refuse_waiting(self) -> None:
+        """Refuses requests that wait for a model to load, now and later: the server drains."""
+        self.phi3.refuse_waiting()
+        self.hermes.refuse_waiting()
 
     async def close(self) -> None:
         """Lets running generations end within the grace period, then stops every part."""
@@ -386,27 +392,35 @@ class Sidecar:
         adapter = self.phi3.adapter
         return None if adapter is None else loader.adapter_date(adapter)
 
-    def missing(self) -> list[str]:
-        """The parts without which requests fail; the event bus is none of them."""
-        available = {
-            "phi3": self.phi3.available(),
-            "hermes": self.hermes.available(),
-            "database": self.archive.available(),
+    def missing(self) -> dict[str, str]:
+        """Why the next proposal or feedback would fail, by part; empty where both would succeed.
+
+        Redis or LanceDB being away is no reason: what they are to get waits.
+        """
+        reasons = {
+            "phi3": self.phi3.not_ready(),
+            "hermes": self.hermes.not_ready(),
+            "database": self.archive.refusal(),
         }
-        return [name for name, is_there in available.items() if not is_there]
+        return {name: reason for name, reason in reasons.items() if reason is not None}
+
+    def status(self) -> Literal["ok", "partial_error", "error"]:
+        """The state of the whole: `error` where there is no model at all."""
+        missing = self.missing()
+        if {"phi3", "hermes"} <= set(missing):
+            return "error"
+        whole = self.bus.connected and self.speaker.available() and self.archive.is_whole()
+        return "ok" if whole and not missing else "partial_error"
 
     def health(self) -> dict[str, Any]:
         """The state of the whole and of each part: JSON types only."""
         models = {"phi3": self.phi3.status(), "hermes": self.hermes.status()}
         bus = self.bus.status()
-        missing = self.missing()
         date = self.adapter_date()
-        status = "ok"
-        whole = bus["connected"] and self.speaker.available() and self.archive.is_whole()
-        if missing or not whole:
-            status = "error" if {"phi3", "hermes"} <= set(missing) else "partial_error"
         return {
-            "status": status,
+            "status": self.status(),
+            "version": __version__,
+            "uptime_seconds": round(time.monotonic() - self._began, 3),
             "hermes_loaded": models["hermes"]["state"] == "ready",
             "phi3_loaded": models["phi3"]["state"] == "ready",
             "phi3_model_file_exists": loader.phi3_model_file_exists(self.settings),

@@ -166,10 +166,17 @@ class ProposalErrorBody(ErrorBody):
     )
 
 
-class Health(BaseModel):
-    """The state of the whole and of each part."""
+class HealthStatus(BaseModel):
+    """The state of the whole: what `/health` shows without an API key where keys are set."""
 
     status: Literal["ok", "partial_error", "error"]
+
+
+class Health(HealthStatus):
+    """The state of the whole and of each part."""
+
+    version: str = Field(description="of the sidecar")
+    uptime_seconds: float = Field(ge=0, description="since the server has started")
     hermes_loaded: bool
     phi3_loaded: bool
     phi3_model_file_exists: bool
@@ -187,4 +194,9 @@ class Probe(BaseModel):
     """What a probe says."""
 
     status: Literal["ok", "unavailable", "draining"]
-    missing: list[str] = []
+    missing: list[str] = Field([], description="the parts without which requests fail")
+    reasons: dict[str, str] | None = Field(
+        None,
+        description="why, for each of them; left out where nothing is missing, and without an API "
+        "key where keys are set",
+    )

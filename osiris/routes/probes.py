@@ -10,8 +10,9 @@ from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from llm_sidecar.sidecar import Sidecar
+from osiris.access import caller
 from osiris.http import endpoint
-from osiris.schemas import Health, Probe
+from osiris.schemas import Health, HealthStatus, Probe
 
 _JSON: Final = "application/json"
 
@@ -35,16 +36,20 @@ class ProbeRoute(APIRoute):
 def install(app: FastAPI) -> None:
     """Adds the probes; call it before other routes, as a path is compared with one by one."""
     shared: dict[str, Any] = {"tags": ["operations"], "route_class_override": ProbeRoute}
-    endpoint(app.router, "GET", "/health", response_model=Health, **shared)(health)
+    endpoint(app.router, "GET", "/health", response_model=Health | HealthStatus, **shared)(health)
     endpoint(app.router, "GET", "/health/live", response_model=Probe, **shared)(live)
     ready_errors = {"error_model": Probe, "response_model": Probe}
     endpoint(app.router, "GET", "/health/ready", 503, **ready_errors, **shared)(ready)
 
 
 async def health(request: Request) -> Response:
-    """The state of the whole and of each part; always 200."""
+    """The state of the whole and of each part; always 200.
+
+    Where API keys are set, a request without one gets `status` alone.
+    """
     sidecar: Sidecar = request.app.state.sidecar
-    return Response(to_json(sidecar.health()), media_type=_JSON)
+    shown = sidecar.health() if _may_see_all(request) else {"status": sidecar.status()}
+    return Response(to_json(shown), media_type=_JSON)
 
 
 async def live(request: Request) -> Response:
@@ -53,15 +58,26 @@ async def live(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """Whether every part that an answer needs is there; `draining` once the server is to end."""
+    """Whether the next proposal and the next feedback would succeed within their deadlines.
+
+    A model that is loaded on demand counts as ready while its files are there. `draining` once the
+    server is shutting down. Where API keys are set, `reasons` needs one.
+    """
     if request.app.state.shutdown.draining:
         return _answer(503, Probe(status="draining"))
     sidecar: Sidecar = request.app.state.sidecar
     missing = sidecar.missing()
     if missing:
-        return _answer(503, Probe(status="unavailable", missing=missing))
+        reasons = missing if _may_see_all(request) else None
+        return _answer(503, Probe(status="unavailable", missing=list(missing), reasons=reasons))
     return _answer(200, Probe(status="ok"))
 
 
+def _may_see_all(request: Request) -> bool:
+    """Paths and versions are not for everybody where keys are set."""
+    sidecar: Sidecar = request.app.state.sidecar
+    return not sidecar.settings.api_keys or caller(request.scope) is not None
+
+
 def _answer(status: int, probe: Probe) -> Response:
-    return Response(probe.model_dump_json(), status, media_type=_JSON)
+    return Response(probe.model_dump_json(exclude_none=True), status, media_type=_JSON)
