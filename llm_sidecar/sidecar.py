@@ -316,8 +316,14 @@ class Sidecar:
         self._metrics.scored(score)
         return score
 
-    async def submit_feedback(self, feedback: Phi3FeedbackSchema) -> tuple[str, Outcome]:
+    async def submit_feedback(
+        self, feedback: Phi3FeedbackSchema, author: str | None = None
+    ) -> tuple[str, Outcome]:
         """Stores feedback, then tells the other services.
+
+        Args:
+            feedback: what to store.
+            author: the name of the API key that it came with.
 
         Returns:
             Its feedback_id, and whether it is a few-shot example or the reason why not.
@@ -325,11 +331,15 @@ class Sidecar:
         Raises:
             DatabaseUnavailable: it is not stored; the caller still has it.
         """
+        feedback = feedback.written_by(author)
         # With its id, by which whoever hears of it knows it again.
         feedback_id = str(feedback.as_row()["feedback_id"])
         outcome = await self.archive.append_feedback(feedback)
         stored_in = self.archive.database_id or self._name
         event = {"feedback_id": feedback_id, "stored_in": stored_in}
+        if author is not None:
+            # Left out otherwise: sidecars of before there were authors refuse the field.
+            event["author"] = author
         await self._publish(FEEDBACK_SUBMITTED, feedback.model_dump(mode="json") | event)
         return feedback_id, outcome
 

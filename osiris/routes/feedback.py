@@ -13,6 +13,7 @@ from llm_sidecar.errors import InvalidRequest
 from llm_sidecar.examples import EXAMPLE_PROMPT_CHARS, MAX_PROPOSAL_CHARS, MAX_TOKENS, Outcome
 from llm_sidecar.input_model import IS_TEXT
 from llm_sidecar.proposals import Proposal
+from osiris.access import Author
 from osiris.http import CurrentSidecar, check_length, endpoint
 from osiris.schemas import FeedbackRequest, FeedbackStored, FeedbackWithdrawn
 
@@ -44,9 +45,11 @@ _MESSAGES: Final = {
 
 @endpoint(router, "POST", "/feedback/phi3/", 413, 422, 503)
 async def submit_feedback(
-    body: FeedbackRequest, sidecar: CurrentSidecar, response: Response
+    body: FeedbackRequest, sidecar: CurrentSidecar, author: Author, response: Response
 ) -> FeedbackStored:
     """Stores feedback and answers once the row is durable; `X-Feedback-ID` is its id.
+
+    The name of the request's API key is stored with it as `author`.
 
     A client that hangs up meanwhile does not undo it, so nothing races the disconnect here.
     """
@@ -57,7 +60,7 @@ async def submit_feedback(
         # Without the input, which pydantic's own text would quote.
         reasons = (f"{entry['loc'][0]}: {entry['msg']}" for entry in error.errors())
         raise InvalidRequest("; ".join(reasons)) from None
-    feedback_id, outcome = await sidecar.submit_feedback(row)
+    feedback_id, outcome = await sidecar.submit_feedback(row, author)
     response.headers["X-Feedback-ID"] = feedback_id
     return FeedbackStored(
         message=_message(outcome, body.corrected_proposal), transaction_id=body.transaction_id
