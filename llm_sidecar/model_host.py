@@ -279,6 +279,7 @@ class ModelHost:
             ready_by = time.monotonic() + deadline.remaining()
             if self._limits.load_wait is not None:
                 ready_by = min(ready_by, time.monotonic() + self._limits.load_wait)
+            self._supervisor.check_waiting(ready_by)
             try:
                 async with asyncio.timeout(deadline.remaining()):
                     if self._running >= self._supervisor.together:

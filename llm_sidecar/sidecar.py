@@ -377,19 +377,41 @@ class Sidecar:
     async def _swap_adapter(self, name: str | None) -> None:
         asked = time.monotonic()
         async with self._swapping:
-            # The folder may be on a slow disk.
-            chosen = await asyncio.to_thread(self._choose_adapter, name)
-            if chosen != self.phi3.adapter:
-                refused, when, why = self._last_refusal
-                if refused == chosen and when > asked:
-                    # A client timed out and retried while this adapter was still loading.
-                    raise AdapterRejected(why)
-                try:
-                    await self.phi3.swap_adapter(chosen)
-                except AdapterRejected as error:
-                    self._last_refusal = chosen, time.monotonic(), error.detail
-                    raise
+            try:
+                # The folder may be on a slow disk.
+                chosen = await asyncio.to_thread(self._choose_adapter, name)
+                if chosen != self.phi3.adapter:
+                    await self._take_adapter(chosen, asked)
+            except SidecarError as error:
+                log.warning("phi3 keeps its adapter: %s", error.detail)
+                raise
             await asyncio.to_thread(self._remembered.save, chosen)
+
+    async def _take_adapter(self, chosen: Path | None, asked: float) -> None:
+        """Swaps to another adapter than the one in use."""
+        refused, when, why = self._last_refusal
+        if refused == chosen and when > asked:
+            # A client timed out and retried while this adapter was still loading.
+            raise AdapterRejected(why)
+        began, previous = time.monotonic(), self.phi3.adapter
+        try:
+            await self.phi3.swap_adapter(chosen)
+        except AdapterRejected as error:
+            self._last_refusal = chosen, time.monotonic(), error.detail
+            raise
+        fields = {
+            "model": "phi3",
+            "previous_adapter": None if previous is None else previous.name,
+            "adapter": None if chosen is None else chosen.name,
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        log.info(
+            "phi3 has swapped its adapter %s for %s in %.1f s",
+            fields["previous_adapter"] or "none",
+            fields["adapter"] or "none",
+            fields["seconds"],
+            extra=fields,
+        )
 
     def _choose_adapter(self, name: str | None) -> Path | None:
         folder = self.settings.adapter_dir

@@ -145,8 +145,8 @@ class Supervisor:
             if future is None:
                 raise ModelUnavailable(f"{self._name} is not loaded.", retry_after=1)
             if not future.done():
-                until = by if self._load_wait is None else max(by, self._died + self._load_wait)
-                self._check_waiting(until)
+                self.check_waiting(by)
+                until = self._latest(by)
                 await asyncio.wait([future], timeout=max(0.0, until - time.monotonic()))
             if not future.done():
                 raise self.not_loaded()
@@ -156,18 +156,21 @@ class Supervisor:
             # Its end is known here before the supervisor has run.
             await asyncio.sleep(0)
 
-    def _check_waiting(self, until: float) -> None:
+    def check_waiting(self, by: float) -> None:
         """Raises ModelUnavailable where waiting for the model until then is of no use."""
-        if self._refuses_waiting:
+        if self._refuses_waiting and not self.loaded:
             raise _shutting_down()
         if self._state != "failed":
             return
-        if (missing := self._missing()) is not None:
-            raise ModelUnavailable(missing, retry_after=30)
+        self._locate()
         # After a failed load the next one most likely fails too; a worker that has served and died
         # is replaced soon.
-        if self._load_failed or self._next_load > until:
+        if self._load_failed or self._next_load > self._latest(by):
             raise self.not_loaded()
+
+    def _latest(self, by: float) -> float:
+        """Until when a request waits that is to have a worker by then."""
+        return by if self._load_wait is None else max(by, self._died + self._load_wait)
 
     @property
     def loaded(self) -> bool:
@@ -217,9 +220,7 @@ class Supervisor:
             else:
                 return
         what = "The model without an adapter" if adapter is None else f"The adapter {adapter.name}"
-        refusal = f"{what} is refused: {reason}"
-        log.error("%s", refusal)
-        raise AdapterRejected(refusal)
+        raise AdapterRejected(f"{what} is refused: {reason}")
 
     def not_ready(self) -> str | None:
         """Why a request that comes now would most likely not be served in time; None if it would.
