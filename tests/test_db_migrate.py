@@ -207,7 +207,9 @@ def test_the_first_shape_of_all_becomes_todays(
     assert lines[1].startswith(
         f"orchestrator_runs: 1 rows brought to version {VERSION}, with error_message and row_id added"
     )
-    assert lines[2].startswith(f"hermes_scores: 1 rows brought to version {VERSION}, with row_id added")
+    assert lines[2].startswith(
+        f"hermes_scores: 1 rows brought to version {VERSION}, with row_id added"
+    )
     assert lines[3:] == [
         f"{table}: created, as it was not there." for table in ("proposals", "feedback_withdrawals")
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import shutil
@@ -115,6 +116,30 @@ async def test_a_full_disk_refuses_rows_and_goes_on_when_there_is_space(small_di
     assert store.is_open()
     await store.close()
     assert await names(small_disk / "db") == sorted(accepted)
+
+
+async def test_a_full_disk_is_noticed_without_a_row(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_CHECK_SECONDS", 0.02)
+    store = await Store.open(small_disk / "db")
+    assert store.refusal() is None
+    assert store.status()["log"]["accepts_rows"] is True
+    ballast = small_disk / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    await until(store.refusal)
+    assert store.refusal() == (
+        "The database takes no rows: No space left on device; free space at "
+        f"{small_disk / 'db' / '_log'} or check LANCEDB_URI."
+    )
+    assert store.status()["log"]["accepts_rows"] is False
+    ballast.unlink()
+    await until(lambda: store.refusal() is None)
+    await store.append(score("after"))
+    await store.close()
+    assert await names(small_disk / "db") == ["after"]
 
 
 async def test_the_log_takes_rows_while_a_table_is_away(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable, QueueFull
 from llm_sidecar.loader import ModelFiles
+from llm_sidecar.logs import log_context
 from llm_sidecar.model_host import HostLimits, ModelHost
 from llm_sidecar.telemetry.calls import WorkerDeath
 
@@ -489,6 +491,27 @@ async def test_a_worker_that_dies_is_replaced_and_its_death_told(made: Made) -> 
     assert (status["restarts"], status["pid"]) == (1, 2)
     # What the first one generated is not forgotten.
     assert status["completion_tokens_total"] == 4
+
+
+async def test_the_death_of_a_worker_is_logged_with_no_requests_id(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids: list[object] = []
+    seen = logging.Filter()
+    monkeypatch.setattr(
+        seen, "filter", lambda record: ids.append(log_context.get().get("request_id")) or True
+    )
+    logger = logging.getLogger("llm_sidecar.supervisor")
+    logger.addFilter(seen)
+    token = log_context.set({"request_id": "one"})
+    try:
+        await made.host.generate(ASKED)
+        house.workers[0].die("signal SIGSEGV")
+        await until(lambda: made.host.status()["restarts"] == 1)
+    finally:
+        log_context.reset(token)
+        logger.removeFilter(seen)
+    assert set(ids) == {None}
 
 
 async def test_a_request_that_has_begun_fails_with_its_worker(made: Made) -> None:
