@@ -232,10 +232,9 @@ class Supervisor:
             return None
         if self._state == "unloaded":
             return self._missing()
-        first_load = self._state == "loading" and self._reason is None
-        if first_load and not self._preloaded:
-            if time.monotonic() < self._load_began + self._patience:
-                return None
+        on_demand = self._state == "loading" and self._reason is None and not self._preloaded
+        if on_demand and time.monotonic() < self._load_began + self._patience:
+            return None
         return self._reason or f"The {self._name} model is loading."
 
     def status(self) -> dict[str, Any]:

@@ -205,7 +205,8 @@ def test_the_first_shape_of_all_becomes_todays(
         "author and row_id added"
     )
     assert lines[1].startswith(
-        f"orchestrator_runs: 1 rows brought to version {VERSION}, with error_message and row_id added"
+        f"orchestrator_runs: 1 rows brought to version {VERSION}, "
+        "with error_message and row_id added"
     )
     assert lines[2].startswith(
         f"hermes_scores: 1 rows brought to version {VERSION}, with row_id added"
@@ -378,7 +379,7 @@ def test_version_3_loses_no_row_of_its_tables_and_logs(
     assert told in capsys.readouterr().out
     # Opening the database moves the row of the log into its table.
     assert len(opened(folder, FEEDBACK)) == 2
-    rows = sorted(read(folder, FEEDBACK), key=lambda row: row["feedback_id"])
+    rows = sorted(read(folder, FEEDBACK), key=lambda row: str(row["feedback_id"]))
     assert rows == [stored | {"author": None}, logged | {"author": None}]
 
 
