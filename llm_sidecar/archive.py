@@ -29,6 +29,7 @@ from llm_sidecar.examples import (
     proposal_refusal,
     refusal,
 )
+from llm_sidecar.logs import start_detached
 from llm_sidecar.proposals import Example
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class Archive:
     def start(self) -> None:
         """Begins to take rows and to open the database."""
         self._store.start()
-        self._task = asyncio.create_task(self._keep_fresh())
+        self._task = start_detached(self._keep_fresh())
 
     async def close(self) -> None:
         """Closes the database; every row that was acknowledged is in it."""
@@ -104,9 +105,9 @@ class Archive:
         """The state for `/health`: JSON types only."""
         return self._store.status()
 
-    def available(self) -> bool:
-        """Whether rows can be stored now."""
-        return self._store.has_room()
+    def refusal(self) -> str | None:
+        """Why rows cannot be stored now; None if they can."""
+        return self._store.refusal()
 
     def is_whole(self) -> bool:
         """Whether rows can be stored and questions asked."""

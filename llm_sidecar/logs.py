@@ -1,34 +1,60 @@
-"""How log lines look: JSON for machines, text for people.
+"""How log lines look, and which request they belong to: JSON for machines, text for people.
 
-A module logs as ever; what identifies the work at hand is added to each of its lines:
+A module logs as usual; the fields of `log_context` are added to each line:
 
-    log_context.set({**log_context.get(), "trace_id": trace_id})
+    fields = {"request_id": request_id}
+    log_context.set(fields)
+    ...
+    fields.clear()  # the request has ended
+
+asyncio hands the context of the code that starts something on to it: to a task, a timer, a
+connection. Some of that outlives the request and has nothing to do with it. So the server clears
+the fields at the request's end, and work that outlives a request starts with `start_detached` (it
+belongs to no request) or with `start_owned` (it is still this request's, and keeps its id).
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import datetime
 import json
 import logging
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 from llm_sidecar.errors import SidecarError
 
-if TYPE_CHECKING:
-    import asyncio
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 LogFormat = Literal["auto", "json", "text"]
 
 log_context: ContextVar[Mapping[str, str]] = ContextVar("log_context", default=MappingProxyType({}))
-"""Fields of every line of the request at hand, as `request_id` and `trace_id`: small texts, never a
-prompt or a secret. Set a new mapping, do not change the one that is there."""
+"""Fields of every line of the request at hand, such as `request_id`: small texts, never a prompt or
+a secret."""
+
+
+def start_detached(work: Coroutine[Any, Any, T], name: str | None = None) -> asyncio.Task[T]:
+    """A task that belongs to no request, whoever starts it: no request's id is in its log lines,
+    and its spans are in no request's trace."""
+    return asyncio.create_task(work, name=name, context=contextvars.Context())
+
+
+def start_owned(work: Coroutine[Any, Any, T], name: str | None = None) -> asyncio.Task[T]:
+    """A task for the request at hand that may outlive it: its log lines keep the request's id."""
+    context, fields = contextvars.copy_context(), dict(log_context.get())
+    context.run(log_context.set, fields)
+    task = asyncio.create_task(work, name=name, context=context)
+    # Connections that the work has opened may hold the fields for longer.
+    task.add_done_callback(lambda _: fields.clear())
+    return task
+
 
 _OWN_ATTRIBUTES: Final = frozenset(logging.makeLogRecord({}).__dict__) | {
     "message",

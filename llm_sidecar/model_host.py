@@ -20,6 +20,7 @@ from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import FinishReason, GenerationRequest, Message
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable, QueueFull
 from llm_sidecar.loader import ModelFiles
+from llm_sidecar.logs import start_owned
 from llm_sidecar.supervisor import Supervisor
 from llm_sidecar.telemetry.calls import (
     CallObserver,
@@ -64,14 +65,22 @@ class HostLimits:
     Attributes:
         queue_length: requests that may run and wait at once.
         request_timeout: from admission to the answer, for a call without a deadline of its own.
-        load_wait: how long a request waits for a model that is loading.
+        load_wait: how long a request waits at most for a model that is loading; None: as long as
+            its deadline allows.
         load_timeout: how long a model may load.
     """
 
     queue_length: int = 64
     request_timeout: float = 60.0
-    load_wait: float = 8.0
+    load_wait: float | None = None
     load_timeout: float = 300.0
+
+    @property
+    def patience(self) -> float:
+        """How long a request without an earlier deadline waits for a model that is loading."""
+        if self.load_wait is None:
+            return self.request_timeout
+        return min(self.load_wait, self.request_timeout)
 
 
 class ModelHost:
@@ -112,6 +121,7 @@ class ModelHost:
             {"device": device, "threads": threads, "warm_up": asdict(warm_up)},
             prefix=prefix,
             load_wait=self._limits.load_wait,
+            patience=self._limits.patience,
             load_timeout=self._limits.load_timeout,
             drain_timeout=self._limits.request_timeout,
             on_death=self._tell_death,
@@ -186,12 +196,12 @@ class ModelHost:
         return result
 
     def preload(self) -> None:
-        """Starts to load the model now instead of at the first request.
+        """Starts to load the model now instead of at the first request; it is not ready before.
 
         Raises:
             ModelUnavailable: its files are missing.
         """
-        self._supervisor.start()
+        self._supervisor.preload()
 
     async def prepare(self) -> None:
         """Has a prefix that has changed read beside the old one, while nobody asks for anything.
@@ -223,8 +233,16 @@ class ModelHost:
         await self._supervisor.swap_adapter(adapter)
 
     def available(self) -> bool:
-        """Whether a request would be served, now or after loading."""
-        return self._supervisor.available()
+        """Whether a request that comes now would most likely be served in time."""
+        return self.not_ready() is None
+
+    def not_ready(self) -> str | None:
+        """Why it would not be; None if it would. See `Supervisor.not_ready`."""
+        return self._supervisor.not_ready()
+
+    def refuse_waiting(self) -> None:
+        """Refuses requests that wait for the model to load, now and later: the server drains."""
+        self._supervisor.refuse_waiting()
 
     def status(self) -> dict[str, Any]:
         """The state for `/health`: JSON types only."""
@@ -258,7 +276,10 @@ class ModelHost:
         """
         deadline = deadline or Deadline.after(self._limits.request_timeout)
         with observed(self._observer, ModelCall(self.name, op)) as call, self._admission():
-            ready_by = time.monotonic() + self._limits.load_wait
+            ready_by = time.monotonic() + deadline.remaining()
+            if self._limits.load_wait is not None:
+                ready_by = min(ready_by, time.monotonic() + self._limits.load_wait)
+            self._supervisor.check_waiting(ready_by)
             try:
                 async with asyncio.timeout(deadline.remaining()):
                     if self._running >= self._supervisor.together:
@@ -270,6 +291,8 @@ class ModelHost:
                         elapsed = time.monotonic() - started
                         self._recent_seconds += 0.2 * (elapsed - self._recent_seconds)
             except TimeoutError:
+                if call.begun is None and not self._supervisor.loaded:
+                    raise self._supervisor.not_loaded() from None
                 if not (allow_partial and call.completion_tokens):
                     raise deadline.exceeded(call, self._retry_after()) from None
                 call.finish_reason = "deadline"
@@ -357,7 +380,7 @@ class ModelHost:
                 log.error("%s does not give up a cancelled request; killing it", self.name)
                 worker.process.kill()
 
-        task = asyncio.create_task(let_go())
+        task = start_owned(let_go())
         self._watchdogs.add(task)
         task.add_done_callback(self._watchdogs.discard)
 

@@ -19,6 +19,7 @@ from pydantic import (
     field_validator,
 )
 
+from llm_sidecar.api_keys import KEYS_DESCRIPTION, ApiKey, parse_api_keys
 from llm_sidecar.errors import SettingsError
 from llm_sidecar.host_names import allowed_host
 from llm_sidecar.logs import LogFormat
@@ -30,8 +31,6 @@ DEFAULT_LANCEDB_LOG_DIR = Path("/app/lancedb_log")
 DEFAULT_HERMES = Path("/app/hermes-model")
 
 
-_API_KEY: Final = re.compile(r"[!-+\--~]{16,}")
-"""Visible ASCII without a comma; shorter ones can be guessed."""
 _ORIGIN: Final = re.compile(r"\*|https?://[^\s/?#@*]+")
 
 
@@ -147,12 +146,13 @@ class Settings(BaseModel):
         le=3600,
         description="seconds, above 0 up to 3600",
     )
-    load_wait: float = Field(
-        8.0,
+    load_wait: float | None = Field(
+        None,
         alias="MODEL_LOAD_WAIT_SECONDS",
         ge=0,
         le=3600,
-        description="seconds from 0 to 3600 that a request waits for a loading model",
+        description="seconds from 0 to 3600 that a request waits at most for a loading model; "
+        "unset: as long as its deadline allows",
     )
     load_timeout: float = Field(
         300.0,
@@ -250,10 +250,8 @@ class Settings(BaseModel):
         le=3600,
         description="seconds from 0 to 3600 that the socket still accepts at shutdown",
     )
-    api_keys: Annotated[tuple[SecretStr, ...], BeforeValidator(_split)] = Field(
-        (),
-        alias="SIDECAR_API_KEYS",
-        description="keys of 16 or more visible ASCII characters, separated by commas",
+    api_keys: Annotated[tuple[ApiKey, ...], BeforeValidator(parse_api_keys)] = Field(
+        (), alias="SIDECAR_API_KEYS", description=KEYS_DESCRIPTION
     )
     metrics_need_key: bool = Field(False, alias="METRICS_NEED_KEY", description="true or false")
     cors_origins: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
@@ -267,13 +265,6 @@ class Settings(BaseModel):
         description="host names such as desk.example or *.desk.example, separated by commas, or *",
     )
     log_format: LogFormat = Field("auto", alias="LOG_FORMAT", description="auto, json or text")
-
-    @field_validator("api_keys")
-    @classmethod
-    def _strong_keys(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
-        if not all(_API_KEY.fullmatch(key.get_secret_value()) for key in value):
-            raise ValueError("a key is empty, short or no word")
-        return value
 
     @field_validator("cors_origins")
     @classmethod
@@ -328,7 +319,8 @@ class Settings(BaseModel):
             variable = str(error.errors(include_url=False, include_input=False)[0]["loc"][0])
             field = cls.model_fields[known.get(variable, variable)]
             # A Redis URL may hold a password.
-            value = "***" if "SecretStr" in str(field.annotation) else repr(values[variable])
+            is_secret = any(kind in str(field.annotation) for kind in ("SecretStr", "ApiKey"))
+            value = "***" if is_secret else repr(values[variable])
             raise SettingsError(
                 f"{variable}={value} is not valid: it takes {field.description}"
             ) from None

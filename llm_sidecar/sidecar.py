@@ -4,7 +4,6 @@ walks a request through them."""
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import datetime
 import hashlib
 import json
@@ -15,11 +14,11 @@ import uuid
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from llm_sidecar import hermes_plugin, loader, proposals, timestamps
+from llm_sidecar import __version__, hermes_plugin, loader, proposals, timestamps
 from llm_sidecar.archive import Archive
 from llm_sidecar.db import HermesScoreSchema, Phi3FeedbackSchema, PublishedFeedback, table_of
 from llm_sidecar.deadline import Deadline
@@ -36,6 +35,7 @@ from llm_sidecar.errors import (
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.examples import Outcome
 from llm_sidecar.input_model import check_length, longest_payload, summary
+from llm_sidecar.logs import start_detached, start_owned
 from llm_sidecar.model_host import Completion, HostLimits, ModelHost
 from llm_sidecar.proposal_run import ProposalRun, Row
 from llm_sidecar.proposals import Proposed
@@ -102,6 +102,7 @@ class Sidecar:
             telemetry: hears of model calls and of workers' deaths; its owner starts and stops it.
         """
         telemetry = telemetry or Instrument()
+        self._began = time.monotonic()
         self.settings = settings
         self._metrics = metrics or NoMetrics()
         observers = Observers(self._metrics, telemetry)
@@ -162,7 +163,7 @@ class Sidecar:
 
     def _prepare_examples(self) -> None:
         # A worker that prepares one already gives it up for the newer.
-        self._preparing = asyncio.create_task(self.phi3.prepare(), context=contextvars.Context())
+        self._preparing = start_detached(self.phi3.prepare())
 
     async def start(self) -> None:
         """Starts the parts; none of them being away keeps the others from starting."""
@@ -175,13 +176,18 @@ class Sidecar:
         if self.remote_voice is not None:
             await self.remote_voice.start()
         # Its first attempt may take seconds where Redis is away.
-        self._connecting = asyncio.create_task(self.bus.start())
+        self._connecting = start_detached(self.bus.start())
         if self.settings.preload:
             for host in (self.phi3, self.hermes):
                 try:
                     host.preload()
                 except ModelUnavailable as error:
                     log.error("%s", error.detail)
+
+    def refuse_waiting(self) -> None:
+        """Refuses requests that wait for a model to load, now and later: the server drains."""
+        self.phi3.refuse_waiting()
+        self.hermes.refuse_waiting()
 
     async def close(self) -> None:
         """Lets running generations end within the grace period, then stops every part."""
@@ -315,8 +321,14 @@ class Sidecar:
         self._metrics.scored(score)
         return score
 
-    async def submit_feedback(self, feedback: Phi3FeedbackSchema) -> tuple[str, Outcome]:
+    async def submit_feedback(
+        self, feedback: Phi3FeedbackSchema, author: str | None = None
+    ) -> tuple[str, Outcome]:
         """Stores feedback, then tells the other services.
+
+        Args:
+            feedback: what to store.
+            author: the name of the API key that it came with.
 
         Returns:
             Its feedback_id, and whether it is a few-shot example or the reason why not.
@@ -324,11 +336,15 @@ class Sidecar:
         Raises:
             DatabaseUnavailable: it is not stored; the caller still has it.
         """
+        feedback = feedback.written_by(author)
         # With its id, by which whoever hears of it knows it again.
         feedback_id = str(feedback.as_row()["feedback_id"])
         outcome = await self.archive.append_feedback(feedback)
         stored_in = self.archive.database_id or self._name
         event = {"feedback_id": feedback_id, "stored_in": stored_in}
+        if author is not None:
+            # Left out otherwise: sidecars of before there were authors refuse the field.
+            event["author"] = author
         await self._publish(FEEDBACK_SUBMITTED, feedback.model_dump(mode="json") | event)
         return feedback_id, outcome
 
@@ -357,7 +373,7 @@ class Sidecar:
             ModelUnavailable: Phi-3 is missing, or the server is shutting down.
         """
         # It runs to completion even if the client disconnects.
-        swapping = asyncio.create_task(self._swap_adapter(name))
+        swapping = start_owned(self._swap_adapter(name))
         self._swaps.add(swapping)
         swapping.add_done_callback(self._swaps.discard)
         await asyncio.shield(swapping)
@@ -366,19 +382,41 @@ class Sidecar:
     async def _swap_adapter(self, name: str | None) -> None:
         asked = time.monotonic()
         async with self._swapping:
-            # The folder may be on a slow disk.
-            chosen = await asyncio.to_thread(self._choose_adapter, name)
-            if chosen != self.phi3.adapter:
-                refused, when, why = self._last_refusal
-                if refused == chosen and when > asked:
-                    # A client timed out and retried while this adapter was still loading.
-                    raise AdapterRejected(why)
-                try:
-                    await self.phi3.swap_adapter(chosen)
-                except AdapterRejected as error:
-                    self._last_refusal = chosen, time.monotonic(), error.detail
-                    raise
+            try:
+                # The folder may be on a slow disk.
+                chosen = await asyncio.to_thread(self._choose_adapter, name)
+                if chosen != self.phi3.adapter:
+                    await self._take_adapter(chosen, asked)
+            except SidecarError as error:
+                log.warning("phi3 keeps its adapter: %s", error.detail)
+                raise
             await asyncio.to_thread(self._remembered.save, chosen)
+
+    async def _take_adapter(self, chosen: Path | None, asked: float) -> None:
+        """Swaps to another adapter than the one in use."""
+        refused, when, why = self._last_refusal
+        if refused == chosen and when > asked:
+            # A client timed out and retried while this adapter was still loading.
+            raise AdapterRejected(why)
+        began, previous = time.monotonic(), self.phi3.adapter
+        try:
+            await self.phi3.swap_adapter(chosen)
+        except AdapterRejected as error:
+            self._last_refusal = chosen, time.monotonic(), error.detail
+            raise
+        fields = {
+            "model": "phi3",
+            "previous_adapter": None if previous is None else previous.name,
+            "adapter": None if chosen is None else chosen.name,
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        log.info(
+            "phi3 has swapped its adapter %s for %s in %.1f s",
+            fields["previous_adapter"] or "none",
+            fields["adapter"] or "none",
+            fields["seconds"],
+            extra=fields,
+        )
 
     def _choose_adapter(self, name: str | None) -> Path | None:
         folder = self.settings.adapter_dir
@@ -391,27 +429,35 @@ class Sidecar:
         adapter = self.phi3.adapter
         return None if adapter is None else loader.adapter_date(adapter)
 
-    def missing(self) -> list[str]:
-        """The parts without which requests fail; the event bus is none of them."""
-        available = {
-            "phi3": self.phi3.available(),
-            "hermes": self.hermes.available(),
-            "database": self.archive.available(),
+    def missing(self) -> dict[str, str]:
+        """Why the next proposal or feedback would fail, by part; empty where both would succeed.
+
+        Redis or LanceDB being away is no reason: what they are to get waits.
+        """
+        reasons = {
+            "phi3": self.phi3.not_ready(),
+            "hermes": self.hermes.not_ready(),
+            "database": self.archive.refusal(),
         }
-        return [name for name, is_there in available.items() if not is_there]
+        return {name: reason for name, reason in reasons.items() if reason is not None}
+
+    def status(self) -> Literal["ok", "partial_error", "error"]:
+        """The state of the whole: `error` where there is no model at all."""
+        missing = self.missing()
+        if {"phi3", "hermes"} <= set(missing):
+            return "error"
+        whole = self.bus.connected and self.speaker.available() and self.archive.is_whole()
+        return "ok" if whole and not missing else "partial_error"
 
     def health(self) -> dict[str, Any]:
         """The state of the whole and of each part: JSON types only."""
         models = {"phi3": self.phi3.status(), "hermes": self.hermes.status()}
         bus = self.bus.status()
-        missing = self.missing()
         date = self.adapter_date()
-        status = "ok"
-        whole = bus["connected"] and self.speaker.available() and self.archive.is_whole()
-        if missing or not whole:
-            status = "error" if {"phi3", "hermes"} <= set(missing) else "partial_error"
         return {
-            "status": status,
+            "status": self.status(),
+            "version": __version__,
+            "uptime_seconds": round(time.monotonic() - self._began, 3),
             "hermes_loaded": models["hermes"]["state"] == "ready",
             "phi3_loaded": models["phi3"]["state"] == "ready",
             "phi3_model_file_exists": loader.phi3_model_file_exists(self.settings),
@@ -470,7 +516,7 @@ class Sidecar:
 
     def _to_the_end(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """A task that runs to completion even if the request is cancelled; `close` waits for it."""
-        task = asyncio.create_task(work)
+        task = start_owned(work)
         self._unfinished.add(task)
         task.add_done_callback(self._unfinished.discard)
         return task

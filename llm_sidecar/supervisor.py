@@ -6,12 +6,11 @@ The worker is started when it is first needed, and again with backoff when it di
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 import math
 import random
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -19,6 +18,7 @@ from typing import Any, Final, Literal
 from llm_sidecar.engines import GenerationRequest
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable
 from llm_sidecar.loader import ModelFiles
+from llm_sidecar.logs import start_detached
 from llm_sidecar.worker_process import WorkerEnded, WorkerProcess
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ class Supervisor:
         spec: Mapping[str, Any],
         *,
         prefix: Callable[[], GenerationRequest] | None,
-        load_wait: float,
+        load_wait: float | None,
+        patience: float,
         load_timeout: float,
         drain_timeout: float,
         on_death: Callable[[WorkerProcess], None],
@@ -63,7 +64,8 @@ class Supervisor:
             locate: finds the files at every load; raises ModelUnavailable.
             spec: what the worker is told to load, beside files, prefix and adapter.
             prefix: what it has read before it counts as ready, as it is at present.
-            load_wait: seconds for which a request waits for a model that is loading.
+            load_wait: seconds for which a request waits at most for a model that is loading.
+            patience: seconds for which a request waits for it at most, whatever sets the limit.
             load_timeout: seconds that a model may load.
             drain_timeout: seconds that a replaced worker has for the requests it still serves.
             on_death: is called with a worker that has ended unexpectedly.
@@ -75,6 +77,7 @@ class Supervisor:
         self._spec = spec
         self._prefix = prefix
         self._load_wait = load_wait
+        self._patience = patience
         self._load_timeout = load_timeout
         self._drain_timeout = drain_timeout
         self._on_death = on_death
@@ -87,17 +90,21 @@ class Supervisor:
         self._draining: set[WorkerProcess] = set()
         self._ending: set[asyncio.Task[None]] = set()
         self._restarts = 0
+        self._preloaded = False
+        self._load_began = 0.0
+        self._load_failed = False
         self._next_load = 0.0
         self._died = -math.inf
         self._tokens = 0
         self._closed = False
+        self._refuses_waiting = False
         self._look_again = 0.0
         self._missing_reason: str | None = None
 
     def check_open(self) -> None:
         """Raises ModelUnavailable where it is closing."""
         if self._closed:
-            raise ModelUnavailable("The server is shutting down; try again.", retry_after=5)
+            raise _shutting_down()
 
     def start(self) -> None:
         """Starts to load the model, unless that has begun.
@@ -110,13 +117,26 @@ class Supervisor:
             return
         self._locate()
         self._worker = asyncio.get_running_loop().create_future()
-        self._state, self._reason = "loading", None
-        self._supervising = _detached(self._supervise())
+        self._state, self._reason, self._load_began = "loading", None, time.monotonic()
+        self._supervising = start_detached(self._supervise())
+
+    def preload(self) -> None:
+        """Starts to load the model, which does not count as available before it is loaded.
+
+        Raises:
+            ModelUnavailable: its files are missing.
+        """
+        self._preloaded = True
+        self.start()
 
     async def ready(self, by: float) -> WorkerProcess:
-        """The worker, as soon as it is ready; ModelUnavailable when it is not by then.
+        """The worker, as soon as it is ready.
 
-        One that has died meanwhile gets as long to be replaced as one that is loaded first.
+        With a `load_wait`, the replacement of a worker that has died meanwhile is waited for as
+        long as a first load.
+
+        Raises:
+            ModelUnavailable: it is not ready by then, or certainly will not be.
         """
         while True:
             if self._supervising is None or self._supervising.done():
@@ -124,21 +144,54 @@ class Supervisor:
             future = self._worker
             if future is None:
                 raise ModelUnavailable(f"{self._name} is not loaded.", retry_after=1)
-            until = max(by, self._died + self._load_wait)
-            if not future.done() and self._next_load > until:
-                raise ModelUnavailable(
-                    f"The {self._name} model is not available: {self._reason}.",
-                    retry_after=max(1, round(self._next_load - time.monotonic())),
-                )
             if not future.done():
+                self.check_waiting(by)
+                until = self._latest(by)
                 await asyncio.wait([future], timeout=max(0.0, until - time.monotonic()))
             if not future.done():
-                raise ModelUnavailable(f"The {self._name} model is still loading.", retry_after=5)
+                raise self.not_loaded()
             worker = future.result()
             if worker.alive:
                 return worker
             # Its end is known here before the supervisor has run.
             await asyncio.sleep(0)
+
+    def check_waiting(self, by: float) -> None:
+        """Raises ModelUnavailable where waiting for the model until then is of no use."""
+        if self._refuses_waiting and not self.loaded:
+            raise _shutting_down()
+        if self._state != "failed":
+            return
+        self._locate()
+        # After a failed load the next one most likely fails too; a worker that has served and died
+        # is replaced soon.
+        if self._load_failed or self._next_load > self._latest(by):
+            raise self.not_loaded()
+
+    def _latest(self, by: float) -> float:
+        """Until when a request waits that is to have a worker by then."""
+        return by if self._load_wait is None else max(by, self._died + self._load_wait)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether there is a worker that serves requests."""
+        return self._state == "ready"
+
+    def not_loaded(self) -> ModelUnavailable:
+        """The error for a request that waits for the model no longer."""
+        if self._state == "failed":
+            return ModelUnavailable(
+                f"The {self._name} model is not available: {self._reason}.",
+                retry_after=max(1, round(self._next_load - time.monotonic())),
+            )
+        return ModelUnavailable(f"The {self._name} model is still loading.", retry_after=5)
+
+    def refuse_waiting(self) -> None:
+        """Refuses requests that wait for the model to load, now and later: the server drains."""
+        self._refuses_waiting = True
+        if self._worker is not None and not self._worker.done():
+            waited_for, self._worker = self._worker, asyncio.get_running_loop().create_future()
+            _fail_future(waited_for, _shutting_down())
 
     async def prepare(self) -> None:
         """Has a prefix that has changed read; see `ModelHost.prepare`."""
@@ -167,15 +220,22 @@ class Supervisor:
             else:
                 return
         what = "The model without an adapter" if adapter is None else f"The adapter {adapter.name}"
-        refusal = f"{what} is refused: {reason}"
-        log.error("%s", refusal)
-        raise AdapterRejected(refusal)
+        raise AdapterRejected(f"{what} is refused: {reason}")
 
-    def available(self) -> bool:
-        """Whether a request would be served, now or after loading."""
+    def not_ready(self) -> str | None:
+        """Why a request that comes now would most likely not be served in time; None if it would.
+
+        A lazy model counts as ready while it is unloaded and its files are there, and while its
+        first load has not taken longer than a request waits.
+        """
+        if self._state == "ready":
+            return None
         if self._state == "unloaded":
-            return self._missing() is None
-        return self._state == "ready"
+            return self._missing()
+        on_demand = self._state == "loading" and self._reason is None and not self._preloaded
+        if on_demand and time.monotonic() < self._load_began + self._patience:
+            return None
+        return self._reason or f"The {self._name} model is loading."
 
     def status(self) -> dict[str, Any]:
         """The state for `/health`: JSON types only."""
@@ -212,10 +272,7 @@ class Supervisor:
         if tasks:
             await asyncio.wait(tasks)
         if self._worker is not None and not self._worker.done():
-            self._worker.set_exception(
-                ModelUnavailable("The server is shutting down; try again.", retry_after=5)
-            )
-            self._worker.exception()
+            _fail_future(self._worker, _shutting_down())
         self._state = "unloaded"
 
     async def _load_and_take_over(self, adapter: Path | None) -> None:
@@ -231,10 +288,10 @@ class Supervisor:
             self._keep_until_done(self._supervising)
         if former is not None:
             self._draining.add(former)
-            self._keep_until_done(_detached(self._drain(former)))
+            self._keep_until_done(start_detached(self._drain(former)))
         self.adapter = adapter
         self._serve(successor)
-        self._supervising = _detached(self._supervise(successor))
+        self._supervising = start_detached(self._supervise(successor))
 
     async def _drain(self, worker: WorkerProcess) -> None:
         """Stops a replaced worker once it has answered its requests, or at the drain timeout."""
@@ -259,6 +316,7 @@ class Supervisor:
             began = time.monotonic()
             try:
                 if worker is None:
+                    self._load_failed = True  # until it has succeeded
                     worker = await self._load(self.adapter)
                     self._serve(worker)
                 await worker.ended.wait()
@@ -283,7 +341,7 @@ class Supervisor:
 
     def _serve(self, worker: WorkerProcess) -> None:
         """Lets this worker serve new requests and those that wait for a worker."""
-        self._state, self._reason = "ready", None
+        self._state, self._reason, self._load_failed = "ready", None, False
         self.together = worker.info["together"]
         if self._worker is None or self._worker.done():
             self._worker = asyncio.get_running_loop().create_future()
@@ -295,13 +353,13 @@ class Supervisor:
         self._state, self._reason = "failed", reason
         self._next_load = time.monotonic() + delay
         if loading is not None and not loading.done():
-            loading.set_exception(
+            _fail_future(
+                loading,
                 ModelUnavailable(
                     f"The {self._name} model could not be loaded: {reason}",
                     retry_after=max(1, round(delay)),
-                )
+                ),
             )
-            loading.exception()
 
     async def _load(self, adapter: Path | None) -> WorkerProcess:
         """Starts a worker and loads the model; stops the worker if that fails or is cancelled.
@@ -376,6 +434,11 @@ class Supervisor:
         return worker if worker is not None and worker.alive else None
 
 
-def _detached(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    """Runs work that outlives its request, so it does not log with the request's id."""
-    return asyncio.create_task(work, context=contextvars.Context())
+def _shutting_down() -> ModelUnavailable:
+    return ModelUnavailable("The server is shutting down; try again.", retry_after=5)
+
+
+def _fail_future(future: asyncio.Future[WorkerProcess], error: ModelUnavailable) -> None:
+    future.set_exception(error)
+    # Perhaps nobody waits for it, and asyncio would report an exception that nobody retrieves.
+    future.exception()

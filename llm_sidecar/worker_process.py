@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from llm_sidecar.errors import ModelUnavailable
+from llm_sidecar.logs import start_detached
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,8 @@ class WorkerProcess:
             label, adapter: names of what it is to load, for the attributes.
             on_tokens: is called with the number of new completion tokens, as they are generated.
         """
-        starting = asyncio.create_task(cls._start(label, adapter, on_tokens))
+        # A worker outlives the request that starts it, and so do its connection and its reader.
+        starting = start_detached(cls._start(label, adapter, on_tokens))
         try:
             return await asyncio.shield(starting)
         except asyncio.CancelledError:

@@ -1,17 +1,19 @@
-"""API keys: who may ask."""
+"""API keys: who may ask, and by which name the log and stored feedback know them."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final
 
+from fastapi import Depends, Request
 from fastapi.responses import JSONResponse
-from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from llm_sidecar.api_keys import ApiKey
 from osiris.paths import is_documentation, is_metrics, is_probe
 
 _DETAIL: Final = (
@@ -20,21 +22,59 @@ _DETAIL: Final = (
 )
 
 
-class ApiKeys:
-    """Answers 401 to whoever shows none of the keys, before the body is read.
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whose key a request came with.
 
-    The probes and the documentation are open to everybody, and so are the metrics unless
-    `metrics_need_key`.
+    Attributes:
+        label: for the log: the key's name, or `#` and its position in the setting, counted from 1.
+        name: the key's name; None for a key without one.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[SecretStr], metrics_need_key: bool) -> None:
+    label: str
+    name: str | None
+
+
+def caller(scope: Mapping[str, Any]) -> Caller | None:
+    """Whose valid key a request came with; None without one, and where no keys are configured."""
+    found: Caller | None = scope.get("state", {}).get("caller")
+    return found
+
+
+async def _author(request: Request) -> str | None:
+    known = caller(request.scope)
+    return None if known is None else known.name
+
+
+Author = Annotated[str | None, Depends(_author)]
+"""The name of the request's key, for a route's parameter; None for a key without a name."""
+
+
+class ApiKeys:
+    """Answers 401 to a request without a valid key, before its body is read.
+
+    The probes and the documentation need no key, and neither do the metrics unless
+    `metrics_need_key`. Whose key a
+    request has shown is in its `scope["state"]`: see `caller`.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[ApiKey], metrics_need_key: bool) -> None:
         self._app = app
         # Hashes have one length, so that a comparison does not tell how long a key is.
-        self._keys = [_hash(key.get_secret_value().encode()) for key in keys]
+        self._keys = [
+            (_hash(key.secret.get_secret_value().encode()), Caller(key.name or f"#{n}", key.name))
+            for n, key in enumerate(keys, 1)
+        ]
         self._metrics_need_key = metrics_need_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._is_open(scope) or self._knows(Headers(scope=scope)):
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        known = self._find(Headers(scope=scope))
+        if known is not None:
+            scope.setdefault("state", {})["caller"] = known
+        if known is not None or self._is_open(scope):
             await self._app(scope, receive, send)
             return
         refusal = JSONResponse(
@@ -49,18 +89,21 @@ class ApiKeys:
             return not self._metrics_need_key
         return is_probe(scope) or is_documentation(scope)
 
-    def _knows(self, headers: Headers) -> bool:
+    def _find(self, headers: Headers) -> Caller | None:
+        shown = []
+        if key := headers.get("x-api-key"):
+            shown.append(key)
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        shown = [headers.get("x-api-key", "")]
         if scheme.lower() == "bearer":
             shown.append(token.strip())
         # Every key is compared with, so that the time does not tell which one it was.
         matches = [
-            hmac.compare_digest(_hash(key.encode("latin-1")), known)
-            for key in shown
-            for known in self._keys
+            known
+            for digest in [_hash(key.encode("latin-1")) for key in shown]
+            for key_digest, known in self._keys
+            if hmac.compare_digest(digest, key_digest)
         ]
-        return any(matches)
+        return matches[0] if matches else None
 
 
 def _hash(key: bytes) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import ipaddress
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llm_sidecar.logs import LogFormat, log_context, log_to_stderr
 from llm_sidecar.telemetry.instruments import known_method
+from osiris.access import caller
 from osiris.paths import is_probe_or_metrics, route_path
 
 __all__ = ["AccessLog", "configure", "log_context"]
@@ -40,7 +43,8 @@ def configure(log_format: LogFormat) -> None:
 
 
 class AccessLog:
-    """Logs method, route, status and duration of each request but probes and metrics.
+    """Logs method, route, status, duration, client address and the name of the API key of each
+    request but probes and metrics.
 
     Args:
         routes: the documented spelling of each path or template, by its spelling without the last
@@ -79,11 +83,36 @@ class AccessLog:
         # A request that is refused before routing has no template.
         path = getattr(scope.get("route"), "path_format", None) or route_path(scope)
         route = self._routes().get(path.rstrip("/"), "unmatched")
+        # None for a client on a Unix socket.
+        client = scope.get("client")
+        known = caller(scope)
+        fields = {
+            "client": client and _address(client[0]),
+            "key": known and known.label,
+        }
         access_log.info(
-            "%s %s %d in %.1f ms",
+            "%s %s %d in %.1f ms%s%s",
             method,
             route,
             status,
             duration_ms,
-            extra={"method": method, "route": route, "status": status, "duration_ms": duration_ms},
+            f" for {fields['client']}" if fields["client"] else "",
+            f" with key {fields['key']}" if fields["key"] else "",
+            extra={
+                "method": method,
+                "route": route,
+                "status": status,
+                "duration_ms": duration_ms,
+                **{name: value for name, value in fields.items() if value},
+            },
         )
+
+
+@functools.lru_cache(maxsize=1024)
+def _address(host: str) -> str:
+    """The host, if it is an IP address: a proxy may pass on any text that a client has sent."""
+    try:
+        # Without an IPv6 zone, which may be any text.
+        return str(ipaddress.ip_address(host.partition("%")[0]))
+    except ValueError:
+        return "unknown"

@@ -35,15 +35,24 @@ class RequestId:
         sent = Headers(scope=scope).get("x-request-id", "")
         request_id = sent if _REQUEST_ID.fullmatch(sent) else str(uuid.uuid4())
         scope.setdefault("state", {})["request_id"] = request_id
-        # Never reset: the server's own line about an error comes after the request.
-        log_context.set({"request_id": request_id})
+        fields = {"request_id": request_id}
+        log_context.set(fields)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        try:
+            await self._app(scope, receive, send_with_id)
+        except BaseException:
+            # The server logs the error after this, in the same task.
+            task = asyncio.current_task()
+            assert task is not None
+            task.add_done_callback(lambda _: fields.clear())
+            raise
+        # Connections and timers that the request has started may hold these fields for longer.
+        fields.clear()
 
 
 SECURITY_HEADERS: Final = {

@@ -383,13 +383,22 @@ class ProposalBadInput(BadInput):
     )
 
 
-class Health(BaseModel):
-    """The state of the whole and of each part."""
+class HealthSummary(BaseModel):
+    """The state of the whole: what `/health` shows without an API key where keys are set."""
 
     status: Literal["ok", "partial_error", "error"] = Field(
         description="`ok`: every part works; `partial_error`: some requests fail, or an optional "
         "part is away; `error`: no model can answer",
         examples=["ok"],
+    )
+
+
+class Health(HealthSummary):
+    """The state of the whole and of each part."""
+
+    version: str = Field(description="the sidecar's version", examples=["0.2.0"])
+    uptime_seconds: float = Field(
+        ge=0, description="seconds since the server started", examples=[86400.5]
     )
     hermes_loaded: bool = Field(description="whether Hermes is in memory", examples=[True])
     phi3_loaded: bool = Field(description="whether Phi-3 is in memory", examples=[True])
@@ -420,14 +429,6 @@ class Health(BaseModel):
     speech: SpeechHealth = Field(description="the voice and its listeners")
 
 
-class HealthSummary(BaseModel):
-    """What a caller without a key gets of `/health` where API keys are set."""
-
-    status: Literal["ok", "partial_error", "error"] = Field(
-        description="as in the whole answer", examples=["ok"]
-    )
-
-
 class Probe(BaseModel):
     """A probe's answer."""
 
@@ -438,6 +439,12 @@ class Probe(BaseModel):
     )
     missing: list[str] = Field(
         [],
-        description="the parts that requests fail without: `phi3`, `hermes`, `database`",
+        description="the parts without which requests fail: `phi3`, `hermes`, `database`",
         examples=[["hermes"]],
+    )
+    reasons: dict[str, str] | None = Field(
+        None,
+        description="why, for each part that is missing; absent where nothing is missing, and "
+        "without an API key where keys are set",
+        examples=[{"hermes": "The hermes model is still loading."}],
     )

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from llm_sidecar import __version__
 from llm_sidecar.errors import SettingsError, SidecarError
-from llm_sidecar.logs import log_unhandled
+from llm_sidecar.logs import log_unhandled, start_detached
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.telemetry import instruments
@@ -110,10 +110,12 @@ def create_app(settings: Settings) -> FastAPI:
         metrics.watch(sidecar.health)
         app.state.sidecar = sidecar
         shutdown.install()
+        draining = start_detached(_refuse_waiting(shutdown, sidecar))
         try:
             await sidecar.start()
             yield
         finally:
+            draining.cancel()
             await shutdown.close(sidecar.close())
             await telemetry.close()
 
@@ -141,6 +143,12 @@ def create_app(settings: Settings) -> FastAPI:
     _add_middleware(app, settings, shutdown, telemetry)
     metrics = install_metrics(app, settings)
     return app
+
+
+async def _refuse_waiting(shutdown: Shutdown, sidecar: Sidecar) -> None:
+    """Once the server drains, answers the requests that wait for a model to load."""
+    await shutdown.streams_end.wait()
+    sidecar.refuse_waiting()
 
 
 def _add_middleware(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import multiprocessing
 import signal
@@ -74,7 +75,8 @@ class Shutdown:
         loop = asyncio.get_running_loop()
 
         def handle(number: int, frame: FrameType | None) -> None:
-            loop.call_soon_threadsafe(self._told, number)
+            # Not in the context of the request that the signal has interrupted.
+            loop.call_soon_threadsafe(self._told, number, context=contextvars.Context())
 
         # uvicorn puts back what was there before it when it has ended.
         with contextlib.suppress(ValueError):  # no main thread

@@ -95,6 +95,18 @@ def test_an_adapter_is_chosen_refused_and_remembered(
         assert proposal(server) == second
         health = server.client.get("/health").json()
         assert health["phi3_adapter_date"] == "2026-01-02"
+        lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    swaps = [line for line in lines if "previous_adapter" in line]
+    assert [(x["model"], x["previous_adapter"], x["adapter"]) for x in swaps] == [
+        ("phi3", None, "20260101"),
+        ("phi3", "20260101", "20260102"),
+    ]
+    assert all(line["seconds"] > 0 and line["request_id"] for line in swaps)
+    refused = [x["message"] for x in lines if x["message"].startswith("phi3 keeps its adapter: ")]
+    assert [("20260103" in said, "no such adapter" in said) for said in refused] == [
+        (True, False),
+        (False, True),
+    ]
     with running(tmp_path, adapters, random_models) as server:
         assert server.client.get("/health").json()["phi3_adapter_date"] == "2026-01-02"
         assert proposal(server) == second

@@ -89,7 +89,7 @@ async def test_a_row_comes_back_as_it_went_in(store: Store) -> None:
     assert len(said.pop("feedback_id")) == 64
     arrived = datetime.datetime.now(datetime.UTC) - said.pop("received")
     assert datetime.timedelta() < arrived < datetime.timedelta(minutes=1)
-    assert said == FEEDBACK | {"schema_version": "1.0", "source": "direct"}
+    assert said == FEEDBACK | {"schema_version": "1.0", "source": "direct", "author": None}
     assert await store.last("orchestrator_runs", 5) == [RUN | {"error_message": None}]
     (scored,) = await store.last("hermes_scores", 5)
     assert scored == {"run_id": "r-1", "timestamp": NOW, "score": 0.25, "rationale": ""}

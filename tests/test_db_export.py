@@ -143,7 +143,7 @@ def test_jsonl_gives_all_feedback_oldest_first_with_what_it_is_about(
     fill(
         folder,
         proposed(),
-        corrected(minutes=2),
+        corrected(minutes=2).written_by("desk"),
         feedback(),
         feedback(transaction_id="nobody's", timestamp=NOW + datetime.timedelta(minutes=1)),
     )
@@ -154,6 +154,7 @@ def test_jsonl_gives_all_feedback_oldest_first_with_what_it_is_about(
         "feedback_type": "rating",
         "feedback_content": "good",
         "corrected_proposal": None,
+        "author": None,
         "prompt": "Prompt of t-1",
         "proposal": PROPOSED,
         "assessment": "Fine.",
@@ -169,6 +170,7 @@ def test_jsonl_gives_all_feedback_oldest_first_with_what_it_is_about(
         "feedback_type": "correction",
         "timestamp": "2026-01-02T03:06:05.678901+00:00",
         "corrected_proposal": CORRECTED,
+        "author": "desk",
     }
 
 

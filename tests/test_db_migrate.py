@@ -200,14 +200,17 @@ def test_the_first_shape_of_all_becomes_todays(
     assert cli_main(["migrate"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(
-        "phi3_feedback: 1 rows brought to version 3, "
+        f"phi3_feedback: 1 rows brought to version {VERSION}, "
         "with schema_version and corrected_proposal and feedback_id and received and source and "
-        "row_id added"
+        "author and row_id added"
     )
     assert lines[1].startswith(
-        "orchestrator_runs: 1 rows brought to version 3, with error_message and row_id added"
+        f"orchestrator_runs: 1 rows brought to version {VERSION}, "
+        "with error_message and row_id added"
     )
-    assert lines[2].startswith("hermes_scores: 1 rows brought to version 3, with row_id added")
+    assert lines[2].startswith(
+        f"hermes_scores: 1 rows brought to version {VERSION}, with row_id added"
+    )
     assert lines[3:] == [
         f"{table}: created, as it was not there." for table in ("proposals", "feedback_withdrawals")
     ]
@@ -219,6 +222,7 @@ def test_the_first_shape_of_all_becomes_todays(
         "corrected_proposal": None,
         "received": NOW,
         "source": "direct",
+        "author": None,
     }
     assert opened(folder, RUNS) == [OLD_RUN | {"timestamp": NOW, "error_message": None}]
     assert opened(folder, SCORES) == [OLD_SCORE | {"timestamp": NOW}]
@@ -308,7 +312,7 @@ def test_feedback_ids_stay_and_rows_get_the_key_they_lacked(folder: Path) -> Non
     write(folder, SCORES, [OLD_SCORE | at] * 2)
     assert cli_main(["migrate"]) == 0
     assert opened(folder, FEEDBACK) == [
-        OLD_FEEDBACK | at | last | {"received": NOW, "source": "direct"}
+        OLD_FEEDBACK | at | last | {"received": NOW, "source": "direct", "author": None}
     ]
     assert opened(folder, RUNS) == [OLD_RUN | at | {"error_message": "late"}] * 2
     for table in (RUNS, SCORES):
@@ -322,7 +326,7 @@ def version_2(folder: Path) -> Path:
     """A database as version 2 left it, with one feedback that claims to be of the future, and a log
     of a process that has died with another."""
     schemas = {
-        FEEDBACK: without(FEEDBACK, "received", "source", "row_id"),
+        FEEDBACK: without(FEEDBACK, "received", "source", "author", "row_id"),
         RUNS: without(RUNS),
         SCORES: without(SCORES),
         PROPOSALS: without(PROPOSALS, "grounded"),
@@ -345,11 +349,38 @@ def version_2(folder: Path) -> Path:
     return folder
 
 
-def without(table: str, *columns: str) -> pa.Schema:
+def without(table: str, *columns: str, version: str = "2") -> pa.Schema:
     """The shape of a table before it had these columns."""
     schema = arrow_schemas()[table]
     kept = [field for field in schema if field.name not in columns]
-    return pa.schema(kept, metadata={"osiris_schema_version": "2"})
+    return pa.schema(kept, metadata={"osiris_schema_version": version})
+
+
+def test_version_3_loses_no_row_of_its_tables_and_logs(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later = {"received": NOW, "source": "bus"}
+    feedback = OLD_FEEDBACK | later | {"schema_version": "1.0", "corrected_proposal": None}
+    stored, logged = (
+        feedback | {"timestamp": NOW, "feedback_id": key, "row_id": f"bus:{key}"}
+        for key in ("f-1", "f-2")
+    )
+    for table in TABLES:
+        shape = without(table, *(["author"] if table == FEEDBACK else []), version="3")
+        rows = [stored] if table == FEEDBACK else []
+        write(folder, table, pa.Table.from_pylist(rows, schema=shape))
+    log = Log(folder / "_log")
+    log.append([encode(Row(FEEDBACK, logged))])
+    log.close()
+    with pytest.raises(DatabaseUnavailable, match=r"llm_sidecar\.db migrate"):
+        asyncio.run(Store.open(folder))
+    assert cli_main(["migrate"]) == 0
+    told = f"phi3_feedback: 1 rows brought to version {VERSION}, with author added; the old table"
+    assert told in capsys.readouterr().out
+    # Opening the database moves the row of the log into its table.
+    assert len(opened(folder, FEEDBACK)) == 2
+    rows = sorted(read(folder, FEEDBACK), key=lambda row: str(row["feedback_id"]))
+    assert rows == [stored | {"author": None}, logged | {"author": None}]
 
 
 def test_version_2_is_not_opened_but_says_what_to_do(version_2: Path) -> None:
@@ -503,7 +534,7 @@ def test_migrating_again_finds_nothing_to_do(
     before = {table: (read(folder, table), version(folder, table)) for table in TABLES}
     assert cli_main(["migrate"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"{table}: nothing to do, {3 if table == SCORES else 0} rows are of version 3."
+        f"{table}: nothing to do, {3 if table == SCORES else 0} rows are of version {VERSION}."
         for table in TABLES
     ]
     assert {table: (read(folder, table), version(folder, table)) for table in TABLES} == before

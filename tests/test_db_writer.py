@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import shutil
@@ -117,6 +118,30 @@ async def test_a_full_disk_refuses_rows_and_goes_on_when_there_is_space(small_di
     assert await names(small_disk / "db") == sorted(accepted)
 
 
+async def test_a_full_disk_is_noticed_without_a_row(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_CHECK_SECONDS", 0.02)
+    store = await Store.open(small_disk / "db")
+    assert store.refusal() is None
+    assert store.status()["log"]["accepts_rows"] is True
+    ballast = small_disk / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    await until(store.refusal)
+    assert store.refusal() == (
+        "The database takes no rows: No space left on device; free space at "
+        f"{small_disk / 'db' / '_log'} or check LANCEDB_URI."
+    )
+    assert store.status()["log"]["accepts_rows"] is False
+    ballast.unlink()
+    await until(lambda: store.refusal() is None)
+    await store.append(score("after"))
+    await store.close()
+    assert await names(small_disk / "db") == ["after"]
+
+
 async def test_the_log_takes_rows_while_a_table_is_away(tmp_path: Path) -> None:
     store = await Store.open(tmp_path)
     table, hidden = tmp_path / f"{SCORES}.lance", tmp_path / "hidden"
@@ -125,7 +150,7 @@ async def test_the_log_takes_rows_while_a_table_is_away(tmp_path: Path) -> None:
     await store.append(score("meanwhile"))
     await until(lambda: store.status()["state"] == "away")
     await store.append(score("later"))
-    assert store.has_room()
+    assert store.refusal() is None
     assert store.status()["rows_waiting"] == 2
     with pytest.raises(DatabaseUnavailable) as caught:
         await store.last(SCORES, 1)
@@ -151,11 +176,11 @@ async def test_a_database_that_is_away_takes_rows_up_to_a_bound(
             await store.append(score(f"{number:03}"))
             accepted.append(f"{number:03}")
     assert caught.value.retry_after
-    assert not store.has_room()
+    assert (store.refusal() or "").startswith("The database takes no more rows until it is back")
     assert 5 < len(accepted) < 50
     table.unlink()
     (tmp_path / "hidden").rename(table)
-    await until(store.has_room)
+    await until(lambda: store.refusal() is None)
     await store.append(score("after"))
     await store.close()
     assert await names(tmp_path) == [*accepted, "after"]

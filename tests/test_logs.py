@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import logging
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,6 +155,28 @@ def test_a_server_logs_json_with_one_line_a_request(tmp_path: Path) -> None:
     assert "uvicorn.error" in loggers
     assert "uvicorn.access" not in loggers
     assert "hidden" not in log
+
+
+def test_a_line_about_a_connection_carries_no_earlier_requests_id(tmp_path: Path) -> None:
+    # With asyncio's own loop a connection that was paused goes on in the context of the request
+    # that has read its body.
+    with serve(tmp_path, "--loop", "asyncio", "--http", "httptools") as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        body = b" " * 900_000
+        head = (
+            b"POST /speak HTTP/1.1\r\nHost: x\r\nX-Request-ID: one\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+        )
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(head + body)
+            assert connection.recv(12) == b"HTTP/1.1 422"
+            server.wait_until(lambda: of_requests(server))
+            connection.sendall(b"no request\r\n\r\n")
+            server.wait_until(lambda: "Invalid HTTP request" in server.log.read_text())
+        shown = {line["message"]: line.get("request_id") for line in lines(server)}
+        (access,) = of_requests(server)
+    assert access["request_id"] == "one"
+    assert shown["Invalid HTTP request received."] is None
 
 
 def test_text_is_for_people_and_no_access_log_is_kept_to(tmp_path: Path) -> None:

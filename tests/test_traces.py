@@ -16,6 +16,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.trace import use_span
 
 from llm_sidecar.telemetry.traces import TraceIdFilter
 from tests.live_server import ROOT, LiveServer, free_port, serve
@@ -259,6 +260,16 @@ def test_a_log_record_within_a_trace_carries_its_id() -> None:
     outside = logging.LogRecord("x", logging.INFO, "x", 1, "x", None, None)
     assert TraceIdFilter().filter(outside)
     assert "trace_id" not in outside.__dict__
+
+
+def test_a_log_record_after_the_end_of_a_span_carries_no_id() -> None:
+    # A connection that a request has opened keeps the request's span as its current one.
+    span = TracerProvider(shutdown_on_exit=False).get_tracer("x").start_span("x")
+    record = logging.LogRecord("x", logging.INFO, "x", 1, "x", None, None)
+    with use_span(span):
+        span.end()
+        assert TraceIdFilter().filter(record)
+    assert "trace_id" not in record.__dict__
 
 
 def test_what_is_off_is_not_imported(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ class Export:
             "feedback_type",
             "feedback_content",
             "corrected_proposal",
+            "author",
         ]
         withdrawn = {
             feedback_id

@@ -29,6 +29,9 @@ _MARKER: Final = b"\xf5ROW"
 _HEADER: Final = struct.Struct("<4sII")
 _SUFFIX: Final = ".log"
 _LOCK: Final = "lock"
+_CHECK: Final = "check"
+_CHECK_BYTES: Final = 1 << 14
+"""Larger than most rows."""
 _TIMES: Final = ("timestamp", "received")
 
 
@@ -148,6 +151,27 @@ class Log:
             self._take_back()
             raise
         self._size += len(data)
+
+    def check(self, sync: bool) -> None:
+        """Tries whether a record could be written now.
+
+        Args:
+            sync: whether to try a sync as well, which costs a disk write.
+
+        Raises:
+            OSError: it could not.
+        """
+        path = self._folder / _CHECK
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            size = os.write(file, bytes(_CHECK_BYTES))
+            if sync:
+                os.fdatasync(file)
+        finally:
+            os.close(file)
+            path.unlink()
+        if size < _CHECK_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _start_segment(self) -> None:
         self._number += 1
@@ -298,6 +322,7 @@ def sync_folder(folder: Path) -> None:
 def _remove(folder: Path) -> None:
     """Removes a process's folder, its lock file last."""
     with contextlib.suppress(FileNotFoundError):
+        (folder / _CHECK).unlink(missing_ok=True)
         (folder / _LOCK).unlink(missing_ok=True)
         try:
             folder.rmdir()

@@ -16,7 +16,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -119,8 +119,15 @@ class Phi3FeedbackSchema(_Row):
     feedback_content: TextOrObject
     schema_version: str = "1.0"
     corrected_proposal: JsonObject | None = None
-    # Private, so that neither a caller nor a message can set it.
+    # Private, so that neither a caller nor a message can set them.
     _received: datetime.datetime = PrivateAttr(default_factory=timestamps.now)
+    _author: str | None = PrivateAttr(None)
+
+    def written_by(self, author: str | None) -> Self:
+        """The same feedback with its author: the name of the API key that it came with."""
+        copy = self.model_copy()
+        copy._author = author
+        return copy
 
     def as_row(self) -> dict[str, Any]:
         """Column values as Arrow takes them."""
@@ -130,6 +137,7 @@ class Phi3FeedbackSchema(_Row):
             FEEDBACK_ID: feedback_id,
             "received": self._received,
             "source": self.SOURCE,
+            "author": self._author,
             ROW_ID: feedback_id if self.SOURCE == "direct" else f"{self.SOURCE}:{feedback_id}",
         }
 
@@ -143,10 +151,12 @@ class PublishedFeedback(Phi3FeedbackSchema):
     Attributes:
         stored_in: the id of the database or sidecar that has stored it already, according to its
             publisher.
+        author: according to its publisher; it is ignored, as a publisher shows no API key.
     """
 
     SOURCE: ClassVar[Literal["direct", "bus"]] = "bus"
     stored_in: str | None = Field(None, exclude=True)
+    author: str | None = Field(None, exclude=True)
 
 
 def feedback_key(row: Mapping[str, Any]) -> str:
@@ -231,10 +241,10 @@ SCHEMAS: Final[dict[str, type[_Row]]] = {
 }
 """The pydantic model of each table."""
 
-VERSION: Final = "3"
+VERSION: Final = "4"
 """Of the tables' schemas, in their Arrow metadata. Version 2 added keys and aware timestamps in
-microseconds; version 3 added the columns in `ADDED`, `grounded` and the table of withdrawals.
-Version 1 is everything before. `migrate` upgrades all of them."""
+microseconds; version 3 added the columns in `ADDED`, `grounded` and the table of withdrawals;
+version 4 added `author`. Version 1 is everything before. `migrate` upgrades all of them."""
 _VERSION_KEY: Final = b"osiris_schema_version"
 _DATABASE_KEY: Final = b"osiris_database"
 
@@ -309,6 +319,7 @@ def arrow_schemas() -> dict[str, pa.Schema]:
             text(FEEDBACK_ID),
             instant("received"),
             text("source"),
+            text("author", nullable=True),
         ],
         RUNS: [
             text("run_id"),

@@ -110,9 +110,9 @@ class Store:
         """Moves what waits into the tables, within a bound, then closes."""
         await self._writer.close()
 
-    def has_room(self) -> bool:
-        """Whether rows can be stored now."""
-        return self._writer.has_room()
+    def refusal(self) -> str | None:
+        """Why rows cannot be stored now; None if they can."""
+        return self._writer.refusal()
 
     def is_open(self) -> bool:
         """Whether questions can be asked now, and the last row could be stored."""

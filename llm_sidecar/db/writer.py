@@ -21,6 +21,7 @@ from llm_sidecar.db.schema import FEEDBACK, TABLES, WITHDRAWALS
 from llm_sidecar.db.tables import Tables, one_line, open_tables
 from llm_sidecar.db.takeover import take_over
 from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.logs import start_detached
 from llm_sidecar.resident import release_code
 
 T = TypeVar("T")
@@ -50,6 +51,8 @@ _SWEEP_SECONDS: Final = 30.0
 _IDLE_SECONDS: Final = 600.0
 """After the last row, when the versions that nobody reads any more are tidied away."""
 _CLOSE_SECONDS: Final = 10.0
+_CHECK_SECONDS: Final = 2.0
+"""How often it is checked whether the log could take a row."""
 
 
 class _Waiting(NamedTuple):
@@ -117,9 +120,10 @@ class Writer:
     def start(self) -> None:
         """Starts to take rows and to open the database."""
         self._tasks = [
-            asyncio.create_task(self._keep_logging()),
-            asyncio.create_task(self._keep_moving()),
-            asyncio.create_task(self._keep_compacting()),
+            start_detached(self._keep_logging()),
+            start_detached(self._keep_moving()),
+            start_detached(self._keep_compacting()),
+            start_detached(self._keep_checking()),
         ]
 
     async def opened(self, seconds: float) -> Tables:
@@ -139,16 +143,25 @@ class Writer:
             )
         return self.tables
 
-    def has_room(self) -> bool:
-        """Whether the log takes rows."""
-        return (
-            self._log is not None and not self._end.is_set() and self._pending_bytes() < _LOG_BYTES
-        )
+    def refusal(self) -> str | None:
+        """Why the log takes no rows now; None if it does."""
+        if self._end.is_set():
+            return "The database is closed."
+        if self.log_failure is not None:
+            return self.log_failure
+        if self._log is None:
+            return self.reason or "The database is being opened."
+        if self._pending_bytes() >= _LOG_BYTES:
+            return self._full()
+        return None
+
+    def _full(self) -> str:
+        return f"The database takes no more rows until it is back: {self.reason or 'it is busy'}"
 
     def log_status(self) -> dict[str, Any]:
         """The state of the log: JSON types only."""
         return {
-            "accepts_rows": self.has_room() and self.log_failure is None,
+            "accepts_rows": self.refusal() is None,
             "bytes": self._pending_bytes(),
             "most_bytes": _LOG_BYTES,
         }
@@ -163,10 +176,7 @@ class Writer:
         if self._end.is_set():
             raise DatabaseUnavailable("The database is closed.", retry_after=5)
         if self._pending_bytes() >= _LOG_BYTES:
-            raise DatabaseUnavailable(
-                f"The database takes no more rows until it is back: {self.reason or 'it is busy'}",
-                retry_after=30,
-            )
+            raise DatabaseUnavailable(self._full(), retry_after=30)
         stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiting = _Waiting(row, wal.encode(row), stored)
         self._waiting.append(waiting)
@@ -211,7 +221,7 @@ class Writer:
         self._end.set()
         for event in (self._arrived, self._asked):
             event.set()
-        logging_rows, moving, _ = self._tasks
+        logging_rows, moving, *_ = self._tasks
         try:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await asyncio.wait([logging_rows])
@@ -305,6 +315,32 @@ class Writer:
         if self._log is None:
             self._log = wal.Log(self._place.log_folder)
         return self._log
+
+    async def _keep_checking(self) -> None:
+        """Keeps `log_failure` true while no rows come: without it, a server that is not ready would
+        get no row that tells it that the disk has space again."""
+        while not self._end.is_set():
+            await _passed(_CHECK_SECONDS, self._end)
+            if self._log is None or self._waiting or self._end.is_set():
+                continue
+            try:
+                async with asyncio.timeout(_LOG_SECONDS):
+                    await self._on_disk(self._log.check, self.log_failure is not None)
+            except TimeoutError:
+                self._set_log_failure(f"the disk took longer than {_LOG_SECONDS:g} s")
+            except OSError as error:
+                self._set_log_failure(error.strerror or one_line(error))
+            else:
+                self.log_failure = None
+
+    def _set_log_failure(self, reason: str) -> None:
+        failure = (
+            f"The database takes no rows: {reason}; free space at {self._place.log_folder} or "
+            "check LANCEDB_URI."
+        )
+        if self.log_failure is None:
+            log.error("%s", failure)
+        self.log_failure = failure
 
     # From the log into the tables
 

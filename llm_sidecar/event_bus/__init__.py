@@ -24,6 +24,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from llm_sidecar.event_bus.publisher import Publisher
 from llm_sidecar.event_bus.redis_url import REPLY_TIMEOUT, make_client, masked
 from llm_sidecar.event_bus.subscriber import PayloadQueue, Subscriber, cancel
+from llm_sidecar.logs import start_detached
 
 __all__ = ["EventBus", "Handler", "RedisError"]
 
@@ -91,8 +92,8 @@ class EventBus:
             return
         if not self._running:
             self._running = [
-                asyncio.create_task(self._subscriber.run(), name="event-bus subscriber"),
-                asyncio.create_task(self._publisher.run(), name="event-bus publisher"),
+                start_detached(self._subscriber.run(), name="event-bus subscriber"),
+                start_detached(self._publisher.run(), name="event-bus publisher"),
             ]
         await self._subscriber.wait_attempted()
 
@@ -124,7 +125,7 @@ class EventBus:
         if self._refused("subscribe"):
             return
         queue = PayloadQueue(HANDLER_QUEUE, HANDLER_CHARACTERS)
-        serving = asyncio.create_task(
+        serving = start_detached(
             self._serve(event_type, handler, queue), name=f"event-bus {event_type}"
         )
         self._handlers[serving] = queue

@@ -7,6 +7,7 @@ so a subscriber may get it twice; the payloads carry ids by which it can tell.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from collections import deque
 from typing import Final, NamedTuple
@@ -132,7 +133,8 @@ class Publisher:
             except (RedisConnectionError, RedisTimeoutError):
                 raise
             except RedisError as error:
-                self._tell(channel, error)
+                # Not with the id of the request that happens to publish now.
+                contextvars.Context().run(self._tell, channel, error)
                 self.lost += 1
             self._drop_oldest()
         self._filled.clear()

@@ -175,12 +175,15 @@ class _RecordErrors:
 
 
 class TraceIdFilter(logging.Filter):
-    """Sets `trace_id` on the records that are logged within a trace; lets every record pass."""
+    """Sets `trace_id` on the records that are logged within a span; lets every record pass."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Sets the trace's id in 32 hexadecimal digits."""
-        context = trace.get_current_span().get_span_context()
-        if context.is_valid:
+        span = trace.get_current_span()
+        context = span.get_span_context()
+        # A connection or timer that a request has started still has its span after the span's end.
+        ended = getattr(span, "end_time", None) is not None
+        if context.is_valid and not ended:
             record.trace_id = format_trace_id(context.trace_id)
         return True
 

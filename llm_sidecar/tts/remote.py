@@ -24,6 +24,7 @@ from llm_sidecar.errors import (
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.event_bus.subscriber import cancel
 from llm_sidecar.input_model import summary
+from llm_sidecar.logs import start_detached
 from llm_sidecar.tts import wav as wavs
 from llm_sidecar.tts.messages import (
     ANNOUNCED,
@@ -136,8 +137,8 @@ class RemoteVoice:
         for channel, queue in self._queues.items():
             await self._bus.register_listener_queue(channel, queue)
         self._tasks = [
-            asyncio.create_task(self._meet(self._queues[ANNOUNCED]), name="tts announced"),
-            asyncio.create_task(self._hear(self._queues[self._replies]), name="tts spoken"),
+            start_detached(self._meet(self._queues[ANNOUNCED]), name="tts announced"),
+            start_detached(self._hear(self._queues[self._replies]), name="tts spoken"),
         ]
 
     async def close(self) -> None:

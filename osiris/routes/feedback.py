@@ -13,6 +13,7 @@ from llm_sidecar.errors import InvalidRequest
 from llm_sidecar.examples import EXAMPLE_PROMPT_CHARS, MAX_PROPOSAL_CHARS, MAX_TOKENS, Outcome
 from llm_sidecar.input_model import IS_TEXT
 from llm_sidecar.proposals import Proposal
+from osiris.access import Author
 from osiris.http import CurrentSidecar, check_length, endpoint
 from osiris.schemas import FeedbackRequest, FeedbackStored, FeedbackWithdrawn
 
@@ -52,11 +53,12 @@ _MESSAGES: Final = {
     response_description="The feedback is durable",
 )
 async def submit_feedback(
-    body: FeedbackRequest, sidecar: CurrentSidecar, response: Response
+    body: FeedbackRequest, sidecar: CurrentSidecar, author: Author, response: Response
 ) -> FeedbackStored:
     """Stores feedback and answers once the row is durable; `X-Feedback-ID` is its id.
 
-    A client that disconnects meanwhile does not undo it.
+    The name of the request's API key is stored with it as `author`. A client that disconnects
+    meanwhile does not undo it.
     """
     check_length(sidecar, body)
     try:
@@ -65,7 +67,7 @@ async def submit_feedback(
         # Without the input, which pydantic's own text would quote.
         reasons = (f"{entry['loc'][0]}: {entry['msg']}" for entry in error.errors())
         raise InvalidRequest("; ".join(reasons)) from None
-    feedback_id, outcome = await sidecar.submit_feedback(row)
+    feedback_id, outcome = await sidecar.submit_feedback(row, author)
     response.headers["X-Feedback-ID"] = feedback_id
     return FeedbackStored(
         message=_message(outcome, body.corrected_proposal), transaction_id=body.transaction_id

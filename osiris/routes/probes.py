@@ -10,6 +10,7 @@ from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from llm_sidecar.sidecar import Sidecar
+from osiris.access import caller
 from osiris.http import endpoint
 from osiris.schemas import Health, HealthSummary, Probe
 
@@ -49,9 +50,13 @@ def install(app: FastAPI) -> None:
 
 
 async def health(request: Request) -> Response:
-    """The state of the whole and of each part; always 200."""
+    """The state of the whole and of each part; always 200.
+
+    Where API keys are set, a request without one gets `status` alone.
+    """
     sidecar: Sidecar = request.app.state.sidecar
-    return Response(to_json(sidecar.health()), media_type=_JSON)
+    shown = sidecar.health() if _may_see_all(request) else {"status": sidecar.status()}
+    return Response(to_json(shown), media_type=_JSON)
 
 
 async def health_live(request: Request) -> Response:
@@ -60,15 +65,26 @@ async def health_live(request: Request) -> Response:
 
 
 async def health_ready(request: Request) -> Response:
-    """Whether every part that an answer needs is there; `draining` once the server is to end."""
+    """Whether the next proposal and the next feedback would succeed within their deadlines.
+
+    A model that is loaded on demand counts as ready while its files are there. `draining` once the
+    server is shutting down. Where API keys are set, `reasons` needs one.
+    """
     if request.app.state.shutdown.draining:
         return _answer(503, Probe(status="draining"))
     sidecar: Sidecar = request.app.state.sidecar
     missing = sidecar.missing()
     if missing:
-        return _answer(503, Probe(status="unavailable", missing=missing))
+        reasons = missing if _may_see_all(request) else None
+        return _answer(503, Probe(status="unavailable", missing=list(missing), reasons=reasons))
     return _answer(200, Probe(status="ok"))
 
 
+def _may_see_all(request: Request) -> bool:
+    """Paths and versions are not for everybody where keys are set."""
+    sidecar: Sidecar = request.app.state.sidecar
+    return not sidecar.settings.api_keys or caller(request.scope) is not None
+
+
 def _answer(status: int, probe: Probe) -> Response:
-    return Response(probe.model_dump_json(), status, media_type=_JSON)
+    return Response(probe.model_dump_json(exclude_none=True), status, media_type=_JSON)

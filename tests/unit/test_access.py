@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import SecretStr
 
-from osiris.access import ApiKeys
+from llm_sidecar.api_keys import ApiKey
+from osiris.access import ApiKeys, Caller, caller
 from tests.unit.asgi import Call, Inner, client, http_scope
 
 ONE, TWO = "first-key-0123456789", "second-key-012345678"
@@ -19,7 +20,8 @@ REFUSED = {
 
 def guarded(*, metrics_need_key: bool = False) -> tuple[ApiKeys, Inner]:
     inner = Inner()
-    return ApiKeys(inner, [SecretStr(ONE), SecretStr(TWO)], metrics_need_key), inner
+    keys = [ApiKey(SecretStr(ONE)), ApiKey(SecretStr(TWO), "desk")]
+    return ApiKeys(inner, keys, metrics_need_key), inner
 
 
 @pytest.mark.parametrize(
@@ -76,9 +78,35 @@ async def test_nothing_else_does(headers: dict[str, str]) -> None:
     assert inner.scopes == []
 
 
+@pytest.mark.parametrize("path", ["/generate/", "/health", "/metrics"])
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({"X-API-Key": ONE}, Caller("#1", None)),
+        ({"X-API-Key": TWO}, Caller("desk", "desk")),
+        ({"Authorization": f"Bearer {TWO}"}, Caller("desk", "desk")),
+    ],
+)
+async def test_the_app_learns_whose_key_it_is(
+    path: str, headers: dict[str, str], expected: Caller
+) -> None:
+    app, inner = guarded()
+    async with client(app) as asking:
+        assert (await asking.get(path, headers=headers)).status_code == 200
+    assert [caller(scope) for scope in inner.scopes] == [expected]
+
+
+@pytest.mark.parametrize("headers", [{}, {"X-API-Key": "wrong"}])
+async def test_an_open_path_without_a_valid_key_has_no_caller(headers: dict[str, str]) -> None:
+    app, inner = guarded()
+    async with client(app) as asking:
+        assert (await asking.get("/health", headers=headers)).status_code == 200
+    assert [caller(scope) for scope in inner.scopes] == [None]
+
+
 async def test_a_key_need_not_be_ascii() -> None:
     inner = Inner()
-    app = ApiKeys(inner, [SecretStr("schlüssel-von-uns")], metrics_need_key=False)
+    app = ApiKeys(inner, [ApiKey(SecretStr("schlüssel-von-uns"))], metrics_need_key=False)
     async with client(app) as asking:
         # Headers are bytes, read as Latin-1; the key's own bytes are UTF-8.
         sent = {b"X-API-Key": "schlüssel-von-uns".encode()}

@@ -100,8 +100,8 @@ class FakeStore:
     def is_open(self) -> bool:
         return not self.is_away
 
-    def has_room(self) -> bool:
-        return not self.is_full
+    def refusal(self) -> str | None:
+        return "The disk is full." if self.is_full else None
 
     def status(self) -> dict[str, Any]:
         return {"state": "fake"}
@@ -346,7 +346,7 @@ async def test_feedback_that_is_not_stored_is_an_error(made: Made) -> None:
     with pytest.raises(DatabaseUnavailable, match="The disk is full"):
         await made.correct("A")
     assert made.store.asked == []
-    assert made.archive.available() is False
+    assert made.archive.refusal() == "The disk is full."
 
 
 # Feedback that another service publishes
@@ -533,6 +533,6 @@ async def test_its_state_is_the_stores(made: Made) -> None:
     assert made.archive.database_id is None
     made.store.database_id = "d-1"
     assert made.archive.database_id == "d-1"
-    assert (made.archive.available(), made.archive.is_whole()) == (True, True)
+    assert (made.archive.refusal(), made.archive.is_whole()) == (None, True)
     made.store.is_away = True
-    assert (made.archive.available(), made.archive.is_whole()) == (True, False)
+    assert (made.archive.refusal(), made.archive.is_whole()) == (None, False)

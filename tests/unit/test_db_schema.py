@@ -394,11 +394,29 @@ def test_a_row_of_version_2_is_given_the_columns_of_today() -> None:
     assert schema.upgraded("phi3_feedback", V2_FEEDBACK) == V2_FEEDBACK | {
         "received": NOW,
         "source": "direct",
+        "author": None,
         "row_id": "f-1",
     }
     proposal = ProposalSchema(**PROPOSAL).as_row()
     older = {name: value for name, value in proposal.items() if name != "grounded"}
     assert schema.upgraded("proposals", older) == older | {"grounded": None}
+
+
+def test_a_row_of_version_3_has_no_author() -> None:
+    row = feedback().as_row()
+    older = {name: value for name, value in row.items() if name != "author"}
+    assert schema.upgraded("phi3_feedback", older) == older | {"author": None}
+
+
+def test_an_author_is_set_by_the_server_alone() -> None:
+    written = feedback(feedback_id="f-1")
+    signed = written.written_by("desk")
+    assert signed.as_row() == written.as_row() | {"author": "desk"}
+    assert written.as_row()["author"] is None
+    with pytest.raises(ValidationError):
+        feedback(author="desk")
+    # A message may have one, as our own events do, and it is ignored.
+    assert published(author="desk").as_row()["author"] is None
 
 
 def test_feedback_of_the_future_arrived_no_later_than_now() -> None:
@@ -442,7 +460,7 @@ def test_a_database_is_named_with_its_feedback_table() -> None:
     assert len(name) == 32
     assert schema.database_id(other) != name
     assert one.equals(schema.arrow_schemas()["phi3_feedback"])
-    assert one.metadata[b"osiris_schema_version"] == b"3"
+    assert one.metadata[b"osiris_schema_version"] == b"4"
 
 
 def test_a_table_without_a_name_has_none() -> None:

@@ -227,13 +227,14 @@ FULL = QueueFull("The queue is full.", retry_after=7)
 AWAY = DatabaseUnavailable("The disk is full.", retry_after=5)
 LATE = DeadlineExceeded("The deadline has passed.", retry_after=5)
 INVALID = InvalidRequest("prompt: it takes too many tokens.")
+JSON = {"Content-Type": "application/json"}
 PROMPTED = {"json": {"prompt": "Long ABC."}}
 SCORED = {"json": {"proposal": {"ticker": "ABC"}}}
 FEEDBACK = {"json": {"transaction_id": "t", "feedback_type": "rating", "feedback_content": "Good."}}
 PROPOSE = "/propose_trade_adjustments/"
 ERRORS: list[tuple[str, str, dict[str, Any], list[object], list[object], int]] = [
     ("POST", "/generate/", PROMPTED, [], [FULL], 429),
-    ("POST", "/generate/", {"content": b"{"}, [], [], 422),
+    ("POST", "/generate/", {"content": b"{", "headers": JSON}, [], [], 422),
     ("POST", "/generate/hermes/", PROMPTED, [], [LATE], 504),
     ("POST", "/generate/phi3/", PROMPTED, [INVALID], [], 422),
     ("POST", PROPOSE, {"json": {}}, [], [], 422),
@@ -243,7 +244,8 @@ ERRORS: list[tuple[str, str, dict[str, Any], list[object], list[object], int]] =
     ("POST", PROPOSE, PROMPTED, [completion(PROPOSED)], [AWAY], 503),
     ("POST", PROPOSE, PROMPTED, [completion(PROPOSED)], [LATE], 504),
     ("POST", "/score/hermes/", SCORED, [], [FULL], 429),
-    ("POST", "/score/hermes/", {"content": b"1"}, [], [], 422),
+    ("POST", "/score/hermes/", {"content": b"1", "headers": JSON}, [], [], 422),
+    ("POST", "/score/hermes/", {"content": b"{}"}, [], [], 415),
     ("POST", "/score/hermes/", {"content": b" " * (9 << 20)}, [], [], 413),
     ("POST", "/feedback/phi3/", FEEDBACK, [], [], 503),
     ("POST", "/adapters/swap", {"json": {"adapter": "newest"}}, [], [], 422),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr, ValidationError
 
+from llm_sidecar.api_keys import ApiKey
 from llm_sidecar.errors import SettingsError
 from llm_sidecar.settings import Settings, default_max_chars
 
@@ -29,7 +30,7 @@ DEFAULTS: dict[str, object] = {
     "GROUNDING": "report",
     "QUEUE_LENGTH": 64,
     "REQUEST_TIMEOUT_SECONDS": 60.0,
-    "MODEL_LOAD_WAIT_SECONDS": 8.0,
+    "MODEL_LOAD_WAIT_SECONDS": None,
     "MODEL_LOAD_TIMEOUT_SECONDS": 300.0,
     "TTS_VOICE": "auto",
     "TTS_QUEUE_LENGTH": 64,
@@ -164,7 +165,7 @@ def test_without_an_environment_the_processs_own_is_read(monkeypatch: pytest.Mon
             ("localhost", "127.0.0.1", "::1", "*.desk.example"),
         ),
         ("ALLOWED_HOSTS", "*, 0:0::1", ("*", "::1")),
-        ("SIDECAR_API_KEYS", "!-16-characters-", (SecretStr("!-16-characters-"),)),
+        ("SIDECAR_API_KEYS", "!-16-characters-", (ApiKey(SecretStr("!-16-characters-")),)),
     ],
 )
 def test_a_good_value_is_read(variable: str, text: str, read: object) -> None:
@@ -261,20 +262,68 @@ def test_a_bad_redis_url_is_refused_without_its_password(url: str) -> None:
 
 @pytest.mark.parametrize(
     "keys",
-    [",", "long-enough-key-1,", "long-enough-key-1,hidden", "hidden and with blanks", "é" * 20],
+    [
+        ",",
+        "long-enough-key-1,",
+        "long-enough-key-1,hidden",
+        "hidden and with blanks",
+        "é" * 20,
+        "desk=hidden",
+        "desk=long-enough-key-1,risk=long-enough-key-1",
+        "long-enough-key-1,desk=long-enough-key-1",
+    ],
 )
 def test_a_weak_api_key_is_refused_without_showing_one(keys: str) -> None:
     with pytest.raises(SettingsError) as caught:
         Settings.from_environ({"SIDECAR_API_KEYS": keys})
     assert caught.value.detail == (
         "SIDECAR_API_KEYS=*** is not valid: it takes keys of 16 or more visible ASCII characters, "
-        "separated by commas"
+        "separated by commas; each may be name=key, with a name of up to 32 of a-z, 0-9, _ and -, "
+        "and no key may have two names"
+    )
+
+
+@pytest.mark.parametrize(
+    ("entry", "name", "key"),
+    [
+        ("desk=0123456789abcdef", "desk", "0123456789abcdef"),
+        ("a_1-=0123456789abcdef", "a_1-", "0123456789abcdef"),
+        (f"{'n' * 32}=0123456789abcdef", "n" * 32, "0123456789abcdef"),
+        # The key itself may contain `=`.
+        ("desk=MDEyMzQ1Njc4OWE=", "desk", "MDEyMzQ1Njc4OWE="),
+        ("desk==0123456789abcdef", "desk", "=0123456789abcdef"),
+        # What does not begin with a name is a key as a whole.
+        ("0123456789abcdef", None, "0123456789abcdef"),
+        ("mdeymzq1njc4owe=", None, "mdeymzq1njc4owe="),
+        ("desk=0123456789", None, None),
+        ("desk=0123456789a", None, "desk=0123456789a"),
+        ("Desk=0123456789abcdef", None, "Desk=0123456789abcdef"),
+        ("=0123456789abcdef", None, "=0123456789abcdef"),
+        (f"{'n' * 33}=0123456789abcdef", None, f"{'n' * 33}=0123456789abcdef"),
+    ],
+)
+def test_an_api_key_may_have_a_name(entry: str, name: str | None, key: str | None) -> None:
+    if key is None:
+        with pytest.raises(SettingsError):
+            Settings.from_environ({"SIDECAR_API_KEYS": entry})
+    else:
+        settings = Settings.from_environ({"SIDECAR_API_KEYS": entry})
+        assert settings.api_keys == (ApiKey(SecretStr(key), name),)
+
+
+def test_a_name_may_have_two_keys_and_a_repeated_entry_counts_once() -> None:
+    old, new = "desk=0123456789-the-old", "desk=0123456789-the-new"
+    settings = Settings.from_environ({"SIDECAR_API_KEYS": f"{old}, {new},{old}"})
+    assert settings.api_keys == (
+        ApiKey(SecretStr("0123456789-the-old"), "desk"),
+        ApiKey(SecretStr("0123456789-the-new"), "desk"),
     )
 
 
 def test_api_keys_show_in_no_representation() -> None:
-    settings = Settings.from_environ({"SIDECAR_API_KEYS": "hidden-from-all-1, hidden-from-all-2"})
-    assert [key.get_secret_value()[-1] for key in settings.api_keys] == ["1", "2"]
+    keys = "hidden-from-all-1, desk=hidden-from-all-2"
+    settings = Settings.from_environ({"SIDECAR_API_KEYS": keys})
+    assert [key.secret.get_secret_value()[-1] for key in settings.api_keys] == ["1", "2"]
     assert "hidden" not in repr(settings) + str(settings) + settings.model_dump_json()
 
 

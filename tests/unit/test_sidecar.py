@@ -485,6 +485,13 @@ async def test_feedback_is_stored_and_then_published() -> None:
     assert without(event, "stored_in") == expected
 
 
+async def test_the_author_is_stored_and_published() -> None:
+    made = parts()
+    await made.sidecar.submit_feedback(feedback(), "desk")
+    ((_, row),), ((_, event),) = made.happened.of("row"), made.happened.of("event")
+    assert (row["author"], event["author"]) == ("desk", "desk")
+
+
 async def test_others_hear_in_which_database_feedback_is_stored() -> None:
     made = parts()
     await made.sidecar.submit_feedback(feedback())
@@ -528,6 +535,14 @@ PUBLISHED: dict[str, Any] = {
 async def hear(made: FakeParts, payload: str) -> None:
     """As the event bus does it."""
     await made.sidecar._store_published_feedback(payload)
+
+
+async def test_a_publisher_cannot_write_in_the_name_of_an_api_key() -> None:
+    made = parts()
+    await hear(made, json.dumps(PUBLISHED | {"author": "desk"}))
+    ((_, row),) = made.happened.of("row")
+    assert row["author"] is None
+    assert made.happened.of("refusal") == []
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
@@ -16,9 +17,11 @@ from typing import Any
 import pytest
 
 from llm_sidecar import supervisor
+from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest
-from llm_sidecar.errors import AdapterRejected, ModelUnavailable
+from llm_sidecar.errors import AdapterRejected, ModelUnavailable, QueueFull
 from llm_sidecar.loader import ModelFiles
+from llm_sidecar.logs import log_context
 from llm_sidecar.model_host import HostLimits, ModelHost
 from llm_sidecar.telemetry.calls import WorkerDeath
 
@@ -293,6 +296,51 @@ async def test_a_model_that_is_still_loading_is_waited_for_so_long() -> None:
     await made.host.close()
 
 
+async def test_requests_wait_for_a_loading_model_until_their_deadlines() -> None:
+    made = Made(request_timeout=0.1)
+    house.loading.clear()
+    soon = made.host.generate(ASKED, Deadline.after(0.02))
+    # The second one has no turn yet, as nothing is known of the model.
+    errors = await asyncio.gather(soon, made.host.generate(ASKED), return_exceptions=True)
+    for error in errors:
+        assert isinstance(error, ModelUnavailable)
+        assert (error.detail, error.retry_after) == ("The phi3 model is still loading.", 5)
+    waiting = asyncio.create_task(made.host.generate(ASKED, Deadline.after(5)))
+    await until(lambda: made.host.status()["requests"] == 1)
+    house.loading.set()
+    assert (await waiting).text == "from 1"
+    await made.host.close()
+
+
+async def test_waiting_requests_fill_the_queue_and_can_be_cancelled() -> None:
+    made = Made(queue_length=1)
+    house.loading.clear()
+    waiting = asyncio.create_task(made.host.generate(ASKED))
+    await until(lambda: made.host.status()["requests"] == 1)
+    with pytest.raises(QueueFull):
+        await made.host.generate(ASKED)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert made.host.status()["requests"] == 0
+    await made.host.close()
+
+
+async def test_requests_that_wait_are_refused_once_the_server_drains(made: Made) -> None:
+    house.loading.clear()
+    waiting = [asyncio.create_task(made.host.generate(ASKED)) for _ in range(3)]
+    await until(lambda: made.host.status()["requests"] == 3)
+    made.host.refuse_waiting()
+    for task in (*waiting, asyncio.create_task(made.host.generate(ASKED))):
+        with pytest.raises(ModelUnavailable, match="shutting down") as caught:
+            await task
+        assert caught.value.retry_after == 5
+    house.loading.set()
+    await until(lambda: made.host.status()["state"] == "ready")
+    # A proposal that runs still needs its model.
+    assert (await made.host.generate(ASKED)).text == "from 1"
+
+
 async def test_a_model_that_takes_too_long_to_load_is_ended() -> None:
     made = Made(load_timeout=0.02, load_wait=1.0)
     house.loading.clear()
@@ -300,6 +348,65 @@ async def test_a_model_that_takes_too_long_to_load_is_ended() -> None:
         await made.host.generate(ASKED)
     assert not house.workers[0].alive
     await made.host.close()
+
+
+# Readiness
+
+
+async def test_a_lazy_model_is_ready_while_it_can_be_loaded_in_time(made: Made) -> None:
+    assert made.host.not_ready() is None
+    house.loading.clear()
+    asking = asyncio.create_task(made.host.generate(ASKED))
+    await until(lambda: house.workers)
+    assert made.host.not_ready() is None
+    house.loading.set()
+    await asking
+    assert made.host.not_ready() is None
+
+
+@pytest.mark.parametrize("limits", [{"load_wait": 0.01}, {"request_timeout": 0.01}])
+async def test_a_load_that_takes_longer_than_requests_wait_is_not_ready(
+    limits: dict[str, float],
+) -> None:
+    made = Made(**limits)
+    house.loading.clear()
+    with pytest.raises(ModelUnavailable, match="still loading"):
+        await made.host.generate(ASKED)
+    assert made.host.not_ready() == "The phi3 model is loading."
+    house.loading.set()
+    await until(lambda: made.host.not_ready() is None)
+    await made.host.close()
+
+
+async def test_a_model_that_is_preloaded_is_ready_once_it_is_loaded(made: Made) -> None:
+    house.loading.clear()
+    made.host.preload()
+    assert made.host.not_ready() == "The phi3 model is loading."
+    house.loading.set()
+    await until(lambda: made.host.status()["state"] == "ready")
+    assert made.host.not_ready() is None
+
+
+async def test_a_model_without_files_is_not_ready(made: Made) -> None:
+    made.missing = "The phi3 model is missing; set MICRO_LLM_MODEL_PATH."
+    assert made.host.not_ready() == made.missing
+
+
+async def test_a_model_that_failed_is_not_ready_before_it_has_loaded(
+    made: Made, between_loads: asyncio.Event
+) -> None:
+    await made.host.generate(ASKED)
+    house.loading.clear()
+    house.workers[0].die("signal SIGKILL")
+    reason = "The phi3 worker ended (signal SIGKILL)"
+    await until(lambda: made.host.status()["state"] == "failed")
+    assert made.host.not_ready() == reason
+    between_loads.set()
+    await until(lambda: made.host.status()["state"] == "loading")
+    assert made.host.not_ready() == reason
+    house.loading.set()
+    await until(lambda: made.host.not_ready() is None)
+    assert made.host.status()["state"] == "ready"
 
 
 # Failures
@@ -322,6 +429,50 @@ async def test_a_model_that_does_not_load_says_why_and_is_tried_again(
     assert made.deaths == []
 
 
+@pytest.fixture
+def between_loads(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Unless it is set, the pause between two loads does not end."""
+    over, next_step = asyncio.Event(), asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        await (over.wait() if seconds > 0 else next_step(0))
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    return over
+
+
+async def test_after_a_failed_load_requests_do_not_wait_for_the_next(
+    made: Made, between_loads: asyncio.Event
+) -> None:
+    house.failures = [ModelUnavailable("the file is damaged")]
+    with pytest.raises(ModelUnavailable, match="could not be loaded"):
+        await made.host.generate(ASKED)
+    with pytest.raises(ModelUnavailable) as caught:
+        await made.host.generate(ASKED)
+    assert caught.value.detail == "The phi3 model is not available: the file is damaged."
+    assert caught.value.retry_after == 1
+    between_loads.set()
+    await until(lambda: made.host.status()["state"] == "ready")
+    assert (await made.host.generate(ASKED)).text == "from 2"
+
+
+async def test_a_worker_that_dies_is_waited_for_unless_the_files_are_gone(
+    made: Made, between_loads: asyncio.Event
+) -> None:
+    await made.host.generate(ASKED)
+    house.workers[0].die("signal SIGKILL")
+    await until(lambda: made.host.status()["state"] == "failed")
+    waiting = asyncio.create_task(made.host.generate(ASKED))
+    await until(lambda: made.host.status()["requests"] == 1)
+    made.missing = "The phi3 model is missing; set MICRO_LLM_MODEL_PATH."
+    with pytest.raises(ModelUnavailable) as caught:
+        await made.host.generate(ASKED)
+    assert (caught.value.detail, caught.value.retry_after) == (made.missing, 30)
+    made.missing = None
+    between_loads.set()
+    assert (await waiting).text == "from 2"
+
+
 async def test_the_pauses_between_two_loads_double_up_to_thirty_seconds(made: Made) -> None:
     house.failures = [ModelUnavailable("damaged")] * 9
     made.host.preload()
@@ -340,6 +491,26 @@ async def test_a_worker_that_dies_is_replaced_and_its_death_told(made: Made) -> 
     assert (status["restarts"], status["pid"]) == (1, 2)
     # What the first one generated is not forgotten.
     assert status["completion_tokens_total"] == 4
+
+
+async def test_the_death_of_a_worker_is_logged_with_no_requests_id(
+    made: Made, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids: list[str | None] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        ids.append(log_context.get().get("request_id"))
+        return True
+
+    caplog.handler.addFilter(note)
+    token = log_context.set({"request_id": "one"})
+    await made.host.generate(ASKED)
+    house.workers[0].die("signal SIGSEGV")
+    await until(lambda: made.host.status()["restarts"] == 1)
+    log_context.reset(token)
+    caplog.handler.removeFilter(note)
+    assert caplog.messages == ["The phi3 worker ended (signal SIGSEGV); starting it again in 0.5 s"]
+    assert ids == [None]
 
 
 async def test_a_request_that_has_begun_fails_with_its_worker(made: Made) -> None:
