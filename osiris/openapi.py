@@ -107,6 +107,7 @@ def _describe(made: dict[str, Any], settings: Settings) -> None:
                 settings.max_prompt_chars
             )
     for path, operation in operations(made):
+        _take_null_out(operation)
         responses = operation["responses"]
         for status, response in responses.items():
             # FastAPI gives errors the content type of the route's own answer, be it a sound.
@@ -122,6 +123,14 @@ def _describe(made: dict[str, Any], settings: Settings) -> None:
                 names.append("WWW-Authenticate")
             response.setdefault("headers", {}).update(declared(*names))
         operation["responses"] = dict(sorted(responses.items()))
+
+
+def _take_null_out(operation: dict[str, Any]) -> None:
+    """A body that may be left out is not null either, as FastAPI has it."""
+    for content in operation.get("requestBody", {}).get("content", {}).values():
+        choices = content["schema"].get("anyOf", [])
+        if {"type": "null"} in choices:
+            (content["schema"],) = (choice for choice in choices if choice != {"type": "null"})
 
 
 def operations(made: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -156,6 +156,17 @@ def test_errors_have_the_body_that_they_are_answered_with(document: dict[str, An
     assert "HTTPValidationError" not in document["components"]["schemas"]
 
 
+def test_a_body_is_left_out_and_never_null(document: dict[str, Any]) -> None:
+    bodies = {
+        operation["operationId"]: operation["requestBody"]
+        for _, _, operation in operations(document)
+        if "requestBody" in operation
+    }
+    schemas = {name: of["content"]["application/json"]["schema"] for name, of in bodies.items()}
+    assert all(set(schema) == {"$ref"} for schema in schemas.values())
+    assert [name for name, of in bodies.items() if not of.get("required")] == ["swap_adapters"]
+
+
 def test_answers_that_are_no_json_have_their_own_media_type(document: dict[str, Any]) -> None:
     content = content_of(document)
     others = {
