@@ -23,7 +23,18 @@ import pyarrow as pa
 import pytest
 
 from llm_sidecar import db
-from llm_sidecar.db import RUNS, SCORES, TABLES, OrchestratorRunSchema, Store, cli_main
+from llm_sidecar.db import (
+    PROPOSALS,
+    RUNS,
+    SCORES,
+    TABLES,
+    OrchestratorRunSchema,
+    Phi3FeedbackSchema,
+    ProposalSchema,
+    Store,
+    cli_main,
+    export,
+)
 from llm_sidecar.db.log import locked
 from llm_sidecar.db.tables import COMPACTING
 from tests.test_db import NOW, RUN, feedback, run, score
@@ -287,18 +298,18 @@ def test_a_bad_value_is_one_line_and_exit_2_and_opens_nothing(
     ("command", "holds"),
     [
         ("query-runs", "--since TIME"),
-        ("stats", "--json"),
-        ("compact", "join small files"),
+        ("stats", "--format FORMAT"),
+        ("compact", "Join small files"),
         ("migrate", "older versions"),
         ("verify", "ids are unique"),
-        ("export", "{sft,dpo,jsonl}"),
+        ("export", "<sft|dpo|jsonl>"),
     ],
 )
 def test_every_command_explains_itself(
     capsys: pytest.CaptureFixture[str], command: str, holds: str
 ) -> None:
     text = " ".join(said(capsys, command, "--help"))
-    assert f"usage: python -m llm_sidecar.db {command}" in text
+    assert f"Usage: python -m llm_sidecar.db {command}" in text
     assert holds in text
     assert command in " ".join(said(capsys, "--help"))
 
@@ -431,7 +442,7 @@ def test_progress_is_shown_on_a_terminal_and_gone_when_the_result_comes(
 def test_progress_does_not_run_into_the_rows_of_an_export(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(db.export, "_AT_ONCE", 1)
+    monkeypatch.setattr(export, "_AT_ONCE", 1)
 
     async def fill() -> None:
         store = await Store.open(folder)

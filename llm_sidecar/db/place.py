@@ -38,6 +38,18 @@ class Place:
         """Where unreadable files go."""
         return self.log_folder / "set_aside"
 
+    def may_write(self) -> bool:
+        """Whether this user may write everything that opening the database writes: tables, locks
+        and logs."""
+        log_folder = self.log_folder
+        # Not Path.exists, which fails below a folder that may not be searched.
+        while not os.path.exists(log_folder) and log_folder != log_folder.parent:  # noqa: PTH110
+            log_folder = log_folder.parent
+        needed = [log_folder, *self.log_folder.glob("*.lock"), *self.log_folder.glob("lock")]
+        if self.folder is not None:
+            needed += [self.folder, *self.folder.glob("*.lance")]
+        return all(os.access(path, os.W_OK) for path in needed if os.path.lexists(path))
+
 
 def place_of(
     uri: str | Path, log_dir: Path | None = None, environ: Mapping[str, str] = os.environ
