@@ -24,13 +24,10 @@ import pytest
 
 from llm_sidecar import db
 from llm_sidecar.db import (
-    PROPOSALS,
     RUNS,
     SCORES,
     TABLES,
     OrchestratorRunSchema,
-    Phi3FeedbackSchema,
-    ProposalSchema,
     Store,
     cli_main,
     export,
@@ -137,7 +134,7 @@ def test_a_terminal_gets_a_table_in_which_nothing_steers_it(
     assert header.split() == [
         "run_id", "timestamp", "input_query", "final_output", "status", "error_message",
     ]  # fmt: skip
-    assert "\\x1b[31m\\n" in row
+    assert "red \\x1b[31m" in row
     assert "\x1b" not in row
     assert "x" * 50 not in row
 

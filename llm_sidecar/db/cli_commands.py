@@ -199,7 +199,8 @@ async def _opened() -> AsyncIterator[tuple[Place, Tables, Waiting]]:
 
 def _note_missing(waiting: Waiting) -> None:
     if count := waiting.count():
-        command_line.say(f"{count} rows are still in the write-ahead log and not counted here.")
+        rows = "row is" if count == 1 else "rows are"
+        command_line.say(f"{count} {rows} still in the write-ahead log and not counted here.")
     if waiting.unreadable:
         command_line.say("The newest rows may be missing: the write-ahead log may not be read.")
 

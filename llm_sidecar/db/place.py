@@ -48,7 +48,9 @@ class Place:
         needed = [log_folder, *self.log_folder.glob("*.lock"), *self.log_folder.glob("lock")]
         if self.folder is not None:
             needed += [self.folder, *self.folder.glob("*.lance")]
-        return all(os.access(path, os.W_OK) for path in needed if os.path.lexists(path))
+        return all(
+            os.access(path, os.W_OK, effective_ids=True) for path in needed if os.path.lexists(path)
+        )
 
 
 def place_of(
