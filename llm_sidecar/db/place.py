@@ -11,7 +11,10 @@ from typing import Final
 
 from llm_sidecar.settings import DEFAULT_LANCEDB_LOG_DIR, DEFAULT_LANCEDB_URI
 
+TABLE_SUFFIX: Final = ".lance"
 _LOG: Final = "_log"
+_LOCKS: Final = ("lock", "opening.lock", "alive.lock", "compact.lock")
+"""The files below the log folder that every process that opens the database locks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +44,23 @@ class Place:
     def may_write(self) -> bool:
         """Whether this user may write everything that opening the database writes: tables, locks
         and logs."""
-        log_folder = self.log_folder
-        # Not Path.exists, which fails below a folder that may not be searched.
-        while not os.path.exists(log_folder) and log_folder != log_folder.parent:  # noqa: PTH110
-            log_folder = log_folder.parent
-        needed = [log_folder, *self.log_folder.glob("*.lock"), *self.log_folder.glob("lock")]
-        if self.folder is not None:
-            needed += [self.folder, *self.folder.glob("*.lance")]
-        return all(
-            os.access(path, os.W_OK, effective_ids=True) for path in needed if os.path.lexists(path)
-        )
+        needed = [_nearest(self.log_folder)]
+        try:
+            if self.log_folder.exists():
+                needed += [path for path in self.log_folder.iterdir() if path.name in _LOCKS]
+            if self.folder is not None and self.folder.exists():
+                needed += [self.folder, *self.folder.glob(f"*{TABLE_SUFFIX}")]
+        except OSError:
+            return False
+        return all(os.access(path, os.W_OK, effective_ids=True) for path in needed)
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    # Not Path.exists, which fails below a folder that may not be searched.
+    while not os.path.exists(folder) and folder != folder.parent:  # noqa: PTH110
+        folder = folder.parent
+    return folder
 
 
 def place_of(

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from llm_sidecar.db.disk import Disk
 from llm_sidecar.db.log import Row, locked, sweep
-from llm_sidecar.db.place import Place
+from llm_sidecar.db.place import TABLE_SUFFIX, Place
 from llm_sidecar.db.schema import (
     FEEDBACK,
     KEYS,
@@ -430,7 +430,7 @@ def _require_tables(place: Place) -> None:
         names = os.listdir(place.folder)  # noqa: PTH208 glob hides that a folder may not be read
     except (FileNotFoundError, NotADirectoryError):
         names = []
-    if not any(name.endswith(".lance") for name in names):
+    if not any(name.endswith(TABLE_SUFFIX) for name in names):
         raise FileNotFoundError("There is no database")
 
 
