@@ -59,8 +59,8 @@ _COMPACTED: Final = "compacted"
 
 
 _OLD_SHAPE: Final = (
-    "The table {} is missing or has the shape of an older version; stop what uses the database and "
-    "run `python -m llm_sidecar.db migrate`."
+    "The table {} has the shape of an older version; stop what uses the database and run "
+    "`python -m llm_sidecar.db migrate`."
 )
 
 
@@ -140,7 +140,10 @@ class Tables:
         elif self._may_write:
             self._tables[name] = await self._create(name)
         else:
-            raise OldShape(_OLD_SHAPE.format(name))
+            raise OldShape(
+                f"The table {name} is missing; a user who may write has to run "
+                "`python -m llm_sidecar.db migrate`."
+            )
         schema = await self._tables[name].schema()
         require_not_newer(name, schema)
         if not is_current(name, schema):
