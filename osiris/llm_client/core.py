@@ -76,10 +76,10 @@ class Core:
     ) -> None:
         given = base_url or os.environ.get("OSIRIS_SIDECAR_URL") or DEFAULT_URL
         source = "base_url" if base_url else "OSIRIS_SIDECAR_URL"
-        try:
-            self.base_url = parse_url(given, ("http", "https"))
-        except ValueError:
-            raise ValueError(f"{source} takes http://HOST:PORT or https://HOST:PORT") from None
+        url = parse_url(given)
+        if url is None or url.scheme not in ("http", "https"):
+            raise ValueError(f"{source} takes http://HOST:PORT or https://HOST:PORT")
+        self.base_url = url
         if self.base_url.query or self.base_url.fragment:
             raise ValueError(f"{source} takes no query and no fragment")
         if not (retries >= 0 and backoff_factor >= 0):

@@ -53,22 +53,29 @@ def transport_to(
     url: httpx.URL, proxy: Proxy | None, make: Callable[..., Transport]
 ) -> Transport | Unreachable:
     """A transport that `make` makes, or one that raises a clear error for each request."""
+    without = f"To reach {url.host} without a proxy, add it to NO_PROXY."
+    address = None
+    if proxy is not None:
+        address = _address(proxy)
+        if address is None:
+            return Unreachable(
+                f"{proxy.variable} is no URL of a proxy: it takes http://HOST:PORT, https:// or"
+                f" socks5://. {without}"
+            )
     # A plain HTTP server needs no certificates, so a bad SSL_CERT_FILE does not matter.
     verify = url.scheme == "https" or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
-        return make(verify=verify, proxy=proxy and _proxy_url(proxy))
+        return make(verify=verify, proxy=address)
     except ImportError:
-        reason = "names a SOCKS proxy, which needs the package socksio: pip install 'httpx[socks]'"
-    except (ValueError, httpx.InvalidURL):
-        reason = "is no URL of a proxy: it takes http://HOST:PORT, https:// or socks5://"
+        assert proxy is not None
+        return Unreachable(
+            f"{proxy.variable} names a SOCKS proxy, which needs the package socksio: pip install"
+            f" 'httpx[socks]'. {without}"
+        )
     except OSError:
         return Unreachable(
             "The certificates that SSL_CERT_FILE or SSL_CERT_DIR names cannot be read."
         )
-    assert proxy is not None
-    return Unreachable(
-        f"{proxy.variable} {reason}. To reach {url.host} without a proxy, add it to NO_PROXY."
-    )
 
 
 def proxy_for(url: httpx.URL) -> Proxy | None:
@@ -85,29 +92,22 @@ def proxy_for(url: httpx.URL) -> Proxy | None:
     return Proxy(next(name for name in names if name.lower() == f"{kind}_proxy"), value)
 
 
-def parse_url(text: str, schemes: tuple[str, ...]) -> httpx.URL:
-    """A URL that a connection can be made to.
-
-    Raises:
-        ValueError: it has another scheme, no host, or a host or port that cannot be; the message
-            does not repeat the URL, which may hold a password.
-    """
+def parse_url(text: str) -> httpx.URL | None:
+    """A URL that a connection can be made to; None where its host or port cannot be."""
     try:
         url = httpx.URL(text)
         # What a name lookup does first. httpx does not catch its error.
         url.raw_host.decode("ascii").encode("idna")
-        usable = bool(url.host) and (url.port is None or 0 < url.port < 65536)
+        known = url.host != "" and (url.port is None or 0 < url.port < 65536)
     except (ValueError, TypeError, httpx.InvalidURL):
-        usable = False
-    if not usable or url.scheme not in schemes:
-        raise ValueError("no URL of a server")
-    return url
+        return None
+    return url if known else None
 
 
-def _proxy_url(proxy: Proxy) -> httpx.URL:
+def _address(proxy: Proxy) -> httpx.URL | None:
     value = proxy.value.strip()
-    value = value if "://" in value else f"http://{value}"
-    return parse_url(value, ("http", "https", "socks5", "socks5h"))
+    url = parse_url(value if "://" in value else f"http://{value}")
+    return url if url and url.scheme in ("http", "https", "socks5", "socks5h") else None
 
 
 def _without_proxy(url: httpx.URL, no_proxy: str) -> bool:
@@ -119,7 +119,7 @@ def _without_proxy(url: httpx.URL, no_proxy: str) -> bool:
     """
     port = url.port or PORTS[url.scheme]
     # A name with other than ASCII letters may be written in either form.
-    hosts = {url.host.lower().rstrip("."), url.raw_host.decode("ascii").lower().rstrip(".")}
+    hosts = (url.host.rstrip("."), url.raw_host.decode("ascii").rstrip("."))
     entries = re.split(r"[\s,]+", no_proxy.lower())
     return any(_matches(entry, host, port) for entry in entries for host in hosts)
 
@@ -132,14 +132,14 @@ def _matches(entry: str, host: str, port: int) -> bool:
     # A second colon outside brackets belongs to an IPv6 address.
     if found := re.fullmatch(r"(\[[^\]]*\]|[^:]*):([0-9]+)", entry):
         named, its_port = found.groups()
-    if its_port and its_port.lstrip("0") != str(port):
+    if its_port not in ("", str(port)):
         return False
     named = re.sub(r"[\[\]]", "", named)
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
         name = named.removeprefix("*").strip(".")
-        return name != "" and f".{host}".endswith(f".{name}")
+        return f".{host}".endswith(f".{name}")
     try:
         return address in ipaddress.ip_network(named, strict=False)
     except ValueError:

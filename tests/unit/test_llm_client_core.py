@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import random
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,6 +19,7 @@ from osiris.llm_client.errors import (
     LLMClientError,
     LLMClientHTTPError,
 )
+from osiris.llm_client.proxies import Proxy
 
 NOW = 1_767_312_000.0
 """2026-01-02 00:00:00 UTC, in seconds since 1970."""
@@ -123,6 +125,27 @@ def test_a_url_with_a_query_or_a_fragment_is_refused(url: str) -> None:
         made(base_url=url)
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (None, None),
+        (0.5, httpx.Timeout(0.5)),
+        (1, httpx.Timeout(1)),
+        (365 * 24 * 3600, httpx.Timeout(365 * 24 * 3600)),
+        (httpx.Timeout(None, connect=3), httpx.Timeout(None, connect=3)),
+    ],
+)
+def test_a_timeout_is_seconds_or_one_for_each_wait(
+    given: float | httpx.Timeout | None, kept: httpx.Timeout | None
+) -> None:
+    assert Core("http://h", given, 3, 0.5, lambda: NOW).timeout == kept
+
+
+@pytest.mark.parametrize("url", ["http://h:1", "http://h:65535", "https://[::1]:8000", "http://h."])
+def test_a_url_may_have_every_port(url: str) -> None:
+    assert made(base_url=url).base_url == httpx.URL(url)
+
+
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e9])
 def test_a_timeout_that_cannot_be_waited_for_is_refused(seconds: float) -> None:
     with pytest.raises(ValueError, match=r"^timeout takes seconds, above 0 up to a year$"):
@@ -175,6 +198,19 @@ def test_the_last_try_raises_what_it_came_to(retries: int, waits: list[float]) -
     assert isinstance(error, LLMClientConnectionError)
     assert (str(error), error.__cause__) == ("ConnectError: refused", broken)
     assert waited == waits
+
+
+def test_a_broken_connection_without_a_text_has_its_name() -> None:
+    error, _ = carry_out(made(0), [httpx.ReadTimeout("")])
+    assert str(error) == "ReadTimeout"
+
+
+def test_a_broken_connection_names_the_variable_of_the_proxy() -> None:
+    client = made(0)
+    client.proxy = Proxy("HTTP_PROXY", "http://me:hunter2@h")
+    error, _ = carry_out(client, [httpx.ConnectError("refused")])
+    assert str(error) == "ConnectError: refused (through the proxy that HTTP_PROXY names)"
+    assert "hunter2" not in repr(client.proxy)
 
 
 def test_the_backoff_doubles_up_to_thirty_seconds(
@@ -237,6 +273,19 @@ def test_thousands_of_tries_do_not_overflow_the_backoff() -> None:
 def test_a_server_is_asked_again_when_it_says(retry_after: str, wait: float) -> None:
     replies = [answer(503, Retry_After=retry_after), answer(200, text="fine")]
     assert carry_out(made(), replies) == ("fine", [wait])
+
+
+def test_a_date_without_a_zone_is_in_utc_wherever_the_client_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TZ", "NPT-5:45")
+    time.tzset()
+    try:
+        error = raised(answer(503, Retry_After="Fri, 02 Jan 2026 00:00:40"))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert error.retry_after == 40.0
 
 
 def test_digits_of_other_scripts_say_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import httpx
 import pytest
 
 from osiris.llm_client import AsyncLLMClient, LLMClient, LLMClientConnectionError
-from osiris.llm_client.proxies import proxy_for
+from osiris.llm_client.proxies import Proxy, proxy_for, transport_to
 
 PROXY = "http://proxy.example:3128"
 
@@ -68,6 +69,9 @@ def test_the_environment_names_the_proxy(
         ("http://localhost:8000", "LOCALHOST"),
         ("http://LOCALHOST:8000", "localhost"),
         ("http://localhost.:8000", "localhost"),
+        ("http://localhost:8000", "localhost."),
+        ("http://bücher.example.", "bücher.example"),
+        ("http://bücher.example.", "xn--bcher-kva.example"),
         ("http://localhost:8000", " other ,\tlocalhost "),
         ("http://localhost:8000", "other localhost"),
         ("http://localhost:8000", "localhost:8000"),
@@ -108,6 +112,7 @@ def test_a_host_of_no_proxy_is_reached_directly(
         ("http://h", " , "),
         ("http://h", "."),
         ("http://h", "*."),
+        ("http://xxxx", ""),
         ("http://localhost:8000", "localhost:8001"),
         ("http://localhost:8000", "local"),
         ("http://localhost:8000", "host"),
@@ -179,6 +184,44 @@ def test_a_socks_proxy_says_which_package_it_needs(
         "all_proxy names a SOCKS proxy, which needs the package socksio:"
         " pip install 'httpx[socks]'. To reach sidecar without a proxy, add it to NO_PROXY."
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "address"),
+    [
+        ("proxy.example:3128", "http://proxy.example:3128"),
+        (" http://proxy.example:3128 ", "http://proxy.example:3128"),
+        ("https://me:hunter2@proxy.example", "https://me:hunter2@proxy.example"),
+        ("socks5://proxy.example:1", "socks5://proxy.example:1"),
+        ("socks5h://proxy.example:65535", "socks5h://proxy.example:65535"),
+    ],
+)
+def test_the_connections_go_through_the_proxy(value: str, address: str) -> None:
+    made: list[httpx.URL | None] = []
+
+    def make(*, verify: object, proxy: httpx.URL | None) -> httpx.HTTPTransport:
+        made.append(proxy)
+        return httpx.HTTPTransport(verify=False)
+
+    transport_to(httpx.URL("http://h"), Proxy("HTTP_PROXY", value), make)
+    transport_to(httpx.URL("http://h"), None, make)
+    assert made == [httpx.URL(address), None]
+
+
+def test_a_server_must_show_a_certificate() -> None:
+    made: list[object] = []
+
+    def make(*, verify: object, proxy: httpx.URL | None) -> httpx.HTTPTransport:
+        made.append(verify)
+        return httpx.HTTPTransport(verify=False)
+
+    for url in ("https://h", "http://h"):
+        transport_to(httpx.URL(url), None, make)
+    https, http = made
+    assert https is True
+    # It trusts no certificate, and none is shown.
+    assert isinstance(http, ssl.SSLContext)
+    assert (http.verify_mode, http.get_ca_certs()) == (ssl.CERT_REQUIRED, [])
 
 
 def test_a_bad_proxy_for_another_scheme_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
