@@ -42,10 +42,10 @@ def check_reference(file: bytes) -> Reference:
     try:
         samples, rate = wav.decode(file)
     except ValueError as error:
-        raise InvalidRequest(f"ref_wav_b64: the WAV {error}") from None
+        raise InvalidRequest(f"ref_wav_b64: {error}") from None
     if not MIN_RATE <= rate <= MAX_RATE:
         raise InvalidRequest(
-            f"ref_wav_b64: the WAV has {rate} samples a second; it takes {MIN_RATE} to {MAX_RATE}"
+            f"ref_wav_b64: the WAV needs {MIN_RATE} to {MAX_RATE} samples a second"
         )
     seconds = len(samples) / rate
     if not MIN_SECONDS <= seconds <= MAX_SECONDS:
