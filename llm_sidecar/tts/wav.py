@@ -82,7 +82,7 @@ def decode(file: bytes) -> Wav:
         channels=channels,
         samplerate=rate,
     ) as source:
-        blocks = source.blocks(_BLOCK // channels, dtype="float64", always_2d=True)
+        blocks = source.blocks(_BLOCK // channels, always_2d=True)
         mixed = [_mix(block) for block in blocks]
     return Wav(np.concatenate([np.empty(0, np.int16), *mixed]), rate)
 
@@ -103,14 +103,14 @@ def _format_and_data(file: bytes) -> tuple[bytes, bytes]:
     found: dict[bytes, bytes] = {}
     start = 12
     for _ in range(_MAX_CHUNKS):
-        if start + 8 > len(file) or len(found) == 2:
+        if start + 8 > len(file):
             break
         name, size = struct.unpack_from("<4sI", file, start)
         start += 8
         chunk_follows = whole <= len(file) and _NAME.match(file, start, whole)
         if name == b"data" and size == 0 and not chunk_follows:
             # Written to a pipe: the samples go on to the end.
-            size = len(file) - start
+            size = len(file)
         end = start + size
         if name in (b"fmt ", b"data"):
             found.setdefault(name, file[start:end])
