@@ -7,16 +7,20 @@ https://learn.microsoft.com/windows/win32/api/mmreg/ns-mmreg-waveformatextensibl
 from __future__ import annotations
 
 import io
+import logging
 import re
 import struct
 import wave
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from llm_sidecar.errors import VoiceUnavailable
 from llm_sidecar.tts.voice import Wav
+
+log = logging.getLogger(__name__)
 
 FADE: Final = 0.005
 """Seconds in which a part's loudness rises at its start and falls at its end."""
@@ -69,9 +73,9 @@ def decode(file: bytes) -> Wav:
 
     Raises:
         ValueError: it is no such file; the message is a sentence that quotes nothing of it.
+        VoiceUnavailable: libsndfile is not there.
     """
-    import soundfile  # only who reads a WAV needs it
-
+    soundfile = _soundfile()
     form, data = _format_and_data(file)
     encoding, channels, rate = _read_format(form)
     with soundfile.SoundFile(
@@ -85,6 +89,18 @@ def decode(file: bytes) -> Wav:
         blocks = source.blocks(_BLOCK // channels, always_2d=True)
         mixed = [_mix(block) for block in blocks]
     return Wav(np.concatenate([np.empty(0, np.int16), *mixed]), rate)
+
+
+def _soundfile() -> Any:
+    try:
+        import soundfile  # only who reads a WAV needs it
+    except (ImportError, OSError) as error:
+        log.error("libsndfile cannot be loaded: %s", error)
+        raise VoiceUnavailable(
+            "WAV files cannot be read; install soundfile for this platform, or send no reference.",
+            retry_after=60,
+        ) from None
+    return soundfile
 
 
 def _mix(block: npt.NDArray[np.float64]) -> npt.NDArray[np.int16]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import random
 import struct
+import sys
 
 import numpy as np
 import pytest
 
+from llm_sidecar.errors import VoiceUnavailable
 from llm_sidecar.tts import wav
 from llm_sidecar.tts.voice import Wav
 
@@ -348,6 +350,28 @@ def test_what_is_no_wav_is_refused_with_the_reason(kind: str) -> None:
     file, reason = BAD[kind]
     with pytest.raises(ValueError, match=f"^{reason}$"):
         wav.decode(file)
+
+
+@pytest.mark.parametrize("error", [ImportError, OSError])
+def test_without_libsndfile_it_says_what_to_install(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Missing:
+        """Finds soundfile, which does not load."""
+
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "soundfile":
+                raise error("no such library")
+
+    monkeypatch.delitem(sys.modules, "soundfile", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Missing()])
+    with pytest.raises(VoiceUnavailable) as caught:
+        wav.decode(riff(chunk(b"fmt ", MONO), chunk(b"data", pcm(1))))
+    assert caught.value.detail == (
+        "WAV files cannot be read; install soundfile for this platform, or send no reference."
+    )
+    assert caught.value.retry_after == 60
+    assert caplog.messages == ["libsndfile cannot be loaded: no such library"]
 
 
 def test_an_extensible_format_of_26_bytes_says_its_kind() -> None:
