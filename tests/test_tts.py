@@ -78,6 +78,24 @@ BAD_REFERENCES = {
 }
 
 
+@pytest.mark.parametrize("size", [0, 0xFFFFFFFF])
+def test_a_reference_that_was_written_to_a_pipe_is_taken(size: int) -> None:
+    unknown = struct.pack("<I", size)
+    file = GOOD[:4] + unknown + GOOD[8:40] + unknown + GOOD[44:]
+    assert read_reference(base64.b64encode(file).decode()) == Reference(file, 1.5)
+
+
+def test_the_refusal_of_a_reference_says_what_it_must_be_and_quotes_nothing() -> None:
+    for kind, said in {
+        "no wav": "this must be a WAV file",
+        "mu-law": "the WAV must hold PCM of 8 to 32 bits or floats of 32 or 64 bits",
+        "ten frames of a second": "the WAV needs 8000 to 192000 samples a second",
+    }.items():
+        with pytest.raises(InvalidRequest) as caught:
+            read_reference(BAD_REFERENCES[kind])
+        assert str(caught.value) == f"ref_wav_b64: {said}"
+
+
 def test_a_reference_of_too_many_bytes_is_refused() -> None:
     for size in (MAX_REFERENCE_BYTES + 1, MAX_REFERENCE_BYTES + 9):
         with pytest.raises(InvalidRequest, match="larger"):

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
+import struct
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 
 from llm_sidecar.errors import InvalidRequest, VoiceUnavailable
 from llm_sidecar.event_bus import EventBus
@@ -14,6 +21,7 @@ from llm_sidecar.tts import ChatterboxTTS
 from llm_sidecar.tts import wav as wavs
 from llm_sidecar.tts.__main__ import main
 from llm_sidecar.tts.chatterbox import WEIGHTS
+from llm_sidecar.tts.voice import Wav
 from tests.test_tts_remote import Tones
 
 
@@ -44,6 +52,44 @@ async def test_missing_weights_are_named(weights: Path) -> None:
 async def test_without_the_package_it_says_what_to_install_and_to_start(weights: Path) -> None:
     with pytest.raises(VoiceUnavailable, match=r"requirements-chatterbox\.txt.*--voice chatterbox"):
         await synth(weights)
+
+
+class RecordingPackage:
+    """In the place of Chatterbox's package: reads the reference as the package does."""
+
+    conds = t3 = SimpleNamespace(hp=None)
+    read: Any = None
+
+    @classmethod
+    def from_local(cls, folder: Path, device: str) -> RecordingPackage:
+        return cls()
+
+    def prepare_conditionals(self, file: io.BytesIO) -> None:
+        # So does librosa.
+        type(self).read = soundfile.read(file, dtype="int16")
+
+    def generate(self, text: str, exaggeration: float) -> Any:
+        samples = np.full((1, 2_400), 0.5, np.float32)
+        return SimpleNamespace(squeeze=lambda axis: SimpleNamespace(numpy=lambda: samples[axis]))
+
+
+async def test_the_package_gets_all_samples_of_a_reference_that_was_written_to_a_pipe(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = ModuleType("chatterbox.tts")
+    package.ChatterboxTTS = RecordingPackage  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    monkeypatch.setitem(sys.modules, "chatterbox", ModuleType("chatterbox"))
+    monkeypatch.setitem(sys.modules, "chatterbox.tts", package)
+    spoken = np.arange(16_000, dtype=np.int16)
+    file = wavs.encode(Wav(spoken, 16_000))
+    piped = file[:4] + struct.pack("<I", 0) + file[8:40] + struct.pack("<I", 0) + file[44:]
+    voice = ChatterboxTTS(weights, "cpu", EventBus("memory://"))
+    await voice.synth("word", ref_wav=piped)
+    await voice.close()
+    samples, rate = RecordingPackage.read
+    assert rate == 16_000
+    assert samples.tolist() == spoken.tolist()
 
 
 @pytest.mark.parametrize("exaggeration", [-0.1, 2.1, float("nan")])

@@ -210,8 +210,10 @@ class _Model:
                 )
             return self._built_in
         try:
-            # librosa, which reads it, takes an open file as well as a path.
-            self._package.prepare_conditionals(io.BytesIO(reference.wav))
+            # librosa, which reads it, takes a WAV that was written to a pipe for empty: it gets the
+            # samples that were checked. It takes an open file as well as a path.
+            file = io.BytesIO(wavs.encode(wavs.decode(reference.wav)))
+            self._package.prepare_conditionals(file)
         except Exception as error:  # noqa: BLE001 - the package raises anything
             # The type only: the error's message may quote the file.
             name = type(error).__name__

@@ -21,6 +21,7 @@ def read_reference(encoded: str) -> Reference:
     Raises:
         InvalidRequest: it is not base64, too large, no WAV, of an odd rate, or too short or
             long; says which.
+        VoiceUnavailable: no WAV can be read here.
     """
     if len(encoded) > (MAX_REFERENCE_BYTES + 2) // 3 * 4:
         raise InvalidRequest(f"ref_wav_b64: the WAV is larger than {MAX_REFERENCE_BYTES} bytes")
@@ -36,16 +37,17 @@ def check_reference(file: bytes) -> Reference:
 
     Raises:
         InvalidRequest: it is too large, no WAV, of an odd rate, or too short or long; says which.
+        VoiceUnavailable: no WAV can be read here.
     """
     if len(file) > MAX_REFERENCE_BYTES:
         raise InvalidRequest(f"ref_wav_b64: the WAV is larger than {MAX_REFERENCE_BYTES} bytes")
     try:
         samples, rate = wav.decode(file)
     except ValueError as error:
-        raise InvalidRequest(f"ref_wav_b64: the WAV {error}") from None
+        raise InvalidRequest(f"ref_wav_b64: {error}") from None
     if not MIN_RATE <= rate <= MAX_RATE:
         raise InvalidRequest(
-            f"ref_wav_b64: the WAV has {rate} samples a second; it takes {MIN_RATE} to {MAX_RATE}"
+            f"ref_wav_b64: the WAV needs {MIN_RATE} to {MAX_RATE} samples a second"
         )
     seconds = len(samples) / rate
     if not MIN_SECONDS <= seconds <= MAX_SECONDS:

@@ -7,15 +7,20 @@ https://learn.microsoft.com/windows/win32/api/mmreg/ns-mmreg-waveformatextensibl
 from __future__ import annotations
 
 import io
+import logging
+import re
 import struct
 import wave
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from llm_sidecar.errors import VoiceUnavailable
 from llm_sidecar.tts.voice import Wav
+
+log = logging.getLogger(__name__)
 
 FADE: Final = 0.005
 """Seconds in which a part's loudness rises at its start and falls at its end."""
@@ -25,6 +30,23 @@ _MARGIN: Final = 0.015
 """Seconds of it that stay around speech, for soft consonants."""
 
 _EXTENSIBLE: Final = 0xFFFE
+_MAX_CHUNKS: Final = 1_000
+_MAX_CHANNELS: Final = 1_024
+"""As many as libsndfile takes."""
+_BLOCK: Final = 1 << 16
+"""Samples that are converted at a time."""
+_NAME: Final = re.compile(rb"[ -~]{4}")
+"""A chunk's name."""
+_ENCODINGS: Final = {
+    (1, 1): "PCM_U8",
+    (1, 2): "PCM_16",
+    (1, 3): "PCM_24",
+    (1, 4): "PCM_32",
+    (3, 4): "FLOAT",
+    (3, 8): "DOUBLE",
+}
+"""libsndfile's name of each format tag and number of bytes a sample: PCM and floats."""
+_WANTED: Final = "the WAV must hold PCM of 8 to 32 bits or floats of 32 or 64 bits"
 
 
 def encode(wav: Wav) -> bytes:
@@ -39,65 +61,100 @@ def encode(wav: Wav) -> bytes:
 
 
 def decode(file: bytes) -> Wav:
-    """Reads a WAV file, its channels mixed to one.
+    """Reads a WAV file and mixes its channels to one.
 
-    Takes what recorders write: PCM of 8, 16, 24 and 32 bits, floats of 32 and 64, and a last chunk
-    that is shorter than it says.
+    Takes PCM of 8 to 32 bits, also where they leave a part of their bytes unused, and floats of 32
+    and 64 bits. Takes what programs write to a pipe, without the right sizes, and a last chunk that
+    is shorter than it says. Memory stays under the file's size, twice that of the result, and 5 MB.
+
+    libsndfile converts the samples. It never sees the header, which is read here: of its own, it
+    takes a data chunk of size 0 for empty, misses chunks behind an odd one without padding, reads
+    20 bits in 4 bytes as 3 bytes, and starts whatever codec the header names.
 
     Raises:
-        ValueError: it is no such file; the message goes on after "the WAV".
+        ValueError: it is no such file; the message is a sentence that quotes nothing of it.
+        VoiceUnavailable: libsndfile is not there.
     """
-    chunks = dict(_chunks(file))
-    if b"fmt " not in chunks or b"data" not in chunks:
-        raise ValueError("has no format or no data")
-    layout = chunks[b"fmt "]
-    if len(layout) < 16:
-        raise ValueError("has a format that is cut off")
-    kind, channels, rate, _, block, bits = struct.unpack("<HHIIHH", layout[:16])
-    if kind == _EXTENSIBLE and len(layout) >= 26:
-        kind = struct.unpack("<H", layout[24:26])[0]
-    if not channels or not rate or block * 8 != channels * bits:
-        raise ValueError("has a format that contradicts itself")
-    data = chunks[b"data"]
-    frames = len(data) // block
-    samples = _as_float(data[: frames * block], kind, bits).reshape(frames, channels)
-    mixed = np.clip(samples.mean(axis=1) * 32768.0, -32768, 32767)
-    return Wav(mixed.astype(np.int16), rate)
+    soundfile = _soundfile()
+    form, data = _format_and_data(file)
+    encoding, channels, rate = _read_format(form)
+    with soundfile.SoundFile(
+        io.BytesIO(data),
+        format="RAW",
+        subtype=encoding,
+        endian="LITTLE",
+        channels=channels,
+        samplerate=rate,
+    ) as source:
+        blocks = source.blocks(_BLOCK // channels, always_2d=True)
+        mixed = [_mix(block) for block in blocks]
+    return Wav(np.concatenate([np.empty(0, np.int16), *mixed]), rate)
 
 
-def _chunks(file: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Every chunk's name and content, last to first: where a name repeats the first one counts."""
+def _soundfile() -> Any:
+    try:
+        import soundfile  # only who reads a WAV needs it
+    except (ImportError, OSError) as error:
+        log.error("libsndfile cannot be loaded: %s", error)
+        raise VoiceUnavailable(
+            "WAV files cannot be read; install soundfile for this platform, or send no reference.",
+            retry_after=60,
+        ) from None
+    return soundfile
+
+
+def _mix(block: npt.NDArray[np.float64]) -> npt.NDArray[np.int16]:
+    """Frames of one sample a channel, from -1 to 1, as 16-bit samples of one channel."""
+    if not np.isfinite(block).all():
+        raise ValueError("the WAV holds samples that are not numbers")
+    mixed: npt.NDArray[np.float64] = block.clip(-1, 1).mean(axis=1) * 2**15
+    return mixed.clip(max=2**15 - 1).astype(np.int16)
+
+
+def _format_and_data(file: bytes) -> tuple[bytes, bytes]:
+    """The content of the chunks `fmt ` and `data`; where a name repeats, the first one counts."""
     if file[:4] != b"RIFF" or file[8:12] != b"WAVE":
-        raise ValueError("does not begin as a WAV does")
-    found: list[tuple[bytes, bytes]] = []
-    at = 12
-    while at + 8 <= len(file):
-        name, size = struct.unpack("<4sI", file[at : at + 8])
-        found.append((name, file[at + 8 : at + 8 + size]))
-        at += 8 + size + size % 2
-    return reversed(found)
+        raise ValueError("this must be a WAV file")
+    whole = 8 + int.from_bytes(file[4:8], "little")
+    found: dict[bytes, bytes] = {}
+    start = 12
+    for _ in range(_MAX_CHUNKS):
+        if start + 8 > len(file):
+            break
+        name, size = struct.unpack_from("<4sI", file, start)
+        start += 8
+        chunk_follows = whole <= len(file) and _NAME.match(file, start, whole)
+        if name == b"data" and size == 0 and not chunk_follows:
+            # Written to a pipe: the samples go on to the end.
+            size = len(file)
+        end = start + size
+        if name in (b"fmt ", b"data"):
+            found.setdefault(name, file[start:end])
+        # A padding byte follows an odd chunk, and is zero. Some programs leave it out.
+        start = end + (size % 2 and not _NAME.match(file, end))
+    if len(found) < 2:
+        raise ValueError("the WAV has no format or no data")
+    return found[b"fmt "], found[b"data"]
 
 
-def _as_float(data: bytes, kind: int, bits: int) -> npt.NDArray[np.floating[Any]]:
-    """Samples from -1 to 1; format 1 is PCM, 3 floats."""
-    match kind, bits:
-        case (1, 8):
-            return (np.frombuffer(data, np.uint8).astype(np.float32) - 128) / 2**7
-        case (1, 16):
-            return np.frombuffer(data, "<i2").astype(np.float32) / 2**15
-        case (1, 24):
-            # The three bytes become the upper ones of four, which keeps the sign.
-            wide = np.zeros((len(data) // 3, 4), np.uint8)
-            wide[:, 1:] = np.frombuffer(data, np.uint8).reshape(-1, 3)
-            return wide.view("<i4").reshape(-1).astype(np.float32) / 2**31
-        case (1, 32):
-            return np.frombuffer(data, "<i4").astype(np.float32) / 2**31
-        case (3, 32) | (3, 64):
-            samples = np.frombuffer(data, f"<f{bits // 8}")
-            if not np.isfinite(samples).all():
-                raise ValueError("holds samples that are no numbers")
-            return samples
-    raise ValueError(f"has {bits}-bit samples of format {kind}; send 16-bit PCM")
+def _read_format(form: bytes) -> tuple[str, int, int]:
+    """libsndfile's name of the encoding, the number of channels, and samples a second."""
+    if len(form) < 16:
+        raise ValueError("the WAV's format is cut off")
+    tag, channels, rate, _, frame, bits = struct.unpack_from("<HHIIHH", form)
+    if tag == _EXTENSIBLE and len(form) >= 26:
+        # Its GUID begins with the tag.
+        (tag,) = struct.unpack_from("<H", form, 24)
+    if tag not in (1, 3):
+        raise ValueError(_WANTED)
+    if not 1 <= channels <= _MAX_CHANNELS or not 1 <= rate < 1 << 31 or frame % channels:
+        raise ValueError("the WAV's format contradicts itself")
+    # Samples of fewer bits are the upper ones of their bytes; those of 17 to 24 may have four.
+    size, needed = frame // channels, -(-bits // 8)
+    encoding = _ENCODINGS.get((tag, size))
+    if encoding is None or (size, needed) not in ((needed, needed), (4, 3)):
+        raise ValueError(_WANTED)
+    return encoding, channels, rate
 
 
 def trim(wav: Wav) -> Wav:
