@@ -15,7 +15,7 @@ STAND_IN := .data/chatterbox-stand-in
 serve: $(VENV)/.serve
 	SIDECAR_DEMO=$${SIDECAR_DEMO:-true} PRELOAD_MODELS=$${PRELOAD_MODELS:-true} \
 	REDIS_URL=$${REDIS_URL:-memory://} LANCEDB_URI=$${LANCEDB_URI:-.data/lancedb} \
-	exec $(BIN)/uvicorn osiris.server:app --host $(HOST) --port $(PORT)
+	exec $(BIN)/python -m osiris --host $(HOST) --port $(PORT)
 
 # A process that dies is not replaced: pytest-xdist 3.8 would wait for the new one for ever.
 test: $(VENV)/.test

@@ -1,4 +1,4 @@
-"""The HTTP face: `uvicorn osiris.server:app`."""
+"""The application that `python -m osiris` serves, and `uvicorn osiris.server:app` as well."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from llm_sidecar.telemetry.instruments import Instrument
 from osiris import logs, openapi
 from osiris.access import ApiKeys
 from osiris.admission import Admission
+from osiris.connection import limit_connections
 from osiris.http import ClientGone, stored_header
 from osiris.logs import AccessLog
 from osiris.metrics import install_metrics
@@ -73,7 +74,8 @@ def create_app(settings: Settings) -> FastAPI:
         sidecar = Sidecar(settings, metrics, telemetry)
         metrics.watch(sidecar.health)
         app.state.sidecar = sidecar
-        shutdown.install()
+        if uvicorn := shutdown.install():
+            limit_connections(uvicorn.config, settings, lambda: shutdown.draining)
         try:
             await sidecar.start()
             yield
