@@ -97,7 +97,7 @@ def _check(options: dict[str, Any]) -> None:
         if path := options[name]:
             _check_openable(name, lambda path=path: Path(path).open("rb").close())
     if path := options["uds"]:
-        _check_openable("uds", lambda: os.stat(Path(path).parent))
+        _check_openable("uds", lambda: Path(path).parent.stat())
     if (number := options["fd"]) is not None:
         _check_openable("fd", lambda: os.fstat(number))
 

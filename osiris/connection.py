@@ -351,6 +351,8 @@ class _Parser(h11.Connection):
             b"content-length" in names or request.http_version < b"1.1"
         ):
             raise h11.RemoteProtocolError("two lengths")
+        if not request.http_version.startswith(b"1."):
+            raise h11.RemoteProtocolError("another HTTP")
         if prefix := _ABSOLUTE.match(request.target):
             target = request.target[prefix.end() :]
             return h11.Request(
