@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.server import ServerState
@@ -23,6 +25,16 @@ GET = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"
 POST = b"POST /speak HTTP/1.1\r\nHost: x\r\n"
 LARGE = 24 << 20
 """Bytes of an answer that no kernel keeps for a client."""
+
+
+def on_uvloop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """The loop that serves: its transports are not asyncio's."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **arguments: Any) -> None:
+        uvloop.run(test(*args, **arguments))
+
+    return run
 
 
 class Served:
@@ -166,6 +178,7 @@ OFFERS = {
 
 
 @pytest.mark.parametrize("offer", OFFERS)
+@on_uvloop
 async def test_an_offer_to_upgrade_keeps_the_body_and_the_connection(offer: str) -> None:
     request = POST + OFFERS[offer] + b"Content-Length: 5\r\n\r\nhello"
     async with serve() as served:
@@ -189,6 +202,7 @@ TOO_LONG = {
 }
 
 
+@on_uvloop
 async def test_a_head_of_64_kib_is_served_and_no_longer_one() -> None:
     async with serve() as served:
         assert (await ask(served, head_of(MAX_HEAD_BYTES)))[0] == 200
@@ -206,6 +220,7 @@ async def test_a_head_of_64_kib_is_served_and_no_longer_one() -> None:
     ],
     ids=["many fields", "one field", "a path", "many small fields"],
 )
+@on_uvloop
 async def test_endless_headers_are_cut_off(endless: list[bytes]) -> None:
     async with serve() as served:
         status, headers, body = await ask(served, *endless)
@@ -217,6 +232,7 @@ async def test_endless_headers_are_cut_off(endless: list[bytes]) -> None:
     [b"1;" + b"e" * 200_000, b"1\r\na\r\n0\r\nX: " + b"t" * 200_000],
     ids=["a chunk's extension", "trailers"],
 )
+@on_uvloop
 async def test_what_surrounds_chunks_is_bounded(rest: bytes) -> None:
     async with serve() as served:
         status, headers, _ = await ask(served, POST + b"Transfer-Encoding: chunked\r\n\r\n", rest)
@@ -237,6 +253,7 @@ async def test_what_surrounds_chunks_is_bounded(rest: bytes) -> None:
     ],
     ids=["both lengths", "two lengths", "old and chunked", "a coding", "a version", "no host"],
 )
+@on_uvloop
 async def test_a_request_that_others_may_read_otherwise_is_refused(
     request_: bytes, status: int
 ) -> None:
@@ -253,12 +270,14 @@ async def test_a_request_that_others_may_read_otherwise_is_refused(
         (b"/http://example.com/a", "/http://example.com/a"),
     ],
 )
+@on_uvloop
 async def test_a_target_may_be_absolute(target: bytes, path: str) -> None:
     async with serve() as served:
         _, _, body = await ask(served, b"GET " + target + b" HTTP/1.1\r\nHost: x\r\n\r\n")
         assert body["path"] == path
 
 
+@on_uvloop
 async def test_a_client_of_http_1_0_is_served() -> None:
     async with serve() as served:
         reader, writer = await served.connect()
@@ -268,6 +287,7 @@ async def test_a_client_of_http_1_0_is_served() -> None:
         writer.close()
 
 
+@on_uvloop
 async def test_a_client_that_waits_for_100_continue_is_told_to_go_on() -> None:
     async with serve() as served:
         reader, writer = await served.connect()
@@ -279,6 +299,7 @@ async def test_a_client_that_waits_for_100_continue_is_told_to_go_on() -> None:
         writer.close()
 
 
+@on_uvloop
 async def test_pipelined_requests_are_answered_in_order() -> None:
     async with serve() as served:
         reader, writer = await served.connect()
@@ -289,6 +310,7 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
         writer.close()
 
 
+@on_uvloop
 async def test_a_silent_connection_is_closed() -> None:
     async with serve(header_timeout=0.2) as served:
         reader = await held(served, b"")
@@ -297,6 +319,7 @@ async def test_a_silent_connection_is_closed() -> None:
 
 
 @pytest.mark.parametrize("earlier", [b"", GET + b"\r\n"], ids=["at first", "after an answer"])
+@on_uvloop
 async def test_half_a_head_gets_408_however_it_comes(earlier: bytes) -> None:
     async with serve(header_timeout=0.3) as served:
         reader, writer = await served.connect()
@@ -319,6 +342,7 @@ async def test_half_a_head_gets_408_however_it_comes(earlier: bytes) -> None:
         await served.until_none_is_open()
 
 
+@on_uvloop
 async def test_the_rest_of_a_body_that_nobody_reads_is_not_waited_for() -> None:
     async with serve(header_timeout=0.3) as served:
         reader, writer = await served.connect()
@@ -339,6 +363,7 @@ async def test_the_rest_of_a_body_that_nobody_reads_is_not_waited_for() -> None:
 FULL = {"detail": "The server has as many connections as MAX_CONNECTIONS allows; try again later."}
 
 
+@on_uvloop
 async def test_beyond_the_limit_only_probes_are_answered() -> None:
     async with serve(max_connections=2) as served:
         for _ in range(2):
@@ -360,6 +385,7 @@ async def held(served: Served, request: bytes) -> asyncio.StreamReader:
     return reader
 
 
+@on_uvloop
 async def test_probes_get_through_a_flood_of_silent_connections() -> None:
     async with serve(max_connections=5) as served:
         for _ in range(150):
@@ -368,6 +394,7 @@ async def test_probes_get_through_a_flood_of_silent_connections() -> None:
         assert len(served.state.connections) <= 5 + 64
 
 
+@on_uvloop
 async def test_an_answer_that_nobody_reads_is_given_up() -> None:
     async with serve(send_timeout=0.4) as served:
         await held(served, b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -377,6 +404,7 @@ async def test_an_answer_that_nobody_reads_is_given_up() -> None:
         await served.until_none_is_open()
 
 
+@on_uvloop
 async def test_a_slow_download_survives() -> None:
     async with serve(send_timeout=0.4, max_connections=5) as served:
         assert isinstance(served.address, tuple)
@@ -395,6 +423,7 @@ async def test_a_slow_download_survives() -> None:
 
 
 @pytest.mark.parametrize("path", [b"/a", b"/refuse"])
+@on_uvloop
 async def test_while_it_drains_each_answer_is_the_last_of_its_connection(path: bytes) -> None:
     async with serve() as served:
         reader, writer = await served.connect()
@@ -408,6 +437,7 @@ async def test_while_it_drains_each_answer_is_the_last_of_its_connection(path: b
 
 
 @pytest.mark.parametrize("where", ["127.0.0.1", "::1", "unix"])
+@on_uvloop
 async def test_a_client_that_says_it_sends_no_more_gets_its_answer(
     where: str, tmp_path: Path
 ) -> None:
@@ -426,6 +456,7 @@ async def test_a_client_that_says_it_sends_no_more_gets_its_answer(
 
 
 @pytest.mark.parametrize("where", ["127.0.0.1", "::1", "unix"])
+@on_uvloop
 async def test_a_client_that_is_gone_ends_its_request(where: str, tmp_path: Path) -> None:
     async with serve(str(tmp_path / "socket") if where == "unix" else where) as served:
         _, writer = await served.connect()
