@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -95,20 +94,21 @@ def _check(options: dict[str, Any]) -> None:
         raise click.UsageError("--ssl-keyfile needs --ssl-certfile.")
     for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
         if path := options[name]:
-            _check_openable(name, lambda path=path: Path(path).open("rb").close())
+            _look(name, lambda path: Path(path).open("rb").close(), path)
     if path := options["uds"]:
-        _check_openable("uds", lambda: Path(path).parent.stat())
+        _look("uds", lambda path: Path(path).parent.stat(), path)
     if (number := options["fd"]) is not None:
-        _check_openable("fd", lambda: os.fstat(number))
+        _look("fd", os.fstat, number)
 
 
-def _check_openable(name: str, look: Callable[[], object]) -> None:
+def _look(name: str, look: Callable[[Any], object], value: object) -> None:
+    """Refuses an option whose file is not there, with one sentence instead of a traceback."""
     try:
-        look()
+        look(value)
     except OSError as error:
         option = "--" + name.replace("_", "-")
         raise click.UsageError(f"{option} cannot be used: {error}") from None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

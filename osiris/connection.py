@@ -144,9 +144,9 @@ class Connection(H11Protocol):
         super().__init__(config, server_state, app_state, _loop)
         self._limits = limits
         self._max_head = config.h11_max_incomplete_event_size or MAX_HEAD_BYTES
-        self.conn = _Parser(self._max_head)
+        self.conn: _Parser = _Parser(self._max_head)
         self._served = cast(ASGIApp, self.app)
-        self.app = self._answer  # type: ignore[assignment]
+        self.app = self._answer
         self._timer: asyncio.TimerHandle | None = None
         self._is_reserved = False
         self._probes = list(_PROBE_SECONDS)
@@ -186,16 +186,15 @@ class Connection(H11Protocol):
         super().data_received(data)
         self._watch_client()
 
-    def eof_received(self) -> bool | None:
+    def eof_received(self) -> bool | None:  # type: ignore[override]
         """Whether the connection stays open, after a client has said that it sends no more.
 
         One that has sent its request may wait for the answer, or be gone altogether: both look the
         same, until it is sent something. To `100 Continue` a client that is gone answers with a
         reset, and one that waits ignores it.
         """
-        is_whole = self.conn.their_state in (h11.DONE, h11.MUST_CLOSE, h11.MIGHT_SWITCH_PROTOCOL)
-        has_begun = self.conn.our_state is not h11.SEND_RESPONSE
-        if not self.is_busy or not is_whole or has_begun or self.scheme == "https":
+        waits = self.is_busy and not self.cycle.more_body and not self.cycle.response_started
+        if not waits or self.scheme == "https":
             return None
         if self.conn.their_http_version == b"1.1":
             going_on = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")

@@ -181,7 +181,7 @@ class Shutdown:
         assert self._server is not None
         config = self._server.config
         with contextlib.ExitStack() as stack:
-            if config.fd is not None or config.should_reload:
+            if config.fd is not None or multiprocessing.parent_process() is not None:
                 yield []
                 return
             sockets = [one for server in self._server.servers for one in server.sockets]

@@ -99,7 +99,7 @@ async def read(receive: Receive) -> bytes:
     body = b""
     while True:
         message: Message = await receive()
-        body += message.get("body", b"")
+        body += bytes(message.get("body", b""))
         if not message.get("more_body", False):
             return body
 
