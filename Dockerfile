@@ -59,7 +59,7 @@ STOPSIGNAL SIGTERM
 # Liveness, not readiness: a container that still loads a model, or whose Redis is away, is not sick.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
     CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/health/live', timeout=4)"]
-CMD ["uvicorn", "osiris.server:app", "--host", "0.0.0.0", "--port", "8000"]
+CMD ["python", "-m", "osiris", "--host", "0.0.0.0", "--port", "8000"]
 
 
 FROM base AS chatterbox-packages

@@ -17,7 +17,7 @@ serve: $(VENV)/.serve
 	PHI3_ADAPTER_DIR=$${PHI3_ADAPTER_DIR:-.data/adapters} \
 	REDIS_URL=$${REDIS_URL:-memory://} LANCEDB_URI=$${LANCEDB_URI:-.data/lancedb} \
 	ALLOWED_HOSTS=$${ALLOWED_HOSTS-localhost,127.0.0.1,[::1],$(HOST)} \
-	exec $(BIN)/uvicorn osiris.server:app --host $(HOST) --port $(PORT)
+	exec $(BIN)/python -m osiris --host $(HOST) --port $(PORT)
 
 # A process that dies is not replaced: pytest-xdist 3.8 would wait for the new one for ever.
 test: $(VENV)/.test

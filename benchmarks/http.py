@@ -3,7 +3,8 @@
 1. How the API process answers while the models work: after how long it answers first, and how long
    `/health` takes while 16 clients ask for proposals without a pause. Wanted: the first answer
    within 1.5 s, 99 of 100 probes within 50 ms.
-2. `/health` against an endpoint of bare FastAPI, requests per second. Wanted: 0.6 of them.
+2. `/health` against an endpoint of bare FastAPI on the same HTTP parser, h11, requests per second.
+   Wanted: 0.6 of them. Beside it, with nothing wanted, bare FastAPI on httptools.
 3. Metrics, traces, Sentry (with a tenth of its own traces), profiling, keys and JSON logs all on,
    against all of it off, proposals per second; and the same with an OTLP receiver and a Sentry that
    hang, and that are not there; by the rate of four clients, and by the time of single requests.
@@ -118,12 +119,17 @@ def against_bare_fastapi(rounds: int) -> None:
     quiet = "--no-access-log"
     with (
         tempfile.TemporaryDirectory() as folder,
-        serve(Path(folder), quiet, app="benchmarks.bare:app") as bare,
+        serve(Path(folder), quiet, "--http", "h11", app="benchmarks.bare:app") as bare,
+        serve(Path(folder), quiet, "--http", "httptools", app="benchmarks.bare:app") as quick,
         serve(Path(folder), quiet, **DEMO) as ours,
     ):
         ours.wait_until_ready()
         message = load.request("GET", "/health")
-        servers = {"bare FastAPI": bare, "the sidecar": ours}
+        servers = {
+            "bare FastAPI": bare,
+            "bare FastAPI on httptools": quick,
+            "the sidecar": ours,
+        }
         in_turns("/health", servers, message, 4, rounds)
 
 

@@ -236,6 +236,27 @@ class Settings(BaseModel):
         le=100_000,
         description="an integer from 1 to 100000",
     )
+    max_connections: int = Field(
+        1000,
+        alias="MAX_CONNECTIONS",
+        ge=1,
+        le=100_000,
+        description="an integer from 1 to 100000: connections that are served at once",
+    )
+    header_timeout: float = Field(
+        15.0,
+        alias="HEADER_TIMEOUT_SECONDS",
+        gt=0,
+        le=3600,
+        description="seconds, above 0 up to 3600, in which a client sends a request's headers",
+    )
+    send_timeout: float = Field(
+        20.0,
+        alias="SEND_TIMEOUT_SECONDS",
+        gt=0,
+        le=3600,
+        description="seconds, above 0 up to 3600, in which a client reads some of its answer",
+    )
     body_timeout: float = Field(
         10.0,
         alias="BODY_TIMEOUT_SECONDS",

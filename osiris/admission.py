@@ -38,7 +38,6 @@ class Admission:
         if is_probe_or_metrics(scope):
             await self._app(scope, receive, answer.send if self._shutdown.draining else send)
         elif self._shutdown.draining:
-            self._shutdown.asked()
             await _read_away(receive)
             await _ending(scope, receive, answer.send)
         elif self._shutdown.running >= self._max_requests:

@@ -1,4 +1,4 @@
-"""The HTTP face: `uvicorn osiris.server:app`."""
+"""The application that `python -m osiris` serves, and `uvicorn osiris.server:app` as well."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from osiris import docs_page, logs, openapi
 from osiris.access import ApiKeys
 from osiris.admission import Admission
 from osiris.checked_route import ClientGone
+from osiris.connection import limit_connections
 from osiris.hosts import AllowedHosts
 from osiris.http import stored_header
 from osiris.logs import AccessLog
@@ -109,7 +110,8 @@ def create_app(settings: Settings) -> FastAPI:
         sidecar = Sidecar(settings, metrics, telemetry)
         metrics.watch(sidecar.health)
         app.state.sidecar = sidecar
-        shutdown.install()
+        if uvicorn := shutdown.install():
+            limit_connections(uvicorn.config, settings, lambda: shutdown.draining)
         draining = start_detached(_refuse_waiting(shutdown, sidecar))
         try:
             await sidecar.start()

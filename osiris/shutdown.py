@@ -12,7 +12,9 @@ import contextlib
 import contextvars
 import logging
 import multiprocessing
+import os
 import signal
+import socket
 import time
 from collections.abc import Coroutine, Iterator
 from types import FrameType
@@ -21,13 +23,17 @@ from typing import Any, Final
 import anyio
 from uvicorn import Server
 
+from osiris.listening import keep_out_new, waiting
+
 log = logging.getLogger(__name__)
 
-_QUIET: Final = 0.3
-"""Seconds without a request after which the socket is closed: a client whose answer has just come
-sends its next one at once, and a connection that is being made then would be cut."""
-_QUIET_LIMIT: Final = 2.0
-"""Seconds that clients who never stop asking can hold that up."""
+_HANDSHAKE: Final = 0.2
+"""Seconds that a client has to finish connecting, once no other may start to."""
+_IDLE: Final = 1.0
+"""Seconds without a request after which an open connection is taken for idle."""
+_LAST_ANSWERS: Final = 5.0
+"""Seconds that the last requests of open connections can hold up the end."""
+_POLL: Final = 0.02
 _CUT_LIMIT: Final = 2.0
 """Seconds that a request has to end once it is cancelled."""
 _DELIVERY: Final = 1.0
@@ -58,20 +64,22 @@ class Shutdown:
         self._running: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._last_request = 0.0
         self._hurry = asyncio.Event()
         self._signals: list[int] = []
         self._server: Server | None = None
         self._task: asyncio.Task[None] | None = None
 
-    def install(self) -> None:
+    def install(self) -> Server | None:
         """Puts itself in front of the running uvicorn's signal handlers.
 
         Does nothing under another server, and where signals are not handled: in a thread, in tests.
+
+        Returns:
+            The uvicorn.
         """
         server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
         if not isinstance(server, Server):
-            return
+            return None
         loop = asyncio.get_running_loop()
 
         def handle(number: int, frame: FrameType | None) -> None:
@@ -82,7 +90,11 @@ class Shutdown:
         with contextlib.suppress(ValueError):  # no main thread
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, handle)
+            # nohup has it ignored, and means it.
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                signal.signal(signal.SIGHUP, handle)
             self._server = server
+        return self._server
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
@@ -95,7 +107,6 @@ class Shutdown:
             yield
         finally:
             self._running.discard(task)
-            self.asked()
             if not self._running:
                 self._idle.set()
 
@@ -104,16 +115,12 @@ class Shutdown:
         """Requests at work."""
         return len(self._running)
 
-    def asked(self) -> None:
-        """Notes that somebody still sends requests."""
-        self._last_request = time.monotonic()
-
     def _told(self, number: int) -> None:
-        # Ctrl-C reaches a reloader and the server it started; its own SIGTERM to the server says
-        # the same thing again.
+        # Ctrl-C, or the end of a terminal, reaches a reloader and the server it started; its own
+        # SIGTERM to the server says the same thing again.
         relayed = (
             number == signal.SIGTERM
-            and self._signals == [signal.SIGINT]
+            and self._signals in ([signal.SIGINT], [signal.SIGHUP])
             and multiprocessing.parent_process() is not None
         )
         self._signals.append(number)
@@ -136,14 +143,21 @@ class Shutdown:
             await self._unless_hurried(self._idle.wait(), self._grace)
             # 3. What still runs is answered with 503.
             await self._cut_off()
-            # 4. Whoever still asks hears a 503 rather than nothing.
-            await self._until_quiet(began)
+            # 4. Until load balancers have noticed, new requests are answered with 503.
+            remaining = began + self._drain - time.monotonic()
+            if remaining > 0:
+                await self._unless_hurried(self._hurry.wait(), remaining)
+            # 5. Nobody new connects; every connection that is there gets its answer.
+            if await self._unless_hurried(self._answer_the_last(), _LAST_ANSWERS):
+                log.info("drained: every request is answered; the server ends")
+            else:
+                log.warning("the server ends before every request is answered")
         finally:
-            # 5. uvicorn closes the socket and the connections, which get a moment to be read.
+            # 6. uvicorn closes the socket and the connections, which get a moment to be read.
             self._hand_over()
-            # 6. The lifespan ends, and in it `Sidecar.close`: the models' workers, the voices, the
+            # 7. The lifespan ends, and in it `Sidecar.close`: the models' workers, the voices, the
             #    event bus with what it has to tell, the database with its rows.
-            # 7. uvicorn returns, with exit status 0.
+            # 8. uvicorn returns, with exit status 0.
 
     async def _cut_off(self) -> None:
         for task in self._running:
@@ -151,14 +165,41 @@ class Shutdown:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), _CUT_LIMIT)
 
-    async def _until_quiet(self, began: float) -> None:
-        last = max(time.monotonic(), began + self._drain) + _QUIET_LIMIT
-        while not self._hurry.is_set():
-            until = min(last, max(began + self._drain, self._last_request + _QUIET))
-            remaining = until - time.monotonic()
-            if remaining <= 0:
+    async def _answer_the_last(self) -> None:
+        with self._own_listeners() as listeners:
+            for listener in listeners:
+                keep_out_new(listener)
+            await asyncio.sleep(_HANDSHAKE)
+            # The kernel tells nobody when its queue is empty, so look.
+            while any(map(waiting, listeners)) or any(  # noqa: ASYNC110
+                map(self._expects_answer, self._connections())
+            ):
+                await asyncio.sleep(_POLL)
+
+    @contextlib.contextmanager
+    def _own_listeners(self) -> Iterator[list[socket.socket]]:
+        """The sockets that this process listens on, but those that it has from another one: that
+        goes on listening, or has another server do so."""
+        assert self._server is not None
+        config = self._server.config
+        with contextlib.ExitStack() as stack:
+            if config.fd is not None or multiprocessing.parent_process() is not None:
+                yield []
                 return
-            await self._unless_hurried(asyncio.sleep(remaining), remaining + 1)
+            sockets = [one for server in self._server.servers for one in server.sockets]
+            # uvloop's have a number and nothing else.
+            yield [
+                stack.enter_context(socket.socket(fileno=os.dup(one.fileno()))) for one in sockets
+            ]
+
+    def _connections(self) -> list[Any]:
+        assert self._server is not None
+        return list(self._server.server_state.connections)
+
+    def _expects_answer(self, connection: Any) -> bool:
+        """Whether a request runs on a connection, or is likely to come."""
+        idle = asyncio.get_running_loop().time() - connection.active_at
+        return bool(connection.is_busy) or idle < _IDLE
 
     async def _unless_hurried(self, work: Coroutine[Any, Any, Any], seconds: float | None) -> bool:
         """Whether the work was done by then, and before a second signal."""

@@ -1,4 +1,4 @@
-"""Runs `uvicorn osiris.server:app` as operators do, on a free port, and looks at its processes."""
+"""Runs `python -m osiris` as operators do, on a free port, and looks at its processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LiveServer:
 
     Attributes:
         url: its base URL.
-        process: the uvicorn process.
+        process: the server's process.
         client: an HTTP client with that base URL.
         log: file its standard error goes to.
     """
@@ -70,9 +70,13 @@ class LiveServer:
 
 @contextlib.contextmanager
 def serve(
-    folder: Path, *options: str, app: str = "osiris.server:app", **environ: str
+    folder: Path, *options: str, app: str | None = None, **environ: str
 ) -> Iterator[LiveServer]:
-    """A server whose configuration is `environ` alone, with its data in `folder`."""
+    """A server whose configuration is `environ` alone, with its data in `folder`.
+
+    Args:
+        app: another app, as `module:name`, which uvicorn serves.
+    """
     port = free_port()
     log = folder / f"server-{port}.log"
     settings = {
@@ -83,7 +87,8 @@ def serve(
         "PYTHONPATH": str(ROOT),
         **environ,
     }
-    command = [sys.executable, "-m", "uvicorn", app, "--port", str(port), *options]
+    module = ["osiris"] if app is None else ["uvicorn", app]
+    command = [sys.executable, "-m", *module, "--port", str(port), *options]
     with log.open("wb") as stderr:
         process = subprocess.Popen(command, env=settings, cwd=ROOT, stdout=stderr, stderr=stderr)
     server = LiveServer(port, process, log)

@@ -238,7 +238,7 @@ def test_only_this_machine_reaches_the_published_ports() -> None:
 def test_the_container_starts_the_server_without_a_shell() -> None:
     commands = re.findall(r"^CMD (.+)$", DOCKERFILE, re.MULTILINE)
     assert json.loads(commands[0]) == [
-        *("uvicorn", "osiris.server:app"),
+        *("python", "-m", "osiris"),
         *("--host", "0.0.0.0", "--port", "8000"),
     ]
     assert all(isinstance(json.loads(command), list) for command in commands)

@@ -101,6 +101,8 @@ async def test_sigterm_under_load_answers_everybody_and_loses_nothing(
                 task.result(30)
         log = server.log.read_text()
     assert status == 0
+    assert "draining: new work is refused, " in log
+    assert "drained: every request is answered" in log
     assert seen == ["ok", "draining", "gone"]
     assert load.cut == []
     assert {response.status_code for _, _, response in load.answered} == {200, 503}
@@ -175,7 +177,7 @@ def test_what_outlasts_the_grace_period_is_answered_with_503(
                 for _ in range(4)
             ]
             server.wait_until(lambda: admitted(server) == 4)
-            assert server.stop() == 0
+            assert server.stop(signal.SIGHUP) == 0
             answers = [task.result(10) for task in asking]
     cut = [answer for answer in answers if answer.status_code == 503]
     assert cut

@@ -135,19 +135,6 @@ async def test_new_work_is_refused_and_the_connection_closed() -> None:
     assert inner.scopes == []
 
 
-async def test_somebody_still_asking_holds_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    ending = shutdown()
-    ending.draining = True
-    noted: list[str] = []
-    monkeypatch.setattr(ending, "asked", lambda: noted.append("asked"))
-    app = Admission(Inner(), 5, ending)
-    async with client(app) as asking:
-        await asking.get("/health/live")
-        assert noted == []
-        await asking.post("/generate/")
-    assert noted == ["asked"]
-
-
 async def test_probes_are_answered_and_the_connection_closed() -> None:
     ending = shutdown()
     ending.draining = True

@@ -1,0 +1,71 @@
+"""Closing a listening socket without resetting a connection that the kernel has already completed.
+
+A kernel completes connections before the server accepts them, and resets those that still wait when
+the socket closes. So new ones are kept out first, while the server goes on accepting the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import socket
+import struct
+import sys
+from pathlib import Path
+from typing import Final
+
+log = logging.getLogger(__name__)
+
+_ATTACH_FILTER: Final = 26
+"""SO_ATTACH_FILTER of socket(7), which the socket module does not name."""
+_DROP_SYN: Final = (
+    (0x30, 0, 0, 13),  # load byte 13 of the TCP header: its flags
+    (0x54, 0, 0, 0x12),  # keep SYN and ACK
+    (0x15, 0, 1, 0x02),  # SYN alone: someone who starts to connect
+    (0x06, 0, 0, 0),  # is dropped
+    (0x06, 0, 0, 0xFFFFFFFF),  # everything else passes
+)
+"""A classic BPF program, as (code, jump if true, jump if false, constant)."""
+_LISTEN: Final = 10
+"""TCP_LISTEN, a state of tcp(7)."""
+_INFO_BYTES: Final = 104
+_WAITING_AT: Final = 24
+"""Where `tcpi_unacked` is in struct tcp_info: for a listening socket, the connections that wait."""
+
+
+def keep_out_new(listener: socket.socket) -> bool:
+    """Lets nobody start to connect any more; whoever has started can still finish.
+
+    A client that tries meanwhile hears nothing, tries again after a second, and is refused if the
+    socket is closed by then. The socket must be this process's alone: the filter stays with it.
+
+    Returns:
+        Whether it worked: on Linux with TCP, and with a Unix socket.
+    """
+    if listener.family == socket.AF_UNIX:
+        with contextlib.suppress(FileNotFoundError):
+            Path(listener.getsockname()).unlink()
+        return True
+    if sys.platform != "linux":
+        return False
+    program = b"".join(struct.pack("HBBI", *line) for line in _DROP_SYN)
+    buffer = ctypes.create_string_buffer(program)
+    option = struct.pack("HL", len(_DROP_SYN), ctypes.addressof(buffer))
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, option)
+    except OSError as error:
+        log.info("new connections cannot be kept out before the socket closes: %s", error)
+        return False
+    return True
+
+
+def waiting(listener: socket.socket) -> int:
+    """How many connections wait to be accepted; 0 where the system does not tell."""
+    if sys.platform != "linux" or listener.family == socket.AF_UNIX:
+        return 0
+    info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
+    if info[0] != _LISTEN:
+        return 0
+    (count,) = struct.unpack_from("I", info, _WAITING_AT)
+    return int(count)
