@@ -76,7 +76,7 @@ def _models(models: Mapping[str, Health]) -> Iterator[Metric]:
     by_model = ["model"]
     running = GaugeMetricFamily(
         "sidecar_requests_running",
-        "Calls that a model's worker is running. Hermes runs up to eight.",
+        "Calls that a worker is running: 1 on onnxruntime-genai, elsewhere up to 8.",
         labels=by_model,
     )
     waiting = GaugeMetricFamily(
@@ -139,7 +139,7 @@ def _scores(health: Health) -> Iterator[Metric]:
         )
     yield GaugeMetricFamily(
         "sidecar_hermes_scores_last_24h",
-        "Number of scores in that mean.",
+        "Number of scores of the last 24 hours in the database.",
         health["num_hermes_scores_last_24h"],
     )
 
