@@ -51,6 +51,10 @@ NOT_RUN: Final = {
     "SIDECAR_TAG=0.3.0 docker-compose build": "needs Docker",
     "python3.11 -m venv .venv-chatterbox": "downloads 6 GB",
     "MICRO_LLM_MODEL_PATH=/srv/models/phi3/phi3.onnx \\": "needs a PEFT adapter of a real model",
+    "pip install .": "installs into the environment of the tests; tests/long does it elsewhere",
+    ".venv/bin/python -m tests.docs_tables": "writes into the checkout",
+    "make test": "runs this test",
+    "pip install -r requirements-tests.txt": "downloads",
     "make bench": "takes minutes",
     "make train": "takes an hour",
     ".venv/bin/python -m tests.mutants llm_sidecar.reward": "takes minutes",
@@ -225,8 +229,10 @@ def check_without_running(line: str) -> None:
             pass
         case [program, "-m", module, *_] if "python" in program:
             assert importlib.util.find_spec(module), module
-        case [program, "install", "-r", requirements] if program.endswith("/pip"):
-            assert (ROOT / requirements).is_file()
+        case [program, "install", *what] if program.endswith("pip"):
+            assert (ROOT / what[-1]).exists()
+        case ["pytest", *files]:
+            assert all((ROOT / file).is_file() for file in files)
         case ["redis-cli", *_]:
             pass
         case _:
