@@ -173,7 +173,7 @@ class Settings(BaseModel):
         le=3600,
         description="seconds from 0 to 3600 that a request waits for a loading model",
     )
-    """How long a request waits for a model that is loading. After that it gets 503."""
+    """The longest wait for a model that is loading. Unset: until the deadline of the request."""
     load_timeout: float = Field(
         300.0,
         alias="MODEL_LOAD_TIMEOUT_SECONDS",
@@ -293,7 +293,7 @@ class Settings(BaseModel):
         alias="SIDECAR_API_KEYS",
         description="keys of 16 or more visible ASCII characters, separated by commas",
     )
-    """With any key set, a request needs one of them. Unset: no request needs a key."""
+    """With any key set, a request needs one of them. Log and feedback show the name of a key."""
     metrics_need_key: bool = Field(False, alias="METRICS_NEED_KEY", description="true or false")
     """Whether `/metrics` needs an API key too."""
     cors_origins: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(

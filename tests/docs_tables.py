@@ -78,7 +78,7 @@ COLUMNS: Final = {
     "feedback_content": "The comment, the rating or an object as JSON.",
     "feedback_id": "The id of the feedback. Feedback that arrives twice is one row.",
     "feedback_type": "`correction`, `rating`, `qualitative_comment` or `human_edit`.",
-    "final_output": "The proposal as JSON. Empty if there is none.",
+    "final_output": "Proposal, assessment and score, as JSON. Empty without a proposal.",
     "grounded": "`true`, or the ungrounded fields separated by commas. Null if not checked.",
     "input_query": "The prompt.",
     "latencies": "Seconds for the proposal, the assessment and the score, queueing included.",

@@ -50,7 +50,9 @@ NOT_RUN: Final = {
     ),
     "SIDECAR_TAG=0.3.0 docker-compose build": "needs Docker",
     "python3.11 -m venv .venv-chatterbox": "downloads 6 GB",
-    "MICRO_LLM_MODEL_PATH=/srv/models/phi3/phi3.onnx \\": "needs a PEFT adapter of a real model",
+    ".venv/bin/python -m llm_sidecar.loader adapter PEFT_DIR .data/adapters/20260102": (
+        "needs a PEFT adapter"
+    ),
     "pip install .": "installs into the environment of the tests; tests/long does it elsewhere",
     ".venv/bin/python -m tests.docs_tables": "writes into the checkout",
     "make test": "runs this test",
@@ -142,8 +144,8 @@ def as_run(block: Block, server: LiveServer, python_file: Path) -> str:
 
 NUMBER, TEXT = "a number", "a text"
 VARIES = {
-    *("transaction_id", "proposal_id", "feedback_id", "uri"),
-    *("action", "rationale", "hermes_assessment", "generated_text"),
+    *("transaction_id", "proposal_id", "feedback_id", "run_id", "timestamp", "uri"),
+    *("action", "rationale", "assessment", "hermes_assessment", "generated_text"),
 }
 """Texts that differ from run to run, or, written by a model, from processor to processor."""
 
