@@ -93,7 +93,8 @@ def as_run(block: Block, server: LiveServer, python_file: Path) -> str:
 
 NUMBER, TEXT = "a number", "a text"
 VARIES = {
-    *("transaction_id", "proposal_id", "feedback_id", "run_id", "timestamp", "uri"),
+    *("transaction_id", "proposal_id", "feedback_id", "run_id", "timestamp"),
+    *("uri", "version"),
     *("action", "rationale", "assessment", "hermes_assessment", "generated_text"),
 }
 """Texts that differ from run to run, or, written by a model, from processor to processor."""
