@@ -68,7 +68,9 @@ def test_the_commands_of_a_page_answer_as_shown(
         f">{files}/{number}.out 2>{files}/{number}.err\necho $? >{files}/{number}.status\n"
         for number, block in enumerate(run)
     )
-    environ = {"PATH": os.environ["PATH"], "HOME": str(files), "PYTHONPATH": str(ROOT)}
+    # A generator of clients calls ruff.
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environ = {"PATH": path, "HOME": str(files), "PYTHONPATH": str(ROOT)}
     subprocess.run(["bash", "-c", script], cwd=checkout, env=environ, check=True)
     for number, block in enumerate(run):
         status, answer, errors = (
@@ -88,7 +90,7 @@ def as_run(block: Block, server: LiveServer, python_file: Path) -> str:
         return f"{shlex.quote(sys.executable)} {python_file}\n"
     command = command.replace("curl -s ", "curl -s --fail-with-body ")
     command = re.sub(r"(?<=\s)/tmp/", f"{python_file.parent}/", command)
-    return command.replace(".venv/bin/python", shlex.quote(sys.executable))
+    return command.replace(".venv/bin/", f"{Path(sys.executable).parent}/")
 
 
 NUMBER, TEXT = "a number", "a text"
