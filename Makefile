@@ -71,7 +71,7 @@ $(VENV)/.test: requirements-tests.txt $(VENV)/.serve
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt -r requirements-tests.txt
 	touch $@
 
-$(VENV)/.docs: requirements-docs.txt $(VENV)/.test
+$(VENV)/.docs: requirements-docs.txt $(VENV)/.serve
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-docs.txt
 	touch $@
 
