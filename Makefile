@@ -9,7 +9,7 @@ BENCH_VENV := .venv-bench
 CHATTERBOX_VENV := .venv-chatterbox
 STAND_IN := .data/chatterbox-stand-in
 
-.PHONY: serve test test-long test-chatterbox mutants lint bench train evaluate clean
+.PHONY: serve test test-long test-chatterbox mutants lint docs bench train evaluate clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve
@@ -41,6 +41,11 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site of docs/, in site/, with its generated tables up to date. A broken link is an error.
+docs: $(VENV)/.docs
+	$(BIN)/python -m tests.docs_tables
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: $(BENCH_VENV)/.installed
 	$(BENCH_VENV)/bin/python -m benchmarks.inference
 
@@ -52,7 +57,7 @@ evaluate: $(VENV)/.serve
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) $(CHATTERBOX_VENV) .data .pytest_cache .mypy_cache .ruff_cache
-	rm -rf .schemathesis .hypothesis mutants .coverage .coverage.* htmlcov build dist *.egg-info
+	rm -rf .schemathesis .hypothesis mutants .coverage .coverage.* htmlcov build dist site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
@@ -66,6 +71,10 @@ $(VENV)/.serve: requirements.txt | $(VENV)/bin/python
 # Of what tests alone need, Python compiles what is used: a few modules of thousands.
 $(VENV)/.test: requirements-tests.txt $(VENV)/.serve
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt -r requirements-tests.txt
+	touch $@
+
+$(VENV)/.docs: requirements-docs.txt $(VENV)/.serve
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-docs.txt
 	touch $@
 
 $(VENV)/.mutants: requirements-mutants.txt $(VENV)/.test

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from llm_sidecar.db import Store
+from tests.docs_pages import PAGES, blocks
 from tests.live_server import ROOT, LiveServer, free_port, serve
 
 DEPLOYED = ROOT / "deploy" / "observability"
@@ -183,8 +184,8 @@ def test_each_alert_waits_and_says_how_bad_it_is_and_what_to_do() -> None:
         assert rule["for"]
         assert rule["labels"]["severity"] in {"warning", "critical"}
         assert rule["annotations"]["summary"]
-        anchor = f"docs/OPERATIONS.md#{rule['alert'].lower()}"
-        assert rule["annotations"]["runbook_url"] == anchor
+        anchor = f"/operations/#{rule['alert'].lower()}"
+        assert rule["annotations"]["runbook_url"].endswith(anchor)
 
 
 def test_grafana_finds_the_datasource_and_the_dashboard() -> None:
@@ -211,7 +212,8 @@ def test_every_metric_that_a_rule_or_the_dashboard_names_exists(prometheus: Prom
 
 
 def test_every_metric_of_the_sidecar_is_documented(measured: LiveServer) -> None:
-    documented = set(re.findall(r"`((?:sidecar|http)_\w+)", (ROOT / "docs/metrics.md").read_text()))
+    text = (ROOT / "docs/metrics.md").read_text()
+    documented = set(re.findall(r"^\| `((?:sidecar|http)_\w+)", text, re.MULTILINE))
 
     def exposed() -> set[str]:
         text = measured.client.get("/metrics").text
@@ -233,6 +235,13 @@ def test_every_query_of_the_dashboard_returns_data(prometheus: Prometheus) -> No
         return not waiting
 
     wait(all_answered, lambda: "no data for:\n" + "\n".join(waiting))
+
+
+def test_prometheus_reads_every_query_of_the_documentation(prometheus: Prometheus) -> None:
+    queries = [block.text for page in PAGES for block in blocks(page) if block.language == "promql"]
+    assert queries
+    for query in queries:
+        prometheus.query(query)
 
 
 def test_a_healthy_sidecar_under_load_raises_no_alert_and_every_rule_is_evaluated(

@@ -92,8 +92,7 @@ def test_a_bad_variable_stops_the_start_with_one_line(tmp_path: Path, command: l
     )
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "QUEUE_LENGTH='many' is not valid: it takes an integer from 1 to 10000: "
-        "requests a model serves and keeps waiting"
+        "QUEUE_LENGTH='many' is not valid: it takes an integer from 1 to 10000"
     ]
 
 

@@ -171,14 +171,14 @@ _FEEDBACK_KEY: Final = ("transaction_id", "timestamp", "feedback_type", "feedbac
 
 
 class FeedbackWithdrawalSchema(_Row):
-    """Marks feedback as withdrawn: neither a few-shot example nor training data any more."""
+    """Feedback that was withdrawn: it is no few-shot example and no training data any more."""
 
     feedback_id: str = Field(min_length=1)
     transaction_id: str = Field(min_length=1)
 
 
 class OrchestratorRunSchema(_Numbered):
-    """One run from a prompt to an assessed proposal; `run_id` is its transaction_id.
+    """One run from a prompt to an assessed proposal.
 
     Attributes:
         status: the sidecar writes `success`; `partial` for a proposal that Hermes has not fully
@@ -193,7 +193,7 @@ class OrchestratorRunSchema(_Numbered):
 
 
 class HermesScoreSchema(_Numbered):
-    """A score in [0, 1]; `run_id` is the proposal's id."""
+    """A score of Hermes, alone or within a run."""
 
     run_id: str = Field(min_length=1)
     score: Number = Field(ge=0.0, le=1.0, allow_inf_nan=False)
@@ -211,7 +211,7 @@ class Latencies(BaseModel):
 
 
 class ProposalSchema(_Numbered):
-    """A proposal with everything that made and judged it, so that a correction can be joined.
+    """A stored proposal with its prompt, model, critique and score.
 
     Attributes:
         score: Hermes' score in [0, 1]; None where there is none.

@@ -3,7 +3,7 @@
     telemetry = build(settings)
     telemetry.install(app)
     telemetry.start()
-    sidecar = Sidecar(settings, telemetry)
+    sidecar = Sidecar(settings, telemetry=telemetry)
     ...
     await telemetry.close()
 

@@ -176,12 +176,12 @@ class Metrics:
     def _define_calls(self) -> None:
         self._latency = self._histogram(
             "sidecar_e2e_request_latency_seconds",
-            "Time from asking a model to its whole answer; answered calls only.",
+            "Time from asking a model to its complete answer. Only answered calls count.",
             REQUEST_SECONDS,
         )
         self._queue_time = self._histogram(
             "sidecar_request_queue_time_seconds",
-            "Time from asking a model until its worker took the call up, loading included.",
+            "Time from asking a model until its worker starts the call, loading included.",
             QUEUE_SECONDS,
         )
         self._first_token = self._histogram(
@@ -191,27 +191,27 @@ class Metrics:
         )
         self._between_tokens = self._histogram(
             "sidecar_inter_token_latency_seconds",
-            "Time per token after the first, one observation for each message of a worker.",
+            "Time per token after the first. A worker reports one value every 20 ms at most.",
             TOKEN_SECONDS,
         )
         self._prompt_tokens = self._counter(
-            "sidecar_prompt_tokens", "Prompt tokens of generations."
+            "sidecar_prompt_tokens", "Prompt tokens of generations. Scores do not count."
         )
         self._cached_tokens = self._counter(
             "sidecar_prefix_cache_hits",
-            "Prompt tokens of generations that were read for an earlier prompt.",
+            "Prompt tokens whose prefill was reused from an earlier prompt.",
         )
         self._generation_tokens = self._counter(
-            "sidecar_generation_tokens", "Tokens generated, those of broken off calls included."
+            "sidecar_generation_tokens", "Tokens generated, those of cancelled calls included."
         )
         self._successes = self._counter(
             "sidecar_request_success",
-            "Answered calls of a model; a score has the finish reason score.",
+            "Answered calls of a model by their finish reason.",
             finish_reason=_FINISH_REASONS,
         )
         self._errors = self._counter(
             "sidecar_request_errors",
-            "Calls of a model without an answer; Cancelled if nobody waited for it any more.",
+            "Calls of a model without an answer, by the kind of error.",
             error=_ERRORS,
         )
 
@@ -226,7 +226,7 @@ class Metrics:
             self._proposals.labels(action)
         self._ungrounded = Counter(
             "sidecar_ungrounded_proposals",
-            "Proposals with a field whose ticker or numbers are not in their context.",
+            "Valid proposals with an ungrounded field. With GROUNDING=retry, after the retry.",
             ["field"],
             registry=self._registry,
         )
@@ -234,7 +234,7 @@ class Metrics:
             self._ungrounded.labels(field)
         self._scores = Histogram(
             "sidecar_hermes_score",
-            "Scores that Hermes gave, from 0 to 1.",
+            "Scores that this sidecar's Hermes gave, from 0 to 1.",
             buckets=SCORES,
             registry=self._registry,
         )
@@ -252,7 +252,7 @@ class Metrics:
     def _define_http(self) -> None:
         self._requests = Counter(
             "http_requests",
-            "HTTP requests by method, status class and route.",
+            "HTTP requests answered, by method, status class and route.",
             ["method", "status", "handler"],
             registry=self._registry,
         )

@@ -16,22 +16,37 @@ _MODEL_STATES: Final = ("unloaded", "loading", "ready", "failed")
 _DATABASE_STATES: Final = ("opening", "open", "away", "closed")
 
 _EVENT_BUS: Final = (
-    (GaugeMetricFamily, "connected", "connected", "Whether Redis is there: 1, or 0."),
-    (CounterMetricFamily, "outages", "outages", "Times that Redis went away."),
-    (CounterMetricFamily, "away_seconds", "seconds_away", "Time that Redis was away."),
-    (CounterMetricFamily, "published", "published", "Messages that Redis took."),
-    (CounterMetricFamily, "published_late", "published_late", "Those that had to wait for Redis."),
-    (GaugeMetricFamily, "waiting", "waiting", "Messages that wait for Redis."),
-    (CounterMetricFamily, "unpublished", "unpublished", "Messages that Redis never took."),
-    (CounterMetricFamily, "handler_errors", "handler_errors", "Messages whose handler failed."),
-    (CounterMetricFamily, "refused", "refused", "Invalid messages that were refused."),
+    (GaugeMetricFamily, "connected", "connected", "1 while Redis is connected, else 0."),
+    (CounterMetricFamily, "outages", "outages", "Times that the connection to Redis was lost."),
+    (
+        CounterMetricFamily,
+        "away_seconds",
+        "seconds_away",
+        "Time without Redis, the current outage included.",
+    ),
+    (CounterMetricFamily, "published", "published", "Messages that Redis accepted."),
+    (
+        CounterMetricFamily,
+        "published_late",
+        "published_late",
+        "Published messages that had to wait for Redis.",
+    ),
+    (GaugeMetricFamily, "waiting", "waiting", "Messages that wait for Redis now."),
+    (CounterMetricFamily, "unpublished", "unpublished", "Messages that were never published."),
+    (
+        CounterMetricFamily,
+        "handler_errors",
+        "handler_errors",
+        "Received messages whose handler failed.",
+    ),
+    (CounterMetricFamily, "refused", "refused", "Received messages that were invalid and refused."),
     (CounterMetricFamily, "dropped", "dropped", "Messages that a slow listener lost."),
 )
 _SPEECH: Final = (
-    (GaugeMetricFamily, "requests_waiting", "waiting", "Texts that are spoken and wait."),
+    (GaugeMetricFamily, "requests_waiting", "waiting", "Texts that are spoken or wait."),
     (CounterMetricFamily, "spoken", "spoken", "Texts spoken."),
-    (GaugeMetricFamily, "listeners", "listeners", "Listeners of the audio stream."),
-    (CounterMetricFamily, "lost", "lost", "Parts of speech that a slow listener lost."),
+    (GaugeMetricFamily, "listeners", "listeners", "Listeners of /stream/audio."),
+    (CounterMetricFamily, "lost", "lost", "Audio events that slow listeners lost."),
 )
 
 
@@ -60,16 +75,24 @@ class PartsCollector(Collector):
 def _models(models: Mapping[str, Health]) -> Iterator[Metric]:
     by_model = ["model"]
     running = GaugeMetricFamily(
-        "sidecar_requests_running", "Calls that a model's worker has.", labels=by_model
+        "sidecar_requests_running",
+        "Calls that a worker is running: 1 on onnxruntime-genai, elsewhere up to 8.",
+        labels=by_model,
     )
     waiting = GaugeMetricFamily(
-        "sidecar_requests_waiting", "Calls that wait for a model.", labels=by_model
+        "sidecar_requests_waiting",
+        "Calls that wait for their turn or for the model to load.",
+        labels=by_model,
     )
     limit = GaugeMetricFamily(
-        "sidecar_requests_limit", "Calls that may run and wait at once.", labels=by_model
+        "sidecar_requests_limit",
+        "Calls that may run and wait at once: QUEUE_LENGTH.",
+        labels=by_model,
     )
     restarts = CounterMetricFamily(
-        "sidecar_worker_restarts", "Times that a model's worker ended by itself.", labels=by_model
+        "sidecar_worker_restarts",
+        "Times that a model's worker died or could not be started.",
+        labels=by_model,
     )
     for name, status in models.items():
         running.add_metric([name], status["running"])
@@ -83,7 +106,9 @@ def _models(models: Mapping[str, Health]) -> Iterator[Metric]:
 
 def _state_of_models(models: Mapping[str, Health]) -> Metric:
     states = GaugeMetricFamily(
-        "sidecar_model_state", "1 for the state that a model is in.", labels=["model", "state"]
+        "sidecar_model_state",
+        "1 for the state that a model is in, 0 for the others.",
+        labels=["model", "state"],
     )
     for name, status in models.items():
         for state in _MODEL_STATES:
@@ -94,7 +119,7 @@ def _state_of_models(models: Mapping[str, Health]) -> Metric:
 def _info_of_models(models: Mapping[str, Health]) -> Metric:
     info = GaugeMetricFamily(
         "sidecar_model_info",
-        "1 for what each loaded model is, and the adapter it uses.",
+        "1 for the model that is loaded and its adapter. Absent while none is loaded.",
         labels=["model", "served_by", "runtime", "device", "adapter"],
     )
     for name, status in models.items():
@@ -109,25 +134,29 @@ def _scores(health: Health) -> Iterator[Metric]:
     if mean is not None:
         yield GaugeMetricFamily(
             "sidecar_mean_hermes_score_last_24h",
-            "Mean of the scores of the last 24 hours, of every sidecar on the database.",
+            "Mean score of the last 24 hours in the database. Absent without a score.",
             mean,
         )
     yield GaugeMetricFamily(
         "sidecar_hermes_scores_last_24h",
-        "How many scores that mean is of.",
+        "Number of scores of the last 24 hours in the database.",
         health["num_hermes_scores_last_24h"],
     )
 
 
 def _database(status: Health) -> Iterator[Metric]:
     states = GaugeMetricFamily(
-        "sidecar_database_state", "1 for the state that the database is in.", labels=["state"]
+        "sidecar_database_state",
+        "1 for the state that the database is in, 0 for the others.",
+        labels=["state"],
     )
     for state in _DATABASE_STATES:
         states.add_metric([state], status["state"] == state)
     yield states
     fragments = GaugeMetricFamily(
-        "sidecar_database_fragments", "Pieces that a table is in.", labels=["table"]
+        "sidecar_database_fragments",
+        "Fragments of a table. Compaction starts at 32.",
+        labels=["table"],
     )
     for table, count in status["fragments"].items():
         fragments.add_metric([table], count)
@@ -139,24 +168,28 @@ def _database(status: Health) -> Iterator[Metric]:
 def _rows_and_log(status: Health) -> Iterator[Metric]:
     log = status["log"]
     yield CounterMetricFamily(
-        "sidecar_database_rows_written", "Rows acknowledged.", status["rows_written"]
+        "sidecar_database_rows_written",
+        "Rows acknowledged by this sidecar.",
+        status["rows_written"],
     )
     yield GaugeMetricFamily(
         "sidecar_database_rows_waiting",
-        "Rows in the write-ahead log and not yet in their tables.",
+        "Rows that are in the write-ahead log and not yet in their tables.",
         status["rows_waiting"],
     )
     yield GaugeMetricFamily(
-        "sidecar_database_log_bytes", "Size of the rows that wait in the log.", log["bytes"]
+        "sidecar_database_log_bytes",
+        "Size of the rows that wait in the write-ahead log.",
+        log["bytes"],
     )
     yield GaugeMetricFamily(
         "sidecar_database_log_limit_bytes",
-        "Size of the waiting rows from which the log takes no more.",
+        "Size from which the write-ahead log accepts no more rows.",
         log["most_bytes"],
     )
     yield GaugeMetricFamily(
         "sidecar_database_log_accepts_rows",
-        "Whether the log takes rows: 1, or 0.",
+        "1 while the write-ahead log accepts rows, 0 if it or the disk is full.",
         log["accepts_rows"],
     )
 
@@ -167,12 +200,12 @@ def _compaction(status: Health) -> Iterator[Metric]:
         age = datetime.datetime.now(datetime.UTC) - last
         yield GaugeMetricFamily(
             "sidecar_database_since_compaction_seconds",
-            "Time since any process of this machine last compacted the tables.",
+            "Time since a process of this machine last compacted. Absent before that.",
             max(0.0, age.total_seconds()),
         )
     yield GaugeMetricFamily(
         "sidecar_database_compaction_failing",
-        "Whether the last compaction failed: 1, or 0.",
+        "1 if the last compaction failed, else 0.",
         status["compaction_failure"] is not None,
     )
     yield CounterMetricFamily(
@@ -185,11 +218,11 @@ def _compaction(status: Health) -> Iterator[Metric]:
 def _speech(status: Health) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "sidecar_speech_available",
-        "Whether a voice can speak: 1, or 0.",
+        "1 while a voice can speak, else 0.",
         status["state"] == "ready",
     )
     yield GaugeMetricFamily(
-        "sidecar_speech_workers", "Speech workers that are there.", len(status["workers"])
+        "sidecar_speech_workers", "Chatterbox workers on the event bus.", len(status["workers"])
     )
     yield from _plain("sidecar_speech", _SPEECH, status)
 

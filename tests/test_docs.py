@@ -1,10 +1,18 @@
-"""The README's examples: each command is run, and gives an answer of the shape that it shows."""
+"""The commands in README.md and docs/: each one runs, and answers as the page shows.
+
+The blocks of a page run one after the other in one shell, as a reader runs them, against one server
+with the demo models.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +20,8 @@ from typing import Any
 import pytest
 
 from llm_sidecar.demo.evaluate import numbers
+from tests.docs_pages import PAGES, Block, blocks, is_run
 from tests.live_server import ROOT, LiveServer, serve
-
-README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(
-    r"<!-- example (\w+) -->\n```bash\n([^`]*?)```\n+```(json|text)\n(.*?)```", README, re.DOTALL
-)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +30,7 @@ def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer
     environ = {"SIDECAR_DEMO": "true", "PRELOAD_MODELS": "true", "ENABLE_METRICS": "true"}
     with serve(folder, **environ) as running:
         running.wait_until_ready()
-        # The example of `/health` shows a mean score, whichever examples have run before it.
+        # The example of `/health` shows a mean score, whichever page has run before it.
         running.client.post("/score/hermes/", json={"proposal": {"ticker": "AAPL"}})
         running.wait_until(
             lambda: running.client.get("/health").json()["num_hermes_scores_last_24h"]
@@ -34,12 +38,75 @@ def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer
         yield running
 
 
+@pytest.fixture
+def checkout(demo_server: LiveServer, tmp_path: Path) -> Path:
+    """What a page's commands find in their folder: a checkout, whose data are the server's."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    (folder / "llm_sidecar").symlink_to(ROOT / "llm_sidecar")
+    (folder / ".data").symlink_to(demo_server.log.parent)
+    shutil.copy(ROOT / "mkdocs.yml", folder)
+    shutil.copytree(ROOT / "deploy", folder / "deploy")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=str(page.relative_to(ROOT)))
+        for page in PAGES
+        if any(map(is_run, blocks(page)))
+    ],
+)
+def test_the_commands_of_a_page_answer_as_shown(
+    demo_server: LiveServer, checkout: Path, page: Path
+) -> None:
+    run = [block for block in blocks(page) if is_run(block)]
+    files = checkout.parent
+    script = "".join(
+        f"{{\n{as_run(block, demo_server, files / f'{number}.py')}}} "
+        f">{files}/{number}.out 2>{files}/{number}.err\necho $? >{files}/{number}.status\n"
+        for number, block in enumerate(run)
+    )
+    # A generator of clients calls ruff.
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environ = {"PATH": path, "HOME": str(files), "PYTHONPATH": str(ROOT)}
+    subprocess.run(["bash", "-c", script], cwd=checkout, env=environ, check=True)
+    for number, block in enumerate(run):
+        status, answer, errors = (
+            (files / f"{number}.{kind}").read_text() for kind in ("status", "out", "err")
+        )
+        assert status == "0\n", f"{block.place} fails:\n{answer}{errors}"
+        if block.shown is not None:
+            language, shown = block.shown
+            assert comparable(language, answer) == comparable(language, shown), block.place
+
+
+def as_run(block: Block, server: LiveServer, python_file: Path) -> str:
+    """The command on this server and machine; an error of HTTP becomes one of the command."""
+    command = block.text.replace("localhost:8000", server.url.removeprefix("http://"))
+    if block.language == "python":
+        python_file.write_text(command)
+        return f"{shlex.quote(sys.executable)} {python_file}\n"
+    command = command.replace("curl -s ", "curl -s --fail-with-body ")
+    command = re.sub(r"(?<=\s)/tmp/", f"{python_file.parent}/", command)
+    return command.replace(".venv/bin/", f"{Path(sys.executable).parent}/")
+
+
 NUMBER, TEXT = "a number", "a text"
 VARIES = {
-    *("transaction_id", "proposal_id", "feedback_id", "uri"),
-    *("action", "rationale", "hermes_assessment", "generated_text"),
+    *("transaction_id", "proposal_id", "feedback_id", "run_id", "timestamp"),
+    *("uri", "version"),
+    *("action", "rationale", "assessment", "hermes_assessment", "generated_text"),
 }
 """Texts that differ from run to run, or, written by a model, from processor to processor."""
+
+
+def comparable(language: str, answer: str) -> Any:
+    """What a run repeats of an answer: of text, all but measured numbers (three decimals)."""
+    if language == "json":
+        return known(json.loads(answer))
+    return re.sub(r"\d+\.\d{3}\b", NUMBER, answer.strip())
 
 
 def known(value: Any, key: str = "") -> Any:
@@ -51,46 +118,6 @@ def known(value: Any, key: str = "") -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return NUMBER
     return TEXT if isinstance(value, str) and key in VARIES else value
-
-
-def test_every_endpoint_of_this_version_has_an_example() -> None:
-    assert len(EXAMPLES) == README.count("<!-- example ")
-    commands = " ".join(command for _, command, _, _ in EXAMPLES)
-    for path in (
-        "/propose_trade_adjustments/",
-        "/generate/",
-        "/score/hermes/",
-        "/feedback/phi3/",
-        "/feedback/$id",
-        "/examples/",
-        "/speak",
-        "/stream/audio",
-        "/adapters/swap",
-        "/health",
-        "/health/ready",
-        "/metrics",
-    ):
-        assert f"localhost:8000{path}" in commands
-
-
-@pytest.mark.parametrize(
-    ("command", "language", "shown"),
-    [pytest.param(*example, id=name) for name, *example in EXAMPLES],
-)
-def test_an_example_answers_as_shown(
-    demo_server: LiveServer, tmp_path: Path, command: str, language: str, shown: str
-) -> None:
-    done = subprocess.run(
-        ["bash", "-c", command.replace("localhost:8000", demo_server.url)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    if language == "text":
-        assert done.stdout.strip() == shown.strip()
-    else:
-        assert known(json.loads(done.stdout)) == known(json.loads(shown))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +151,8 @@ def test_a_correction_puts_none_of_its_numbers_into_the_next_proposals(
         response = demo_server.client.post("/propose_trade_adjustments/", json={"prompt": prompt})
         return response.json(), response.headers["X-Prompt-Tokens"]
 
-    prompts = re.findall(r'"prompt": "(.*?)"', README)
+    texts = "".join(page.read_text() for page in PAGES)
+    prompts = sorted(set(re.findall(r'"prompt": "(.*?)"', texts)))
     assert len(prompts) > 2
     before = {prompt: propose(prompt) for prompt in prompts}
     corrected, _ = propose("Long MSFT from 402, RSI 83.5 and overbought.")

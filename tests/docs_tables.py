@@ -1,0 +1,281 @@
+"""Generates the tables of the documentation from the code.
+
+    .venv/bin/python -m tests.docs_tables
+
+writes each table between its markers in `docs/`: `<!-- generated: NAME -->` and
+`<!-- end of NAME -->`. `tests/test_docs.py` fails while a table differs from the code.
+"""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import inspect
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from prometheus_client.parser import text_string_to_metric_families
+from pydantic import SecretStr
+from pydantic_core import PydanticUndefined
+
+from llm_sidecar.db import schema
+from llm_sidecar.proposals import Proposal
+from llm_sidecar.settings import Settings
+from llm_sidecar.sidecar import FEEDBACK_SUBMITTED, PROPOSAL_ASSESSED, PROPOSAL_CREATED, Sidecar
+from llm_sidecar.telemetry.metrics import Metrics
+from llm_sidecar.tts.voice import AUDIO_BYTES
+
+DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
+COMMAND: Final = ".venv/bin/python -m tests.docs_tables"
+
+SETTING_GROUPS: Final = {
+    "Models": (
+        *("MICRO_LLM_MODEL_PATH", "HERMES_MODEL_PATH", "PHI3_ADAPTER_DIR", "SIDECAR_DEMO"),
+        *("PRELOAD_MODELS", "DEVICE", "PHI3_THREADS", "HERMES_THREADS"),
+        *("PHI3_TEMPERATURE", "HERMES_TEMPERATURE", "FEW_SHOT_EXAMPLES", "EXAMPLES_FROM_BUS"),
+        *("GROUNDING", "MODEL_LOAD_WAIT_SECONDS", "MODEL_LOAD_TIMEOUT_SECONDS"),
+    ),
+    "Limits": (
+        *("REQUEST_TIMEOUT_SECONDS", "QUEUE_LENGTH", "MAX_CONCURRENT_REQUESTS"),
+        *("MAX_CONNECTIONS", "HEADER_TIMEOUT_SECONDS", "SEND_TIMEOUT_SECONDS"),
+        *("MAX_BODY_BYTES", "BODY_TIMEOUT_SECONDS", "MAX_PROMPT_CHARS", "MAX_AUDIO_LISTENERS"),
+        *("SHUTDOWN_GRACE_SECONDS", "SHUTDOWN_DRAIN_SECONDS"),
+    ),
+    "Access": ("SIDECAR_API_KEYS", "METRICS_NEED_KEY", "ALLOWED_HOSTS", "CORS_ORIGINS"),
+    "Data and events": ("LANCEDB_URI", "LANCEDB_LOG_DIR", "REDIS_URL"),
+    "Speech": ("TTS_VOICE", "TTS_QUEUE_LENGTH", "TTS_TIMEOUT_SECONDS", "CHATTERBOX_MODEL_DIR"),
+    "Observability": (
+        *("ENABLE_METRICS", "LOG_FORMAT", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_SERVICE_NAME"),
+        *("SENTRY_DSN", "SENTRY_ENV", "SENTRY_TRACES_SAMPLE_RATE", "ENABLE_PROFILING"),
+    ),
+}
+"""Every variable of `Settings`, in the order in which the documentation has them."""
+
+METRIC_GROUPS: Final = {
+    "HTTP": r"http_",
+    "Event bus": r"sidecar_event_bus_",
+    "Database": r"sidecar_database_",
+    "Speech": r"sidecar_speech_",
+    "Proposals and scores": r"sidecar_(proposals|ungrounded|.*hermes_score)",
+    "Process": r"process_",
+    "Models": r"sidecar_",
+}
+"""How the names of a group begin; the first that matches counts."""
+METRIC_ORDER: Final = (
+    *("HTTP", "Models", "Proposals and scores", "Event bus", "Database", "Speech", "Process"),
+)
+
+COLUMNS: Final = {
+    "adapter": "The Phi-3 adapter that was in use. Null for none.",
+    "assessment": "Hermes' critique. Empty if there is none.",
+    "author": "The name of the API key that sent the feedback. Null without a named key.",
+    "corrected_proposal": "The proposal that should have been made, as JSON. Null for none.",
+    "error_message": "Why the run failed. Null if it did not.",
+    "feedback_content": "The comment, the rating or an object as JSON.",
+    "feedback_id": "The id of the feedback. Feedback that arrives twice is one row.",
+    "feedback_type": "`correction`, `rating`, `qualitative_comment` or `human_edit`.",
+    "final_output": "Proposal, assessment and score, as JSON. Empty without a proposal.",
+    "grounded": "`true`, or the ungrounded fields separated by commas. Null if not checked.",
+    "input_query": "The prompt.",
+    "latencies": "Seconds for the proposal, the assessment and the score, queueing included.",
+    "model": "The model that wrote the proposal.",
+    "prompt": "The prompt.",
+    "proposal": "The proposal as JSON.",
+    "rationale": "The rationale of the scored proposal.",
+    "received": "When the sidecar received the feedback. It orders feedback.",
+    "row_id": "The key. A row that is written twice is one row.",
+    "hermes_scores.run_id": "The `proposal_id` of the score, or the `transaction_id` of the run.",
+    "run_id": "The `transaction_id` of the run.",
+    "schema_version": "The version that the sender of the feedback named.",
+    "score": "Hermes' score, 0 to 1.",
+    "source": "`direct` for HTTP and scripts, `bus` for Redis.",
+    "status": "`success`, `partial` (not fully assessed) or `error` (no proposal).",
+    "phi3_feedback.timestamp": "When the feedback was given, as its sender says.",
+    "timestamp": "When the row was made.",
+    "transaction_id": "The run that the row belongs to.",
+}
+"""What each column of the database means; with its table where tables differ."""
+
+PAYLOADS: Final = {
+    PROPOSAL_CREATED: ("Phi-3 has finished a proposal", (*Proposal.model_fields, "transaction_id")),
+    PROPOSAL_ASSESSED: (
+        "Hermes has criticised and scored the proposal, and the rows are stored",
+        ("proposal_transaction_id", "assessment_text", "timestamp"),
+    ),
+    FEEDBACK_SUBMITTED: ("feedback is stored", tuple(schema.PublishedFeedback.model_fields)),
+    AUDIO_BYTES: ("a part of a text has been spoken", ()),
+}
+"""When each event is published, and the keys of its payload; no keys for one that is not JSON."""
+
+
+def settings() -> str:
+    """Every variable of `Settings`: meaning, values and default, in groups."""
+    fields = {str(field.alias): (name, field) for name, field in Settings.model_fields.items()}
+    grouped = {variable for group in SETTING_GROUPS.values() for variable in group}
+    _require_same(grouped, set(fields), "SETTING_GROUPS")
+    meanings = _attribute_docstrings(Settings)
+    parts = []
+    for group, variables in SETTING_GROUPS.items():
+        rows = []
+        for variable in variables:
+            name, field = fields[variable]
+            takes = field.description or ""
+            rows.append((f"`{variable}`", meanings[name], takes, _default(field.default)))
+        parts.append(f"### {group}\n\n{_table(('variable', 'meaning', 'values', 'default'), rows)}")
+    return "\n\n".join(parts)
+
+
+def metrics() -> str:
+    """Every metric of `/metrics`: type, labels and help text, in groups."""
+    registry = Metrics()
+    registry.answered("GET", 200, "/health", 0.001)
+    registry.watch(_some_health)
+    groups: dict[str, list[tuple[str, ...]]] = {group: [] for group in METRIC_ORDER}
+    for family in text_string_to_metric_families(registry.render().decode()):
+        suffix = "_total" if family.type == "counter" else ""
+        labels = dict.fromkeys(label for sample in family.samples for label in sample.labels)
+        labels.pop("le", None)
+        row = (
+            f"`{family.name}{suffix}`",
+            family.type,
+            ", ".join(sorted(labels)),
+            family.documentation,
+        )
+        groups[_metric_group(family.name)].append(row)
+    head = ("metric", "type", "labels", "meaning")
+    return "\n\n".join(
+        f"### {group}\n\n{_table(head, sorted(rows))}" for group, rows in groups.items()
+    )
+
+
+def events() -> str:
+    """Every channel: when an event is published, and its payload."""
+    rows = [
+        (
+            f"`{channel}`",
+            when,
+            ", ".join(f"`{key}`" for key in keys) or "base64 of one complete WAV",
+        )
+        for channel, (when, keys) in PAYLOADS.items()
+    ]
+    return _table(("channel", "published when", "payload"), rows)
+
+
+def tables() -> str:
+    """Every table of the database with its columns."""
+    parts = []
+    for table in sorted(schema.TABLES):
+        summary = inspect.getdoc(schema.SCHEMAS[table]) or ""
+        rows = [
+            (
+                f"`{column.name}`",
+                _arrow_type(column.type) + (", or null" if column.nullable else ""),
+                COLUMNS.get(f"{table}.{column.name}") or COLUMNS[column.name],
+            )
+            for column in schema.arrow_schemas()[table]
+        ]
+        first = " ".join(summary.partition("\n\n")[0].split())
+        parts.append(f"### `{table}`\n\n{first}\n\n{_table(('column', 'type', 'meaning'), rows)}")
+    return "\n\n".join(parts)
+
+
+GENERATED: Final[Mapping[str, tuple[str, Callable[[], str]]]] = {
+    "settings": ("configuration.md", settings),
+    "metrics": ("metrics.md", metrics),
+    "events": ("events.md", events),
+    "tables": ("data.md", tables),
+}
+"""The page of each generated text, and what writes it."""
+
+
+def current(name: str) -> str:
+    """The page with this generated text as the code has it now.
+
+    Raises:
+        ValueError: the page has no markers of that name.
+    """
+    page, write = GENERATED[name]
+    begin, end = f"<!-- generated: {name} -->", f"<!-- end of {name} -->"
+    before, found, rest = (DOCS / page).read_text().partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found or not found_end:
+        raise ValueError(f"docs/{page} needs the lines {begin} and {end}")
+    return f"{before}{begin}\n\n{write()}\n\n{end}{after}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _attribute_docstrings(cls: type) -> dict[str, str]:
+    """The string below each attribute of a class.
+
+    Raises:
+        ValueError: an annotated attribute has none.
+    """
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for statement, below in zip(body.body, [*body.body[1:], None], strict=True):
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            continue
+        value = below.value if isinstance(below, ast.Expr) else None
+        if not isinstance(value, ast.Constant) or not isinstance(value.value, str):
+            raise ValueError(
+                f"{cls.__name__}.{statement.target.id} needs a string that explains it"
+            )
+        found[statement.target.id] = " ".join(value.value.split())
+    return found
+
+
+def _default(value: object) -> str:
+    if isinstance(value, SecretStr):
+        value = value.get_secret_value()
+    if value is PydanticUndefined or value in (None, (), ""):
+        return ""
+    text = json.dumps(value) if isinstance(value, bool) else str(value)
+    return f"`{text.removesuffix('.0')}`"
+
+
+def _metric_group(name: str) -> str:
+    return next(group for group, begins in METRIC_GROUPS.items() if re.match(begins, name))
+
+
+def _some_health() -> dict[str, Any]:
+    """The health of a sidecar with every part in use, so that each metric is there."""
+    health = Sidecar(Settings.from_environ({"REDIS_URL": "memory://"})).health()
+    now = datetime.datetime.now(datetime.UTC).isoformat()
+    health["mean_hermes_score_last_24h"] = 0.5
+    health["database"] |= {"last_compaction": now, "fragments": dict.fromkeys(schema.TABLES, 1)}
+    for name, model in health["models"].items():
+        model |= {"model": f"{name}/demo", "runtime": "torch", "device": "cpu"}
+    return health
+
+
+def _arrow_type(kind: object) -> str:
+    text = str(kind)
+    if text.startswith("timestamp"):
+        return "time"
+    return {"string": "text", "double": "number"}.get(text.partition("<")[0], "object")
+
+
+def _require_same(listed: set[str], existing: set[str], where: str) -> None:
+    if listed != existing:
+        raise ValueError(
+            f"{where} in tests/docs_tables.py differs from the code in "
+            + ", ".join(sorted(listed ^ existing))
+        )
+
+
+if __name__ == "__main__":
+    for generated, (its_page, _) in GENERATED.items():
+        try:
+            (DOCS / its_page).write_text(current(generated))
+        except ValueError as error:
+            sys.exit(str(error))

@@ -1,0 +1,79 @@
+"""What the documentation says of the code: its tables are current, and what it names exists."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llm_sidecar.db import Phi3FeedbackSchema
+from llm_sidecar.settings import Settings
+from osiris.server import create_app
+from tests.docs_pages import PAGES, anchors
+from tests.docs_tables import COMMAND, DOCS, GENERATED, PAYLOADS, current
+from tests.live_server import ROOT
+from tests.unit.fakes import FakeParts, completion
+
+SITE = re.search(r"^site_url: (\S+)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+WIDTH = 100
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_a_generated_table_is_current(name: str) -> None:
+    page, _ = GENERATED[name]
+    assert (DOCS / page).read_text() == current(name), f"run {COMMAND}"
+
+
+def test_the_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert [line for line in lines if len(line) > WIDTH] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_within_the_documentation_leads_somewhere(page: Path) -> None:
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text()):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+def test_every_alert_has_a_heading_to_which_it_links() -> None:
+    assert SITE is not None
+    headings = re.findall(r"^### (\w+)$", (DOCS / "operations.md").read_text(), re.MULTILINE)
+    groups = yaml.safe_load((ROOT / "deploy/observability/alerts.yml").read_text())["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    assert rules
+    for rule in rules:
+        assert rule["alert"] in headings
+        link = f"{SITE[1]}operations/#{rule['alert'].lower()}"
+        assert rule["annotations"]["runbook_url"] == link
+
+
+def test_every_route_is_on_the_page_about_them() -> None:
+    text = (DOCS / "http-api.md").read_text()
+    paths = create_app(Settings.from_environ({"REDIS_URL": "memory://"})).openapi()["paths"]
+    assert paths
+    for path, methods in paths.items():
+        for method in methods:
+            assert f"[{method.upper()} `{path.rstrip('/')}" in text
+
+
+async def test_every_event_has_the_keys_that_its_row_says() -> None:
+    proposal = {"ticker": "A", "action": "adjust", "side": "LONG", "confidence": 0.5}
+    proposal |= {"new_stop_pct": 1.0, "new_target_pct": 2.0, "rationale": "So."}
+    parts = FakeParts()
+    parts.phi3.answers = [completion(json.dumps(proposal))]
+    parts.hermes.answers = [completion("Fine."), {str(n): 0.1 for n in range(11)}]
+    await parts.sidecar.propose("Long A.", 256)
+    await parts.sidecar.submit_feedback(
+        Phi3FeedbackSchema(transaction_id="t", feedback_type="rating", feedback_content="5")
+    )
+    published = {channel: set(payload) for channel, payload in parts.happened.of("event")}
+    # The author is left out of feedback without a named key.
+    assert published == {
+        channel: set(keys) - {"author"} for channel, (_, keys) in PAYLOADS.items() if keys
+    }
