@@ -59,6 +59,7 @@ SCOPE: Final = (
     "osiris.access.*",
     "osiris.admission.*",
     "osiris.llm_client.core.*",
+    "osiris.llm_client.proxies.*",
     "osiris.paths.*",
     "osiris.routes.feedback.*",
 )

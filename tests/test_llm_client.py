@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import email.utils
 import inspect
 import json
+import os
 import socket
 import struct
 import sys
 import threading
+import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -153,6 +158,13 @@ def running(server: ScriptedServer) -> Iterator[None]:
     assert not [error for error in server.errors if not isinstance(error, ConnectionError)]
 
 
+@pytest.fixture(autouse=True)
+def without_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+
+
 @pytest.fixture
 def server() -> Iterator[ScriptedServer]:
     made = ScriptedServer()
@@ -285,6 +297,85 @@ async def test_all_tries_of_one_feedback_have_one_timestamp(
         "feedback_content": "good",
         "schema_version": "1.0",
     }
+
+
+@pytest.mark.parametrize(
+    ("timestamp", "sent"),
+    [
+        (datetime(2026, 1, 2, 9, 30), "2026-01-02T09:30:00+05:45"),  # noqa: DTZ001 - naive
+        (datetime(2026, 1, 2, 9, 30, tzinfo=UTC), "2026-01-02T09:30:00+00:00"),
+        ("2026-01-02T09:30:00", "2026-01-02T09:30:00"),
+    ],
+)
+async def test_a_naive_datetime_is_sent_with_the_offset_of_this_machine(
+    clients: Clients,
+    server: ScriptedServer,
+    monkeypatch: pytest.MonkeyPatch,
+    timestamp: datetime | str,
+    sent: str,
+) -> None:
+    monkeypatch.setenv("TZ", "NPT-5:45")
+    time.tzset()
+    try:
+        await done(clients().submit_feedback("t", "rating", "good", timestamp=timestamp))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert server.seen[0].body["timestamp"] == sent
+
+
+POSTS: dict[str, Callable[..., Any]] = {
+    "generate": lambda c, **key: c.generate("phi3", "p", **key),
+    "propose": lambda c, **key: c.propose_trade_adjustments("p", **key),
+    "score": lambda c, **key: c.score_hermes({}, **key),
+    "feedback": lambda c, **key: c.submit_feedback("t", "rating", "good", **key),
+}
+
+
+@pytest.mark.parametrize("call", [*POSTS.values(), lambda c: c.swap_adapters()])
+async def test_all_tries_of_a_post_share_an_idempotency_key_and_no_two_calls_do(
+    clients: Clients, server: ScriptedServer, call: Callable[[Any], Any]
+) -> None:
+    server.script = [answer(503, {}), reset, OK]
+    client = clients()
+    await done(call(client))
+    await done(call(client))
+    keys = [uuid.UUID(seen.headers["Idempotency-Key"]) for seen in server.seen]
+    assert keys[0] == keys[1] == keys[2] != keys[3]
+
+
+@pytest.mark.parametrize("call", POSTS.values())
+async def test_a_caller_may_give_the_idempotency_key(
+    clients: Clients, server: ScriptedServer, call: Callable[..., Any]
+) -> None:
+    key = "!" * 254 + "~"
+    await done(call(clients(), idempotency_key=key))
+    assert server.seen[0].headers["Idempotency-Key"] == key
+
+
+@pytest.mark.parametrize("key", ["", "two words", "line\n", "schlüssel", "k" * 256])
+async def test_an_idempotency_key_that_the_server_refuses_is_not_sent(
+    clients: Clients, server: ScriptedServer, key: str
+) -> None:
+    with pytest.raises(ValueError, match=r"^an idempotency key is 1 to 255 visible ASCII"):
+        await done(clients().generate("phi3", "p", idempotency_key=key))
+    assert server.seen == []
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda c: c.speak("hello"),
+        lambda c: c.health(),
+        lambda c: c.ready(),
+        lambda c: c.withdraw_feedback("f"),
+    ],
+)
+async def test_speech_and_what_is_no_post_has_no_idempotency_key(
+    clients: Clients, server: ScriptedServer, call: Callable[[Any], Any]
+) -> None:
+    await done(call(clients()))
+    assert "Idempotency-Key" not in server.seen[0].headers
 
 
 async def test_speech_is_a_wav(clients: Clients, server: ScriptedServer) -> None:
@@ -427,6 +518,146 @@ async def test_an_answer_that_does_not_come_in_time_is_tried_again(
     assert len(clients.waits) == 1
 
 
+DEFAULT = {"connect": 5.0, "read": 75.0, "write": 75.0, "pool": 75.0}
+SPEECH = {"connect": 5.0, "read": 135.0, "write": 135.0, "pool": 135.0}
+PROBE = {"connect": 5.0, "read": 5.0, "write": 5.0, "pool": 5.0}
+OURS = {"connect": 7.5, "read": 7.5, "write": 7.5, "pool": 7.5}
+APART = {"connect": 1.0, "read": None, "write": 3.0, "pool": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "method", "arguments", "expected"),
+    [
+        (None, "generate", ("phi3", "p"), DEFAULT),
+        (None, "propose_trade_adjustments", ("p",), DEFAULT),
+        (None, "swap_adapters", (), DEFAULT),
+        (None, "health", (), DEFAULT),
+        (None, "speak", ("hello",), SPEECH),
+        (None, "ready", (), PROBE),
+        (None, "live", (), PROBE),
+        (None, "stream_audio", (), DEFAULT | {"read": 60.0}),
+        (7.5, "generate", ("phi3", "p"), OURS),
+        (7.5, "speak", ("hello",), OURS),
+        (7.5, "ready", (), OURS),
+        (7.5, "stream_audio", (), OURS | {"read": 60.0}),
+        (httpx.Timeout(**APART), "generate", ("phi3", "p"), APART),
+    ],
+)
+async def test_each_request_waits_as_long_as_the_server_may_take_or_as_it_is_told(
+    given: float | httpx.Timeout | None, method: str, arguments: tuple[str, ...], expected: Any
+) -> None:
+    seen: list[Any] = []
+
+    def note(request: httpx.Request) -> httpx.Response:
+        seen.append(request.extensions["timeout"])
+        return httpx.Response(200, json={})
+
+    transport = httpx.MockTransport(note)
+    with LLMClient(timeout=given, transport=transport) as client:
+        answer = getattr(client, method)(*arguments)
+        if method == "stream_audio":
+            list(answer)
+    async with AsyncLLMClient(timeout=given, transport=transport) as async_client:
+        answer = getattr(async_client, method)(*arguments)
+        if method == "stream_audio":
+            assert [wav async for wav in answer] == []
+        else:
+            await answer
+    assert seen == [expected, expected]
+
+
+async def test_a_proxy_of_the_environment_carries_the_requests(
+    clients: Clients, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", server.url.replace("http://", "me:hunter2@"))
+    server.script = [OK]
+    client = clients(base_url="http://sidecar.example:8000/below", api_key="k")
+    assert await done(client.health()) == {"answer": 42}
+    [seen] = server.seen
+    assert seen.path == "http://sidecar.example:8000/below/health"
+    password = base64.b64encode(b"me:hunter2").decode()
+    assert seen.headers["Proxy-Authorization"] == f"Basic {password}"
+    assert seen.headers["Authorization"] == "Bearer k"
+
+
+@pytest.mark.parametrize("no_proxy", ["127.0.0.1", "fe80::/10, 127.0.0.0/8", "*"])
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:1", "socks5://127.0.0.1:1", "broken://"])
+async def test_a_host_of_no_proxy_is_asked_directly(
+    clients: Clients,
+    server: ScriptedServer,
+    monkeypatch: pytest.MonkeyPatch,
+    proxy: str,
+    no_proxy: str,
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    monkeypatch.setenv("NO_PROXY", no_proxy)
+    assert await done(clients().health()) == {}
+    assert [seen.path for seen in server.seen] == ["/health"]
+
+
+async def test_a_proxy_that_is_not_there_is_named(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://me:hunter2@127.0.0.1:1")
+    with pytest.raises(LLMClientConnectionError) as caught:
+        await done(clients(retries=0).health())
+    assert str(caught.value).endswith(" (through the proxy that http_proxy names)")
+    assert "hunter2" not in str(caught.value)
+
+
+async def test_a_netrc_file_does_not_replace_the_key(
+    clients: Clients, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    netrc = tmp_path / ".netrc"
+    netrc.write_text("machine 127.0.0.1 login me password hunter2\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    await done(clients(api_key="k").health())
+    assert server.seen[0].headers["Authorization"] == "Bearer k"
+
+
+async def test_a_key_is_sent_beside_a_password_of_the_url(
+    clients: Clients, server: ScriptedServer
+) -> None:
+    url = server.url.replace("http://", "http://me:hunter2@")
+    await done(clients(base_url=url, api_key="k").health())
+    headers = server.seen[0].headers
+    password = base64.b64encode(b"me:hunter2").decode()
+    assert (headers["X-API-Key"], headers["Authorization"]) == ("k", f"Basic {password}")
+
+
+async def test_a_redirect_is_an_error_and_the_key_goes_nowhere_else(
+    clients: Clients, server: ScriptedServer
+) -> None:
+    elsewhere = ScriptedServer()
+    with running(elsewhere):
+        server.script = [answer(307, {}, Location=f"{elsewhere.url}/health")]
+        with pytest.raises(LLMClientHTTPError, match="HTTP 307"):
+            await done(clients(api_key="k").health())
+    assert (len(server.seen), elsewhere.seen) == (1, [])
+
+
+async def test_a_cancelled_call_ends_at_once_and_the_client_still_works(
+    server: ScriptedServer,
+) -> None:
+    asked, go = threading.Event(), threading.Event()
+
+    def wait(handler: Handler) -> None:
+        asked.set()
+        go.wait(10)
+        _reset(handler)
+
+    server.script = [wait, OK]
+    async with AsyncLLMClient(server.url) as client:
+        call = asyncio.ensure_future(client.generate("phi3", "p"))
+        await asyncio.to_thread(asked.wait, 10)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        go.set()
+        assert await client.health() == {"answer": 42}
+
+
 async def test_nobody_there_is_a_connection_error_after_all_tries(clients: Clients) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -457,7 +688,7 @@ async def test_all_tries_of_a_call_share_a_request_id_and_no_two_calls_do(
     assert ids[0] == ids[1] == ids[2] != ids[3]
 
 
-@pytest.mark.parametrize("body", [b"no json", b"[]", b"null"])
+@pytest.mark.parametrize("body", [b"no json", b"[]", b"null", b"", b"\xff", b"[" * 100_000])
 async def test_an_answer_that_is_no_json_object_is_an_error(
     clients: Clients, server: ScriptedServer, body: bytes
 ) -> None:
@@ -579,6 +810,8 @@ async def test_a_key_that_no_header_can_hold_is_refused_unrepeated(
     [
         {"base_url": "localhost:8000"},
         {"base_url": "ftp://x"},
+        {"base_url": "http://127.0.0.1:port"},
+        {"timeout": 0},
         {"retries": -1},
         {"backoff_factor": -1},
     ],

@@ -7,6 +7,11 @@
         answer = await client.generate("phi3", "AAPL at 190, long from 185, stop 180")
 
 Both try again what may succeed the second time, and answer with the sidecar's own JSON, unchanged.
+A redirect is not followed: it is raised as an error, so that the key goes to no other host.
+
+Threads may share an `LLMClient`, tasks of one event loop an `AsyncLLMClient`. Both use the proxy
+that `HTTP_PROXY`, `HTTPS_PROXY` or `ALL_PROXY` names, unless `NO_PROXY` has the sidecar's host; a
+sidecar on localhost needs `NO_PROXY=localhost` too. The environment is read when a client is made.
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ from osiris.llm_client.errors import (
     LLMClientError,
     LLMClientHTTPError,
 )
+from osiris.llm_client.proxies import proxy_for, transport_to
 
 __all__ = [
     "AsyncLLMClient",
@@ -48,7 +54,11 @@ class LLMClient(Endpoints[JSON, str, bytes, bool]):
 
     Args:
         base_url: of the sidecar; `OSIRIS_SIDECAR_URL` or http://localhost:8000 unless given.
-        timeout: seconds for connecting, sending, and between two bytes of the answer, each.
+        timeout: seconds for connecting, for sending, and for each wait for a byte of the answer, or
+            an `httpx.Timeout`; it holds for every request. Unless given, these waits are longer
+            than the sidecar's own deadlines, so that its error comes first: 75 s, 135 s for
+            speech, 5 s for `live` and `ready`; a connection must be made in 5 s. Give one that is
+            longer than REQUEST_TIMEOUT_SECONDS and TTS_TIMEOUT_SECONDS where the sidecar sets them.
         retries: further tries after the first.
         backoff_factor: seconds before the first retry, doubled for each one after it, less up to
             half at random, 30 at most. A `Retry-After` of the sidecar is kept to; one of more than
@@ -67,7 +77,7 @@ class LLMClient(Endpoints[JSON, str, bytes, bool]):
     def __init__(
         self,
         base_url: str | None = None,
-        timeout: float = 10.0,
+        timeout: float | httpx.Timeout | None = None,
         retries: int = 3,
         backoff_factor: float = 0.5,
         api_key: str | None = None,
@@ -76,11 +86,13 @@ class LLMClient(Endpoints[JSON, str, bytes, bool]):
         sleep: Callable[[float], object] = time.sleep,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._core = Core(base_url, retries, backoff_factor, clock)
+        self._core = Core(base_url, timeout, retries, backoff_factor, clock)
+        if transport is None:
+            self._core.proxy = proxy_for(self._core.base_url)
+            transport = transport_to(self._core.base_url, self._core.proxy, httpx.HTTPTransport)
         self._http = httpx.Client(
             base_url=self._core.base_url,
-            timeout=timeout,
-            headers=authorization(api_key),
+            headers=authorization(api_key, self._core.base_url),
             transport=transport,
         )
         self._sleep = sleep
@@ -140,7 +152,7 @@ class AsyncLLMClient(
     def __init__(
         self,
         base_url: str | None = None,
-        timeout: float = 10.0,
+        timeout: float | httpx.Timeout | None = None,
         retries: int = 3,
         backoff_factor: float = 0.5,
         api_key: str | None = None,
@@ -149,11 +161,15 @@ class AsyncLLMClient(
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._core = Core(base_url, retries, backoff_factor, clock)
+        self._core = Core(base_url, timeout, retries, backoff_factor, clock)
+        if transport is None:
+            self._core.proxy = proxy_for(self._core.base_url)
+            transport = transport_to(
+                self._core.base_url, self._core.proxy, httpx.AsyncHTTPTransport
+            )
         self._http = httpx.AsyncClient(
             base_url=self._core.base_url,
-            timeout=timeout,
-            headers=authorization(api_key),
+            headers=authorization(api_key, self._core.base_url),
             transport=transport,
         )
         self._sleep = sleep

@@ -16,6 +16,7 @@ import random
 import re
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from datetime import UTC
 from typing import Final, TypeVar
 
 import httpx
@@ -25,12 +26,25 @@ from osiris.llm_client.errors import (
     LLMClientError,
     LLMClientHTTPError,
 )
+from osiris.llm_client.proxies import Proxy, parse_url
 
 DEFAULT_URL: Final = "http://localhost:8000"
+CONNECT_TIMEOUT: Final = 5.0
+"""Seconds in which a connection must be made, unless the caller gives a timeout."""
+ANSWER_TIMEOUT: Final = 75.0
+"""Seconds without a byte of an answer. Longer than the server's REQUEST_TIMEOUT_SECONDS, which is
+60 unless set, and the 10 in which a body must arrive: so that the server's own error comes first.
+"""
+SPEECH_TIMEOUT: Final = 135.0
+"""The same for speech, whose TTS_TIMEOUT_SECONDS is 120 unless set."""
+PROBE_TIMEOUT: Final = 5.0
+"""The same for a probe, which the server answers at once."""
 LONGEST_BACKOFF: Final = 30.0
 """Seconds between two tries at most, unless the server asks for more."""
 LONGEST_RETRY_AFTER: Final = 120.0
 """A server that asks for more seconds than this is not waited for."""
+YEAR: Final = 365 * 24 * 3600.0
+"""Seconds of a year. Sockets and clocks cannot count much longer waits."""
 
 log = logging.getLogger(__name__)
 
@@ -42,20 +56,39 @@ Plan = Generator[httpx.Request | float, Reply, Answer]
 
 
 class Core:
-    """Settings of a client and its decisions, without any input or output."""
+    """Settings of a client and its decisions, without any input or output.
+
+    Attributes:
+        base_url: of the sidecar.
+        timeout: what the caller gave for every request; None for each request's own default.
+        proxy: what the requests go through; None for a direct connection.
+    """
+
+    proxy: Proxy | None = None
 
     def __init__(
         self,
         base_url: str | None,
+        timeout: float | httpx.Timeout | None,
         retries: int,
         backoff_factor: float,
         clock: Callable[[], float],
     ) -> None:
-        self.base_url = httpx.URL(base_url or os.environ.get("OSIRIS_SIDECAR_URL") or DEFAULT_URL)
-        if self.base_url.scheme not in ("http", "https") or not self.base_url.host:
-            raise ValueError(f"the sidecar's URL is no http:// or https:// URL: {self.base_url!r}")
-        if retries < 0 or backoff_factor < 0:
+        given = base_url or os.environ.get("OSIRIS_SIDECAR_URL") or DEFAULT_URL
+        source = "base_url" if base_url else "OSIRIS_SIDECAR_URL"
+        url = parse_url(given)
+        if url is None or url.scheme not in ("http", "https"):
+            raise ValueError(f"{source} takes http://HOST:PORT or https://HOST:PORT")
+        self.base_url = url
+        if self.base_url.query or self.base_url.fragment:
+            raise ValueError(f"{source} takes no query and no fragment")
+        if not (retries >= 0 and backoff_factor >= 0):
             raise ValueError("retries and backoff_factor are 0 or more")
+        if isinstance(timeout, int | float):
+            if not 0 < timeout <= YEAR:
+                raise ValueError("timeout takes seconds, above 0 up to a year")
+            timeout = httpx.Timeout(timeout)
+        self.timeout = timeout
         self._retries = retries
         self._backoff_factor = backoff_factor
         self._clock = clock
@@ -90,7 +123,10 @@ class Core:
         doubled = self._backoff_factor * 2.0 ** min(failures, 64)
         wait = min(LONGEST_BACKOFF, doubled) * random.uniform(0.5, 1.0)
         if not isinstance(reply, httpx.Response):
-            broken = LLMClientConnectionError(f"{type(reply).__name__}: {reply}")
+            route = f" (through the proxy that {self.proxy.variable} names)" if self.proxy else ""
+            # asyncio's timeouts have no text.
+            what = f"{type(reply).__name__}: {reply}".removesuffix(": ")
+            broken = LLMClientConnectionError(what + route)
             broken.__cause__ = reply
             return broken, wait
         error = self._http_error(request, reply)
@@ -104,23 +140,27 @@ class Core:
             body = reply.json()
             detail = body["detail"]
             transaction_id = body.get("transaction_id")
-        except (ValueError, KeyError, TypeError):  # not from the sidecar: a proxy's own page
+        # Not from the sidecar: a page of a proxy's own.
+        except (ValueError, KeyError, TypeError, RecursionError):
             detail = reply.text
         request_id = reply.headers.get("X-Request-ID", request.headers["X-Request-ID"])
-        retry_after = self._seconds(reply.headers.get("Retry-After", ""))
+        asked = map(self._seconds, reply.headers.get_list("Retry-After"))
+        retry_after = max((each for each in asked if each is not None), default=None)
         return LLMClientHTTPError(
             reply.status_code, detail, request_id, retry_after, transaction_id
         )
 
     def _seconds(self, retry_after: str) -> float | None:
         """Seconds or an HTTP date (RFC 9110, section 10.2.3); None for anything else."""
-        if re.fullmatch("[0-9]{1,9}", retry_after):
-            return float(retry_after)
+        if re.fullmatch(r"[0-9]+(\.[0-9]*)?", retry_after):
+            return min(float(retry_after), YEAR)
         try:
             when = email.utils.parsedate_to_datetime(retry_after)
-        except ValueError:
+            # An HTTP date is in UTC, also where it does not say so.
+            seconds = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+        except (ValueError, OverflowError):
             return None
-        return max(0.0, when.timestamp() - self._clock())
+        return min(max(0.0, seconds - self._clock()), YEAR)
 
 
 class AudioEvents:
@@ -154,7 +194,7 @@ class AudioEvents:
             raise LLMClientError("an event of the audio stream is no base64") from error
 
 
-def authorization(api_key: str | None) -> dict[str, str]:
+def authorization(api_key: str | None, url: httpx.URL) -> dict[str, str]:
     """The header that shows the key, or `SIDECAR_API_KEY`'s where none is given; ValueError for a
     key that no header can hold."""
     if api_key is None:
@@ -163,7 +203,8 @@ def authorization(api_key: str | None) -> dict[str, str]:
         return {}
     if not re.fullmatch("[!-~]+", api_key):  # httpx would repeat the key in its own error
         raise ValueError("an API key is one word of ASCII characters")
-    return {"Authorization": f"Bearer {api_key}"}
+    # httpx sends a user and a password of the URL as `Authorization`.
+    return {"X-API-Key": api_key} if url.userinfo else {"Authorization": f"Bearer {api_key}"}
 
 
 @contextmanager

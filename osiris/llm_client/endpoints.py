@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import urllib.parse
 import uuid
 from abc import ABC, abstractmethod
@@ -11,7 +12,14 @@ from typing import Any, Final, Generic, TypeVar
 
 import httpx
 
-from osiris.llm_client.core import Core, Plan
+from osiris.llm_client.core import (
+    ANSWER_TIMEOUT,
+    CONNECT_TIMEOUT,
+    PROBE_TIMEOUT,
+    SPEECH_TIMEOUT,
+    Core,
+    Plan,
+)
 from osiris.llm_client.errors import LLMClientError
 
 STREAM_SILENCE: Final = 60.0
@@ -31,6 +39,11 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
     All of them raise `LLMClientHTTPError` for an answer that is an error,
     `LLMClientConnectionError` when the sidecar cannot be reached and `LLMClientError` for an answer
     that cannot be read. 5xx, 429 and broken connections are tried again first.
+
+    Every POST but that of `speak` carries an `Idempotency-Key`, one for all tries of a call, by
+    which a sidecar that knows it neither generates nor stores twice. A caller that repeats a call
+    itself, after a restart for instance, gives both the same `idempotency_key`: 1 to 255 visible
+    ASCII characters, else ValueError. A new UUID unless given.
     """
 
     _core: Core
@@ -40,27 +53,43 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
     def _run(self, plan: Plan[Any]) -> Any:
         """Carry out a plan and return its answer, or an awaitable of it."""
 
-    def generate(self, model_id: str, prompt: str, max_length: int = 256) -> JSONAnswer:
+    def generate(
+        self,
+        model_id: str,
+        prompt: str,
+        max_length: int = 256,
+        *,
+        idempotency_key: str | None = None,
+    ) -> JSONAnswer:
         """Have `hermes` or `phi3` answer a prompt, in at most `max_length` new tokens.
 
         Returns:
             `{"generated_text": str}` from hermes, the proposal itself from phi3.
         """
         body = {"prompt": prompt, "max_length": max_length, "model_id": model_id}
-        return self._json("POST", "/generate/", body)
+        return self._json("POST", "/generate/", body, idempotency_key)
 
-    def propose_trade_adjustments(self, prompt: str, max_length: int = 256) -> JSONAnswer:
+    def propose_trade_adjustments(
+        self, prompt: str, max_length: int = 256, *, idempotency_key: str | None = None
+    ) -> JSONAnswer:
         """Have a proposal made and judged.
 
         Returns:
             `{"transaction_id": str, "phi3_proposal": {...}, "hermes_assessment": str}`.
         """
         body = {"prompt": prompt, "max_length": max_length}
-        return self._json("POST", "/propose_trade_adjustments/", body)
+        return self._json("POST", "/propose_trade_adjustments/", body, idempotency_key)
 
-    def score_hermes(self, proposal: JSON, context: str | None = None) -> JSONAnswer:
+    def score_hermes(
+        self,
+        proposal: JSON,
+        context: str | None = None,
+        *,
+        idempotency_key: str | None = None,
+    ) -> JSONAnswer:
         """Have a proposal scored: `{"proposal_id": str, "score": float from 0 to 1}`."""
-        return self._json("POST", "/score/hermes/", _given(proposal=proposal, context=context))
+        body = _given(proposal=proposal, context=context)
+        return self._json("POST", "/score/hermes/", body, idempotency_key)
 
     def submit_feedback(
         self,
@@ -71,6 +100,7 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
         timestamp: datetime | str | None = None,
         corrected_proposal: JSON | None = None,
         schema_version: str = "1.0",
+        idempotency_key: str | None = None,
     ) -> JSONAnswer:
         """Store what somebody says of a proposal: `{"message": str, "transaction_id": str}`.
 
@@ -81,22 +111,23 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
             transaction_id: the proposal's.
             feedback_type: `correction`, `rating`, `qualitative_comment` or `human_edit`.
             feedback_content: text or an object.
-            timestamp: when it was said, ISO 8601 if it is text; now unless given. At most five
-                minutes ahead of the sidecar's clock.
+            timestamp: when it was said; now unless given. At most five minutes ahead of the
+                sidecar's clock. A naive `datetime` is in this machine's time zone, and is sent with
+                its offset from UTC; a text, ISO 8601, is sent as it is.
             corrected_proposal: the proposal as it should have been.
             schema_version: of the feedback.
+            idempotency_key: one for every attempt at this call.
         """
         when = datetime.now(UTC) if timestamp is None else timestamp
-        when = when.isoformat() if isinstance(when, datetime) else when
         body = _given(
             transaction_id=transaction_id,
             feedback_type=feedback_type,
             feedback_content=feedback_content,
-            timestamp=when,
+            timestamp=_aware(when).isoformat() if isinstance(when, datetime) else when,
             corrected_proposal=corrected_proposal,
             schema_version=schema_version,
         )
-        return self._json("POST", "/feedback/phi3/", body)
+        return self._json("POST", "/feedback/phi3/", body, idempotency_key)
 
     def withdraw_feedback(self, feedback_id: str) -> JSONAnswer:
         """Withdraw feedback: it is neither a few-shot example nor training data from then on.
@@ -126,7 +157,7 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
         """
         ref_wav_b64 = None if ref_wav is None else base64.b64encode(ref_wav).decode()
         body = _given(text=text, exaggeration=exaggeration, ref_wav_b64=ref_wav_b64)
-        request = self._request("POST", "/speak", body)
+        request = self._request("POST", "/speak", body, SPEECH_TIMEOUT)
         wav: Wav = self._run(self._core.attempts(request, _read_wav))
         return wav
 
@@ -160,19 +191,27 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._core.base_url!r})"
 
-    def _json(self, method: str, path: str, body: JSON | None = None) -> JSONAnswer:
+    def _json(
+        self, method: str, path: str, body: JSON | None = None, idempotency_key: str | None = None
+    ) -> JSONAnswer:
         request = self._request(method, path, body)
+        if method == "POST":
+            request.headers["Idempotency-Key"] = _checked(idempotency_key)
         answer: JSONAnswer = self._run(self._core.attempts(request, _read_json))
         return answer
 
     def _probe(self, path: str) -> Flag:
-        flag: Flag = self._run(self._core.probe(self._request("GET", path)))
+        request = self._request("GET", path, timeout=PROBE_TIMEOUT)
+        flag: Flag = self._run(self._core.probe(request))
         return flag
 
-    def _request(self, method: str, path: str, body: JSON | None = None) -> httpx.Request:
+    def _request(
+        self, method: str, path: str, body: JSON | None = None, timeout: float = ANSWER_TIMEOUT
+    ) -> httpx.Request:
         # One id for all tries of a call, so that the sidecar's log shows them as one.
         headers = {"X-Request-ID": str(uuid.uuid4())}
-        return self._http.build_request(method, path, json=body, headers=headers)
+        limits = self._core.timeout or httpx.Timeout(timeout, connect=CONNECT_TIMEOUT)
+        return self._http.build_request(method, path, json=body, headers=headers, timeout=limits)
 
     def _stream_plan(self) -> Plan[httpx.Response]:
         request = self._request("GET", "/stream/audio")
@@ -184,10 +223,22 @@ def _given(**fields: Any) -> JSON:
     return {name: value for name, value in fields.items() if value is not None}
 
 
+def _checked(idempotency_key: str | None) -> str:
+    if idempotency_key is None:
+        return str(uuid.uuid4())
+    if not re.fullmatch("[!-~]{1,255}", idempotency_key):
+        raise ValueError("an idempotency key is 1 to 255 visible ASCII characters")
+    return idempotency_key
+
+
+def _aware(when: datetime) -> datetime:
+    return when if when.tzinfo else when.astimezone()
+
+
 def _read_json(response: httpx.Response) -> JSON:
     try:
         body = response.json()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LLMClientError("the answer is no JSON") from error
     if not isinstance(body, dict):
         raise LLMClientError("the answer is no JSON object")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import random
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import httpx
 import pytest
 
+from llm_sidecar.settings import Settings
 from osiris.llm_client import core
 from osiris.llm_client.core import AudioEvents, Core, Reply, as_connection_error, authorization
 from osiris.llm_client.errors import (
@@ -17,9 +19,11 @@ from osiris.llm_client.errors import (
     LLMClientError,
     LLMClientHTTPError,
 )
+from osiris.llm_client.proxies import Proxy
 
 NOW = 1_767_312_000.0
 """2026-01-02 00:00:00 UTC, in seconds since 1970."""
+URL = httpx.URL("http://h")
 REQUEST = httpx.Request("POST", "http://h/generate/", headers={"X-Request-ID": "ours"})
 
 
@@ -37,7 +41,7 @@ def without_chance(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]
 
 
 def made(retries: int = 3, backoff_factor: float = 0.5, base_url: str | None = "http://h") -> Core:
-    return Core(base_url, retries, backoff_factor, lambda: NOW)
+    return Core(base_url, None, retries, backoff_factor, lambda: NOW)
 
 
 def answer(status: int, *, detail: Any = None, text: str = "", **headers: str) -> httpx.Response:
@@ -87,13 +91,70 @@ def test_the_url_is_the_arguments_the_environments_or_local(
     assert made(base_url=None).base_url == httpx.URL("http://localhost:8000")
 
 
-@pytest.mark.parametrize("url", ["ftp://h", "h:8000", "http://", "/generate"])
-def test_a_url_that_is_none_is_refused(url: str) -> None:
-    with pytest.raises(ValueError, match=r"^the sidecar's URL is no http:// or https:// URL: URL"):
+NO_URLS = [
+    "ftp://h",
+    "h:8000",
+    "http://",
+    "/generate",
+    "http://h:port",
+    "http://h:0",
+    "http://h:-1",
+    "http://h:65536",
+    "http://[::1",
+    "http://a..b",
+    f"http://{'a' * 64}",
+    "http://xn--a",
+    "http://me:hunter2@h\n",
+]
+
+
+@pytest.mark.parametrize("url", NO_URLS)
+def test_a_url_that_is_none_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError) as caught:
+        made(base_url=url)
+    assert str(caught.value) == "base_url takes http://HOST:PORT or https://HOST:PORT"
+    monkeypatch.setenv("OSIRIS_SIDECAR_URL", url)
+    with pytest.raises(ValueError) as caught:
+        made(base_url=None)
+    assert str(caught.value) == "OSIRIS_SIDECAR_URL takes http://HOST:PORT or https://HOST:PORT"
+
+
+@pytest.mark.parametrize("url", ["http://h?key=1", "http://h/path?a", "http://h#top"])
+def test_a_url_with_a_query_or_a_fragment_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match=r"^base_url takes no query and no fragment$"):
         made(base_url=url)
 
 
-@pytest.mark.parametrize("arguments", [{"retries": -1}, {"backoff_factor": -0.1}])
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (None, None),
+        (0.5, httpx.Timeout(0.5)),
+        (1, httpx.Timeout(1)),
+        (365 * 24 * 3600, httpx.Timeout(365 * 24 * 3600)),
+        (httpx.Timeout(None, connect=3), httpx.Timeout(None, connect=3)),
+    ],
+)
+def test_a_timeout_is_seconds_or_one_for_each_wait(
+    given: float | httpx.Timeout | None, kept: httpx.Timeout | None
+) -> None:
+    assert Core("http://h", given, 3, 0.5, lambda: NOW).timeout == kept
+
+
+@pytest.mark.parametrize("url", ["http://h:1", "http://h:65535", "https://[::1]:8000", "http://h."])
+def test_a_url_may_have_every_port(url: str) -> None:
+    assert made(base_url=url).base_url == httpx.URL(url)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e9])
+def test_a_timeout_that_cannot_be_waited_for_is_refused(seconds: float) -> None:
+    with pytest.raises(ValueError, match=r"^timeout takes seconds, above 0 up to a year$"):
+        Core("http://h", seconds, 3, 0.5, lambda: NOW)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"retries": -1}, {"backoff_factor": -0.1}, {"backoff_factor": float("nan")}]
+)
 def test_negative_numbers_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"^retries and backoff_factor are 0 or more$"):
         made(**arguments)
@@ -139,6 +200,19 @@ def test_the_last_try_raises_what_it_came_to(retries: int, waits: list[float]) -
     assert waited == waits
 
 
+def test_a_broken_connection_without_a_text_has_its_name() -> None:
+    error, _ = carry_out(made(0), [httpx.ReadTimeout("")])
+    assert str(error) == "ReadTimeout"
+
+
+def test_a_broken_connection_names_the_variable_of_the_proxy() -> None:
+    client = made(0)
+    client.proxy = Proxy("HTTP_PROXY", "http://me:hunter2@h")
+    error, _ = carry_out(client, [httpx.ConnectError("refused")])
+    assert str(error) == "ConnectError: refused (through the proxy that HTTP_PROXY names)"
+    assert "hunter2" not in repr(client.proxy)
+
+
 def test_the_backoff_doubles_up_to_thirty_seconds(
     without_chance: list[tuple[float, float]],
 ) -> None:
@@ -172,17 +246,66 @@ def test_thousands_of_tries_do_not_overflow_the_backoff() -> None:
         ("000000009", 9.0),
         ("Fri, 02 Jan 2026 00:00:40 GMT", 40.0),
         ("Fri, 02 Jan 2026 01:00:40 +0100", 40.0),
+        ("1.5", 1.5),
+        ("7.", 7.0),
+        # A date without a zone, or with one that it does not know, is in UTC.
+        ("Fri, 02 Jan 2026 00:00:40", 40.0),
+        ("Fri, 02 Jan 2026 00:00:40 -0000", 40.0),
+        ("Fri, 02 Jan 2026 00:00:40 XYZ", 40.0),
         # The past, or what says nothing, leaves the backoff.
         ("Thu, 01 Jan 2026 00:00:00 GMT", 0.5),
         ("soon", 0.5),
         ("-5", 0.5),
-        ("1.5", 0.5),
         ("", 0.5),
+        ("7, 9", 0.5),
+        ("nan", 0.5),
+        ("inf", 0.5),
+        ("1e9", 0.5),
+        (".5", 0.5),
+        ("Mon, 99 Jan 2026 00:00:00 GMT", 0.5),
+        ("Fri, 02 Jan 2026 25:00:00 GMT", 0.5),
+        ("Fri, 02 Jan 2026 00:00:40 +99999999", 0.5),
+        (f"Fri, 02 Jan {10**30} 00:00:40 GMT", 0.5),
+        (f"Fri, {'9' * 5000} Jan 2026 00:00:40 GMT", 0.5),
+        ("Mon, 01 Jan 0001 00:00:00 +2359", 0.5),
     ],
 )
 def test_a_server_is_asked_again_when_it_says(retry_after: str, wait: float) -> None:
     replies = [answer(503, Retry_After=retry_after), answer(200, text="fine")]
     assert carry_out(made(), replies) == ("fine", [wait])
+
+
+def test_a_date_without_a_zone_is_in_utc_wherever_the_client_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TZ", "NPT-5:45")
+    time.tzset()
+    try:
+        error = raised(answer(503, Retry_After="Fri, 02 Jan 2026 00:00:40"))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert error.retry_after == 40.0
+
+
+def test_digits_of_other_scripts_say_nothing() -> None:
+    busy = httpx.Response(503, headers=[(b"Retry-After", "\u0667".encode())])
+    assert carry_out(made(), [busy, answer(200, text="fine")]) == ("fine", [0.5])
+
+
+def test_of_two_answers_the_longer_wait_counts() -> None:
+    values = [("Retry-After", value) for value in ("3", "soon", "7", "5")]
+    busy = httpx.Response(503, headers=values)
+    assert carry_out(made(), [busy, answer(200, text="fine")]) == ("fine", [7.0])
+
+
+@pytest.mark.parametrize(
+    "retry_after", [str(10**30), "9" * 5000, "Fri, 31 Dec 9999 23:59:59 GMT", "99999999.5"]
+)
+def test_more_than_a_year_counts_as_a_year(retry_after: str) -> None:
+    error, waits = carry_out(made(), [answer(503, Retry_After=retry_after)])
+    assert isinstance(error, LLMClientHTTPError)
+    assert (error.retry_after, waits) == (365 * 24 * 3600.0, [])
 
 
 @pytest.mark.parametrize("retry_after", ["121", "999999999", "Fri, 02 Jan 2026 00:02:01 GMT"])
@@ -231,6 +354,11 @@ def test_an_error_says_where_a_finished_proposal_is_stored() -> None:
 
 @pytest.mark.parametrize("page", ["<h1>Bad gateway</h1>", '"text"', "[]", '{"error": "x"}', ""])
 def test_the_detail_of_a_foreign_error_page_is_its_text(page: str) -> None:
+    assert raised(answer(502, text=page)).detail == page
+
+
+def test_a_deeply_nested_error_page_is_text() -> None:
+    page = "[" * 100_000
     assert raised(answer(502, text=page)).detail == page
 
 
@@ -338,25 +466,38 @@ def test_what_breaks_a_stream_is_a_connection_error() -> None:
 
 def test_the_key_is_the_arguments_or_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SIDECAR_API_KEY", raising=False)
-    assert authorization(None) == {}
+    assert authorization(None, URL) == {}
     monkeypatch.setenv("SIDECAR_API_KEY", "")
-    assert authorization(None) == {}
+    assert authorization(None, URL) == {}
     monkeypatch.setenv("SIDECAR_API_KEY", "theirs")
-    assert authorization(None) == {"Authorization": "Bearer theirs"}
-    assert authorization("ours") == {"Authorization": "Bearer ours"}
+    assert authorization(None, URL) == {"Authorization": "Bearer theirs"}
+    assert authorization("ours", URL) == {"Authorization": "Bearer ours"}
 
 
 @pytest.mark.parametrize("key", ["", "two words", "line\nbreak", "schlüssel", "tab\t", "\x7f"])
 def test_a_key_that_no_header_can_hold_is_refused_unrepeated(key: str) -> None:
     with pytest.raises(ValueError, match=r"^an API key is one word of ASCII characters$"):
-        authorization(key)
+        authorization(key, URL)
 
 
 @pytest.mark.parametrize("key", ["!", "~", "a-key_of.16/chars+="])
 def test_a_key_may_have_every_visible_character(key: str) -> None:
-    assert authorization(key) == {"Authorization": f"Bearer {key}"}
+    assert authorization(key, URL) == {"Authorization": f"Bearer {key}"}
+
+
+def test_a_key_does_not_replace_the_password_of_the_url() -> None:
+    url = httpx.URL("http://me:hunter2@h")
+    assert authorization("ours", url) == {"X-API-Key": "ours"}
+    assert authorization(None, url) == {}
 
 
 def test_the_bounds_are_the_documented_ones() -> None:
     bounds: list[float] = [core.LONGEST_BACKOFF, core.LONGEST_RETRY_AFTER]
     assert bounds == [30.0, 120.0]
+
+
+def test_the_client_waits_longer_than_the_servers_deadlines() -> None:
+    settings = Settings()
+    # A body must arrive within its own time before the deadline counts.
+    assert settings.body_timeout + settings.request_timeout + 5 <= core.ANSWER_TIMEOUT
+    assert settings.body_timeout + settings.tts_timeout + 5 <= core.SPEECH_TIMEOUT
