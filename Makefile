@@ -14,6 +14,7 @@ STAND_IN := .data/chatterbox-stand-in
 
 serve: $(VENV)/.serve
 	SIDECAR_DEMO=$${SIDECAR_DEMO:-true} PRELOAD_MODELS=$${PRELOAD_MODELS:-true} \
+	PHI3_ADAPTER_DIR=$${PHI3_ADAPTER_DIR:-.data/adapters} \
 	REDIS_URL=$${REDIS_URL:-memory://} LANCEDB_URI=$${LANCEDB_URI:-.data/lancedb} \
 	exec $(BIN)/uvicorn osiris.server:app --host $(HOST) --port $(PORT)
 

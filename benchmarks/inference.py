@@ -24,6 +24,7 @@ MEASURES: Final[dict[str, Callable[[int], Iterator[Row]]]] = {
     "threads": throughput.threads_of_two_models,
     "adapters": adapters.swapped_under_load,
     "start": start.memory_and_start,
+    "command line": start.command_line,
 }
 
 

@@ -1,7 +1,11 @@
-"""How soon a server of the demo models answers, and how much memory its API process takes."""
+"""How soon a server of the demo models and the command line answer, and the server's memory."""
 
 from __future__ import annotations
 
+import os
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -9,7 +13,44 @@ from pathlib import Path
 
 from benchmarks import models
 from benchmarks.table import Row
+from llm_sidecar import db
 from tests.live_server import serve
+
+_ROUNDS = 5
+
+
+def command_line(rounds: int) -> Iterator[Row]:
+    """What a person waits for, beside what importing lancedb takes in the same environment."""
+    del rounds
+    with tempfile.TemporaryDirectory() as folder:
+        db.init_db(folder)
+        commands = {
+            "query-runs": ("-m", "llm_sidecar.db", "query-runs"),
+            "import": ("-c", "import lancedb"),
+            "help": ("-m", "llm_sidecar.db", "--help"),
+        }
+        took: dict[str, list[float]] = {name: [] for name in commands}
+        # In turn, as the speed of a shared machine drifts; the first round fills the page cache.
+        for _ in range(_ROUNDS + 1):
+            for name, arguments in commands.items():
+                began = time.perf_counter()
+                subprocess.run(
+                    [sys.executable, *arguments],
+                    env=os.environ | {"LANCEDB_URI": folder},
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    check=True,
+                )
+                took[name].append(time.perf_counter() - began)
+    median = {name: statistics.median(seconds[1:]) for name, seconds in took.items()}
+    imported = f"`import lancedb` takes {median['import']:.2f} s"
+    yield Row(
+        "`query-runs`, of the time of `import lancedb`",
+        median["query-runs"] / median["import"],
+        1.5,
+        imported,
+    )
+    yield Row("`--help` of the database command line", median["help"], None, imported, unit=" s")
 
 
 def memory_and_start(rounds: int) -> Iterator[Row]:

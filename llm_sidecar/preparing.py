@@ -2,72 +2,82 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Annotated, Final
 
-from llm_sidecar import loader
+import typer
+
+from llm_sidecar import command_line, loader
 from llm_sidecar.conversion import Precision, convert
-from llm_sidecar.errors import SidecarError
 from llm_sidecar.lora import convert_adapter
-from llm_sidecar.settings import Settings
+from llm_sidecar.settings import DEFAULT_PHI3, Settings
+
+PROG: Final = "python -m llm_sidecar.loader"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        sys.stdout.write(f"{options.run(options)}\n")
-    except SidecarError as error:
-        _say(error.detail)
-        return 1
-    except OSError as error:
-        _say(f"{error.filename or options.out}: {error.strerror}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return command_line.run_app(app, arguments, PROG)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m llm_sidecar.loader", description="Prepare models for the sidecar."
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    model = commands.add_parser(
-        "convert", help="make an onnxruntime-genai folder of a transformers one"
-    )
-    model.add_argument("source", type=Path, metavar="SOURCE", help="a transformers folder")
-    model.add_argument("out", type=Path, metavar="OUT", help="a folder that is not there yet")
-    model.add_argument("--precision", choices=get_args(Precision), default="int4")
-    model.set_defaults(run=_convert)
-    adapter = commands.add_parser(
-        "adapter", help="make an adapter for Phi-3 on onnxruntime-genai of a PEFT one"
-    )
-    adapter.add_argument("source", type=Path, metavar="PEFT_DIR", help="a folder of PEFT's")
-    adapter.add_argument(
-        "out", type=Path, metavar="OUT_DIR", help="a folder that is not there yet: YYYYMMDD"
-    )
-    adapter.set_defaults(run=_convert_adapter)
-    return parser
+@app.callback(invoke_without_command=True)
+def _no_command(context: typer.Context) -> None:
+    """Prepare models and adapters for the sidecar."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
-def _convert(options: argparse.Namespace) -> str:
-    agreement = convert(options.source, options.out, options.precision, _say)
+@app.command("convert")
+def _convert(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A transformers folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that is not there yet.")],
+    precision: Annotated[Precision, typer.Option(help="Of the weights.")] = "int4",
+) -> None:
+    """Make an onnxruntime-genai folder from a transformers one."""
+    agreement = convert(source, out, precision, command_line.say)
     distances = ", ".join(f"{distance:.3f}" for distance in agreement.distances)
-    return (
-        f"{options.out} agrees with {options.source}: their next tokens are "
-        f"{agreement.mean:.3f} apart on average ({distances})"
+    typer.echo(
+        f"{out} agrees with {source}: their next tokens are {agreement.mean:.3f} apart on average "
+        f"({distances})"
     )
 
 
-def _convert_adapter(options: argparse.Namespace) -> str:
-    base = loader.locate_phi3(Settings.from_environ())
-    moved = convert_adapter(options.source, base.folder, options.out)
-    return f"{options.out} moves the next tokens of {base.label} by {moved:.3f} on average"
+@app.command("adapter")
+def _adapter(
+    source: Annotated[Path, typer.Argument(metavar="PEFT_DIR", help="A folder that PEFT wrote.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT_DIR",
+            help="A folder that is not there yet: YYYYMMDD or YYYYMMDD-dpo, in PHI3_ADAPTER_DIR.",
+        ),
+    ],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="The Phi-3 model that the adapter is for: its file or folder. Default: "
+            "MICRO_LLM_MODEL_PATH, or the demo model where no other is there."
+        ),
+    ] = None,
+) -> None:
+    """Make an adapter for Phi-3 on onnxruntime-genai from a PEFT one."""
+    base = _base_model(model)
+    moved = convert_adapter(source, base.folder, out)
+    typer.echo(f"{out} moves the next tokens of {base.label} by {moved:.3f} on average")
 
 
-def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
+def _base_model(model: Path | None) -> loader.ModelFiles:
+    settings = Settings.from_environ()
+    if model is not None:
+        settings = settings.model_copy(update={"phi3_path": model})
+    # As `make serve` does. A path that is set and wrong is still an error.
+    base = loader.locate_phi3(settings.model_copy(update={"demo": True}))
+    if base.folder == loader.DEMO_DIR / "phi3" and not settings.demo and model is None:
+        command_line.say(
+            f"There is no model at {DEFAULT_PHI3} and MICRO_LLM_MODEL_PATH is not set, so the "
+            "adapter is for the demo model."
+        )
+    return base

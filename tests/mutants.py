@@ -27,6 +27,11 @@ from mutmut.mutation.diff_apply import get_diff_for_mutant
 
 SCOPE: Final = (
     "llm_sidecar.archive.*",
+    "llm_sidecar.db.filters.xǁFiltersǁnames*",
+    "llm_sidecar.db.filters.xǁFiltersǁmisplaced*",
+    "llm_sidecar.db.filters.xǁFiltersǁmatches*",
+    "llm_sidecar.db.filters.x__*",
+    "llm_sidecar.db.nested.*",
     "llm_sidecar.db.questions.x_json_object*",
     "llm_sidecar.db.schema.*",
     "llm_sidecar.deadline.*",

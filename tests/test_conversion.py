@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_sidecar import conversion, preparing
+from llm_sidecar import command_line, conversion, preparing
 from llm_sidecar.conversion import ConversionFailed, compare, convert
 from llm_sidecar.engines import GenerationRequest, load_engine
 from tests.random_models import convert_to_onnx, write_transformers_folder
@@ -65,7 +65,7 @@ def test_an_interrupted_conversion_leaves_nothing(
     def interrupted(line: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preparing, "_say", interrupted)
+    monkeypatch.setattr(command_line, "say", interrupted)
     assert preparing.main(["convert", str(llama), str(tmp_path / "converted")]) == 130
     assert list(tmp_path.iterdir()) == []
 

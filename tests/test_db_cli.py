@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,12 +22,28 @@ from typing import Any
 import lancedb
 import pyarrow as pa
 import pytest
+from pyarrow import parquet
+from rich.cells import cell_len
 
 from llm_sidecar import db
-from llm_sidecar.db import RUNS, SCORES, TABLES, OrchestratorRunSchema, Store, cli_main
-from llm_sidecar.db.log import locked
+from llm_sidecar.db import (
+    FEEDBACK,
+    PROPOSALS,
+    RUNS,
+    SCORES,
+    TABLES,
+    HermesScoreSchema,
+    OrchestratorRunSchema,
+    ProposalSchema,
+    Store,
+    cli_commands,
+    cli_main,
+    export,
+    table_of,
+)
+from llm_sidecar.db.log import Log, Row, encode, locked
 from llm_sidecar.db.tables import COMPACTING
-from tests.test_db import NOW, RUN, feedback, run, score
+from tests.test_db import NOW, PROPOSAL, RUN, feedback, run, score
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -126,7 +143,7 @@ def test_a_terminal_gets_a_table_in_which_nothing_steers_it(
     assert header.split() == [
         "run_id", "timestamp", "input_query", "final_output", "status", "error_message",
     ]  # fmt: skip
-    assert "\\x1b[31m\\n" in row
+    assert "red \\x1b[31m" in row
     assert "\x1b" not in row
     assert "x" * 50 not in row
 
@@ -287,20 +304,461 @@ def test_a_bad_value_is_one_line_and_exit_2_and_opens_nothing(
     ("command", "holds"),
     [
         ("query-runs", "--since TIME"),
-        ("stats", "--json"),
-        ("compact", "join small files"),
+        ("stats", "--format FORMAT"),
+        ("compact", "Join small files"),
         ("migrate", "older versions"),
         ("verify", "ids are unique"),
-        ("export", "{sft,dpo,jsonl}"),
+        ("export", "<sft|dpo|jsonl>"),
     ],
 )
 def test_every_command_explains_itself(
     capsys: pytest.CaptureFixture[str], command: str, holds: str
 ) -> None:
     text = " ".join(said(capsys, command, "--help"))
-    assert f"usage: python -m llm_sidecar.db {command}" in text
+    assert f"Usage: python -m llm_sidecar.db {command}" in text
     assert holds in text
     assert command in " ".join(said(capsys, "--help"))
+
+
+# What a proposal holds
+
+ABC: dict[str, Any] = {"ticker": "ABC", "action": "adjust", "confidence": 0.5, "rationale": "x"}
+
+
+@pytest.fixture(scope="module")
+def proposals_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("proposals") / "db"
+    # The ticker, the action, the score and the model of each, oldest first. The rationale of all
+    # holds the texts that the filters look for.
+    each = [
+        ("ABC", "adjust", 0.9, "phi3/a"),
+        ("ABC", "pass", 0.4, "phi3/b"),
+        ("XYZ", "adjust", 0.9, "phi3/a"),
+        ("XYZ", "pass", None, "phi3/a"),
+        ("Ü'\"", "abort", 0.2, "phi3/a"),
+        ("XYZ", "pass", 0.1, "phi3/a"),
+    ]
+
+    async def fill() -> None:
+        store = await Store.open(folder)
+        for number, (ticker, action, points, model) in enumerate(each):
+            rest = {"run_id": f"t-{number}", "timestamp": NOW + datetime.timedelta(minutes=number)}
+            proposal = ABC | {"ticker": ticker, "action": action}
+            proposal |= {"rationale": ["ABC", "pass"]}
+            output = {"proposal": proposal, "assessment": "", "score": points}
+            await store.append(run(**rest, final_output=json.dumps(output)))
+            rest["transaction_id"] = rest.pop("run_id")
+            row = {"prompt": "p", "proposal": proposal, "score": points, "model": model}
+            await store.append(ProposalSchema(**rest, **row))
+            correction = {"feedback_type": "correction", "feedback_content": "x"}
+            await store.append(feedback(**rest, **correction, corrected_proposal=proposal))
+            if points is not None:
+                await store.append(score(run_id=f"t-{number}", timestamp=NOW, score=points))
+        await store.last(RUNS, 1)
+        await store.close()
+
+    asyncio.run(fill())
+    return folder
+
+
+@pytest.mark.parametrize("table", [RUNS, PROPOSALS, FEEDBACK])
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--ticker", "ABC"], ["t-1", "t-0"]),
+        (["--ticker", "ABC", "--last", "1"], ["t-1"]),
+        (["--ticker", "ABC", "--last", "2"], ["t-1", "t-0"]),
+        (["--ticker", "abc"], []),
+        (["--ticker", "Ü'\""], ["t-4"]),
+        (["--ticker", "') OR true --"], []),
+        (["--action", "adjust"], ["t-2", "t-0"]),
+        (["--action", "pass", "--ticker", "ABC", "--last", "0"], ["t-1"]),
+        (["--action", "pass", "--last", "2"], ["t-5", "t-3"]),
+        (["--since", "2026-01-02T03:05", "--ticker", "ABC"], ["t-1"]),
+    ],
+)
+def test_ticker_and_action_take_only_such_proposals_before_the_last_are_taken(
+    proposals_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    table: str,
+    arguments: list[str],
+    found: list[str],
+) -> None:
+    monkeypatch.setenv("LANCEDB_URI", str(proposals_folder))
+    rows = map(json.loads, said(capsys, "query-runs", "--table", table, *arguments))
+    key = "run_id" if table == RUNS else "transaction_id"
+    assert [row[key] for row in rows] == found
+
+
+@pytest.mark.parametrize(
+    ("table", "arguments", "found"),
+    [
+        (PROPOSALS, ["--min-score", "0.4"], ["t-2", "t-1", "t-0"]),
+        (PROPOSALS, ["--min-score", "0.4", "--last", "1"], ["t-2"]),
+        (PROPOSALS, ["--min-score", "0", "--model", "phi3/b"], ["t-1"]),
+        (PROPOSALS, ["--model", "phi3/a", "--ticker", "ABC"], ["t-0"]),
+        (RUNS, ["--min-score", "0.9"], ["t-2", "t-0"]),
+        (SCORES, ["--min-score", "0.4"], ["t-0", "t-1", "t-2"]),
+    ],
+)
+def test_score_and_model_take_only_such_rows(
+    proposals_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    table: str,
+    arguments: list[str],
+    found: list[str],
+) -> None:
+    monkeypatch.setenv("LANCEDB_URI", str(proposals_folder))
+    rows = [json.loads(line) for line in said(capsys, "query-runs", "--table", table, *arguments)]
+    names = [row["transaction_id" if table == PROPOSALS else "run_id"] for row in rows]
+    assert (sorted(names) if table == SCORES else names) == found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--model", "m"], "--model is for proposals, not for orchestrator_runs."),
+        (
+            ["--min-score", "0.5", "--table", "phi3_feedback"],
+            "--min-score is for orchestrator_runs, hermes_scores, proposals, not for "
+            "phi3_feedback.",
+        ),
+        (
+            ["--ticker", "ABC", "--table", "hermes_scores"],
+            "--ticker is for orchestrator_runs, phi3_feedback, proposals, not for hermes_scores.",
+        ),
+    ],
+)
+def test_a_filter_that_the_table_has_no_column_for_names_the_tables(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    assert cli_main(["query-runs", *arguments]) == 2
+    assert capsys.readouterr().err == f"python -m llm_sidecar.db: Invalid value: {told}\n"
+
+
+# Formats
+
+
+@pytest.fixture
+def mixed_rows(folder: Path) -> Path:
+    """A proposal and two pieces of feedback, one of them words that begin like a formula."""
+
+    async def fill() -> None:
+        store = await Store.open(folder)
+        words = {"assessment": '{"looks": "like JSON"}', "prompt": "=1+1", "proposal": ABC}
+        await store.append(ProposalSchema(**PROPOSAL | words))
+        await store.append(feedback(feedback_content='a, "b"\nc'))
+        later = NOW + datetime.timedelta(minutes=1)
+        await store.append(feedback(feedback_content={"a": [1.0, None]}, timestamp=later))
+        await store.last(RUNS, 1)
+        await store.close()
+
+    asyncio.run(fill())
+    return folder
+
+
+@pytest.mark.usefixtures("mixed_rows")
+def test_jsonl_has_objects_as_objects_and_words_as_words(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (row,) = map(json.loads, said(capsys, "query-runs", "--table", PROPOSALS))
+    assert row == {
+        "transaction_id": "r-1",
+        "timestamp": "2026-01-02T03:04:05.678901+00:00",
+        "prompt": "=1+1",
+        "proposal": ABC,
+        "assessment": '{"looks": "like JSON"}',
+        "score": 0.5,
+        "model": "phi3",
+        "adapter": None,
+        "latencies": {"proposal": 0.25, "assessment": 0.5, "score": None},
+        "grounded": "ticker,rationale",
+    }
+    rows = map(json.loads, said(capsys, "query-runs", "--table", FEEDBACK))
+    assert [row["feedback_content"] for row in rows] == [{"a": [1.0, None]}, 'a, "b"\nc']
+
+
+@pytest.mark.usefixtures("mixed_rows")
+def test_csv_has_a_header_quotes_and_no_formula(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli_main(["query-runs", "--table", PROPOSALS, "--format", "csv"]) == 0
+    proposal = json.dumps(ABC, separators=(",", ":")).replace('"', '""')
+    latencies = '{""proposal"":0.25,""assessment"":0.5,""score"":null}'
+    assert capsys.readouterr().out == (
+        "transaction_id,timestamp,prompt,proposal,assessment,score,model,adapter,latencies,"
+        "grounded\r\n"
+        f'r-1,2026-01-02T03:04:05.678901+00:00,\'=1+1,"{proposal}",'
+        '"{""looks"": ""like JSON""}",0.5,phi3,,'
+        f'"{latencies}","ticker,rationale"\r\n'
+    )
+    assert cli_main(["query-runs", "--table", SCORES, "--format", "csv"]) == 0
+    assert capsys.readouterr() == (
+        "run_id,timestamp,score,rationale\r\n",
+        "hermes_scores is empty.\n",
+    )
+
+
+@pytest.mark.usefixtures("mixed_rows")
+def test_parquet_has_the_types_of_the_table(
+    tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    out = tmp_path / "out.parquet"
+    command = ["query-runs", "--table", PROPOSALS, "--format", "parquet"]
+    assert cli_main([*command, "--out", str(out)]) == 0
+    assert cli_main(command) == 0
+    piped = capsysbinary.readouterr().out
+    for source in (out, io.BytesIO(piped)):
+        found = parquet.read_table(source)
+        (row,) = found.to_pylist()
+        assert found.schema.field("timestamp").type == pa.timestamp("us", tz="UTC")
+        assert (row["timestamp"], row["prompt"]) == (NOW, "=1+1")
+        assert json.loads(row["proposal"]) == ABC
+        assert row["latencies"] == {"proposal": 0.25, "assessment": 0.5, "score": None}
+        assert "row_id" not in row
+
+
+@pytest.mark.usefixtures("mixed_rows")
+@pytest.mark.parametrize("form", ["table", "jsonl", "csv"])
+def test_rows_go_into_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
+    command = ["query-runs", "--table", PROPOSALS, "--format", form]
+    assert cli_main(command) == 0
+    shown = capsys.readouterr().out
+    assert cli_main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out").read_bytes().decode() == shown
+    assert capsys.readouterr() == ("", "")
+
+
+def test_parquet_is_refused_on_a_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, terminal = on_terminal(monkeypatch, "query-runs", "--format", "parquet")
+    assert status == 2
+    assert terminal.screen() == [
+        "python -m llm_sidecar.db: Invalid value: parquet is not for a terminal: use --out FILE or "
+        "a pipe."
+    ]
+    assert not folder.exists()
+
+
+# Terminals of all kinds
+
+
+@pytest.fixture
+def long_row(folder: Path) -> str:
+    """A prompt with markup, an emoji code, wide characters and a right-to-left mark."""
+    prompt = "[red]hot[/red] :smile: 価格 \u202e" + "x" * 300
+    row = OrchestratorRunSchema(**RUN | {"run_id": "3f2a9c1e-" * 4})
+    db.log_run(row.model_copy(update={"input_query": prompt}))
+    return prompt.replace("\u202e", "\\u202e")
+
+
+@pytest.mark.parametrize("columns", [20, 30, 40, 80, 200])
+def test_rows_fit_the_terminal(
+    long_row: str, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    status, terminal = on_terminal(monkeypatch, "query-runs")
+    assert status == 0
+    lines = terminal.screen()
+    assert max(map(cell_len, lines)) <= columns
+    text = " ".join(" ".join(lines).split())
+    assert "2026-01-02 03:04:05" in text
+    assert "[red]hot" in text or columns == 80
+    assert "error_message" in text if columns >= 80 else "success" in text
+
+
+@pytest.mark.parametrize("columns", [20, 80])
+def test_wide_shows_all(long_row: str, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, terminal = on_terminal(monkeypatch, "query-runs", "--wide")
+    assert any(line.endswith(long_row) for line in terminal.screen())
+    assert "2026-01-02T03:04:05.678901+00:00" in terminal.getvalue()
+
+
+@pytest.mark.usefixtures("long_row")
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "cp1252"])
+def test_a_terminal_of_any_encoding_gets_what_it_can_show(
+    monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    raw = io.BytesIO()
+    terminal = io.TextIOWrapper(raw, encoding=encoding)
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "160")
+    assert cli_main(["query-runs"]) == 0
+    text = raw.getvalue().decode(encoding)
+    assert max(map(cell_len, text.splitlines())) <= 160
+    assert ("価格" in text) is (encoding == "utf-8")
+    assert ("\\u4fa1\\u683c" in text) is (encoding != "utf-8")
+    assert ("…" in text) is (encoding in ("utf-8", "cp1252"))
+
+
+# Which database
+
+
+@pytest.fixture
+def no_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory, without LANCEDB_URI and without a container's folder."""
+    monkeypatch.delenv("LANCEDB_URI", raising=False)
+    monkeypatch.setattr(cli_commands, "DEFAULT_LANCEDB_URI", str(tmp_path / "app"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path
+
+
+def test_the_database_of_make_serve_is_found(
+    no_variable: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    db.init_db(".data/lancedb")
+    assert cli_main(["query-runs"]) == 0
+    assert capsys.readouterr() == ("", "orchestrator_runs is empty.\n")
+    _, terminal = on_terminal(monkeypatch, "query-runs")
+    assert terminal.screen() == [
+        "LANCEDB_URI is not set; this is .data/lancedb.",
+        "orchestrator_runs is empty.",
+    ]
+    # The container's comes first.
+    (no_variable / "app").mkdir()
+    assert cli_main(["query-runs"]) == 1
+    assert "There is no database" in capsys.readouterr().err
+
+
+def test_without_any_database_the_variable_is_named(
+    no_variable: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("query-runs", "stats", "verify", "compact", "migrate"):
+        assert cli_main([command]) == 1
+        assert capsys.readouterr() == (
+            "",
+            f"There is no database at {no_variable / 'app'} or .data/lancedb; set LANCEDB_URI.\n",
+        )
+    assert list((no_variable / "work").iterdir()) == []
+
+
+# A database that may only be read
+
+
+@pytest.fixture
+def readable_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A database where everybody may read and search."""
+    # Not pytest's folder, which only its owner may search.
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        monkeypatch.setenv("LANCEDB_URI", f"{name}/db")
+        fill_in_pieces(Path(name, "db"), 2)
+        # What is imported only when rows are shown has to be read before.
+        cli_main(["query-runs", "--table", SCORES])
+        yield Path(name, "db")
+
+
+@contextlib.contextmanager
+def only_reading(folder: Path) -> Iterator[None]:
+    """Meanwhile nothing in the folder may be written, also by root."""
+    paths = [folder, *folder.rglob("*")]
+    modes = {path: path.stat().st_mode for path in paths}
+    user = os.geteuid()
+    for path in paths:
+        path.chmod(0o555 if path.is_dir() else modes[path] & 0o555)
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        for path, mode in modes.items():
+            path.chmod(mode)
+
+
+def log_row(folder: Path, row: OrchestratorRunSchema | HermesScoreSchema) -> Path:
+    """Leaves a row in a log, as a process that dies at once; returns the log's file."""
+    log = Log(folder / "_log")
+    log.append([encode(Row(table_of(row), row.as_row()))])
+    (path,) = log.seal()
+    log.close()
+    path.chmod(0o644)
+    return path
+
+
+def test_asking_needs_no_write_permission(
+    readable_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {path: path.stat().st_mtime_ns for path in readable_folder.rglob("*")}
+    with only_reading(readable_folder):
+        capsys.readouterr()
+        assert sorted(ids(said(capsys, "query-runs", "--table", SCORES))) == ["0", "1"]
+        lines = map(json.loads, said(capsys, "stats"))
+        assert [row["rows"] for row in lines if row["table"] == SCORES] == [2]
+        assert f"{SCORES}: 2 of 2 rows are readable, ids are unique" in said(capsys, "verify")
+        assert cli_main(["export", "--format", "jsonl"]) == 0
+        assert capsys.readouterr() == ("", "0 rows\n")
+    assert files == {path: path.stat().st_mtime_ns for path in readable_folder.rglob("*")}
+
+
+def test_rows_that_are_only_in_a_log_are_shown_without_writing(
+    readable_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later = NOW + datetime.timedelta(minutes=1)
+    log_row(readable_folder, score(run_id="logged", timestamp=later, score=0.9))
+    with only_reading(readable_folder):
+        command = ["query-runs", "--table", SCORES]
+        assert ids(said(capsys, *command, "--last", "1")) == ["logged"]
+        assert len(said(capsys, *command)) == 3
+        assert ids(said(capsys, *command, "--min-score", "0.8")) == ["logged"]
+        assert "logged" not in ids(said(capsys, *command, "--since", "2026-01-02T03:06"))
+        for rest in (["stats"], ["verify"], ["export", "--format", "sft"]):
+            assert cli_main(rest) == 0
+            assert capsys.readouterr().err.splitlines()[-1] == (
+                "1 row is still in the write-ahead log and not counted here."
+            )
+    # The next command that may write moves it; what is in both is one row.
+    assert len(said(capsys, *command)) == 3
+    with only_reading(readable_folder):
+        assert len(said(capsys, *command)) == 3
+
+
+def test_a_log_that_may_not_be_read_is_said(
+    readable_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log_row(readable_folder, score(run_id="logged")).chmod(0)
+    with only_reading(readable_folder):
+        assert cli_main(["query-runs", "--table", SCORES]) == 0
+    output = capsys.readouterr()
+    assert len(output.out.splitlines()) == 2
+    assert output.err == ("The newest rows may be missing: the write-ahead log may not be read.\n")
+
+
+@pytest.mark.parametrize("command", ["compact", "migrate"])
+def test_what_has_to_write_says_that_it_may_not(
+    readable_folder: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    capsys.readouterr()
+    with only_reading(readable_folder):
+        assert cli_main([command]) == 1
+    assert capsys.readouterr() == (
+        "",
+        f"The database at {readable_folder} may only be read; {command} has to write to it.\n",
+    )
+
+
+def test_a_folder_that_may_not_be_read_is_not_called_empty(
+    readable_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    with only_reading(readable_folder):
+        mode = readable_folder.stat().st_mode
+        user = os.geteuid()
+        os.seteuid(os.getuid())
+        readable_folder.chmod(0)
+        os.seteuid(user)
+        try:
+            assert cli_main(["query-runs"]) == 1
+        finally:
+            os.seteuid(os.getuid())
+            readable_folder.chmod(mode)
+            os.seteuid(user)
+    assert capsys.readouterr().err == (
+        f"The database at {readable_folder} cannot be opened: Permission denied; check "
+        "LANCEDB_URI.\n"
+    )
 
 
 # Looking after it
@@ -431,7 +889,7 @@ def test_progress_is_shown_on_a_terminal_and_gone_when_the_result_comes(
 def test_progress_does_not_run_into_the_rows_of_an_export(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(db.export, "_AT_ONCE", 1)
+    monkeypatch.setattr(export, "_AT_ONCE", 1)
 
     async def fill() -> None:
         store = await Store.open(folder)

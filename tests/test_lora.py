@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llm_sidecar import patterns
+from llm_sidecar import loader, patterns, preparing
 from llm_sidecar.conversion import ConversionFailed
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
 from llm_sidecar.engines.lora_graph import ADAPTER_FILE, read_lora_graph
@@ -383,3 +383,52 @@ def test_the_command_converts_for_the_configured_model(
     status, said = run()
     assert status == 1
     assert said.endswith("already; name another folder or remove it\n")
+
+
+@pytest.fixture(scope="module")
+def demo_peft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PEFT adapter of the demo model's shape."""
+    folder = tmp_path_factory.mktemp("demo-peft")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["qkv_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    model = json.loads((loader.DEMO_DIR / "phi3" / "genai_config.json").read_text())["model"]
+    width, layers = model["decoder"]["hidden_size"], model["decoder"]["num_hidden_layers"]
+    random = np.random.default_rng(1)
+    matrices = {
+        f"base_model.model.model.layers.{layer}.self_attn.qkv_proj.lora_{name}.weight": (
+            random.normal(0, 0.1, shape).astype(np.float32)
+        )
+        for layer in range(layers)
+        for name, shape in (("A", (2, width)), ("B", (3 * width, 2)))
+    }
+    save_file(matrices, folder / WEIGHTS_FILE)
+    return folder
+
+
+@pytest.mark.parametrize("variable", [None, "MICRO_LLM_MODEL_PATH", "--model"])
+def test_the_command_converts_for_the_demo_where_no_model_is_named(
+    demo_peft: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variable: str | None,
+) -> None:
+    """As `make serve` runs the demo model where no model is configured."""
+    for name in ("MICRO_LLM_MODEL_PATH", "SIDECAR_DEMO"):
+        monkeypatch.delenv(name, raising=False)
+    command = ["adapter", str(demo_peft), str(tmp_path / "20260101")]
+    missing = str(tmp_path / "missing")
+    if variable == "--model":
+        command += ["--model", missing]
+    elif variable is not None:
+        monkeypatch.setenv(variable, missing)
+    status = preparing.main(command)
+    output = capsys.readouterr()
+    assert output.err.count("\n") == 1
+    if variable is None:
+        assert status == 0
+        assert "moves the next tokens of phi3/demo by" in output.out
+        assert output.err.endswith("so the adapter is for the demo model.\n")
+    else:
+        assert (status, output.out) == (1, "")
+        assert f"{missing} does not exist" in output.err

@@ -5,7 +5,8 @@ Importing it imports neither lancedb nor pyarrow: those take seconds.
 
 from __future__ import annotations
 
-from llm_sidecar.db.cli import cli_main
+from collections.abc import Sequence
+
 from llm_sidecar.db.questions import Correction
 from llm_sidecar.db.schema import (
     FEEDBACK,
@@ -24,6 +25,23 @@ from llm_sidecar.db.schema import (
 )
 from llm_sidecar.db.scripts import append_feedback, init_db, log_hermes_score, log_run
 from llm_sidecar.db.store import Store, table_of
+
+
+def cli_main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `python -m llm_sidecar.db`.
+
+    Args:
+        argv: the arguments; this process's unless given.
+
+    Returns:
+        The exit status: 0; 1 when the database cannot be used or is not sound, or the output cannot
+        be written; 2 for bad arguments; 130 after Ctrl-C.
+    """
+    # A server has no use for the parser.
+    from llm_sidecar.db import cli
+
+    return cli.cli_main(argv)
+
 
 __all__ = [
     "FEEDBACK",

@@ -5,7 +5,13 @@ import sys
 
 from llm_sidecar.db.cli import cli_main
 
-if __name__ == "__main__":
+
+def main() -> int:
+    """Runs the command line of this process; returns the exit status."""
     # The command line says itself what went wrong.
     logging.getLogger("llm_sidecar").addHandler(logging.NullHandler())
-    sys.exit(cli_main())
+    return cli_main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

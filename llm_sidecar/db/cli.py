@@ -1,31 +1,34 @@
-"""`python -m llm_sidecar.db`: looking at the tables, and looking after them."""
+"""`python -m llm_sidecar.db`: shows the tables and maintains them."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import datetime
-import json
-import os
+import math
 import sys
-import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Final, Literal
 
+import typer
+
+from llm_sidecar import command_line
+from llm_sidecar.db import cli_commands as commands
 from llm_sidecar.db import cli_output as output
-from llm_sidecar.db.export import FORMATS, Export
-from llm_sidecar.db.migrate import migrate
-from llm_sidecar.db.place import default_uri, place_of
+from llm_sidecar.db.cli_rows import Format
+from llm_sidecar.db.filters import Filters
 from llm_sidecar.db.run import run
 from llm_sidecar.db.schema import RUNS, TABLES
-from llm_sidecar.db.statistics import statistics
-from llm_sidecar.db.store import Store
-from llm_sidecar.db.verify import verify
 
-Command = Callable[[argparse.Namespace], Coroutine[Any, Any, int]]
-_OPEN_SECONDS: Final = 60.0
+PROG: Final = "python -m llm_sidecar.db"
 _SPANS: Final = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+TableName = Literal[
+    "phi3_feedback", "orchestrator_runs", "hermes_scores", "proposals", "feedback_withdrawals"
+]
+Action = Literal["adjust", "pass", "abort"]
+ExportFormat = Literal["sft", "dpo", "jsonl"]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def cli_main(argv: Sequence[str] | None = None) -> int:
@@ -35,76 +38,17 @@ def cli_main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; this process's unless given.
 
     Returns:
-        The exit status: 0; 1 when the database cannot be used or is not sound; 2 for bad arguments;
-        130 after Ctrl-C.
+        The exit status: 0; 1 when the database cannot be used or is not sound, or the output cannot
+        be written; 2 for bad arguments; 130 after Ctrl-C.
     """
-    parser = _parser()
-    try:
-        options = parser.parse_args(argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    if options.command is None:
-        parser.print_help()
-        return 0
-    command: Command = options.run
-    try:
-        status = run(command(options))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read the output has seen enough; the interpreter must not flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:  # noqa: BLE001 lancedb raises many types
-        output.note(output.reason(error))
-        return 1
-    return status
+    return command_line.run_app(app, argv, PROG, output.reason)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        # One line, whatever the arguments hold.
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m llm_sidecar.db",
-        description="Looks at the database at LANCEDB_URI, and looks after it.",
-    )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-
-    def add(name: str, run: Command, text: str) -> argparse.ArgumentParser:
-        command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(run=run)
-        return command
-
-    query = add("query-runs", _query_runs, "show the newest rows of a table")
-    query.add_argument("--last", type=int, default=5, metavar="N", help="0 or less for all; 5")
-    query.add_argument("--table", choices=TABLES, default=RUNS, help=f"default: {RUNS}")
-    query.add_argument("--status", help="only runs with this status, such as error")
-    _add_since(query)
-    query.add_argument("--json", action="store_true", help="JSON lines, as when piped")
-    stats = add("stats", _stats, "show rows, files and bytes of each table")
-    stats.add_argument("--json", action="store_true", help="JSON lines, as when piped")
-    add("compact", _compact, "join small files and delete versions that nobody reads any more")
-    add("migrate", _migrate, "bring tables of older versions to today's")
-    add("verify", _verify, "read every row, and check that ids are unique")
-    export = add("export", _export, "write training data from feedback, as JSON lines")
-    export.add_argument("--format", choices=FORMATS, required=True, dest="kind")
-    _add_since(export)
-    export.add_argument("--out", type=Path, help="a file; standard output unless given")
-    return parser
-
-
-def _add_since(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--since",
-        type=_time,
-        metavar="TIME",
-        help="only from this time on: ISO 8601 (UTC unless it says), or a span such as 24h or 7d",
-    )
+@app.callback(invoke_without_command=True)
+def _no_command(context: typer.Context) -> None:
+    """Show the database at LANCEDB_URI, and maintain it."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def _time(text: str) -> datetime.datetime:
@@ -116,96 +60,109 @@ def _time(text: str) -> datetime.datetime:
         aware = found.replace(tzinfo=datetime.UTC) if found.tzinfo is None else found
         return aware.astimezone(datetime.UTC)
     except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no time such as 2026-01-31 or 7d") from None
+        raise typer.BadParameter(f"{text!r} is not a time such as 2026-01-31 or 7d.") from None
 
 
-async def _with_store(work: Callable[[Store], Coroutine[Any, Any, int]]) -> int:
-    # Looking must not create anything.
-    store = await Store.open(default_uri(), create=False, timeout=_OPEN_SECONDS)
-    try:
-        for repair in store.status()["repairs"]:
-            output.note(repair)
-        return await work(store)
-    finally:
-        await store.close()
+def _number(value: float | None) -> float | None:
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("nan is not a number from 0 to 1.")
+    return value
 
 
-async def _query_runs(options: argparse.Namespace) -> int:
-    if options.status is not None and options.table != RUNS:
-        output.note(f"--status is of {RUNS} only; {options.table} has none")
-        return 2
-
-    async def work(store: Store) -> int:
-        rows = await store.last(
-            options.table, options.last, since=options.since, status=options.status
-        )
-        filtered = options.since or options.status is not None
-        empty = f"No row of {options.table} matches." if filtered else f"{options.table} is empty."
-        output.rows(rows, empty, as_json=options.json)
-        return 0
-
-    return await _with_store(work)
-
-
-async def _stats(options: argparse.Namespace) -> int:
-    async def work(store: Store) -> int:
-        found = await statistics(place_of(default_uri()), await store.opened())
-        output.rows(found, "", as_json=options.json)
-        return 0
-
-    return await _with_store(work)
+Since = Annotated[
+    datetime.datetime | None,
+    typer.Option(
+        parser=_time,
+        metavar="TIME",
+        help="Only from this time on: ISO 8601 (UTC unless it says), or a span such as 24h or 7d.",
+    ),
+]
+AsFormat = Annotated[
+    Format | None,
+    typer.Option(
+        "--format",
+        metavar="FORMAT",
+        help="table, jsonl, csv or parquet. Default: table on a terminal, jsonl elsewhere.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", hidden=True, help="The same as --format jsonl.")]
+Wide = Annotated[bool, typer.Option("--wide", help="In a table, show long values whole.")]
+Out = Annotated[Path | None, typer.Option(help="A file. Default: standard output.")]
 
 
-async def _compact(_: argparse.Namespace) -> int:
-    async def work(store: Store) -> int:
-        before, began = store.status()["fragments"], time.monotonic()
-        if not await store.compact():
-            output.note("Another process compacts this database at the moment.")
-            return 1
-        for name, count in store.status()["fragments"].items():
-            output.line(f"{name}: {before[name]} fragments before, {count} after")
-        output.line(f"Compacted in {time.monotonic() - began:.1f} s.")
-        return 0
+@app.command("query-runs")
+def _query_runs(
+    last: Annotated[int, typer.Option(metavar="N", help="How many rows; 0 or less for all.")] = 5,
+    table: Annotated[
+        TableName, typer.Option(metavar="NAME", help=f"One of {', '.join(TABLES)}.")
+    ] = RUNS,
+    since: Since = None,
+    status: Annotated[
+        str | None, typer.Option(help="Only runs with this status, such as error.")
+    ] = None,
+    ticker: Annotated[str | None, typer.Option(help="Only proposals for this ticker.")] = None,
+    action: Annotated[Action | None, typer.Option(help="Only proposals of this action.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Only proposals that this model wrote, such as phi3/demo.")
+    ] = None,
+    min_score: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, callback=_number, help="Only with at least this score."),
+    ] = None,
+    as_format: AsFormat = None,
+    wide: Wide = False,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> int:
+    """Show the newest rows of a table."""
+    filters = Filters(status, ticker, action, model, min_score)
+    if misplaced := filters.misplaced(table):
+        name, tables = misplaced
+        option = f"--{name.replace('_', '-')}"
+        raise typer.BadParameter(f"{option} is for {', '.join(tables)}, not for {table}.")
+    layout = commands.Shape(_format(as_format, as_json, out), wide, out)
+    return run(commands.query_runs(table, last, since, filters, layout))
 
-    return await _with_store(work)
+
+@app.command("stats")
+def _stats(
+    as_format: AsFormat = None, wide: Wide = False, out: Out = None, as_json: AsJson = False
+) -> int:
+    """Show rows, files and bytes of each table."""
+    return run(commands.stats(commands.Shape(_format(as_format, as_json, out), wide, out)))
 
 
-async def _migrate(_: argparse.Namespace) -> int:
-    async for done in migrate(place_of(default_uri()), output.progress):
-        output.line(done)
-    return 0
+@app.command("compact")
+def _compact() -> int:
+    """Join small files and delete versions that nobody reads any more."""
+    return run(commands.compact())
 
 
-async def _verify(_: argparse.Namespace) -> int:
-    async def work(store: Store) -> int:
-        tables = await store.opened()
-        async with tables.unchanging():
-            found = await verify(tables, output.progress)
-        for table in found:
-            doubled = f"{table.doubled} ids come twice" if table.doubled else "ids are unique"
-            output.line(
-                f"{table.table}: {table.rows} of {table.expected} rows are readable, {doubled}"
-            )
-        return 0 if all(table.is_sound for table in found) else 1
-
-    return await _with_store(work)
+@app.command("migrate")
+def _migrate() -> int:
+    """Bring tables of older versions up to date."""
+    return run(commands.upgrade())
 
 
-async def _export(options: argparse.Namespace) -> int:
-    async def work(store: Store) -> int:
-        since = {} if options.since is None else {"since": options.since}
-        tables = await store.opened()
-        export = Export(tables, options.kind, **since)
-        async with contextlib.AsyncExitStack() as stack:
-            await stack.enter_async_context(tables.unchanging())
-            write = stack.enter_context(output.file_or_stdout(options.out))
-            count = 0
-            async for row in export.rows(output.progress):
-                # ASCII, as half of a surrogate pair, which JSON can hold, has no UTF-8.
-                write(json.dumps(row) + "\n")
-                count += 1
-        skipped = f"; left out: {export.skipped}" if str(export.skipped) else ""
-        output.note(f"{count} rows{skipped}")
-        return 0
+@app.command("verify")
+def _verify() -> int:
+    """Read every row and check that ids are unique."""
+    return run(commands.check())
 
-    return await _with_store(work)
+
+@app.command("export")
+def _export(
+    kind: Annotated[ExportFormat, typer.Option("--format", help="What a line holds.")],
+    since: Since = None,
+    out: Out = None,
+) -> int:
+    """Write training data from feedback, as JSON lines."""
+    return run(commands.export(kind, since, out))
+
+
+def _format(given: Format | None, as_json: bool, out: Path | None) -> Format:
+    on_terminal = out is None and sys.stdout.isatty()
+    chosen = given or ("table" if on_terminal and not as_json else "jsonl")
+    if chosen == "parquet" and on_terminal:
+        raise typer.BadParameter("parquet is not for a terminal: use --out FILE or a pipe.")
+    return chosen

@@ -11,7 +11,10 @@ from typing import Final
 
 from llm_sidecar.settings import DEFAULT_LANCEDB_LOG_DIR, DEFAULT_LANCEDB_URI
 
+TABLE_SUFFIX: Final = ".lance"
 _LOG: Final = "_log"
+_LOCKS: Final = ("lock", "opening.lock", "alive.lock", "compact.lock")
+"""The files below the log folder that every process that opens the database locks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,27 @@ class Place:
     def set_aside(self) -> Path:
         """Where unreadable files go."""
         return self.log_folder / "set_aside"
+
+    def may_write(self) -> bool:
+        """Whether this user may write everything that opening the database writes: tables, locks
+        and logs."""
+        needed = [_nearest(self.log_folder)]
+        try:
+            if self.log_folder.exists():
+                needed += [path for path in self.log_folder.iterdir() if path.name in _LOCKS]
+            if self.folder is not None and self.folder.exists():
+                needed += [self.folder, *self.folder.glob(f"*{TABLE_SUFFIX}")]
+        except OSError:
+            return False
+        return all(os.access(path, os.W_OK, effective_ids=True) for path in needed)
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    # Not Path.exists, which fails below a folder that may not be searched.
+    while not os.path.exists(folder) and folder != folder.parent:  # noqa: PTH110
+        folder = folder.parent
+    return folder
 
 
 def place_of(

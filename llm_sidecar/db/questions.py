@@ -6,9 +6,10 @@ A value never becomes part of a query's text: filters are built as expressions.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from llm_sidecar.db.schema import (
     FEEDBACK,
@@ -22,6 +23,9 @@ from llm_sidecar.db.schema import (
     PublishedFeedback,
 )
 from llm_sidecar.db.tables import Tables
+
+if TYPE_CHECKING:
+    from llm_sidecar.db.filters import Filters
 
 _SMALL: Final = 20_000
 """Rows up to which a whole scan is the quickest way to the newest."""
@@ -52,24 +56,41 @@ async def newest(
     count: int,
     *,
     since: datetime.datetime = _EPOCH,
-    equal: Mapping[str, str | None] | None = None,
+    filters: Filters | None = None,
 ) -> list[dict[str, Any]]:
     """The newest rows of a table, newest first.
 
-    Ordering reads all that it orders, so a large table is asked for the rows of the last 15
-    minutes, hour, … until there are enough.
+    The database applies what it can of the filters. What only Python can check, inside JSON text,
+    may leave too few rows; then more of them are read.
 
     Args:
         count: how many; all of them for 0 or less.
         since: an aware time; older rows do not count.
-        equal: columns and the texts they must hold.
+        filters: what the rows must hold.
     """
+    conditions = [] if filters is None else filters.conditions(table)
+    limit = count
+    while True:
+        read = await _newest(tables, table, limit, since, conditions)
+        found = read if filters is None else [row for row in read if filters.matches(table, row)]
+        if count <= 0:
+            return found
+        if len(found) >= count or len(read) < limit:
+            return found[:count]
+        limit *= _WIDER
+
+
+async def _newest(
+    tables: Tables, table: str, count: int, since: datetime.datetime, conditions: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """Ordering reads all that it orders, so a large table is asked for the rows of the last 15
+    minutes, hour, … until there are enough."""
     if count > 0 and await tables[table].count_rows() > _SMALL:
         window, start = _FIRST_WINDOW, datetime.datetime.now(datetime.UTC)
         while start > since:
             start = start - window if start - since > window else since
             found = (
-                await _filtered(tables, table, start, equal)
+                await _filtered(tables, table, start, conditions)
                 .select(["timestamp"])
                 .limit(min(count, _MOST_ROWS))
                 .to_arrow()
@@ -78,26 +99,18 @@ async def newest(
                 break
             window *= _WIDER
         since = start
-    return await _ordered(_filtered(tables, table, since, equal), count)
+    return await _ordered(_filtered(tables, table, since, conditions), count)
 
 
 def _filtered(
-    tables: Tables,
-    table: str,
-    since: datetime.datetime,
-    equal: Mapping[str, str | None] | None = None,
+    tables: Tables, table: str, since: datetime.datetime, conditions: Sequence[Any] = ()
 ) -> Any:
     from lancedb.expr import col, lit
 
     query = tables[table].query()
-    conditions = [col("timestamp").gte(lit(since))] if since > _EPOCH else []
-    conditions += [col(name).eq(lit(value)) for name, value in (equal or {}).items()]
-    if conditions:
-        whole = conditions[0]
-        for condition in conditions[1:]:
-            whole = whole.and_(condition)
-        query = query.where(whole)
-    return query
+    every = [col("timestamp").gte(lit(since))] if since > _EPOCH else []
+    every += conditions
+    return query.where(functools.reduce(lambda a, b: a.and_(b), every)) if every else query
 
 
 async def _ordered(query: Any, count: int, column: str = "timestamp") -> list[dict[str, Any]]:
@@ -114,10 +127,12 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 
 
 async def transaction(tables: Tables, transaction_id: str) -> dict[str, list[dict[str, Any]]]:
-    """All rows of one walk from a prompt to a proposal and what people said of it, by table."""
+    """The rows of every table that belong to one transaction, each table's newest first."""
+    from lancedb.expr import col, lit
+
     return {
         name: await _ordered(
-            _filtered(tables, name, _EPOCH, {TRANSACTION[name]: transaction_id}), 0
+            _filtered(tables, name, _EPOCH, [col(TRANSACTION[name]).eq(lit(transaction_id))]), 0
         )
         for name in TABLES
     }

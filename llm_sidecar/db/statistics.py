@@ -47,6 +47,7 @@ def _on_disk(folder: Path) -> tuple[int, int]:
         try:
             if path.is_file():
                 sizes.append(path.stat().st_size)
-        except FileNotFoundError:
+        except OSError:
+            # It has just gone, or may not be looked at.
             continue
     return len(sizes), sum(sizes)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from llm_sidecar.db import questions
+from llm_sidecar.db.filters import Filters
 from llm_sidecar.db.log import Row
 from llm_sidecar.db.place import place_of
 from llm_sidecar.db.questions import Correction
@@ -147,7 +148,7 @@ class Store:
         """
         options: dict[str, Any] = {} if since is None else {"since": since}
         if status is not None:
-            options["equal"] = {"status": status}
+            options["filters"] = Filters(status=status)
         return await self._ask(lambda tables: questions.newest(tables, table, count, **options))
 
     async def transaction(self, transaction_id: str) -> dict[str, list[dict[str, Any]]]:

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from llm_sidecar.db.disk import Disk
 from llm_sidecar.db.log import Row, locked, sweep
-from llm_sidecar.db.place import Place
+from llm_sidecar.db.place import TABLE_SUFFIX, Place
 from llm_sidecar.db.schema import (
     FEEDBACK,
     KEYS,
@@ -58,6 +58,12 @@ _COMPACTED: Final = "compacted"
 """Touched when it is done."""
 
 
+_OLD_SHAPE: Final = (
+    "The table {} has the shape of an older version; stop what uses the database and run "
+    "`python -m llm_sidecar.db migrate`."
+)
+
+
 class OldShape(DatabaseUnavailable):
     """A table has the shape of an older version."""
 
@@ -82,6 +88,7 @@ class Tables:
         self._busy: set[asyncio.Task[None]] = set()
         self._disk = Disk(place) if place.folder else None
         self._tables: dict[str, Any] = {}
+        self._may_write = True
 
     def __getitem__(self, name: str) -> Any:
         return self._tables[name]
@@ -109,17 +116,38 @@ class Tables:
             if not create and not present:
                 raise FileNotFoundError("There is no database")
             for name in TABLES:
-                self._tables[name] = await (
-                    self._connection.open_table(name) if name in present else self._create(name)
-                )
-                schema = await self._tables[name].schema()
-                require_not_newer(name, schema)
-                if not is_current(name, schema):
-                    raise OldShape(
-                        f"The table {name} has the shape of an older version; stop what uses the "
-                        "database and run `python -m llm_sidecar.db migrate`."
-                    )
+                await self._open(name, present)
             self.database_id = database_id(await self._tables[FEEDBACK].schema())
+
+    async def open_to_read(self) -> None:
+        """Opens the tables without writing anything: no lock, no repair, no new table.
+
+        Raises:
+            FileNotFoundError: there is no table at all.
+            OldShape: a table is of an older version, or is not there.
+            Exception: whatever lancedb raises.
+        """
+        self._may_write = False
+        present = (await self._connection.list_tables()).tables
+        if not present:
+            raise FileNotFoundError("There is no database")
+        for name in TABLES:
+            await self._open(name, present)
+
+    async def _open(self, name: str, present: Sequence[str]) -> None:
+        if name in present:
+            self._tables[name] = await self._connection.open_table(name)
+        elif self._may_write:
+            self._tables[name] = await self._create(name)
+        else:
+            raise OldShape(
+                f"The table {name} is missing; a user who may write has to run "
+                "`python -m llm_sidecar.db migrate`."
+            )
+        schema = await self._tables[name].schema()
+        require_not_newer(name, schema)
+        if not is_current(name, schema):
+            raise OldShape(_OLD_SHAPE.format(name))
 
     async def _create(self, name: str) -> Any:
         try:
@@ -251,7 +279,14 @@ class Tables:
 
     @contextlib.asynccontextmanager
     async def unchanging(self) -> AsyncIterator[None]:
-        """Meanwhile nobody compacts, so that no file of what is read for long is deleted."""
+        """Meanwhile nobody compacts, so that no file of what is read for long is deleted.
+
+        Where nothing may be written there is no lock to hold: then a file that is read may go after
+        two minutes.
+        """
+        if not self._may_write:
+            yield
+            return
         async with _locked_soon(self._place.log_folder / COMPACTING, shared=True):
             yield
 
@@ -273,7 +308,7 @@ class Tables:
         """When any process of this machine last finished one."""
         try:
             found = (self._place.log_folder / _COMPACTED).stat()
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             return None
         return datetime.datetime.fromtimestamp(found.st_mtime, datetime.UTC)
 
@@ -304,8 +339,29 @@ async def open_tables(place: Place, *, create: bool) -> Tables:
     return tables
 
 
-async def connect(place: Place, *, create: bool) -> Any:
+async def open_tables_to_read(place: Place) -> Tables:
+    """Connects and opens everything without writing anything.
+
+    Raises:
+        FileNotFoundError: there is no database.
+        OldShape: a table is of an older version, or is not there.
+        Exception: whatever lancedb raises.
+    """
+    tables = Tables(place, await connect(place, create=False, write=False))
+    try:
+        await tables.open_to_read()
+    except BaseException:
+        await tables.close()
+        raise
+    return tables
+
+
+async def connect(place: Place, *, create: bool, write: bool = True) -> Any:
     """An asynchronous lancedb connection.
+
+    Args:
+        create: whether the database may be missing.
+        write: False to make no folder for logs and locks.
 
     Raises:
         FileNotFoundError: there is no database, and `create` is False.
@@ -313,7 +369,10 @@ async def connect(place: Place, *, create: bool) -> Any:
     """
     # It takes seconds to import, and the event loop has better to do.
     lancedb = await asyncio.to_thread(_import_lancedb)
-    await asyncio.to_thread(_require_folders, place, create)
+    if not create:
+        await asyncio.to_thread(_require_tables, place)
+    if write:
+        await asyncio.to_thread(place.log_folder.mkdir, parents=True, exist_ok=True)
     return await lancedb.connect_async(
         place.uri,
         read_consistency_interval=datetime.timedelta(0),
@@ -367,11 +426,15 @@ def _arrow(table: str, rows: Sequence[Row]) -> Any:
     return pa.Table.from_pylist(list(unique.values())[::-1], schema=arrow_schemas()[table])
 
 
-def _require_folders(place: Place, create: bool) -> None:
-    folder = place.folder
-    if folder is not None and not create and not any(folder.glob("*.lance")):
+def _require_tables(place: Place) -> None:
+    if place.folder is None:
+        return
+    try:
+        names = os.listdir(place.folder)  # noqa: PTH208 glob hides that a folder may not be read
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
+    if not any(name.endswith(TABLE_SUFFIX) for name in names):
         raise FileNotFoundError("There is no database")
-    place.log_folder.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.asynccontextmanager

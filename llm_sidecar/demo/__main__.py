@@ -2,58 +2,57 @@
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
+import typer
+
+from llm_sidecar import command_line
 from llm_sidecar.demo.evaluate import evaluate
 from llm_sidecar.demo.recipe import PROCESSES, Member, train_hermes, train_phi3
-from llm_sidecar.errors import SidecarError
 
 _HERE = Path(__file__).parent
 
 
-def main() -> int:
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    options = _parser().parse_args()
-    try:
-        return int(options.run(options))
-    except (SidecarError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return command_line.run_app(app, argv, "python -m llm_sidecar.demo")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m llm_sidecar.demo", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="train both models, about an hour on two cores")
-    train.add_argument("--out", type=Path, default=_HERE, help="folder for phi3/ and hermes/")
-    train.add_argument("--seed", type=int, default=1)
-    train.add_argument("--only", choices=("phi3", "hermes"), help="train one of them")
-    train.add_argument("--scale", type=float, default=1.0, help="train on this part of the tokens")
-    train.set_defaults(run=_train)
-    measure = commands.add_parser("evaluate", help="measure what the models promise")
-    measure.add_argument("--models", type=Path, default=_HERE, help="folder of phi3/ and hermes/")
-    measure.set_defaults(run=_evaluate)
-    return parser
+@app.callback(invoke_without_command=True)
+def _no_command(context: typer.Context) -> None:
+    """Train the demo models, or measure them."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
-def _train(options: argparse.Namespace) -> int:
+@app.command("train")
+def _train(
+    out: Annotated[Path, typer.Option(help="Folder for phi3/ and hermes/.")] = _HERE,
+    seed: Annotated[int, typer.Option(help="Of every random number.")] = 1,
+    only: Annotated[
+        Literal["phi3", "hermes"] | None, typer.Option(help="Train one of them.")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Train on this part of the tokens.")] = 1.0,
+) -> int:
+    """Train both models, about an hour on two cores."""
     for name, train in (("phi3", train_phi3), ("hermes", train_hermes)):
-        if options.only in (None, name) and (status := _together(train, name, options)):
+        if only in (None, name) and (status := _together(train, out / name, seed, scale)):
             return status
     return 0
 
 
-def _together(train: Callable[..., None], name: str, options: argparse.Namespace) -> int:
+def _together(train: Callable[..., None], out: Path, seed: int, scale: float) -> int:
     """Trains one model in several processes; returns the first exit status that is not 0."""
     # Room for all shapes of batches: what torch and oneDNN compiled for one is not compiled again.
     os.environ.update(LRU_CACHE_CAPACITY="2048", ONEDNN_PRIMITIVE_CACHE_CAPACITY="2048")
@@ -64,8 +63,8 @@ def _together(train: Callable[..., None], name: str, options: argparse.Namespace
         running = [
             spawn.Process(
                 target=train,
-                args=(options.out / name, Member(rank, PROCESSES, Path(folder, "meeting"))),
-                kwargs={"seed": options.seed, "scale": options.scale},
+                args=(out, Member(rank, PROCESSES, Path(folder, "meeting"))),
+                kwargs={"seed": seed, "scale": scale},
                 daemon=True,
             )
             for rank in range(PROCESSES)
@@ -85,13 +84,17 @@ def _together(train: Callable[..., None], name: str, options: argparse.Namespace
     return 0
 
 
-def _evaluate(options: argparse.Namespace) -> int:
-    figures = evaluate(options.models)
+@app.command("evaluate")
+def _evaluate(
+    models: Annotated[Path, typer.Option(help="Folder of phi3/ and hermes/.")] = _HERE,
+) -> int:
+    """Measure what the model card promises."""
+    figures = evaluate(models)
     for figure in figures:
         promise = "" if figure.promised is None else f"  at least {figure.promised:.1%}"
         broken = "" if figure.kept else "  MISSED"
         line = f"{figure.name:<48} {figure.value:7.1%} of {figure.count:3d}{promise}{broken}"
-        print(line)
+        typer.echo(line)
     return 0 if all(figure.kept or figure.optional for figure in figures) else 1
 
 

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm_sidecar.errors import SettingsError, SidecarError
+from llm_sidecar import command_line
+from llm_sidecar.errors import SettingsError
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.logs import log_to_stderr
 from llm_sidecar.settings import Settings
@@ -23,23 +24,22 @@ log = logging.getLogger("llm_sidecar.tts")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    options = _parser().parse_args(argv)
-    try:
-        settings = Settings.from_environ()
-        log_to_stderr(settings.log_format)
-        logging.getLogger().setLevel(logging.INFO)
-        bus = _bus(settings.redis_url.get_secret_value())
-        voice = ChatterboxVoice(
-            options.model_dir or settings.chatterbox_dir, options.device or settings.device
-        )
-        asyncio.run(_serve(bus, voice))
-    except SidecarError as error:
-        sys.stderr.write(f"{error.detail}\n")
-        return 1
-    return 0
+    return command_line.run(lambda: _speak(_parser().parse_args(argv)))
+
+
+def _speak(options: argparse.Namespace) -> None:
+    settings = Settings.from_environ()
+    log_to_stderr(settings.log_format)
+    logging.getLogger().setLevel(logging.INFO)
+    bus = _bus(settings.redis_url.get_secret_value())
+    voice = ChatterboxVoice(
+        options.model_dir or settings.chatterbox_dir, options.device or settings.device
+    )
+    asyncio.run(_serve(bus, voice))
 
 
 def _parser() -> argparse.ArgumentParser:
+    # Not typer: Chatterbox needs an environment of its own, which holds as little else as possible.
     parser = argparse.ArgumentParser(
         prog="python -m llm_sidecar.tts",
         description="Speaks for the sidecars on the same Redis, which REDIS_URL names.",

@@ -1,0 +1,232 @@
+"""What the commands of `python -m llm_sidecar.db` do. Each returns its exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from llm_sidecar import command_line
+from llm_sidecar.db import cli_output as output
+from llm_sidecar.db import cli_rows
+from llm_sidecar.db.cli_rows import Format
+from llm_sidecar.db.export import Export
+from llm_sidecar.db.export import Format as ExportFormat
+from llm_sidecar.db.filters import Filters
+from llm_sidecar.db.migrate import migrate
+from llm_sidecar.db.nested import with_objects
+from llm_sidecar.db.place import Place, place_of
+from llm_sidecar.db.questions import newest
+from llm_sidecar.db.reading import Waiting, reading
+from llm_sidecar.db.schema import ROW_ID, arrow_schemas
+from llm_sidecar.db.statistics import statistics
+from llm_sidecar.db.store import Store
+from llm_sidecar.db.tables import Tables
+from llm_sidecar.db.verify import verify
+from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.settings import DEFAULT_LANCEDB_URI
+
+_OPEN_SECONDS: Final = 60.0
+_SERVED: Final = Path(".data/lancedb")
+"""Where `make serve` keeps its database."""
+
+
+class Shape(NamedTuple):
+    """How rows are written.
+
+    Attributes:
+        wide: whether a table shows long values whole.
+        out: a file; None for standard output.
+    """
+
+    format: Format
+    wide: bool
+    out: Path | None
+
+
+async def query_runs(
+    table: str, last: int, since: datetime.datetime | None, filters: Filters, shape: Shape
+) -> int:
+    """Shows the newest rows of a table, newest first."""
+    earliest = {} if since is None else {"since": since}
+    async with _opened() as (_, tables, waiting):
+        rows = await newest(tables, table, last, filters=filters, **earliest)
+        logged = [
+            row
+            for row in waiting.rows.get(table, [])
+            if (since is None or row["timestamp"] >= since)
+            and filters.matches(table, row)
+            and row not in rows
+        ]
+        if logged:
+            rows = sorted([*logged, *rows], key=lambda row: row["timestamp"], reverse=True)
+            rows = rows[: last if last > 0 else None]
+        _note_missing(Waiting(unreadable=waiting.unreadable))
+    columns = [name for name in arrow_schemas()[table].names if name != ROW_ID]
+    if not rows:
+        filtered = since is not None or filters.names()
+        empty = f"No row of {table} matches." if filtered else f"{table} is empty."
+        if shape.format == "table" and shape.out is None:
+            output.line(empty)
+            return command_line.OK
+        command_line.say(empty)
+    _write(rows, columns, shape, table)
+    return command_line.OK
+
+
+async def stats(shape: Shape) -> int:
+    """Shows how large each table is."""
+    async with _opened() as (place, tables, waiting):
+        found = await statistics(place, tables)
+        _note_missing(waiting)
+    _write(found, list(found[0]), shape)
+    return command_line.OK
+
+
+async def compact() -> int:
+    """Compacts the tables; fails where another process is at it."""
+    place = _writable_place("compact")
+    async with _store(place) as store:
+        before, began = store.status()["fragments"], time.monotonic()
+        if not await store.compact():
+            command_line.say("Another process compacts this database at the moment.")
+            return command_line.FAILED
+        for name, count in store.status()["fragments"].items():
+            output.line(f"{name}: {before[name]} fragments before, {count} after")
+        output.line(f"Compacted in {time.monotonic() - began:.1f} s.")
+    return command_line.OK
+
+
+async def upgrade() -> int:
+    """Migrates the tables."""
+    async for done in migrate(_writable_place("migrate"), command_line.progress):
+        output.line(done)
+    return command_line.OK
+
+
+async def check() -> int:
+    """Reads every row; fails where the database is not sound."""
+    async with _opened() as (_, tables, waiting):
+        async with tables.unchanging():
+            found = await verify(tables, command_line.progress)
+        for table in found:
+            doubled = f"{table.doubled} ids come twice" if table.doubled else "ids are unique"
+            output.line(
+                f"{table.table}: {table.rows} of {table.expected} rows are readable, {doubled}"
+            )
+        _note_missing(waiting)
+    return command_line.OK if all(table.is_sound for table in found) else command_line.FAILED
+
+
+async def export(kind: ExportFormat, since: datetime.datetime | None, out: Path | None) -> int:
+    """Writes training data from feedback."""
+    earliest = {} if since is None else {"since": since}
+    async with _opened() as (_, tables, waiting):
+        lines = Export(tables, kind, **earliest)
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(tables.unchanging())
+            write = stack.enter_context(output.file_or_stdout(out))
+            count = 0
+            async for row in lines.rows(command_line.progress):
+                # ASCII, as half of a surrogate pair, which JSON can hold, has no UTF-8.
+                write(json.dumps(row) + "\n")
+                count += 1
+        skipped = f"; left out: {lines.skipped}" if str(lines.skipped) else ""
+        command_line.say(f"{count} rows{skipped}")
+        _note_missing(waiting)
+    return command_line.OK
+
+
+def database_uri() -> str:
+    """`LANCEDB_URI`, or else the folder in the container or that of `make serve`, if it is there.
+
+    Raises:
+        DatabaseUnavailable: it is not set, and neither folder is there.
+    """
+    if configured := os.environ.get("LANCEDB_URI"):
+        return configured
+    if os.path.lexists(DEFAULT_LANCEDB_URI):
+        return DEFAULT_LANCEDB_URI
+    if not _SERVED.is_dir():
+        raise DatabaseUnavailable(
+            f"There is no database at {DEFAULT_LANCEDB_URI} or {_SERVED}; set LANCEDB_URI."
+        )
+    if sys.stderr.isatty():
+        command_line.say(f"LANCEDB_URI is not set; this is {_SERVED}.")
+    return str(_SERVED)
+
+
+def _writable_place(command: str) -> Place:
+    place = place_of(database_uri())
+    is_there = place.folder is None or os.path.isdir(place.folder)  # noqa: PTH112 this never raises
+    if is_there and not place.may_write():
+        raise DatabaseUnavailable(
+            f"The database at {place.shown} may only be read; {command} has to write to it."
+        )
+    return place
+
+
+@contextlib.asynccontextmanager
+async def _store(place: Place) -> AsyncIterator[Store]:
+    # Looking must not create anything.
+    uri = place.uri if place.folder is None else place.shown
+    store = await Store.open(uri, create=False, timeout=_OPEN_SECONDS)
+    try:
+        for repair in store.status()["repairs"]:
+            command_line.say(repair)
+        yield store
+    finally:
+        await store.close()
+
+
+@contextlib.asynccontextmanager
+async def _opened() -> AsyncIterator[tuple[Place, Tables, Waiting]]:
+    place = place_of(database_uri())
+    if not place.may_write():
+        async with reading(place) as (tables, waiting):
+            yield place, tables, waiting
+        return
+    async with _store(place) as store:
+        yield place, await store.opened(), Waiting()
+
+
+def _note_missing(waiting: Waiting) -> None:
+    if count := waiting.count():
+        rows = "row is" if count == 1 else "rows are"
+        command_line.say(f"{count} {rows} still in the write-ahead log and not counted here.")
+    if waiting.unreadable:
+        command_line.say("The newest rows may be missing: the write-ahead log may not be read.")
+
+
+def _write(
+    rows: Sequence[dict[str, Any]], columns: Sequence[str], shape: Shape, table: str | None = None
+) -> None:
+    with output.file_or_stdout(shape.out) as write:
+        if shape.format == "parquet":
+            write(cli_rows.as_parquet(rows, columns, table))
+            return
+        if table is not None:
+            rows = [with_objects(table, row) for row in rows]
+        if shape.format == "jsonl":
+            write(cli_rows.as_jsonl(rows))
+        elif shape.format == "csv":
+            if shape.out is None:
+                command_line.write_as_utf8()
+            write(cli_rows.as_csv(rows, columns))
+        else:
+            write(
+                cli_rows.as_table(
+                    rows,
+                    columns,
+                    width=shutil.get_terminal_size().columns,
+                    wide=shape.wide,
+                    encoding="utf-8" if shape.out else sys.stdout.encoding or "utf-8",
+                )
+            )

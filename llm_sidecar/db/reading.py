@@ -1,0 +1,124 @@
+"""Reading a database that may not be written to: no lock, no repair, no replay of logs.
+
+Rows that are still in a write-ahead log are read from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from llm_sidecar.db.log import Row, read_segment, segments
+from llm_sidecar.db.place import Place
+from llm_sidecar.db.schema import KEYS, ROW_ID, arrow_schemas, upgraded
+from llm_sidecar.db.tables import Tables, one_line, open_tables_to_read
+from llm_sidecar.errors import DatabaseUnavailable
+
+_OPEN_SECONDS: Final = 60.0
+_AT_ONCE: Final = 500
+"""Keys in one filter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What write-ahead logs hold.
+
+    Attributes:
+        rows: those that are not in their tables yet, by table, oldest first, as a table shows them.
+        unreadable: whether some log may not be read.
+    """
+
+    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    unreadable: bool = False
+
+    def count(self) -> int:
+        """Rows of all tables."""
+        return sum(map(len, self.rows.values()))
+
+
+@contextlib.asynccontextmanager
+async def reading(place: Place) -> AsyncIterator[tuple[Tables, Waiting]]:
+    """The tables, and the rows that are not in them yet.
+
+    Raises:
+        DatabaseUnavailable: the database cannot be opened; says why.
+    """
+    try:
+        async with asyncio.timeout(_OPEN_SECONDS):
+            # The logs first: a row that moves meanwhile is then seen in its table.
+            logged, unreadable = await asyncio.to_thread(_logged, place)
+            tables = await open_tables_to_read(place)
+    except DatabaseUnavailable:
+        raise
+    except TimeoutError:
+        raise _unavailable(place, f"it took longer than {_OPEN_SECONDS:g} s") from None
+    except Exception as error:  # noqa: BLE001 lancedb raises many types
+        raise _unavailable(place, getattr(error, "strerror", None) or one_line(error)) from None
+    try:
+        yield tables, Waiting(await _not_stored(tables, logged), unreadable)
+    finally:
+        await tables.close()
+
+
+def _unavailable(place: Place, why: str) -> DatabaseUnavailable:
+    return DatabaseUnavailable(
+        f"The database at {place.shown} cannot be opened: {why}; check LANCEDB_URI."
+    )
+
+
+def _logged(place: Place) -> tuple[list[Row], bool]:
+    """The rows of every log, and whether some log may not be read."""
+    rows: list[Row] = []
+    unreadable = False
+    try:
+        folders = [path for path in sorted(place.log_folder.iterdir()) if path.is_dir()]
+    except FileNotFoundError:
+        return [], False
+    except OSError:
+        return [], True
+    for folder in folders:
+        if folder == place.set_aside:
+            continue
+        try:
+            for segment in segments(folder):
+                with contextlib.suppress(FileNotFoundError):
+                    rows += read_segment(segment).rows
+        except FileNotFoundError:
+            continue
+        except OSError:
+            unreadable = True
+    return rows, unreadable
+
+
+async def _not_stored(tables: Tables, logged: Iterable[Row]) -> dict[str, list[dict[str, Any]]]:
+    by_table: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in logged:
+        values = upgraded(row.table, row.values)
+        if values is not None:
+            by_table[row.table].setdefault(values[KEYS[row.table]], values)
+    found = {}
+    for table, rows in by_table.items():
+        stored = await _stored_keys(tables, table, list(rows))
+        left = [_shown(table, values) for key, values in rows.items() if key not in stored]
+        if left:
+            found[table] = left
+    return found
+
+
+async def _stored_keys(tables: Tables, table: str, keys: list[str]) -> set[str]:
+    from lancedb.expr import col
+
+    name, found = KEYS[table], set()
+    for start in range(0, len(keys), _AT_ONCE):
+        condition = col(name).isin(keys[start : start + _AT_ONCE])
+        query = tables[table].query().where(condition).select([name])
+        found |= {row[name] for row in await query.to_list()}
+    return found
+
+
+def _shown(table: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {name: values[name] for name in arrow_schemas()[table].names if name != ROW_ID}

@@ -1,0 +1,62 @@
+"""Which text columns hold objects, and what is read from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llm_sidecar.db.nested import JSON_COLUMNS, with_objects
+from llm_sidecar.db.schema import FEEDBACK, PROPOSALS, RUNS, SCORES, TABLES
+
+TEXT = ' {"a": [1, {"b": null}]}'
+OBJECT = {"a": [1, {"b": None}]}
+
+
+@pytest.mark.parametrize(
+    ("table", "column"), [(table, name) for table in JSON_COLUMNS for name in JSON_COLUMNS[table]]
+)
+def test_a_json_column_becomes_an_object(table: str, column: str) -> None:
+    row = {"timestamp": 1, column: TEXT, "prompt": TEXT}
+    assert with_objects(table, row) == {"timestamp": 1, column: OBJECT, "prompt": TEXT}
+    assert list(with_objects(table, row)) == list(row)
+
+
+def test_the_json_columns_are_those_that_callers_give_objects_for() -> None:
+    assert JSON_COLUMNS == {
+        FEEDBACK: ("feedback_content", "corrected_proposal"),
+        RUNS: ("final_output",),
+        PROPOSALS: ("proposal",),
+    }
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_words_that_look_like_json_stay_words(table: str) -> None:
+    row = dict.fromkeys(("input_query", "prompt", "assessment", "rationale"), TEXT)
+    assert with_objects(table, row) == row
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        None,
+        "words",
+        "5",
+        "[1]",
+        '"{}"',
+        "{",
+        '{"a": NaN}',
+        '{"a": -Infinity}',
+        '{"a": 1e999}',
+        '{"a":' * 100_000,
+        '{"a": ' + "9" * 5000 + "}",
+    ],
+)
+def test_what_is_no_object_stays_as_it_is(text: str | None) -> None:
+    assert with_objects(RUNS, {"final_output": text}) == {"final_output": text}
+
+
+def test_a_struct_stays_as_it_is() -> None:
+    row: dict[str, Any] = {"latencies": {"proposal": 0.5}, "score": 0.5}
+    assert with_objects(SCORES, row) == row
