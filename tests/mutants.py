@@ -27,7 +27,6 @@ from mutmut.mutation.diff_apply import get_diff_for_mutant
 
 SCOPE: Final = (
     "llm_sidecar.archive.*",
-    "llm_sidecar.command_line.*",
     "llm_sidecar.db.filters.xǁFiltersǁnames*",
     "llm_sidecar.db.filters.xǁFiltersǁmisplaced*",
     "llm_sidecar.db.filters.xǁFiltersǁmatches*",

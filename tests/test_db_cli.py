@@ -419,16 +419,15 @@ def test_score_and_model_take_only_such_rows(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--model", "m"], "--model is for proposals; orchestrator_runs has no model."),
+        (["--model", "m"], "--model is for proposals, not for orchestrator_runs."),
         (
             ["--min-score", "0.5", "--table", "phi3_feedback"],
-            "--min-score is for orchestrator_runs, hermes_scores, proposals; phi3_feedback has no "
-            "min_score.",
+            "--min-score is for orchestrator_runs, hermes_scores, proposals, not for "
+            "phi3_feedback.",
         ),
         (
             ["--ticker", "ABC", "--table", "hermes_scores"],
-            "--ticker is for orchestrator_runs, phi3_feedback, proposals; hermes_scores has no "
-            "ticker.",
+            "--ticker is for orchestrator_runs, phi3_feedback, proposals, not for hermes_scores.",
         ),
     ],
 )

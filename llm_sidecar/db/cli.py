@@ -119,7 +119,7 @@ def _query_runs(
     if misplaced := filters.misplaced(table):
         name, tables = misplaced
         option = f"--{name.replace('_', '-')}"
-        raise typer.BadParameter(f"{option} is for {', '.join(tables)}; {table} has no {name}.")
+        raise typer.BadParameter(f"{option} is for {', '.join(tables)}, not for {table}.")
     layout = commands.Shape(_format(as_format, as_json, out), wide, out)
     return run(commands.query_runs(table, last, since, filters, layout))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from llm_sidecar.db.schema import FEEDBACK, PROPOSALS, RUNS
 
@@ -31,13 +31,9 @@ def _object(text: Any) -> Any:
     if not isinstance(text, str) or not text.lstrip().startswith("{"):
         return text
     try:
-        value = json.loads(text, parse_constant=_refuse)
-        # A number such as 1e999 has become infinite.
+        value = json.loads(text)
+        # NaN is no JSON, and a number such as 1e999 has become infinite.
         json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError):
         return text
     return value
-
-
-def _refuse(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
