@@ -76,7 +76,8 @@ class Announcement(_Message):
     clones: bool
     sample_rate: int | None = None
     waiting: int = Field(ge=0)
-    requests: frozenset[Id] = Field(frozenset(), max_length=1000)
+    # JSON has lists only.
+    requests: frozenset[Id] = Field(frozenset(), max_length=1000, strict=False)
     leaving: bool = False
 
 
