@@ -20,7 +20,6 @@ def test_many_requests_find_no_undocumented_answer(
         ENABLE_METRICS="true",
         ENABLE_PROFILING="true",
         REQUEST_TIMEOUT_SECONDS="2",
-        BODY_TIMEOUT_SECONDS="1",
         **random_models,
     ) as server:
         server.wait_until_ready()
