@@ -110,6 +110,33 @@ async def test_feedback_is_answered_once_it_is_stored(
     assert {column: row[column] for column in expected} == expected
 
 
+KEY_OF_DESK, KEY_OF_NOBODY = "first-key-0123456789", "second-key-012345678"
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "author"),
+    [
+        (f"desk={KEY_OF_DESK},{KEY_OF_NOBODY}", KEY_OF_DESK, "desk"),
+        # A position is not a person.
+        (f"desk={KEY_OF_DESK},{KEY_OF_NOBODY}", KEY_OF_NOBODY, None),
+        ("", KEY_OF_DESK, None),
+    ],
+)
+async def test_the_name_of_the_key_is_the_author_of_feedback(
+    parts: FakeParts, keys: str, key: str, author: str | None
+) -> None:
+    app = create_app(Settings.from_environ({"SIDECAR_API_KEYS": keys}))
+    app.state.sidecar = parts.sidecar
+    async with client(app) as asking:
+        response = await asking.post("/feedback/phi3/", json=FEEDBACK, headers={"X-API-Key": key})
+        assert response.status_code == 200
+        forged = FEEDBACK | {"author": "risk"}
+        response = await asking.post("/feedback/phi3/", json=forged, headers={"X-API-Key": key})
+        assert response.status_code == 422
+    ((_, row),), ((_, event),) = parts.happened.of("row"), parts.happened.of("event")
+    assert (row["author"], event.get("author")) == (author, author)
+
+
 NO_EXAMPLE = "Feedback stored; the corrected proposal is not an example, because "
 MESSAGES = {
     Outcome.EXAMPLE: "Feedback stored; the corrected proposal is an example for the next ones.",
