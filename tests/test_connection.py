@@ -59,7 +59,7 @@ class Served:
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers with the path and the length of the body, `/large` with many bytes, `/refuse`
-        without reading the body, and `/wait` once it is released."""
+        without reading the body, `/wait` once it is released, and `/endless` without an end."""
         body, status = b"", 200
         if scope["path"] == "/refuse":
             status = 401
@@ -71,9 +71,20 @@ class Served:
         answer = json.dumps({"path": scope["path"], "body": len(body)}).encode()
         if scope["path"] == "/large":
             answer = bytes(LARGE)
+        if scope["path"] == "/endless":
+            await self._stream(receive, send)
+            return
         headers = [(b"content-length", str(len(answer)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": answer})
+
+    async def _stream(self, receive: Receive, send: Send) -> None:
+        gone = asyncio.ensure_future(receive())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while not gone.done():
+            await send({"type": "http.response.body", "body": bytes(1 << 16), "more_body": True})
+            await asyncio.sleep(0)
+        self.cancelled.set()
 
     async def _wait(self, receive: Receive) -> None:
         gone = asyncio.ensure_future(receive())
@@ -401,6 +412,15 @@ async def test_an_answer_that_nobody_reads_is_given_up() -> None:
         async with asyncio.timeout(5):
             while not served.state.total_requests:
                 await asyncio.sleep(0.01)
+        await served.until_none_is_open()
+
+
+@on_uvloop
+async def test_a_stream_that_nobody_reads_is_given_up() -> None:
+    async with serve(send_timeout=0.4) as served:
+        await held(served, b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
+        async with asyncio.timeout(10):
+            await served.cancelled.wait()
         await served.until_none_is_open()
 
 
