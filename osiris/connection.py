@@ -207,8 +207,6 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self.active_at = self.loop.time()
-        if self.conn.trailing_data[0] or self._is_client_sending():
-            self._watch_client()
 
     def shutdown(self) -> None:
         if not self.transport.is_closing():

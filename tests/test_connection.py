@@ -19,6 +19,7 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from llm_sidecar.settings import Settings
+from osiris import connection
 from osiris.connection import MAX_HEAD_BYTES, limit_connections
 
 GET = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"
@@ -124,15 +125,15 @@ async def serve(address: str = "127.0.0.1", **settings: Any) -> AsyncIterator[Se
     limit_connections(config, Settings(**settings), lambda: served.draining)
     loop = asyncio.get_running_loop()
 
-    def connection() -> asyncio.Protocol:
+    def make_connection() -> asyncio.Protocol:
         make: Callable[..., asyncio.Protocol] = config.http_protocol_class
         return make(config=config, server_state=served.state, app_state={}, _loop=loop)
 
     if address.startswith("/"):
-        server = await loop.create_unix_server(connection, address)
+        server = await loop.create_unix_server(make_connection, address)
         served.address = address
     else:
-        server = await loop.create_server(connection, address, 0)
+        server = await loop.create_server(make_connection, address, 0)
         served.address = server.sockets[0].getsockname()[:2]
     try:
         yield served
@@ -236,6 +237,22 @@ async def test_endless_headers_are_cut_off(endless: list[bytes]) -> None:
     async with serve() as served:
         status, headers, body = await ask(served, *endless)
         assert (status, headers["connection"], body) == (431, "close", TOO_LONG)
+
+
+@on_uvloop
+async def test_a_client_that_is_still_sending_gets_its_refusal() -> None:
+    async with serve() as served:
+        reader, writer = await served.connect()
+        writer.write(GET + b"X: " + b"a" * 70_000)
+        assert (await answer(reader))[0] == 431
+        for _ in range(10):
+            # A closed socket would answer with a reset.
+            writer.write(b"a" * 50_000)
+            await writer.drain()
+            await asyncio.sleep(0.01)
+        async with asyncio.timeout(10):
+            assert await reader.read() == b""
+        writer.close()
 
 
 @pytest.mark.parametrize(
@@ -403,6 +420,18 @@ async def test_probes_get_through_a_flood_of_silent_connections() -> None:
             await held(served, b"")
         assert (await ask(served, GET + b"\r\n"))[0] == 200
         assert len(served.state.connections) <= 5 + 64
+
+
+def test_silence_beyond_the_limit_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_RESERVED_SECONDS", 0.1)
+
+    async def run() -> None:
+        async with serve(max_connections=1) as served:
+            await held(served, b"")
+            assert await is_closed(await held(served, b"")) == b""
+            assert len(served.state.connections) == 1
+
+    uvloop.run(run())
 
 
 @on_uvloop
