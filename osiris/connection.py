@@ -15,7 +15,7 @@ import logging
 import re
 import resource
 import select
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
@@ -207,8 +207,6 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self.active_at = self.loop.time()
-        if self.conn.trailing_data[0] or self._is_client_sending():
-            self._watch_client()
 
     def shutdown(self) -> None:
         if not self.transport.is_closing():
@@ -225,6 +223,11 @@ class Connection(H11Protocol):
 
     def _take_reserved_place(self) -> None:
         reserved = self._limits.reserved
+        if not reserved:
+            log.warning(
+                "%d connections are open, which is MAX_CONNECTIONS; others get 503, but for probes",
+                self._limits.most,
+            )
         reserved[self] = None
         self._is_reserved = True
         if len(reserved) > _RESERVED:
@@ -232,17 +235,20 @@ class Connection(H11Protocol):
             del reserved[silent]
             silent.transport.abort()
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The app, whose last answer on a connection says that it is the last."""
+    def _answer(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """The app, whose last answer on a connection says that it is the last.
 
-        async def send_last(message: Message) -> None:
+        No coroutines of its own: every request passes here, the probes too.
+        """
+
+        def send_last(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start" and self._is_last():
                 others = (entry for entry in message["headers"] if entry[0].lower() != _CLOSE[0])
                 message = {**message, "headers": [*others, _CLOSE]}
-            await send(message)
+            return send(message)
 
         app = _FULL if self._is_reserved and not is_probe_or_metrics(scope) else self._served
-        await app(scope, receive, send_last)
+        return app(scope, receive, send_last)
 
     def _is_last(self) -> bool:
         return self._is_reserved or self._limits.draining() or not self.cycle.keep_alive
@@ -342,13 +348,15 @@ class _Parser(h11.Connection):
             raise
 
     def _checked(self, request: h11.Request) -> h11.Request:
-        fields = sum(len(name) + len(value) + 4 for name, value in request.headers)
-        if len(request.method) + len(request.target) + 12 + fields > self._max_head:
+        size = len(request.method) + len(request.target) + 12
+        is_chunked = has_length = False
+        for name, value in request.headers:
+            size += len(name) + len(value) + 4
+            is_chunked = is_chunked or name == b"transfer-encoding"
+            has_length = has_length or name == b"content-length"
+        if size > self._max_head:
             raise h11.RemoteProtocolError("head too long", error_status_hint=431)
-        names = {name for name, _ in request.headers}
-        if b"transfer-encoding" in names and (
-            b"content-length" in names or request.http_version < b"1.1"
-        ):
+        if is_chunked and (has_length or request.http_version < b"1.1"):
             raise h11.RemoteProtocolError("two lengths")
         if not request.http_version.startswith(b"1."):
             raise h11.RemoteProtocolError("another HTTP")

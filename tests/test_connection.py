@@ -19,6 +19,7 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from llm_sidecar.settings import Settings
+from osiris import connection
 from osiris.connection import MAX_HEAD_BYTES, limit_connections
 
 GET = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"
@@ -59,7 +60,7 @@ class Served:
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers with the path and the length of the body, `/large` with many bytes, `/refuse`
-        without reading the body, and `/wait` once it is released."""
+        without reading the body, `/wait` once it is released, and `/endless` without an end."""
         body, status = b"", 200
         if scope["path"] == "/refuse":
             status = 401
@@ -71,9 +72,20 @@ class Served:
         answer = json.dumps({"path": scope["path"], "body": len(body)}).encode()
         if scope["path"] == "/large":
             answer = bytes(LARGE)
+        if scope["path"] == "/endless":
+            await self._stream(receive, send)
+            return
         headers = [(b"content-length", str(len(answer)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": answer})
+
+    async def _stream(self, receive: Receive, send: Send) -> None:
+        gone = asyncio.ensure_future(receive())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while not gone.done():
+            await send({"type": "http.response.body", "body": bytes(1 << 16), "more_body": True})
+            await asyncio.sleep(0)
+        self.cancelled.set()
 
     async def _wait(self, receive: Receive) -> None:
         gone = asyncio.ensure_future(receive())
@@ -113,15 +125,15 @@ async def serve(address: str = "127.0.0.1", **settings: Any) -> AsyncIterator[Se
     limit_connections(config, Settings(**settings), lambda: served.draining)
     loop = asyncio.get_running_loop()
 
-    def connection() -> asyncio.Protocol:
+    def make_connection() -> asyncio.Protocol:
         make: Callable[..., asyncio.Protocol] = config.http_protocol_class
         return make(config=config, server_state=served.state, app_state={}, _loop=loop)
 
     if address.startswith("/"):
-        server = await loop.create_unix_server(connection, address)
+        server = await loop.create_unix_server(make_connection, address)
         served.address = address
     else:
-        server = await loop.create_server(connection, address, 0)
+        server = await loop.create_server(make_connection, address, 0)
         served.address = server.sockets[0].getsockname()[:2]
     try:
         yield served
@@ -225,6 +237,22 @@ async def test_endless_headers_are_cut_off(endless: list[bytes]) -> None:
     async with serve() as served:
         status, headers, body = await ask(served, *endless)
         assert (status, headers["connection"], body) == (431, "close", TOO_LONG)
+
+
+@on_uvloop
+async def test_a_client_that_is_still_sending_gets_its_refusal() -> None:
+    async with serve() as served:
+        reader, writer = await served.connect()
+        writer.write(GET + b"X: " + b"a" * 70_000)
+        assert (await answer(reader))[0] == 431
+        for _ in range(10):
+            # A closed socket would answer with a reset.
+            writer.write(b"a" * 50_000)
+            await writer.drain()
+            await asyncio.sleep(0.01)
+        async with asyncio.timeout(10):
+            assert await reader.read() == b""
+        writer.close()
 
 
 @pytest.mark.parametrize(
@@ -394,6 +422,18 @@ async def test_probes_get_through_a_flood_of_silent_connections() -> None:
         assert len(served.state.connections) <= 5 + 64
 
 
+def test_silence_beyond_the_limit_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_RESERVED_SECONDS", 0.1)
+
+    async def run() -> None:
+        async with serve(max_connections=1) as served:
+            await held(served, b"")
+            assert await is_closed(await held(served, b"")) == b""
+            assert len(served.state.connections) == 1
+
+    uvloop.run(run())
+
+
 @on_uvloop
 async def test_an_answer_that_nobody_reads_is_given_up() -> None:
     async with serve(send_timeout=0.4) as served:
@@ -401,6 +441,15 @@ async def test_an_answer_that_nobody_reads_is_given_up() -> None:
         async with asyncio.timeout(5):
             while not served.state.total_requests:
                 await asyncio.sleep(0.01)
+        await served.until_none_is_open()
+
+
+@on_uvloop
+async def test_a_stream_that_nobody_reads_is_given_up() -> None:
+    async with serve(send_timeout=0.4) as served:
+        await held(served, b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
+        async with asyncio.timeout(10):
+            await served.cancelled.wait()
         await served.until_none_is_open()
 
 
