@@ -93,7 +93,7 @@ class Settings(BaseModel):
         alias="LANCEDB_LOG_DIR",
         description="the path of a folder, for the log of a database on an s3:// address",
     )
-    """The write-ahead log of a database on `s3://`. A folder has its log inside."""
+    """The write-ahead log of a database on `s3://`. A local database has its log in its folder."""
     demo: bool = Field(False, alias="SIDECAR_DEMO", description="true or false")
     """Whether a demo model answers where no model is configured and none is at the default path."""
     preload: bool = Field(False, alias="PRELOAD_MODELS", description="true or false")
