@@ -18,6 +18,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     ModelWrapValidatorHandler,
     ValidationError,
     ValidationInfo,
@@ -36,7 +37,11 @@ def _text(value: object) -> object:
 
 
 IS_TEXT: Final = BeforeValidator(_text)
-Text = Annotated[str, IS_TEXT]
+DOCUMENTED_AS_TEXT: Final = Field(
+    json_schema_extra={"pattern": r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]*$"}
+)
+"""Tells the OpenAPI document of a parameter what `IS_TEXT` checks."""
+Text = Annotated[str, IS_TEXT, DOCUMENTED_AS_TEXT]
 """A checked string outside of an `InputModel`: a parameter in a path or a query."""
 
 

@@ -11,7 +11,7 @@ from starlette.convertors import Convertor, register_url_convertor
 from llm_sidecar.db import Phi3FeedbackSchema
 from llm_sidecar.errors import InvalidRequest
 from llm_sidecar.examples import EXAMPLE_PROMPT_CHARS, MAX_PROPOSAL_CHARS, MAX_TOKENS, Outcome
-from llm_sidecar.input_model import IS_TEXT
+from llm_sidecar.input_model import DOCUMENTED_AS_TEXT, IS_TEXT
 from llm_sidecar.proposals import Proposal
 from osiris.access import Author
 from osiris.http import CurrentSidecar, check_length, endpoint
@@ -20,7 +20,9 @@ from osiris.schemas import FeedbackRequest, FeedbackStored, FeedbackWithdrawn
 router = APIRouter(tags=["feedback"])
 
 # The length comes first, so that its error speaks of characters.
-FeedbackId = Annotated[str, StringConstraints(min_length=1, max_length=128), IS_TEXT]
+FeedbackId = Annotated[
+    str, StringConstraints(min_length=1, max_length=128), IS_TEXT, DOCUMENTED_AS_TEXT
+]
 
 _NO_EXAMPLE: Final = "the corrected proposal is not an example, because"
 _MESSAGES: Final = {
