@@ -14,7 +14,7 @@ _NAMED: Final = re.compile(r"([a-z0-9_-]{1,32})=(.*)", re.DOTALL)
 
 KEYS_DESCRIPTION: Final = (
     "keys of 16 or more visible ASCII characters, separated by commas; each may be name=key, with "
-    "a name of up to 32 of a-z, 0-9, _ and -, and no key may have two names"
+    "a name of up to 32 characters a-z, 0-9, _ and -, and no key may have two names"
 )
 
 

@@ -74,13 +74,13 @@ class Settings(BaseModel):
         alias="CHATTERBOX_MODEL_DIR",
         description="the path of the folder of the Chatterbox weights",
     )
-    """The voice that a Chatterbox worker speaks with."""
+    """The model of a Chatterbox worker."""
     redis_url: SecretStr = Field(
         SecretStr("redis://localhost:6379/0"),
         alias="REDIS_URL",
         description="a redis://, rediss:// or unix:// URL, or memory://",
     )
-    """The event bus. `memory://` is a bus inside the process, without a Redis."""
+    """The event bus. `memory://` is a bus inside the process, which needs no Redis."""
     lancedb_uri: str = Field(
         DEFAULT_LANCEDB_URI,
         alias="LANCEDB_URI",
@@ -93,11 +93,11 @@ class Settings(BaseModel):
         alias="LANCEDB_LOG_DIR",
         description="the path of a folder, for the log of a database on an s3:// address",
     )
-    """The write-ahead log of a database on `s3://`. A local database has its log in its folder."""
+    """The write-ahead log of a database on `s3://`. A local database keeps its log in its folder."""
     demo: bool = Field(False, alias="SIDECAR_DEMO", description="true or false")
-    """Whether a demo model answers where no model is configured and none is at the default path."""
+    """Whether a demo model replaces a model that is neither configured nor at its default path."""
     preload: bool = Field(False, alias="PRELOAD_MODELS", description="true or false")
-    """Whether models load when the server starts, or with the first request."""
+    """Whether models load when the server starts. If not, the first request loads them."""
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", alias="DEVICE", description="auto, cpu or cuda"
     )
@@ -143,11 +143,11 @@ class Settings(BaseModel):
         le=16,
         description="an integer from 0 to 16; unset: 3, and 0 where Phi-3 is the demo model",
     )
-    """How many of the latest corrections Phi-3 sees as examples, at most."""
+    """The maximum number of corrections that Phi-3 sees as examples."""
     grounding: Literal["report", "retry"] = Field(
         "report", alias="GROUNDING", description="report or retry"
     )
-    """`report` only reports ungrounded proposals; `retry` also generates them once more."""
+    """`report` only reports ungrounded proposals. `retry` also generates them once more."""
     examples_from_bus: bool = Field(False, alias="EXAMPLES_FROM_BUS", description="true or false")
     """Whether corrections that other services publish on Redis become examples."""
     queue_length: int = Field(
@@ -157,7 +157,7 @@ class Settings(BaseModel):
         le=10_000,
         description="an integer from 1 to 10000",
     )
-    """Requests that one model runs and keeps waiting. A further one gets 429."""
+    """The maximum number of requests of one model, running and waiting. Further ones get 429."""
     request_timeout: float = Field(
         60.0,
         alias="REQUEST_TIMEOUT_SECONDS",
@@ -193,7 +193,7 @@ class Settings(BaseModel):
         le=10_000,
         description="an integer from 1 to 10000",
     )
-    """Texts that are spoken or wait. A further one gets 429."""
+    """The maximum number of texts, spoken and waiting. Further ones get 429."""
     tts_timeout: float = Field(
         120.0,
         alias="TTS_TIMEOUT_SECONDS",
@@ -209,7 +209,7 @@ class Settings(BaseModel):
         le=10_000,
         description="an integer from 1 to 10000",
     )
-    """Listeners of `/stream/audio` at once. A further one gets 429."""
+    """The maximum number of listeners of `/stream/audio`. Further ones get 429."""
     shutdown_grace: float = Field(
         10.0,
         alias="SHUTDOWN_GRACE_SECONDS",
@@ -271,7 +271,7 @@ class Settings(BaseModel):
         le=100_000,
         description="an integer from 1 to 100000",
     )
-    """Requests in the server at once. A further one gets 429."""
+    """The maximum number of running requests in the server. Further ones get 429."""
     max_connections: int = Field(
         1000,
         alias="MAX_CONNECTIONS",
@@ -279,7 +279,7 @@ class Settings(BaseModel):
         le=100_000,
         description="an integer from 1 to 100000",
     )
-    """Connections that are served at once. On others only probes and `/metrics` are answered."""
+    """The maximum number of connections. Further ones get only probes and `/metrics`."""
     header_timeout: float = Field(
         15.0,
         alias="HEADER_TIMEOUT_SECONDS",
@@ -287,7 +287,7 @@ class Settings(BaseModel):
         le=3600,
         description="seconds, above 0 up to 3600",
     )
-    """How long a client may take to send a request's headers. Then its connection is closed."""
+    """How long a client may take to send a request's headers. After that its connection is closed."""
     send_timeout: float = Field(
         20.0,
         alias="SEND_TIMEOUT_SECONDS",
@@ -295,7 +295,7 @@ class Settings(BaseModel):
         le=3600,
         description="seconds, above 0 up to 3600",
     )
-    """How long a client may read nothing of its answer. Then its connection is reset."""
+    """How long a client may read nothing of its answer. After that its connection is reset."""
     body_timeout: float = Field(
         10.0,
         alias="BODY_TIMEOUT_SECONDS",
@@ -311,11 +311,11 @@ class Settings(BaseModel):
         le=3600,
         description="seconds from 0 to 3600",
     )
-    """How long the socket stays open at shutdown, so that a load balancer notices."""
+    """How long the socket stays open at shutdown, at least, so that load balancers notice."""
     api_keys: Annotated[tuple[ApiKey, ...], BeforeValidator(parse_api_keys)] = Field(
         (), alias="SIDECAR_API_KEYS", description=KEYS_DESCRIPTION
     )
-    """With any key set, a request needs one of them. Log and feedback show the name of a key."""
+    """If set, a request needs one of these keys. The log and feedback have the name of the key."""
     metrics_need_key: bool = Field(False, alias="METRICS_NEED_KEY", description="true or false")
     """Whether `/metrics` needs an API key too."""
     cors_origins: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
@@ -329,7 +329,7 @@ class Settings(BaseModel):
         alias="ALLOWED_HOSTS",
         description="host names such as desk.example or *.desk.example, separated by commas, or *",
     )
-    """Host names under which the server answers, against DNS rebinding. Unset: all names."""
+    """Host names that a request may ask for, against DNS rebinding. Unset: all names."""
     log_format: LogFormat = Field("auto", alias="LOG_FORMAT", description="auto, json or text")
     """The format of log lines. `auto` is text on a terminal, else JSON."""
 

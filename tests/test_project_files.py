@@ -142,7 +142,7 @@ def test_the_changelog_has_the_version_and_is_in_order() -> None:
     assert all(newer > older for newer, older in pairwise(numbers))
     assert all(newer[1] >= older[1] for newer, older in pairwise(dated))
     # A version that is not released yet is announced.
-    assert f"\nThis becomes {llm_sidecar.__version__}.\n" in text or (
+    assert f"\nThe next release is {llm_sidecar.__version__}.\n" in text or (
         rest[0][0] == llm_sidecar.__version__
     )
 

@@ -284,8 +284,8 @@ def test_a_weak_api_key_is_refused_without_showing_one(keys: str) -> None:
         Settings.from_environ({"SIDECAR_API_KEYS": keys})
     assert caught.value.detail == (
         "SIDECAR_API_KEYS=*** is not valid: it takes keys of 16 or more visible ASCII characters, "
-        "separated by commas; each may be name=key, with a name of up to 32 of a-z, 0-9, _ and -, "
-        "and no key may have two names"
+        "separated by commas; each may be name=key, with a name of up to 32 characters a-z, "
+        "0-9, _ and -, and no key may have two names"
     )
 
 
