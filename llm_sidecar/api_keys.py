@@ -23,7 +23,7 @@ class ApiKey:
     """One configured key.
 
     Attributes:
-        name: of its owner; None for a key without a name.
+        name: None for a key without a name.
     """
 
     secret: SecretStr
@@ -31,7 +31,8 @@ class ApiKey:
 
     @classmethod
     def parse(cls, entry: str) -> Self:
-        """Reads `name=key`, or else takes the whole entry as the key: keys may contain `=`.
+        """Parses `name=key`. If that does not match, the whole entry is the key, which may contain
+        `=`.
 
         Raises:
             ValueError: the key is too short or has other characters; the error does not quote it.

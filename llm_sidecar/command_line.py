@@ -1,12 +1,12 @@
-"""How every command line here ends: exit statuses, standard streams, Ctrl-C, errors.
+"""What all command lines share: exit statuses, standard streams, Ctrl-C, errors.
 
     sys.exit(command_line.run(work))
 
-The statuses are `OK`, `FAILED`, `USAGE` for bad arguments, and `INTERRUPTED`. A reader that closes
-the pipe ends the command quietly with `OK`. An error is one line on standard error.
+The statuses are `OK`, `FAILED`, `USAGE` for bad arguments, and `INTERRUPTED`. If the reader of a
+pipe closes it, the command ends silently with `OK`. An error is one line on standard error.
 
-Importing this needs the standard library only, because the speech worker runs in an environment of
-its own.
+Importing this module needs only the standard library, because the speech worker runs in an
+environment of its own.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class OutputFailed(SidecarError):
     """Standard output cannot be written."""
 
 
-class _ReaderGone(Exception):
-    """Whoever read standard output has closed it."""
+class _PipeClosed(Exception):
+    """The reader of standard output has closed the pipe."""
 
 
 def run(work: Work, reason: Reason | None = None) -> int:
@@ -49,20 +49,20 @@ def run(work: Work, reason: Reason | None = None) -> int:
     Args:
         work: returns an exit status; None counts as `OK`.
         reason: one line for an exception that is neither a SidecarError nor an OSError; without it
-            such an exception is a defect and is raised.
+            such an exception counts as a defect and is raised.
 
     Returns:
         The exit status.
     """
     _open_closed_streams()
     output = _Output(sys.stdout)
-    # Data from outside may hold characters that the terminal's encoding lacks.
+    # Stored data may contain characters that the terminal's encoding lacks.
     _reconfigure(sys.stdout, errors="backslashreplace")
     with contextlib.redirect_stdout(cast(IO[str], output)):
         status = _status(work, reason)
         try:
             output.flush()
-        except _ReaderGone:
+        except _PipeClosed:
             _discard(sys.stdout)
         except OutputFailed as error:
             _discard(sys.stdout)
@@ -78,7 +78,7 @@ def run_app(
     """Runs a typer application, whose commands return an exit status or None.
 
     Args:
-        arguments: this process's unless given.
+        arguments: default: those of this process.
         prog: the program's name in help and errors.
         reason: see `run`.
 
@@ -102,20 +102,20 @@ def run_app(
 
 
 def say(text: str) -> None:
-    """Writes one line to standard error; nothing where that is closed or full."""
+    """Writes one line to standard error, if that is neither closed nor full."""
     end_progress()
     line = " ".join(text.split())
     _write_error("".join(char if char.isprintable() else repr(char)[1:-1] for char in line) + "\n")
 
 
 def progress(text: str) -> None:
-    """Shows how far long work is, if standard error is a terminal."""
+    """Shows the progress of long work, if standard error is a terminal."""
     if _shows_progress():
         _write_error(f"{_ERASE_LINE}{text}")
 
 
 def end_progress() -> None:
-    """Erases the progress, before anything else is written."""
+    """Erases the progress line; call it before anything else is written."""
     if _shows_progress():
         _write_error(_ERASE_LINE)
 
@@ -129,7 +129,7 @@ def _write_error(text: str) -> None:
         sys.stderr.write(text)
         sys.stderr.flush()
     except (OSError, ValueError):
-        # The interpreter must not try again at exit, which would change the status.
+        # Otherwise the interpreter would flush again at exit, and change the status.
         _discard(sys.stderr)
 
 
@@ -154,7 +154,7 @@ def write_as_utf8() -> None:
 def _status(work: Work, reason: Reason | None) -> int:
     try:
         return work() or OK
-    except _ReaderGone:
+    except _PipeClosed:
         return OK
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -175,7 +175,7 @@ def _status(work: Work, reason: Reason | None) -> int:
 
 
 class _Output:
-    """Standard output, whose failures cannot be taken for those of anything else."""
+    """Standard output, with exceptions of its own for its failures."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -197,16 +197,17 @@ def _of_standard_output() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        raise _ReaderGone from None
+        raise _PipeClosed from None
     except OSError as error:
         raise OutputFailed(f"standard output: {error.strerror or error}") from None
 
 
 def _open_closed_streams() -> None:
-    """Puts something in the place of standard streams that were closed before the start.
+    """Replaces standard streams that were closed before the start.
 
-    Otherwise the next file that is opened gets the number of the stream, and what is meant for the
-    stream goes into that file. Standard output is opened for reading, so that writing to it fails.
+    Otherwise the next file that is opened would get the descriptor of the stream, and output for
+    the stream would go into that file. Standard output is opened for reading, so that writing to it
+    fails.
     """
     for name, flags, mode in (
         ("stdin", os.O_RDONLY, "r"),
@@ -214,13 +215,13 @@ def _open_closed_streams() -> None:
         ("stderr", os.O_WRONLY, "w"),
     ):
         if getattr(sys, name) is None:
-            # The lowest free number, which is the stream's.
+            # The system assigns the lowest free descriptor, which is the stream's.
             descriptor = os.open(os.devnull, flags)
             setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8"))
 
 
 def _discard(stream: IO[str]) -> None:
-    """Lets what is left in the buffer of a stream go nowhere."""
+    """Redirects a stream to the null device, so that its buffer is discarded."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -228,7 +229,7 @@ def _discard(stream: IO[str]) -> None:
 
 
 def _reconfigure(stream: IO[str], **options: str) -> None:
-    # A stream that a test or another program has put there need not have an encoding.
+    # A replaced stream, for example in tests, may have no encoding.
     reconfigure = getattr(stream, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(**options)

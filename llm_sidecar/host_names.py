@@ -1,4 +1,4 @@
-"""Host names as `ALLOWED_HOSTS` and the header Host write them."""
+"""Host names in `ALLOWED_HOSTS` and in the header Host."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _IPV6: Final = re.compile(rf"\[([0-9a-f:.]+)\]{_PORT}")
 
 
 def host_name(text: str) -> str | None:
-    """The host in `host` or `host:port`, in the one spelling in which hosts are compared.
+    """The host of `host` or `host:port`, normalised so that hosts can be compared.
 
     Returns:
-        A name or IPv4 address in lower case and without the dot of the root, or an IPv6 address in
-        its shortest form and without brackets. None if the text is none of these.
+        A name or IPv4 address in lower case and without a trailing dot, or an IPv6 address in its
+        shortest form and without brackets. None if the text is none of these.
     """
     text = text.lower()
     if match := _NAME.fullmatch(text):

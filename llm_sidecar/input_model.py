@@ -40,9 +40,9 @@ IS_TEXT: Final = BeforeValidator(_text)
 DOCUMENTED_AS_TEXT: Final = Field(
     json_schema_extra={"pattern": r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]*$"}
 )
-"""Tells the OpenAPI document of a parameter what `IS_TEXT` checks."""
+"""Describes the check of `IS_TEXT` in the OpenAPI document."""
 Text = Annotated[str, IS_TEXT, DOCUMENTED_AS_TEXT]
-"""A checked string outside of an `InputModel`: a parameter in a path or a query."""
+"""A checked string outside of an `InputModel`: a path or query parameter."""
 
 
 def _digits(value: object) -> object:
@@ -53,7 +53,7 @@ def _digits(value: object) -> object:
 
 _INTEGER: Final = re.compile(r"-?[0-9]+")
 QueryInteger = Annotated[int, BeforeValidator(_digits)]
-"""An integer in a query. Pydantic would take `5.0`, `+5` and `1_000` as well."""
+"""An integer in a query. Pydantic would also accept `5.0`, `+5` and `1_000`."""
 
 
 def _text_or_object(value: object) -> object:
@@ -145,7 +145,7 @@ def summary(error: ValidationError) -> str:
 
 
 def _as_error(title: str, faults: Iterable[Fault]) -> ValidationError:
-    """One error for each location: the first, so that no field is reported twice."""
+    """Keeps only the first error of each location, so that no field is reported twice."""
     by_location: dict[Location, Fault] = {}
     for fault in faults:
         by_location.setdefault(fault.location, fault)

@@ -1,4 +1,4 @@
-"""How log lines look, and which request they belong to: JSON for machines, text for people.
+"""The format of log lines (JSON for machines, text for people), and the request they belong to.
 
 A module logs as usual; the fields of `log_context` are added to each line:
 
@@ -7,10 +7,10 @@ A module logs as usual; the fields of `log_context` are added to each line:
     ...
     fields.clear()  # the request has ended
 
-asyncio hands the context of the code that starts something on to it: to a task, a timer, a
-connection. Some of that outlives the request and has nothing to do with it. So the server clears
-the fields at the request's end, and work that outlives a request starts with `start_detached` (it
-belongs to no request) or with `start_owned` (it is still this request's, and keeps its id).
+asyncio copies the current context to each new task, timer and connection. Some of these outlive the
+request and do not belong to it. So the server clears the fields at the end of a request. Work that
+outlives a request starts with `start_detached` if it belongs to no request, or with `start_owned`
+if it still belongs to this one and keeps its id.
 """
 
 from __future__ import annotations
@@ -36,22 +36,25 @@ log = logging.getLogger(__name__)
 LogFormat = Literal["auto", "json", "text"]
 
 log_context: ContextVar[Mapping[str, str]] = ContextVar("log_context", default=MappingProxyType({}))
-"""Fields of every line of the request at hand, such as `request_id`: small texts, never a prompt or
+"""Fields of all log lines of the current request, such as `request_id`: short texts, never a prompt
+or
 a secret."""
 
 
 def start_detached(work: Coroutine[Any, Any, T], name: str | None = None) -> asyncio.Task[T]:
-    """A task that belongs to no request, whoever starts it: no request's id is in its log lines,
-    and its spans are in no request's trace."""
+    """Starts a task that belongs to no request: its log lines have no request id, and its spans are
+    in
+    no request's trace."""
     return asyncio.create_task(work, name=name, context=contextvars.Context())
 
 
 def start_owned(work: Coroutine[Any, Any, T], name: str | None = None) -> asyncio.Task[T]:
-    """A task for the request at hand that may outlive it: its log lines keep the request's id."""
+    """Starts a task of the current request that may outlive it: its log lines keep the request's
+    id."""
     context, fields = contextvars.copy_context(), dict(log_context.get())
     context.run(log_context.set, fields)
     task = asyncio.create_task(work, name=name, context=context)
-    # Connections that the work has opened may hold the fields for longer.
+    # Connections that the work has opened may outlive it and still hold the fields.
     task.add_done_callback(lambda _: fields.clear())
     return task
 

@@ -63,11 +63,10 @@ class HostLimits:
     """Bounds of a host; times in seconds.
 
     Attributes:
-        queue_length: requests that may run and wait at once.
-        request_timeout: from admission to the answer, for a call without a deadline of its own.
-        load_wait: how long a request waits at most for a model that is loading; None: as long as
-            its deadline allows.
-        load_timeout: how long a model may load.
+        queue_length: requests that may run and wait at once. request_timeout: from admission to the
+        answer, for a call without a deadline of its own. load_wait: maximum seconds that a request
+        waits for a loading model; None: until its deadline. load_timeout: how long a model may
+        load.
     """
 
     queue_length: int = 64
@@ -77,7 +76,8 @@ class HostLimits:
 
     @property
     def patience(self) -> float:
-        """How long a request without an earlier deadline waits for a model that is loading."""
+        """Maximum seconds that a request waits for a loading model, if its deadline is not
+        earlier."""
         if self.load_wait is None:
             return self.request_timeout
         return min(self.load_wait, self.request_timeout)
@@ -196,7 +196,7 @@ class ModelHost:
         return result
 
     def preload(self) -> None:
-        """Starts to load the model now instead of at the first request; it is not ready before.
+        """Starts to load the model now instead of at the first request; it is not ready until then.
 
         Raises:
             ModelUnavailable: its files are missing.
@@ -233,15 +233,16 @@ class ModelHost:
         await self._supervisor.swap_adapter(adapter)
 
     def available(self) -> bool:
-        """Whether a request that comes now would most likely be served in time."""
+        """Whether a request that arrives now would most likely be served in time."""
         return self.not_ready() is None
 
     def not_ready(self) -> str | None:
-        """Why it would not be; None if it would. See `Supervisor.not_ready`."""
+        """Why it would not; None if it would. See `Supervisor.not_ready`."""
         return self._supervisor.not_ready()
 
     def refuse_waiting(self) -> None:
-        """Refuses requests that wait for the model to load, now and later: the server drains."""
+        """Refuses requests that wait for the model to load, from now on; call it when the server
+        drains."""
         self._supervisor.refuse_waiting()
 
     def status(self) -> dict[str, Any]:

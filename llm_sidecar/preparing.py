@@ -1,4 +1,4 @@
-"""The command line of `python -m llm_sidecar.loader`, which prepares models and adapters."""
+"""The command line `python -m llm_sidecar.loader`, which converts models and adapters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @app.callback(invoke_without_command=True)
 def _no_command(context: typer.Context) -> None:
-    """Prepare models and adapters for the sidecar."""
+    """Convert models and adapters for the sidecar."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -33,47 +33,52 @@ def _no_command(context: typer.Context) -> None:
 @app.command("convert")
 def _convert(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A transformers folder.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that is not there yet.")],
-    precision: Annotated[Precision, typer.Option(help="Of the weights.")] = "int4",
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder; it must not exist.")],
+    precision: Annotated[Precision, typer.Option(help="The precision of the weights.")] = "int4",
 ) -> None:
-    """Make an onnxruntime-genai folder from a transformers one."""
+    """Convert a transformers folder for onnxruntime-genai."""
     agreement = convert(source, out, precision, command_line.say)
     distances = ", ".join(f"{distance:.3f}" for distance in agreement.distances)
     typer.echo(
-        f"{out} agrees with {source}: their next tokens are {agreement.mean:.3f} apart on average "
-        f"({distances})"
+        f"{out} agrees with {source}: the probabilities of their next tokens differ by "
+        f"{agreement.mean:.3f} on average ({distances})"
     )
 
 
 @app.command("adapter")
 def _adapter(
-    source: Annotated[Path, typer.Argument(metavar="PEFT_DIR", help="A folder that PEFT wrote.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="PEFT_DIR", help="A folder with a PEFT adapter.")
+    ],
     out: Annotated[
         Path,
         typer.Argument(
             metavar="OUT_DIR",
-            help="A folder that is not there yet: YYYYMMDD or YYYYMMDD-dpo, in PHI3_ADAPTER_DIR.",
+            help="The new folder, which must not exist: YYYYMMDD or YYYYMMDD-dpo in "
+            "PHI3_ADAPTER_DIR.",
         ),
     ],
     model: Annotated[
         Path | None,
         typer.Option(
             help="The Phi-3 model that the adapter is for: its file or folder. Default: "
-            "MICRO_LLM_MODEL_PATH, or the demo model where no other is there."
+            "MICRO_LLM_MODEL_PATH, else the model at its default path, else the demo model."
         ),
     ] = None,
 ) -> None:
-    """Make an adapter for Phi-3 on onnxruntime-genai from a PEFT one."""
+    """Convert a PEFT adapter for Phi-3 on onnxruntime-genai."""
     base = _base_model(model)
     moved = convert_adapter(source, base.folder, out)
-    typer.echo(f"{out} moves the next tokens of {base.label} by {moved:.3f} on average")
+    typer.echo(
+        f"{out} changes the probabilities of {base.label}'s next tokens by {moved:.3f} on average"
+    )
 
 
 def _base_model(model: Path | None) -> loader.ModelFiles:
     settings = Settings.from_environ()
     if model is not None:
         settings = settings.model_copy(update={"phi3_path": model})
-    # As `make serve` does. A path that is set and wrong is still an error.
+    # The demo model is a fallback, as with `make serve`. A wrong path in the setting is an error.
     base = loader.locate_phi3(settings.model_copy(update={"demo": True}))
     if base.folder == loader.DEMO_DIR / "phi3" and not settings.demo and model is None:
         command_line.say(

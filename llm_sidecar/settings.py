@@ -93,7 +93,7 @@ class Settings(BaseModel):
         alias="LANCEDB_LOG_DIR",
         description="the path of a folder, for the log of a database on an s3:// address",
     )
-    """The write-ahead log of a database on `s3://`. A local database keeps its log in its folder."""
+    """The write-ahead log of a database on `s3://`. A local database has it in its own folder."""
     demo: bool = Field(False, alias="SIDECAR_DEMO", description="true or false")
     """Whether a demo model replaces a model that is neither configured nor at its default path."""
     preload: bool = Field(False, alias="PRELOAD_MODELS", description="true or false")
@@ -287,7 +287,7 @@ class Settings(BaseModel):
         le=3600,
         description="seconds, above 0 up to 3600",
     )
-    """How long a client may take to send a request's headers. After that its connection is closed."""
+    """How long a client may take to send a request's headers. Then its connection is closed."""
     send_timeout: float = Field(
         20.0,
         alias="SEND_TIMEOUT_SECONDS",
@@ -295,7 +295,7 @@ class Settings(BaseModel):
         le=3600,
         description="seconds, above 0 up to 3600",
     )
-    """How long a client may read nothing of its answer. After that its connection is reset."""
+    """How long a client may read nothing of its answer. Then its connection is reset."""
     body_timeout: float = Field(
         10.0,
         alias="BODY_TIMEOUT_SECONDS",

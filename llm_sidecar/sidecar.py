@@ -185,7 +185,8 @@ class Sidecar:
                     log.error("%s", error.detail)
 
     def refuse_waiting(self) -> None:
-        """Refuses requests that wait for a model to load, now and later: the server drains."""
+        """Refuses requests that wait for a model to load, from now on; call it when the server
+        drains."""
         self.phi3.refuse_waiting()
         self.hermes.refuse_waiting()
 
@@ -302,7 +303,7 @@ class Sidecar:
         try:
             score = await self._score(proposal, context)
         except InvalidRequest as error:
-            # An engine knows one text, the prompt; the caller sent these fields.
+            # An engine's errors are about the prompt, but the caller sent these fields.
             fields = "proposal: it" if context is None else "proposal and context: their text"
             raise InvalidRequest(f"{fields} {error.detail.removeprefix('prompt: it ')}") from None
         rationale = proposal.get("rationale")
@@ -343,7 +344,7 @@ class Sidecar:
         stored_in = self.archive.database_id or self._name
         event = {"feedback_id": feedback_id, "stored_in": stored_in}
         if author is not None:
-            # Left out otherwise: sidecars of before there were authors refuse the field.
+            # Omitted otherwise, because version 0.1.0 refuses the field.
             event["author"] = author
         await self._publish(FEEDBACK_SUBMITTED, feedback.model_dump(mode="json") | event)
         return feedback_id, outcome
@@ -393,7 +394,7 @@ class Sidecar:
             await asyncio.to_thread(self._remembered.save, chosen)
 
     async def _take_adapter(self, chosen: Path | None, asked: float) -> None:
-        """Swaps to another adapter than the one in use."""
+        """Switches to an adapter that is not in use."""
         refused, when, why = self._last_refusal
         if refused == chosen and when > asked:
             # A client timed out and retried while this adapter was still loading.
@@ -411,7 +412,7 @@ class Sidecar:
             "seconds": round(time.monotonic() - began, 1),
         }
         log.info(
-            "phi3 has swapped its adapter %s for %s in %.1f s",
+            "phi3 changed its adapter from %s to %s in %.1f s",
             fields["previous_adapter"] or "none",
             fields["adapter"] or "none",
             fields["seconds"],
@@ -430,9 +431,9 @@ class Sidecar:
         return None if adapter is None else loader.adapter_date(adapter)
 
     def missing(self) -> dict[str, str]:
-        """Why the next proposal or feedback would fail, by part; empty where both would succeed.
+        """Why the next proposal or feedback would fail, by part; empty if both would succeed.
 
-        Redis or LanceDB being away is no reason: what they are to get waits.
+        Outages of Redis or LanceDB do not count, because events and rows wait for them.
         """
         reasons = {
             "phi3": self.phi3.not_ready(),
@@ -442,7 +443,7 @@ class Sidecar:
         return {name: reason for name, reason in reasons.items() if reason is not None}
 
     def status(self) -> Literal["ok", "partial_error", "error"]:
-        """The state of the whole: `error` where there is no model at all."""
+        """The overall state: `error` if no model is available."""
         missing = self.missing()
         if {"phi3", "hermes"} <= set(missing):
             return "error"
@@ -450,7 +451,7 @@ class Sidecar:
         return "ok" if whole and not missing else "partial_error"
 
     def health(self) -> dict[str, Any]:
-        """The state of the whole and of each part: JSON types only."""
+        """The overall state and the state of each part: JSON types only."""
         models = {"phi3": self.phi3.status(), "hermes": self.hermes.status()}
         bus = self.bus.status()
         date = self.adapter_date()

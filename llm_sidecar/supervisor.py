@@ -64,8 +64,8 @@ class Supervisor:
             locate: finds the files at every load; raises ModelUnavailable.
             spec: what the worker is told to load, beside files, prefix and adapter.
             prefix: what it has read before it counts as ready, as it is at present.
-            load_wait: seconds for which a request waits at most for a model that is loading.
-            patience: seconds for which a request waits for it at most, whatever sets the limit.
+            load_wait: maximum seconds that a request waits for a loading model, if set.
+            patience: the same, or the request timeout if that is shorter.
             load_timeout: seconds that a model may load.
             drain_timeout: seconds that a replaced worker has for the requests it still serves.
             on_death: is called with a worker that has ended unexpectedly.
@@ -121,7 +121,7 @@ class Supervisor:
         self._supervising = start_detached(self._supervise())
 
     def preload(self) -> None:
-        """Starts to load the model, which does not count as available before it is loaded.
+        """Starts to load the model, which does not count as ready before it is loaded.
 
         Raises:
             ModelUnavailable: its files are missing.
@@ -132,11 +132,11 @@ class Supervisor:
     async def ready(self, by: float) -> WorkerProcess:
         """The worker, as soon as it is ready.
 
-        With a `load_wait`, the replacement of a worker that has died meanwhile is waited for as
-        long as a first load.
+        If a worker dies during the wait and `load_wait` is set, the wait for its replacement is as
+        long as for a first load.
 
         Raises:
-            ModelUnavailable: it is not ready by then, or certainly will not be.
+            ModelUnavailable: it is not ready by then, or it is certain that it will not be.
         """
         while True:
             if self._supervising is None or self._supervising.done():
@@ -157,28 +157,29 @@ class Supervisor:
             await asyncio.sleep(0)
 
     def check_waiting(self, by: float) -> None:
-        """Raises ModelUnavailable where waiting for the model until then is of no use."""
+        """Raises ModelUnavailable if it is useless to wait for the model until then."""
         if self._refuses_waiting and not self.loaded:
             raise _shutting_down()
         if self._state != "failed":
             return
         self._locate()
-        # After a failed load the next one most likely fails too; a worker that has served and died
-        # is replaced soon.
+        # After a failed load, the next one most likely fails too. But a worker that has served
+        # before it died is replaced soon.
         if self._load_failed or self._next_load > self._latest(by):
             raise self.not_loaded()
 
     def _latest(self, by: float) -> float:
-        """Until when a request waits that is to have a worker by then."""
+        """How long a request waits for a worker: until `by`, or longer if one died during the
+        wait."""
         return by if self._load_wait is None else max(by, self._died + self._load_wait)
 
     @property
     def loaded(self) -> bool:
-        """Whether there is a worker that serves requests."""
+        """Whether a worker serves requests."""
         return self._state == "ready"
 
     def not_loaded(self) -> ModelUnavailable:
-        """The error for a request that waits for the model no longer."""
+        """The error for a request that stops waiting for the model."""
         if self._state == "failed":
             return ModelUnavailable(
                 f"The {self._name} model is not available: {self._reason}.",
@@ -187,7 +188,8 @@ class Supervisor:
         return ModelUnavailable(f"The {self._name} model is still loading.", retry_after=5)
 
     def refuse_waiting(self) -> None:
-        """Refuses requests that wait for the model to load, now and later: the server drains."""
+        """Refuses requests that wait for the model to load, from now on; call it when the server
+        drains."""
         self._refuses_waiting = True
         if self._worker is not None and not self._worker.done():
             waited_for, self._worker = self._worker, asyncio.get_running_loop().create_future()
@@ -223,10 +225,10 @@ class Supervisor:
         raise AdapterRejected(f"{what} is refused: {reason}")
 
     def not_ready(self) -> str | None:
-        """Why a request that comes now would most likely not be served in time; None if it would.
+        """Why a request that arrives now would most likely not be served in time; None if it would.
 
-        A lazy model counts as ready while it is unloaded and its files are there, and while its
-        first load has not taken longer than a request waits.
+        A lazy model counts as ready while it is unloaded and its files exist, and while its first
+        load has not taken longer than a request waits.
         """
         if self._state == "ready":
             return None
@@ -440,5 +442,5 @@ def _shutting_down() -> ModelUnavailable:
 
 def _fail_future(future: asyncio.Future[WorkerProcess], error: ModelUnavailable) -> None:
     future.set_exception(error)
-    # Perhaps nobody waits for it, and asyncio would report an exception that nobody retrieves.
+    # If nothing waits for the future, asyncio would report that its exception was never retrieved.
     future.exception()

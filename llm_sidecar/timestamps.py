@@ -58,7 +58,7 @@ def _not_ahead(value: datetime.datetime) -> datetime.datetime:
 
 Timestamp = Annotated[
     datetime.datetime,
-    # A `date` object is taken as well.
+    # Not strict: a `date` object is valid too.
     Strict(False),
     BeforeValidator(_read),
     AfterValidator(_as_utc),

@@ -96,7 +96,7 @@ class WorkerProcess:
             label, adapter: names of what it is to load, for the attributes.
             on_tokens: is called with the number of new completion tokens, as they are generated.
         """
-        # A worker outlives the request that starts it, and so do its connection and its reader.
+        # The worker, its connection and its reader outlive the request that starts them.
         starting = start_detached(cls._start(label, adapter, on_tokens))
         try:
             return await asyncio.shield(starting)

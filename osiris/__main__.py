@@ -1,6 +1,6 @@
-"""The server's command: `python -m osiris`, which takes uvicorn's options.
+"""The command that starts the server: `python -m osiris`, with uvicorn's options.
 
-The environment configures the sidecar, and `UVICORN_…` variables stand for options.
+Environment variables configure the sidecar. Each option also has a variable, `UVICORN_…`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FIXED: Final[dict[str, Any]] = {
     "factory": False,
     "interface": "asgi3",
     "lifespan": "on",
-    # Connections are the app's own kind of this one: see `osiris.connection`.
+    # The app replaces it with a subclass: see `osiris.connection`.
     "http": "h11",
     "http2": False,
     "ws": "none",
@@ -32,29 +32,30 @@ _FIXED: Final[dict[str, Any]] = {
     "ws_per_message_deflate": False,
     "timeout_worker_healthcheck": 1,
 }
-"""Parameters of uvicorn that are not options of ours."""
+"""Parameters of uvicorn that this command does not offer as options."""
 _KEEP_ALIVE: Final = 15
-"""Seconds: clients commonly drop idle connections after 5, and a client should be the first."""
+"""Seconds. Clients commonly close idle connections after 5; a client should close before the
+server."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the server, and exits with its status: 0 after a signal, 1 for a bad setting, 2 for a
-    bad option, 3 where the start fails."""
+    """Runs the server, and exits with its status: 0 after a signal, 1 for a bad setting or
+    certificate, 2 for a bad option, 3 if the start fails."""
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-        # Until the app itself handles it, and in a reloader, which only knows the other.
+        # For the time until the app handles SIGHUP, and for a reloader, which handles SIGTERM only.
         signal.signal(signal.SIGHUP, lambda number, frame: signal.raise_signal(signal.SIGTERM))
     command().main(args=None if argv is None else list(argv), prog_name="osiris-sidecar")
 
 
 def command() -> click.Command:
-    """uvicorn's command for this app alone."""
+    """uvicorn's command, for this app only."""
     return click.Command(
         "osiris-sidecar",
         params=[_parameter(one) for one in uvicorn_main.params if one.name not in _FIXED],
         callback=_serve,
         context_settings={"auto_envvar_prefix": "UVICORN"},
-        help="Serves the Osiris LLM sidecar. Environment variables configure it; the options are "
-        "uvicorn's, and UVICORN_… variables stand for them.",
+        help="Serves the Osiris LLM sidecar. Environment variables configure it. The options are "
+        "uvicorn's; each can also be set as a variable with the prefix UVICORN_.",
     )
 
 
@@ -65,7 +66,7 @@ def _parameter(parameter: click.Parameter) -> click.Parameter:
     elif changed.name == "timeout_keep_alive":
         changed.default = _KEEP_ALIVE
     elif changed.name == "workers" and isinstance(changed, click.Option):
-        changed.help = "1: every other worker would load the models again."
+        changed.help = "Must be 1: each further worker would load the models again."
     return changed
 
 
@@ -75,7 +76,7 @@ def _serve(**options: Any) -> None:
     try:
         uvicorn_main.callback(**_FIXED, **options)
     except OSError as error:
-        # A file that an option names, or a socket that cannot be had.
+        # For example a certificate that is invalid.
         raise click.ClickException(f"the server cannot start: {error}") from None
 
 
@@ -86,25 +87,25 @@ def _check(options: dict[str, Any]) -> None:
         workers, asked = os.environ.get("WEB_CONCURRENCY") or 1, "WEB_CONCURRENCY"
     if str(workers) != "1":
         raise click.UsageError(
-            f"{asked}: every worker would load the models again, so there is one; to serve more, "
-            "run more sidecars behind a load balancer."
+            f"{asked}: there can only be 1 worker, because each one would load the models again; "
+            "to serve more requests, run more sidecars behind a load balancer."
         )
     options["workers"] = 1
     if options["ssl_keyfile"] and not options["ssl_certfile"]:
         raise click.UsageError("--ssl-keyfile needs --ssl-certfile.")
     for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
         if path := options[name]:
-            _look(name, lambda path: Path(path).open("rb").close(), path)
+            _try_option(name, lambda path: Path(path).open("rb").close(), path)
     if path := options["uds"]:
-        _look("uds", lambda path: Path(path).parent.stat(), path)
+        _try_option("uds", lambda path: Path(path).parent.stat(), path)
     if (number := options["fd"]) is not None:
-        _look("fd", os.fstat, number)
+        _try_option("fd", os.fstat, number)
 
 
-def _look(name: str, look: Callable[[Any], object], value: object) -> None:
-    """Refuses an option whose file is not there, with one sentence instead of a traceback."""
+def _try_option(name: str, use: Callable[[Any], object], value: object) -> None:
+    """Refuses an option whose file cannot be used, with one sentence instead of a traceback."""
     try:
-        look(value)
+        use(value)
     except OSError as error:
         option = "--" + name.replace("_", "-")
         raise click.UsageError(f"{option} cannot be used: {error}") from None

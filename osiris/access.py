@@ -1,4 +1,4 @@
-"""API keys: who may ask, and by which name the log and stored feedback know them."""
+"""API keys: which requests are allowed, and the names of keys in the log and in stored feedback."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from llm_sidecar.api_keys import ApiKey
 from osiris.paths import is_documentation, is_metrics, is_probe
 
 _DETAIL: Final = (
-    "This needs an API key that the server knows: send it as Authorization: Bearer KEY, or as "
-    "X-API-Key: KEY."
+    "This needs a valid API key: send it as Authorization: Bearer KEY, or as X-API-Key: KEY."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whose key a request came with.
+    """The key of a request.
 
     Attributes:
         label: for the log: the key's name, or `#` and its position in the setting, counted from 1.
@@ -36,7 +35,7 @@ class Caller:
 
 
 def caller(scope: Mapping[str, Any]) -> Caller | None:
-    """Whose valid key a request came with; None without one, and where no keys are configured."""
+    """The valid key of a request; None without one, and if no keys are configured."""
     found: Caller | None = scope.get("state", {}).get("caller")
     return found
 
@@ -53,14 +52,13 @@ Author = Annotated[str | None, Depends(_author)]
 class ApiKeys:
     """Answers 401 to a request without a valid key, before its body is read.
 
-    The probes and the documentation need no key, and neither do the metrics unless
-    `metrics_need_key`. Whose key a
-    request has shown is in its `scope["state"]`: see `caller`.
+    The probes and the documentation need no key. Neither do the metrics, unless `metrics_need_key`.
+    `caller` returns the key of a request.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[ApiKey], metrics_need_key: bool) -> None:
         self._app = app
-        # Hashes have one length, so that a comparison does not tell how long a key is.
+        # Hashes have the same length, so that comparing them does not reveal the length of a key.
         self._keys = [
             (_hash(key.secret.get_secret_value().encode()), Caller(key.name or f"#{n}", key.name))
             for n, key in enumerate(keys, 1)
@@ -96,7 +94,7 @@ class ApiKeys:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             shown.append(token.strip())
-        # Every key is compared with, so that the time does not tell which one it was.
+        # All keys are compared, so that the time does not reveal which one matched.
         matches = [
             known
             for digest in [_hash(key.encode("latin-1")) for key in shown]

@@ -1,4 +1,4 @@
-"""Admission: how many requests are at work at once, and none once the server is to end."""
+"""Admission control: a maximum number of running requests, and none while the server drains."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from osiris.shutdown import Shutdown
 
 _ENDING: Final = "The server is shutting down; try again."
 _RETRY_ENDING: Final = 5
-"""Seconds until another server, or this one again, is likely to be there."""
+"""Seconds until another server, or this one after a restart, is likely to answer."""
 _RETRY_FULL: Final = 1
 _BODY_SECONDS: Final = 1.0
 _BODY_BYTES: Final = 1 << 20
 
 
 class Admission:
-    """Answers 429 beyond `max_requests` at once, and 503 while the server drains; probes and
-    metrics are always let through."""
+    """Answers 429 beyond `max_requests` running requests, and 503 while the server drains. Probes
+    and
+    metrics always pass."""
 
     def __init__(self, app: ASGIApp, max_requests: int, shutdown: Shutdown) -> None:
         self._app = app
@@ -38,13 +39,13 @@ class Admission:
         if is_probe_or_metrics(scope):
             await self._app(scope, receive, answer.send if self._shutdown.draining else send)
         elif self._shutdown.draining:
-            await _read_away(receive)
+            await _discard_body(receive)
             await _ending(scope, receive, answer.send)
         elif self._shutdown.running >= self._max_requests:
-            # The connection stays open, and what comes of the body is thrown away unread.
+            # The connection stays open, and uvicorn discards the body.
             await _refusal(
                 429,
-                f"{self._max_requests} requests are at work, which is MAX_CONCURRENT_REQUESTS; "
+                f"{self._max_requests} requests are running, which is MAX_CONCURRENT_REQUESTS; "
                 "try again later.",
                 _RETRY_FULL,
             )(scope, receive, send)
@@ -59,14 +60,14 @@ class Admission:
                 task = asyncio.current_task()
                 if not self._shutdown.draining or task is None:
                     raise
-                # Its grace period is over; what has begun cannot be taken back.
+                # The grace period is over. A response that has begun cannot be replaced.
                 task.uncancel()
                 if not answer.begun:
                     await _ending(scope, receive, answer.send)
 
 
 class _Answer:
-    """What is sent, in whose head a client is told to leave once the server drains."""
+    """Sends an answer, with `Connection: close` while the server drains."""
 
     def __init__(self, send: Send, shutdown: Shutdown) -> None:
         self._send = send
@@ -89,9 +90,10 @@ async def _ending(scope: Scope, receive: Receive, send: Send) -> None:
     await _refusal(503, _ENDING, _RETRY_ENDING)(scope, receive, send)
 
 
-async def _read_away(receive: Receive) -> None:
-    """Reads what is sent anyway: closing a connection over unread bytes resets it, and the client
-    may lose the answer."""
+async def _discard_body(receive: Receive) -> None:
+    """Reads the body, within limits: if a connection is closed while bytes are unread, it is reset,
+    and
+    the client may lose the answer."""
     taken = 0
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_BODY_SECONDS):

@@ -1,5 +1,5 @@
-"""A FastAPI route with the checks that FastAPI lacks: how a body is encoded, and which query
-parameters are sent twice."""
+"""A FastAPI route with checks that FastAPI lacks: the encoding of the body, and query parameters
+that are sent twice."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _CONTENT_ENCODING: Final = (
 
 
 class ClientGone(Exception):
-    """The client disconnected, so nobody waits for an answer."""
+    """The client has disconnected."""
 
 
 class CheckedRoute(APIRoute):
     """Refuses a body that is not a JSON object, and a repeated query parameter.
 
-    An empty body is no body, whatever its headers say.
+    An empty body counts as no body, whatever the headers say.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -80,10 +80,10 @@ async def _check_body(request: Request) -> None:
     try:
         value = await request.json()
     except (ValueError, RecursionError):
-        # FastAPI reads it again, and says where it is not JSON.
+        # FastAPI parses it again, and reports where it is not valid JSON.
         return
     if not isinstance(value, dict):
-        # FastAPI takes null for no body where a body is optional.
+        # FastAPI would treat null as no body if the body is optional.
         error = {"type": "dict_type", "loc": ("body",), "msg": "Input should be an object"}
         raise RequestValidationError([error])
 
@@ -91,8 +91,8 @@ async def _check_body(request: Request) -> None:
 def _header_fault(headers: Headers) -> str | None:
     """What is wrong with the headers that describe a body, or None.
 
-    A missing Content-Type is refused as well: a page of another origin may send such a body without
-    asking first.
+    A missing Content-Type is also refused: a page of another origin can send such a body without a
+    CORS preflight.
     """
     encodings = ",".join(headers.getlist("content-encoding")).lower().split(",")
     if {encoding.strip() for encoding in encodings} - {"", "identity"}:
@@ -102,7 +102,7 @@ def _header_fault(headers: Headers) -> str | None:
         return _CONTENT_TYPE
     message = Message()
     message["content-type"] = declared[0]
-    # As FastAPI reads it, which would take the body for bytes otherwise.
+    # The same rule as FastAPI's, which would otherwise treat the body as bytes.
     subtype = message.get_content_subtype()
     is_json = subtype == "json" or subtype.endswith("+json")
     if message.get_content_maintype() != "application" or not is_json:

@@ -1,9 +1,9 @@
-"""One HTTP connection, within limits: uvicorn's h11 protocol with bounds on size, time and number.
+"""HTTP connections with limits: uvicorn's h11 protocol with bounds on size, time and number.
 
 uvicorn's other parser, httptools, answers a bare `/health` in half the processor time (0.14 ms
 against 0.27 ms a request). It also loses the body of a request that offers an `Upgrade`, adds a
-chunked body's trailers to the request's headers, and bounds neither headers nor pipelined requests.
-h11 does all of this right, and a proposal takes far longer than its 0.13 ms.
+chunked body's trailers to the request's headers, and limits neither headers nor pipelined requests.
+h11 has none of these faults, and a proposal takes far longer than the 0.13 ms that it costs.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from osiris.transport import WatchedTransport
 log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES: Final = 1 << 16
-"""Request line and header fields together; also a chunk's size line, and trailers."""
+"""Request line and headers together; also a chunk's size line, and trailers."""
 _RESERVED: Final = 64
-"""Connections beyond MAX_CONNECTIONS, on which probes and metrics are answered."""
+"""Connections beyond MAX_CONNECTIONS, on which only probes and metrics are answered."""
 _RESERVED_SECONDS: Final = 2.0
-"""How long one of these has to send its request."""
+"""How long a client has to send its request on one of these."""
 _OTHER_FILES: Final = 512
 """Files that the process needs beside its connections: models, database, workers, event bus."""
 _TRIM_AFTER: Final = 0.5
-_PROBE_SECONDS: Final = (0.05, 0.2, 0.5)
+_POLL_SECONDS: Final = (0.05, 0.2, 0.5)
 _CLOSE: Final = (b"connection", b"close")
 _ABSOLUTE: Final = re.compile(rb"https?://[^/?#]+", re.IGNORECASE)
 _DETAILS: Final = {
@@ -60,15 +60,16 @@ _FULL: Final = JSONResponse(
 
 @dataclass
 class ConnectionLimits:
-    """What all connections of a server share.
+    """The limits and the state that all connections of a server share.
 
     Attributes:
-        most: connections that are served.
-        head_seconds: how long a client has to send a request's head, or the rest of a body that is
-            no longer needed.
+        most: maximum number of connections with normal service.
+        head_seconds: how long a client has to send the headers of a request, or the rest of a body
+            that is no longer needed.
         stall_seconds: how long a client may read nothing of an answer.
-        draining: whether each answer is its connection's last.
+        draining: whether each answer is the last one on its connection.
         reserved: the connections beyond `most`, oldest first.
+        trim: the timer that returns freed memory to the system, if one runs.
     """
 
     most: int
@@ -78,10 +79,10 @@ class ConnectionLimits:
     reserved: dict[Connection, None] = field(default_factory=dict)
     trim: asyncio.TimerHandle | None = None
 
-    def given_up(self) -> None:
-        """Notes that an answer is given up: soon its memory is free, and goes back to the system"""
+    def on_stall(self) -> None:
+        """Logs a client that does not read; soon returns the memory of its answer to the system."""
         log.info(
-            "a client read nothing of its answer for %g s; its connection is closed",
+            "a client read nothing of its answer for %g s; its connection is reset",
             self.stall_seconds,
         )
         if self.trim is None:
@@ -93,7 +94,7 @@ class ConnectionLimits:
 
 
 def limit_connections(config: Config, settings: Settings, draining: Callable[[], bool]) -> None:
-    """Makes the server's connections, from now on, ones within limits."""
+    """Applies the limits to all connections that the server accepts from now on."""
     limits = ConnectionLimits(
         most=settings.max_connections,
         head_seconds=settings.header_timeout,
@@ -102,7 +103,7 @@ def limit_connections(config: Config, settings: Settings, draining: Callable[[],
     )
     if config.h11_max_incomplete_event_size is None:
         config.h11_max_incomplete_event_size = MAX_HEAD_BYTES
-    # uvicorn calls it for each connection; it need not be a class.
+    # uvicorn only calls it, once for each connection, so it need not be a class.
     config.http_protocol_class = functools.partial(  # type: ignore[assignment]
         Connection, limits=limits
     )
@@ -116,8 +117,8 @@ def _allow_files(files: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         if wanted < files:
             log.warning(
-                "this process may open %d files, too few for MAX_CONNECTIONS: raise the limit to "
-                "%d, or lower MAX_CONNECTIONS",
+                "this process may open only %d files, too few for MAX_CONNECTIONS: raise the limit "
+                "to %d, or lower MAX_CONNECTIONS",
                 wanted,
                 files,
             )
@@ -149,12 +150,12 @@ class Connection(H11Protocol):
         self.app = self._answer
         self._timer: asyncio.TimerHandle | None = None
         self._is_reserved = False
-        self._probes = list(_PROBE_SECONDS)
+        self._poll_seconds = list(_POLL_SECONDS)
         self.active_at = self.loop.time()
 
     @property
     def is_busy(self) -> bool:
-        """Whether a request waits for its answer, or for the end of it."""
+        """Whether a request is not fully answered yet."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -163,11 +164,11 @@ class Connection(H11Protocol):
             self.loop,
             self._limits.stall_seconds,
             still_sending=self._is_client_sending,
-            on_stall=self._limits.given_up,
+            on_stall=self._limits.on_stall,
         )
         super().connection_made(watched)  # type: ignore[arg-type]
         if len(self.connections) > self._limits.most:
-            self._take_reserved_place()
+            self._become_reserved()
         self._watch_client()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -187,21 +188,21 @@ class Connection(H11Protocol):
         self._watch_client()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
-        """Whether the connection stays open, after a client has said that it sends no more.
+        """Whether the connection stays open after the client has closed its sending side.
 
-        One that has sent its request may wait for the answer, or be gone altogether: both look the
-        same, until it is sent something. To `100 Continue` a client that is gone answers with a
-        reset, and one that waits ignores it.
+        The client may still wait for the answer, or it may have disconnected. To tell the two
+        apart, the server has to send something: after a `100 Continue`, the system of a client that
+        has disconnected replies with a reset, and a waiting client ignores it.
         """
         waits = self.is_busy and not self.cycle.more_body and not self.cycle.response_started
         if not waits or self.scheme == "https":
             return None
         if self.conn.their_http_version == b"1.1":
-            going_on = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
-            self.transport.write(self.conn.send(going_on) or b"")
-        # A closed connection must not be used again.
+            interim = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
+            self.transport.write(self.conn.send(interim) or b"")
+        # The client sends no further request on this connection.
         self.cycle.keep_alive = False
-        self._look_for_client()
+        self._abort_if_reset()
         return True
 
     def on_response_complete(self) -> None:
@@ -213,19 +214,20 @@ class Connection(H11Protocol):
             super().shutdown()
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what is no HTTP, or too long."""
+        """Answers a request that is not valid HTTP or too long; uvicorn calls it."""
         refusal = self.conn.refusal
         self._refuse(refusal.error_status_hint if refusal is not None else 400)
 
     def _should_upgrade(self) -> bool:
-        """Never: an offer may be ignored, and the request is answered as it is."""
+        """Never: a server may ignore `Upgrade` and answer the request over HTTP/1.1."""
         return False
 
-    def _take_reserved_place(self) -> None:
+    def _become_reserved(self) -> None:
         reserved = self._limits.reserved
         if not reserved:
             log.warning(
-                "%d connections are open, which is MAX_CONNECTIONS; others get 503, but for probes",
+                "%d connections are open, which is MAX_CONNECTIONS; on further ones only probes "
+                "and metrics are answered",
                 self._limits.most,
             )
         reserved[self] = None
@@ -236,9 +238,9 @@ class Connection(H11Protocol):
             silent.transport.abort()
 
     def _answer(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """The app, whose last answer on a connection says that it is the last.
+        """Calls the app; adds `Connection: close` to the last answer on a connection.
 
-        No coroutines of its own: every request passes here, the probes too.
+        Not a coroutine, to cost little: every request passes here, even the probes.
         """
 
         def send_last(message: Message) -> Awaitable[None]:
@@ -257,9 +259,10 @@ class Connection(H11Protocol):
         return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
 
     def _watch_client(self) -> None:
-        """Bounds the time in which a client sends a head, or the rest of a body after its answer.
+        """Limits the time for the headers of a request, and for the rest of a body after the
+        answer.
 
-        The app itself bounds the time of a body that it reads.
+        The app limits the time of a body that it reads.
         """
         waits = not self.is_busy and self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
         if not waits or self.transport.is_closing():
@@ -268,23 +271,25 @@ class Connection(H11Protocol):
             seconds = self._limits.head_seconds
             if self._is_reserved:
                 seconds = min(seconds, _RESERVED_SECONDS)
-            self._timer = self.loop.call_later(seconds, self._give_up_client)
+            self._timer = self.loop.call_later(seconds, self._time_out)
 
     def _unwatch_client(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _give_up_client(self) -> None:
+    def _time_out(self) -> None:
         self._timer = None
         if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
             self._refuse(408)
         else:
             self.transport.close()
 
-    def _look_for_client(self) -> None:
-        """Aborts a connection that the client has reset. asyncio looks at no connection whose end
-        it has read, so this does."""
+    def _abort_if_reset(self) -> None:
+        """Aborts the connection if the client has reset it, and checks again later.
+
+        asyncio does not watch a connection after its end of file.
+        """
         if self.transport.is_closing() or not self.is_busy:
             return
         poll = select.poll()
@@ -292,12 +297,13 @@ class Connection(H11Protocol):
         if poll.poll(0):
             self.transport.abort()
             return
-        seconds = self._probes.pop(0) if len(self._probes) > 1 else self._probes[0]
-        self.loop.call_later(seconds, self._look_for_client)
+        waits = self._poll_seconds
+        seconds = waits.pop(0) if len(waits) > 1 else waits[0]
+        self.loop.call_later(seconds, self._abort_if_reset)
 
     def _refuse(self, status: int) -> None:
         if self.is_busy:
-            # Its app waits for the rest of the body, and must not answer as well.
+            # The app waits for the rest of the body. It must not send a second answer.
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
@@ -322,8 +328,8 @@ class Connection(H11Protocol):
 
 
 class _Parser(h11.Connection):
-    """h11's parser, which also bounds a head that arrives at once, and refuses a body whose length
-    is given twice: proxies disagree about where such a request ends.
+    """h11's parser with two more checks. The size limit of the headers also holds if they arrive at
+    once. A body whose length is given twice is refused: proxies disagree where such a request ends.
 
     Attributes:
         refusal: why the latest request is refused.
@@ -338,7 +344,7 @@ class _Parser(h11.Connection):
         """The next event.
 
         Raises:
-            h11.RemoteProtocolError: the client's bytes are no HTTP, or too many.
+            h11.RemoteProtocolError: the request is not valid HTTP, or too long.
         """
         try:
             event = super().next_event()
@@ -359,7 +365,7 @@ class _Parser(h11.Connection):
         if is_chunked and (has_length or request.http_version < b"1.1"):
             raise h11.RemoteProtocolError("two lengths")
         if not request.http_version.startswith(b"1."):
-            raise h11.RemoteProtocolError("another HTTP")
+            raise h11.RemoteProtocolError("unsupported HTTP version")
         if prefix := _ABSOLUTE.match(request.target):
             target = request.target[prefix.end() :]
             return h11.Request(

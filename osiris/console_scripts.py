@@ -1,7 +1,7 @@
 """The commands that the package installs.
 
-Each is the same as `python -m` of its module. The bare package, which is the client, installs them
-too: there, they say which extra they need.
+Each is the same as `python -m` of its module. Without extras, the package is only the client; the
+commands are then installed too, and say which extra they need.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def serve() -> int | None:
 
 
 def database() -> int | None:
-    """`osiris-sidecar-db`: what the database holds."""
+    """`osiris-sidecar-db`: reads and maintains the database."""
     return _run("llm_sidecar.db.__main__", "server")
 
 
@@ -31,7 +31,7 @@ def speech() -> int | None:
 
 
 def _run(module: str, extra: str) -> int | None:
-    """Run `main` of a module; returns its exit status, None for 0."""
+    """Runs `main` of a module; returns its exit status, None for 0."""
     try:
         main = importlib.import_module(module).main
     except ModuleNotFoundError as error:

@@ -1,6 +1,6 @@
 """The parts of `/health`, one model for each.
 
-`/health` is written without validation, because it is asked every second; a test compares a real
+`/health` is not validated at run time, because it is requested every second; a test compares a real
 answer with these models.
 """
 
@@ -68,8 +68,8 @@ EXAMPLES: Final = {
     "database": _DATABASE,
     "speech": _SPEECH,
 }
-"""An example of each part of `/health`. FastAPI drops nulls from the examples of a field, and these
-would not be valid without."""
+"""An example of each part of `/health`. FastAPI removes nulls from the examples of a field,
+and without them these would not be valid."""
 
 
 class ModelHealth(BaseModel):
@@ -86,7 +86,7 @@ class ModelHealth(BaseModel):
         examples=["HERMES_MODEL_PATH: no such folder."],
     )
     model: str | None = Field(
-        description="the name that `X-Model` carries; null while it is not loaded",
+        description="its name, as in `X-Model`; null while it is not loaded",
         examples=[_MODEL["model"]],
     )
     adapter: str | None = Field(
@@ -103,16 +103,18 @@ class ModelHealth(BaseModel):
     pid: int | None = Field(
         description="the process id of its worker; null while there is none", examples=[4711]
     )
-    restarts: int = Field(description="how many times its worker was replaced", examples=[0])
+    restarts: int = Field(
+        description="how many times its worker died or could not be started", examples=[0]
+    )
     completion_tokens_total: int = Field(
         description="tokens that it has generated since the server started", examples=[18230]
     )
     requests: int = Field(description="requests that run or wait now", examples=[3])
     queue_length: int = Field(
-        description="how many requests may run and wait; one more is answered with 429",
+        description="how many requests may run and wait; further ones get 429",
         examples=[64],
     )
-    running: int = Field(description="requests that it works on now", examples=[2])
+    running: int = Field(description="requests that run now", examples=[2])
 
 
 class EventBusHealth(BaseModel):
@@ -123,56 +125,56 @@ class EventBusHealth(BaseModel):
         description="`REDIS_URL`, without its password", examples=["redis://localhost:6379/0"]
     )
     outages: int = Field(description="how often the connection was lost", examples=[0])
-    seconds_away: float = Field(
-        description="seconds without a connection, of all outages together", examples=[0.0]
-    )
+    seconds_away: float = Field(description="total seconds without a connection", examples=[0.0])
     published: int = Field(description="events that were published", examples=[1200])
     published_late: int = Field(
-        description="of those, events that were published after an outage", examples=[0]
+        description="of these, events that were published after an outage", examples=[0]
     )
     waiting: int = Field(description="events that wait for a connection now", examples=[0])
-    unpublished: int = Field(description="events that were given up", examples=[0])
+    unpublished: int = Field(description="events that were never published", examples=[0])
     handler_errors: int = Field(description="messages whose handler raised an error", examples=[0])
-    refused: int = Field(description="messages of other services that were not valid", examples=[0])
+    refused: int = Field(
+        description="messages of other services that were invalid and refused", examples=[0]
+    )
     dropped: int = Field(
         description="messages that were dropped because handlers were too slow", examples=[0]
     )
 
 
 class JournalHealth(BaseModel):
-    """The journal: rows that are durable and not yet in the database."""
+    """The write-ahead log: rows that are durable and not yet in the database."""
 
     accepts_rows: bool = Field(
-        description="whether a row can be stored now, be the database there or not",
+        description="whether it accepts rows now, even if the database is unavailable",
         examples=[True],
     )
     bytes: int = Field(description="bytes of the rows in it", examples=[0])
     most_bytes: int = Field(
-        description="bytes that it may hold; beyond them rows are refused", examples=[67108864]
+        description="bytes that it can hold; further rows are refused", examples=[67108864]
     )
 
 
 class DatabaseHealth(BaseModel):
-    """The database, and the journal before it; counts are since the server started."""
+    """The database and its write-ahead log; counts are since the server started."""
 
     state: Literal["opening", "open", "away", "closed"] = Field(
         description="`opening`: not yet open; `open`: rows are written; `away`: it cannot be "
-        "opened or written, see `reason`, and the journal takes rows meanwhile; `closed`: the "
+        "opened or written, see `reason`, and rows wait in the write-ahead log; `closed`: the "
         "server is shutting down",
         examples=["open"],
     )
     reason: str | None = Field(
-        description="why it is away, or why the journal failed; null if neither",
+        description="why it is away, or why the write-ahead log failed; null if neither",
         examples=["The folder of LANCEDB_URI cannot be written."],
     )
     uri: str = Field(description="`LANCEDB_URI`, without secrets", examples=["/app/lancedb_data"])
     rows_written: int = Field(description="rows that were acknowledged", examples=[5310])
     rows_waiting: int = Field(
-        description="rows in the journal that the database does not have yet", examples=[0]
+        description="rows in the write-ahead log that the database does not have yet", examples=[0]
     )
-    log: JournalHealth = Field(description="the journal", examples=[_LOG])
+    log: JournalHealth = Field(description="the write-ahead log", examples=[_LOG])
     fragments: dict[str, int] = Field(
-        description="the number of fragments of each table by its name; compaction keeps it low",
+        description="the number of fragments of each table; compaction keeps it low",
         examples=[{"proposals": 3}],
     )
     last_compaction: str | None = Field(
@@ -202,21 +204,21 @@ class SpeechHealth(BaseModel):
     """The voice and its listeners; counts are since the server started."""
 
     state: Literal["ready", "unavailable"] = Field(
-        description="`ready`: `/speak` answers; `unavailable`: no voice is there, see `reason`",
+        description="`ready`: `/speak` answers; `unavailable`: there is no voice, see `reason`",
         examples=["ready"],
     )
     reason: str | None = Field(
-        description="why no voice is there, and what to set; null if one is",
+        description="why there is no voice, and what to set; null if there is one",
         examples=["TTS_VOICE=chatterbox needs a worker, and none is there."],
     )
     voice: str | None = Field(
-        description="the voice that speaks next, as in `X-Voice`; null without one",
+        description="the voice of the next text, as in `X-Voice`; null if there is none",
         examples=["espeak"],
     )
-    waiting: int = Field(description="texts that are spoken or wait now", examples=[0])
+    waiting: int = Field(description="texts that are being spoken or wait now", examples=[0])
     spoken: int = Field(description="texts that were spoken", examples=[17])
     workers: list[VoiceWorker] = Field(
-        description="the workers on the event bus that can be reached", examples=[[_WORKER]]
+        description="the speech workers on the event bus", examples=[[_WORKER]]
     )
     listeners: int = Field(description="clients that listen to `/stream/audio` now", examples=[1])
     lost: int = Field(

@@ -1,8 +1,8 @@
-"""Allowed hosts: the names under which the server answers.
+"""Allowed hosts: protection against DNS rebinding.
 
-A page whose name is made to resolve to this machine (DNS rebinding) reaches the server as its own
-origin, so neither CORS nor a loopback address stops it. Its requests carry that name in the header
-Host.
+If an attacker's host name resolves to this machine, a page from that host can call the server as
+its own origin. Neither CORS nor a loopback address prevents this. But its requests have that host
+name in the header Host.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from llm_sidecar.host_names import host_name
 from osiris.paths import is_probe_or_metrics
 
 _DETAIL: Final = (
-    "Host: the server does not answer under this name; use a name that ALLOWED_HOSTS holds, or add "
-    "this one to it."
+    "Host: this host name is not allowed; use one that is in ALLOWED_HOSTS, or add this one to it."
 )
 
 
 class AllowedHosts:
     """Answers 400 to a request whose Host is not allowed; ports do not count.
 
-    Probes and metrics are exempt: orchestrators ask each instance at its own address.
+    Probes and metrics are exempt: orchestrators request them at the address of each instance.
 
     Args:
         hosts: `*.desk.example` stands for every name below `desk.example`, and `*` for every name;
@@ -48,6 +47,6 @@ class AllowedHosts:
         if "*" in self._names:
             return True
         sent = Headers(scope=scope).getlist("host")
-        # Of two headers, each could be the one that somebody else goes by.
+        # If there are two, a proxy and this server may each use a different one.
         name = host_name(sent[0]) if len(sent) == 1 else None
         return name is not None and (name in self._names or name.endswith(self._suffixes))

@@ -1,4 +1,4 @@
-"""What every route needs of HTTP: both spellings of a path, the sidecar, and the client's going."""
+"""What every route needs: both spellings of a path, the sidecar, and client disconnects."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 _DESCRIPTIONS = {
     404: "It does not exist, there is none yet, or it is off; the detail says which",
-    409: "The adapter cannot be loaded; the one in use goes on",
+    409: "The adapter cannot be loaded; the old one stays in use",
     422: "Bad input: `detail` is a sentence, or a list of the bad fields",
     429: "The queue is full; `Retry-After` says when to try again",
     503: "A model, the voice or the database is missing or loading; `Retry-After` says when to try "
@@ -40,7 +40,7 @@ _BAD_INPUT: Final = 422
 async def current_sidecar(request: Request) -> Sidecar:
     """The sidecar of the app that serves the request.
 
-    A coroutine, because FastAPI calls what is none in a thread, which takes longer than a probe.
+    A coroutine, because FastAPI calls other functions in a thread, which takes longer than a probe.
     """
     sidecar: Sidecar = request.app.state.sidecar
     return sidecar
@@ -64,8 +64,8 @@ def endpoint(
 ) -> Callable[[Endpoint], Endpoint]:
     """Registers a function for `path` with and without its trailing slash, and documents it.
 
-    A function for GET answers HEAD as well. The server sends no body then; a stream has to look at
-    the method, see `osiris.routes.speech`.
+    A function for GET also answers HEAD, for which the server sends no body. A stream has to check
+    the method; see `osiris.routes.speech`.
 
     Args:
         errors: statuses that the function answers with.
@@ -89,7 +89,7 @@ def endpoint(
 
     def register(function: Endpoint) -> Endpoint:
         bare = path.rstrip("/")
-        # The longer one first: a parameter that takes slashes would take the last one as well.
+        # The longer one first: a parameter that matches slashes would also match the last one.
         spellings = (f"{bare}/", bare)
         # HEAD has routes of its own, because every method of a documented route is documented.
         methods = ("GET", "HEAD") if method == "GET" else (method,)
@@ -120,10 +120,10 @@ def check_length(sidecar: Sidecar, body: InputModel) -> None:
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client hangs up.
+    """The result of `work`, which is cancelled when the client disconnects.
 
     Raises:
-        ClientGone: it has hung up.
+        ClientGone: the client has disconnected.
     """
     working = asyncio.ensure_future(work)
     # The body is read already, so the only message still to come is the disconnect.
@@ -140,7 +140,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 def generation_headers(completion: Completion) -> dict[str, str]:
-    """The metadata of a generation that travels beside the body."""
+    """The metadata of a generation, as response headers."""
     return {
         "X-Model": completion.model,
         "X-Finish-Reason": completion.finish_reason,
@@ -150,5 +150,5 @@ def generation_headers(completion: Completion) -> dict[str, str]:
 
 
 def stored_header(stored: bool) -> dict[str, str]:
-    """`X-Stored: false` where a row of the request could not be stored."""
+    """`X-Stored: false` if a row of the request could not be stored."""
     return {} if stored else {"X-Stored": "false"}

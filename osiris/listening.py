@@ -1,7 +1,8 @@
 """Closing a listening socket without resetting a connection that the kernel has already completed.
 
 A kernel completes connections before the server accepts them, and resets those that still wait when
-the socket closes. So new ones are kept out first, while the server goes on accepting the others.
+the socket closes. So the server first blocks new connections, and accepts the waiting ones, before
+it closes the socket.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _ATTACH_FILTER: Final = 26
 _DROP_SYN: Final = (
     (0x30, 0, 0, 13),  # load byte 13 of the TCP header: its flags
     (0x54, 0, 0, 0x12),  # keep SYN and ACK
-    (0x15, 0, 1, 0x02),  # SYN alone: someone who starts to connect
+    (0x15, 0, 1, 0x02),  # SYN without ACK: the start of a connection
     (0x06, 0, 0, 0),  # is dropped
     (0x06, 0, 0, 0xFFFFFFFF),  # everything else passes
 )
@@ -31,14 +32,15 @@ _LISTEN: Final = 10
 """TCP_LISTEN, a state of tcp(7)."""
 _INFO_BYTES: Final = 104
 _WAITING_AT: Final = 24
-"""Where `tcpi_unacked` is in struct tcp_info: for a listening socket, the connections that wait."""
+"""Offset of `tcpi_unacked` in struct tcp_info: on a listening socket, the connections that wait."""
 
 
-def keep_out_new(listener: socket.socket) -> bool:
-    """Lets nobody start to connect any more; whoever has started can still finish.
+def block_new(listener: socket.socket) -> bool:
+    """Blocks new connections; a handshake that has begun can still finish.
 
-    A client that tries meanwhile hears nothing, tries again after a second, and is refused if the
-    socket is closed by then. The socket must be this process's alone: the filter stays with it.
+    The first packet of a new connection is dropped. The client's system sends it again after a
+    second, and is refused if the socket is closed by then. No other process may use the socket,
+    because the filter cannot be limited to this one.
 
     Returns:
         Whether it worked: on Linux with TCP, and with a Unix socket.
@@ -55,13 +57,13 @@ def keep_out_new(listener: socket.socket) -> bool:
     try:
         listener.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, option)
     except OSError as error:
-        log.info("new connections cannot be kept out before the socket closes: %s", error)
+        log.info("new connections cannot be blocked before the socket closes: %s", error)
         return False
     return True
 
 
 def waiting(listener: socket.socket) -> int:
-    """How many connections wait to be accepted; 0 where the system does not tell."""
+    """How many connections wait to be accepted; 0 if the system does not report it."""
     if sys.platform != "linux" or listener.family == socket.AF_UNIX:
         return 0
     info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)

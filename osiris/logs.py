@@ -1,4 +1,4 @@
-"""The server's log: uvicorn's lines in the project's format, and one line a request."""
+"""The server's log: uvicorn's lines in the project's format, and one line per request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ _SERVER_ERROR: Final = 500
 def configure(log_format: LogFormat) -> None:
     """Logs to standard error, uvicorn's loggers included, unless logging is configured already.
 
-    Our line a request replaces uvicorn's, which quotes the query; `--no-access-log` turns it off.
+    `AccessLog` replaces uvicorn's line for each request, which quotes the query. `--no-access-log`
+    turns it off.
     """
     if not log_to_stderr(log_format):
         return
@@ -35,7 +36,7 @@ def configure(log_format: LogFormat) -> None:
     by_uvicorn = logging.getLogger("uvicorn.access")
     access_log.disabled = logging.getLogger("uvicorn").hasHandlers() and not by_uvicorn.handlers
     by_uvicorn.handlers.clear()
-    # Without a handler anywhere uvicorn does not even make its line.
+    # Without a handler, uvicorn does not create its line.
     by_uvicorn.propagate = False
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers.clear()
@@ -44,11 +45,11 @@ def configure(log_format: LogFormat) -> None:
 
 class AccessLog:
     """Logs method, route, status, duration, client address and the name of the API key of each
-    request but probes and metrics.
+    request, except for probes and metrics.
 
     Args:
         routes: the documented spelling of each path or template, by its spelling without the last
-            slash. Any other path is not logged, as a client may put anything into it.
+            slash. No other path is logged, because a client can put anything into it.
     """
 
     def __init__(self, app: ASGIApp, routes: Callable[[], Mapping[str, str]]) -> None:
@@ -59,7 +60,7 @@ class AccessLog:
         if scope["type"] != "http" or is_probe_or_metrics(scope):
             await self._app(scope, receive, send)
             return
-        # Until a response begins: nobody is there to take one.
+        # If no response begins, the client has disconnected.
         status = _CLIENT_CLOSED_REQUEST
         began = time.perf_counter()
 
@@ -72,7 +73,7 @@ class AccessLog:
         try:
             await self._app(scope, receive, send_and_note)
         except Exception:
-            # It is answered further out.
+            # An outer middleware answers it.
             status = _SERVER_ERROR
             raise
         finally:
@@ -110,9 +111,9 @@ class AccessLog:
 
 @functools.lru_cache(maxsize=1024)
 def _address(host: str) -> str:
-    """The host, if it is an IP address: a proxy may pass on any text that a client has sent."""
+    """The host if it is an IP address; a proxy may forward any text that a client has sent."""
     try:
-        # Without an IPv6 zone, which may be any text.
+        # Without the zone of an IPv6 address, which may be any text.
         return str(ipaddress.ip_address(host.partition("%")[0]))
     except ValueError:
         return "unknown"

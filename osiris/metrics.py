@@ -14,7 +14,7 @@ from osiris.http import endpoint
 from osiris.paths import METRICS, route_path
 
 _UNCOUNTED: Final = frozenset({METRICS, "/health/live", "/health/ready"})
-"""What machines ask all day long."""
+"""Paths that machines request all the time."""
 _NO_ROUTE: Final = "none"
 
 
@@ -32,10 +32,10 @@ class _MetricsResponse(Response):
 def install_metrics(app: FastAPI, settings: Settings) -> MetricsSink:
     """Serves `/metrics` and counts requests; where ENABLE_METRICS is off, `/metrics` is a 404.
 
-    Call it after every other middleware is added, so that what those refuse is counted too.
+    Call it after all other middleware is added, so that their refusals are counted too.
 
     Returns:
-        What the app's sidecar tells its metrics.
+        The metrics sink for the app's sidecar.
     """
     metrics = Metrics() if settings.enable_metrics else None
 
@@ -62,9 +62,10 @@ def install_metrics(app: FastAPI, settings: Settings) -> MetricsSink:
 
 
 class HttpMetrics:
-    """Counts each request when its response begins: a stream does not end for hours.
+    """Counts each request when its response begins, because a stream lasts for hours.
 
-    It reads the route that the router left in the scope, which costs a fifth of matching it again.
+    It reads the route from the scope, where the router has left it: that takes a fifth of the time
+    of matching it again.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -93,7 +94,7 @@ class HttpMetrics:
         try:
             await self._app(scope, receive, counting_send)
         except Exception:
-            # Starlette answers what nobody handles further out.
+            # An outer middleware answers it.
             if not counted:
                 count(500)
             raise

@@ -1,5 +1,5 @@
-"""ASGI middleware: the request id, security headers, the answer to an unexpected error, and bounds
-on a body's size and time."""
+"""ASGI middleware: request ids, security headers, answers to unexpected errors, and limits on the
+size and time of a body."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class RequestId:
             assert task is not None
             task.add_done_callback(lambda _: fields.clear())
             raise
-        # Connections and timers that the request has started may hold these fields for longer.
+        # Connections and timers that the request has started may outlive it and still hold the
+        # fields.
         fields.clear()
 
 
@@ -60,7 +61,7 @@ SECURITY_HEADERS: Final = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-# A page sends a policy of its own.
+# HTML pages send a policy of their own.
 _CSP: Final = "default-src 'none'; frame-ancestors 'none'"
 _RAW_HEADERS: Final = tuple(
     (name.lower().encode(), value.encode())
@@ -69,7 +70,8 @@ _RAW_HEADERS: Final = tuple(
 
 
 class SecurityHeaders:
-    """Tells browsers to keep, guess and embed nothing; a header that is there already stays."""
+    """Tells browsers not to cache, guess content types or embed; does not replace existing
+    headers."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -81,7 +83,8 @@ class SecurityHeaders:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # As ASGI has them, in lower case: Starlette's view would read each one five times.
+                # ASGI's names are in lower case. Starlette's `Headers` would search the list each
+                # time.
                 headers = dict(message["headers"])
                 message["headers"] = [
                     *message["headers"],
@@ -95,7 +98,7 @@ class SecurityHeaders:
 class UnexpectedErrors:
     """Answers 500 to an error that nothing else has answered, and raises it again.
 
-    Starlette would answer it outside of all middleware, without their headers.
+    Starlette's own answer would be outside of all middleware, and lack their headers.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -114,15 +117,21 @@ class UnexpectedErrors:
         except Exception:
             if scope["type"] == "http" and not begun:
                 request_id = scope["state"]["request_id"]
-                detail = f"Something failed that should not; the log has it under {request_id}."
+                detail = f"An unexpected error occurred; the log has it under {request_id}."
                 await JSONResponse({"detail": detail}, status_code=500)(scope, receive, send)
             raise
 
 
 class BodyLimit:
-    """Answers 413 to a body over the limit: by its declared length before a byte is read, and by
-    its real one where none is declared; and 408 to one that does not come in time. A path in
-    `larger` takes at least what it says there."""
+    """Answers 413 to a body that is too large, and 408 to one that does not arrive in time.
+
+    A declared length is checked before the body is read.
+
+    Args:
+        max_bytes: maximum size of a body.
+        larger: larger maximum sizes, by path.
+        seconds: how long the body may take to arrive.
+    """
 
     def __init__(
         self, app: ASGIApp, max_bytes: int, larger: Mapping[str, int], seconds: float
@@ -137,7 +146,7 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         if scope["method"] in ("GET", "HEAD") and is_probe_or_metrics(scope):
-            # None of these reads a body.
+            # These routes read no body.
             await self._app(scope, receive, send)
             return
         max_bytes = max(self._max_bytes, self._larger.get(route_path(scope).rstrip("/"), 0))
@@ -167,7 +176,7 @@ class _Body:
         self._answered = False
 
     def noting(self, send: Send) -> Send:
-        """`send`, which notes that the answer has begun."""
+        """`send`, recording that the answer has begun."""
 
         async def send_and_note(message: Message) -> None:
             self._answered = True
@@ -188,7 +197,7 @@ class _Body:
                 message = await self._receive()
         except TimeoutError:
             if self._answered:
-                # Who owes the rest of a body that nobody needs is taken for gone.
+                # The rest of the body is not needed: treat the client as disconnected.
                 return {"type": "http.disconnect"}
             raise HTTPException(
                 408,

@@ -1,6 +1,5 @@
-"""The OpenAPI document: what FastAPI cannot know of the routes.
-
-That is the API keys, the answers that middleware gives before a route, and response headers.
+"""The OpenAPI document, with what FastAPI cannot derive from the routes: the API keys, the answers
+of middleware, and response headers.
 """
 
 from __future__ import annotations
@@ -25,17 +24,18 @@ _DESCRIPTION: Final = """\
 Phi-3 writes trade proposals, Hermes judges them and answers free questions, and a voice speaks.
 
 * Every path answers with and without its trailing slash.
-* Every request body is JSON in UTF-8. Text holds no control characters but tab, newline and
+* Every request body is JSON in UTF-8. Text contains no control characters except tab, newline and
   carriage return.
-* A request may bring an `X-Request-ID` of 1 to 128 visible ASCII characters; every answer has one.
-* An error is `{"detail": ...}` with the right status: a sentence, or a list of bad fields for 422.
-* Where the server has API keys, send one as `Authorization: Bearer KEY` or as `X-API-Key: KEY`.
+* A request may have an `X-Request-ID` of 1 to 128 visible ASCII characters. The answer repeats it,
+  or has a new one.
+* An error is `{"detail": ...}`: a sentence, or for 422 a list of bad fields.
+* If the server has API keys, send one as `Authorization: Bearer KEY` or as `X-API-Key: KEY`.
 """
 _TAGS: Final = {
     "generation": "Proposals from Phi-3, free text from Hermes, and both together.",
-    "scoring": "How good Hermes thinks a proposal is, as a number.",
-    "feedback": "What people say about proposals, and the few-shot examples made of it.",
-    "speech": "Text to speech, and a stream of everything that is spoken.",
+    "scoring": "Hermes' score of a proposal.",
+    "feedback": "Feedback on proposals, and the few-shot examples made from it.",
+    "speech": "Text to speech, and a stream of all speech.",
     "operations": "Probes, metrics, profiles and adapters.",
 }
 _SCHEMES: Final = {
@@ -48,18 +48,18 @@ _SCHEMES: Final = {
     },
 }
 _ANYWHERE: Final = {
-    "429": "Too many requests run, wait or listen; `Retry-After` says when to try again",
+    "429": "The server or a queue is full; `Retry-After` says when to try again",
     "503": "The server is shutting down, or a model, the voice or the database is missing or "
     "loading; `Retry-After` says when to try again",
 }
-"""Answers of every operation but probes and metrics, which are always let through."""
+"""Answers of every operation except probes and metrics, which are never refused."""
 _WITH_BODY: Final = {
     "408": "The body did not arrive in time",
     "413": "The request is larger than the server takes",
-    "415": "The body is not JSON; the detail names the header that says so",
+    "415": "The headers do not declare the body as JSON; the detail names the header",
 }
-_FOREIGN_HOST: Final = "The server does not answer under this Host; `ALLOWED_HOSTS` lists the names"
-_UNAUTHORIZED: Final = "The server has API keys, and the request brings none of them"
+_FOREIGN_HOST: Final = "This Host is not allowed; `ALLOWED_HOSTS` lists the names that are"
+_UNAUTHORIZED: Final = "The server has API keys, and the request has none of them"
 _RETRY: Final = frozenset({"429", "503", "504"})
 _LIMITED_TEXTS: Final = {
     "PromptRequest": ["prompt"],
@@ -74,7 +74,7 @@ def operation_id(route: APIRoute) -> str:
 
 
 def document(app: FastAPI, settings: Settings) -> Callable[[], dict[str, Any]]:
-    """The function that gives the app's document, which it makes once."""
+    """A function that returns the app's document, and creates it only once."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -97,7 +97,7 @@ def _describe(made: dict[str, Any], settings: Settings) -> None:
     components = made["components"]
     components["securitySchemes"] = _SCHEMES
     components["headers"] = HEADERS
-    # No route returns one of these: they travel inside a stream.
+    # No route returns this model: it describes the events of a stream.
     components["schemas"]["AudioEvent"] = AudioEvent.model_json_schema()
     for field, example in EXAMPLES.items():
         components["schemas"]["Health"]["properties"][field]["examples"] = [example]
@@ -107,10 +107,10 @@ def _describe(made: dict[str, Any], settings: Settings) -> None:
                 settings.max_prompt_chars
             )
     for path, operation in operations(made):
-        _take_null_out(operation)
+        _remove_null(operation)
         responses = operation["responses"]
         for status, response in responses.items():
-            # FastAPI gives errors the content type of the route's own answer, be it a sound.
+            # FastAPI gives errors the content type of the route's answer, which may be audio.
             if int(status) >= HTTPStatus.BAD_REQUEST and len(response.get("content", {})) == 1:
                 response["content"] = {"application/json": response["content"].popitem()[1]}
         if path not in PROBES:
@@ -125,8 +125,8 @@ def _describe(made: dict[str, Any], settings: Settings) -> None:
         operation["responses"] = dict(sorted(responses.items()))
 
 
-def _take_null_out(operation: dict[str, Any]) -> None:
-    """A body that may be left out is not null either, as FastAPI has it."""
+def _remove_null(operation: dict[str, Any]) -> None:
+    """Removes null from an optional body: FastAPI allows it there, and `CheckedRoute` does not."""
     for content in operation.get("requestBody", {}).get("content", {}).values():
         choices = content["schema"].get("anyOf", [])
         if {"type": "null"} in choices:
@@ -134,14 +134,14 @@ def _take_null_out(operation: dict[str, Any]) -> None:
 
 
 def operations(made: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(path, operation) of everything that a document describes."""
+    """(path, operation) for every operation of a document."""
     for path, methods in made["paths"].items():
         for operation in methods.values():
             yield path, operation
 
 
 def _add_refusals(operation: dict[str, Any], path: str, settings: Settings) -> None:
-    """The answers that middleware gives before the route."""
+    """Adds the answers of middleware, which come before the route."""
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
     refusals: dict[str, str] = {}
     if path != METRICS:
@@ -153,7 +153,7 @@ def _add_refusals(operation: dict[str, Any], path: str, settings: Settings) -> N
     needs_key = path != METRICS or settings.metrics_need_key
     if needs_key:
         refusals["401"] = _UNAUTHORIZED
-        # An empty requirement is OpenAPI's way to say that none is needed.
+        # In OpenAPI, an empty requirement means that no key is needed.
         none_needed: list[dict[str, list[str]]] = [] if settings.api_keys else [{}]
         operation["security"] = [{name: []} for name in _SCHEMES] + none_needed
     for status, description in refusals.items():

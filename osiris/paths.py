@@ -1,4 +1,4 @@
-"""Which paths are open to everybody, and how a request's path is read."""
+"""Which paths are probes, metrics or documentation, and the path of a request."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ def is_documentation(scope: Scope) -> bool:
 
 
 def is_probe_or_metrics(scope: Scope) -> bool:
-    """Whether the request is one that machines send every few seconds."""
+    """Whether machines send this request every few seconds."""
     return route_path(scope).rstrip("/") in _BY_MACHINES
 
 
 def drop_repeated_root_path(scope: Scope, first_segments: Collection[str]) -> None:
-    """Removes a root path that the request brings a second time.
+    """Removes a root path that the request contains twice.
 
-    uvicorn puts `--root-path` in front of every path. A proxy that keeps its prefix sends it as
-    well, and then no route would match.
+    uvicorn puts `--root-path` in front of every path. If a proxy does not strip the prefix, the
+    path has it twice, and no route would match.
 
     Args:
         scope: of an HTTP request; its `path` is changed.
         first_segments: the first segment of each route. A root path that begins with one of them is
-            left alone: below `/v1`, a second `/v1` may belong to the route.
+            not removed: below `/v1`, a second `/v1` may belong to the route.
     """
     root_path = scope.get("root_path", "")
     prefix = root_path.rstrip("/")

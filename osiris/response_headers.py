@@ -26,7 +26,7 @@ HEADERS: Final[dict[str, dict[str, Any]]] = {
     ),
     "X-Completion-Tokens": _header("Tokens that were generated", 87, _COUNT, required=True),
     "X-Feedback-ID": _header(
-        "The id of the stored feedback, by which it is withdrawn",
+        "The id of the stored feedback; `DELETE /feedback/{feedback_id}` needs it",
         "9f2c1d64a7d0",
         _TEXT,
         required=True,
@@ -56,7 +56,7 @@ HEADERS: Final[dict[str, dict[str, Any]]] = {
         "Tokens of the prompt, with the system prompt and the examples", 412, _COUNT, required=True
     ),
     "X-Request-ID": _header(
-        "The request's id: the one that was sent, or a new one; log lines carry it",
+        "The request's id, as sent or a new one; log lines have it too",
         "1b4e28ba-2fa1-41d2-883f-0016d3cca427",
         {"type": "string", "minLength": 1, "maxLength": 128},
         required=True,
@@ -68,21 +68,21 @@ HEADERS: Final[dict[str, dict[str, Any]]] = {
     ),
     "X-Voice": _header("The voice that spoke", "espeak", _TEXT, required=True),
     "X-Voice-Reference": _header(
-        "`ignored` if the reference was not used because this voice cannot clone; absent otherwise",
+        "`ignored` if the reference was not used: this voice cannot imitate; absent otherwise",
         "ignored",
         {"type": "string", "enum": ["ignored"]},
     ),
     "traceresponse": _header(
-        "The trace of the request, as W3C Trace Context has it, where tracing is on",
+        "The trace of the request in the format of W3C Trace Context, if tracing is on",
         "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
         _TEXT,
     ),
 }
 
 GENERATION: Final = ("X-Model", "X-Finish-Reason", "X-Prompt-Tokens", "X-Completion-Tokens")
-"""Of every answer that a model generated."""
+"""The headers of every answer that a model generated."""
 
 
 def declared(*names: str) -> dict[str, dict[str, str]]:
-    """What a response declares of the headers it carries."""
+    """References to these headers, for the description of a response."""
     return {name: {"$ref": f"#/components/headers/{name}"} for name in names}

@@ -1,7 +1,7 @@
 """Request and response models of the HTTP contract.
 
-The OpenAPI document is made from them, so every field says its meaning and unit, and has
-an example.
+The OpenAPI document is generated from them, so every field has a description with its unit, and an
+example.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _PROPOSAL: Final[dict[str, Any]] = {
     "rationale": "RSI at 78 calls for a tighter stop.",
 }
 
-# The greatest length is a setting; the tokenizer checks what fits the model's context.
+# The maximum length is a setting, and the tokenizer checks what fits the model's context.
 Prompt = Annotated[str, Field(min_length=1, pattern=r"\S")]
 ModelId = Literal["hermes", "phi3"]
 MODEL_ID: Final = (
@@ -53,46 +53,46 @@ MODEL_ID: Final = (
 
 
 class _Request(InputModel):
-    # No value is converted from another type: text is no number, and 12.0 is no integer.
+    # No value is converted from another type: text is not a number, and 12.0 is not an integer.
     model_config = ConfigDict(extra="forbid", strict=True)
 
     known_keys = frozenset(Proposal.model_fields)
 
 
 class PromptRequest(_Request):
-    """What to generate from."""
+    """A prompt for a model."""
 
     prompt: Prompt = Field(
         description="the market context, or a question for Hermes; not blank, and without control "
-        "characters but tab, newline and carriage return",
+        "characters except tab, newline and carriage return",
         examples=[_PROMPT],
     )
     max_length: int = Field(
         256,
         ge=1,
         le=MAX_LENGTH,
-        description="the greatest number of new tokens, per model call",
+        description="the maximum number of new tokens per model call",
         examples=[256],
     )
 
 
 class ProposalRequest(PromptRequest):
-    """What to write a trade proposal from."""
+    """A prompt for a trade proposal."""
 
-    # A smaller number is refused with a sentence that says why, so only the document has the bound.
+    # Only the document has the minimum: a smaller number is refused with a sentence that says why.
     max_length: int = Field(
         256,
         ge=1,
         le=MAX_LENGTH,
         json_schema_extra={"minimum": MAX_COMPLETION_TOKENS},
-        description="the greatest number of new tokens, per model call; at least as many as the "
-        "longest proposal can take",
+        description="the maximum number of new tokens per model call; at least the length of the "
+        "longest possible proposal",
         examples=[256],
     )
 
 
 class GenerateRequest(PromptRequest):
-    """A prompt, and which model it goes to; the query parameter `model_id` says it as well."""
+    """A prompt, and the model that answers it; the query parameter `model_id` can also name it."""
 
     model_id: ModelId | None = Field(
         None, description=f"{MODEL_ID} here or in the query", examples=["phi3"]
@@ -110,13 +110,13 @@ class ScoreRequest(_Request):
     )
     context: str | None = Field(
         None,
-        description="the market context that the proposal is judged against; none unless given",
+        description="the market context that the proposal is judged against; optional",
         examples=[_PROMPT],
     )
 
 
 class FeedbackRequest(_Request):
-    """Somebody's feedback on a proposal."""
+    """Feedback on a proposal."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -134,7 +134,7 @@ class FeedbackRequest(_Request):
     transaction_id: str = Field(
         min_length=1,
         max_length=256,
-        description="the proposal's, as `/propose_trade_adjustments/` gave it",
+        description="the id of the run, from the answer of `/propose_trade_adjustments/`",
         examples=[_TRANSACTION],
     )
     feedback_type: Literal["correction", "rating", "qualitative_comment", "human_edit"] = Field(
@@ -149,7 +149,7 @@ class FeedbackRequest(_Request):
     timestamp: Timestamp | None = Field(
         None,
         description="when the feedback was given, in ISO 8601, UTC unless it has an offset; at "
-        "most five minutes ahead of the sidecar's clock; now unless given",
+        "most five minutes ahead of the sidecar's clock; default: now",
         examples=["2026-01-31T10:00:00Z"],
     )
     corrected_proposal: dict[str, Any] | None = Field(
@@ -167,7 +167,7 @@ class FeedbackRequest(_Request):
 
 
 class SpeakRequest(_Request):
-    """A text to speak, how, and with whose voice."""
+    """A text to speak, its expression, and the voice to imitate."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -193,8 +193,8 @@ class SpeakRequest(_Request):
     )
     ref_wav_b64: str | None = Field(
         None,
-        description="base64 of a WAV of 1 to 30 s and at most 10 MB, whose voice to speak with; "
-        "null for the default voice (the example is the beginning of such a text)",
+        description="base64 of a WAV of 1 to 30 s and at most 10 MB, with the voice to imitate; "
+        "null for the default voice (the example is only the beginning of one)",
         examples=["UklGRiR9AABXQVZFZm10IBAAAAABAAEAgD4AAAB9AAACABAAZGF0YQB9AAA="],
     )
 
@@ -211,7 +211,7 @@ class TradeAdjustment(BaseModel):
     """A proposal, and Hermes' critique of it."""
 
     transaction_id: uuid.UUID = Field(
-        description="the id under which the proposal is stored, and to which feedback refers",
+        description="the id of the stored proposal; feedback refers to it",
         examples=[_TRANSACTION],
     )
     phi3_proposal: Proposal = Field(description="Phi-3's proposal", examples=[_PROPOSAL])
@@ -222,7 +222,7 @@ class TradeAdjustment(BaseModel):
 
 
 class Score(BaseModel):
-    """A score, and the id under which it is stored."""
+    """A score and its id."""
 
     proposal_id: uuid.UUID = Field(
         description="the proposal's own `id` if that is a UUID, otherwise a new one",
@@ -237,14 +237,14 @@ class Score(BaseModel):
 
 
 class FeedbackStored(BaseModel):
-    """Feedback that is durable."""
+    """Feedback that is stored durably."""
 
     message: str = Field(
         description="one sentence: what was stored, and whether the corrected proposal is a "
         "few-shot example now, or why not",
         examples=["Feedback stored; the corrected proposal is an example for the next ones."],
     )
-    transaction_id: str = Field(description="the request's", examples=[_TRANSACTION])
+    transaction_id: str = Field(description="the one in the request", examples=[_TRANSACTION])
 
 
 class FeedbackWithdrawn(BaseModel):
@@ -258,10 +258,10 @@ class ExampleInUse(BaseModel):
     """A few-shot example: the prompt of a stored run, and its corrected proposal."""
 
     transaction_id: str = Field(
-        description="of the run whose proposal was corrected", examples=[_TRANSACTION]
+        description="the id of the run whose proposal was corrected", examples=[_TRANSACTION]
     )
     feedback_id: str = Field(
-        description="of the correction; `DELETE /feedback/{feedback_id}` withdraws it",
+        description="the id of the correction; `DELETE /feedback/{feedback_id}` withdraws it",
         examples=[_FEEDBACK],
     )
     prompt: str = Field(description="the run's prompt", examples=[_PROMPT])
@@ -287,7 +287,8 @@ class Examples(BaseModel):
         ],
     )
     next: str | None = Field(
-        description="`before` for the next page; null on the last page", examples=[_FEEDBACK]
+        description="the value of `before` for the next page; null on the last page",
+        examples=[_FEEDBACK],
     )
 
 
@@ -312,7 +313,7 @@ class AdapterChoice(_Request):
     adapter: str | None = Field(
         default=None,
         pattern=r"^[0-9]{8}(-dpo)?$",
-        description="the adapter's folder, `YYYYMMDD` or `YYYYMMDD-dpo`; the newest unless given",
+        description="the adapter's folder, `YYYYMMDD` or `YYYYMMDD-dpo`; default: the newest",
         examples=["20260131-dpo"],
     )
 
@@ -343,7 +344,7 @@ class FieldError(BaseModel):
 
     loc: list[str | int] = Field(
         description="where the field is: `body`, `query` or `path`, then names and indexes; `*` "
-        "stands for a name that the caller made up",
+        "stands for a name that is in no schema",
         examples=[["body", "prompt"]],
     )
     msg: str = Field(description="what is wrong, in words", examples=["Field required"])
@@ -354,11 +355,11 @@ class BadInput(BaseModel):
     """Bad input: one sentence, or one entry for every bad field."""
 
     detail: str | list[FieldError] = Field(
-        description="a sentence where the request as a whole cannot be served; a list where "
-        "fields are not valid",
+        description="a sentence if the request as a whole cannot be served; a list if fields "
+        "are not valid",
         examples=[
             [{"loc": ["body", "prompt"], "msg": "Field required", "type": "missing"}],
-            "max_length: a proposal can take 213 tokens; send at least that",
+            f"max_length: a proposal can take {MAX_COMPLETION_TOKENS} tokens; send at least that",
         ],
     )
 
@@ -368,33 +369,33 @@ class ProposalErrorBody(ErrorBody):
 
     transaction_id: uuid.UUID | None = Field(
         None,
-        description="the stored proposal's; absent if none is stored",
+        description="the id of the stored proposal; absent if none is stored",
         examples=[_TRANSACTION],
     )
 
 
 class ProposalBadInput(BadInput):
-    """Bad input, and the id of a proposal that was stored before it was found out."""
+    """Bad input, and the id of a proposal that was stored before the error."""
 
     transaction_id: uuid.UUID | None = Field(
         None,
-        description="the stored proposal's; absent if none is stored",
+        description="the id of the stored proposal; absent if none is stored",
         examples=[_TRANSACTION],
     )
 
 
 class HealthSummary(BaseModel):
-    """The state of the whole: what `/health` shows without an API key where keys are set."""
+    """The overall state. If the server has API keys, a request without one gets only this."""
 
     status: Literal["ok", "partial_error", "error"] = Field(
         description="`ok`: every part works; `partial_error`: some requests fail, or an optional "
-        "part is away; `error`: no model can answer",
+        "part does not work; `error`: no model can answer",
         examples=["ok"],
     )
 
 
 class Health(HealthSummary):
-    """The state of the whole and of each part."""
+    """The overall state and the state of each part."""
 
     version: str = Field(description="the sidecar's version", examples=["0.2.0"])
     uptime_seconds: float = Field(
@@ -419,18 +420,18 @@ class Health(HealthSummary):
         examples=[0.71],
     )
     num_hermes_scores_last_24h: int = Field(
-        description="how many scores the last 24 hours have", examples=[42]
+        description="the number of Hermes' scores of the last 24 hours", examples=[42]
     )
     models: dict[str, ModelHealth] = Field(
         description="each model by its name: `phi3` and `hermes`"
     )
     event_bus: EventBusHealth = Field(description="the connection to Redis")
-    database: DatabaseHealth = Field(description="the database, and the journal before it")
+    database: DatabaseHealth = Field(description="the database and its write-ahead log")
     speech: SpeechHealth = Field(description="the voice and its listeners")
 
 
 class Probe(BaseModel):
-    """A probe's answer."""
+    """The answer of a probe."""
 
     status: Literal["ok", "unavailable", "draining"] = Field(
         description="`ok`: send requests; `unavailable`: a part is missing; `draining`: the server "
@@ -444,7 +445,7 @@ class Probe(BaseModel):
     )
     reasons: dict[str, str] | None = Field(
         None,
-        description="why, for each part that is missing; absent where nothing is missing, and "
-        "without an API key where keys are set",
+        description="the reason for each missing part; absent if nothing is missing, or if the "
+        "server has API keys and the request has none",
         examples=[{"hermes": "The hermes model is still loading."}],
     )

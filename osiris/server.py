@@ -1,4 +1,4 @@
-"""The application that `python -m osiris` serves, and `uvicorn osiris.server:app` as well."""
+"""The application that `python -m osiris` and `uvicorn osiris.server:app` serve."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ _ACCEPTED_HEADERS: Final = (
 
 
 class _App(FastAPI):
-    """FastAPI behind any proxy."""
+    """FastAPI that also works behind a proxy that does not strip the root path."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves a request, or the lifespan."""
@@ -128,7 +128,7 @@ def create_app(settings: Settings) -> FastAPI:
         # The page and the document have routes of their own.
         openapi_url=None,
         generate_unique_id_function=openapi.operation_id,
-        # FastAPI's own would export the texts of errors, if its variable asked it to.
+        # FastAPI's own telemetry could be turned on by a variable, and would export error messages.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     probes.install(app)
@@ -148,7 +148,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 async def _refuse_waiting(shutdown: Shutdown, sidecar: Sidecar) -> None:
-    """Once the server drains, answers the requests that wait for a model to load."""
+    """Once the server drains, refuses the requests that wait for a model to load."""
     await shutdown.streams_end.wait()
     sidecar.refuse_waiting()
 
@@ -156,8 +156,11 @@ async def _refuse_waiting(shutdown: Shutdown, sidecar: Sidecar) -> None:
 def _add_middleware(
     app: FastAPI, settings: Settings, shutdown: Shutdown, telemetry: Instrument
 ) -> None:
-    """From the innermost to the outermost: what is refused is refused before the body is read, and
-    answered with every header and a line in the log."""
+    """Adds middleware from the innermost to the outermost.
+
+    The order ensures that a request is refused before its body is read, and that every answer has
+    all headers and a log line.
+    """
     app.add_middleware(
         BodyLimit,
         max_bytes=settings.max_body_bytes,
@@ -172,10 +175,10 @@ def _add_middleware(
     if settings.allowed_hosts:
         app.add_middleware(AllowedHosts, hosts=settings.allowed_hosts)
     telemetry.install(app)
-    # Outside of telemetry, which reports what is raised; inside of all that adds headers.
+    # Outside of telemetry, which reports errors; inside of all that adds headers.
     app.add_middleware(UnexpectedErrors)
     if settings.cors_origins:
-        # A key travels in a header that scripts set; browsers need not add anything to it.
+        # Without credentials: scripts set the header with the key, browsers do not add it.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
@@ -205,7 +208,7 @@ async def _sidecar_error(request: Request, error: Exception) -> Response:
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
-    """One entry for every bad field, without the input: that may be a prompt."""
+    """One entry for every bad field, without its value, which may be a prompt."""
     assert isinstance(error, RequestValidationError)
     by_field: dict[tuple[Any, ...], dict[str, Any]] = {}
     for entry in error.errors():
@@ -215,12 +218,12 @@ async def _validation_error(request: Request, error: Exception) -> Response:
 
 
 async def _unreadable_body(request: Request, error: Exception) -> Response:
-    """FastAPI says 400 where the body is no text at all; to a client that is bad input too."""
+    """Answers 422 where FastAPI answers 400, because the body is not even text."""
     return JSONResponse({"detail": "The body is not JSON in UTF-8."}, status_code=422)
 
 
 async def _method_not_allowed(request: Request, error: Exception) -> Response:
-    """Names every documented method of the path; Starlette knows those of one route only."""
+    """Names all methods of the path; Starlette names only those of one route."""
     assert isinstance(error, HTTPException)
     template = getattr(request.scope.get("route"), "path_format", "").rstrip("/")
     paths = request.app.openapi()["paths"]
@@ -238,12 +241,13 @@ async def _method_not_allowed(request: Request, error: Exception) -> Response:
 
 
 async def _client_gone(request: Request, error: Exception) -> Response:
-    log.info("the client hung up; its request was stopped")
+    log.info("the client disconnected; its request was cancelled")
     return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
 
 def __getattr__(name: str) -> Any:
-    """Makes `app` when a server asks for it, so that importing this module reads no environment."""
+    """Creates `app` when a server asks for it, so that importing this module reads no
+    environment."""
     if name != "app":
         raise AttributeError(name)
     try:

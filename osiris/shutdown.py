@@ -1,8 +1,8 @@
-"""How the server ends when it is told to.
+"""Graceful shutdown after a signal.
 
-uvicorn stops listening as soon as a signal comes: a load balancer that has not yet noticed sends
-requests into refused connections, and a client that does not read keeps the server for ever. So
-the signals come here first, and uvicorn gets its turn once there is nothing left to cut off.
+uvicorn stops listening as soon as it gets a signal. A load balancer that has not noticed yet then
+gets refused connections, and a client that does not read can delay the end for ever. So this module
+handles the signals first, and hands over to uvicorn when every request is answered.
 """
 
 from __future__ import annotations
@@ -23,39 +23,40 @@ from typing import Any, Final
 import anyio
 from uvicorn import Server
 
-from osiris.listening import keep_out_new, waiting
+from osiris.listening import block_new, waiting
 
 log = logging.getLogger(__name__)
 
 _HANDSHAKE: Final = 0.2
-"""Seconds that a client has to finish connecting, once no other may start to."""
+"""Seconds in which begun handshakes can finish after new connections are blocked."""
 _IDLE: Final = 1.0
-"""Seconds without a request after which an open connection is taken for idle."""
+"""Seconds without a request after which a connection counts as idle."""
 _LAST_ANSWERS: Final = 5.0
-"""Seconds that the last requests of open connections can hold up the end."""
+"""Maximum seconds to wait for the last requests on open connections."""
 _POLL: Final = 0.02
 _CUT_LIMIT: Final = 2.0
-"""Seconds that a request has to end once it is cancelled."""
+"""Seconds that a cancelled request has to end."""
 _DELIVERY: Final = 1.0
-"""Seconds that clients get to read what has been written."""
+"""Seconds that clients have to read what has been written."""
 _HURRY_LIMIT: Final = 5.0
-"""Seconds that the parts get to stop after a second signal; what is acknowledged is durable."""
+"""Seconds that the parts have to stop after a second signal. Acknowledged rows are durable
+anyway."""
 
 
 class Shutdown:
-    """Ends one app in order; see `_run`.
+    """Shuts one app down in order; see `_run`.
 
     Attributes:
-        draining: set once the server has been told to end: refuse new work.
-        streams_end: set at the same moment, for streams that would never end.
+        draining: set by the first signal: new work is refused.
+        streams_end: set at the same time, for streams that would never end.
     """
 
     def __init__(self, grace: float, drain: float) -> None:
-        """Installs nothing.
+        """Installs no signal handlers yet; see `install`.
 
         Args:
-            grace: seconds that running requests get.
-            drain: seconds, at least, in which the socket still accepts.
+            grace: seconds that running requests have to finish.
+            drain: minimum seconds in which the socket still accepts connections.
         """
         self.draining = False
         self.streams_end = anyio.Event()
@@ -70,12 +71,13 @@ class Shutdown:
         self._task: asyncio.Task[None] | None = None
 
     def install(self) -> Server | None:
-        """Puts itself in front of the running uvicorn's signal handlers.
+        """Replaces the signal handlers of the running uvicorn.
 
-        Does nothing under another server, and where signals are not handled: in a thread, in tests.
+        Does nothing under another server, and where uvicorn does not handle signals: in a thread,
+        in tests.
 
         Returns:
-            The uvicorn.
+            The uvicorn server, or None.
         """
         server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
         if not isinstance(server, Server):
@@ -83,14 +85,14 @@ class Shutdown:
         loop = asyncio.get_running_loop()
 
         def handle(number: int, frame: FrameType | None) -> None:
-            # Not in the context of the request that the signal has interrupted.
-            loop.call_soon_threadsafe(self._told, number, context=contextvars.Context())
+            # Not in the context of the request that the signal interrupts.
+            loop.call_soon_threadsafe(self._on_signal, number, context=contextvars.Context())
 
-        # uvicorn puts back what was there before it when it has ended.
-        with contextlib.suppress(ValueError):  # no main thread
+        # When it ends, uvicorn restores the handlers from before its own.
+        with contextlib.suppress(ValueError):  # not the main thread
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, handle)
-            # nohup has it ignored, and means it.
+            # nohup sets it to be ignored, on purpose.
             if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
                 signal.signal(signal.SIGHUP, handle)
             self._server = server
@@ -98,7 +100,7 @@ class Shutdown:
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
-        """The running request, which is cancelled when its grace period is over."""
+        """Counts the current task as a running request; it is cancelled after the grace period."""
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
@@ -112,12 +114,12 @@ class Shutdown:
 
     @property
     def running(self) -> int:
-        """Requests at work."""
+        """Number of running requests."""
         return len(self._running)
 
-    def _told(self, number: int) -> None:
-        # Ctrl-C, or the end of a terminal, reaches a reloader and the server it started; its own
-        # SIGTERM to the server says the same thing again.
+    def _on_signal(self, number: int) -> None:
+        # Ctrl-C, or the end of a terminal, reaches both a reloader and the server that it started.
+        # The SIGTERM that the reloader then sends is not a second request to stop.
         relayed = (
             number == signal.SIGTERM
             and self._signals in ([signal.SIGINT], [signal.SIGHUP])
@@ -127,39 +129,39 @@ class Shutdown:
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="shutdown")
         elif not relayed:
-            log.warning("told to end a second time; running requests are cut off")
+            log.warning("second signal: running requests are cancelled")
             self._hurry.set()
 
     async def _run(self) -> None:
-        """The order in which the server ends."""
+        """The steps of the shutdown."""
         began = time.monotonic()
         try:
             # 1. `/health/ready` turns 503, new work is refused with 503, audio streams end. The
-            #    socket still accepts, so that load balancers see it and nobody is cut off.
+            #    socket still accepts connections, so that load balancers notice.
             log.info("draining: new work is refused, %d requests still run", self.running)
             self.draining = True
             self.streams_end.set()
-            # 2. Running requests end, within the grace period (a second signal ends it now).
+            # 2. Running requests finish, within the grace period (a second signal ends it).
             await self._unless_hurried(self._idle.wait(), self._grace)
-            # 3. What still runs is answered with 503.
-            await self._cut_off()
-            # 4. Until load balancers have noticed, new requests are answered with 503.
+            # 3. The others are cancelled and answered with 503.
+            await self._cancel_running()
+            # 4. For the rest of the drain time, new requests are still answered with 503.
             remaining = began + self._drain - time.monotonic()
             if remaining > 0:
                 await self._unless_hurried(self._hurry.wait(), remaining)
-            # 5. Nobody new connects; every connection that is there gets its answer.
+            # 5. New connections are blocked; requests on existing connections are answered.
             if await self._unless_hurried(self._answer_the_last(), _LAST_ANSWERS):
                 log.info("drained: every request is answered; the server ends")
             else:
                 log.warning("the server ends before every request is answered")
         finally:
-            # 6. uvicorn closes the socket and the connections, which get a moment to be read.
+            # 6. uvicorn closes the socket and, after a moment for clients to read, the connections.
             self._hand_over()
-            # 7. The lifespan ends, and in it `Sidecar.close`: the models' workers, the voices, the
-            #    event bus with what it has to tell, the database with its rows.
+            # 7. The lifespan ends and calls `Sidecar.close`: it stops the models' workers and the
+            #    voices, publishes waiting events, stores waiting rows, and closes the database.
             # 8. uvicorn returns, with exit status 0.
 
-    async def _cut_off(self) -> None:
+    async def _cancel_running(self) -> None:
         for task in self._running:
             task.cancel()
         with contextlib.suppress(TimeoutError):
@@ -168,9 +170,9 @@ class Shutdown:
     async def _answer_the_last(self) -> None:
         with self._own_listeners() as listeners:
             for listener in listeners:
-                keep_out_new(listener)
+                block_new(listener)
             await asyncio.sleep(_HANDSHAKE)
-            # The kernel tells nobody when its queue is empty, so look.
+            # The kernel does not report when its queue gets empty, so poll.
             while any(map(waiting, listeners)) or any(  # noqa: ASYNC110
                 map(self._expects_answer, self._connections())
             ):
@@ -178,8 +180,8 @@ class Shutdown:
 
     @contextlib.contextmanager
     def _own_listeners(self) -> Iterator[list[socket.socket]]:
-        """The sockets that this process listens on, but those that it has from another one: that
-        goes on listening, or has another server do so."""
+        """The sockets that this process listens on, without those that it inherited from another
+        process, which may still listen on them."""
         assert self._server is not None
         config = self._server.config
         with contextlib.ExitStack() as stack:
@@ -187,7 +189,7 @@ class Shutdown:
                 yield []
                 return
             sockets = [one for server in self._server.servers for one in server.sockets]
-            # uvloop's have a number and nothing else.
+            # uvloop's socket objects have only a file descriptor.
             yield [
                 stack.enter_context(socket.socket(fileno=os.dup(one.fileno()))) for one in sockets
             ]
@@ -197,12 +199,12 @@ class Shutdown:
         return list(self._server.server_state.connections)
 
     def _expects_answer(self, connection: Any) -> bool:
-        """Whether a request runs on a connection, or is likely to come."""
+        """Whether a request runs on a connection, or may still arrive."""
         idle = asyncio.get_running_loop().time() - connection.active_at
         return bool(connection.is_busy) or idle < _IDLE
 
     async def _unless_hurried(self, work: Coroutine[Any, Any, Any], seconds: float | None) -> bool:
-        """Whether the work was done by then, and before a second signal."""
+        """Waits for the work, until the timeout or a second signal; returns whether it was done."""
         tasks = [asyncio.ensure_future(work), asyncio.ensure_future(self._hurry.wait())]
         await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         done = tasks[0].done()
@@ -215,17 +217,17 @@ class Shutdown:
         assert self._server is not None
         config = self._server.config
         if config.timeout_graceful_shutdown is None:
-            # It is passed on to asyncio, so fractions of a second are fine.
+            # uvicorn passes it to asyncio, which accepts fractions of a second.
             config.timeout_graceful_shutdown = _DELIVERY  # type: ignore[assignment]
         self._server.should_exit = True
 
     async def close(self, parts: Coroutine[Any, Any, None]) -> None:
-        """Stops the parts, for at most a few seconds more once a second signal comes."""
+        """Stops the parts; after a second signal, for at most `_HURRY_LIMIT` more seconds."""
         closing = asyncio.ensure_future(parts)
         if not await self._unless_hurried(asyncio.wait([closing]), None):
             await asyncio.wait([closing], timeout=_HURRY_LIMIT)
         if not closing.done():
-            log.error("some parts have not stopped in time; they are left as they are")
+            log.error("some parts did not stop in time; the server exits without them")
             closing.cancel()
             return
         await closing

@@ -1,5 +1,5 @@
-"""A connection's transport that gives up on a client which reads nothing, and that closes in a way
-which does not destroy the last answer."""
+"""A transport that resets a connection whose client reads nothing, and that closes without losing
+the last answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 _CHECKS: Final = 8
-"""Progress is checked this often within the time that a client has."""
+"""Number of checks for progress within `stall_seconds`."""
 _LINGER_SECONDS: Final = 2.0
 _LINGER_BYTES: Final = 1 << 20
 
@@ -20,13 +20,13 @@ _LINGER_BYTES: Final = 1 << 20
 class WatchedTransport:
     """The part of `asyncio.Transport` that the HTTP protocol uses.
 
-    Aborts the connection once the client has acknowledged no byte for `stall_seconds` although
-    bytes wait for it: what waits is freed with it. A slow client that makes any progress stays.
+    Aborts the connection if bytes wait for the client and it has acknowledged none of them for
+    `stall_seconds`. That frees their memory. A slow client that makes any progress is not affected.
 
     Args:
         stall_seconds: how long a client may make no progress.
-        still_sending: whether the client may be in the middle of sending something.
-        on_stall: called once when the client is given up.
+        still_sending: whether the client may still be sending a request.
+        on_stall: called once, before such a connection is aborted.
     """
 
     def __init__(
@@ -61,8 +61,9 @@ class WatchedTransport:
     def close(self) -> None:
         """Closes once everything is written.
 
-        Where the client is still sending, only our side closes at first: the kernel answers bytes
-        that arrive on a closed socket with a reset, which would take the answer from the client.
+        If the client is still sending, only the server's sending side closes at first: the kernel
+        replies with a reset to bytes that arrive on a closed socket, and a reset can make the
+        client lose the answer.
         """
         if self.is_closing():
             return
@@ -74,7 +75,7 @@ class WatchedTransport:
         self._transport.resume_reading()
 
     def discard(self, size: int) -> None:
-        """Takes note of bytes that arrive after `close`."""
+        """Counts bytes that arrive after `close`, and stops waiting if they are too many."""
         self._discarded += size
         if self._discarded > _LINGER_BYTES:
             self._transport.close()
@@ -86,7 +87,7 @@ class WatchedTransport:
         return self._linger is not None or self._transport.is_closing()
 
     def lost(self) -> None:
-        """The connection is gone: stops the timers."""
+        """Stops the timers; call it when the connection is lost."""
         for timer in (self._check, self._linger):
             if timer is not None:
                 timer.cancel()
@@ -121,10 +122,10 @@ class WatchedTransport:
         self._schedule()
 
     def _in_kernel(self) -> int:
-        """Bytes that the kernel has taken from us and the client's kernel has not acknowledged.
+        """Bytes in the kernel's send buffer that the client's kernel has not acknowledged.
 
-        A kernel keeps megabytes for a slow client, so our own buffer alone does not show progress.
-        0 where the system does not tell.
+        This buffer can hold megabytes, so asyncio's own buffer alone does not show progress. 0 if
+        the system does not report it.
         """
         unsent = array.array("i", [0])
         with contextlib.suppress(OSError):

@@ -104,7 +104,7 @@ COLUMNS: Final = {
 PAYLOADS: Final = {
     PROPOSAL_CREATED: ("Phi-3 has finished a proposal", (*Proposal.model_fields, "transaction_id")),
     PROPOSAL_ASSESSED: (
-        "Hermes has criticised and scored the proposal, and the sidecar has tried to store the rows",
+        "Hermes has criticised and scored the proposal; its rows are stored if that was possible",
         ("proposal_transaction_id", "assessment_text", "timestamp"),
     ),
     FEEDBACK_SUBMITTED: ("feedback is stored", tuple(schema.PublishedFeedback.model_fields)),

@@ -16,8 +16,8 @@ from osiris.__main__ import command
 from tests.live_server import ROOT
 
 WORKERS = (
-    "every worker would load the models again, so there is one; to serve more, run more sidecars "
-    "behind a load balancer."
+    "there can only be 1 worker, because each one would load the models again; to serve more "
+    "requests, run more sidecars behind a load balancer."
 )
 
 

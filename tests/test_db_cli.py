@@ -305,8 +305,8 @@ def test_a_bad_value_is_one_line_and_exit_2_and_opens_nothing(
     [
         ("query-runs", "--since TIME"),
         ("stats", "--format FORMAT"),
-        ("compact", "Join small files"),
-        ("migrate", "older versions"),
+        ("compact", "Merge small files"),
+        ("migrate", "older version"),
         ("verify", "ids are unique"),
         ("export", "<sft|dpo|jsonl>"),
     ],
@@ -613,7 +613,7 @@ def test_the_database_of_make_serve_is_found(
     assert capsys.readouterr() == ("", "orchestrator_runs is empty.\n")
     _, terminal = on_terminal(monkeypatch, "query-runs")
     assert terminal.screen() == [
-        "LANCEDB_URI is not set; this is .data/lancedb.",
+        "LANCEDB_URI is not set; using .data/lancedb.",
         "orchestrator_runs is empty.",
     ]
     # The container's comes first.
@@ -634,7 +634,7 @@ def test_without_any_database_the_variable_is_named(
     assert list((no_variable / "work").iterdir()) == []
 
 
-# A database that may only be read
+# A read-only database
 
 
 @pytest.fixture
@@ -723,7 +723,7 @@ def test_a_log_that_may_not_be_read_is_said(
         assert cli_main(["query-runs", "--table", SCORES]) == 0
     output = capsys.readouterr()
     assert len(output.out.splitlines()) == 2
-    assert output.err == ("The newest rows may be missing: the write-ahead log may not be read.\n")
+    assert output.err == ("The newest rows may be missing: the write-ahead log cannot be read.\n")
 
 
 @pytest.mark.parametrize("command", ["compact", "migrate"])
@@ -735,7 +735,7 @@ def test_what_has_to_write_says_that_it_may_not(
         assert cli_main([command]) == 1
     assert capsys.readouterr() == (
         "",
-        f"The database at {readable_folder} may only be read; {command} has to write to it.\n",
+        f"The database at {readable_folder} is read-only; {command} has to write to it.\n",
     )
 
 
@@ -817,7 +817,7 @@ def test_compact_leaves_it_to_another_process_that_is_at_it(
         assert cli_main(["compact"]) == 1
     output = capsys.readouterr()
     assert output.out == ""
-    assert output.err == "Another process compacts this database at the moment.\n"
+    assert output.err == "Another process is compacting this database.\n"
 
 
 def test_verify_of_a_sound_database_counts_its_rows(
@@ -839,7 +839,7 @@ def test_verify_finds_a_row_that_is_there_twice(
     table.add(table.to_arrow())
     assert cli_main(["verify"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert f"{SCORES}: 4 of 4 rows are readable, 2 ids come twice" in lines
+    assert f"{SCORES}: 4 of 4 rows are readable, 2 ids are duplicates" in lines
     assert f"{RUNS}: 0 of 0 rows are readable, ids are unique" in lines
 
 

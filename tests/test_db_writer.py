@@ -131,7 +131,7 @@ async def test_a_full_disk_is_noticed_without_a_row(
             file.write(b"x" * 4096)
     await until(store.refusal)
     assert store.refusal() == (
-        "The database takes no rows: No space left on device; free space at "
+        "The database accepts no rows: No space left on device; free space at "
         f"{small_disk / 'db' / '_log'} or check LANCEDB_URI."
     )
     assert store.status()["log"]["accepts_rows"] is False
@@ -176,7 +176,8 @@ async def test_a_database_that_is_away_takes_rows_up_to_a_bound(
             await store.append(score(f"{number:03}"))
             accepted.append(f"{number:03}")
     assert caught.value.retry_after
-    assert (store.refusal() or "").startswith("The database takes no more rows until it is back")
+    refusal = store.refusal() or ""
+    assert refusal.startswith("The write-ahead log is full until the database is back")
     assert 5 < len(accepted) < 50
     table.unlink()
     (tmp_path / "hidden").rename(table)

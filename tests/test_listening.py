@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from osiris.listening import keep_out_new, waiting
+from osiris.listening import block_new, waiting
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="a filter of Linux sockets")
 
@@ -24,7 +24,7 @@ def test_who_is_connected_is_served_and_nobody_new_gets_in(
         address = listener.getsockname()[:2]
         with socket.create_connection(address) as early, socket.socket(family) as late:
             assert waiting(listener) == 1
-            assert keep_out_new(listener)
+            assert block_new(listener)
             late.settimeout(0.3)
             with pytest.raises(TimeoutError):
                 late.connect(address)
@@ -46,8 +46,8 @@ def test_a_unix_socket_is_not_found_any_more(tmp_path: Path) -> None:
         listener.bind(path)
         listener.listen()
         early.connect(path)
-        assert keep_out_new(listener)
-        assert keep_out_new(listener)
+        assert block_new(listener)
+        assert block_new(listener)
         with socket.socket(socket.AF_UNIX) as late, pytest.raises(FileNotFoundError):
             late.connect(path)
         connection, _ = listener.accept()

@@ -379,7 +379,7 @@ def test_the_command_converts_for_the_configured_model(
 
     status, said = run()
     assert (status, said.count("\n")) == (0, 1), said
-    assert "20260101 moves the next tokens of phi3/" in said
+    assert "20260101 changes the probabilities of phi3/" in said
     status, said = run()
     assert status == 1
     assert said.endswith("already; name another folder or remove it\n")
@@ -427,7 +427,7 @@ def test_the_command_converts_for_the_demo_where_no_model_is_named(
     assert output.err.count("\n") == 1
     if variable is None:
         assert status == 0
-        assert "moves the next tokens of phi3/demo by" in output.out
+        assert "changes the probabilities of phi3/demo's next tokens by" in output.out
         assert output.err.endswith("so the adapter is for the demo model.\n")
     else:
         assert (status, output.out) == (1, "")

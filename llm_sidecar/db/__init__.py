@@ -31,13 +31,13 @@ def cli_main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `python -m llm_sidecar.db`.
 
     Args:
-        argv: the arguments; this process's unless given.
+        argv: the arguments; default: those of this process.
 
     Returns:
-        The exit status: 0; 1 when the database cannot be used or is not sound, or the output cannot
-        be written; 2 for bad arguments; 130 after Ctrl-C.
+        The exit status: 0; 1 if the database cannot be used or is damaged, or the output cannot be
+        written; 2 for bad arguments; 130 after Ctrl-C.
     """
-    # A server has no use for the parser.
+    # Imported here, because a server does not need the parser.
     from llm_sidecar.db import cli
 
     return cli.cli_main(argv)

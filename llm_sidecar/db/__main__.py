@@ -8,7 +8,7 @@ from llm_sidecar.db.cli import cli_main
 
 def main() -> int:
     """Runs the command line of this process; returns the exit status."""
-    # The command line says itself what went wrong.
+    # The command line itself reports errors.
     logging.getLogger("llm_sidecar").addHandler(logging.NullHandler())
     return cli_main()
 

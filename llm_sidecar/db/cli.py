@@ -1,4 +1,4 @@
-"""`python -m llm_sidecar.db`: shows the tables and maintains them."""
+"""`python -m llm_sidecar.db`: reads and maintains the database."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def cli_main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        argv: the arguments; this process's unless given.
+        argv: the arguments; default: those of this process.
 
     Returns:
-        The exit status: 0; 1 when the database cannot be used or is not sound, or the output cannot
-        be written; 2 for bad arguments; 130 after Ctrl-C.
+        The exit status: 0; 1 if the database cannot be used or is damaged, or the output cannot be
+        written; 2 for bad arguments; 130 after Ctrl-C.
     """
     return command_line.run_app(app, argv, PROG, output.reason)
 
 
 @app.callback(invoke_without_command=True)
 def _no_command(context: typer.Context) -> None:
-    """Show the database at LANCEDB_URI, and maintain it."""
+    """Read and maintain the database at LANCEDB_URI."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -74,7 +74,7 @@ Since = Annotated[
     typer.Option(
         parser=_time,
         metavar="TIME",
-        help="Only from this time on: ISO 8601 (UTC unless it says), or a span such as 24h or 7d.",
+        help="Only rows since then: ISO 8601 (UTC without an offset), or an age such as 24h or 7d.",
     ),
 ]
 AsFormat = Annotated[
@@ -86,7 +86,7 @@ AsFormat = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", hidden=True, help="The same as --format jsonl.")]
-Wide = Annotated[bool, typer.Option("--wide", help="In a table, show long values whole.")]
+Wide = Annotated[bool, typer.Option("--wide", help="Do not shorten long values in a table.")]
 Out = Annotated[Path | None, typer.Option(help="A file. Default: standard output.")]
 
 
@@ -101,13 +101,13 @@ def _query_runs(
         str | None, typer.Option(help="Only runs with this status, such as error.")
     ] = None,
     ticker: Annotated[str | None, typer.Option(help="Only proposals for this ticker.")] = None,
-    action: Annotated[Action | None, typer.Option(help="Only proposals of this action.")] = None,
+    action: Annotated[Action | None, typer.Option(help="Only proposals with this action.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Only proposals that this model wrote, such as phi3/demo.")
     ] = None,
     min_score: Annotated[
         float | None,
-        typer.Option(min=0, max=1, callback=_number, help="Only with at least this score."),
+        typer.Option(min=0, max=1, callback=_number, help="Only rows with at least this score."),
     ] = None,
     as_format: AsFormat = None,
     wide: Wide = False,
@@ -128,19 +128,19 @@ def _query_runs(
 def _stats(
     as_format: AsFormat = None, wide: Wide = False, out: Out = None, as_json: AsJson = False
 ) -> int:
-    """Show rows, files and bytes of each table."""
+    """Show the rows, files and bytes of each table."""
     return run(commands.stats(commands.Shape(_format(as_format, as_json, out), wide, out)))
 
 
 @app.command("compact")
 def _compact() -> int:
-    """Join small files and delete versions that nobody reads any more."""
+    """Merge small files and delete unused table versions."""
     return run(commands.compact())
 
 
 @app.command("migrate")
 def _migrate() -> int:
-    """Bring tables of older versions up to date."""
+    """Upgrade the tables of an older version."""
     return run(commands.upgrade())
 
 
@@ -152,7 +152,7 @@ def _verify() -> int:
 
 @app.command("export")
 def _export(
-    kind: Annotated[ExportFormat, typer.Option("--format", help="What a line holds.")],
+    kind: Annotated[ExportFormat, typer.Option("--format", help="The content of each line.")],
     since: Since = None,
     out: Out = None,
 ) -> int:

@@ -1,4 +1,4 @@
-"""What the commands of `python -m llm_sidecar.db` do. Each returns its exit status."""
+"""The commands of `python -m llm_sidecar.db`. Each returns its exit status."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.settings import DEFAULT_LANCEDB_URI
 
 _OPEN_SECONDS: Final = 60.0
-_SERVED: Final = Path(".data/lancedb")
-"""Where `make serve` keeps its database."""
+_MAKE_SERVE_URI: Final = Path(".data/lancedb")
+"""The database of `make serve`."""
 
 
 class Shape(NamedTuple):
     """How rows are written.
 
     Attributes:
-        wide: whether a table shows long values whole.
+        wide: whether long values in a table are not shortened.
         out: a file; None for standard output.
     """
 
@@ -91,12 +91,12 @@ async def stats(shape: Shape) -> int:
 
 
 async def compact() -> int:
-    """Compacts the tables; fails where another process is at it."""
+    """Compacts the tables; fails if another process is compacting them."""
     place = _writable_place("compact")
     async with _store(place) as store:
         before, began = store.status()["fragments"], time.monotonic()
         if not await store.compact():
-            command_line.say("Another process compacts this database at the moment.")
+            command_line.say("Another process is compacting this database.")
             return command_line.FAILED
         for name, count in store.status()["fragments"].items():
             output.line(f"{name}: {before[name]} fragments before, {count} after")
@@ -112,12 +112,12 @@ async def upgrade() -> int:
 
 
 async def check() -> int:
-    """Reads every row; fails where the database is not sound."""
+    """Reads every row; fails if the database is damaged."""
     async with _opened() as (_, tables, waiting):
         async with tables.unchanging():
             found = await verify(tables, command_line.progress)
         for table in found:
-            doubled = f"{table.doubled} ids come twice" if table.doubled else "ids are unique"
+            doubled = f"{table.doubled} ids are duplicates" if table.doubled else "ids are unique"
             output.line(
                 f"{table.table}: {table.rows} of {table.expected} rows are readable, {doubled}"
             )
@@ -135,7 +135,7 @@ async def export(kind: ExportFormat, since: datetime.datetime | None, out: Path 
             write = stack.enter_context(output.file_or_stdout(out))
             count = 0
             async for row in lines.rows(command_line.progress):
-                # ASCII, as half of a surrogate pair, which JSON can hold, has no UTF-8.
+                # ASCII, because half of a surrogate pair is valid in JSON but not in UTF-8.
                 write(json.dumps(row) + "\n")
                 count += 1
         skipped = f"; left out: {lines.skipped}" if str(lines.skipped) else ""
@@ -145,22 +145,22 @@ async def export(kind: ExportFormat, since: datetime.datetime | None, out: Path 
 
 
 def database_uri() -> str:
-    """`LANCEDB_URI`, or else the folder in the container or that of `make serve`, if it is there.
+    """`LANCEDB_URI`; if unset, the folder in the container or of `make serve`, if one exists.
 
     Raises:
-        DatabaseUnavailable: it is not set, and neither folder is there.
+        DatabaseUnavailable: it is not set, and neither folder exists.
     """
     if configured := os.environ.get("LANCEDB_URI"):
         return configured
     if os.path.lexists(DEFAULT_LANCEDB_URI):
         return DEFAULT_LANCEDB_URI
-    if not _SERVED.is_dir():
+    if not _MAKE_SERVE_URI.is_dir():
         raise DatabaseUnavailable(
-            f"There is no database at {DEFAULT_LANCEDB_URI} or {_SERVED}; set LANCEDB_URI."
+            f"There is no database at {DEFAULT_LANCEDB_URI} or {_MAKE_SERVE_URI}; set LANCEDB_URI."
         )
     if sys.stderr.isatty():
-        command_line.say(f"LANCEDB_URI is not set; this is {_SERVED}.")
-    return str(_SERVED)
+        command_line.say(f"LANCEDB_URI is not set; using {_MAKE_SERVE_URI}.")
+    return str(_MAKE_SERVE_URI)
 
 
 def _writable_place(command: str) -> Place:
@@ -168,14 +168,14 @@ def _writable_place(command: str) -> Place:
     is_there = place.folder is None or os.path.isdir(place.folder)  # noqa: PTH112 this never raises
     if is_there and not place.may_write():
         raise DatabaseUnavailable(
-            f"The database at {place.shown} may only be read; {command} has to write to it."
+            f"The database at {place.shown} is read-only; {command} has to write to it."
         )
     return place
 
 
 @contextlib.asynccontextmanager
 async def _store(place: Place) -> AsyncIterator[Store]:
-    # Looking must not create anything.
+    # The command line never creates a database.
     uri = place.uri if place.folder is None else place.shown
     store = await Store.open(uri, create=False, timeout=_OPEN_SECONDS)
     try:
@@ -202,7 +202,7 @@ def _note_missing(waiting: Waiting) -> None:
         rows = "row is" if count == 1 else "rows are"
         command_line.say(f"{count} {rows} still in the write-ahead log and not counted here.")
     if waiting.unreadable:
-        command_line.say("The newest rows may be missing: the write-ahead log may not be read.")
+        command_line.say("The newest rows may be missing: the write-ahead log cannot be read.")
 
 
 def _write(

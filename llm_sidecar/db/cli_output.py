@@ -1,4 +1,4 @@
-"""How the command line writes: lines, and files that are whole or not there."""
+"""Output of the command line: lines, and files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Write = Callable[[str | bytes], None]
 
 
 class Unwritable(SidecarError):
-    """The file that was asked for cannot be written."""
+    """The output file cannot be written."""
 
 
 def reason(error: Exception) -> str:
@@ -42,19 +42,19 @@ def write_out(text: str | bytes) -> None:
 
 @contextlib.contextmanager
 def file_or_stdout(path: Path | None) -> Iterator[Write]:
-    """Gives what writes: to standard output, or to a file that is there only once it is whole.
+    """Yields a function that writes to standard output, or to a file that appears when complete.
 
-    Text goes into a file as UTF-8.
+    Text is written to a file as UTF-8.
 
     Raises:
-        Unwritable: the file cannot be written; one of that name that was there is as it was.
+        Unwritable: the file cannot be written; an existing file of that name is unchanged.
     """
     if path is None:
         yield write_out
         return
-    with _said_of(path):
+    with _named_error(path):
         target = path.resolve()
-        # Nothing may take the place of a device or a pipe.
+        # A device or a pipe is written to directly; it must not be replaced.
         direct = target.exists() and not target.is_file()
     if direct:
         with _opened(path, target, "wb") as file:
@@ -64,10 +64,10 @@ def file_or_stdout(path: Path | None) -> Iterator[Write]:
     try:
         with _opened(path, whole, "xb") as file:
             yield _writer(path, file)
-            with _said_of(path):
+            with _named_error(path):
                 file.flush()
                 os.fsync(file.fileno())
-        with _said_of(path):
+        with _named_error(path):
             whole.replace(target)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -77,25 +77,25 @@ def file_or_stdout(path: Path | None) -> Iterator[Write]:
 
 @contextlib.contextmanager
 def _opened(shown: Path, path: Path, mode: str) -> Iterator[IO[bytes]]:
-    with _said_of(shown):
+    with _named_error(shown):
         file: IO[bytes] = path.open(mode)
     try:
         yield file
     finally:
-        with _said_of(shown):
+        with _named_error(shown):
             file.close()
 
 
 def _writer(shown: Path, file: IO[bytes]) -> Write:
     def write(text: str | bytes) -> None:
-        with _said_of(shown):
+        with _named_error(shown):
             file.write(text.encode() if isinstance(text, str) else text)
 
     return write
 
 
 @contextlib.contextmanager
-def _said_of(path: Path) -> Iterator[None]:
+def _named_error(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

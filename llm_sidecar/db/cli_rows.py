@@ -1,4 +1,4 @@
-"""Rows in the formats of the command line: a table for people, the others for programs."""
+"""The output formats of the command line: a table for people, the others for programs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ Format = Literal["table", "jsonl", "csv", "parquet"]
 Row = Mapping[str, Any]
 
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
-"""Text that begins so is a formula to a spreadsheet."""
+"""A spreadsheet treats text that begins with one of these as a formula."""
 
 
 def as_jsonl(rows: Iterable[Row]) -> str:
-    """One JSON object a line, in ASCII."""
+    """One JSON object per line, in ASCII."""
     return "".join(f"{json.dumps(_plain(row), allow_nan=False)}\n" for row in rows)
 
 
 def as_csv(rows: Iterable[Row], columns: Sequence[str]) -> str:
-    """RFC 4180: a header, quoted where it is needed, lines that end in CR LF. Objects are JSON.
+    """CSV of RFC 4180: a header, quotes where needed, lines that end in CR LF. Objects are JSON
+    text.
 
-    A spreadsheet would run text that begins like a formula, so such text gets a `'` before it.
+    A spreadsheet would run text that begins like a formula, so `'` is put before such text.
     """
     text = io.StringIO()
     writer = csv.writer(text)
@@ -39,7 +40,7 @@ def as_parquet(rows: Iterable[Row], columns: Sequence[str], table: str | None) -
     """A Parquet file with the columns and types of the table, objects in text columns as JSON text.
 
     Args:
-        table: a table of the database; None for rows that are of none.
+        table: the table of the rows; None for rows of no table.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -58,16 +59,16 @@ def as_parquet(rows: Iterable[Row], columns: Sequence[str], table: str | None) -
 def as_table(
     rows: Sequence[Row], columns: Sequence[str], *, width: int, wide: bool, encoding: str
 ) -> str:
-    """Lines for a terminal: a table where it is wide enough, else a block of lines for each row.
+    """Lines for a terminal: a table if it is wide enough, otherwise a block of lines for each row.
 
-    Characters that would steer the terminal are escaped.
+    Control characters are escaped.
 
     Args:
-        width: of the terminal, in cells.
-        wide: whether long values are shown whole, however long the lines get.
-        encoding: of the terminal.
+        width: width of the terminal, in cells.
+        wide: whether long values are not shortened, however long the lines get.
+        encoding: encoding of the terminal.
     """
-    # rich is for terminals only.
+    # Imported here, because only this format needs rich.
     from llm_sidecar.db.cli_table import Layout
 
     cells = [[_shown(row[name], encoding, wide) for name in columns] for row in rows]
@@ -84,7 +85,7 @@ def _shown(value: Any, encoding: str, wide: bool) -> str:
         text = json.dumps(_plain(value), ensure_ascii=False, separators=(",", ":"))
     else:
         text = str(value)
-    # What people wrote must not steer the terminal.
+    # Stored text must not send control sequences to the terminal.
     text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
@@ -97,7 +98,7 @@ def _csv_cell(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value in JSON's types."""
+    """The value as JSON types."""
     if isinstance(value, Mapping):
         return {name: _plain(inner) for name, inner in value.items()}
     if isinstance(value, list):

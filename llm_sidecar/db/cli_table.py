@@ -1,4 +1,4 @@
-"""The layout of rows on a terminal, by rich."""
+"""The layout of rows on a terminal, with rich."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from rich.text import Text
 _GAP: Final = 2
 """Cells between two columns."""
 _SHORT: Final = 19
-"""Cells up to which a value is not cut, such as a time."""
+"""Values of up to this many cells, such as times, are never shortened."""
 _LEAST: Final = 8
-"""Cells of a longer value that a table has to show, or it is no use."""
+"""Minimum cells for a longer value in a table."""
 _BESIDE: Final = 20
-"""Cells of a value that a block has to show beside the column's name, or it goes below."""
+"""Minimum cells for a value beside its name in a block; otherwise it goes on the next line."""
 _UNBOUNDED: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How to lay rows out.
+    """How to lay out rows.
 
     Attributes:
-        width: of the terminal, in cells.
-        wide: whether values are shown whole.
-        cut: how a value that is too long ends.
+        width: width of the terminal, in cells.
+        wide: whether long values are not shortened.
+        cut: how a shortened value ends.
     """
 
     width: int
@@ -38,7 +38,7 @@ class Layout:
     cut: OverflowMethod
 
     def lines(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-        """A table if the terminal is wide enough for it, else a block of lines for each row."""
+        """A table if the terminal is wide enough, otherwise a block of lines for each row."""
         needed = sum(self._least_width(column) for column in zip(columns, *rows, strict=True))
         fits = needed + _GAP * (len(columns) - 1) <= self.width
         return self._table(columns, rows) if fits else self._blocks(columns, rows)
@@ -61,7 +61,7 @@ class Layout:
         return "".join(f"{line.rstrip()}\n" for line in file.getvalue().splitlines())
 
     def _blocks(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-        """Values that are empty are left out."""
+        """A block of lines for each row, without empty values."""
         label = max(map(len, columns)) + _GAP
         beside = self.width - label >= _BESIDE
         blocks = []
@@ -80,7 +80,7 @@ class Layout:
         return "\n".join(blocks)
 
     def _text(self, value: str) -> Text:
-        # Text, not str, so that neither markup nor emoji codes are taken for more than words.
+        # Text, not str, so that rich does not interpret markup and emoji codes.
         return Text(value, no_wrap=True, overflow=self.cut)
 
     def _fitted(self, value: str, width: int) -> str:

@@ -1,7 +1,7 @@
-"""Which rows of a table a question is about: status, ticker, action, model, score.
+"""Filters for rows: status, ticker, action, model, score.
 
-Ticker and action are inside JSON text. The database looks for the value's JSON text, which every
-matching row holds; whether the right key has it is then checked row by row.
+Ticker and action are inside JSON text. The database first selects rows that contain the value as
+JSON text anywhere. Then each row is checked for whether the right key has the value.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _FILTERS: Final[Mapping[str, tuple[str, ...]]] = {
     "model": (PROPOSALS,),
     "min_score": (RUNS, SCORES, PROPOSALS),
 }
-"""The tables that each filter is for."""
+"""The tables that each filter applies to."""
 
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """What a row must hold; None leaves it open.
+    """The values that a row must have; None matches every row.
 
     Attributes:
-        status: of a run.
-        ticker, action: of the proposal, exactly.
+        status: the status of a run.
+        ticker, action: exact values of the proposal.
         model: the name of the model that wrote the proposal.
-        min_score: the least score, in [0, 1]; a row without a score does not match.
+        min_score: the minimum score, in [0, 1]; a row without a score does not match.
     """
 
     status: str | None = None
@@ -52,14 +52,14 @@ class Filters:
         return [name for name in _FILTERS if getattr(self, name) is not None]
 
     def misplaced(self, table: str) -> tuple[str, tuple[str, ...]] | None:
-        """The first filter that the table has no column for, and the tables that have one."""
+        """The first filter that does not apply to the table, and the tables that it applies to."""
         for name in self.names():
             if table not in _FILTERS[name]:
                 return name, _FILTERS[name]
         return None
 
     def conditions(self, table: str) -> list[Any]:
-        """Expressions of lancedb that every matching row fulfils."""
+        """Conditions for lancedb. Every matching row fulfils them, but other rows may too."""
         from lancedb.expr import col, lit
 
         found = [
@@ -72,7 +72,7 @@ class Filters:
                 column = col(_PROPOSAL_PATHS[table][0])
                 condition = column.contains(lit(json.dumps(value)))
                 if not value.isascii():
-                    # Today's rows have it escaped, those of other writers need not.
+                    # This version escapes such characters; other writers may not.
                     plain = json.dumps(value, ensure_ascii=False)
                     condition = condition.or_(column.contains(lit(plain)))
                 found.append(condition)
@@ -81,7 +81,7 @@ class Filters:
         return found
 
     def matches(self, table: str, row: Mapping[str, Any]) -> bool:
-        """Whether a row, as the table stores it, matches."""
+        """Whether a row of the table matches."""
         if any(
             value is not None and row[name] != value
             for name, value in (("status", self.status), ("model", self.model))

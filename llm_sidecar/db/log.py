@@ -31,7 +31,7 @@ _SUFFIX: Final = ".log"
 _LOCK: Final = "lock"
 _CHECK: Final = "check"
 _CHECK_BYTES: Final = 1 << 14
-"""Larger than most rows."""
+"""More than most rows need."""
 _TIMES: Final = ("timestamp", "received")
 
 
@@ -153,13 +153,13 @@ class Log:
         self._size += len(data)
 
     def check(self, sync: bool) -> None:
-        """Tries whether a record could be written now.
+        """Checks whether a record could be written now.
 
         Args:
-            sync: whether to try a sync as well, which costs a disk write.
+            sync: whether to check a sync too, which costs a disk write.
 
         Raises:
-            OSError: it could not.
+            OSError: it could not be written.
         """
         path = self._folder / _CHECK
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

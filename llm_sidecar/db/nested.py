@@ -1,4 +1,4 @@
-"""Objects that text columns hold as JSON, as objects again."""
+"""Decoding of the text columns that contain JSON objects."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ JSON_COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     RUNS: ("final_output",),
     PROPOSALS: ("proposal",),
 }
-"""The columns of each table that hold an object as JSON text. In any other column, text that looks
-like JSON is a person's or a model's words."""
+"""The columns of each table that contain an object as JSON text. In other columns, text that looks
+like JSON was written by a person or a model, and stays text."""
 
 
 def with_objects(table: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row in which the objects of its JSON columns are objects.
+    """The row with its JSON columns decoded to objects.
 
-    Any other text stays as it is, and so does an object that JSON cannot express, such as one with
-    NaN, which older versions stored.
+    Text that is not a JSON object stays unchanged. So do objects with NaN, which older versions
+    stored and JSON does not allow.
     """
     decoded = {name: _object(row[name]) for name in JSON_COLUMNS.get(table, ()) if name in row}
     return {name: decoded.get(name, value) for name, value in row.items()}
@@ -32,7 +32,7 @@ def _object(text: Any) -> Any:
         return text
     try:
         value = json.loads(text)
-        # NaN is no JSON, and a number such as 1e999 has become infinite.
+        # NaN is not valid JSON, and a number such as 1e999 has become infinite.
         json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError):
         return text

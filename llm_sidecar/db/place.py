@@ -14,7 +14,7 @@ from llm_sidecar.settings import DEFAULT_LANCEDB_LOG_DIR, DEFAULT_LANCEDB_URI
 TABLE_SUFFIX: Final = ".lance"
 _LOG: Final = "_log"
 _LOCKS: Final = ("lock", "opening.lock", "alive.lock", "compact.lock")
-"""The files below the log folder that every process that opens the database locks."""
+"""Files in the log folder that every process locks when it opens the database."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,9 @@ class Place:
         return self.log_folder / "set_aside"
 
     def may_write(self) -> bool:
-        """Whether this user may write everything that opening the database writes: tables, locks
-        and logs."""
+        """Whether this user has permission to write what opening the database writes: tables, locks
+        and
+        logs."""
         needed = [_nearest(self.log_folder)]
         try:
             if self.log_folder.exists():
@@ -56,8 +57,8 @@ class Place:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
-    # Not Path.exists, which fails below a folder that may not be searched.
+    """The folder, or its nearest parent that exists."""
+    # Not Path.exists, which raises if there is no permission to search a parent.
     while not os.path.exists(folder) and folder != folder.parent:  # noqa: PTH110
         folder = folder.parent
     return folder

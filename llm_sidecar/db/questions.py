@@ -60,13 +60,13 @@ async def newest(
 ) -> list[dict[str, Any]]:
     """The newest rows of a table, newest first.
 
-    The database applies what it can of the filters. What only Python can check, inside JSON text,
-    may leave too few rows; then more of them are read.
+    The database applies the filters as far as it can. Python checks the rest, inside JSON text. If
+    too few rows are left, more rows are read.
 
     Args:
         count: how many; all of them for 0 or less.
         since: an aware time; older rows do not count.
-        filters: what the rows must hold.
+        filters: what the rows must match.
     """
     conditions = [] if filters is None else filters.conditions(table)
     limit = count
@@ -83,8 +83,9 @@ async def newest(
 async def _newest(
     tables: Tables, table: str, count: int, since: datetime.datetime, conditions: Sequence[Any]
 ) -> list[dict[str, Any]]:
-    """Ordering reads all that it orders, so a large table is asked for the rows of the last 15
-    minutes, hour, … until there are enough."""
+    """The newest rows. Sorting reads all rows that it sorts, so from a large table only the rows of
+    the
+    last 15 minutes are read, then of the last hour, and so on, until there are enough."""
     if count > 0 and await tables[table].count_rows() > _SMALL:
         window, start = _FIRST_WINDOW, datetime.datetime.now(datetime.UTC)
         while start > since:

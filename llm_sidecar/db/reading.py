@@ -1,6 +1,6 @@
-"""Reading a database that may not be written to: no lock, no repair, no replay of logs.
+"""Reading a database without permission to write to it: no locks, no repairs, no replay of logs.
 
-Rows that are still in a write-ahead log are read from there.
+Rows that are still in a write-ahead log are read from the log.
 """
 
 from __future__ import annotations
@@ -19,24 +19,23 @@ from llm_sidecar.db.tables import Tables, one_line, open_tables_to_read
 from llm_sidecar.errors import DatabaseUnavailable
 
 _OPEN_SECONDS: Final = 60.0
-_AT_ONCE: Final = 500
-"""Keys in one filter."""
+_KEYS_PER_QUERY: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """What write-ahead logs hold.
+    """Rows that are still in write-ahead logs.
 
     Attributes:
-        rows: those that are not in their tables yet, by table, oldest first, as a table shows them.
-        unreadable: whether some log may not be read.
+        rows: rows that are not in their tables yet, by table, oldest first.
+        unreadable: whether some log could not be read.
     """
 
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     unreadable: bool = False
 
     def count(self) -> int:
-        """Rows of all tables."""
+        """The number of rows of all tables."""
         return sum(map(len, self.rows.values()))
 
 
@@ -45,11 +44,11 @@ async def reading(place: Place) -> AsyncIterator[tuple[Tables, Waiting]]:
     """The tables, and the rows that are not in them yet.
 
     Raises:
-        DatabaseUnavailable: the database cannot be opened; says why.
+        DatabaseUnavailable: the database cannot be opened, with the reason.
     """
     try:
         async with asyncio.timeout(_OPEN_SECONDS):
-            # The logs first: a row that moves meanwhile is then seen in its table.
+            # Read the logs first: a row that moves to its table meanwhile is then found there.
             logged, unreadable = await asyncio.to_thread(_logged, place)
             tables = await open_tables_to_read(place)
     except DatabaseUnavailable:
@@ -71,7 +70,7 @@ def _unavailable(place: Place, why: str) -> DatabaseUnavailable:
 
 
 def _logged(place: Place) -> tuple[list[Row], bool]:
-    """The rows of every log, and whether some log may not be read."""
+    """The rows of all logs, and whether some log could not be read."""
     rows: list[Row] = []
     unreadable = False
     try:
@@ -113,8 +112,8 @@ async def _stored_keys(tables: Tables, table: str, keys: list[str]) -> set[str]:
     from lancedb.expr import col
 
     name, found = KEYS[table], set()
-    for start in range(0, len(keys), _AT_ONCE):
-        condition = col(name).isin(keys[start : start + _AT_ONCE])
+    for start in range(0, len(keys), _KEYS_PER_QUERY):
+        condition = col(name).isin(keys[start : start + _KEYS_PER_QUERY])
         query = tables[table].query().where(condition).select([name])
         found |= {row[name] for row in await query.to_list()}
     return found

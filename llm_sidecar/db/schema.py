@@ -119,12 +119,12 @@ class Phi3FeedbackSchema(_Row):
     feedback_content: TextOrObject
     schema_version: str = "1.0"
     corrected_proposal: JsonObject | None = None
-    # Private, so that neither a caller nor a message can set them.
+    # Private, so that neither callers nor messages can set them.
     _received: datetime.datetime = PrivateAttr(default_factory=timestamps.now)
     _author: str | None = PrivateAttr(None)
 
     def written_by(self, author: str | None) -> Self:
-        """The same feedback with its author: the name of the API key that it came with."""
+        """A copy with its author: the name of the API key that sent it."""
         copy = self.model_copy()
         copy._author = author
         return copy
@@ -151,7 +151,7 @@ class PublishedFeedback(Phi3FeedbackSchema):
     Attributes:
         stored_in: the id of the database or sidecar that has stored it already, according to its
             publisher.
-        author: according to its publisher; it is ignored, as a publisher shows no API key.
+        author: according to its publisher; ignored, because the publisher shows no API key.
     """
 
     SOURCE: ClassVar[Literal["direct", "bus"]] = "bus"

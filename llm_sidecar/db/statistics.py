@@ -48,6 +48,6 @@ def _on_disk(folder: Path) -> tuple[int, int]:
             if path.is_file():
                 sizes.append(path.stat().st_size)
         except OSError:
-            # It has just gone, or may not be looked at.
+            # It has just been deleted, or there is no permission.
             continue
     return len(sizes), sum(sizes)

@@ -59,7 +59,7 @@ _COMPACTED: Final = "compacted"
 
 
 _OLD_SHAPE: Final = (
-    "The table {} has the shape of an older version; stop what uses the database and run "
+    "The table {} has the shape of an older version; stop all that uses the database and run "
     "`python -m llm_sidecar.db migrate`."
 )
 
@@ -124,7 +124,7 @@ class Tables:
 
         Raises:
             FileNotFoundError: there is no table at all.
-            OldShape: a table is of an older version, or is not there.
+            OldShape: a table is of an older version, or missing.
             Exception: whatever lancedb raises.
         """
         self._may_write = False
@@ -141,7 +141,7 @@ class Tables:
             self._tables[name] = await self._create(name)
         else:
             raise OldShape(
-                f"The table {name} is missing; a user who may write has to run "
+                f"The table {name} is missing; a user with write permission has to run "
                 "`python -m llm_sidecar.db migrate`."
             )
         schema = await self._tables[name].schema()
@@ -279,10 +279,10 @@ class Tables:
 
     @contextlib.asynccontextmanager
     async def unchanging(self) -> AsyncIterator[None]:
-        """Meanwhile nobody compacts, so that no file of what is read for long is deleted.
+        """Prevents compaction for the time of a long read, because it deletes files.
 
-        Where nothing may be written there is no lock to hold: then a file that is read may go after
-        two minutes.
+        Without write permission there is no lock. Then a file may be deleted two minutes after the
+        read began.
         """
         if not self._may_write:
             yield
@@ -344,7 +344,7 @@ async def open_tables_to_read(place: Place) -> Tables:
 
     Raises:
         FileNotFoundError: there is no database.
-        OldShape: a table is of an older version, or is not there.
+        OldShape: a table is of an older version, or missing.
         Exception: whatever lancedb raises.
     """
     tables = Tables(place, await connect(place, create=False, write=False))
@@ -361,7 +361,7 @@ async def connect(place: Place, *, create: bool, write: bool = True) -> Any:
 
     Args:
         create: whether the database may be missing.
-        write: False to make no folder for logs and locks.
+        write: whether to create the folder for logs and locks.
 
     Raises:
         FileNotFoundError: there is no database, and `create` is False.

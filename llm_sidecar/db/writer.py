@@ -52,7 +52,7 @@ _IDLE_SECONDS: Final = 600.0
 """After the last row, when the versions that nobody reads any more are tidied away."""
 _CLOSE_SECONDS: Final = 10.0
 _CHECK_SECONDS: Final = 2.0
-"""How often it is checked whether the log could take a row."""
+"""Seconds between two checks of whether the log can accept a row."""
 
 
 class _Waiting(NamedTuple):
@@ -144,7 +144,7 @@ class Writer:
         return self.tables
 
     def refusal(self) -> str | None:
-        """Why the log takes no rows now; None if it does."""
+        """Why the log accepts no rows now; None if it does."""
         if self._end.is_set():
             return "The database is closed."
         if self.log_failure is not None:
@@ -156,7 +156,9 @@ class Writer:
         return None
 
     def _full(self) -> str:
-        return f"The database takes no more rows until it is back: {self.reason or 'it is busy'}"
+        return (
+            f"The write-ahead log is full until the database is back: {self.reason or 'it is busy'}"
+        )
 
     def log_status(self) -> dict[str, Any]:
         """The state of the log: JSON types only."""
@@ -317,8 +319,9 @@ class Writer:
         return self._log
 
     async def _keep_checking(self) -> None:
-        """Keeps `log_failure` true while no rows come: without it, a server that is not ready would
-        get no row that tells it that the disk has space again."""
+        """Keeps `log_failure` current while no rows arrive: a server that is not ready gets no
+        rows, so
+        without this check it would not notice that the disk has space again."""
         while not self._end.is_set():
             await _passed(_CHECK_SECONDS, self._end)
             if self._log is None or self._waiting or self._end.is_set():
@@ -335,7 +338,7 @@ class Writer:
 
     def _set_log_failure(self, reason: str) -> None:
         failure = (
-            f"The database takes no rows: {reason}; free space at {self._place.log_folder} or "
+            f"The database accepts no rows: {reason}; free space at {self._place.log_folder} or "
             "check LANCEDB_URI."
         )
         if self.log_failure is None:

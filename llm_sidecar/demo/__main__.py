@@ -39,11 +39,11 @@ def _no_command(context: typer.Context) -> None:
 @app.command("train")
 def _train(
     out: Annotated[Path, typer.Option(help="Folder for phi3/ and hermes/.")] = _HERE,
-    seed: Annotated[int, typer.Option(help="Of every random number.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 1,
     only: Annotated[
-        Literal["phi3", "hermes"] | None, typer.Option(help="Train one of them.")
+        Literal["phi3", "hermes"] | None, typer.Option(help="Train only this one.")
     ] = None,
-    scale: Annotated[float, typer.Option(help="Train on this part of the tokens.")] = 1.0,
+    scale: Annotated[float, typer.Option(help="Fraction of the tokens to train on.")] = 1.0,
 ) -> int:
     """Train both models, about an hour on two cores."""
     for name, train in (("phi3", train_phi3), ("hermes", train_hermes)):
@@ -88,7 +88,7 @@ def _together(train: Callable[..., None], out: Path, seed: int, scale: float) ->
 def _evaluate(
     models: Annotated[Path, typer.Option(help="Folder of phi3/ and hermes/.")] = _HERE,
 ) -> int:
-    """Measure what the model card promises."""
+    """Measure the figures of the model card."""
     figures = evaluate(models)
     for figure in figures:
         promise = "" if figure.promised is None else f"  at least {figure.promised:.1%}"

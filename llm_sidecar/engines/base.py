@@ -189,7 +189,7 @@ def check_context(prompt_tokens: int, max_tokens: int, context_length: int) -> N
     if prompt_tokens + max_tokens <= context_length:
         return
     if prompt_tokens + ANSWER_TOKENS > context_length:
-        # Lowering max_length would not help, and who asks for a score sends none.
+        # A smaller max_length would not help, and a score request has none.
         raise InvalidRequest(
             f"prompt: it takes {prompt_tokens} tokens, which is too many for the model's context "
             f"of {context_length}; shorten it"

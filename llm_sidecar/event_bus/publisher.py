@@ -133,7 +133,7 @@ class Publisher:
             except (RedisConnectionError, RedisTimeoutError):
                 raise
             except RedisError as error:
-                # Not with the id of the request that happens to publish now.
+                # Without the id of the request that happens to publish now.
                 contextvars.Context().run(self._tell, channel, error)
                 self.lost += 1
             self._drop_oldest()

@@ -1,4 +1,4 @@
-"""A request's path as the routes know it, and which paths telemetry leaves out."""
+"""The path of a request as the router matches it, and the paths that telemetry excludes."""
 
 from __future__ import annotations
 
@@ -20,5 +20,6 @@ def route_path(scope: Scope) -> str:
 
 
 def is_observed(scope: Scope) -> bool:
-    """Whether an HTTP request is traced and profiled: a probe a second would hide the rest."""
+    """Whether an HTTP request is traced and profiled. Frequent probes would hide the other
+    requests."""
     return route_path(scope).rstrip("/") not in _UNOBSERVED

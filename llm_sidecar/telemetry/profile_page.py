@@ -32,7 +32,7 @@ def render(heading: str, calls: Sequence[ModelCall], session: Session, nonce: st
         heading: one line about the request.
         calls: of models that the request made; times in seconds.
         session: the samples.
-        nonce: lets the page's own scripts and style sheets pass a content security policy.
+        nonce: allows the page's scripts and style sheets in the content security policy.
     """
     session.target_description = heading
     page = _OUTSIDE.sub("", HTMLRenderer().render(session))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _STREAMS: Final = "/stream/"
-"""How the paths of streams begin. A stream lasts for days, and its samples would pile up."""
+"""Prefix of the paths of streams. A stream can last for days, and its samples would fill memory."""
 
 _INTERVAL: Final = 0.01
 """Seconds between two samples, of which each costs every request of the moment some time."""
@@ -63,10 +63,10 @@ class Profile:
     session: Session | None = None
 
     def page(self, nonce: str = "") -> str:
-        """The profile as an HTML page that needs nothing else; takes a moment to make.
+        """The profile as a self-contained HTML page; rendering takes a moment.
 
         Args:
-            nonce: of the content security policy that the page is sent with.
+            nonce: the nonce of the page's content security policy.
         """
         assert self.session is not None
         heading = (

@@ -80,7 +80,7 @@ class Traces(Instrument):
         FastAPIInstrumentor.instrument_app(
             app,
             tracer_provider=self._provider,
-            # It compares whole URLs, and cannot tell a root path from a route.
+            # Not used: it matches whole URLs, in which a root path looks like a route.
             excluded_urls="",
             exclude_spans=["receive", "send"],
         )
@@ -135,7 +135,7 @@ class Traces(Instrument):
 
 
 class _Observed:
-    """ASGI middleware around OpenTelemetry's own, which it turns off for requests that are not
+    """ASGI middleware that turns off OpenTelemetry's own middleware for requests that are not
     observed."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -150,8 +150,11 @@ class _Observed:
 
 
 class _RecordErrors:
-    """ASGI middleware that records an unexpected error before it is answered: the end of the answer
-    ends the span, and OpenTelemetry's own middleware would be too late."""
+    """ASGI middleware that records an unexpected error before the answer is sent.
+
+    The span ends with the answer, so OpenTelemetry's own middleware would record the error too
+    late.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -175,13 +178,14 @@ class _RecordErrors:
 
 
 class TraceIdFilter(logging.Filter):
-    """Sets `trace_id` on the records that are logged within a span; lets every record pass."""
+    """Sets `trace_id` on records that are logged within a span; drops no record."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Sets the trace's id in 32 hexadecimal digits."""
         span = trace.get_current_span()
         context = span.get_span_context()
-        # A connection or timer that a request has started still has its span after the span's end.
+        # Connections and timers that a request has started still have its span after the span's
+        # end.
         ended = getattr(span, "end_time", None) is not None
         if context.is_valid and not ended:
             record.trace_id = format_trace_id(context.trace_id)

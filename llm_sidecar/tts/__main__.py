@@ -39,7 +39,7 @@ def _speak(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    # Not typer: Chatterbox needs an environment of its own, which holds as little else as possible.
+    # Not typer: Chatterbox's environment should contain as few other packages as possible.
     parser = argparse.ArgumentParser(
         prog="python -m llm_sidecar.tts",
         description="Speaks for the sidecars on the same Redis, which REDIS_URL names.",
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _bus(url: str) -> EventBus:
     if url.startswith("memory://"):
-        raise SettingsError("REDIS_URL=memory:// is of one process, and a worker needs two")
+        raise SettingsError("REDIS_URL=memory:// works in one process only; a worker needs a Redis")
     try:
         return EventBus(url)
     except ValueError as error:
@@ -67,7 +67,7 @@ async def _serve(bus: EventBus, voice: ChatterboxVoice) -> None:
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
     async with contextlib.AsyncExitStack() as stack:
-        # Last in, first out: what a part needs ends after it.
+        # Closed in reverse order: each part before those that it needs.
         stack.push_async_callback(voice.close)
         if not await _loaded(voice, stop):
             return
@@ -77,7 +77,7 @@ async def _serve(bus: EventBus, voice: ChatterboxVoice) -> None:
         worker = SpeechWorker(bus, voice)
         stack.push_async_callback(worker.close)
         await worker.start()
-        log.info("ready, as speech worker %s", worker.worker_id)
+        log.info("speech worker %s is ready", worker.worker_id)
         await stop.wait()
 
 

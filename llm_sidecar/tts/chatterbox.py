@@ -210,8 +210,8 @@ class _Model:
                 )
             return self._built_in
         try:
-            # librosa, which reads it, takes a WAV that was written to a pipe for empty: it gets the
-            # samples that were checked. It takes an open file as well as a path.
+            # The package reads it with librosa, which treats a WAV that was written to a pipe as
+            # empty. So it gets the checked samples. It accepts an open file as well as a path.
             file = io.BytesIO(wavs.encode(wavs.decode(reference.wav)))
             self._package.prepare_conditionals(file)
         except Exception as error:  # noqa: BLE001 - the package raises anything

@@ -57,7 +57,7 @@ class AudioListeners:
         """Raises QueueFull if no further listener may join."""
         if self.count >= self._limit:
             raise QueueFull(
-                f"{self._limit} listen already, which is MAX_AUDIO_LISTENERS; try again later.",
+                f"{self._limit} listeners are connected, which is MAX_AUDIO_LISTENERS; try later.",
                 retry_after=_RETRY_AFTER,
             )
 

@@ -76,7 +76,7 @@ class Announcement(_Message):
     clones: bool
     sample_rate: int | None = None
     waiting: int = Field(ge=0)
-    # JSON has lists only.
+    # Not strict: JSON has lists, not sets.
     requests: frozenset[Id] = Field(frozenset(), max_length=1000, strict=False)
     leaving: bool = False
 

@@ -21,7 +21,7 @@ def read_reference(encoded: str) -> Reference:
     Raises:
         InvalidRequest: it is not base64, too large, no WAV, of an odd rate, or too short or
             long; says which.
-        VoiceUnavailable: no WAV can be read here.
+        VoiceUnavailable: libsndfile is not installed.
     """
     if len(encoded) > (MAX_REFERENCE_BYTES + 2) // 3 * 4:
         raise InvalidRequest(f"ref_wav_b64: the WAV is larger than {MAX_REFERENCE_BYTES} bytes")
@@ -37,7 +37,7 @@ def check_reference(file: bytes) -> Reference:
 
     Raises:
         InvalidRequest: it is too large, no WAV, of an odd rate, or too short or long; says which.
-        VoiceUnavailable: no WAV can be read here.
+        VoiceUnavailable: libsndfile is not installed.
     """
     if len(file) > MAX_REFERENCE_BYTES:
         raise InvalidRequest(f"ref_wav_b64: the WAV is larger than {MAX_REFERENCE_BYTES} bytes")

@@ -32,7 +32,7 @@ _MARGIN: Final = 0.015
 _EXTENSIBLE: Final = 0xFFFE
 _MAX_CHUNKS: Final = 1_000
 _MAX_CHANNELS: Final = 1_024
-"""As many as libsndfile takes."""
+"""libsndfile's maximum."""
 _BLOCK: Final = 1 << 16
 """Samples that are converted at a time."""
 _NAME: Final = re.compile(rb"[ -~]{4}")
@@ -45,7 +45,7 @@ _ENCODINGS: Final = {
     (3, 4): "FLOAT",
     (3, 8): "DOUBLE",
 }
-"""libsndfile's name of each format tag and number of bytes a sample: PCM and floats."""
+"""libsndfile's name for each format tag and number of bytes per sample: PCM and floats."""
 _WANTED: Final = "the WAV must hold PCM of 8 to 32 bits or floats of 32 or 64 bits"
 
 
@@ -63,17 +63,18 @@ def encode(wav: Wav) -> bytes:
 def decode(file: bytes) -> Wav:
     """Reads a WAV file and mixes its channels to one.
 
-    Takes PCM of 8 to 32 bits, also where they leave a part of their bytes unused, and floats of 32
-    and 64 bits. Takes what programs write to a pipe, without the right sizes, and a last chunk that
-    is shorter than it says. Memory stays under the file's size, twice that of the result, and 5 MB.
+    Supports PCM of 8 to 32 bits, even if samples use only some of their bits, and floats of 32 and
+    64 bits. Supports files that were written to a pipe, whose sizes are wrong, and a last chunk
+    that is shorter than its size. Memory stays below the file's size plus twice that of the result
+    plus 5 MB.
 
-    libsndfile converts the samples. It never sees the header, which is read here: of its own, it
-    takes a data chunk of size 0 for empty, misses chunks behind an odd one without padding, reads
-    20 bits in 4 bytes as 3 bytes, and starts whatever codec the header names.
+    libsndfile converts the samples, but this module parses the header. libsndfile would read a data
+    chunk of size 0 as empty, miss chunks after an odd one without padding, read 20 bits in 4 bytes
+    as 3 bytes, and run any codec that the header names.
 
     Raises:
-        ValueError: it is no such file; the message is a sentence that quotes nothing of it.
-        VoiceUnavailable: libsndfile is not there.
+        ValueError: the file is not such a WAV; the message is a sentence that does not quote it.
+        VoiceUnavailable: libsndfile is not installed.
     """
     soundfile = _soundfile()
     form, data = _format_and_data(file)
@@ -93,7 +94,7 @@ def decode(file: bytes) -> Wav:
 
 def _soundfile() -> Any:
     try:
-        import soundfile  # only who reads a WAV needs it
+        import soundfile  # imported only where a WAV is read
     except (ImportError, OSError) as error:
         log.error("libsndfile cannot be loaded: %s", error)
         raise VoiceUnavailable(
@@ -104,7 +105,7 @@ def _soundfile() -> Any:
 
 
 def _mix(block: npt.NDArray[np.float64]) -> npt.NDArray[np.int16]:
-    """Frames of one sample a channel, from -1 to 1, as 16-bit samples of one channel."""
+    """Mixes frames of samples from -1 to 1 to 16-bit samples of one channel."""
     if not np.isfinite(block).all():
         raise ValueError("the WAV holds samples that are not numbers")
     mixed: npt.NDArray[np.float64] = block.clip(-1, 1).mean(axis=1) * 2**15
@@ -112,7 +113,7 @@ def _mix(block: npt.NDArray[np.float64]) -> npt.NDArray[np.int16]:
 
 
 def _format_and_data(file: bytes) -> tuple[bytes, bytes]:
-    """The content of the chunks `fmt ` and `data`; where a name repeats, the first one counts."""
+    """The content of the chunks `fmt ` and `data`; if a name repeats, the first one counts."""
     if file[:4] != b"RIFF" or file[8:12] != b"WAVE":
         raise ValueError("this must be a WAV file")
     whole = 8 + int.from_bytes(file[4:8], "little")
@@ -125,12 +126,12 @@ def _format_and_data(file: bytes) -> tuple[bytes, bytes]:
         start += 8
         chunk_follows = whole <= len(file) and _NAME.match(file, start, whole)
         if name == b"data" and size == 0 and not chunk_follows:
-            # Written to a pipe: the samples go on to the end.
+            # The file was written to a pipe: the samples extend to its end.
             size = len(file)
         end = start + size
         if name in (b"fmt ", b"data"):
             found.setdefault(name, file[start:end])
-        # A padding byte follows an odd chunk, and is zero. Some programs leave it out.
+        # A zero byte follows a chunk of odd size as padding. Some programs omit it.
         start = end + (size % 2 and not _NAME.match(file, end))
     if len(found) < 2:
         raise ValueError("the WAV has no format or no data")
@@ -138,7 +139,7 @@ def _format_and_data(file: bytes) -> tuple[bytes, bytes]:
 
 
 def _read_format(form: bytes) -> tuple[str, int, int]:
-    """libsndfile's name of the encoding, the number of channels, and samples a second."""
+    """libsndfile's name of the encoding, the number of channels, and samples per second."""
     if len(form) < 16:
         raise ValueError("the WAV's format is cut off")
     tag, channels, rate, _, frame, bits = struct.unpack_from("<HHIIHH", form)
@@ -149,7 +150,8 @@ def _read_format(form: bytes) -> tuple[str, int, int]:
         raise ValueError(_WANTED)
     if not 1 <= channels <= _MAX_CHANNELS or not 1 <= rate < 1 << 31 or frame % channels:
         raise ValueError("the WAV's format contradicts itself")
-    # Samples of fewer bits are the upper ones of their bytes; those of 17 to 24 may have four.
+    # Samples of fewer bits use the upper bits of their bytes. Those of 17 to 24 bits may use 4
+    # bytes.
     size, needed = frame // channels, -(-bits // 8)
     encoding = _ENCODINGS.get((tag, size))
     if encoding is None or (size, needed) not in ((needed, needed), (4, 3)):

@@ -1,6 +1,6 @@
 """`/docs`: Swagger UI from this package, and the OpenAPI document that it shows.
 
-The page fetches nothing from elsewhere. Its links are relative, so it works under a root path.
+The page loads nothing from other servers. Its links are relative, so it works under a root path.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CONTENT_SECURITY_POLICY: Final = (
     "connect-src 'self'; media-src blob:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
-"""Swagger UI's style sheet has its icons as `data:` images; a sound that has come is a `blob:`."""
+"""Swagger UI's style sheet has icons as `data:` images; it plays received audio from a `blob:`."""
 
 
 def install(app: FastAPI) -> None:
@@ -55,7 +55,7 @@ def install(app: FastAPI) -> None:
 
 def _page(request: Request) -> HTMLResponse:
     page = (_FOLDER / "index.html").read_text()
-    # A browser resolves links against the folder that the page's path is in.
+    # A browser resolves relative links against the folder of the page's path.
     folder = "" if request.scope["path"].endswith("/") else "docs/"
     return HTMLResponse(
         page.replace("{files}", folder + _build()),
@@ -69,14 +69,14 @@ def _asset(build: str, name: str) -> FileResponse:
     return FileResponse(
         _FOLDER / name,
         media_type=_FILES[name],
-        # Other files have another path.
+        # The path changes with the files.
         headers={"Cache-Control": "public, max-age=31536000, immutable"},
     )
 
 
 @functools.cache
 def _build() -> str:
-    """Changes with the files."""
+    """A hash of all files."""
     whole = hashlib.sha256()
     for name in sorted(_FILES):
         whole.update((_FOLDER / name).read_bytes())

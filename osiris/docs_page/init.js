@@ -1,10 +1,10 @@
-// Starts Swagger UI. It asks nobody but this server, and keeps a key in memory only.
+// Starts Swagger UI. It contacts only this server, and keeps a key only in memory.
 "use strict";
 
 // This file is served at docs/<build>/init.js, so the document is two folders up.
 const specification = new URL("../../openapi.json", document.currentScript.src);
 
-// Swagger UI would ask for the sound a second time, with GET: give it the one that has come.
+// Swagger UI would request the audio a second time, with GET. Give it the audio that it has received.
 function PlayReceivedAudio() {
   return {
     wrapComponents: {

@@ -1,4 +1,4 @@
-"""The client that other Osiris services use, blocking and async.
+"""The Python client for other Osiris services, blocking and async.
 
     with LLMClient() as client:
         answer = client.generate("phi3", "AAPL at 190, long from 185, stop 180")
@@ -6,12 +6,12 @@
     async with AsyncLLMClient() as client:
         answer = await client.generate("phi3", "AAPL at 190, long from 185, stop 180")
 
-Both try again what may succeed the second time, and answer with the sidecar's own JSON, unchanged.
-A redirect is not followed: it is raised as an error, so that the key goes to no other host.
+Both retry requests that may succeed later, and return the sidecar's JSON unchanged. A redirect is
+not followed but raised as an error, so that the key goes to no other host.
 
 Threads may share an `LLMClient`, tasks of one event loop an `AsyncLLMClient`. Both use the proxy
-that `HTTP_PROXY`, `HTTPS_PROXY` or `ALL_PROXY` names, unless `NO_PROXY` has the sidecar's host; a
-sidecar on localhost needs `NO_PROXY=localhost` too. The environment is read when a client is made.
+from `HTTP_PROXY`, `HTTPS_PROXY` or `ALL_PROXY`, unless `NO_PROXY` contains the sidecar's host. This
+also holds for localhost. A client reads these variables when it is created.
 """
 
 from __future__ import annotations
@@ -50,26 +50,26 @@ __all__ = [
 
 
 class LLMClient(Endpoints[JSON, str, bytes, bool]):
-    """The blocking client; a context manager, which closes it.
+    """The blocking client; a context manager that closes it.
 
     Args:
-        base_url: of the sidecar; `OSIRIS_SIDECAR_URL` or http://localhost:8000 unless given.
+        base_url: address of the sidecar; default `OSIRIS_SIDECAR_URL`, else http://localhost:8000.
         timeout: seconds for connecting, for sending, and for each wait for a byte of the answer, or
-            an `httpx.Timeout`; it holds for every request. Unless given, these waits are longer
-            than the sidecar's own deadlines, so that its error comes first: 75 s, 135 s for
-            speech, 5 s for `live` and `ready`; a connection must be made in 5 s. Give one that is
-            longer than REQUEST_TIMEOUT_SECONDS and TTS_TIMEOUT_SECONDS where the sidecar sets them.
-        retries: further tries after the first.
-        backoff_factor: seconds before the first retry, doubled for each one after it, less up to
-            half at random, 30 at most. A `Retry-After` of the sidecar is kept to; one of more than
-            two minutes is not waited for, the error comes at once.
-        api_key: sent as a bearer token; `SIDECAR_API_KEY` unless given.
-        transport: what carries the requests, instead of the network.
+            an `httpx.Timeout`; it holds for every request. The defaults are longer than the
+            sidecar's deadlines, so that its own error arrives first: 75 s, 135 s for speech, 5 s
+            for `live` and `ready`, and 5 s for connecting. If the sidecar has a longer
+            REQUEST_TIMEOUT_SECONDS or TTS_TIMEOUT_SECONDS, give a timeout that is longer still.
+        retries: maximum number of retries after the first attempt.
+        backoff_factor: seconds before the first retry; doubled for each further one, up to 30 s,
+            and reduced by up to half at random. The client waits at least the seconds in
+            `Retry-After`. If these are more than two minutes, it raises the error at once.
+        api_key: sent as a bearer token; default `SIDECAR_API_KEY`.
+        transport: sends the requests instead of the network; for tests.
         sleep: waits some seconds; for tests.
         clock: seconds since 1970; for tests.
 
     Raises:
-        ValueError: an argument that cannot be used.
+        ValueError: an argument is invalid.
     """
 
     _http: httpx.Client
@@ -98,12 +98,12 @@ class LLMClient(Endpoints[JSON, str, bytes, bool]):
         self._sleep = sleep
 
     def stream_audio(self) -> Iterator[bytes]:
-        """Each WAV that goes out from now on, as the bytes of one file, until the sidecar ends.
+        """Yields each WAV that is published from now on, as the bytes of one file.
 
-        It connects when the first one is asked for.
+        It connects at the first `next`, and ends when the sidecar shuts down.
 
         Raises:
-            LLMClientConnectionError: the stream broke; what goes out meanwhile is missed.
+            LLMClientConnectionError: the connection was lost; later WAVs are missed.
         """
         response = self._run(self._stream_plan(), stream=True)
         with closing(response), as_connection_error():

@@ -1,8 +1,7 @@
-"""What a client decides, without input or output.
+"""The decisions of a client, without input or output (https://sans-io.readthedocs.io).
 
-When to try again and what an answer means is decided in generators that yield a request or a
-number of seconds to wait, and are sent what came of it. A client, blocking or async, only carries
-that out (https://sans-io.readthedocs.io).
+Generators decide when to retry and what an answer means. They yield a request, or seconds to wait,
+and receive the result. The blocking and the async client only carry this out.
 """
 
 from __future__ import annotations
@@ -32,36 +31,36 @@ DEFAULT_URL: Final = "http://localhost:8000"
 CONNECT_TIMEOUT: Final = 5.0
 """Seconds in which a connection must be made, unless the caller gives a timeout."""
 ANSWER_TIMEOUT: Final = 75.0
-"""Seconds without a byte of an answer. Longer than the server's REQUEST_TIMEOUT_SECONDS, which is
-60 unless set, and the 10 in which a body must arrive: so that the server's own error comes first.
+"""Maximum seconds without a byte of an answer. Longer than the server's REQUEST_TIMEOUT_SECONDS
+(default 60) and BODY_TIMEOUT_SECONDS (default 10) together, so that its own error arrives first.
 """
 SPEECH_TIMEOUT: Final = 135.0
-"""The same for speech, whose TTS_TIMEOUT_SECONDS is 120 unless set."""
+"""The same for speech: TTS_TIMEOUT_SECONDS is 120 by default."""
 PROBE_TIMEOUT: Final = 5.0
 """The same for a probe, which the server answers at once."""
 LONGEST_BACKOFF: Final = 30.0
-"""Seconds between two tries at most, unless the server asks for more."""
+"""Maximum seconds between two attempts, unless the server asks for more."""
 LONGEST_RETRY_AFTER: Final = 120.0
-"""A server that asks for more seconds than this is not waited for."""
+"""If the server asks for more seconds than this, the client does not retry."""
 YEAR: Final = 365 * 24 * 3600.0
-"""Seconds of a year. Sockets and clocks cannot count much longer waits."""
+"""Seconds in a year. Sockets and clocks do not support much longer waits."""
 
 log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 Reply = httpx.Response | httpx.RequestError | None
-"""What came of a request; None after a wait."""
+"""The result of a request; None after a wait."""
 Plan = Generator[httpx.Request | float, Reply, Answer]
-"""Yields a request, or seconds to wait; is sent what came of it; returns the answer."""
+"""Yields a request, or seconds to wait; receives the result; returns the answer."""
 
 
 class Core:
     """Settings of a client and its decisions, without any input or output.
 
     Attributes:
-        base_url: of the sidecar.
-        timeout: what the caller gave for every request; None for each request's own default.
-        proxy: what the requests go through; None for a direct connection.
+        base_url: address of the sidecar.
+        timeout: the caller's timeout for all requests; None to use the default of each request.
+        proxy: the proxy of the requests; None for a direct connection.
     """
 
     proxy: Proxy | None = None
@@ -96,7 +95,7 @@ class Core:
     def attempts(
         self, request: httpx.Request, read: Callable[[httpx.Response], Answer]
     ) -> Plan[Answer]:
-        """Try a request until it is answered, cannot succeed or has been tried often enough."""
+        """Sends a request until it succeeds, cannot succeed, or has been retried often enough."""
         failures = 0
         while True:
             reply = yield request
@@ -105,12 +104,12 @@ class Core:
             error, wait = self._judge(request, reply, failures)
             if wait is None or failures == self._retries:
                 raise error
-            log.warning("%s %s: %s; again in %.1f s", request.method, request.url.path, error, wait)
+            log.warning("%s %s: %s; retry in %.1f s", request.method, request.url.path, error, wait)
             yield wait
             failures += 1
 
     def probe(self, request: httpx.Request) -> Plan[bool]:
-        """Try once; True for 2xx, False for 503 or nobody there."""
+        """Sends a request once; True for 2xx, False for 503 or if the sidecar cannot be reached."""
         reply = yield request
         if isinstance(reply, httpx.Response) and not reply.is_success and reply.status_code != 503:
             raise self._http_error(request, reply)
@@ -119,7 +118,8 @@ class Core:
     def _judge(
         self, request: httpx.Request, reply: Reply, failures: int
     ) -> tuple[LLMClientError, float | None]:
-        """What to raise in the end, and the seconds until the next try, or None for no other."""
+        """The error to raise in the end, and the seconds until the next attempt, or None for no
+        other."""
         doubled = self._backoff_factor * 2.0 ** min(failures, 64)
         wait = min(LONGEST_BACKOFF, doubled) * random.uniform(0.5, 1.0)
         if not isinstance(reply, httpx.Response):
@@ -140,7 +140,7 @@ class Core:
             body = reply.json()
             detail = body["detail"]
             transaction_id = body.get("transaction_id")
-        # Not from the sidecar: a page of a proxy's own.
+        # Not from the sidecar, for example an error page of a proxy.
         except (ValueError, KeyError, TypeError, RecursionError):
             detail = reply.text
         request_id = reply.headers.get("X-Request-ID", request.headers["X-Request-ID"])
@@ -156,7 +156,7 @@ class Core:
             return min(float(retry_after), YEAR)
         try:
             when = email.utils.parsedate_to_datetime(retry_after)
-            # An HTTP date is in UTC, also where it does not say so.
+            # An HTTP date is in UTC, even if it does not say so.
             seconds = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
         except (ValueError, OverflowError):
             return None
@@ -164,7 +164,7 @@ class Core:
 
 
 class AudioEvents:
-    """Puts the WAVs of a stream of server-sent events together, line by line.
+    """Parses a stream of server-sent events, line by line, into WAVs.
 
     https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
     """
@@ -191,25 +191,28 @@ class AudioEvents:
         try:
             return base64.b64decode(encoded, validate=True)
         except binascii.Error as error:
-            raise LLMClientError("an event of the audio stream is no base64") from error
+            raise LLMClientError("an event of the audio stream is not valid base64") from error
 
 
 def authorization(api_key: str | None, url: httpx.URL) -> dict[str, str]:
-    """The header that shows the key, or `SIDECAR_API_KEY`'s where none is given; ValueError for a
-    key that no header can hold."""
+    """The header with the key; without a key, with the one in `SIDECAR_API_KEY`, if any.
+
+    Raises:
+        ValueError: the key has characters that a header cannot contain.
+    """
     if api_key is None:
         api_key = os.environ.get("SIDECAR_API_KEY") or None
     if api_key is None:
         return {}
     if not re.fullmatch("[!-~]+", api_key):  # httpx would repeat the key in its own error
         raise ValueError("an API key is one word of ASCII characters")
-    # httpx sends a user and a password of the URL as `Authorization`.
+    # httpx sends the user and password of the URL as `Authorization`.
     return {"X-API-Key": api_key} if url.userinfo else {"Authorization": f"Bearer {api_key}"}
 
 
 @contextmanager
 def as_connection_error() -> Iterator[None]:
-    """Raise what breaks a stream as the client's own error."""
+    """Turns httpx's errors during a stream into the client's own error."""
     try:
         yield
     except httpx.RequestError as error:

@@ -1,4 +1,4 @@
-"""Every endpoint but the audio stream, once for both clients."""
+"""Every endpoint except the audio stream, for both clients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from osiris.llm_client.core import (
 from osiris.llm_client.errors import LLMClientError
 
 STREAM_SILENCE: Final = 60.0
-"""Seconds without a byte, keep-alive comments included, after which a stream is broken."""
+"""Seconds without a byte, even of a keep-alive comment, after which a stream counts as broken."""
 
 JSON = dict[str, Any]
 
@@ -34,16 +34,16 @@ Flag = TypeVar("Flag")
 
 
 class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
-    """Every endpoint but the stream, once for both clients.
+    """Every endpoint except the audio stream, for both clients.
 
-    All of them raise `LLMClientHTTPError` for an answer that is an error,
-    `LLMClientConnectionError` when the sidecar cannot be reached and `LLMClientError` for an answer
-    that cannot be read. 5xx, 429 and broken connections are tried again first.
+    All methods raise `LLMClientHTTPError` if the answer is an error, `LLMClientConnectionError` if
+    the sidecar cannot be reached, and `LLMClientError` if the answer cannot be parsed. Before that,
+    they retry 5xx, 429 and connection errors.
 
-    Every POST but that of `speak` carries an `Idempotency-Key`, one for all tries of a call, by
-    which a sidecar that knows it neither generates nor stores twice. A caller that repeats a call
-    itself, after a restart for instance, gives both the same `idempotency_key`: 1 to 255 visible
-    ASCII characters, else ValueError. A new UUID unless given.
+    Every POST except `speak` has an `Idempotency-Key`, the same for all attempts of a call. The
+    server does not use it yet. A caller that repeats a call itself, for example after a restart,
+    passes the same `idempotency_key` again: 1 to 255 visible ASCII characters, otherwise
+    ValueError. The default is a new UUID.
     """
 
     _core: Core
@@ -51,7 +51,7 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
 
     @abstractmethod
     def _run(self, plan: Plan[Any]) -> Any:
-        """Carry out a plan and return its answer, or an awaitable of it."""
+        """Carries out a plan; returns its answer, or an awaitable of it."""
 
     def generate(
         self,
@@ -61,7 +61,7 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
         *,
         idempotency_key: str | None = None,
     ) -> JSONAnswer:
-        """Have `hermes` or `phi3` answer a prompt, in at most `max_length` new tokens.
+        """Generates an answer of `hermes` or `phi3` with at most `max_length` new tokens.
 
         Returns:
             `{"generated_text": str}` from hermes, the proposal itself from phi3.
@@ -72,7 +72,7 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
     def propose_trade_adjustments(
         self, prompt: str, max_length: int = 256, *, idempotency_key: str | None = None
     ) -> JSONAnswer:
-        """Have a proposal made and judged.
+        """Generates a proposal with its critique.
 
         Returns:
             `{"transaction_id": str, "phi3_proposal": {...}, "hermes_assessment": str}`.
@@ -87,7 +87,7 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
         *,
         idempotency_key: str | None = None,
     ) -> JSONAnswer:
-        """Have a proposal scored: `{"proposal_id": str, "score": float from 0 to 1}`."""
+        """Scores a proposal; returns `{"proposal_id": str, "score": float from 0 to 1}`."""
         body = _given(proposal=proposal, context=context)
         return self._json("POST", "/score/hermes/", body, idempotency_key)
 
@@ -102,21 +102,21 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
         schema_version: str = "1.0",
         idempotency_key: str | None = None,
     ) -> JSONAnswer:
-        """Store what somebody says of a proposal: `{"message": str, "transaction_id": str}`.
+        """Stores feedback on a proposal; returns `{"message": str, "transaction_id": str}`.
 
-        The answer comes when the row is durable. When it gets lost on the way the request is sent
-        again with the same timestamp, by which the sidecar knows it for the same feedback.
+        The sidecar answers once the row is durable. A retry has the same timestamp, so the sidecar
+        recognises the same feedback and stores it once.
 
         Args:
-            transaction_id: the proposal's.
+            transaction_id: the id of the proposal's run.
             feedback_type: `correction`, `rating`, `qualitative_comment` or `human_edit`.
             feedback_content: text or an object.
-            timestamp: when it was said; now unless given. At most five minutes ahead of the
+            timestamp: when the feedback was given; default: now. At most five minutes ahead of the
                 sidecar's clock. A naive `datetime` is in this machine's time zone, and is sent with
-                its offset from UTC; a text, ISO 8601, is sent as it is.
+                its offset from UTC. A text must be ISO 8601, and is sent unchanged.
             corrected_proposal: the proposal as it should have been.
-            schema_version: of the feedback.
-            idempotency_key: one for every attempt at this call.
+            schema_version: version of the feedback's format.
+            idempotency_key: the same for every attempt of this call.
         """
         when = datetime.now(UTC) if timestamp is None else timestamp
         body = _given(
@@ -130,7 +130,7 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
         return self._json("POST", "/feedback/phi3/", body, idempotency_key)
 
     def withdraw_feedback(self, feedback_id: str) -> JSONAnswer:
-        """Withdraw feedback: it is neither a few-shot example nor training data from then on.
+        """Withdraws feedback: from then on it is neither a few-shot example nor training data.
 
         Args:
             feedback_id: from `list_examples`, an event on Redis or the header `X-Feedback-ID`.
@@ -138,7 +138,7 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
         Returns:
             `{"message": str, "feedback_id": str}`; error 404 if there is no such feedback.
         """
-        # With the last slash, or an id that ends in one would be taken for a shorter one.
+        # Without the last slash, an id that ends in a slash would be read as a shorter one.
         return self._json("DELETE", f"/feedback/{urllib.parse.quote(feedback_id, safe='')}/")
 
     def list_examples(self) -> JSONAnswer:
@@ -150,7 +150,7 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
         return self._json("GET", "/examples/")
 
     def speak(self, text: str, exaggeration: float = 0.5, ref_wav: bytes | None = None) -> Wav:
-        """Have a text spoken, in the voice of `ref_wav` (a WAV file's bytes) if given.
+        """Converts text to speech; `ref_wav`, the bytes of a WAV file, is the voice to imitate.
 
         Returns:
             The bytes of one WAV file.
@@ -162,10 +162,10 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
         return wav
 
     def swap_adapters(self, adapter: str | None = None) -> JSONAnswer:
-        """Use an adapter: `{"status": "ok", "phi3_adapter_date": str or None}`.
+        """Switches the adapter; returns `{"status": "ok", "phi3_adapter_date": str or None}`.
 
         Args:
-            adapter: its date, `YYYYMMDD`; the newest where none is named.
+            adapter: `YYYYMMDD` or `YYYYMMDD-dpo`; default: the newest.
         """
         body = None if adapter is None else {"adapter": adapter}
         return self._json("POST", "/adapters/swap", body)
@@ -175,15 +175,15 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
         return self._json("GET", "/health")
 
     def live(self) -> Flag:
-        """Whether the sidecar runs, asked once; False also when nobody is there."""
+        """Whether the sidecar runs; False also if it cannot be reached. Does not retry."""
         return self._probe("/health/live")
 
     def ready(self) -> Flag:
-        """Whether the sidecar can take work, asked once; False also when nobody is there."""
+        """Whether the sidecar is ready; False also if it cannot be reached. Does not retry."""
         return self._probe("/health/ready")
 
     def metrics(self) -> Text:
-        """The metrics as Prometheus text; error 404 where they are off."""
+        """The metrics as Prometheus text; error 404 if they are off."""
         request = self._request("GET", "/metrics")
         text: Text = self._run(self._core.attempts(request, lambda response: response.text))
         return text
@@ -208,7 +208,7 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
     def _request(
         self, method: str, path: str, body: JSON | None = None, timeout: float = ANSWER_TIMEOUT
     ) -> httpx.Request:
-        # One id for all tries of a call, so that the sidecar's log shows them as one.
+        # One id for all attempts of a call, to find them together in the sidecar's log.
         headers = {"X-Request-ID": str(uuid.uuid4())}
         limits = self._core.timeout or httpx.Timeout(timeout, connect=CONNECT_TIMEOUT)
         return self._http.build_request(method, path, json=body, headers=headers, timeout=limits)
@@ -239,9 +239,9 @@ def _read_json(response: httpx.Response) -> JSON:
     try:
         body = response.json()
     except (ValueError, RecursionError) as error:
-        raise LLMClientError("the answer is no JSON") from error
+        raise LLMClientError("the answer is not JSON") from error
     if not isinstance(body, dict):
-        raise LLMClientError("the answer is no JSON object")
+        raise LLMClientError("the answer is not a JSON object")
     return body
 
 

@@ -1,4 +1,4 @@
-"""What the clients raise."""
+"""The errors that the clients raise."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from typing import Any
 
 
 class LLMClientError(Exception):
-    """Root of what the clients raise; raised itself for an answer that cannot be read."""
+    """Base class of the clients' errors; raised itself if an answer cannot be parsed."""
 
 
 class LLMClientConnectionError(LLMClientError):
-    """The sidecar could not be reached, or the connection broke, on every try."""
+    """The sidecar could not be reached, or the connection was lost, at every attempt."""
 
 
 class LLMClientHTTPError(LLMClientError):
-    """The sidecar answered with an error, on the last try.
+    """The sidecar answered the last attempt with an error.
 
     Attributes:
         status: the HTTP status.
-        detail: the `detail` of the answer, or its text where it has none.
+        detail: the `detail` of the answer, or its text if it has none.
         request_id: the `X-Request-ID` under which the sidecar logged the request.
         retry_after: seconds that the answer asks to wait, or None.
-        transaction_id: of the proposal that was stored before the error, or None.
+        transaction_id: the id of the proposal that was stored before the error, or None.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
-"""How a client reaches its server: directly, or through the proxy that the environment names.
+"""Proxies from the environment.
 
-`HTTP_PROXY`, `HTTPS_PROXY` or `ALL_PROXY` names the proxy, `NO_PROXY` the hosts that are reached
-directly; the lower-case name wins over the upper-case one. They are read once, when a client is
-made. httpx reads the same variables, but then no client can be made where one of them has a value
-that httpx does not understand, even if the client needs no proxy.
+`HTTP_PROXY`, `HTTPS_PROXY` or `ALL_PROXY` is the proxy, `NO_PROXY` lists the hosts that need none.
+The lower-case name has priority over the upper-case one. They are read once, when a client is
+created. httpx reads the same variables, but if it does not understand the value of any of them, no
+client can be created, even one that needs no proxy.
 """
 
 from __future__ import annotations
@@ -28,38 +28,38 @@ Transport = TypeVar("Transport", httpx.HTTPTransport, httpx.AsyncHTTPTransport)
 
 @dataclass(frozen=True)
 class Proxy:
-    """A proxy: the variable that names it, and its value, which may hold a password."""
+    """A proxy: its variable, and the value, which may contain a password."""
 
     variable: str
     value: str = field(repr=False)
 
 
 class Unreachable(httpx.BaseTransport, httpx.AsyncBaseTransport):
-    """Carries no request: each one raises `LLMClientConnectionError`, which says why."""
+    """A transport on which every request raises `LLMClientConnectionError` with a reason."""
 
     def __init__(self, reason: str) -> None:
         self._reason = reason
 
     def handle_request(self, request: httpx.Request) -> NoReturn:
-        """Raise the error."""
+        """Raises the error."""
         raise LLMClientConnectionError(self._reason)
 
     async def handle_async_request(self, request: httpx.Request) -> NoReturn:
-        """Raise the error."""
+        """Raises the error."""
         raise LLMClientConnectionError(self._reason)
 
 
 def transport_to(
     url: httpx.URL, proxy: Proxy | None, make: Callable[..., Transport]
 ) -> Transport | Unreachable:
-    """A transport that `make` makes, or one that raises a clear error for each request."""
+    """A transport from `make`, or one that raises a clear error for each request."""
     without = f"To reach {url.host} without a proxy, add it to NO_PROXY."
     address = None
     if proxy is not None:
         address = _address(proxy)
         if address is None:
             return Unreachable(
-                f"{proxy.variable} is no URL of a proxy: it takes http://HOST:PORT, https:// or"
+                f"{proxy.variable} is not a URL of a proxy: it takes http://HOST:PORT, https:// or"
                 f" socks5://. {without}"
             )
     # A plain HTTP server needs no certificates, so a bad SSL_CERT_FILE does not matter.
@@ -79,9 +79,9 @@ def transport_to(
 
 
 def proxy_for(url: httpx.URL) -> Proxy | None:
-    """The proxy that the environment names for a URL; None where it is reached directly.
+    """The proxy for a URL, from the environment; None for a direct connection.
 
-    A loopback host goes through the proxy too, as with curl and httpx, unless `NO_PROXY` has it.
+    As with curl and httpx, a loopback host also needs `NO_PROXY`.
     """
     proxies = urllib.request.getproxies_environment()
     kind = next((kind for kind in (url.scheme, "all") if proxies.get(kind, "").strip()), None)
@@ -93,10 +93,10 @@ def proxy_for(url: httpx.URL) -> Proxy | None:
 
 
 def parse_url(text: str) -> httpx.URL | None:
-    """A URL that a connection can be made to; None where its host or port cannot be."""
+    """Parses a URL; None if its host or port is not valid for a connection."""
     try:
         url = httpx.URL(text)
-        # What a name lookup does first. httpx does not catch its error.
+        # A name lookup does this first, and httpx does not catch its error.
         url.raw_host.decode("ascii").encode("idna")
         known = url.host != "" and (url.port is None or 0 < url.port < 65536)
     except (ValueError, TypeError, httpx.InvalidURL):
@@ -111,14 +111,14 @@ def _address(proxy: Proxy) -> httpx.URL | None:
 
 
 def _without_proxy(url: httpx.URL, no_proxy: str) -> bool:
-    """Whether `NO_PROXY` has the host of a URL.
+    """Whether `NO_PROXY` contains the host of a URL.
 
-    Its entries stand between commas or spaces: `*`, a name (with all names below it, also when it
-    begins with a dot or `*.`), an address, or a network such as 10.0.0.0/8. IPv6 addresses may be
-    in brackets; a name or an address may have a port, and is then for this port only.
+    Its entries are separated by commas or spaces: `*`, a name (including its subdomains; it may
+    begin with a dot or `*.`), an address, or a network such as 10.0.0.0/8. IPv6 addresses may be in
+    brackets. A name or an address with a port matches only this port.
     """
     port = url.port or PORTS[url.scheme]
-    # A name with other than ASCII letters may be written in either form.
+    # An internationalised name has two forms, and either may be in NO_PROXY.
     hosts = (url.host.rstrip("."), url.raw_host.decode("ascii").rstrip("."))
     entries = re.split(r"[\s,]+", no_proxy.lower())
     return any(_matches(entry, host, port) for entry in entries for host in hosts)

@@ -22,9 +22,9 @@ router = APIRouter(tags=["operations"])
 async def swap_adapters(
     sidecar: CurrentSidecar, chosen: AdapterChoice | None = None
 ) -> AdapterSwapped:
-    """Swaps Phi-3's adapter for the newest one, or for the one that is named.
+    """Switches Phi-3 to the newest adapter, or to the named one.
 
-    Requests that run keep the adapter they began with.
+    Running requests keep the adapter that they began with.
     """
     date = await sidecar.swap_adapter(None if chosen is None else chosen.adapter)
     return AdapterSwapped(status="ok", phi3_adapter_date=None if date is None else date.isoformat())

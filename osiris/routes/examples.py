@@ -1,4 +1,4 @@
-"""The few-shot examples that Phi-3 is shown."""
+"""The few-shot examples in use."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ async def list_examples(
     sidecar: CurrentSidecar,
     limit: Annotated[
         QueryInteger,
-        Query(ge=1, le=500, description="the most items of the page", examples=[100]),
+        Query(ge=1, le=500, description="the maximum number of items on the page", examples=[100]),
     ] = 500,
     before: Annotated[
         Text | None,
         Query(
-            description="`next` of the page before; the first page without it",
+            description="`next` of the previous page; leave it out for the first page",
             examples=["9f2c1d64a7d0"],
         ),
     ] = None,

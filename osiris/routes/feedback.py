@@ -1,4 +1,4 @@
-"""Feedback: what people say of proposals, kept for tuning and for the next prompt."""
+"""Feedback on proposals, for tuning and for few-shot examples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from osiris.schemas import FeedbackRequest, FeedbackStored, FeedbackWithdrawn
 
 router = APIRouter(tags=["feedback"])
 
-# The length comes first, so that its error speaks of characters.
+# The length is checked first, so that its error counts characters.
 FeedbackId = Annotated[
     str, StringConstraints(min_length=1, max_length=128), IS_TEXT, DOCUMENTED_AS_TEXT
 ]
@@ -59,14 +59,14 @@ async def submit_feedback(
 ) -> FeedbackStored:
     """Stores feedback and answers once the row is durable; `X-Feedback-ID` is its id.
 
-    The name of the request's API key is stored with it as `author`. A client that disconnects
-    meanwhile does not undo it.
+    The name of the request's API key is stored with it as `author`. If the client disconnects, the
+    feedback is still stored.
     """
     check_length(sidecar, body)
     try:
         row = Phi3FeedbackSchema(**body.model_dump(exclude_none=True))
     except ValidationError as error:
-        # Without the input, which pydantic's own text would quote.
+        # Not pydantic's own text, which quotes the input.
         reasons = (f"{entry['loc'][0]}: {entry['msg']}" for entry in error.errors())
         raise InvalidRequest("; ".join(reasons)) from None
     feedback_id, outcome = await sidecar.submit_feedback(row, author)
@@ -99,8 +99,8 @@ def _bad_fields(corrected: object) -> list[str]:
 
 
 class _AnyText(Convertor[str]):
-    """The rest of a path, in which another service's feedback_id may have slashes, and newlines, at
-    which Starlette's `path` stops."""
+    """The rest of a path. The feedback_id of another service may contain slashes and newlines, and
+    Starlette's `path` stops at newlines."""
 
     regex = r"[\s\S]*"
 
@@ -114,7 +114,7 @@ class _AnyText(Convertor[str]):
 register_url_convertor("any_text", _AnyText())
 
 
-# Where the id ends in a slash, the path needs the slash of its own as well.
+# If the id ends in a slash, the path needs one more slash.
 @endpoint(
     router,
     "DELETE",
@@ -122,18 +122,18 @@ register_url_convertor("any_text", _AnyText())
     404,
     422,
     503,
-    response_description="The feedback is withdrawn, now or before",
+    response_description="The feedback is withdrawn",
 )
 async def withdraw_feedback(
     feedback_id: Annotated[
         FeedbackId,
-        Path(description="as `X-Feedback-ID` gave it", examples=["9f2c1d64a7d0"]),
+        Path(description="the value of `X-Feedback-ID`", examples=["9f2c1d64a7d0"]),
     ],
     sidecar: CurrentSidecar,
 ) -> FeedbackWithdrawn:
     """Withdraws feedback: it is neither a few-shot example nor training data from then on.
 
-    Nothing is deleted. Withdrawing the same feedback again changes nothing.
+    Nothing is deleted. You can withdraw the same feedback twice.
     """
     await sidecar.withdraw_feedback(feedback_id)
     return FeedbackWithdrawn(message="Feedback withdrawn.", feedback_id=feedback_id)

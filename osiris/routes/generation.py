@@ -1,4 +1,4 @@
-"""Generation: proposals from Phi-3, text from Hermes, and both in one walk."""
+"""Generation: proposals from Phi-3, text from Hermes, and both in one request."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ async def generate(
         ModelId | None, Query(description=f"{MODEL_ID} here or in the body", examples=["phi3"])
     ] = None,
 ) -> JSONResponse:
-    """Generates with the model that the body or the query names; Hermes unless one does.
+    """Generates with the model that the body or the query names; the default is Hermes.
 
-    `X-Grounded` comes with a proposal only.
+    Only a proposal has `X-Grounded`.
     """
     if model_id and body.model_id and model_id != body.model_id:
         raise InvalidRequest("model_id: the body and the query name different models; send one")
@@ -123,7 +123,7 @@ async def _propose(body: PromptRequest, request: Request, sidecar: Sidecar) -> J
     headers=(*GENERATION, "X-Grounded", "X-Hermes-Score", "X-Stored"),
     error_headers=("X-Stored",),
     response_model=TradeAdjustment,
-    response_description="The proposal is made and assessed",
+    response_description="The proposal and its assessment",
 )
 async def propose_trade_adjustments(
     body: ProposalRequest, request: Request, sidecar: CurrentSidecar
@@ -133,7 +133,7 @@ async def propose_trade_adjustments(
     The generation headers are those of the proposal; `X-Hermes-Score` is Hermes' score, and
     `X-Grounded` is `true`, or the fields whose ticker or numbers are not in the prompt. If Hermes
     fails, the proposal is stored, and the error's body has its `transaction_id`.
-    `X-Stored: false` says that a row could not be stored.
+    `X-Stored: false` means that a row could not be stored.
     """
     check_length(sidecar, body)
     result = await unless_gone(request, sidecar.propose(body.prompt, body.max_length))

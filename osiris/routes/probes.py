@@ -1,4 +1,4 @@
-"""Probes: what orchestrators, load balancers and people ask every second of the day."""
+"""Probes, which orchestrators and load balancers request every second."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _JSON: Final = "application/json"
 
 
 class ProbeRoute(APIRoute):
-    """A route that is documented like any other, and whose function answers a request itself.
+    """A documented route whose function answers the request itself.
 
-    It has no dependencies, no body and nothing to check, all of which would take FastAPI longer
-    than the answer.
+    It skips FastAPI's handling of dependencies, bodies and parameters, which would take longer than
+    the answer.
     """
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers; another method than the route's gets FastAPI's own refusal."""
+        """Answers the route's methods; FastAPI refuses other methods."""
         if scope["method"] not in (self.methods or ()):
             await super().handle(scope, receive, send)
             return
@@ -34,7 +34,7 @@ class ProbeRoute(APIRoute):
 
 
 def install(app: FastAPI) -> None:
-    """Adds the probes; call it before other routes, as a path is compared with one by one."""
+    """Adds the probes. Call it before other routes are added: routing tries them in order."""
     shared: dict[str, Any] = {"tags": ["operations"], "route_class_override": ProbeRoute}
     whole: dict[str, Any] = {"response_model": Health | HealthSummary}
     endpoint(app.router, "GET", "/health", response_description="The state", **whole, **shared)(
@@ -42,7 +42,12 @@ def install(app: FastAPI) -> None:
     )
     probe: dict[str, Any] = {"error_model": Probe, "response_model": Probe}
     endpoint(
-        app.router, "GET", "/health/live", response_description="It serves", **probe, **shared
+        app.router,
+        "GET",
+        "/health/live",
+        response_description="The process answers",
+        **probe,
+        **shared,
     )(health_live)
     endpoint(
         app.router, "GET", "/health/ready", 503, response_description="Ready", **probe, **shared
@@ -50,9 +55,9 @@ def install(app: FastAPI) -> None:
 
 
 async def health(request: Request) -> Response:
-    """The state of the whole and of each part; always 200.
+    """The overall state and the state of each part; always 200.
 
-    Where API keys are set, a request without one gets `status` alone.
+    If the server has API keys, a request without one gets only `status`.
     """
     sidecar: Sidecar = request.app.state.sidecar
     shown = sidecar.health() if _may_see_all(request) else {"status": sidecar.status()}
@@ -60,15 +65,15 @@ async def health(request: Request) -> Response:
 
 
 async def health_live(request: Request) -> Response:
-    """Whether the process serves requests at all."""
+    """Whether the process answers requests."""
     return _answer(200, Probe(status="ok"))
 
 
 async def health_ready(request: Request) -> Response:
     """Whether the next proposal and the next feedback would succeed within their deadlines.
 
-    A model that is loaded on demand counts as ready while its files are there. `draining` once the
-    server is shutting down. Where API keys are set, `reasons` needs one.
+    A model that is loaded on demand counts as ready while its files exist. The status is `draining`
+    once the server shuts down. If it has API keys, only a request with one gets `reasons`.
     """
     if request.app.state.shutdown.draining:
         return _answer(503, Probe(status="draining"))
@@ -81,7 +86,7 @@ async def health_ready(request: Request) -> Response:
 
 
 def _may_see_all(request: Request) -> bool:
-    """Paths and versions are not for everybody where keys are set."""
+    """If keys are set, only callers with a key may see paths and versions."""
     sidecar: Sidecar = request.app.state.sidecar
     return not sidecar.settings.api_keys or caller(request.scope) is not None
 

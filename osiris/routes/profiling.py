@@ -17,7 +17,7 @@ _CONTENT_SECURITY_POLICY: Final = (
     "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""Everything the page needs is in it; a browser refuses the rest."""
+"""The page contains everything it needs, and a browser loads nothing else."""
 
 
 @endpoint(
@@ -34,7 +34,7 @@ async def profile(
     request: Request,
     path: Annotated[
         Text | None,
-        Query(description="the route's path; any route unless given", examples=["/generate/phi3/"]),
+        Query(description="the route's path; default: any route", examples=["/generate/phi3/"]),
     ] = None,
 ) -> HTMLResponse:
     """The profile of the latest request, or of the latest one of a route, as a page."""
@@ -44,7 +44,7 @@ async def profile(
     latest = profiling.latest(path)
     if latest is None:
         raise HTTPException(404, "No such request has been profiled yet.")
-    # Making the page takes long enough for others to notice.
+    # Rendering takes long enough to delay other requests.
     nonce = secrets.token_urlsafe(16)
     page = await asyncio.to_thread(latest.page, nonce)
     policy = _CONTENT_SECURITY_POLICY.format(nonce=nonce)

@@ -1,4 +1,4 @@
-"""Scoring: Hermes' opinion of a proposal as a number."""
+"""Scoring: Hermes' score of a proposal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def score_hermes(
 ) -> Score:
     """Scores a proposal from 0 to 1 and stores the score.
 
-    `X-Stored: false` says that it could not be stored.
+    `X-Stored: false` means that it could not be stored.
     """
     check_length(sidecar, body)
     result = await unless_gone(request, sidecar.score(body.proposal, body.context))

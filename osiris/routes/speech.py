@@ -1,4 +1,4 @@
-"""Speech: text spoken, and a stream of everything that any sidecar of the house speaks."""
+"""Text to speech, and a stream of what all sidecars on the event bus speak."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from osiris.schemas import SpeakRequest
 router = APIRouter(tags=["speech"])
 
 SPEAK_BODY_BYTES: Final = 14 << 20
-"""Largest body of `/speak`: the largest reference in base64, and text."""
+"""Maximum body size of `/speak`: the largest reference in base64, and the text."""
 KEEP_ALIVE: Final = 15
 """Seconds between the comments that keep a silent stream open."""
 _SHUTDOWN_GRACE: Final = 0.3
-"""Seconds in which a stream ends by itself at shutdown; then it is cut off."""
+"""Seconds in which a stream can end by itself at shutdown, before it is cancelled."""
 
 
 _WAV: Final = {
@@ -35,9 +35,9 @@ _WAV: Final = {
 }
 _EVENTS: Final = {
     "type": "string",
-    "description": "Server-sent events. One without a name has in `data` one whole WAV file in "
-    "base64; an event `lost` has the number of WAVs that this listener missed there. Comments keep "
-    "the connection open.",
+    "description": "Server-sent events. The `data` of an event without a name is one whole WAV "
+    "file in base64. The `data` of an event `lost` is the number of WAVs that this listener "
+    "missed. Comments keep the connection open.",
     "contentMediaType": "text/event-stream",
     "contentSchema": {"$ref": "#/components/schemas/AudioEvent"},
     "examples": [": ping\r\n\r\ndata: UklGRiQAAABXQVZFZm10IA==\r\n\r\n"],
@@ -64,10 +64,11 @@ class WavResponse(Response):
     response_description="The WAV file",
 )
 async def speak(body: SpeakRequest, request: Request, sidecar: CurrentSidecar) -> WavResponse:
-    """Speaks a text: a WAV of 16-bit PCM, whose parts go out on `audio.bytes` while it is spoken.
+    """Speaks a text and returns a WAV of 16-bit PCM.
 
-    `X-Voice` names the voice. `X-Voice-Reference: ignored` says that the reference was not used,
-    because this voice cannot clone.
+    Each part of the text is published on `audio.bytes` as soon as it is ready. `X-Voice` names the
+    voice. `X-Voice-Reference: ignored` means that the reference was not used, because this voice
+    cannot imitate.
     """
     check_length(sidecar, body)
     spoken = await unless_gone(request, _speak(sidecar, body))
@@ -78,7 +79,7 @@ async def speak(body: SpeakRequest, request: Request, sidecar: CurrentSidecar) -
 
 
 async def _speak(sidecar: Sidecar, body: SpeakRequest) -> Spoken:
-    # A refusal costs no decoding.
+    # Before the reference is decoded, which is wasted on a request that is refused.
     sidecar.speaker.check_room()
     reference = None
     if body.ref_wav_b64 is not None:
@@ -87,7 +88,7 @@ async def _speak(sidecar: Sidecar, body: SpeakRequest) -> Spoken:
 
 
 async def _backlog(request: Request, sidecar: CurrentSidecar) -> AsyncIterator[Backlog | None]:
-    """Listens from before the response begins until it has ended, however it ends.
+    """The WAVs from before the response begins until it has ended.
 
     None for a HEAD request, which opens no stream.
     """
@@ -111,10 +112,10 @@ async def _backlog(request: Request, sidecar: CurrentSidecar) -> AsyncIterator[B
 async def stream_audio(
     request: Request, backlog: Annotated[Backlog | None, Depends(_backlog)]
 ) -> EventSourceResponse:
-    """Server-sent events: every WAV that goes out on `audio.bytes`, base64, one event each.
+    """Server-sent events with every WAV on `audio.bytes`, in base64, one per event.
 
-    A listener that is too slow loses its oldest ones; an event named `lost` says how many, where
-    they would have been. Comments keep a silent stream open.
+    A listener that is too slow misses the oldest WAVs. In their place, an event named `lost` says
+    how many. Comments keep an idle stream open.
     """
     ending: anyio.Event = request.app.state.shutdown.streams_end
     return EventSourceResponse(
@@ -126,7 +127,7 @@ async def stream_audio(
 
 
 async def _events(backlog: Backlog | None, ending: anyio.Event) -> AsyncIterator[ServerSentEvent]:
-    """Ends with the server's shutdown, so that the response ends as a whole one does."""
+    """Ends when the server shuts down, so that the response is complete."""
     if backlog is None:
         return
     ended = asyncio.create_task(ending.wait())
@@ -140,7 +141,7 @@ async def _events(backlog: Backlog | None, ending: anyio.Event) -> AsyncIterator
 
 
 async def _next(backlog: Backlog, ended: asyncio.Task[None]) -> str | None:
-    """What comes next, or None once it has ended."""
+    """The next WAV, or None once the stream ends."""
     getting = asyncio.create_task(backlog.get())
     try:
         await asyncio.wait([getting, ended], return_when=asyncio.FIRST_COMPLETED)

@@ -12,8 +12,7 @@ from tests.unit.asgi import Call, Inner, client, http_scope
 ONE, TWO = "first-key-0123456789", "second-key-012345678"
 REFUSED = {
     "detail": (
-        "This needs an API key that the server knows: send it as Authorization: Bearer KEY, or as "
-        "X-API-Key: KEY."
+        "This needs a valid API key: send it as Authorization: Bearer KEY, or as X-API-Key: KEY."
     )
 }
 

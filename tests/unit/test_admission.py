@@ -66,7 +66,7 @@ async def test_as_many_requests_run_as_may_and_the_next_is_429() -> None:
     assert refused.status_code == 429
     assert refused.headers["Retry-After"] == "1"
     assert refused.json() == {
-        "detail": "2 requests are at work, which is MAX_CONCURRENT_REQUESTS; try again later."
+        "detail": "2 requests are running, which is MAX_CONCURRENT_REQUESTS; try again later."
     }
     assert "Connection" not in refused.headers
     inner.go.set()

@@ -83,8 +83,8 @@ async def test_the_refusal_names_header_and_variable_and_quotes_nothing() -> Non
         response = await asking.get("/examples/", headers=headers)
     assert response.status_code == 400
     assert response.json() == {
-        "detail": "Host: the server does not answer under this name; use a name that ALLOWED_HOSTS "
-        "holds, or add this one to it."
+        "detail": "Host: this host name is not allowed; use one that is in ALLOWED_HOSTS, or add "
+        "this one to it."
     }
     assert response.headers["X-Request-ID"] == "r-1"
     assert response.headers["X-Content-Type-Options"] == "nosniff"

@@ -319,7 +319,7 @@ def test_each_retry_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     busy = answer(503, detail="loading", X_Request_ID="theirs")
     carry_out(made(), [busy, answer(200)])
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("WARNING", "POST /generate/: HTTP 503: loading (request theirs); again in 0.5 s")
+        ("WARNING", "POST /generate/: HTTP 503: loading (request theirs); retry in 0.5 s")
     ]
 
 
@@ -444,7 +444,7 @@ def test_a_wav_whose_last_line_has_not_come_is_none_yet() -> None:
 def test_an_event_that_is_no_base64_is_an_error(data: str) -> None:
     events = AudioEvents()
     events.feed(f"data: {data}")
-    with pytest.raises(LLMClientError, match=r"^an event of the audio stream is no base64$"):
+    with pytest.raises(LLMClientError, match=r"^an event of the audio stream is not valid base64$"):
         events.feed("")
     # The next one is read all the same.
     events.feed("data: UklGRg==")

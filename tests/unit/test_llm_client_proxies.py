@@ -158,7 +158,7 @@ async def test_a_proxy_that_is_none_is_an_error_of_the_first_request(
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", value)
     expected = (
-        "HTTP_PROXY is no URL of a proxy: it takes http://HOST:PORT, https:// or socks5://."
+        "HTTP_PROXY is not a URL of a proxy: it takes http://HOST:PORT, https:// or socks5://."
         " To reach sidecar without a proxy, add it to NO_PROXY."
     )
     with LLMClient("http://sidecar:8000", sleep=_never) as client:

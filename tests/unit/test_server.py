@@ -170,7 +170,7 @@ async def test_an_unexpected_error_names_the_request_and_nothing_else(
 ) -> None:
     response = await asking.get("/broken", headers={**DESK, "X-Request-ID": "order-78"})
     assert response.json() == {
-        "detail": "Something failed that should not; the log has it under order-78."
+        "detail": "An unexpected error occurred; the log has it under order-78."
     }
 
 
