@@ -154,8 +154,19 @@ class Connection(H11Protocol):
 
     @property
     def is_busy(self) -> bool:
-        """Whether a request waits for its answer, or for the end of it."""
-        return self.cycle is not None and not self.cycle.response_complete
+        """Whether a request waits for its answer, or for the end of it.
+
+        An answer that breaks off closes its connection and is never complete.
+        """
+        if self.cycle is None or self.transport.is_closing():
+            return False
+        return not self.cycle.response_complete
+
+    @property
+    def has_unsent_answer(self) -> bool:
+        """Whether a whole answer has bytes that the kernel has not taken yet, for a slow client."""
+        is_whole = self.cycle is not None and self.cycle.response_complete
+        return is_whole and self.transport.unsent() > 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         watched = WatchedTransport(

@@ -197,9 +197,9 @@ class Shutdown:
         return list(self._server.server_state.connections)
 
     def _expects_answer(self, connection: Any) -> bool:
-        """Whether a request runs on a connection, or is likely to come."""
+        """Whether an answer is on its way on a connection, or a request is likely to come."""
         idle = asyncio.get_running_loop().time() - connection.active_at
-        return bool(connection.is_busy) or idle < _IDLE
+        return bool(connection.is_busy or connection.has_unsent_answer) or idle < _IDLE
 
     async def _unless_hurried(self, work: Coroutine[Any, Any, Any], seconds: float | None) -> bool:
         """Whether the work was done by then, and before a second signal."""
