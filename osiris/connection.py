@@ -155,8 +155,19 @@ class Connection(H11Protocol):
 
     @property
     def is_busy(self) -> bool:
-        """Whether a request is not fully answered yet."""
-        return self.cycle is not None and not self.cycle.response_complete
+        """Whether a request is not fully answered yet.
+
+        If an answer fails in the middle, its connection closes and it is never complete.
+        """
+        if self.cycle is None or self.transport.is_closing():
+            return False
+        return not self.cycle.response_complete
+
+    @property
+    def has_unsent_answer(self) -> bool:
+        """Whether bytes of a complete answer still wait for the kernel, because the client is slow."""
+        is_whole = self.cycle is not None and self.cycle.response_complete
+        return is_whole and self.transport.unsent() > 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         watched = WatchedTransport(

@@ -199,9 +199,9 @@ class Shutdown:
         return list(self._server.server_state.connections)
 
     def _expects_answer(self, connection: Any) -> bool:
-        """Whether a request runs on a connection, or may still arrive."""
+        """Whether an answer is still being sent on a connection, or a request may still arrive."""
         idle = asyncio.get_running_loop().time() - connection.active_at
-        return bool(connection.is_busy) or idle < _IDLE
+        return bool(connection.is_busy or connection.has_unsent_answer) or idle < _IDLE
 
     async def _unless_hurried(self, work: Coroutine[Any, Any, Any], seconds: float | None) -> bool:
         """Waits for the work, until the timeout or a second signal; returns whether it was done."""

@@ -83,6 +83,10 @@ class WatchedTransport:
     def abort(self) -> None:
         self._transport.abort()
 
+    def unsent(self) -> int:
+        """Bytes that wait for the kernel to take them."""
+        return self._transport.get_write_buffer_size()
+
     def is_closing(self) -> bool:
         return self._linger is not None or self._transport.is_closing()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pty
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -85,11 +87,21 @@ def test_no_file_gets_the_number_of_a_closed_stream() -> None:
 
 
 def test_a_real_terminal_of_another_encoding(folder: Path) -> None:
-    command = 'script -qec "stty cols 40; $PY -m llm_sidecar.db query-runs" /dev/null'
-    found, out, _ = in_shell(
-        command, LANCEDB_URI=str(folder), PYTHONIOENCODING="latin-1", TERM="dumb"
+    ours, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 40))
+    environ = {"LANCEDB_URI": str(folder), "PYTHONIOENCODING": "latin-1", "TERM": "dumb"}
+    done = subprocess.run(
+        [sys.executable, "-m", "llm_sidecar.db", "query-runs"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environ,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        check=False,
     )
-    assert found == 0
+    os.close(terminal)
+    out = os.read(ours, 1 << 16).decode("latin-1")
+    os.close(ours)
+    assert done.returncode == 0
     assert out.splitlines() == [
         "run_id         r-1",
         "timestamp      2026-01-02 03:04:05",

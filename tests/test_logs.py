@@ -160,7 +160,7 @@ def test_a_server_logs_json_with_one_line_a_request(tmp_path: Path) -> None:
 def test_a_line_about_a_connection_carries_no_earlier_requests_id(tmp_path: Path) -> None:
     # With asyncio's own loop a connection that was paused goes on in the context of the request
     # that has read its body.
-    with serve(tmp_path, "--loop", "asyncio", "--http", "httptools") as server:
+    with serve(tmp_path, "--loop", "asyncio") as server:
         host, port = server.url.removeprefix("http://").split(":")
         body = b" " * 900_000
         head = (

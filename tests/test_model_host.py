@@ -709,7 +709,7 @@ async def test_closing_gives_up_a_swap_that_loads(
     for swap in swaps:
         with pytest.raises(ModelUnavailable, match="shutting down"):
             await swap
-    assert workers() == {host.status()["pid"]}
+    await until(lambda: workers() == {host.status()["pid"]})
     # The request that runs still has its time.
     assert not closing.done()
     running.cancel()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -199,6 +202,27 @@ def test_while_it_drains_probes_answer_and_new_work_is_refused(busy: LiveServer)
         assert refused.headers["Connection"] == "close"
         assert running.result(60).status_code == 200
         assert busy.process.wait(30) == 0
+
+
+def test_a_client_that_reads_slowly_gets_its_whole_answer(tmp_path: Path) -> None:
+    text = json.dumps({"text": "Take the profit. " * 290}).encode()
+    with serve(tmp_path) as server, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        client.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        client.sendall(
+            b"POST /speak HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%b" % (len(text), text)
+        )
+        received = client.recv(1 << 12)
+        server.process.send_signal(signal.SIGTERM)
+        while data := client.recv(1 << 18):
+            received += data
+            time.sleep(0.02)  # the client's, which takes longer than a second for all of it
+        head, _, body = received.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head)
+        assert length is not None
+        assert len(body) == int(length[1]) > 8 << 20
+        assert server.process.wait(30) == 0
 
 
 def test_a_signal_during_the_start_ends_it(tmp_path: Path) -> None:
