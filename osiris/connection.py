@@ -165,7 +165,7 @@ class Connection(H11Protocol):
 
     @property
     def has_unsent_answer(self) -> bool:
-        """Whether bytes of a complete answer still wait for the kernel, because the client is slow."""
+        """Whether bytes of a complete answer still wait in asyncio's buffer for a slow client."""
         is_whole = self.cycle is not None and self.cycle.response_complete
         return is_whole and self.transport.unsent() > 0
 

@@ -52,7 +52,7 @@ def test_help_lists_uvicorns_options_and_not_those_that_are_fixed() -> None:
         assert option not in done.output
 
 
-def test_a_certificate_that_is_none_ends_the_start(tmp_path: Path) -> None:
+def test_an_invalid_certificate_ends_the_start(tmp_path: Path) -> None:
     (tmp_path / "none.pem").write_text("no certificate")
     done = start(tmp_path, "--ssl-certfile", str(tmp_path / "none.pem"))
     _, errors = done.communicate(timeout=60)

@@ -120,6 +120,6 @@ def test_help_needs_no_database_library() -> None:
     assert (found, out.splitlines()[-1]) == (0, "")
 
 
-def test_a_server_does_without_the_parser() -> None:
+def test_a_server_needs_no_command_line_parser() -> None:
     code = "import sys, llm_sidecar.db; print('typer' in sys.modules)"
     assert in_shell(f'$PY -c "{code}"') == (0, "False\n", "")

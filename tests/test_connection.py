@@ -191,7 +191,7 @@ OFFERS = {
 
 @pytest.mark.parametrize("offer", OFFERS)
 @on_uvloop
-async def test_an_offer_to_upgrade_keeps_the_body_and_the_connection(offer: str) -> None:
+async def test_an_upgrade_header_does_not_lose_the_body_or_the_connection(offer: str) -> None:
     request = POST + OFFERS[offer] + b"Content-Length: 5\r\n\r\nhello"
     async with serve() as served:
         reader, writer = await served.connect()
@@ -233,7 +233,7 @@ async def test_a_head_of_64_kib_is_served_and_no_longer_one() -> None:
     ids=["many fields", "one field", "a path", "many small fields"],
 )
 @on_uvloop
-async def test_endless_headers_are_cut_off(endless: list[bytes]) -> None:
+async def test_endless_headers_are_refused(endless: list[bytes]) -> None:
     async with serve() as served:
         status, headers, body = await ask(served, *endless)
         assert (status, headers["connection"], body) == (431, "close", TOO_LONG)
@@ -261,7 +261,7 @@ async def test_a_client_that_is_still_sending_gets_its_refusal() -> None:
     ids=["a chunk's extension", "trailers"],
 )
 @on_uvloop
-async def test_what_surrounds_chunks_is_bounded(rest: bytes) -> None:
+async def test_chunk_sizes_and_trailers_are_limited(rest: bytes) -> None:
     async with serve() as served:
         status, headers, _ = await ask(served, POST + b"Transfer-Encoding: chunked\r\n\r\n", rest)
         assert status in {400, 431}
@@ -282,9 +282,7 @@ async def test_what_surrounds_chunks_is_bounded(rest: bytes) -> None:
     ids=["both lengths", "two lengths", "old and chunked", "a coding", "a version", "no host"],
 )
 @on_uvloop
-async def test_a_request_that_others_may_read_otherwise_is_refused(
-    request_: bytes, status: int
-) -> None:
+async def test_an_ambiguous_request_is_refused(request_: bytes, status: int) -> None:
     async with serve() as served:
         found, headers, body = await ask(served, request_)
         assert (found, headers["connection"], list(body)) == (status, "close", ["detail"])
@@ -316,7 +314,7 @@ async def test_a_client_of_http_1_0_is_served() -> None:
 
 
 @on_uvloop
-async def test_a_client_that_waits_for_100_continue_is_told_to_go_on() -> None:
+async def test_a_client_that_waits_for_100_continue_gets_it() -> None:
     async with serve() as served:
         reader, writer = await served.connect()
         writer.write(POST + b"Content-Length: 2\r\nExpect: 100-continue\r\n\r\n")
@@ -348,7 +346,7 @@ async def test_a_silent_connection_is_closed() -> None:
 
 @pytest.mark.parametrize("earlier", [b"", GET + b"\r\n"], ids=["at first", "after an answer"])
 @on_uvloop
-async def test_half_a_head_gets_408_however_it_comes(earlier: bytes) -> None:
+async def test_incomplete_headers_get_408_however_they_arrive(earlier: bytes) -> None:
     async with serve(header_timeout=0.3) as served:
         reader, writer = await served.connect()
         if earlier:
@@ -371,7 +369,7 @@ async def test_half_a_head_gets_408_however_it_comes(earlier: bytes) -> None:
 
 
 @on_uvloop
-async def test_the_rest_of_a_body_that_nobody_reads_is_not_waited_for() -> None:
+async def test_the_rest_of_an_unneeded_body_is_not_waited_for() -> None:
     async with serve(header_timeout=0.3) as served:
         reader, writer = await served.connect()
         writer.write(b"POST /refuse HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
@@ -435,7 +433,7 @@ def test_silence_beyond_the_limit_is_short(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @on_uvloop
-async def test_an_answer_that_nobody_reads_is_given_up() -> None:
+async def test_an_answer_that_nobody_reads_is_aborted() -> None:
     async with serve(send_timeout=0.4) as served:
         await held(served, b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
         async with asyncio.timeout(5):
@@ -445,7 +443,7 @@ async def test_an_answer_that_nobody_reads_is_given_up() -> None:
 
 
 @on_uvloop
-async def test_a_stream_that_nobody_reads_is_given_up() -> None:
+async def test_a_stream_that_nobody_reads_is_aborted() -> None:
     async with serve(send_timeout=0.4) as served:
         await held(served, b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
         async with asyncio.timeout(10):
@@ -506,7 +504,7 @@ async def test_a_client_that_says_it_sends_no_more_gets_its_answer(
 
 @pytest.mark.parametrize("where", ["127.0.0.1", "::1", "unix"])
 @on_uvloop
-async def test_a_client_that_is_gone_ends_its_request(where: str, tmp_path: Path) -> None:
+async def test_a_client_that_disconnects_ends_its_request(where: str, tmp_path: Path) -> None:
     async with serve(str(tmp_path / "socket") if where == "unix" else where) as served:
         _, writer = await served.connect()
         writer.write(b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n")

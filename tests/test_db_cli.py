@@ -678,7 +678,7 @@ def log_row(folder: Path, row: OrchestratorRunSchema | HermesScoreSchema) -> Pat
     return path
 
 
-def test_asking_needs_no_write_permission(
+def test_reading_needs_no_write_permission(
     readable_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {path: path.stat().st_mtime_ns for path in readable_folder.rglob("*")}
@@ -715,7 +715,7 @@ def test_rows_that_are_only_in_a_log_are_shown_without_writing(
         assert len(said(capsys, *command)) == 3
 
 
-def test_a_log_that_may_not_be_read_is_said(
+def test_an_unreadable_log_is_reported(
     readable_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log_row(readable_folder, score(run_id="logged")).chmod(0)
@@ -727,7 +727,7 @@ def test_a_log_that_may_not_be_read_is_said(
 
 
 @pytest.mark.parametrize("command", ["compact", "migrate"])
-def test_what_has_to_write_says_that_it_may_not(
+def test_a_command_that_writes_reports_a_read_only_database(
     readable_folder: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     capsys.readouterr()
@@ -739,7 +739,7 @@ def test_what_has_to_write_says_that_it_may_not(
     )
 
 
-def test_a_folder_that_may_not_be_read_is_not_called_empty(
+def test_an_unreadable_folder_is_not_called_empty(
     readable_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()

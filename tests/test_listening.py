@@ -17,7 +17,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="a filter of Linux so
 @pytest.mark.parametrize(
     ("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
 )
-def test_who_is_connected_is_served_and_nobody_new_gets_in(
+def test_existing_connections_are_served_and_new_ones_are_blocked(
     family: socket.AddressFamily, host: str
 ) -> None:
     with socket.create_server((host, 0), family=family) as listener:
@@ -40,7 +40,7 @@ def test_who_is_connected_is_served_and_nobody_new_gets_in(
             socket.create_connection(address, 5)
 
 
-def test_a_unix_socket_is_not_found_any_more(tmp_path: Path) -> None:
+def test_a_unix_socket_is_unlinked(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as early:
         listener.bind(path)
@@ -56,6 +56,6 @@ def test_a_unix_socket_is_not_found_any_more(tmp_path: Path) -> None:
             assert connection.recv(100) == b"question"
 
 
-def test_a_socket_that_does_not_listen_has_nobody_waiting() -> None:
+def test_a_socket_that_does_not_listen_has_no_waiting_connections() -> None:
     with socket.socket() as other:
         assert waiting(other) == 0

@@ -543,7 +543,7 @@ APART = {"connect": 1.0, "read": None, "write": 3.0, "pool": 4.0}
         (httpx.Timeout(**APART), "generate", ("phi3", "p"), APART),
     ],
 )
-async def test_each_request_waits_as_long_as_the_server_may_take_or_as_it_is_told(
+async def test_each_request_has_its_default_timeout_or_the_callers(
     given: float | httpx.Timeout | None, method: str, arguments: tuple[str, ...], expected: Any
 ) -> None:
     seen: list[Any] = []
@@ -595,7 +595,7 @@ async def test_a_host_of_no_proxy_is_asked_directly(
     assert [seen.path for seen in server.seen] == ["/health"]
 
 
-async def test_a_proxy_that_is_not_there_is_named(
+async def test_an_unreachable_proxy_is_named(
     clients: Clients, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://me:hunter2@127.0.0.1:1")

@@ -173,7 +173,7 @@ class Asking:
                     self.kept.append(answer.status_code)
 
 
-def test_three_ends_of_the_server_cut_no_request(tmp_path: Path) -> None:
+def test_three_shutdowns_lose_no_request(tmp_path: Path) -> None:
     total = refused = 0
     cut: list[str] = []
     for number in range(ROUNDS):

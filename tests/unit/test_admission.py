@@ -175,7 +175,7 @@ def body(size: int, *, more: bool = True) -> Message:
         ([{"type": "http.disconnect"}, body(10)], 1),
     ],
 )
-async def test_a_body_is_read_away_to_its_end_or_a_bound(
+async def test_a_body_is_discarded_to_its_end_or_a_limit(
     messages: list[Message], left: int
 ) -> None:
     ending = shutdown()
@@ -205,7 +205,7 @@ async def test_a_body_that_does_not_come_is_not_waited_for(
     assert (call.status, json.loads(call.body)) == (503, ENDING)
 
 
-async def test_a_request_that_is_cut_off_is_answered_with_503() -> None:
+async def test_a_cancelled_request_is_answered_with_503() -> None:
     inner, ending = Held(), shutdown()
     task, call = await begin(Admission(inner, 5, ending))
     ending.draining = True
@@ -218,7 +218,7 @@ async def test_a_request_that_is_cut_off_is_answered_with_503() -> None:
     assert ending.running == 0
 
 
-async def test_a_request_that_is_cut_off_in_its_answer_gets_no_second_one() -> None:
+async def test_a_request_cancelled_during_its_answer_gets_no_second_one() -> None:
     inner, ending = Held(answers_first=True), shutdown()
     task, call = await begin(Admission(inner, 5, ending))
     ending.draining = True

@@ -103,7 +103,7 @@ async def test_a_body_that_is_declared_as_json_is_read(
 
 @pytest.mark.parametrize("body", [b"null", b'""', b'"x"', b"[]", b"[{}]", b"7", b"true"])
 @pytest.mark.parametrize("path", ["/adapters/swap", "/generate/", "/speak"])
-async def test_a_body_that_is_no_object_is_422(
+async def test_a_body_that_is_not_an_object_is_422(
     asking: httpx.AsyncClient, path: str, body: bytes
 ) -> None:
     response = await asking.post(path, content=body, headers=JSON)
@@ -111,7 +111,7 @@ async def test_a_body_that_is_no_object_is_422(
 
 
 @pytest.mark.parametrize(("body", "at"), [(b"  ", 2), (b"{", 1), (b'{"adapter": }', 12)])
-async def test_a_body_that_is_no_json_is_422_with_the_position(
+async def test_a_body_that_is_not_json_is_422_with_the_position(
     asking: httpx.AsyncClient, body: bytes, at: int
 ) -> None:
     response = await asking.post("/adapters/swap", content=body, headers=JSON)

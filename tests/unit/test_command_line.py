@@ -77,7 +77,7 @@ def test_another_exception_is_a_defect_unless_there_is_a_reason(
     ],
 )
 @pytest.mark.parametrize("early", [True, False])
-def test_standard_output_that_takes_nothing_is_named(
+def test_an_unwritable_standard_output_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     number: int,
@@ -105,7 +105,7 @@ def test_a_failure_of_the_work_is_not_hidden_by_one_of_standard_output(
     assert capsys.readouterr().err == "It is broken.\n"
 
 
-def test_standard_error_that_takes_nothing_changes_no_status(
+def test_an_unwritable_standard_error_changes_no_status(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "stderr", Failing(errno.ENOSPC))
@@ -124,7 +124,7 @@ def test_a_character_that_the_encoding_lacks_is_escaped(monkeypatch: pytest.Monk
     assert raw.getvalue() == b"\xe9 \\u20ac"
 
 
-def test_what_is_said_is_one_line_that_steers_no_terminal(
+def test_a_message_is_one_line_without_control_characters(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     command_line.say("two\nlines \x1b[31m of\u202e it")
@@ -145,7 +145,7 @@ def test_progress_is_for_terminals_that_can_erase_a_line(
     assert terminal.getvalue() == (f"{erase}half" if shown else "") + f"{erase}done\n"
 
 
-def test_a_file_is_told_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_not_written_to_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     command_line.progress("half")
     command_line.end_progress()
     assert capsys.readouterr().err == ""

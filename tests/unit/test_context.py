@@ -9,7 +9,7 @@ from llm_sidecar.errors import InvalidRequest
 
 
 @pytest.mark.parametrize(("prompt", "new"), [(98, ANSWER_TOKENS), (50, 50), (99, 1)])
-def test_what_fits_is_taken(prompt: int, new: int) -> None:
+def test_a_prompt_that_fits_is_accepted(prompt: int, new: int) -> None:
     check_context(prompt, new, 100)
 
 

@@ -73,11 +73,11 @@ def test_ticker_and_action_are_those_of_the_proposal(
 
 @pytest.mark.parametrize("table", [RUNS, SCORES, PROPOSALS])
 @pytest.mark.parametrize(("least", "found"), [(0.0, True), (0.5, True), (0.50001, False)])
-def test_a_score_reaches_the_least_one(table: str, least: float, found: bool) -> None:
+def test_a_score_matches_a_minimum_that_it_equals(table: str, least: float, found: bool) -> None:
     assert Filters(min_score=least).matches(table, ROWS[table]) is found
 
 
-def test_a_row_without_a_score_reaches_none() -> None:
+def test_a_row_without_a_score_matches_no_minimum() -> None:
     row = ROWS[PROPOSALS] | {"score": None}
     assert not Filters(min_score=0.0).matches(PROPOSALS, row)
     assert Filters(ticker="ABC").matches(PROPOSALS, row)

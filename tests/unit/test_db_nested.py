@@ -31,7 +31,7 @@ def test_the_json_columns_are_those_that_callers_give_objects_for() -> None:
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_words_that_look_like_json_stay_words(table: str) -> None:
+def test_text_that_looks_like_json_stays_text(table: str) -> None:
     row = dict.fromkeys(("input_query", "prompt", "assessment", "rationale"), TEXT)
     assert with_objects(table, row) == row
 
@@ -53,7 +53,7 @@ def test_words_that_look_like_json_stay_words(table: str) -> None:
         '{"a": ' + "9" * 5000 + "}",
     ],
 )
-def test_what_is_no_object_stays_as_it_is(text: str | None) -> None:
+def test_other_values_stay_unchanged(text: str | None) -> None:
     assert with_objects(RUNS, {"final_output": text}) == {"final_output": text}
 
 

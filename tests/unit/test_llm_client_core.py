@@ -109,7 +109,7 @@ NO_URLS = [
 
 
 @pytest.mark.parametrize("url", NO_URLS)
-def test_a_url_that_is_none_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_url_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError) as caught:
         made(base_url=url)
     assert str(caught.value) == "base_url takes http://HOST:PORT or https://HOST:PORT"
@@ -293,7 +293,7 @@ def test_digits_of_other_scripts_say_nothing() -> None:
     assert carry_out(made(), [busy, answer(200, text="fine")]) == ("fine", [0.5])
 
 
-def test_of_two_answers_the_longer_wait_counts() -> None:
+def test_of_two_retry_after_headers_the_longer_wait_counts() -> None:
     values = [("Retry-After", value) for value in ("3", "soon", "7", "5")]
     busy = httpx.Response(503, headers=values)
     assert carry_out(made(), [busy, answer(200, text="fine")]) == ("fine", [7.0])

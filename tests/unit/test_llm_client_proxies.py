@@ -153,7 +153,7 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize("value", UNUSABLE)
-async def test_a_proxy_that_is_none_is_an_error_of_the_first_request(
+async def test_an_invalid_proxy_is_an_error_of_the_first_request(
     value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", value)
@@ -231,7 +231,7 @@ def test_a_bad_proxy_for_another_scheme_does_not_matter(monkeypatch: pytest.Monk
     assert variable("http://h", monkeypatch) == "HTTP_PROXY"
 
 
-def test_ones_own_transport_uses_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_given_transport_uses_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALL_PROXY", "broken://")
     transport = httpx.MockTransport(lambda request: httpx.Response(200, json={"by": "hand"}))
     with LLMClient("http://sidecar", transport=transport) as client:
