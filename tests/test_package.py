@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import email
 import functools
+import importlib
 import importlib.metadata
 import re
 import shutil
@@ -21,6 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import llm_sidecar
+from osiris import console_scripts
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -115,7 +117,33 @@ PACKAGES = functools.cache(importlib.metadata.packages_distributions)
 @pytest.mark.parametrize("module", DOORS)
 def test_a_module_imports_only_what_its_extra_brings(module: str) -> None:
     assert source(module)
-    extras = (DOORS[module] or "").split()
+    check_extras(module, (DOORS[module] or "").split())
+
+
+@pytest.mark.parametrize("command", ["serve", "database", "loader", "speech"])
+def test_a_command_names_the_extras_that_it_needs(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modules = []
+
+    def missing(module: str) -> None:
+        modules.append(module)
+        raise ModuleNotFoundError(name="one")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib, "import_module", missing)
+        assert getattr(console_scripts, command)() == 1
+    named = re.fullmatch(
+        r"The package one is not installed\. Install what this command needs:"
+        r" pip install 'osiris-llm-sidecar\[([a-z,]+)\]'\n",
+        capsys.readouterr().err,
+    )
+    assert named
+    check_extras(modules[0], named[1].split(","))
+
+
+def check_extras(module: str, extras: list[str]) -> None:
+    """Whether the extras bring all that importing a module imports."""
     allowed = {*ranges(None), *(name for extra in extras for name in ranges(extra))}
     for top in third_party(module):
         distributions: set[str] = {canonicalize_name(name) for name in PACKAGES()[top]}
@@ -275,7 +303,7 @@ def test_a_command_prints_its_help(script: str) -> None:
     [
         ("osiris-sidecar", "uvicorn", "server"),
         ("osiris-sidecar-db", "pydantic", "server"),
-        ("osiris-sidecar-loader", "pydantic", "onnx,torch"),
+        ("osiris-sidecar-loader", "pydantic", "server,onnx,torch"),
         ("osiris-sidecar-speech", "redis", "speech"),
     ],
 )
