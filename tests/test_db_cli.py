@@ -616,7 +616,26 @@ def test_the_database_of_make_serve_is_found(
         "LANCEDB_URI is not set; using .data/lancedb.",
         "orchestrator_runs is empty.",
     ]
-    # The container's comes first.
+
+
+def test_the_containers_database_comes_first_if_it_holds_a_table(
+    no_variable: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    container = no_variable / "app"
+    db.init_db(".data/lancedb")
+    # A server that was started without LANCEDB_URI and stopped at once leaves such a folder.
+    (container / "_log").mkdir(parents=True)
+    assert cli_main(["query-runs"]) == 0
+    assert capsys.readouterr() == ("", "orchestrator_runs is empty.\n")
+    db.init_db(str(container))
+    db.log_hermes_score({"run_id": "in-the-container", "score": 0.5}, uri=str(container))
+    assert cli_main(["query-runs", "--table", "hermes_scores"]) == 0
+    assert json.loads(capsys.readouterr().out)["run_id"] == "in-the-container"
+
+
+def test_a_container_without_a_table_has_no_database(
+    no_variable: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (no_variable / "app").mkdir()
     assert cli_main(["query-runs"]) == 1
     assert "There is no database" in capsys.readouterr().err

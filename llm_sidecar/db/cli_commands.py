@@ -22,7 +22,7 @@ from llm_sidecar.db.export import Format as ExportFormat
 from llm_sidecar.db.filters import Filters
 from llm_sidecar.db.migrate import migrate
 from llm_sidecar.db.nested import with_objects
-from llm_sidecar.db.place import Place, place_of
+from llm_sidecar.db.place import TABLE_SUFFIX, Place, place_of
 from llm_sidecar.db.questions import newest
 from llm_sidecar.db.reading import Waiting, reading
 from llm_sidecar.db.schema import ROW_ID, arrow_schemas
@@ -147,12 +147,15 @@ async def export(kind: ExportFormat, since: datetime.datetime | None, out: Path 
 def database_uri() -> str:
     """`LANCEDB_URI`; if unset, the folder in the container or of `make serve`, if one exists.
 
+    If both exist, the container's comes first, unless it holds no table.
+
     Raises:
         DatabaseUnavailable: it is not set, and neither folder exists.
     """
     if configured := os.environ.get("LANCEDB_URI"):
         return configured
-    if os.path.lexists(DEFAULT_LANCEDB_URI):
+    in_container = Path(DEFAULT_LANCEDB_URI)
+    if os.path.lexists(in_container) and not (_MAKE_SERVE_URI.is_dir() and _is_empty(in_container)):
         return DEFAULT_LANCEDB_URI
     if not _MAKE_SERVE_URI.is_dir():
         raise DatabaseUnavailable(
@@ -161,6 +164,14 @@ def database_uri() -> str:
     if sys.stderr.isatty():
         command_line.say(f"LANCEDB_URI is not set; using {_MAKE_SERVE_URI}.")
     return str(_MAKE_SERVE_URI)
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder holds no table; False if it cannot be read."""
+    try:
+        return not any(path.name.endswith(TABLE_SUFFIX) for path in folder.iterdir())
+    except OSError:
+        return False
 
 
 def _writable_place(command: str) -> Place:
