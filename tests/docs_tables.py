@@ -86,7 +86,7 @@ COLUMNS: Final = {
     "model": "The model that wrote the proposal.",
     "prompt": "The prompt.",
     "proposal": "The proposal as JSON.",
-    "rationale": "The rationale of the scored proposal.",
+    "rationale": "The critique of the run; of a score alone, the rationale of the proposal.",
     "received": "When the sidecar received the feedback. It orders feedback.",
     "row_id": "The key. A row that is written twice is one row.",
     "hermes_scores.run_id": "The `proposal_id` of the score, or the `transaction_id` of the run.",

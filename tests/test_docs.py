@@ -70,7 +70,9 @@ def test_the_commands_of_a_page_answer_as_shown(
     )
     # A generator of clients calls ruff.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environ = {"PATH": path, "HOME": str(files), "PYTHONPATH": str(ROOT)}
+    # The generated client, which a reader installs.
+    modules = f"{ROOT}:{files}/sidecar-client"
+    environ = {"PATH": path, "HOME": str(files), "PYTHONPATH": modules}
     subprocess.run(["bash", "-c", script], cwd=checkout, env=environ, check=True)
     for number, block in enumerate(run):
         status, answer, errors = (
