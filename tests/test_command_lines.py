@@ -89,10 +89,17 @@ def test_no_file_gets_the_number_of_a_closed_stream() -> None:
 def test_a_real_terminal_of_another_encoding(folder: Path) -> None:
     ours, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 40))
-    environ = {"LANCEDB_URI": str(folder), "PYTHONIOENCODING": "latin-1", "TERM": "dumb"}
+    # Without COLUMNS, which would hide the size of the terminal.
+    environ = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(ROOT),
+        "LANCEDB_URI": str(folder),
+        "PYTHONIOENCODING": "latin-1",
+        "TERM": "dumb",
+    }
     done = subprocess.run(
         [sys.executable, "-m", "llm_sidecar.db", "query-runs"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environ,
+        env=environ,
         stdin=terminal,
         stdout=terminal,
         stderr=terminal,
