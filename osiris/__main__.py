@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +16,10 @@ from typing import Any, Final
 import click
 from uvicorn.main import main as uvicorn_main
 
+from llm_sidecar import command_line
+
 APP: Final = "osiris.server:app"
+PROG: Final = "osiris-sidecar"
 _FIXED: Final[dict[str, Any]] = {
     "app": APP,
     "factory": False,
@@ -37,19 +41,39 @@ _KEEP_ALIVE: Final = 15
 """Seconds: clients commonly drop idle connections after 5, and a client should be the first."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the server, and exits with its status: 0 after a signal, 1 for a bad setting, 2 for a
-    bad option, 3 where the start fails."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the server.
+
+    Args:
+        argv: the arguments; this process's unless given.
+
+    Returns:
+        The exit status: 0 after a signal, 1 for a bad setting, 2 for a bad option, 3 where the
+        start fails.
+    """
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
         # Until the app itself handles it, and in a reloader, which only knows the other.
         signal.signal(signal.SIGHUP, lambda number, frame: signal.raise_signal(signal.SIGTERM))
-    command().main(args=None if argv is None else list(argv), prog_name="osiris-sidecar")
+    return command_line.run(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int | None:
+    arguments = None if argv is None else list(argv)
+    try:
+        # It raises SystemExit where uvicorn ends with a status of its own.
+        status: int | None = command().main(arguments, PROG, standalone_mode=False)
+    except click.ClickException as error:
+        command_line.say(f"{PROG}: {error.format_message()}")
+        return error.exit_code
+    except click.Abort:
+        return command_line.INTERRUPTED
+    return status
 
 
 def command() -> click.Command:
     """uvicorn's command for this app alone."""
     return click.Command(
-        "osiris-sidecar",
+        PROG,
         params=[_parameter(one) for one in uvicorn_main.params if one.name not in _FIXED],
         callback=_serve,
         context_settings={"auto_envvar_prefix": "UVICORN"},
@@ -111,4 +135,4 @@ def _look(name: str, look: Callable[[Any], object], value: object) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

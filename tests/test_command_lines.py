@@ -54,13 +54,13 @@ def test_rows_and_standard_streams(
     assert (found, bool(out), err) == (status, shown, told)
 
 
-@pytest.mark.parametrize("module", ["loader", "tts"])
+@pytest.mark.parametrize("module", ["llm_sidecar.loader", "llm_sidecar.tts", "osiris"])
 @pytest.mark.parametrize(
     ("arguments", "status", "told"),
-    [("--help >/dev/full", 1, FULL), ("frobnicate >&- 2>&-", 2, "")],
+    [("--help >/dev/full", 1, FULL), ("frobnicate >&- 2>/dev/full", 2, "")],
 )
 def test_help_and_standard_streams(module: str, arguments: str, status: int, told: str) -> None:
-    found, out, err = in_shell(f"$PY -m llm_sidecar.{module} {arguments}")
+    found, out, err = in_shell(f"$PY -m {module} {arguments}")
     assert (found, out, err) == (status, "", told)
 
 
