@@ -220,6 +220,8 @@ def _open_closed_streams() -> None:
         if getattr(sys, name) is None:
             # The lowest free number, which is the stream's.
             descriptor = os.open(os.devnull, flags)
+            # Processes that this one starts need it too.
+            os.set_inheritable(descriptor, True)
             setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8"))
 
 

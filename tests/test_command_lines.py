@@ -84,6 +84,18 @@ def test_no_file_gets_the_number_of_a_closed_stream() -> None:
     assert in_shell(f'$PY -c "{code}" <&- >&- 2>&-')[0] == 0
 
 
+def test_a_child_has_standard_streams_where_its_parent_had_none() -> None:
+    """The workers of models are children of the server."""
+    code = (
+        "import subprocess, sys\n"
+        "from llm_sidecar import command_line\n"
+        "child = 'import sys; sys.exit(None in (sys.stdin, sys.stdout, sys.stderr))'\n"
+        "work = lambda: subprocess.run([sys.executable, '-c', child]).returncode\n"
+        "raise SystemExit(command_line.run(work))\n"
+    )
+    assert in_shell(f'$PY -c "{code}" <&- >&- 2>&-')[0] == 0
+
+
 def test_a_real_terminal_of_another_encoding(folder: Path) -> None:
     command = 'script -qec "stty cols 40; $PY -m llm_sidecar.db query-runs" /dev/null'
     found, out, _ = in_shell(
