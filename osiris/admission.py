@@ -7,7 +7,6 @@ import contextlib
 from typing import Final
 
 from fastapi.responses import JSONResponse
-from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from osiris.paths import is_probe_or_metrics
@@ -34,12 +33,12 @@ class Admission:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        answer = _Answer(send, self._shutdown)
         if is_probe_or_metrics(scope):
-            await self._app(scope, receive, answer.send if self._shutdown.draining else send)
+            await self._app(scope, receive, send)
         elif self._shutdown.draining:
+            # Each answer closes its connection then: see `osiris.connection`.
             await _read_away(receive)
-            await _ending(scope, receive, answer.send)
+            await _ending(scope, receive, send)
         elif self._shutdown.running >= self._max_requests:
             # The connection stays open, and what comes of the body is thrown away unread.
             await _refusal(
@@ -49,36 +48,27 @@ class Admission:
                 _RETRY_FULL,
             )(scope, receive, send)
         else:
-            await self._admit(scope, receive, answer)
+            await self._admit(scope, receive, send)
 
-    async def _admit(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
         with self._shutdown.request():
             try:
-                await self._app(scope, receive, answer.send)
+                await self._app(scope, receive, send_and_note)
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if not self._shutdown.draining or task is None:
                     raise
                 # Its grace period is over; what has begun cannot be taken back.
                 task.uncancel()
-                if not answer.begun:
-                    await _ending(scope, receive, answer.send)
-
-
-class _Answer:
-    """What is sent, in whose head a client is told to leave once the server drains."""
-
-    def __init__(self, send: Send, shutdown: Shutdown) -> None:
-        self._send = send
-        self._shutdown = shutdown
-        self.begun = False
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.begun = True
-            if self._shutdown.draining:
-                MutableHeaders(scope=message)["Connection"] = "close"
-        await self._send(message)
+                if not begun:
+                    await _ending(scope, receive, send)
 
 
 def _refusal(status: int, detail: str, retry_after: int) -> JSONResponse:

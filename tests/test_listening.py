@@ -56,6 +56,7 @@ def test_a_unix_socket_is_not_found_any_more(tmp_path: Path) -> None:
             assert connection.recv(100) == b"question"
 
 
-def test_a_socket_that_does_not_listen_has_nobody_waiting() -> None:
-    with socket.socket() as other:
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_a_socket_that_does_not_listen_has_nobody_waiting(kind: socket.SocketKind) -> None:
+    with socket.socket(type=kind) as other:
         assert waiting(other) == 0
