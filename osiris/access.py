@@ -54,8 +54,7 @@ class ApiKeys:
     """Answers 401 to a request without a valid key, before its body is read.
 
     The probes and the documentation need no key, and neither do the metrics unless
-    `metrics_need_key`. Whose key a
-    request has shown is in its `scope["state"]`: see `caller`.
+    `metrics_need_key`. Whose key a request has shown is in its `scope["state"]`: see `caller`.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[ApiKey], metrics_need_key: bool) -> None:

@@ -1,4 +1,5 @@
-"""What every route needs of HTTP: both spellings of a path, the sidecar, and the client's going."""
+"""What every route needs of HTTP: both spellings of a path, the sidecar, and a client that
+disconnects."""
 
 from __future__ import annotations
 
