@@ -154,6 +154,10 @@ class Log:
             raise
         self._size += len(data)
 
+    def is_gone(self) -> bool:
+        """Whether somebody has removed its folder; then nothing can be stored in it any more."""
+        return not self._folder.is_dir()
+
     def check(self, failed: bool) -> None:
         """Tells whether a record could be written now.
 
