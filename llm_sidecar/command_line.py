@@ -159,8 +159,12 @@ def _status(work: Work, reason: Reason | None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except SystemExit as stop:
+        if isinstance(stop.code, str):
+            # As the interpreter would write it.
+            say(stop.code)
+            return FAILED
         # argparse has written its message.
-        return stop.code if isinstance(stop.code, int) else OK if stop.code is None else FAILED
+        return stop.code or OK
     except SidecarError as error:
         say(error.detail)
     except Exception as error:
@@ -217,6 +221,8 @@ def _open_closed_streams() -> None:
         if getattr(sys, name) is None:
             # The system assigns the lowest free descriptor, which is the stream's.
             descriptor = os.open(os.devnull, flags)
+            # Processes that this one starts need it too.
+            os.set_inheritable(descriptor, True)
             setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8"))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +16,10 @@ from typing import Any, Final
 import click
 from uvicorn.main import main as uvicorn_main
 
+from llm_sidecar import command_line
+
 APP: Final = "osiris.server:app"
+PROG: Final = "osiris-sidecar"
 _FIXED: Final[dict[str, Any]] = {
     "app": APP,
     "factory": False,
@@ -38,19 +42,39 @@ _KEEP_ALIVE: Final = 15
 server."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the server, and exits with its status: 0 after a signal, 1 for a bad setting or
-    certificate, 2 for a bad option, 3 if the start fails."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the server.
+
+    Args:
+        argv: the arguments; this process's by default.
+
+    Returns:
+        The exit status: 0 after a signal, 1 for a bad setting or certificate, 2 for a bad option, 3
+        if the start fails.
+    """
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
         # For the time until the app handles SIGHUP, and for a reloader, which handles SIGTERM only.
         signal.signal(signal.SIGHUP, lambda number, frame: signal.raise_signal(signal.SIGTERM))
-    command().main(args=None if argv is None else list(argv), prog_name="osiris-sidecar")
+    return command_line.run(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int | None:
+    arguments = None if argv is None else list(argv)
+    try:
+        # It raises SystemExit where uvicorn ends with a status of its own.
+        status: int | None = command().main(arguments, PROG, standalone_mode=False)
+    except click.ClickException as error:
+        command_line.say(f"{PROG}: {error.format_message()}")
+        return error.exit_code
+    except click.Abort:
+        return command_line.INTERRUPTED
+    return status
 
 
 def command() -> click.Command:
     """uvicorn's command, for this app only."""
     return click.Command(
-        "osiris-sidecar",
+        PROG,
         params=[_parameter(one) for one in uvicorn_main.params if one.name not in _FIXED],
         callback=_serve,
         context_settings={"auto_envvar_prefix": "UVICORN"},
@@ -112,4 +136,4 @@ def _try_option(name: str, use: Callable[[Any], object], value: object) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,7 +7,6 @@ import contextlib
 from typing import Final
 
 from fastapi.responses import JSONResponse
-from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from osiris.paths import is_probe_or_metrics
@@ -35,12 +34,12 @@ class Admission:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        answer = _Answer(send, self._shutdown)
         if is_probe_or_metrics(scope):
-            await self._app(scope, receive, answer.send if self._shutdown.draining else send)
+            await self._app(scope, receive, send)
         elif self._shutdown.draining:
+            # The connection closes each answer while it drains: see `osiris.connection`.
             await _discard_body(receive)
-            await _ending(scope, receive, answer.send)
+            await _ending(scope, receive, send)
         elif self._shutdown.running >= self._max_requests:
             # The connection stays open, and uvicorn discards the body.
             await _refusal(
@@ -50,36 +49,27 @@ class Admission:
                 _RETRY_FULL,
             )(scope, receive, send)
         else:
-            await self._admit(scope, receive, answer)
+            await self._admit(scope, receive, send)
 
-    async def _admit(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
         with self._shutdown.request():
             try:
-                await self._app(scope, receive, answer.send)
+                await self._app(scope, receive, send_and_note)
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if not self._shutdown.draining or task is None:
                     raise
                 # The grace period is over. A response that has begun cannot be replaced.
                 task.uncancel()
-                if not answer.begun:
-                    await _ending(scope, receive, answer.send)
-
-
-class _Answer:
-    """Sends an answer, with `Connection: close` while the server drains."""
-
-    def __init__(self, send: Send, shutdown: Shutdown) -> None:
-        self._send = send
-        self._shutdown = shutdown
-        self.begun = False
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.begun = True
-            if self._shutdown.draining:
-                MutableHeaders(scope=message)["Connection"] = "close"
-        await self._send(message)
+                if not begun:
+                    await _ending(scope, receive, send)
 
 
 def _refusal(status: int, detail: str, retry_after: int) -> JSONResponse:

@@ -66,8 +66,11 @@ def waiting(listener: socket.socket) -> int:
     """How many connections wait to be accepted; 0 if the system does not report it."""
     if sys.platform != "linux" or listener.family == socket.AF_UNIX:
         return 0
-    info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
-    if info[0] != _LISTEN:
+    try:
+        info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
+    except OSError:
+        return 0
+    if len(info) < _INFO_BYTES or info[0] != _LISTEN:
         return 0
     (count,) = struct.unpack_from("I", info, _WAITING_AT)
     return int(count)

@@ -11,12 +11,10 @@ from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llm_sidecar.logs import LogFormat, log_context, log_to_stderr
+from llm_sidecar.logs import LogFormat, log_to_stderr
 from llm_sidecar.telemetry.instruments import known_method
 from osiris.access import caller
 from osiris.paths import is_probe_or_metrics, route_path
-
-__all__ = ["AccessLog", "configure", "log_context"]
 
 access_log = logging.getLogger("osiris.access")
 _CLIENT_CLOSED_REQUEST: Final = 499
@@ -73,7 +71,7 @@ class AccessLog:
         try:
             await self._app(scope, receive, send_and_note)
         except Exception:
-            # An outer middleware answers it.
+            # The response had begun, so its own status does not show the failure.
             status = _SERVER_ERROR
             raise
         finally:

@@ -77,24 +77,12 @@ class HttpMetrics:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        counted = False
 
-        def count(status: int) -> None:
-            nonlocal counted
-            counted = True
-            handler = getattr(scope.get("route"), "path", _NO_ROUTE)
-            seconds = time.perf_counter() - began
-            self._metrics.answered(scope["method"], status, handler, seconds)
-
-        async def counting_send(message: Message) -> None:
+        async def count_and_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                count(message["status"])
+                handler = getattr(scope.get("route"), "path", _NO_ROUTE)
+                seconds = time.perf_counter() - began
+                self._metrics.answered(scope["method"], message["status"], handler, seconds)
             await send(message)
 
-        try:
-            await self._app(scope, receive, counting_send)
-        except Exception:
-            # An outer middleware answers it.
-            if not counted:
-                count(500)
-            raise
+        await self._app(scope, receive, count_and_send)

@@ -7,17 +7,7 @@ from typing import Final
 
 from starlette.types import Scope
 
-from llm_sidecar.telemetry.paths import route_path
-
-__all__ = [
-    "METRICS",
-    "PROBES",
-    "drop_repeated_root_path",
-    "is_metrics",
-    "is_probe",
-    "is_probe_or_metrics",
-    "route_path",
-]
+from llm_sidecar.telemetry.paths import route_path as route_path
 
 PROBES: Final = frozenset({"/health", "/health/live", "/health/ready"})
 METRICS: Final = "/metrics"

@@ -19,12 +19,6 @@ from pydantic import (
 from llm_sidecar.input_model import InputModel, TextOrObject
 from llm_sidecar.proposals import MAX_COMPLETION_TOKENS, Proposal
 from llm_sidecar.timestamps import Timestamp
-from osiris.health_schemas import (
-    DatabaseHealth,
-    EventBusHealth,
-    ModelHealth,
-    SpeechHealth,
-)
 
 MAX_LENGTH: Final = 8192
 """Tokens."""
@@ -381,71 +375,4 @@ class ProposalBadInput(BadInput):
         None,
         description="the id of the stored proposal; absent if none is stored",
         examples=[_TRANSACTION],
-    )
-
-
-class HealthSummary(BaseModel):
-    """The overall state. If the server has API keys, a request without one gets only this."""
-
-    status: Literal["ok", "partial_error", "error"] = Field(
-        description="`ok`: every part works; `partial_error`: some requests fail, or an optional "
-        "part does not work; `error`: no model can answer",
-        examples=["ok"],
-    )
-
-
-class Health(HealthSummary):
-    """The overall state and the state of each part."""
-
-    version: str = Field(description="the sidecar's version", examples=["0.2.0"])
-    uptime_seconds: float = Field(
-        ge=0, description="seconds since the server started", examples=[86400.5]
-    )
-    hermes_loaded: bool = Field(description="whether Hermes is in memory", examples=[True])
-    phi3_loaded: bool = Field(description="whether Phi-3 is in memory", examples=[True])
-    phi3_model_file_exists: bool = Field(
-        description="whether the file at `MICRO_LLM_MODEL_PATH` exists", examples=[True]
-    )
-    device: str = Field(
-        description="what Phi-3 runs on: `cpu` or `cuda`; the configured device while it is not "
-        "loaded",
-        examples=["cpu"],
-    )
-    phi3_adapter_date: str | None = Field(
-        description="the date of the adapter in use, `YYYY-MM-DD`; null without one",
-        examples=["2026-01-31"],
-    )
-    mean_hermes_score_last_24h: float | None = Field(
-        description="the mean of Hermes' scores of the last 24 hours, 0 to 1; null without any",
-        examples=[0.71],
-    )
-    num_hermes_scores_last_24h: int = Field(
-        description="the number of Hermes' scores of the last 24 hours", examples=[42]
-    )
-    models: dict[str, ModelHealth] = Field(
-        description="each model by its name: `phi3` and `hermes`"
-    )
-    event_bus: EventBusHealth = Field(description="the connection to Redis")
-    database: DatabaseHealth = Field(description="the database and its write-ahead log")
-    speech: SpeechHealth = Field(description="the voice and its listeners")
-
-
-class Probe(BaseModel):
-    """The answer of a probe."""
-
-    status: Literal["ok", "unavailable", "draining"] = Field(
-        description="`ok`: send requests; `unavailable`: a part is missing; `draining`: the server "
-        "is shutting down",
-        examples=["ok"],
-    )
-    missing: list[str] = Field(
-        [],
-        description="the parts without which requests fail: `phi3`, `hermes`, `database`",
-        examples=[["hermes"]],
-    )
-    reasons: dict[str, str] | None = Field(
-        None,
-        description="the reason for each missing part; absent if nothing is missing, or if the "
-        "server has API keys and the request has none",
-        examples=[{"hermes": "The hermes model is still loading."}],
     )

@@ -188,7 +188,9 @@ class Shutdown:
             if config.fd is not None or multiprocessing.parent_process() is not None:
                 yield []
                 return
-            sockets = [one for server in self._server.servers for one in server.sockets]
+            # A signal may come before uvicorn listens.
+            servers = getattr(self._server, "servers", [])
+            sockets = [one for server in servers for one in server.sockets]
             # uvloop's socket objects have only a file descriptor.
             yield [
                 stack.enter_context(socket.socket(fileno=os.dup(one.fileno()))) for one in sockets
@@ -211,6 +213,9 @@ class Shutdown:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if done:
+            # Raises what the work has raised.
+            tasks[0].result()
         return done
 
     def _hand_over(self) -> None:

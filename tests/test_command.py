@@ -57,16 +57,24 @@ def test_an_invalid_certificate_ends_the_start(tmp_path: Path) -> None:
     done = start(tmp_path, "--ssl-certfile", str(tmp_path / "none.pem"))
     _, errors = done.communicate(timeout=60)
     assert done.returncode == 1
-    assert errors.splitlines()[-1].startswith("Error: the server cannot start: [SSL]")
+    assert errors.splitlines()[-1].startswith("osiris-sidecar: the server cannot start: [SSL]")
     assert "Traceback" not in errors
 
 
-def start(folder: Path, *options: str) -> subprocess.Popen[str]:
+def test_a_bad_setting_ends_the_start_with_one_sentence(tmp_path: Path) -> None:
+    done = start(tmp_path, MAX_CONNECTIONS="0")
+    _, errors = done.communicate(timeout=60)
+    assert done.returncode == 1
+    assert errors == "MAX_CONNECTIONS='0' is not valid: it takes an integer from 1 to 100000\n"
+
+
+def start(folder: Path, *options: str, **settings: str) -> subprocess.Popen[str]:
     environ = {
         "PATH": os.environ["PATH"],
         "PYTHONPATH": str(ROOT),
         "REDIS_URL": "memory://",
         "LANCEDB_URI": str(folder / "lancedb"),
+        **settings,
     }
     return subprocess.Popen(
         [sys.executable, "-m", "osiris", *options],

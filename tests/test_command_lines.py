@@ -56,13 +56,13 @@ def test_rows_and_standard_streams(
     assert (found, bool(out), err) == (status, shown, told)
 
 
-@pytest.mark.parametrize("module", ["loader", "tts"])
+@pytest.mark.parametrize("module", ["llm_sidecar.loader", "llm_sidecar.tts", "osiris"])
 @pytest.mark.parametrize(
     ("arguments", "status", "told"),
-    [("--help >/dev/full", 1, FULL), ("frobnicate >&- 2>&-", 2, "")],
+    [("--help >/dev/full", 1, FULL), ("frobnicate >&- 2>/dev/full", 2, "")],
 )
 def test_help_and_standard_streams(module: str, arguments: str, status: int, told: str) -> None:
-    found, out, err = in_shell(f"$PY -m llm_sidecar.{module} {arguments}")
+    found, out, err = in_shell(f"$PY -m {module} {arguments}")
     assert (found, out, err) == (status, "", told)
 
 
@@ -81,6 +81,18 @@ def test_no_file_gets_the_number_of_a_closed_stream() -> None:
         "def work():\n"
         "    with open('/dev/null') as file:\n"
         "        return 0 if file.fileno() > 2 else 1\n"
+        "raise SystemExit(command_line.run(work))\n"
+    )
+    assert in_shell(f'$PY -c "{code}" <&- >&- 2>&-')[0] == 0
+
+
+def test_a_child_has_standard_streams_where_its_parent_had_none() -> None:
+    """The workers of models are children of the server."""
+    code = (
+        "import subprocess, sys\n"
+        "from llm_sidecar import command_line\n"
+        "child = 'import sys; sys.exit(None in (sys.stdin, sys.stdout, sys.stderr))'\n"
+        "work = lambda: subprocess.run([sys.executable, '-c', child]).returncode\n"
         "raise SystemExit(command_line.run(work))\n"
     )
     assert in_shell(f'$PY -c "{code}" <&- >&- 2>&-')[0] == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -164,3 +165,20 @@ def test_a_log_that_nobody_dealt_with_waits_for_the_next(tmp_path: Path) -> None
 def test_a_log_without_rows_leaves_nothing_behind(tmp_path: Path) -> None:
     Log(tmp_path).close()
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_check_writes_only_after_a_failure(log: Log, tmp_path: Path) -> None:
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    os.utime(folder, (0, 0))
+    log.check(failed=False)
+    assert folder.stat().st_mtime == 0
+    log.check(failed=True)
+    assert folder.stat().st_mtime > 0
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+
+
+def test_a_check_notices_that_its_folder_is_gone(log: Log, tmp_path: Path) -> None:
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError):
+        log.check(failed=False)

@@ -142,6 +142,21 @@ async def test_a_full_disk_is_noticed_without_a_row(
     assert await names(small_disk / "db") == ["after"]
 
 
+async def test_a_database_that_somebody_removes_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_CHECK_SECONDS", 0.02)
+    folder = tmp_path / "db"
+    store = await Store.open(folder)
+    folder.rename(tmp_path / "removed")
+    # A server that is not ready gets no row, so this needs none.
+    await until((folder / "_log").is_dir)
+    await until(lambda: store.refusal() is None)
+    await store.append(score("after"))
+    await store.close()
+    assert await names(folder) == ["after"]
+
+
 async def test_the_log_takes_rows_while_a_table_is_away(tmp_path: Path) -> None:
     store = await Store.open(tmp_path)
     table, hidden = tmp_path / f"{SCORES}.lance", tmp_path / "hidden"

@@ -15,6 +15,7 @@ import redis
 from redis.exceptions import RedisError as RedisPyError
 
 from llm_sidecar.event_bus import HANDLER_QUEUE, EventBus, RedisError
+from llm_sidecar.logs import log_context
 from tests.redis_server import RedisServer, require_redis
 
 TIMEOUT = 10.0
@@ -541,6 +542,30 @@ async def test_a_frozen_redis_is_found_by_the_publisher(
     assert await inbox.take() == ["held back"]
     await flows(bus, "c", inbox)
     assert bus.status()["outages"] == 1
+    await bus.close()
+
+
+async def test_an_outage_is_logged_without_the_id_of_the_request_that_finds_it(
+    mortal: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("llm_sidecar.event_bus.redis_url.REPLY_TIMEOUT", 0.2)
+    ids: list[tuple[str, str | None]] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        ids.append((record.getMessage()[:13], log_context.get().get("request_id")))
+        return True
+
+    mortal.start()
+    bus = EventBus(mortal.url)
+    await bus.connect()
+    mortal.freeze()
+    caplog.handler.addFilter(note)
+    token = log_context.set({"request_id": "one"})
+    await bus.publish("c", "held back")
+    log_context.reset(token)
+    caplog.handler.removeFilter(note)
+    assert ids == [("Redis is away", None), ("not published", "one")]
+    mortal.thaw()
     await bus.close()
 
 

@@ -56,6 +56,7 @@ def test_a_unix_socket_is_unlinked(tmp_path: Path) -> None:
             assert connection.recv(100) == b"question"
 
 
-def test_a_socket_that_does_not_listen_has_no_waiting_connections() -> None:
-    with socket.socket() as other:
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_a_socket_that_does_not_listen_has_no_waiting_connections(kind: socket.SocketKind) -> None:
+    with socket.socket(type=kind) as other:
         assert waiting(other) == 0

@@ -15,7 +15,6 @@ from llm_sidecar.engines.batches import MOST
 from llm_sidecar.settings import Settings
 from llm_sidecar.telemetry.calls import ModelCall
 from llm_sidecar.telemetry.metrics import Metrics
-from osiris.metrics import install_metrics
 from osiris.server import create_app
 from tests.live_server import LiveServer, serve
 from tests.metrics_text import MetricsText
@@ -108,13 +107,12 @@ async def test_the_probes_and_the_metrics_are_left_out() -> None:
 
 
 async def test_an_unexpected_error_counts_as_5xx() -> None:
-    app = FastAPI()
+    app = create_app(Settings.from_environ(ON))
 
     @app.get("/broken/{name}")
     async def broken(name: str) -> None:
         raise KeyError(name)
 
-    install_metrics(app, Settings.from_environ(ON))
     async with client_of(app) as client:
         assert (await client.get(f"/broken/{SECRET}")).status_code == 500
         text = (await client.get("/metrics")).text

@@ -18,7 +18,6 @@ from llm_sidecar.db.schema import FEEDBACK, FEEDBACK_ID, PROPOSALS, RUNS, WITHDR
 from llm_sidecar.db.tables import Tables
 
 Format = Literal["sft", "dpo", "jsonl"]
-FORMATS: Final = ("sft", "dpo", "jsonl")
 _AT_ONCE: Final = 500
 """Transactions that are looked up together."""
 _EARLIEST: Final = datetime.datetime(1, 1, 1, tzinfo=datetime.UTC)

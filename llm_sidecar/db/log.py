@@ -32,6 +32,8 @@ _LOCK: Final = "lock"
 _CHECK: Final = "check"
 _CHECK_BYTES: Final = 1 << 14
 """More than most rows need."""
+_LOW_BYTES: Final = 1 << 20
+"""With less free space than this, `check` writes a test file: some of it may be reserved."""
 _TIMES: Final = ("timestamp", "received")
 
 
@@ -152,21 +154,33 @@ class Log:
             raise
         self._size += len(data)
 
-    def check(self, sync: bool) -> None:
-        """Checks whether a record could be written now.
+    def is_gone(self) -> bool:
+        """Whether somebody has removed its folder; then nothing can be stored in it any more."""
+        return not self._folder.is_dir()
+
+    def check(self, failed: bool) -> None:
+        """Tells whether a record could be written now.
+
+        Looks first, and tries where there is any doubt: this is called every few seconds, and on a
+        healthy disk it must not write.
 
         Args:
-            sync: whether to check a sync too, which costs a disk write.
+            failed: whether the last record could not be written.
 
         Raises:
             OSError: it could not be written.
         """
+        disk = os.statvfs(self._folder)
+        is_read_only = bool(disk.f_flag & os.ST_RDONLY)
+        if failed or is_read_only or disk.f_bavail * disk.f_frsize < _LOW_BYTES:
+            self._try_to_write()
+
+    def _try_to_write(self) -> None:
         path = self._folder / _CHECK
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             size = os.write(file, bytes(_CHECK_BYTES))
-            if sync:
-                os.fdatasync(file)
+            os.fdatasync(file)
         finally:
             os.close(file)
             path.unlink()

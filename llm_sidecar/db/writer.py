@@ -313,7 +313,15 @@ class Writer:
     def _to_log(self, records: Sequence[bytes]) -> None:
         self._open_log().append(records)
 
+    def _check_log(self) -> None:
+        self._open_log().check(self.log_failure is not None)
+
     def _open_log(self) -> wal.Log:
+        if self._log is not None and self._log.is_gone():
+            # Its rows that are not in their tables yet are still in memory.
+            log.error("the folder of the write-ahead log is gone; a new one is made")
+            self._log.close()
+            self._log = None
         if self._log is None:
             self._log = wal.Log(self._place.log_folder)
         return self._log
@@ -324,11 +332,12 @@ class Writer:
         without this check it would not notice that the disk has space again."""
         while not self._end.is_set():
             await _passed(_CHECK_SECONDS, self._end)
-            if self._log is None or self._waiting or self._end.is_set():
+            is_opening = self._log is None and self.log_failure is None
+            if is_opening or self._waiting or self._end.is_set():
                 continue
             try:
                 async with asyncio.timeout(_LOG_SECONDS):
-                    await self._on_disk(self._log.check, self.log_failure is not None)
+                    await self._on_disk(self._check_log)
             except TimeoutError:
                 self._set_log_failure(f"the disk took longer than {_LOG_SECONDS:g} s")
             except OSError as error:

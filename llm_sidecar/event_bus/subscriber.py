@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import random
 import time
@@ -233,7 +234,13 @@ class Subscriber:
         if self._away_since is None:
             self._away_since = time.monotonic()
             self.outages += 1
-            log.error("Redis is away at %s, trying again until it is back: %s", self._name, error)
+            # It concerns every request, so it has not the id of the one that has noticed it.
+            contextvars.Context().run(
+                log.error,
+                "Redis is away at %s, trying again until it is back: %s",
+                self._name,
+                error,
+            )
 
 
 async def cancel(*tasks: asyncio.Task[None], patience: float) -> None:

@@ -11,8 +11,8 @@ from starlette.types import Receive, Scope, Send
 
 from llm_sidecar.sidecar import Sidecar
 from osiris.access import caller
+from osiris.health_schemas import Health, HealthSummary, Probe
 from osiris.http import endpoint
-from osiris.schemas import Health, HealthSummary, Probe
 
 _JSON: Final = "application/json"
 

@@ -47,7 +47,7 @@ def test_the_work_gives_the_status(status: int | None) -> None:
         (KeyboardInterrupt(), 130, ""),
         (SystemExit(2), 2, ""),
         (SystemExit(), 0, ""),
-        (SystemExit("why"), 1, ""),
+        (SystemExit("It is why."), 1, "It is why.\n"),
     ],
 )
 def test_an_error_is_one_line_and_a_status(
