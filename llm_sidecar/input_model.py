@@ -105,7 +105,7 @@ class InputModel(BaseModel):
         if not isinstance(value, Mapping):
             return value
         unknown = [name for name in value if name not in cls.model_fields]
-        if len(unknown) < 2:  # noqa: PLR2004
+        if len(unknown) < 2:
             return value
         return {name: value[name] for name in (*cls.model_fields, unknown[0]) if name in value}
 
