@@ -5,9 +5,13 @@ The environment configures the sidecar, and `UVICORN_…` variables stand for op
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import errno
 import os
 import signal
+import socket
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -35,6 +39,9 @@ _FIXED: Final[dict[str, Any]] = {
 """Parameters of uvicorn that are not options of ours."""
 _KEEP_ALIVE: Final = 15
 """Seconds: clients commonly drop idle connections after 5, and a client should be the first."""
+
+_LONGEST_SOCKET_PATH: Final = 107
+"""Bytes, as unix(7) says."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -96,9 +103,21 @@ def _check(options: dict[str, Any]) -> None:
         if path := options[name]:
             _look(name, lambda path: Path(path).open("rb").close(), path)
     if path := options["uds"]:
-        _look("uds", lambda path: Path(path).parent.stat(), path)
+        _look("uds", _can_be_socket, path)
     if (number := options["fd"]) is not None:
-        _look("fd", os.fstat, number)
+        _look("fd", lambda number: socket.socket(fileno=os.dup(number)).close(), number)
+    if any(":" not in header for header in options["headers"]):
+        raise click.UsageError("--header takes NAME:VALUE.")
+
+
+def _can_be_socket(path: str) -> None:
+    """Raises OSError where no Unix socket can be at a path; one that is there is replaced."""
+    Path(path).parent.stat()
+    if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
+        raise OSError(f"its path is longer than {_LONGEST_SOCKET_PATH} bytes")
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(Path(path).stat().st_mode):
+            raise FileExistsError(errno.EEXIST, "There is something else", path)
 
 
 def _look(name: str, look: Callable[[Any], object], value: object) -> None:
