@@ -92,11 +92,22 @@ class InputModel(BaseModel):
     @classmethod
     def _quote_nothing(cls, value: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
         try:
-            return handler(value)
+            return handler(cls._with_one_unknown(value))
         except ValidationError as error:
             faults = [cls._without_input(entry) for entry in error.errors(include_input=False)]
         # After the block: inside it, the error that quotes the input would become the context.
         raise _as_error(cls.__name__, faults)
+
+    @classmethod
+    def _with_one_unknown(cls, value: object) -> object:
+        """The value with the first of its unknown fields: an error for each of a hundred thousand
+        takes a second, and one is reported."""
+        if not isinstance(value, Mapping):
+            return value
+        unknown = [name for name in value if name not in cls.model_fields]
+        if len(unknown) < 2:
+            return value
+        return {name: value[name] for name in (*cls.model_fields, unknown[0]) if name in value}
 
     @classmethod
     def _without_input(cls, entry: Mapping[str, Any]) -> Fault:

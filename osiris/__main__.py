@@ -5,9 +5,13 @@ Environment variables configure the sidecar. Each option also has a variable, `U
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import errno
 import os
 import signal
+import socket
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +44,9 @@ _FIXED: Final[dict[str, Any]] = {
 _KEEP_ALIVE: Final = 15
 """Seconds. Clients commonly close idle connections after 5; a client should close before the
 server."""
+
+_LONGEST_SOCKET_PATH: Final = 107
+"""Bytes, as unix(7) says."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,9 +128,21 @@ def _check(options: dict[str, Any]) -> None:
         if path := options[name]:
             _try_option(name, lambda path: Path(path).open("rb").close(), path)
     if path := options["uds"]:
-        _try_option("uds", lambda path: Path(path).parent.stat(), path)
+        _try_option("uds", _check_socket_path, path)
     if (number := options["fd"]) is not None:
-        _try_option("fd", os.fstat, number)
+        _try_option("fd", lambda number: socket.socket(fileno=os.dup(number)).close(), number)
+    if any(":" not in header for header in options["headers"]):
+        raise click.UsageError("--header takes NAME:VALUE.")
+
+
+def _check_socket_path(path: str) -> None:
+    """Raises OSError if no Unix socket can be made at a path; an existing socket is replaced."""
+    Path(path).parent.stat()
+    if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
+        raise OSError(f"its path is longer than {_LONGEST_SOCKET_PATH} bytes")
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(Path(path).stat().st_mode):
+            raise FileExistsError(errno.EEXIST, "The path exists and is not a socket", path)
 
 
 def _try_option(name: str, use: Callable[[Any], object], value: object) -> None:

@@ -32,7 +32,15 @@ WORKERS = (
         (["--ssl-keyfile", "key.pem"], {}, "--ssl-keyfile needs --ssl-certfile."),
         (["--ssl-certfile", "/none"], {}, "--ssl-certfile cannot be used: [Errno 2] No such file"),
         (["--uds", "/none/socket"], {}, "--uds cannot be used: [Errno 2] No such file"),
+        (
+            ["--uds", "/tmp"],
+            {},
+            "--uds cannot be used: [Errno 17] The path exists and is not a socket",
+        ),
+        (["--uds", "/tmp/" + "s" * 103], {}, "--uds cannot be used: its path is longer than 107"),
         (["--fd", "987"], {}, "--fd cannot be used: [Errno 9] Bad file descriptor"),
+        (["--fd", "2"], {}, "--fd cannot be used: [Errno 88] Socket operation on non-socket"),
+        (["--header", "X-Desk"], {}, "--header takes NAME:VALUE."),
     ],
 )
 def test_a_bad_option_ends_with_one_sentence(

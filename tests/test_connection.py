@@ -269,6 +269,20 @@ async def test_chunk_sizes_and_trailers_are_limited(rest: bytes) -> None:
         await served.until_none_is_open()
 
 
+@on_uvloop
+async def test_a_body_in_very_many_tiny_chunks_is_refused() -> None:
+    chunked = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+    tiny, large = b"1\r\na\r\n", b"400\r\n" + b"a" * 1024 + b"\r\n"
+    async with serve() as served:
+        _, _, body = await ask(served, chunked, tiny * 4096 + b"0\r\n\r\n")
+        assert body["body"] == 4096
+        _, _, body = await ask(served, chunked, (tiny + large) * 8000 + b"0\r\n\r\n")
+        assert body["body"] == 8000 * 1025
+        status, headers, _ = await ask(served, chunked, tiny * 4200)
+        assert (status, headers["connection"]) == (413, "close")
+        await served.until_none_is_open()
+
+
 @pytest.mark.parametrize(
     ("request_", "status"),
     [

@@ -438,6 +438,16 @@ def test_a_filter_that_the_table_has_no_column_for_names_the_tables(
     assert capsys.readouterr().err == f"python -m llm_sidecar.db: Invalid value: {told}\n"
 
 
+@pytest.mark.parametrize("option", ["--status", "--ticker", "--model"])
+def test_a_filter_in_another_encoding_is_a_bad_argument(
+    folder: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    # What Python makes of the byte FF in a UTF-8 terminal.
+    assert cli_main(["query-runs", "--table", "proposals", option, "AB\udcff"]) == 2
+    told = f"Invalid value for '{option}': it is no text in the encoding of this terminal."
+    assert capsys.readouterr().err == f"python -m llm_sidecar.db: {told}\n"
+
+
 # Formats
 
 

@@ -69,6 +69,13 @@ def _number(value: float | None) -> float | None:
     return value
 
 
+def _text(value: str | None) -> str | None:
+    # Python keeps bytes of an argument that it cannot decode as halves of surrogate pairs.
+    if value is not None and any("\ud800" <= char <= "\udfff" for char in value):
+        raise typer.BadParameter("it is no text in the encoding of this terminal.")
+    return value
+
+
 Since = Annotated[
     datetime.datetime | None,
     typer.Option(
@@ -98,12 +105,18 @@ def _query_runs(
     ] = RUNS,
     since: Since = None,
     status: Annotated[
-        str | None, typer.Option(help="Only runs with this status, such as error.")
+        str | None,
+        typer.Option(callback=_text, help="Only runs with this status, such as error."),
     ] = None,
-    ticker: Annotated[str | None, typer.Option(help="Only proposals for this ticker.")] = None,
+    ticker: Annotated[
+        str | None, typer.Option(callback=_text, help="Only proposals for this ticker.")
+    ] = None,
     action: Annotated[Action | None, typer.Option(help="Only proposals with this action.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Only proposals that this model wrote, such as phi3/demo.")
+        str | None,
+        typer.Option(
+            callback=_text, help="Only proposals that this model wrote, such as phi3/demo."
+        ),
     ] = None,
     min_score: Annotated[
         float | None,

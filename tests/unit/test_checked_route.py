@@ -64,6 +64,7 @@ def entries(response: httpx.Response) -> list[tuple[list[str], str]]:
         ({"Content-Type": "text/json"}, CONTENT_TYPE),
         ({"Content-Type": "application/json; charset=latin-1"}, CHARSET),
         ({"Content-Type": "application/json; charset=utf-16"}, CHARSET),
+        ({"Content-Type": "application/json" + ';"' * 125}, CONTENT_TYPE),
         (JSON | {"Content-Encoding": "gzip"}, ENCODING),
         (JSON | {"Content-Encoding": "identity, br"}, ENCODING),
     ],
@@ -205,6 +206,33 @@ async def test_a_parameter_that_is_sent_twice_is_422(
     assert response.status_code == 422
     response = await asking.post("/generate/?model_id=phi3&model_id=phi3", json={"prompt": "Long."})
     assert entries(response) == [(["query", "model_id"], "Parameter should be sent once")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+async def test_a_body_in_another_encoding_is_422(
+    asking: httpx.AsyncClient, parts: FakeParts, encoding: str
+) -> None:
+    body = BODY.decode().encode(encoding)
+    response = await asking.post("/generate/hermes/", content=body, headers=JSON)
+    assert response.status_code == 422
+    assert response.json() == {"detail": "The body is not JSON in UTF-8."}
+    assert parts.hermes.asked == []
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (b"[" * 100_000 + b"]" * 100_000, "Input should have fewer levels"),
+        (b"9" * 5_000, "Input should have shorter numbers"),
+    ],
+    ids=["depth", "digits"],
+)
+async def test_json_that_python_does_not_read_is_422_with_the_reason(
+    asking: httpx.AsyncClient, value: bytes, message: str
+) -> None:
+    body = b'{"prompt": ' + value + b"}"
+    response = await asking.post("/generate/hermes/", content=body, headers=JSON)
+    assert entries(response) == [(["body"], message)]
 
 
 async def test_several_unknown_fields_are_one_entry(asking: httpx.AsyncClient) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -177,3 +179,21 @@ def test_an_error_is_one_of_the_model_and_has_no_input() -> None:
 
 def test_the_longest_message_is_24_times_the_longest_text_and_a_little() -> None:
     assert longest_payload(1000) == 24_000 + 16_384
+
+
+def test_many_unknown_fields_take_no_longer_than_their_json() -> None:
+    fields = json.dumps({f"{MARK}{number}": number for number in range(50_000)})
+
+    def seconds(work: Callable[[], object]) -> float:
+        began = time.process_time()
+        work()
+        return time.process_time() - began
+
+    def validate(given: object) -> None:
+        with pytest.raises(ValidationError) as caught:
+            Trade.model_validate(given)
+        assert locations(caught.value) == [("*",)]
+
+    given = json.loads(fields)
+    reading = min(seconds(lambda: json.loads(fields)) for _ in range(3))
+    assert min(seconds(lambda: validate(given)) for _ in range(3)) < 5 * reading
