@@ -108,7 +108,7 @@ def _anything_at(path: Path) -> bool:
     try:
         return path.exists() and not (path.is_dir() and next(path.iterdir(), None) is None)
     except OSError:
-        # What may not be read may be a model: saying so is better than a toy in its place.
+        # A file that cannot be read may be a model: an error is better than a demo model instead.
         return True
 
 
@@ -128,7 +128,7 @@ def _locate(
         what = f"cannot be read: {error.strerror}"
     raise ModelUnavailable(
         f"The {name} model is missing: {path} {what}; set {variable} to the model, "
-        "or SIDECAR_DEMO=true to try the built-in toy",
+        "or SIDECAR_DEMO=true to try the demo models",
         retry_after=30,
     )
 

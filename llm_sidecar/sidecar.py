@@ -168,7 +168,7 @@ class Sidecar:
     async def start(self) -> None:
         """Starts the parts; none of them being away keeps the others from starting."""
         if self.settings.demo:
-            log.warning("SIDECAR_DEMO is on: where no model is configured, a toy answers")
+            log.warning("SIDECAR_DEMO is on: a demo model answers where no model is configured")
         self.archive.start()
         if remembered := self._remembered.load():
             self.phi3.begin_with(remembered)

@@ -48,7 +48,7 @@ def drop_repeated_root_path(scope: Scope, first_segments: Collection[str]) -> No
         first_segments: the first segment of each route. A root path that begins with one of them is
             not removed: below `/v1`, a second `/v1` may belong to the route.
     """
-    root_path = scope.get("root_path", "")
+    root_path: str = scope["root_path"]
     prefix = root_path.rstrip("/")
     if not prefix or prefix.strip("/").split("/")[0] in first_segments:
         return

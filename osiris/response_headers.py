@@ -56,10 +56,10 @@ HEADERS: Final[dict[str, dict[str, Any]]] = {
         "Tokens of the prompt, with the system prompt and the examples", 412, _COUNT, required=True
     ),
     "X-Request-ID": _header(
-        "The request's id, as sent or a new one; log lines have it too",
+        "The request's id, as sent or a new one; log lines have it too. Absent only if the "
+        "server has too many connections or cannot read the request",
         "1b4e28ba-2fa1-41d2-883f-0016d3cca427",
         {"type": "string", "minLength": 1, "maxLength": 128},
-        required=True,
     ),
     "X-Stored": _header(
         "`false` if a row of this request could not be stored; absent otherwise",

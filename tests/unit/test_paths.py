@@ -101,6 +101,9 @@ def test_a_probe_behind_a_proxy_is_one() -> None:
         ("/health", "/desk", "/health"),
         ("/health", "", "/health"),
         ("/v1/v1/models", "/v1", "/v1/models"),
+        ("/v1/desk/v1/desk/health", "/v1/desk", "/v1/desk/health"),
+        ("/v1X/v1X/health", "/v1X", "/health"),
+        ("/deskX/deskX/health", "/deskX", "/health"),
     ],
 )
 def test_a_root_path_that_is_sent_twice_counts_once(path: str, root_path: str, route: str) -> None:
