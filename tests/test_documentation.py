@@ -287,11 +287,13 @@ def test_the_page_needs_no_other_server_and_lets_one_call_with_a_key(
 
 
 def test_the_profile_works_under_its_policy(guarded: LiveServer, browser: Browser) -> None:
-    profile = "/debug/prof?path=/score/hermes/"
+    path = "/propose_trade_adjustments/"
+    profile = f"/debug/prof?path={path}"
 
     def is_profiled() -> bool:
-        # One request in ten seconds is profiled, and an earlier one may have been it.
-        guarded.client.post("/score/hermes/", json={"proposal": PROPOSAL}).raise_for_status()
+        # One request in ten seconds is profiled, and an earlier one may have been it. A proposal
+        # takes longer than the 10 ms between two samples.
+        guarded.client.post(path, json={"prompt": PROMPT}).raise_for_status()
         return guarded.client.get(profile).is_success
 
     guarded.wait_until(is_profiled)
