@@ -266,7 +266,8 @@ async def test_what_is_off_is_404_and_names_its_switch(
         response = await asking.request(method, path + slash)
     assert response.status_code == 404
     assert response.headers["Content-Type"] == "application/json"
-    assert method == "HEAD" or response.json() == {"detail": detail}
+    if method == "GET":
+        assert response.json() == {"detail": detail}
 
 
 @pytest.fixture(scope="module")
