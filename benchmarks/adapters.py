@@ -17,8 +17,8 @@ from benchmarks import models
 from benchmarks.table import Row
 from llm_sidecar.engines.lora_graph import ADAPTER_FILE, read_lora_graph
 from llm_sidecar.engines.lora_graph import write_adapter as write_matrices
-from llm_sidecar.loader import DEMO_DIR
-from llm_sidecar.lora import convert_adapter
+from llm_sidecar.models.files import DEMO_DIR
+from llm_sidecar.models.lora import convert_adapter
 from tests.live_server import LiveServer, serve
 from tests.random_models import write_adapter
 

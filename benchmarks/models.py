@@ -8,8 +8,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final, Literal
 
-from llm_sidecar.conversion import build
 from llm_sidecar.demo.market import draw
+from llm_sidecar.models.conversion import build
 from llm_sidecar.proposals import Example
 from tests.live_server import serve
 

@@ -11,7 +11,7 @@ from llm_sidecar import loader
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest, Message
 from llm_sidecar.errors import ModelUnavailable, SidecarError
-from llm_sidecar.model_host import Completion, ModelHost
+from llm_sidecar.models.local.model import Completion, ModelHost
 from llm_sidecar.settings import default_max_chars
 from llm_sidecar.text import require_text
 

@@ -22,7 +22,7 @@ from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest, Message
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable, SidecarError
 from llm_sidecar.input_model import InputModel
-from llm_sidecar.model_host import Completion, ModelHost
+from llm_sidecar.models.local.model import Completion, ModelHost
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,7 @@ from typing import Any, Final, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from llm_sidecar import __version__, hermes_plugin, loader, proposals, timestamps
-from llm_sidecar.archive import Archive
+from llm_sidecar import __version__, hermes_plugin, proposals, timestamps
 from llm_sidecar.db import HermesScoreSchema, Phi3FeedbackSchema, PublishedFeedback, table_of
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest
@@ -33,13 +32,15 @@ from llm_sidecar.errors import (
     SidecarError,
 )
 from llm_sidecar.event_bus import EventBus
-from llm_sidecar.examples import Outcome
 from llm_sidecar.input_model import check_length, longest_payload, summary
 from llm_sidecar.logs import start_detached, start_owned
-from llm_sidecar.model_host import Completion, HostLimits, ModelHost
-from llm_sidecar.proposal_run import ProposalRun, Row
+from llm_sidecar.models import adapters, files
+from llm_sidecar.models.adapter_state import RememberedAdapter
+from llm_sidecar.models.local.model import Completion, HostLimits, ModelHost
 from llm_sidecar.proposals import Proposed
-from llm_sidecar.remembered import RememberedAdapter
+from llm_sidecar.services.archive import Archive
+from llm_sidecar.services.examples import Outcome
+from llm_sidecar.services.proposal_run import ProposalRun, Row
 from llm_sidecar.settings import Settings
 from llm_sidecar.telemetry.calls import Observers
 from llm_sidecar.telemetry.instruments import Instrument
@@ -114,7 +115,7 @@ class Sidecar:
         )
         self.phi3 = ModelHost(
             "phi3",
-            lambda: loader.locate_phi3(settings),
+            lambda: files.locate_phi3(settings),
             device=settings.device,
             threads=settings.phi3_threads,
             limits=limits,
@@ -125,7 +126,7 @@ class Sidecar:
         )
         self.hermes = ModelHost(
             "hermes",
-            lambda: loader.locate_hermes(settings),
+            lambda: files.locate_hermes(settings),
             device=settings.device,
             threads=settings.hermes_threads,
             limits=limits,
@@ -147,9 +148,9 @@ class Sidecar:
         self.archive = Archive(
             settings.lancedb_uri,
             log_dir=settings.lancedb_log_dir,
-            examples=loader.few_shot_examples(settings),
+            examples=files.few_shot_examples(settings),
             examples_from_bus=settings.examples_from_bus,
-            context_length=lambda: loader.phi3_context_length(settings),
+            context_length=lambda: files.phi3_context_length(settings),
             on_examples=self._prepare_examples,
         )
         # Marks the sidecar's own events as long as the database's id is not known.
@@ -422,13 +423,13 @@ class Sidecar:
     def _choose_adapter(self, name: str | None) -> Path | None:
         folder = self.settings.adapter_dir
         if name is None:
-            return loader.get_latest_adapter_dir(folder)
-        return loader.find_adapter_dir(folder, name)
+            return adapters.get_latest_adapter_dir(folder)
+        return adapters.find_adapter_dir(folder, name)
 
     def adapter_date(self) -> datetime.date | None:
         """The date of Phi-3's adapter in use."""
         adapter = self.phi3.adapter
-        return None if adapter is None else loader.adapter_date(adapter)
+        return None if adapter is None else adapters.adapter_date(adapter)
 
     def missing(self) -> dict[str, str]:
         """Why the next proposal or feedback would fail, by part; empty if both would succeed.
@@ -461,7 +462,7 @@ class Sidecar:
             "uptime_seconds": round(time.monotonic() - self._began, 3),
             "hermes_loaded": models["hermes"]["state"] == "ready",
             "phi3_loaded": models["phi3"]["state"] == "ready",
-            "phi3_model_file_exists": loader.phi3_model_file_exists(self.settings),
+            "phi3_model_file_exists": files.phi3_model_file_exists(self.settings),
             "device": models["phi3"]["device"] or self.settings.device,
             "phi3_adapter_date": None if date is None else date.isoformat(),
             "mean_hermes_score_last_24h": self.archive.mean_score,

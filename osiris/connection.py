@@ -26,7 +26,7 @@ from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from uvicorn.server import ServerState
 
-from llm_sidecar.resident import trim_heap
+from llm_sidecar.memory_trim import trim_heap
 from llm_sidecar.settings import Settings
 from osiris.paths import is_probe_or_metrics
 from osiris.transport import WatchedTransport

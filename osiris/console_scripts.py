@@ -22,7 +22,7 @@ def database() -> int | None:
 
 def loader() -> int | None:
     """`osiris-sidecar-loader`: prepares models."""
-    return _run("llm_sidecar.preparing", "server,onnx,torch")
+    return _run("llm_sidecar.loader.__main__", "server,onnx,torch")
 
 
 def speech() -> int | None:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from llm_sidecar import input_model
 from llm_sidecar.input_model import InputModel
-from llm_sidecar.model_host import Completion
+from llm_sidecar.models.local.model import Completion
 from llm_sidecar.sidecar import Sidecar
 from osiris.checked_route import CheckedRoute, ClientGone
 from osiris.response_headers import declared

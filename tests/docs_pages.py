@@ -66,7 +66,7 @@ NOT_RUN: Final = {
     "make train": "takes an hour",
     ".venv/bin/python -m tests.mutants llm_sidecar.reward": "takes minutes",
 }
-"""Blocks that are not run. tests/test_docs_not_run.py checks each of their commands instead."""
+"""Blocks that are not run; tests/integration/test_docs_not_run.py checks their commands."""
 
 
 def blocks(page: Path) -> list[Block]:
@@ -99,7 +99,7 @@ def all_blocks() -> list[Block]:
 
 
 def is_run(block: Block) -> bool:
-    """Whether tests/test_docs.py runs it."""
+    """Whether tests/live/test_docs.py runs it."""
     return block.language in COMMANDS and first_line(block) not in NOT_RUN
 
 

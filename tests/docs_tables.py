@@ -3,7 +3,7 @@
     .venv/bin/python -m tests.docs_tables
 
 writes each table between its markers in `docs/`: `<!-- generated: NAME -->` and
-`<!-- end of NAME -->`. `tests/test_docs.py` fails while a table differs from the code.
+`<!-- end of NAME -->`. `tests/live/test_docs.py` fails while a table differs from the code.
 """
 
 from __future__ import annotations

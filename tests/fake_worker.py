@@ -13,9 +13,9 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_sidecar import worker
 from llm_sidecar.engines import Delta, GenerationRequest, Message
 from llm_sidecar.errors import AdapterRejected, InvalidRequest, ModelUnavailable
+from llm_sidecar.models.local import worker
 
 
 class FakeEngine:

@@ -22,7 +22,7 @@ from llm_sidecar.db.tables import Tables, one_line, open_tables
 from llm_sidecar.db.takeover import take_over
 from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.logs import start_detached
-from llm_sidecar.resident import release_code
+from llm_sidecar.memory_trim import release_code
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

@@ -21,7 +21,6 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from llm_sidecar.conversion import build
 from llm_sidecar.demo import judgement, market
 from llm_sidecar.demo.lessons import Teacher
 from llm_sidecar.demo.passes import rounded
@@ -29,6 +28,7 @@ from llm_sidecar.demo.schedule import Schedule
 from llm_sidecar.demo.tickers import ACRONYMS, INDEXES, KEYWORDS
 from llm_sidecar.demo.tokenizer import CHATML, CONTEXT_LENGTH, NUMBERS, PHI3, train_tokenizer
 from llm_sidecar.demo.training import prepare_attention, train
+from llm_sidecar.models.conversion import build
 
 _VOCABULARY: Final = 2816
 _NUMBERS_VOCABULARY: Final = 1536

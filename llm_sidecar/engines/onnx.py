@@ -85,7 +85,7 @@ class OnnxEngine:
             folder: holds genai_config.json, the model and its tokenizer.
             device: `auto` takes CUDA where the runtime has it.
             threads: of the decoder session, on CPU.
-            adapter: folder with an `adapter.onnx_adapter`, as `llm_sidecar.lora` writes it. A model
+            adapter: folder with an `adapter.onnx_adapter`, as `models.lora` writes it. A model
                 that is loaded without one is a little faster.
 
         Raises:

@@ -33,7 +33,7 @@ from llm_sidecar.engines.chat import ChatTokenizer, end_tokens
 from llm_sidecar.engines.generation import Generation, Logits
 from llm_sidecar.engines.prefixes import Kept, Prefixes, shared_prefix
 from llm_sidecar.errors import ModelUnavailable
-from llm_sidecar.resident import trim_heap
+from llm_sidecar.memory_trim import trim_heap
 
 _LONG_PROMPT: Final = 1024
 """Tokens of a prompt from which on its scratch memory is returned to the system."""

@@ -10,9 +10,14 @@ from starlette.convertors import Convertor, register_url_convertor
 
 from llm_sidecar.db import Phi3FeedbackSchema
 from llm_sidecar.errors import InvalidRequest
-from llm_sidecar.examples import EXAMPLE_PROMPT_CHARS, MAX_PROPOSAL_CHARS, MAX_TOKENS, Outcome
 from llm_sidecar.input_model import DOCUMENTED_AS_TEXT, IS_TEXT
 from llm_sidecar.proposals import Proposal
+from llm_sidecar.services.examples import (
+    EXAMPLE_PROMPT_CHARS,
+    MAX_PROPOSAL_CHARS,
+    MAX_TOKENS,
+    Outcome,
+)
 from osiris.access import Author
 from osiris.http import CurrentSidecar, check_length, endpoint
 from osiris.schemas import FeedbackRequest, FeedbackStored, FeedbackWithdrawn

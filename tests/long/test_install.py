@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_llm_client import ScriptedServer, answer, running
-from tests.test_package import PINS, copy_package
+from tests.integration.test_llm_client import ScriptedServer, answer, running
+from tests.integration.test_package import PINS, copy_package
 
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", "venv/bin/python")
 

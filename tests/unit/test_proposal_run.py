@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from llm_sidecar.db import HermesScoreSchema, OrchestratorRunSchema, ProposalSchema
-from llm_sidecar.model_host import Completion
-from llm_sidecar.proposal_run import ProposalRun, Row
+from llm_sidecar.models.local.model import Completion
 from llm_sidecar.proposals import Proposed
+from llm_sidecar.services.proposal_run import ProposalRun, Row
 
 PROPOSAL = {"ticker": "ABC", "action": "pass", "confidence": 0.5, "rationale": "Nothing to do."}
 

@@ -1,6 +1,6 @@
 """The proposal's schemas, its prompt, and how it is asked for: to the letter.
 
-`tests/test_proposals.py` shows that a decoder under the guidance can write nothing else.
+`tests/integration/test_proposals.py` shows that a decoder under guidance writes nothing else.
 """
 
 from __future__ import annotations

@@ -24,9 +24,9 @@ from llm_sidecar.errors import (
     QueueFull,
     SidecarError,
 )
-from llm_sidecar.examples import Outcome
 from llm_sidecar.input_model import longest_payload
 from llm_sidecar.proposals import Example
+from llm_sidecar.services.examples import Outcome
 from llm_sidecar.settings import Settings
 from tests.unit.fakes import FakeParts, completion
 

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from llm_sidecar import supervisor
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable, QueueFull
-from llm_sidecar.loader import ModelFiles
 from llm_sidecar.logs import log_context
-from llm_sidecar.model_host import HostLimits, ModelHost
+from llm_sidecar.models.files import ModelFiles
+from llm_sidecar.models.local import supervisor
+from llm_sidecar.models.local.model import HostLimits, ModelHost
 from llm_sidecar.telemetry.calls import WorkerDeath
 
 WARM_UP = GenerationRequest([{"role": "user", "content": "Hello."}], 1)

@@ -1,0 +1,1 @@
+"""Language models: the seam to them, where their files are, and what runs them."""

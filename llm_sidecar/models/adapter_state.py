@@ -1,0 +1,68 @@
+"""Which adapter was taken into use last: one small file that outlives the server."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Final
+
+from llm_sidecar.models import adapters
+
+log = logging.getLogger(__name__)
+
+_NAME: Final = "phi3_adapter"
+_LONGEST: Final = 64
+
+
+class RememberedAdapter:
+    """The name of Phi-3's adapter, in a file of its own."""
+
+    def __init__(self, folder: Path, adapter_dir: Path) -> None:
+        """Reads nothing yet.
+
+        Args:
+            folder: where the file goes.
+            adapter_dir: holds the adapters that its name may mean.
+        """
+        self._file = folder / _NAME
+        self._adapter_dir = adapter_dir
+
+    def load(self) -> Path | None:
+        """The adapter's folder, or None where none was in use or it is no longer there."""
+        try:
+            name = self._file.read_text(errors="replace")[:_LONGEST].strip()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            log.error("the adapter that was in use is not known: %s", error.strerror)
+            return None
+        if not name:
+            return None
+        # A name alone, whoever wrote the file: it leads to no other folder.
+        folder = self._adapter_dir / name
+        known = folder.name == name and adapters.adapter_date(folder) is not None
+        if known and adapters.holds_adapter(folder):
+            return folder
+        log.error(
+            "the adapter that was in use, %r, is not in PHI3_ADAPTER_DIR; phi3 answers without one",
+            name,
+        )
+        return None
+
+    def save(self, adapter: Path | None) -> None:
+        """Remembers an adapter, or that there is none; the log says where that fails."""
+        part = self._file.with_suffix(".part")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("w") as file:
+                file.write("" if adapter is None else adapter.name)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(self._file)
+        except OSError as error:
+            log.error(
+                "the adapter in use is not remembered for the next start: %s: %s",
+                part,
+                error.strerror,
+            )

@@ -1,0 +1,1 @@
+"""What the sidecar does, one service a file."""

@@ -1,0 +1,120 @@
+"""One run from a prompt to an assessed proposal: its progress, and the rows to store."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from llm_sidecar.db import HermesScoreSchema, Latencies, OrchestratorRunSchema, ProposalSchema
+from llm_sidecar.models.local.model import Completion
+from llm_sidecar.proposals import Proposed
+
+Row = OrchestratorRunSchema | HermesScoreSchema | ProposalSchema
+
+
+@dataclass(slots=True)
+class ProposalRun:
+    """A run; results that it does not have yet are None.
+
+    Attributes:
+        prompt: the market context.
+        transaction_id: names the run everywhere.
+        made: the valid proposal of Phi-3.
+        assessment: Hermes' critique.
+        score: Hermes' score in [0, 1].
+    """
+
+    prompt: str
+    transaction_id: uuid.UUID = field(default_factory=uuid.uuid4)
+    made: Proposed | None = None
+    assessment: Completion | None = None
+    score: float | None = None
+    _seconds: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=time.monotonic)
+
+    @property
+    def proposal(self) -> dict[str, Any] | None:
+        """The proposal as JSON types."""
+        return None if self.made is None else self.made.proposal
+
+    def proposed(self, made: Proposed) -> None:
+        """Phi-3 has finished."""
+        self.made = made
+        self._lap("proposal")
+
+    def assessed(self, assessment: Completion) -> None:
+        """Hermes has written its critique."""
+        self.assessment = assessment
+        self._lap("assessment")
+
+    def scored(self, score: float) -> None:
+        """Hermes has scored the proposal."""
+        self.score = score
+        self._lap("score")
+
+    def rows(self, error: str | None = None) -> list[Row]:
+        """What to store.
+
+        Args:
+            error: why the run ended early, or None for a finished one.
+
+        Returns:
+            The run, with the status `success`, or with an error `partial` if there is a proposal
+            and `error` if not; then the proposal and the score, if there are any.
+        """
+        rows: list[Row] = [self._run_row(error)]
+        if self.made is not None:
+            rows.append(self._proposal_row(self.made))
+        if self.score is not None:
+            rows.append(
+                HermesScoreSchema(
+                    run_id=str(self.transaction_id),
+                    score=self.score,
+                    rationale=self._assessment_text() or "",
+                )
+            )
+        return rows
+
+    def _run_row(self, error: str | None) -> OrchestratorRunSchema:
+        output = ""
+        if self.proposal is not None:
+            output = json.dumps(
+                {
+                    "proposal": self.proposal,
+                    "assessment": self._assessment_text(),
+                    "score": self.score,
+                }
+            )
+        status = "success" if error is None else "partial" if output else "error"
+        return OrchestratorRunSchema(
+            run_id=str(self.transaction_id),
+            input_query=self.prompt,
+            final_output=output,
+            status=status,
+            error_message=error,
+        )
+
+    def _proposal_row(self, made: Proposed) -> ProposalSchema:
+        return ProposalSchema(
+            transaction_id=str(self.transaction_id),
+            prompt=self.prompt,
+            proposal=made.proposal,
+            assessment=self._assessment_text() or "",
+            score=self.score,
+            model=made.completion.model,
+            adapter=made.completion.adapter,
+            latencies=Latencies(**self._seconds),
+            grounded=made.grounded,
+        )
+
+    def _assessment_text(self) -> str | None:
+        return None if self.assessment is None else self.assessment.text
+
+    def _lap(self, name: str) -> None:
+        """Notes the seconds since the last phase."""
+        now = time.monotonic()
+        self._seconds[name] = now - self._last
+        self._last = now

@@ -1,0 +1,447 @@
+"""The way of a row while the disk is full, LanceDB away, or a table broken."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from llm_sidecar.db import HermesScoreSchema, Store, compaction, tables, writer
+from llm_sidecar.db.log import Log, Row, encode, locked, read_segment
+from llm_sidecar.errors import DatabaseUnavailable
+from tests.integration.test_db_crash import crash
+
+SCORES = "hermes_scores"
+
+
+def score(name: str = "r", **values: str) -> HermesScoreSchema:
+    return HermesScoreSchema(run_id=name, score=0.5, **values)
+
+
+async def until(condition: Callable[[], object], seconds: float = 15.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+async def names(folder: Path) -> list[str]:
+    store = await Store.open(folder)
+    try:
+        return sorted(row["run_id"] for row in await store.last(SCORES, 0))
+    finally:
+        await store.close()
+
+
+async def row_names(store: Store) -> list[str]:
+    """The name that its writer gave each row of any table."""
+    columns = {"phi3_feedback": "transaction_id", "orchestrator_runs": "run_id", SCORES: "run_id"}
+    return [
+        str(row[column]) for table, column in columns.items() for row in await store.last(table, 0)
+    ]
+
+
+def newest_segment(folder: Path) -> Path:
+    return max(folder.glob("_log/*/*.log"))
+
+
+def killed(folder: Path) -> list[str]:
+    """The keys of the rows that a process, killed since, was told to be stored."""
+    found = crash("once", folder, 1.5)
+    return [str(key) for key in found["keys"]]
+
+
+@pytest.fixture(scope="module")
+def dead(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """What a killed process left, for copies, and what `killed` returned."""
+    folder = tmp_path_factory.mktemp("dead") / "db"
+    return folder, killed(folder)
+
+
+def manifests(folder: Path) -> list[Path]:
+    return sorted((folder / f"{SCORES}.lance" / "_versions").glob("*.manifest"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a few megabytes."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system may be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+async def test_a_full_disk_refuses_rows_and_goes_on_when_there_is_space(small_disk: Path) -> None:
+    store = await Store.open(small_disk / "db")
+    await store.append(score("before"))
+    ballast = small_disk / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"x" * 4096)
+        except OSError:
+            pass
+    accepted, refused = ["before"], 0
+    for number in range(200):
+        try:
+            await store.append(score(f"full-{number}", rationale="x" * 2000))
+        except DatabaseUnavailable as error:
+            refused += 1
+            assert "No space left on device" in error.detail
+            assert error.retry_after
+            assert store.status()["reason"]
+            assert not store.is_open()
+        else:
+            accepted.append(f"full-{number}")
+    assert refused
+    ballast.unlink()
+    await store.append(score("after"))
+    accepted.append("after")
+    await until(lambda: store.status()["state"] == "open" and not store.status()["rows_waiting"])
+    assert store.is_open()
+    await store.close()
+    assert await names(small_disk / "db") == sorted(accepted)
+
+
+async def test_a_full_disk_is_noticed_without_a_row(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_CHECK_SECONDS", 0.02)
+    store = await Store.open(small_disk / "db")
+    assert store.refusal() is None
+    assert store.status()["log"]["accepts_rows"] is True
+    ballast = small_disk / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    await until(store.refusal)
+    assert store.refusal() == (
+        "The database accepts no rows: No space left on device; free space at "
+        f"{small_disk / 'db' / '_log'} or check LANCEDB_URI."
+    )
+    assert store.status()["log"]["accepts_rows"] is False
+    ballast.unlink()
+    await until(lambda: store.refusal() is None)
+    await store.append(score("after"))
+    await store.close()
+    assert await names(small_disk / "db") == ["after"]
+
+
+async def test_a_database_that_somebody_removes_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_CHECK_SECONDS", 0.02)
+    folder = tmp_path / "db"
+    store = await Store.open(folder)
+    folder.rename(tmp_path / "removed")
+    # A server that is not ready gets no row, so this needs none.
+    await until((folder / "_log").is_dir)
+    await until(lambda: store.refusal() is None)
+    await store.append(score("after"))
+    await store.close()
+    assert await names(folder) == ["after"]
+
+
+async def test_the_log_takes_rows_while_a_table_is_away(tmp_path: Path) -> None:
+    store = await Store.open(tmp_path)
+    table, hidden = tmp_path / f"{SCORES}.lance", tmp_path / "hidden"
+    table.rename(hidden)
+    table.write_text("in the way")
+    await store.append(score("meanwhile"))
+    await until(lambda: store.status()["state"] == "away")
+    await store.append(score("later"))
+    assert store.refusal() is None
+    assert store.status()["rows_waiting"] == 2
+    with pytest.raises(DatabaseUnavailable) as caught:
+        await store.last(SCORES, 1)
+    assert caught.value.retry_after
+    table.unlink()
+    hidden.rename(table)
+    await until(lambda: store.status()["state"] == "open" and not store.status()["rows_waiting"])
+    assert len(await store.last(SCORES, 0)) == 2
+    await store.close()
+
+
+async def test_a_database_that_is_away_takes_rows_up_to_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_LOG_BYTES", 2000)
+    store = await Store.open(tmp_path)
+    table = tmp_path / f"{SCORES}.lance"
+    table.rename(tmp_path / "hidden")
+    table.write_text("in the way")
+    accepted = []
+    with pytest.raises(DatabaseUnavailable, match="log is full") as caught:
+        for number in range(100):
+            await store.append(score(f"{number:03}"))
+            accepted.append(f"{number:03}")
+    assert caught.value.retry_after
+    refusal = store.refusal() or ""
+    assert refusal.startswith("The write-ahead log is full until the database is back")
+    assert 5 < len(accepted) < 50
+    table.unlink()
+    (tmp_path / "hidden").rename(table)
+    await until(lambda: store.refusal() is None)
+    await store.append(score("after"))
+    await store.close()
+    assert await names(tmp_path) == [*accepted, "after"]
+
+
+async def test_what_is_left_in_the_log_at_the_end_is_there_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_BACKOFF_FIRST", 0.05)
+    store = await Store.open(tmp_path)
+    table = tmp_path / f"{SCORES}.lance"
+    table.rename(tmp_path / "hidden")
+    table.write_text("in the way")
+    await store.append(score("left"))
+    await store.close()
+    table.unlink()
+    (tmp_path / "hidden").rename(table)
+    assert await names(tmp_path) == ["left"]
+
+
+async def test_rows_are_taken_before_the_database_is_open(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.start()
+    await store.append(score("early"))
+    assert store.status()["state"] == "opening"
+    assert [row["run_id"] for row in await store.last(SCORES, 1)] == ["early"]
+    await store.close()
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "zeros"])
+async def test_an_unreadable_newest_version_is_set_aside_and_its_rows_replayed(
+    dead: tuple[Path, list[str]], tmp_path: Path, damage: str
+) -> None:
+    folder, keys = shutil.copytree(dead[0], tmp_path / "db"), dead[1]
+    newest = manifests(folder)[0]
+    content = newest.read_bytes()
+    damaged = {"empty": b"", "cut": content[:-10], "zeros": b"\0" * len(content)}[damage]
+    newest.write_bytes(damaged)
+    store = await Store.open(folder)
+    # Every third row is a score.
+    scores = {key for key in keys if int(key.partition("-")[2]) % 3 == 2}
+    assert {row["run_id"] for row in await store.last(SCORES, 0)} >= scores
+    (repair,) = [text for text in store.status()["repairs"] if "set aside" in text]
+    await store.close()
+    assert SCORES in repair
+    (aside,) = (folder / "_log" / "set_aside").iterdir()
+    assert aside.read_bytes() == damaged
+
+
+async def test_a_table_without_a_readable_version_is_set_aside_as_a_whole(tmp_path: Path) -> None:
+    await (await Store.open(tmp_path)).close()
+    for manifest in manifests(tmp_path):
+        manifest.write_bytes(b"")
+    store = await Store.open(tmp_path)
+    await store.append(score("new"))
+    assert len(store.status()["repairs"]) == 2
+    await store.close()
+    assert await names(tmp_path) == ["new"]
+
+
+async def test_a_table_that_may_not_be_read_is_not_set_aside(tmp_path: Path) -> None:
+    await (await Store.open(tmp_path)).close()
+    for manifest in manifests(tmp_path):
+        manifest.unlink()
+        manifest.mkdir()
+    with pytest.raises(DatabaseUnavailable):
+        await Store.open(tmp_path)
+    assert all(manifest.is_dir() for manifest in manifests(tmp_path))
+
+
+async def test_a_damaged_log_is_kept_and_what_is_readable_replayed(tmp_path: Path) -> None:
+    for number in range(5):
+        folder = tmp_path / str(number)
+        keys = killed(folder)
+        segment = newest_segment(folder)
+        # It has nothing yet, if the end came as the log went on in a new file.
+        if data := bytearray(segment.read_bytes()):
+            break
+    data[len(data) // 2] ^= 1
+    segment.write_bytes(data)
+    store = await Store.open(folder)
+    found = await row_names(store)
+    (repair,) = [text for text in store.status()["repairs"] if "damaged" in text]
+    await store.close()
+    # At most the row that is damaged is missing, and none is there twice.
+    assert len(set(keys) - set(found)) <= 1
+    assert len(found) == len(set(found))
+    (aside,) = (folder / "_log" / "set_aside").iterdir()
+    assert aside.name in repair
+    assert aside.read_bytes() == data
+
+
+async def test_fragments_and_files_stay_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compaction, "_PAUSE", 0.0)
+    monkeypatch.setattr(compaction, "_SHARE", 0.0)
+    store = await Store.open(tmp_path)
+    for number in range(100):
+        await store.append(score(str(number)))
+        # Each question has everything moved first, so each row is a commit.
+        await store.last(SCORES, 1)
+    await until(lambda: store.status()["fragments"][SCORES] < 40)
+    assert store.status()["last_compaction"]
+    assert len(await store.last(SCORES, 0)) == 100
+    await store.close()
+
+
+async def test_scripts_that_write_a_row_each_are_tidied_up_after(tmp_path: Path) -> None:
+    for number in range(40):
+        store = Store(tmp_path)
+        store.start()
+        await store.append(score(str(number)))
+        await store.close()
+    store = await Store.open(tmp_path)
+    assert store.status()["fragments"][SCORES] < 35
+    assert len(await store.last(SCORES, 0)) == 40
+    await store.close()
+
+
+async def test_one_process_at_a_time_compacts(tmp_path: Path) -> None:
+    store = await Store.open(tmp_path)
+    await store.append(score())
+    with locked(tmp_path / "_log" / "compact.lock"):
+        assert not await store.compact()
+        assert store.status()["last_compaction"] is None
+    assert await store.compact()
+    assert store.status()["last_compaction"]
+    await store.close()
+
+
+async def test_a_caller_that_goes_away_costs_nobody_else_a_row(tmp_path: Path) -> None:
+    store = await Store.open(tmp_path)
+    appending = [asyncio.create_task(store.append(score(str(n)))) for n in range(20)]
+    await asyncio.sleep(0)
+    appending[3].cancel()
+    await asyncio.gather(*appending, return_exceptions=True)
+    found = [row["run_id"] for row in await store.last(SCORES, 0)]
+    await store.close()
+    # Whether its own row is stored is not known.
+    others = [name for name in found if name != "3"]
+    assert sorted(others, key=int) == [str(n) for n in range(20) if n != 3]
+
+
+async def test_the_same_object_stored_again_is_one_row(tmp_path: Path) -> None:
+    store, row = await Store.open(tmp_path), score("once")
+    await store.append(row)
+    await store.last(SCORES, 1)
+    # As after an outcome that is not known.
+    store._writer._certain = False
+    await store.append(row)
+    assert len(await store.last(SCORES, 0)) == 1
+    await store.close()
+
+
+async def test_a_machine_that_lacks_something_costs_no_version(
+    dead: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, keys = shutil.copytree(dead[0], tmp_path / "db"), dead[1]
+    (folder / "_log" / "synced.json").write_text("damaged")
+
+    async def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "_read_whole", fail)
+        with pytest.raises(DatabaseUnavailable, match="No space left"):
+            await Store.open(folder)
+    store = await Store.open(folder)
+    found = await row_names(store)
+    assert not any("set aside" in repair for repair in store.status()["repairs"])
+    await store.close()
+    assert set(keys) - set(found) == set()
+    assert len(found) == len(set(found))
+
+
+async def test_rows_of_another_version_are_kept_and_hold_up_nobody(tmp_path: Path) -> None:
+    await (await Store.open(tmp_path)).close()
+    log = Log(tmp_path / "_log")
+    log.append([encode(Row(SCORES, score("ours").as_row()))])
+    later = score("theirs").as_row() | {"mood": "good"}
+    log.append([encode(Row(SCORES, later)), encode(Row("moods", later))])
+    earlier = score("theirs").as_row()
+    del earlier["rationale"]
+    log.append([encode(Row(SCORES, earlier))])
+    log.close()
+    store = await Store.open(tmp_path)
+    (repair,) = [text for text in store.status()["repairs"] if "another version" in text]
+    assert "3 rows" in repair
+    assert [row["run_id"] for row in await store.last(SCORES, 0)] == ["ours"]
+    await store.close()
+    (aside,) = (tmp_path / "_log" / "set_aside").iterdir()
+    assert len(read_segment(aside).rows) == 4
+
+
+async def test_a_disk_that_hangs_refuses_rows_for_certain_and_within_the_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_LOG_SECONDS", 0.3)
+    store = await Store.open(tmp_path)
+    release = threading.Event()
+    hanging = asyncio.get_running_loop().run_in_executor(store._writer._thread, release.wait)
+    begun = asyncio.create_task(store.append(score("begun")))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    with pytest.raises(DatabaseUnavailable, match="is not stored"):
+        await store.append(score("not begun"))
+    with pytest.raises(DatabaseUnavailable, match="is not known to be stored"):
+        await begun
+    release.set()
+    await hanging
+    await store.append(score("after"))
+    rows = await store.last(SCORES, 0)
+    await store.close()
+    assert sorted(row["run_id"] for row in rows) == ["after", "begun"]
+
+
+async def test_another_process_that_holds_a_lock_holds_up_no_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_SWEEP_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "_MOVE_EVERY", 0.01)
+    store = await Store.open(tmp_path)
+    with locked(tmp_path / "_log" / "lock"):
+        async with asyncio.timeout(5):
+            for number in range(5):
+                await store.append(score(str(number)))
+                assert len(await store.last(SCORES, 0)) == number + 1
+    await store.close()
+
+
+async def test_nobody_counts_as_alone_while_a_given_up_write_runs(tmp_path: Path) -> None:
+    store = await Store.open(tmp_path)
+    opened = await store.opened()
+    end = asyncio.Event()
+    writing = asyncio.create_task(opened._to_its_end(end.wait()))
+    await asyncio.sleep(0)
+    writing.cancel()
+    await store.close()
+    with locked(tmp_path / "_log" / "alive.lock", wait=False) as alone:
+        assert not alone
+    end.set()
+    await until(lambda: is_free(tmp_path / "_log" / "alive.lock"))
+
+
+def is_free(path: Path) -> bool:
+    with locked(path, wait=False) as mine:
+        return mine

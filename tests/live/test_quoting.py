@@ -1,0 +1,372 @@
+"""What was sent is quoted nowhere: a mark goes through every route and every field, and is looked
+for in answers, log, spans and Sentry events.
+
+Routes and fields are those of the server's OpenAPI document, so that a new one is tested as well.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import pytest
+import redis
+
+from tests.live_server import LiveServer, serve
+from tests.receiver import Receiver
+from tests.redis_server import RedisServer, require_redis
+
+MARK: Final = "ZXQMARK"
+FAILING: Final = "/fail/{what}"
+"""A route of the test's app whose error quotes what was sent."""
+CHANNEL: Final = "phi3.feedback.submitted"
+HEADERS: Final = {
+    "X-Request-ID": f"{MARK} {MARK}",  # one with a space in it is replaced
+    "Authorization": f"Bearer {MARK}",
+    "X-API-Key": MARK,
+    "User-Agent": f"{MARK}/1.0",
+    "Cookie": f"session={MARK}",
+    "Referer": f"http://{MARK}/",
+    "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+    "tracestate": f"vendor={MARK}",
+    "baggage": f"key={MARK}",
+    # After an unexpected error uvicorn ends the connection.
+    "Connection": "close",
+}
+JSON: Final = {"Content-Type": "application/json"}
+TOO_LONG: Final = MARK * 6000
+NO_TEXT: Final = ("\0", "\x1b", "\x7f", "\x85", "\ud83d", "\udc00")
+BODIES: Final = {
+    "no JSON": MARK.encode(),
+    "half an object": b'{"%s": ' % MARK.encode(),
+    "a bad escape": b'{"prompt": "\\x%s"}' % MARK.encode(),
+    "a string": b'"%s"' % MARK.encode(),
+    "a list": b'["%s"]' % MARK.encode(),
+    "no UTF-8": b'{"prompt": "\xff%s"}' % MARK.encode(),
+    "surrogates in UTF-8": b'{"%s": "\xed\xa0\xbd%s"}' % (MARK.encode(), MARK.encode()),
+    "a number too long": b'{"%s": %s}' % (MARK.encode(), b"9" * 5000),
+    "nested without end": b'{"%s":' % MARK.encode() + b"[" * 100_000,
+}
+FAILING_ENGINE: Final = """
+import llm_sidecar.engines as engines
+
+load_engine = engines.load_engine
+
+class Failing:
+    def __init__(self, engine):
+        self._engine = engine
+
+    def __getattr__(self, name):
+        return getattr(self._engine, name)
+
+    def answer_probabilities(self, messages, answers):
+        raise RuntimeError(f"cannot read {messages}")
+
+    def together(self):
+        together = self._engine.together()
+
+        class FailingTogether(type(together)):
+            def add(self, number, request):
+                raise RuntimeError(f"cannot read {request}")
+
+        together.__class__ = FailingTogether
+        return together
+
+engines.load_engine = lambda *args, **options: Failing(load_engine(*args, **options))
+"""
+"""Python imports `sitecustomize` in every process: the worker's engine fails as a runtime does that
+quotes its input."""
+
+
+@dataclass
+class Attempt:
+    """One request, and the status that it should have, where that is certain."""
+
+    name: str
+    method: str
+    path: str
+    status: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Document:
+    """Attempts for everything that an OpenAPI document describes."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self._document = document
+
+    def attempts(self) -> Iterator[Attempt]:
+        yield Attempt("unknown path", "GET", f"/{MARK}", 404)
+        for path, operations in self._document["paths"].items():
+            yield Attempt(f"TRACE {path}", "TRACE", _filled(path), 405)
+            for method, operation in operations.items():
+                if path == "/stream/audio":  # it never ends
+                    continue
+                for attempt in self._of_operation(method.upper(), path, operation):
+                    if path == FAILING:
+                        # It checks nothing.
+                        attempt.status = None
+                    yield attempt
+
+    def names(self) -> Iterator[str]:
+        """Those of fields and parameters."""
+        for schema in self._document["components"]["schemas"].values():
+            yield from schema.get("properties", {})
+        for operations in self._document["paths"].values():
+            for operation in operations.values():
+                yield from (parameter["name"] for parameter in operation.get("parameters", ()))
+
+    def _of_operation(self, method: str, path: str, operation: dict[str, Any]) -> Iterator[Attempt]:
+        content = operation.get("requestBody", {}).get("content", {})
+        schema = self._resolved(content.get("application/json", {}).get("schema", {}))
+        base: Any = self._smallest(schema) if content else None
+
+        def attempt(name: str, status: int | None = None, **options: Any) -> Attempt:
+            return Attempt(f"{method} {path}: {name}", method, _filled(path), status, options)
+
+        def body(name: str, value: Any, status: int | None = None) -> Attempt:
+            encoded = json.dumps(value).encode()
+            return attempt(name, status, content=encoded, headers=JSON)
+
+        for parameter in operation.get("parameters", ()):
+            name = parameter["name"]
+            if parameter["in"] == "query":
+                yield attempt(f"query, {name}", params={name: MARK}, json=base)
+                yield attempt(f"query, {name}, NUL", 422, params={name: f"{MARK}\0"}, json=base)
+            elif parameter["in"] == "path":
+                yield attempt(f"path, {name}", json=base)
+                bad = _filled(path, f"{MARK}%00")
+                yield Attempt(f"{method} {path}: NUL", method, bad, 422, {"json": base})
+        yield attempt("unknown parameter", params={MARK: MARK}, json=base)
+        if not content:
+            return
+        for name, raw in BODIES.items():
+            yield attempt(name, 422, content=raw, headers=JSON)
+        yield attempt("a form", 415, data={"prompt": MARK, MARK: MARK})
+        yield body("unknown field", base | {MARK: MARK}, 422)
+        for field_name, described in schema["properties"].items():
+            for kind, status, value in self._values(described):
+                yield body(f"{field_name}, {kind}", base | {field_name: value}, status)
+
+    def _values(self, schema: dict[str, Any]) -> Iterator[tuple[str, int | None, Any]]:
+        """(what it is, the status it should have, value) for a field."""
+        kinds = self._types(schema)
+        yield "a list", 422, [MARK]
+        if "object" not in kinds:
+            yield "an object", 422, {MARK: MARK}
+        if "string" not in kinds:
+            yield "a string", 422, MARK
+        else:
+            yield "a mark", None, MARK
+            yield "base64 of a mark", None, base64.b64encode(MARK.encode() * 99).decode()
+            yield "too long", 422, TOO_LONG
+            for character in NO_TEXT:
+                yield f"with {character!a}", 422, f"{MARK}{character}{MARK}"
+        if "object" in kinds:
+            nested: Any = MARK
+            for _ in range(100):
+                nested = {MARK: nested}
+            yield "an object", None, {MARK: {MARK: [MARK]}}
+            yield "nested", 422, nested
+            yield "a long object", 422, {MARK: {"a": TOO_LONG, "b": [MARK]}}
+            yield "many values", 422, {MARK: [MARK] * 10_000}
+            yield "not finite", 422, {MARK: {MARK: float("nan")}}
+            for character in NO_TEXT:
+                yield f"value with {character!a}", 422, {MARK: [{MARK: MARK + character}]}
+                yield f"key with {character!a}", 422, {MARK: {MARK + character: 1}}
+
+    def _types(self, schema: dict[str, Any]) -> set[str]:
+        if "anyOf" in schema:
+            return set().union(*map(self._types, schema["anyOf"]))
+        return {self._resolved(schema).get("type", "")}
+
+    def _resolved(self, schema: dict[str, Any]) -> dict[str, Any]:
+        """Without references, and the first of several choices."""
+        if "$ref" in schema:
+            name = schema["$ref"].rpartition("/")[2]
+            found: dict[str, Any] = self._document["components"]["schemas"][name]
+            return found
+        return self._resolved(schema["anyOf"][0]) if "anyOf" in schema else schema
+
+    def _smallest(self, schema: dict[str, Any]) -> Any:
+        """A valid value."""
+        schema = self._resolved(schema)
+        if "enum" in schema:
+            return schema["enum"][0]
+        if schema.get("type") == "object":
+            if "properties" not in schema:
+                return {"ticker": "ABC"}
+            required = schema.get("required", ())
+            return {name: self._smallest(schema["properties"][name]) for name in required}
+        assert schema.get("type") == "string", f"a value for {schema} is needed here"
+        return "Long ABC from 100."
+
+
+def _filled(path: str, value: str = MARK) -> str:
+    """A path with a value for its parameters."""
+    return re.sub(r"\{\w+\}", value, path)
+
+
+@dataclass
+class Sent:
+    """What came of everything that was sent.
+
+    Attributes:
+        document: the server's.
+        answers: attempts with their answers.
+        places: what was written where, in bytes.
+        refused: how many messages on Redis were refused, of how many bad ones.
+    """
+
+    document: Document
+    answers: list[tuple[Attempt, httpx.Response]]
+    places: dict[str, bytes]
+    refused: tuple[int, int]
+
+
+@pytest.fixture(scope="module", params=["whole", "failing"])
+def sent(
+    request: pytest.FixtureRequest,
+    random_models: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Sent:
+    """Everything, sent to a server that works, or to one whose engines and database fail."""
+    require_redis()
+    folder = tmp_path_factory.mktemp(request.param)
+    with Receiver() as traces, Receiver() as sentry, RedisServer() as redis_server:
+        environ = {
+            **random_models,
+            "REDIS_URL": redis_server.url,
+            "MODEL_LOAD_WAIT_SECONDS": "60",
+            "ENABLE_METRICS": "true",
+            "ENABLE_PROFILING": "true",
+            "LOG_FORMAT": "json",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": traces.url,
+            "SENTRY_DSN": f"http://key@127.0.0.1:{sentry.port}/42",
+            "SENTRY_TRACES_SAMPLE_RATE": "1",
+        }
+        if request.param == "failing":
+            (folder / "file").write_text("in the way")
+            environ["LANCEDB_URI"] = str(folder / "file" / "db")
+            (folder / "sitecustomize.py").write_text(FAILING_ENGINE)
+            root = Path(__file__).resolve().parents[2]
+            environ["PYTHONPATH"] = f"{folder}:{root}"
+        with serve(folder, app="tests.failing_app:app", **environ) as server:
+            document = Document(server.client.get("/openapi.json").json())
+            answers = list(send_everything(server, document))
+            refused = publish_what_is_bad(server, redis_server)
+            server.stop()
+        return Sent(
+            document,
+            answers,
+            {
+                "log": server.log.read_bytes(),
+                "spans": traces.bytes,
+                "Sentry events": sentry.bytes,
+            },
+            refused,
+        )
+
+
+def send_everything(
+    server: LiveServer, document: Document
+) -> Iterator[tuple[Attempt, httpx.Response]]:
+    with httpx.Client(base_url=server.url, timeout=60, headers=HEADERS) as client:
+        for attempt in document.attempts():
+            yield attempt, client.request(attempt.method, attempt.path, **attempt.options)
+
+
+def publish_what_is_bad(server: LiveServer, redis_server: RedisServer) -> tuple[int, int]:
+    """Returns how many messages were refused, and how many bad ones were published."""
+    good = {"transaction_id": MARK, "feedback_type": "rating", "feedback_content": MARK}
+    bad: list[bytes] = [
+        *BODIES.values(),
+        json.dumps(good | {"feedback_content": "x" * (1 << 21) + MARK}).encode(),
+        json.dumps(good | {MARK: MARK}).encode(),
+    ]
+    for character in NO_TEXT:
+        for content in (MARK + character, {MARK: MARK + character}, {MARK + character: MARK}):
+            bad.append(json.dumps(good | {"feedback_content": content}).encode())
+    bad += [
+        json.dumps(good | {name: value}).encode()
+        for name in good
+        for value in ([MARK], {MARK: f"{MARK}\0"}, f"{MARK}\0")
+    ]
+    announcement = {"worker_id": "w", "voice": MARK, "clones": False, "waiting": 0}
+    announced = [announcement | {"voice": value} for value in (f"{MARK}\n", f"{MARK}\0", [MARK])]
+
+    def refused() -> int:
+        count: int = server.client.get("/health").json()["event_bus"]["refused"]
+        return count
+
+    with contextlib.closing(redis.Redis(port=redis_server.port)) as stranger:
+        server.wait_until(lambda: stranger.pubsub_numsub(CHANNEL)[0][1])
+        for payload in bad:
+            stranger.publish(CHANNEL, payload)
+        for message in announced:
+            stranger.publish("tts.worker.announced", json.dumps(message))
+        stranger.publish(CHANNEL, json.dumps(good))
+        count = len(bad) + len(announced)
+        server.wait_until(lambda: refused() >= count, 20)
+    return refused(), count
+
+
+def test_answers_that_refuse_quote_nothing(sent: Sent) -> None:
+    quoting = [
+        (attempt.name, answer.status_code, answer.text[:200])
+        for attempt, answer in sent.answers
+        if answer.is_error and MARK in answer.text + str(answer.headers)
+    ]
+    assert quoting == []
+
+
+def test_what_is_invalid_is_refused(sent: Sent) -> None:
+    wrong = [
+        (attempt.name, answer.status_code, answer.text[:200])
+        for attempt, answer in sent.answers
+        if attempt.status not in (None, answer.status_code)
+    ]
+    assert wrong == []
+
+
+def test_nothing_fails_but_the_route_that_is_to_fail(sent: Sent) -> None:
+    failed = {attempt.path for attempt, answer in sent.answers if answer.status_code == 500}
+    assert failed <= {_filled(FAILING), _filled(FAILING, f"{MARK}%00")}
+
+
+def test_a_location_is_made_of_the_documents_names_and_of_indexes(sent: Sent) -> None:
+    places = {"body", "path", "query", "header", "cookie"}
+    known = {"*", *places, *sent.document.names()}
+    unknown = {
+        part
+        for _, answer in sent.answers
+        if answer.status_code == 422 and isinstance(answer.json()["detail"], list)
+        for entry in answer.json()["detail"]
+        for part in entry["loc"]
+        if not isinstance(part, int) and part not in known
+    }
+    assert unknown == set()
+
+
+@pytest.mark.parametrize("place", ["log", "spans", "Sentry events"])
+def test_what_the_server_writes_quotes_nothing(sent: Sent, place: str) -> None:
+    written = sent.places[place]
+    # It has seen the requests.
+    assert b"/score/hermes/" in written
+    at = written.find(MARK.encode())
+    assert at < 0, written[max(0, at - 500) : at + 200]
+
+
+def test_every_bad_message_on_redis_is_refused_and_counted(sent: Sent) -> None:
+    counted, bad = sent.refused
+    assert counted == bad
+    lines = map(json.loads, sent.places["log"].splitlines())
+    said = [line["message"] for line in lines if " is refused: " in line["message"]]
+    assert len(said) == bad
