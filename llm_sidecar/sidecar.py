@@ -108,48 +108,50 @@ class Sidecar:
         self._metrics = metrics or NoMetrics()
         observers = Observers(self._metrics, telemetry)
         limits = HostLimits(
-            queue_length=settings.queue_length,
-            request_timeout=settings.request_timeout,
-            load_wait=settings.load_wait,
-            load_timeout=settings.load_timeout,
+            queue_length=settings.limits.queue_length,
+            request_timeout=settings.limits.request_timeout,
+            load_wait=settings.models.load_wait,
+            load_timeout=settings.models.load_timeout,
         )
         self.phi3 = ModelHost(
             "phi3",
             lambda: files.locate_phi3(settings),
-            device=settings.device,
-            threads=settings.phi3_threads,
+            device=settings.models.device,
+            threads=settings.models.phi3_threads,
             limits=limits,
             warm_up=GenerationRequest(proposals.build_messages("Hello."), 1, proposals.GUIDANCE),
-            prefix=lambda: proposals.prefix(self.archive.examples, settings.phi3_temperature),
+            prefix=lambda: proposals.prefix(
+                self.archive.examples, settings.models.phi3_temperature
+            ),
             observer=observers,
             on_death=telemetry.worker_died,
         )
         self.hermes = ModelHost(
             "hermes",
             lambda: files.locate_hermes(settings),
-            device=settings.device,
-            threads=settings.hermes_threads,
+            device=settings.models.device,
+            threads=settings.models.hermes_threads,
             limits=limits,
             warm_up=GenerationRequest(hermes_plugin.chat_messages("Hello."), 1),
             observer=observers,
             on_death=telemetry.worker_died,
         )
-        self.bus = EventBus(settings.redis_url.get_secret_value())
+        self.bus = EventBus(settings.events.url.get_secret_value())
         self._connecting: asyncio.Task[None] | None = None
-        self.remote_voice = None if settings.tts_voice == "espeak" else RemoteVoice(self.bus)
+        self.remote_voice = None if settings.speech.voice == "espeak" else RemoteVoice(self.bus)
         self.speaker = Speaker(
             self.bus,
-            voice=settings.tts_voice,
+            voice=settings.speech.voice,
             remote=self.remote_voice,
-            queue_length=settings.tts_queue_length,
-            timeout=settings.tts_timeout,
+            queue_length=settings.speech.queue_length,
+            timeout=settings.speech.timeout,
         )
-        self.listeners = AudioListeners(self.bus, settings.max_audio_listeners)
+        self.listeners = AudioListeners(self.bus, settings.speech.max_listeners)
         self.archive = Archive(
-            settings.lancedb_uri,
-            log_dir=settings.lancedb_log_dir,
+            settings.database.uri,
+            log_dir=settings.database.log_dir,
             examples=files.few_shot_examples(settings),
-            examples_from_bus=settings.examples_from_bus,
+            examples_from_bus=settings.proposals.examples_from_bus,
             context_length=lambda: files.phi3_context_length(settings),
             on_examples=self._prepare_examples,
         )
@@ -160,7 +162,7 @@ class Sidecar:
         self._swaps: set[asyncio.Task[None]] = set()
         self._unfinished: set[asyncio.Task[Any]] = set()
         self._last_refusal: tuple[Path | None, float, str] = (None, -math.inf, "")
-        self._remembered = RememberedAdapter(self.archive.log_folder, settings.adapter_dir)
+        self._remembered = RememberedAdapter(self.archive.log_folder, settings.models.adapter_dir)
 
     def _prepare_examples(self) -> None:
         # A worker that prepares one already gives it up for the newer.
@@ -168,7 +170,7 @@ class Sidecar:
 
     async def start(self) -> None:
         """Starts the parts; none of them being away keeps the others from starting."""
-        if self.settings.demo:
+        if self.settings.models.demo:
             log.warning("SIDECAR_DEMO is on: a demo model answers where no model is configured")
         self.archive.start()
         if remembered := self._remembered.load():
@@ -178,7 +180,7 @@ class Sidecar:
             await self.remote_voice.start()
         # Its first attempt may take seconds where Redis is away.
         self._connecting = start_detached(self.bus.start())
-        if self.settings.preload:
+        if self.settings.models.preload:
             for host in (self.phi3, self.hermes):
                 try:
                     host.preload()
@@ -193,7 +195,7 @@ class Sidecar:
 
     async def close(self) -> None:
         """Lets running generations end within the grace period, then stops every part."""
-        grace = self.settings.shutdown_grace
+        grace = self.settings.limits.shutdown_grace
         # Models first: what they still answer is yet to be stored and told.
         await asyncio.gather(self.phi3.close(grace), self.hermes.close(grace))
         while self._unfinished:
@@ -218,16 +220,16 @@ class Sidecar:
             prompt,
             self.archive.examples,
             max_tokens=max_tokens,
-            temperature=self.settings.phi3_temperature,
-            deadline=deadline or Deadline.after(self.settings.request_timeout),
-            retry=self.settings.grounding == "retry",
+            temperature=self.settings.models.phi3_temperature,
+            deadline=deadline or Deadline.after(self.settings.limits.request_timeout),
+            retry=self.settings.proposals.grounding == "retry",
         )
         self._metrics.proposed(proposed.proposal["action"], proposed.ungrounded)
         return proposed
 
     async def generate_hermes(self, prompt: str, max_tokens: int) -> Completion:
         """Hermes' answer to a free question."""
-        temperature = self.settings.hermes_temperature
+        temperature = self.settings.models.hermes_temperature
         return await hermes_plugin.chat(
             self.hermes, prompt, max_tokens=max_tokens, temperature=temperature
         )
@@ -257,7 +259,7 @@ class Sidecar:
 
     async def _run(self, run: ProposalRun, max_tokens: int) -> AssessedProposal:
         """Makes the proposal, the assessment and the score, and notes each in the run."""
-        deadline = Deadline.after(self.settings.request_timeout)
+        deadline = Deadline.after(self.settings.limits.request_timeout)
         proposed = await self.generate_phi3(run.prompt, max_tokens, deadline)
         run.proposed(proposed)
         proposal = proposed.proposal
@@ -268,7 +270,7 @@ class Sidecar:
             proposal,
             run.prompt,
             max_tokens=max_tokens,
-            temperature=self.settings.hermes_temperature,
+            temperature=self.settings.models.hermes_temperature,
             deadline=deadline,
         )
         run.assessed(assessment)
@@ -421,7 +423,7 @@ class Sidecar:
         )
 
     def _choose_adapter(self, name: str | None) -> Path | None:
-        folder = self.settings.adapter_dir
+        folder = self.settings.models.adapter_dir
         if name is None:
             return adapters.get_latest_adapter_dir(folder)
         return adapters.find_adapter_dir(folder, name)
@@ -463,7 +465,7 @@ class Sidecar:
             "hermes_loaded": models["hermes"]["state"] == "ready",
             "phi3_loaded": models["phi3"]["state"] == "ready",
             "phi3_model_file_exists": files.phi3_model_file_exists(self.settings),
-            "device": models["phi3"]["device"] or self.settings.device,
+            "device": models["phi3"]["device"] or self.settings.models.device,
             "phi3_adapter_date": None if date is None else date.isoformat(),
             "mean_hermes_score_last_24h": self.archive.mean_score,
             "num_hermes_scores_last_24h": self.archive.num_scores,
@@ -484,12 +486,12 @@ class Sidecar:
         Feedback of a sidecar on the same database is stored already, so the message only causes a
         refresh of the examples. A message with a forged `stored_in` is not stored.
         """
-        if len(payload) > longest_payload(self.settings.max_prompt_chars):
+        if len(payload) > longest_payload(self.settings.limits.max_prompt_chars):
             self.bus.refuse(FEEDBACK_SUBMITTED, "it is too long")
             return
         try:
             feedback = PublishedFeedback.model_validate_json(payload)
-            check_length(feedback, self.settings.max_prompt_chars)
+            check_length(feedback, self.settings.limits.max_prompt_chars)
         except ValidationError as error:
             self.bus.refuse(FEEDBACK_SUBMITTED, summary(error))
             return
