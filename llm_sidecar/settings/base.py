@@ -48,7 +48,7 @@ class Group(BaseSettings):
         try:
             return cls(_build_sources=((source,), {}))
         except ValidationError as error:
-            variable = error.errors(include_url=False, include_input=False)[0]["loc"][0]
+            variable = error.errors()[0]["loc"][0]
             field = next(field for field in cls.model_fields.values() if field.alias == variable)
             # A Redis URL may hold a password.
             is_secret = any(kind in str(field.annotation) for kind in ("SecretStr", "ApiKey"))
