@@ -3,7 +3,8 @@
     .venv/bin/python -m tests.docs_tables
 
 writes each table between its markers in `docs/`: `<!-- generated: NAME -->` and
-`<!-- end of NAME -->`. `tests/integration/test_docs_tables.py` fails while a table differs from the code.
+`<!-- end of NAME -->`. `tests/integration/test_docs_tables.py` fails while a table differs from the
+code.
 """
 
 from __future__ import annotations

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from annotated_types import Ge, Le
 from pydantic import SecretStr, ValidationError
 
 from llm_sidecar.api_keys import ApiKey
 from llm_sidecar.errors import SettingsError
 from llm_sidecar.settings import Settings, default_max_chars
+from llm_sidecar.settings.values import integer
 
 DEFAULTS: dict[str, object] = {
     "MICRO_LLM_MODEL_PATH": None,
@@ -139,6 +141,12 @@ def test_a_number_keeps_to_its_bounds(variable: str) -> None:
             Settings.from_environ({variable: bad})
 
 
+def test_the_bounds_of_an_integer_are_inclusive_and_described() -> None:
+    field = integer(2, 5)
+    assert field.metadata == [Ge(2), Le(5)]
+    assert field.description == "an integer from 2 to 5"
+
+
 def test_variables_are_read_and_others_are_not() -> None:
     settings = Settings.from_environ(
         {"SIDECAR_DEMO": "true", "DEVICE": "", "PHI3_THREADS": "3", "PATH": "/bin", "demo": "false"}
@@ -167,6 +175,7 @@ def test_without_an_environment_the_processs_own_is_read(monkeypatch: pytest.Mon
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://otel:4317", "http://otel:4317"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://otel", "https://otel"),
         ("SENTRY_DSN", "https://key@sentry.example/7", SecretStr("https://key@sentry.example/7")),
+        ("SENTRY_DSN", "https://key@h/sentry/7", SecretStr("https://key@h/sentry/7")),
         ("CORS_ORIGINS", "*", ("*",)),
         (
             "CORS_ORIGINS",
