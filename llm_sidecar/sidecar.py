@@ -62,30 +62,30 @@ class Sidecar:
         metrics, telemetry = metrics or NoMetrics(), telemetry or Instrument()
         observers = Observers(metrics, telemetry)
         self.models = models or create_models(settings, observers, telemetry.worker_died)
-        self._bus = EventBus(settings.redis_url.get_secret_value())
-        self._store = Store(settings.lancedb_uri, log_dir=settings.lancedb_log_dir)
+        self._bus = EventBus(settings.events.url.get_secret_value())
+        self._store = Store(settings.database.uri, log_dir=settings.database.log_dir)
         self._tasks = TaskSet()
         self._connecting: asyncio.Task[None] | None = None
         self._build_speech(settings)
         self._build_services(settings, metrics)
 
     def _build_speech(self, settings: Settings) -> None:
-        self._remote_voice = None if settings.tts_voice == "espeak" else RemoteVoice(self._bus)
+        self._remote_voice = None if settings.speech.voice == "espeak" else RemoteVoice(self._bus)
         self.speaker = Speaker(
             self._bus,
-            voice=settings.tts_voice,
+            voice=settings.speech.voice,
             remote=self._remote_voice,
-            queue_length=settings.tts_queue_length,
-            timeout=settings.tts_timeout,
+            queue_length=settings.speech.queue_length,
+            timeout=settings.speech.timeout,
         )
-        self.listeners = AudioListeners(self._bus, settings.max_audio_listeners)
+        self.listeners = AudioListeners(self._bus, settings.speech.max_listeners)
 
     def _build_services(self, settings: Settings, metrics: MetricsSink) -> None:
         self._rows = Rows(self._store, metrics)
         self.few_shot = FewShotExamples(
             self._store,
             count=files.few_shot_examples(settings),
-            from_bus=settings.examples_from_bus,
+            from_bus=settings.proposals.examples_from_bus,
             context_length=lambda: files.phi3_context_length(settings),
             on_change=self._prefill_examples,
         )
@@ -93,12 +93,12 @@ class Sidecar:
             self.models.phi3,
             lambda: self.few_shot.examples,
             metrics,
-            temperature=settings.phi3_temperature,
-            timeout=settings.request_timeout,
-            retry=settings.grounding == "retry",
+            temperature=settings.models.phi3_temperature,
+            timeout=settings.limits.request_timeout,
+            retry=settings.proposals.grounding == "retry",
         )
         self.judge = Judge(
-            self.models.hermes, self._rows, self._tasks, metrics, settings.hermes_temperature
+            self.models.hermes, self._rows, self._tasks, metrics, settings.models.hermes_temperature
         )
         self.orchestrator = Orchestrator(
             self.proposer,
@@ -106,18 +106,18 @@ class Sidecar:
             self._rows,
             self._bus,
             self._tasks,
-            settings.request_timeout,
+            settings.limits.request_timeout,
         )
         self.feedback = Feedback(
             self._store,
             self._bus,
             self.few_shot,
-            max_chars=settings.max_prompt_chars,
-            examples_from_bus=settings.examples_from_bus,
+            max_chars=settings.limits.max_prompt_chars,
+            examples_from_bus=settings.proposals.examples_from_bus,
         )
-        self._adapter_state = AdapterState(self._store.log_folder, settings.adapter_dir)
+        self._adapter_state = AdapterState(self._store.log_folder, settings.models.adapter_dir)
         self.adapters = Adapters(
-            self.models.phi3, settings.adapter_dir, self._adapter_state, self._tasks
+            self.models.phi3, settings.models.adapter_dir, self._adapter_state, self._tasks
         )
         self.health = Health(
             settings,
@@ -133,7 +133,7 @@ class Sidecar:
 
     async def start(self) -> None:
         """Starts the parts; one that is away keeps no other from starting."""
-        if self.settings.demo:
+        if self.settings.models.demo:
             log.warning("SIDECAR_DEMO is on: a demo model answers where no model is configured")
         self._store.start()
         self.few_shot.start()
@@ -155,7 +155,7 @@ class Sidecar:
 
     async def close(self) -> None:
         """Lets running generations end within the grace period, then stops every part."""
-        grace = self.settings.shutdown_grace
+        grace = self.settings.limits.shutdown_grace
         # Models first: the results of running requests are still stored and published.
         await asyncio.gather(*(model.close(grace) for model in self.models))
         await self._tasks.join()
@@ -174,5 +174,5 @@ class Sidecar:
         self._prefilling = start_detached(self._prefill_phi3())
 
     async def _prefill_phi3(self) -> None:
-        temperature = self.settings.phi3_temperature
+        temperature = self.settings.models.phi3_temperature
         await self.models.phi3.prefill(proposals.prefix(self.few_shot.examples, temperature))

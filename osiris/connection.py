@@ -101,9 +101,9 @@ class ConnectionLimits:
 def limit_connections(config: Config, settings: Settings, draining: Callable[[], bool]) -> None:
     """Applies the limits to all connections that the server accepts from now on."""
     limits = ConnectionLimits(
-        most=settings.max_connections,
-        head_seconds=settings.header_timeout,
-        stall_seconds=settings.send_timeout,
+        most=settings.limits.max_connections,
+        head_seconds=settings.limits.header_timeout,
+        stall_seconds=settings.limits.send_timeout,
         draining=draining,
     )
     if config.h11_max_incomplete_event_size is None:
@@ -112,7 +112,7 @@ def limit_connections(config: Config, settings: Settings, draining: Callable[[],
     config.http_protocol_class = functools.partial(  # type: ignore[assignment]
         Connection, limits=limits
     )
-    _allow_files(settings.max_connections + _RESERVED + _OTHER_FILES)
+    _allow_files(settings.limits.max_connections + _RESERVED + _OTHER_FILES)
 
 
 def _allow_files(files: int) -> None:

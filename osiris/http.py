@@ -114,7 +114,7 @@ def check_length(sidecar: Sidecar, body: InputModel) -> None:
         RequestValidationError: names each field that is too long.
     """
     try:
-        input_model.check_length(body, sidecar.settings.max_prompt_chars)
+        input_model.check_length(body, sidecar.settings.limits.max_prompt_chars)
     except ValidationError as error:
         errors = [{**entry, "loc": ("body", *entry["loc"])} for entry in error.errors()]
         raise RequestValidationError(errors) from None

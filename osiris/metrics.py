@@ -37,7 +37,7 @@ def install_metrics(app: FastAPI, settings: Settings) -> MetricsSink:
     Returns:
         The metrics sink for the app's sidecar.
     """
-    metrics = Metrics() if settings.enable_metrics else None
+    metrics = Metrics() if settings.telemetry.metrics else None
 
     async def scrape_metrics() -> Response:
         """Every metric in Prometheus' text format."""

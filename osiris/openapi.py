@@ -104,7 +104,7 @@ def _describe(made: dict[str, Any], settings: Settings) -> None:
     for schema, fields in _LIMITED_TEXTS.items():
         for field in fields:
             components["schemas"][schema]["properties"][field]["maxLength"] = (
-                settings.max_prompt_chars
+                settings.limits.max_prompt_chars
             )
     for path, operation in operations(made):
         _remove_null(operation)
@@ -146,15 +146,15 @@ def _add_refusals(operation: dict[str, Any], path: str, settings: Settings) -> N
     refusals: dict[str, str] = {}
     if path != METRICS:
         refusals |= _ANYWHERE
-        if settings.allowed_hosts:
+        if settings.access.allowed_hosts:
             refusals["400"] = _FOREIGN_HOST
     if "requestBody" in operation:
         refusals |= _WITH_BODY
-    needs_key = path != METRICS or settings.metrics_need_key
+    needs_key = path != METRICS or settings.access.metrics_need_key
     if needs_key:
         refusals["401"] = _UNAUTHORIZED
         # In OpenAPI, an empty requirement means that no key is needed.
-        none_needed: list[dict[str, list[str]]] = [] if settings.api_keys else [{}]
+        none_needed: list[dict[str, list[str]]] = [] if settings.access.api_keys else [{}]
         operation["security"] = [{name: []} for name in _SCHEMES] + none_needed
     for status, description in refusals.items():
         response = operation["responses"].setdefault(status, {"content": content})

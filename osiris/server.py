@@ -107,7 +107,7 @@ def create_app(settings: Settings, models: Models | None = None) -> FastAPI:
         models: phi3 and hermes; default: those that the settings name.
     """
     telemetry = instruments.build(settings)
-    shutdown = Shutdown(settings.shutdown_grace, settings.shutdown_drain)
+    shutdown = Shutdown(settings.limits.shutdown_grace, settings.limits.shutdown_drain)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -169,25 +169,29 @@ def _add_middleware(
     """
     app.add_middleware(
         BodyLimit,
-        max_bytes=settings.max_body_bytes,
+        max_bytes=settings.limits.max_body_bytes,
         larger={"/speak": speech.SPEAK_BODY_BYTES},
-        seconds=settings.body_timeout,
+        seconds=settings.limits.body_timeout,
     )
-    app.add_middleware(Admission, max_requests=settings.max_concurrent_requests, shutdown=shutdown)
-    if settings.api_keys:
+    app.add_middleware(
+        Admission, max_requests=settings.limits.max_concurrent_requests, shutdown=shutdown
+    )
+    if settings.access.api_keys:
         app.add_middleware(
-            ApiKeys, keys=settings.api_keys, metrics_need_key=settings.metrics_need_key
+            ApiKeys,
+            keys=settings.access.api_keys,
+            metrics_need_key=settings.access.metrics_need_key,
         )
-    if settings.allowed_hosts:
-        app.add_middleware(AllowedHosts, hosts=settings.allowed_hosts)
+    if settings.access.allowed_hosts:
+        app.add_middleware(AllowedHosts, hosts=settings.access.allowed_hosts)
     telemetry.install(app)
     # Outside of telemetry, which reports errors; inside of all that adds headers.
     app.add_middleware(UnexpectedErrors)
-    if settings.cors_origins:
+    if settings.access.cors_origins:
         # Without credentials: scripts set the header with the key, browsers do not add it.
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=settings.cors_origins,
+            allow_origins=settings.access.cors_origins,
             allow_methods=["DELETE", "GET", "HEAD", "POST"],
             allow_headers=_ACCEPTED_HEADERS,
             expose_headers=_EXPOSED_HEADERS,
@@ -260,7 +264,7 @@ def __getattr__(name: str) -> Any:
         settings = Settings.from_environ()
     except SettingsError as error:
         sys.exit(error.detail)
-    logs.configure(settings.log_format)
+    logs.configure(settings.telemetry.log_format)
     app = create_app(settings)
     globals()["app"] = app
     return app

@@ -31,7 +31,7 @@ from llm_sidecar.db.store import Store
 from llm_sidecar.db.tables import Tables
 from llm_sidecar.db.verify import verify
 from llm_sidecar.errors import DatabaseUnavailable
-from llm_sidecar.settings import DEFAULT_LANCEDB_URI
+from llm_sidecar.settings import DEFAULT_LANCEDB_URI, Database
 
 _OPEN_SECONDS: Final = 60.0
 _MAKE_SERVE_URI: Final = Path(".data/lancedb")
@@ -152,8 +152,9 @@ def database_uri() -> str:
     Raises:
         DatabaseUnavailable: it is not set, and neither folder exists.
     """
-    if configured := os.environ.get("LANCEDB_URI"):
-        return configured
+    configured = Database.from_environ()
+    if "uri" in configured.model_fields_set:
+        return configured.uri
     in_container = Path(DEFAULT_LANCEDB_URI)
     if os.path.lexists(in_container) and not (_MAKE_SERVE_URI.is_dir() and _is_empty(in_container)):
         return DEFAULT_LANCEDB_URI

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from llm_sidecar.settings import DEFAULT_LANCEDB_LOG_DIR, DEFAULT_LANCEDB_URI
+from llm_sidecar.settings import Database
 
 TABLE_SUFFIX: Final = ".lance"
 _LOG: Final = "_log"
@@ -64,9 +63,7 @@ def _nearest(folder: Path) -> Path:
     return folder
 
 
-def place_of(
-    uri: str | Path, log_dir: Path | None = None, environ: Mapping[str, str] = os.environ
-) -> Place:
+def place_of(uri: str | Path, log_dir: Path | None = None) -> Place:
     """The place that a folder or an address means.
 
     The log of a local database lies inside it; that of an object store, which takes no appends,
@@ -75,16 +72,16 @@ def place_of(
     Args:
         uri: a folder, or an `s3://` address.
         log_dir: `LANCEDB_LOG_DIR` unless given.
-        environ: of that and of the usual AWS variables.
     """
     text = str(uri)
     if "://" not in text:
         # Absolute, as lancedb takes a relative one that begins with "db" for its cloud.
         folder = Path(text).absolute()
         return Place(str(folder), text, folder, folder / _LOG, {})
-    logs = log_dir or Path(environ.get("LANCEDB_LOG_DIR") or DEFAULT_LANCEDB_LOG_DIR)
+    configured = Database.from_environ()
+    logs = log_dir or configured.log_dir
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
-    endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
+    endpoint = configured.s3_endpoint or configured.aws_endpoint
     options = {"endpoint": endpoint} if endpoint else {}
     if endpoint and endpoint.startswith("http://"):
         options["allow_http"] = "true"
@@ -95,4 +92,4 @@ def place_of(
 
 def default_uri() -> str:
     """`LANCEDB_URI`, or the folder in the container."""
-    return os.environ.get("LANCEDB_URI") or DEFAULT_LANCEDB_URI
+    return Database.from_environ().uri

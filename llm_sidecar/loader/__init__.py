@@ -37,7 +37,7 @@ def load_phi3_model() -> Engine:
     """
     settings = Settings.from_environ()
     folder = locate_phi3(settings).folder
-    return load_engine(folder, device=settings.device, threads=settings.phi3_threads)
+    return load_engine(folder, device=settings.models.device, threads=settings.models.phi3_threads)
 
 
 def load_hermes_model() -> Engine:
@@ -48,7 +48,9 @@ def load_hermes_model() -> Engine:
     """
     settings = Settings.from_environ()
     folder = locate_hermes(settings).folder
-    return load_engine(folder, device=settings.device, threads=settings.hermes_threads)
+    return load_engine(
+        folder, device=settings.models.device, threads=settings.models.hermes_threads
+    )
 
 
 get_phi3_engine = functools.cache(load_phi3_model)

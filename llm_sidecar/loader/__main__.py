@@ -78,11 +78,11 @@ def _adapter(
 
 def _base_model(model: Path | None) -> files.ModelFiles:
     settings = Settings.from_environ()
-    if model is not None:
-        settings = settings.model_copy(update={"phi3_path": model})
     # The demo model is a fallback, as with `make serve`. A wrong path in the setting is an error.
-    base = files.locate_phi3(settings.model_copy(update={"demo": True}))
-    if base.folder == files.DEMO_DIR / "phi3" and not settings.demo and model is None:
+    changes = {"demo": True} | ({} if model is None else {"phi3_path": model})
+    models = settings.models.model_copy(update=changes)
+    base = files.locate_phi3(settings.model_copy(update={"models": models}))
+    if base.folder == files.DEMO_DIR / "phi3" and not settings.models.demo and model is None:
         command_line.say(
             f"There is no model at {DEFAULT_PHI3} and MICRO_LLM_MODEL_PATH is not set, so the "
             "adapter is for the demo model."

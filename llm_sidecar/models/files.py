@@ -37,7 +37,8 @@ def locate_phi3(settings: Settings) -> ModelFiles:
     Raises:
         ModelUnavailable: there are none; names the variable to set.
     """
-    return _locate("phi3", "MICRO_LLM_MODEL_PATH", settings.phi3_path, DEFAULT_PHI3, settings)
+    models = settings.models
+    return _locate("phi3", "MICRO_LLM_MODEL_PATH", models.phi3_path, DEFAULT_PHI3, models.demo)
 
 
 def locate_hermes(settings: Settings) -> ModelFiles:
@@ -46,7 +47,8 @@ def locate_hermes(settings: Settings) -> ModelFiles:
     Raises:
         ModelUnavailable: there are none; names the variable to set.
     """
-    return _locate("hermes", "HERMES_MODEL_PATH", settings.hermes_path, DEFAULT_HERMES, settings)
+    models = settings.models
+    return _locate("hermes", "HERMES_MODEL_PATH", models.hermes_path, DEFAULT_HERMES, models.demo)
 
 
 def phi3_context_length(settings: Settings) -> int:
@@ -64,8 +66,8 @@ def phi3_context_length(settings: Settings) -> int:
 
 def phi3_model_file(settings: Settings) -> Path:
     """The path of Phi-3's model file, or of the demo's if that replaces it; it may not exist."""
-    path = settings.phi3_path or DEFAULT_PHI3
-    if settings.phi3_path is None and settings.demo and not _anything_at(path):
+    path = settings.models.phi3_path or DEFAULT_PHI3
+    if settings.models.phi3_path is None and settings.models.demo and not _anything_at(path):
         return _DEMO_PHI3_FILE
     return path
 
@@ -75,8 +77,8 @@ def few_shot_examples(settings: Settings) -> int:
 
     The default for the demo model is none: examples make it worse (see its card).
     """
-    if settings.few_shot_examples is not None:
-        return settings.few_shot_examples
+    if settings.proposals.few_shot_examples is not None:
+        return settings.proposals.few_shot_examples
     return 0 if phi3_model_file(settings) == _DEMO_PHI3_FILE else 3
 
 
@@ -103,10 +105,10 @@ def _anything_at(path: Path) -> bool:
 
 
 def _locate(
-    name: str, variable: str, configured: Path | None, default: Path, settings: Settings
+    name: str, variable: str, configured: Path | None, default: Path, demo: bool
 ) -> ModelFiles:
     path = configured or default
-    if configured is None and settings.demo and not _anything_at(path):
+    if configured is None and demo and not _anything_at(path):
         return ModelFiles(f"{name}/demo", DEMO_DIR / name)
     try:
         folder = (path.parent if path.is_file() else path).resolve()

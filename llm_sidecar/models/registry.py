@@ -24,10 +24,10 @@ def create_models(
         on_death: is called when a worker process ends unexpectedly.
     """
     limits = HostLimits(
-        queue_length=settings.queue_length,
-        request_timeout=settings.request_timeout,
-        load_wait=settings.load_wait,
-        load_timeout=settings.load_timeout,
+        queue_length=settings.limits.queue_length,
+        request_timeout=settings.limits.request_timeout,
+        load_wait=settings.models.load_wait,
+        load_timeout=settings.models.load_timeout,
     )
 
     def local(
@@ -36,15 +36,15 @@ def create_models(
         return LocalModel(
             name,
             lambda: locate(settings),
-            device=settings.device,
+            device=settings.models.device,
             threads=threads,
             limits=limits,
-            preload=settings.preload,
+            preload=settings.models.preload,
             observer=observer,
             on_death=on_death,
         )
 
     return Models(
-        phi3=local("phi3", files.locate_phi3, settings.phi3_threads),
-        hermes=local("hermes", files.locate_hermes, settings.hermes_threads),
+        phi3=local("phi3", files.locate_phi3, settings.models.phi3_threads),
+        hermes=local("hermes", files.locate_hermes, settings.models.hermes_threads),
     )

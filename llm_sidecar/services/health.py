@@ -78,7 +78,7 @@ class Health:
             "hermes_loaded": hermes.state == "ready",
             "phi3_loaded": phi3.state == "ready",
             "phi3_model_file_exists": files.phi3_model_file_exists(self._settings),
-            "device": phi3.device or self._settings.device,
+            "device": phi3.device or self._settings.models.device,
             "phi3_adapter_date": None if date is None else date.isoformat(),
             "mean_hermes_score_last_24h": self._rows.mean_score,
             "num_hermes_scores_last_24h": self._rows.num_scores,

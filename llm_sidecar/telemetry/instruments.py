@@ -94,16 +94,18 @@ class Instruments(Instrument):
 def build(settings: Settings) -> Instrument:
     """What the settings ask for; neither connects nor starts anything."""
     parts: list[Instrument] = []
-    if settings.profiling:
+    if settings.telemetry.profiling:
         from llm_sidecar.telemetry.profiling import Profiling
 
         parts.append(Profiling())
-    if settings.otel_endpoint is not None:
+    if settings.telemetry.otel_endpoint is not None:
         from llm_sidecar.telemetry.traces import Traces
 
-        parts.append(Traces(settings.otel_endpoint, settings.otel_service_name))
-    if dsn := settings.sentry_dsn.get_secret_value():
+        parts.append(Traces(settings.telemetry.otel_endpoint, settings.telemetry.otel_service_name))
+    if dsn := settings.telemetry.sentry_dsn.get_secret_value():
         from llm_sidecar.telemetry.sentry import Sentry
 
-        parts.append(Sentry(dsn, settings.sentry_env, settings.sentry_traces_sample_rate))
+        parts.append(
+            Sentry(dsn, settings.telemetry.sentry_env, settings.telemetry.sentry_traces_sample_rate)
+        )
     return Instruments(parts)

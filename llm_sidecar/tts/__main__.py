@@ -29,11 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _speak(options: argparse.Namespace) -> None:
     settings = Settings.from_environ()
-    log_to_stderr(settings.log_format)
+    log_to_stderr(settings.telemetry.log_format)
     logging.getLogger().setLevel(logging.INFO)
-    bus = _bus(settings.redis_url.get_secret_value())
+    bus = _bus(settings.events.url.get_secret_value())
     voice = ChatterboxVoice(
-        options.model_dir or settings.chatterbox_dir, options.device or settings.device
+        options.model_dir or settings.speech.chatterbox_dir,
+        options.device or settings.models.device,
     )
     asyncio.run(_serve(bus, voice))
 

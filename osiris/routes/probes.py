@@ -89,7 +89,7 @@ async def health_ready(request: Request) -> Response:
 def _may_see_all(request: Request) -> bool:
     """If keys are set, only callers with a key may see paths and versions."""
     sidecar: Sidecar = request.app.state.sidecar
-    return not sidecar.settings.api_keys or caller(request.scope) is not None
+    return not sidecar.settings.access.api_keys or caller(request.scope) is not None
 
 
 def _answer(status: int, probe: Probe) -> Response:

@@ -352,7 +352,7 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
 
 @on_uvloop
 async def test_a_silent_connection_is_closed() -> None:
-    async with serve(header_timeout=0.2) as served:
+    async with serve(limits={"header_timeout": 0.2}) as served:
         reader = await held(served, b"")
         assert await is_closed(reader) == b""
         await served.until_none_is_open()
@@ -361,7 +361,7 @@ async def test_a_silent_connection_is_closed() -> None:
 @pytest.mark.parametrize("earlier", [b"", GET + b"\r\n"], ids=["at first", "after an answer"])
 @on_uvloop
 async def test_incomplete_headers_get_408_however_they_arrive(earlier: bytes) -> None:
-    async with serve(header_timeout=0.3) as served:
+    async with serve(limits={"header_timeout": 0.3}) as served:
         reader, writer = await served.connect()
         if earlier:
             writer.write(earlier)
@@ -384,7 +384,7 @@ async def test_incomplete_headers_get_408_however_they_arrive(earlier: bytes) ->
 
 @on_uvloop
 async def test_the_rest_of_an_unneeded_body_is_not_waited_for() -> None:
-    async with serve(header_timeout=0.3) as served:
+    async with serve(limits={"header_timeout": 0.3}) as served:
         reader, writer = await served.connect()
         writer.write(b"POST /refuse HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
         assert (await answer(reader))[0] == 401
@@ -405,7 +405,7 @@ FULL = {"detail": "The server has as many connections as MAX_CONNECTIONS allows;
 
 @on_uvloop
 async def test_beyond_the_limit_only_probes_are_answered() -> None:
-    async with serve(max_connections=2) as served:
+    async with serve(limits={"max_connections": 2}) as served:
         for _ in range(2):
             assert (await answer(await held(served, b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n")))[
                 0
@@ -427,7 +427,7 @@ async def held(served: Served, request: bytes) -> asyncio.StreamReader:
 
 @on_uvloop
 async def test_probes_get_through_a_flood_of_silent_connections() -> None:
-    async with serve(max_connections=5) as served:
+    async with serve(limits={"max_connections": 5}) as served:
         for _ in range(150):
             await held(served, b"")
         assert (await ask(served, GET + b"\r\n"))[0] == 200
@@ -438,7 +438,7 @@ def test_silence_beyond_the_limit_is_short(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(connection, "_RESERVED_SECONDS", 0.1)
 
     async def run() -> None:
-        async with serve(max_connections=1) as served:
+        async with serve(limits={"max_connections": 1}) as served:
             await held(served, b"")
             assert await is_closed(await held(served, b"")) == b""
             assert len(served.state.connections) == 1
@@ -448,7 +448,7 @@ def test_silence_beyond_the_limit_is_short(monkeypatch: pytest.MonkeyPatch) -> N
 
 @on_uvloop
 async def test_an_answer_that_nobody_reads_is_aborted() -> None:
-    async with serve(send_timeout=0.4) as served:
+    async with serve(limits={"send_timeout": 0.4}) as served:
         await held(served, b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
         async with asyncio.timeout(5):
             while not served.state.total_requests:
@@ -458,7 +458,7 @@ async def test_an_answer_that_nobody_reads_is_aborted() -> None:
 
 @on_uvloop
 async def test_a_stream_that_nobody_reads_is_aborted() -> None:
-    async with serve(send_timeout=0.4) as served:
+    async with serve(limits={"send_timeout": 0.4}) as served:
         await held(served, b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
         async with asyncio.timeout(10):
             await served.cancelled.wait()
@@ -467,7 +467,7 @@ async def test_a_stream_that_nobody_reads_is_aborted() -> None:
 
 @on_uvloop
 async def test_a_slow_download_survives() -> None:
-    async with serve(send_timeout=0.4, max_connections=5) as served:
+    async with serve(limits={"send_timeout": 0.4, "max_connections": 5}) as served:
         assert isinstance(served.address, tuple)
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)

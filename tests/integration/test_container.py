@@ -25,7 +25,11 @@ from tests.live_server import ROOT
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
 COMPOSE_FILES = tuple(sorted(path.name for path in ROOT.glob("docker-compose*.yml")))
-ALIASES = {str(field.alias) for field in Settings.model_fields.values()}
+ALIASES = {
+    str(field.alias)
+    for group in Settings.groups().values()
+    for field in group.model_fields.values()
+}
 OVERRIDES = {
     "models": ["docker-compose.models.yml"],
     "cuda": ["docker-compose.cuda.yml"],
@@ -99,7 +103,7 @@ def test_only_redis_and_the_sidecar_start_without_a_profile() -> None:
 @pytest.mark.parametrize("service", ["llm-sidecar", "chatterbox"])
 def test_the_settings_take_what_compose_sets(service: str, profile: str | None) -> None:
     settings = Settings.from_environ(environment(compose_config(profile=profile), service))
-    assert settings.redis_url.get_secret_value() == "redis://redis:6379/0"
+    assert settings.events.url.get_secret_value() == "redis://redis:6379/0"
 
 
 def environment(config: dict[str, Any], service: str) -> dict[str, str]:
@@ -109,9 +113,9 @@ def environment(config: dict[str, Any], service: str) -> dict[str, str]:
 
 
 def test_the_demo_answers_unless_real_models_are_mounted() -> None:
-    assert Settings.from_environ(environment(compose_config(), "llm-sidecar")).demo
+    assert Settings.from_environ(environment(compose_config(), "llm-sidecar")).models.demo
     real = compose_config("docker-compose.models.yml", SIDECAR_DEMO="true", **HOST_FOLDERS)
-    assert not Settings.from_environ(environment(real, "llm-sidecar")).demo
+    assert not Settings.from_environ(environment(real, "llm-sidecar")).models.demo
 
 
 def test_real_models_are_mounted_read_only_where_the_sidecar_looks() -> None:
@@ -129,7 +133,7 @@ def test_real_models_are_mounted_read_only_where_the_sidecar_looks() -> None:
 def test_the_container_is_not_killed_within_the_grace_period() -> None:
     sidecar = compose_config()["services"]["llm-sidecar"]
     settings = Settings.from_environ(environment(compose_config(), "llm-sidecar"))
-    assert seconds(sidecar["stop_grace_period"]) > settings.shutdown_grace + 15
+    assert seconds(sidecar["stop_grace_period"]) > settings.limits.shutdown_grace + 15
 
 
 def test_a_variable_without_a_value_does_not_take_away_one_of_the_image() -> None:

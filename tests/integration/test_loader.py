@@ -100,7 +100,7 @@ def test_phi3s_context_is_what_its_configuration_says_or_that_of_the_smallest(
 ) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert model_files.phi3_context_length(Settings(phi3_path=tmp_path)) == expected
+    assert model_files.phi3_context_length(Settings(models={"phi3_path": tmp_path})) == expected
 
 
 def test_getters_load_once_and_keep_a_tokenizer_that_no_text_ends(

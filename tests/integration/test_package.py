@@ -73,7 +73,7 @@ def test_the_chatterbox_environment_fits_the_ranges_of_speech() -> None:
     chatterbox = pins("requirements-chatterbox.txt")
     speech = ranges("speech") | ranges(None)
     shared = speech.keys() & chatterbox.keys()
-    assert {"redis", "hiredis", "pydantic"} <= shared
+    assert {"redis", "hiredis", "pydantic", "pydantic-settings"} <= shared
     for name in shared:
         assert speech[name].specifier.contains(chatterbox[name]), speech[name]
 
@@ -83,7 +83,7 @@ DOORS = {
     "osiris.llm_client": None,
     "osiris.console_scripts": None,
     "llm_sidecar.errors": None,
-    "llm_sidecar.settings": None,
+    "llm_sidecar.settings": "speech",
     "osiris.__main__": "server",
     "osiris.server": "server",
     "llm_sidecar.proposals": "server",

@@ -259,7 +259,7 @@ import httpx, uvicorn
 from llm_sidecar.settings import Settings
 from osiris.server import create_app
 
-app = create_app(Settings(redis_url="memory://", lancedb_uri=sys.argv[1]))
+app = create_app(Settings(events={"url": "memory://"}, database={"uri": sys.argv[1]}))
 server = uvicorn.Server(uvicorn.Config(app, port=int(sys.argv[2])))
 thread = threading.Thread(target=server.run)
 thread.start()

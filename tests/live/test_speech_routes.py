@@ -288,7 +288,7 @@ async def test_a_silent_stream_has_comments(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(speech, "KEEP_ALIVE", 0.01)
-    settings = Settings(redis_url="memory://", lancedb_uri=str(tmp_path))
+    settings = Settings(events={"url": "memory://"}, database={"uri": str(tmp_path)})
     app = create_app(settings)
     app.state.sidecar = sidecar = Sidecar(settings)
     commented = asyncio.Event()

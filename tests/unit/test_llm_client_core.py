@@ -499,5 +499,5 @@ def test_the_bounds_are_the_documented_ones() -> None:
 def test_the_client_waits_longer_than_the_servers_deadlines() -> None:
     settings = Settings()
     # A body must arrive within its own time before the deadline counts.
-    assert settings.body_timeout + settings.request_timeout + 5 <= core.ANSWER_TIMEOUT
-    assert settings.body_timeout + settings.tts_timeout + 5 <= core.SPEECH_TIMEOUT
+    assert settings.limits.body_timeout + settings.limits.request_timeout + 5 <= core.ANSWER_TIMEOUT
+    assert settings.limits.body_timeout + settings.speech.timeout + 5 <= core.SPEECH_TIMEOUT

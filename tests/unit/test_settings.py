@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from annotated_types import Ge, Le
 from pydantic import SecretStr, ValidationError
 
 from llm_sidecar.api_keys import ApiKey
 from llm_sidecar.errors import SettingsError
 from llm_sidecar.settings import Settings, default_max_chars
+from llm_sidecar.settings.values import integer
 
 DEFAULTS: dict[str, object] = {
     "MICRO_LLM_MODEL_PATH": None,
@@ -20,6 +23,8 @@ DEFAULTS: dict[str, object] = {
     "REDIS_URL": SecretStr("redis://localhost:6379/0"),
     "LANCEDB_URI": "/app/lancedb_data",
     "LANCEDB_LOG_DIR": Path("/app/lancedb_log"),
+    "AWS_ENDPOINT_URL_S3": None,
+    "AWS_ENDPOINT_URL": None,
     "SIDECAR_DEMO": False,
     "PRELOAD_MODELS": False,
     "DEVICE": "auto",
@@ -85,11 +90,16 @@ BOUNDS: dict[str, tuple[str, str, str, str]] = {
     "BODY_TIMEOUT_SECONDS": ("0", "0.001", "3600", "3600.1"),
     "SHUTDOWN_DRAIN_SECONDS": ("-0.1", "0", "3600", "3600.1"),
 }
-FIELDS = {str(field.alias): name for name, field in Settings.model_fields.items()}
+FIELDS = {
+    str(field.alias): (group, name, field)
+    for group, fields in Settings.groups().items()
+    for name, field in fields.model_fields.items()
+}
 
 
 def value(settings: Settings, variable: str) -> object:
-    return getattr(settings, FIELDS[variable])
+    group, name, _ = FIELDS[variable]
+    return getattr(getattr(settings, group), name)
 
 
 def test_every_setting_is_named_here() -> None:
@@ -116,7 +126,7 @@ def test_each_model_gets_half_of_the_cores(
 
     monkeypatch.setattr(os, "sched_getaffinity", affinity)
     settings = Settings.from_environ({})
-    assert (settings.phi3_threads, settings.hermes_threads) == (threads, threads)
+    assert (settings.models.phi3_threads, settings.models.hermes_threads) == (threads, threads)
     # 0 is the process that asks.
     assert asked == [0, 0]
 
@@ -131,19 +141,25 @@ def test_a_number_keeps_to_its_bounds(variable: str) -> None:
             Settings.from_environ({variable: bad})
 
 
+def test_the_bounds_of_an_integer_are_inclusive_and_described() -> None:
+    field = integer(2, 5)
+    assert field.metadata == [Ge(2), Le(5)]
+    assert field.description == "an integer from 2 to 5"
+
+
 def test_variables_are_read_and_others_are_not() -> None:
     settings = Settings.from_environ(
         {"SIDECAR_DEMO": "true", "DEVICE": "", "PHI3_THREADS": "3", "PATH": "/bin", "demo": "false"}
     )
-    assert settings.demo is True
-    assert settings.device == "auto"
-    assert settings.phi3_threads == 3
+    assert settings.models.demo is True
+    assert settings.models.device == "auto"
+    assert settings.models.phi3_threads == 3
 
 
 def test_without_an_environment_the_processs_own_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUEUE_LENGTH", "7")
-    assert Settings.from_environ().queue_length == 7
-    assert Settings.from_environ({}).queue_length == 64
+    assert Settings.from_environ().limits.queue_length == 7
+    assert Settings.from_environ({}).limits.queue_length == 64
 
 
 @pytest.mark.parametrize(
@@ -159,6 +175,7 @@ def test_without_an_environment_the_processs_own_is_read(monkeypatch: pytest.Mon
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://otel:4317", "http://otel:4317"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://otel", "https://otel"),
         ("SENTRY_DSN", "https://key@sentry.example/7", SecretStr("https://key@sentry.example/7")),
+        ("SENTRY_DSN", "https://key@h/sentry/7", SecretStr("https://key@h/sentry/7")),
         ("CORS_ORIGINS", "*", ("*",)),
         (
             "CORS_ORIGINS",
@@ -179,11 +196,30 @@ def test_a_good_value_is_read(variable: str, text: str, read: object) -> None:
 
 
 def test_settings_given_in_python_may_be_lists_or_by_name() -> None:
-    settings = Settings(cors_origins=["https://desk.example"], queue_length=3)
-    assert settings.cors_origins == ("https://desk.example",)
-    assert settings.queue_length == 3
-    with pytest.raises(ValidationError):
-        settings.queue_length = 4  # type: ignore[misc]
+    settings = Settings(
+        access={"cors_origins": ["https://desk.example"]}, limits={"queue_length": 3}
+    )
+    assert settings.access.cors_origins == ("https://desk.example",)
+    assert settings.limits.queue_length == 3
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.limits.queue_length = 4  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.limits = settings.limits  # type: ignore[misc]
+
+
+def test_settings_given_in_python_do_not_read_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("QUEUE_LENGTH", "7")
+    monkeypatch.setenv("queue_length", "7")
+    assert Settings().limits.queue_length == 64
+    assert Settings(limits={"request_timeout": 3}).limits.queue_length == 64
+
+
+@pytest.mark.parametrize("unknown", [{"queue_length": 3}, {"limits": {"queue_lenght": 3}}])
+def test_settings_given_in_python_have_known_names(unknown: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        Settings(**unknown)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +271,7 @@ def test_a_bad_value_is_one_line_with_variable_value_and_what_it_takes(
 ) -> None:
     with pytest.raises(SettingsError) as caught:
         Settings.from_environ({variable: value})
-    takes = Settings.model_fields[FIELDS[variable]].description
+    takes = FIELDS[variable][2].description
     assert caught.value.detail == f"{variable}='{value}' is not valid: it takes {takes}"
     assert "\n" not in caught.value.detail
     # The cause quotes the value, a secret too.
@@ -314,13 +350,13 @@ def test_an_api_key_may_have_a_name(entry: str, name: str | None, key: str | Non
             Settings.from_environ({"SIDECAR_API_KEYS": entry})
     else:
         settings = Settings.from_environ({"SIDECAR_API_KEYS": entry})
-        assert settings.api_keys == (ApiKey(SecretStr(key), name),)
+        assert settings.access.api_keys == (ApiKey(SecretStr(key), name),)
 
 
 def test_a_name_may_have_two_keys_and_a_repeated_entry_counts_once() -> None:
     old, new = "desk=0123456789-the-old", "desk=0123456789-the-new"
     settings = Settings.from_environ({"SIDECAR_API_KEYS": f"{old}, {new},{old}"})
-    assert settings.api_keys == (
+    assert settings.access.api_keys == (
         ApiKey(SecretStr("0123456789-the-old"), "desk"),
         ApiKey(SecretStr("0123456789-the-new"), "desk"),
     )
@@ -329,7 +365,7 @@ def test_a_name_may_have_two_keys_and_a_repeated_entry_counts_once() -> None:
 def test_api_keys_show_in_no_representation() -> None:
     keys = "hidden-from-all-1, desk=hidden-from-all-2"
     settings = Settings.from_environ({"SIDECAR_API_KEYS": keys})
-    assert [key.secret.get_secret_value()[-1] for key in settings.api_keys] == ["1", "2"]
+    assert [key.secret.get_secret_value()[-1] for key in settings.access.api_keys] == ["1", "2"]
     assert "hidden" not in repr(settings) + str(settings) + settings.model_dump_json()
 
 
@@ -339,9 +375,9 @@ def test_a_password_shows_in_no_representation() -> None:
 
 
 def test_every_variable_says_what_it_takes() -> None:
-    for name, field in Settings.model_fields.items():
-        assert field.alias, name
-        assert field.description, name
+    for group, name, field in FIELDS.values():
+        assert field.alias, (group, name)
+        assert field.description, (group, name)
 
 
 def test_scripts_need_one_variable_to_be_valid_and_no_other() -> None:

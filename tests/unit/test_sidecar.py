@@ -10,6 +10,7 @@ import uuid
 from typing import Any
 
 import pytest
+from llm_sidecar.services.examples import Outcome
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.db import Phi3FeedbackSchema
@@ -26,7 +27,6 @@ from llm_sidecar.errors import (
 )
 from llm_sidecar.input_model import longest_payload
 from llm_sidecar.proposals import Example
-from llm_sidecar.services.examples import Outcome
 from llm_sidecar.settings import Settings
 from tests.unit.fakes import FakeParts, completion
 
@@ -48,7 +48,7 @@ SURE = dict.fromkeys(hermes_plugin.SCORE_ANSWERS, 0.0) | {"0": 0.25, "10": 0.75}
 
 def parts(**settings: Any) -> FakeParts:
     """A sidecar whose models have one proposal, one critique and one score to give."""
-    made = FakeParts(Settings(redis_url="memory://", **settings))
+    made = FakeParts(Settings(events={"url": "memory://"}, **settings))
     made.phi3.answers = [WRITTEN]
     made.hermes.answers = [CRITIQUE, SURE]
     return made
@@ -62,7 +62,7 @@ def without(row: dict[str, Any], *columns: str) -> dict[str, Any]:
 
 
 async def test_phi3_is_asked_with_the_examples_oldest_first() -> None:
-    made = parts(phi3_temperature=0.4)
+    made = parts(models={"phi3_temperature": 0.4})
     made.archive.examples = (Example("older", {"ticker": "A"}), Example("newer", {"ticker": "B"}))
     await made.sidecar.propose(PROMPT, 300)
     messages = proposals.build_messages(PROMPT, made.archive.examples)
@@ -73,7 +73,7 @@ async def test_phi3_is_asked_with_the_examples_oldest_first() -> None:
 
 
 async def test_hermes_is_asked_for_a_critique_and_then_for_a_score() -> None:
-    made = parts(hermes_temperature=0.6)
+    made = parts(models={"hermes_temperature": 0.6})
     await made.sidecar.propose(PROMPT, 300)
     critique = hermes_plugin.build_messages(hermes_plugin.CRITIQUE_TASK, PROPOSAL, PROMPT)
     score = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, PROPOSAL, PROMPT)
@@ -192,7 +192,7 @@ async def test_what_is_not_grounded_is_reported_everywhere() -> None:
 
 
 async def test_with_grounding_retry_it_is_asked_for_once_more() -> None:
-    made = parts(grounding="retry")
+    made = parts(proposals={"grounding": "retry"})
     made.phi3.answers = [OTHER, WRITTEN]
     result = await made.sidecar.propose(PROMPT, 300)
     assert (result.proposal, result.grounded) == (PROPOSAL, "true")
@@ -201,7 +201,7 @@ async def test_with_grounding_retry_it_is_asked_for_once_more() -> None:
 
 
 async def test_all_calls_of_a_request_share_its_deadline() -> None:
-    made = parts(request_timeout=7.0)
+    made = parts(limits={"request_timeout": 7.0})
     before = time.monotonic()
     await made.sidecar.propose(PROMPT, 300)
     (deadline,) = made.phi3.deadlines
@@ -376,13 +376,13 @@ async def test_a_proposal_alone_is_neither_stored_nor_published() -> None:
 
 
 async def test_a_proposal_alone_is_asked_for_again_where_it_is_not_grounded() -> None:
-    made = parts(grounding="retry")
+    made = parts(proposals={"grounding": "retry"})
     made.phi3.answers = [OTHER, WRITTEN]
     assert (await made.sidecar.generate_phi3(PROMPT, 300)).proposal == PROPOSAL
 
 
 async def test_a_free_question_is_neither_stored_nor_published() -> None:
-    made = parts(hermes_temperature=0.6)
+    made = parts(models={"hermes_temperature": 0.6})
     assert await made.sidecar.generate_hermes("What now?", 12) is CRITIQUE
     messages = hermes_plugin.chat_messages("What now?")
     assert made.hermes.asked == [GenerationRequest(messages, 12, None, 0.6)]
@@ -613,7 +613,7 @@ async def test_what_is_no_feedback_is_refused_with_the_reason(payload: str) -> N
 
 
 async def test_feedback_that_is_too_long_is_refused() -> None:
-    made = parts(max_prompt_chars=100)
+    made = parts(limits={"max_prompt_chars": 100})
     await hear(made, json.dumps(PUBLISHED | {"feedback_content": "x" * 101}))
     await hear(made, json.dumps(PUBLISHED | {"feedback_content": "x" * 100}))
     longest = longest_payload(100)

@@ -1,0 +1,217 @@
+"""The groups of the settings."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import Field, SecretStr
+
+from llm_sidecar.logs import LogFormat
+from llm_sidecar.settings.base import Group
+from llm_sidecar.settings.values import (
+    ApiKeys,
+    HostNames,
+    HttpUrl,
+    Name,
+    Origins,
+    QueueLength,
+    RedisUrl,
+    Seconds,
+    SentryDsn,
+    Share,
+    Switch,
+    Temperature,
+    Threads,
+    Timeout,
+    integer,
+)
+
+DEFAULT_PHI3: Final = Path("/app/models/llm_micro/phi3.onnx")
+DEFAULT_HERMES: Final = Path("/app/hermes-model")
+DEFAULT_LANCEDB_URI: Final = "/app/lancedb_data"
+
+
+def _cores_per_model() -> int:
+    """Two models share the machine, so each gets half of the cores this process may use."""
+    return max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+class Models(Group):
+    """Where the models are, and how they load and run."""
+
+    phi3_path: Path | None = Field(
+        None,
+        alias="MICRO_LLM_MODEL_PATH",
+        description="the path of the Phi-3 model file, beside its genai_config.json",
+    )
+    """The model that writes proposals. Unset: `/app/models/llm_micro/phi3.onnx`."""
+    hermes_path: Path | None = Field(
+        None, alias="HERMES_MODEL_PATH", description="the path of the Hermes folder"
+    )
+    """The model that criticises and scores. Unset: `/app/hermes-model`."""
+    adapter_dir: Path = Field(
+        Path("/app/models/phi3/adapters"),
+        alias="PHI3_ADAPTER_DIR",
+        description="the path of a folder of dated adapters",
+    )
+    """Where `/adapters/swap` looks for LoRA adapters of Phi-3."""
+    demo: Switch = Field(False, alias="SIDECAR_DEMO")
+    """Whether a demo model replaces a model that is neither configured nor at its default path."""
+    preload: Switch = Field(False, alias="PRELOAD_MODELS")
+    """Whether models load when the server starts. If not, the first request loads them."""
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", alias="DEVICE", description="auto, cpu or cuda"
+    )
+    """Where models run. `auto` uses CUDA if the model's runtime supports it, else the CPU."""
+    phi3_threads: Threads = Field(default_factory=_cores_per_model, alias="PHI3_THREADS")
+    """CPU threads of Phi-3's runtime. Unset: half of the cores."""
+    hermes_threads: Threads = Field(default_factory=_cores_per_model, alias="HERMES_THREADS")
+    """CPU threads of Hermes' runtime. Unset: half of the cores."""
+    phi3_temperature: Temperature = Field(0.0, alias="PHI3_TEMPERATURE")
+    """The sampling temperature of proposals."""
+    hermes_temperature: Temperature = Field(0.0, alias="HERMES_TEMPERATURE")
+    """The sampling temperature of Hermes' texts. Scores do not depend on it."""
+    load_wait: Seconds | None = Field(
+        None, alias="MODEL_LOAD_WAIT_SECONDS", description="seconds from 0 to 3600"
+    )
+    """The longest wait for a model that is loading. Unset: until the deadline of the request."""
+    load_timeout: Timeout = Field(300.0, alias="MODEL_LOAD_TIMEOUT_SECONDS")
+    """How long a model may load. After that its worker is stopped and started again."""
+
+
+class Proposals(Group):
+    """How Phi-3 writes a proposal."""
+
+    few_shot_examples: int | None = Field(
+        None,
+        alias="FEW_SHOT_EXAMPLES",
+        ge=0,
+        le=16,
+        description="an integer from 0 to 16; unset: 3, and 0 where Phi-3 is the demo model",
+    )
+    """The maximum number of corrections that Phi-3 sees as examples."""
+    examples_from_bus: Switch = Field(False, alias="EXAMPLES_FROM_BUS")
+    """Whether corrections that other services publish on Redis become examples."""
+    grounding: Literal["report", "retry"] = Field(
+        "report", alias="GROUNDING", description="report or retry"
+    )
+    """`report` only reports ungrounded proposals. `retry` also generates them once more."""
+
+
+class Limits(Group):
+    """Bounds of requests, connections and waiting."""
+
+    request_timeout: Timeout = Field(60.0, alias="REQUEST_TIMEOUT_SECONDS")
+    """The deadline of one request, for all its model calls together."""
+    queue_length: QueueLength = Field(64, alias="QUEUE_LENGTH")
+    """The maximum number of requests of one model, running and waiting. Further ones get 429."""
+    max_concurrent_requests: Annotated[int, integer(1, 100_000)] = Field(
+        256, alias="MAX_CONCURRENT_REQUESTS"
+    )
+    """The maximum number of running requests in the server. Further ones get 429."""
+    max_connections: Annotated[int, integer(1, 100_000)] = Field(1000, alias="MAX_CONNECTIONS")
+    """The maximum number of connections. Further ones get only probes and `/metrics`."""
+    header_timeout: Timeout = Field(15.0, alias="HEADER_TIMEOUT_SECONDS")
+    """How long a client may take to send a request's headers. Then its connection is closed."""
+    send_timeout: Timeout = Field(20.0, alias="SEND_TIMEOUT_SECONDS")
+    """How long a client may read nothing of its answer. Then its connection is reset."""
+    max_body_bytes: Annotated[int, integer(1024, 1 << 30)] = Field(1 << 20, alias="MAX_BODY_BYTES")
+    """The largest request body. A larger one gets 413. `/speak` always takes 14 MiB."""
+    body_timeout: Timeout = Field(10.0, alias="BODY_TIMEOUT_SECONDS")
+    """How long a client may take to send a request's body. After that it gets 408."""
+    max_prompt_chars: Annotated[int, integer(1, 1 << 24)] = Field(32_768, alias="MAX_PROMPT_CHARS")
+    """The longest text, and the longest object as JSON, in characters."""
+    shutdown_grace: Seconds = Field(10.0, alias="SHUTDOWN_GRACE_SECONDS")
+    """How long running requests may take to finish at shutdown."""
+    shutdown_drain: Seconds = Field(0.5, alias="SHUTDOWN_DRAIN_SECONDS")
+    """How long the socket stays open at shutdown, at least, so that load balancers notice."""
+
+
+class Access(Group):
+    """Who may call the server."""
+
+    api_keys: ApiKeys = Field((), alias="SIDECAR_API_KEYS")
+    """If set, a request needs one of these keys. The log and feedback have the name of the key."""
+    metrics_need_key: Switch = Field(False, alias="METRICS_NEED_KEY")
+    """Whether `/metrics` needs an API key too."""
+    allowed_hosts: HostNames = Field((), alias="ALLOWED_HOSTS")
+    """Host names that a request may ask for, against DNS rebinding. Unset: all names."""
+    cors_origins: Origins = Field((), alias="CORS_ORIGINS")
+    """Origins whose web pages may call the server."""
+
+
+class Database(Group):
+    """Where rows are stored."""
+
+    uri: str = Field(
+        DEFAULT_LANCEDB_URI,
+        alias="LANCEDB_URI",
+        description="a folder or an s3:// address",
+        min_length=1,
+    )
+    """The database. Credentials of `s3://` come from the usual AWS variables."""
+    log_dir: Path = Field(
+        Path("/app/lancedb_log"),
+        alias="LANCEDB_LOG_DIR",
+        description="the path of a folder, for the log of a database on an s3:// address",
+    )
+    """The write-ahead log of a database on `s3://`. A local database has it in its own folder."""
+    s3_endpoint: str | None = Field(None, alias="AWS_ENDPOINT_URL_S3", description="a URL")
+    """The endpoint of an object store other than Amazon's."""
+    aws_endpoint: str | None = Field(None, alias="AWS_ENDPOINT_URL", description="a URL")
+    """The endpoint, if `AWS_ENDPOINT_URL_S3` is unset."""
+
+
+class Events(Group):
+    """The event bus."""
+
+    url: RedisUrl = Field(SecretStr("redis://localhost:6379/0"), alias="REDIS_URL")
+    """The event bus. `memory://` is a bus inside the process, which needs no Redis."""
+
+
+class Speech(Group):
+    """Who speaks, and how many texts and listeners at once."""
+
+    voice: Literal["auto", "espeak", "chatterbox"] = Field(
+        "auto", alias="TTS_VOICE", description="auto, espeak or chatterbox"
+    )
+    """The voice. `auto` uses a Chatterbox worker if there is one, else espeak-ng."""
+    queue_length: QueueLength = Field(64, alias="TTS_QUEUE_LENGTH")
+    """The maximum number of texts, spoken and waiting. Further ones get 429."""
+    timeout: Timeout = Field(120.0, alias="TTS_TIMEOUT_SECONDS")
+    """The deadline of one text. After that `/speak` answers 504."""
+    max_listeners: QueueLength = Field(64, alias="MAX_AUDIO_LISTENERS")
+    """The maximum number of listeners of `/stream/audio`. Further ones get 429."""
+    chatterbox_dir: Path = Field(
+        Path("/models/tts/chatterbox"),
+        alias="CHATTERBOX_MODEL_DIR",
+        description="the path of the folder of the Chatterbox weights",
+    )
+    """The model of a Chatterbox worker."""
+
+
+class Telemetry(Group):
+    """Metrics, log lines, traces, reported errors and profiles."""
+
+    metrics: Switch = Field(False, alias="ENABLE_METRICS")
+    """Whether `/metrics` serves Prometheus metrics. If not, it answers 404."""
+    log_format: LogFormat = Field("auto", alias="LOG_FORMAT", description="auto, json or text")
+    """The format of log lines. `auto` is text on a terminal, else JSON."""
+    otel_endpoint: HttpUrl | None = Field(
+        None,
+        alias="OTEL_EXPORTER_OTLP_ENDPOINT",
+        description="the http:// or https:// URL of an OTLP receiver",
+    )
+    """Where traces go, over HTTP. Unset: no traces."""
+    otel_service_name: Name = Field("osiris_llm_sidecar", alias="OTEL_SERVICE_NAME")
+    """The name of the service in traces."""
+    sentry_dsn: SentryDsn = Field(SecretStr(""), alias="SENTRY_DSN")
+    """Where unexpected errors are reported. Unset: nowhere."""
+    sentry_env: str | None = Field(None, alias="SENTRY_ENV", description="a name")
+    """The name of the environment in Sentry. Unset: Sentry's own default, `production`."""
+    sentry_traces_sample_rate: Share = Field(0.0, alias="SENTRY_TRACES_SAMPLE_RATE")
+    """The share of requests whose durations are sent to Sentry."""
+    profiling: Switch = Field(False, alias="ENABLE_PROFILING")
+    """Whether `/debug/prof` shows profiles of requests. If not, it answers 404."""

@@ -1,0 +1,95 @@
+"""The values that settings take: their types, bounds and descriptions."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Final
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+
+from llm_sidecar.api_keys import KEYS_DESCRIPTION, ApiKey, parse_api_keys
+from llm_sidecar.host_names import allowed_host
+
+_REDIS_SCHEMES: Final = ("redis", "rediss", "unix", "memory")
+_ORIGIN: Final = re.compile(r"\*|https?://[^\s/?#@*]+")
+
+
+def integer(least: int, greatest: int) -> Any:
+    """The bounds of an integer, both inclusive."""
+    return Field(ge=least, le=greatest, description=f"an integer from {least} to {greatest}")
+
+
+def _split(value: object) -> object:
+    """The parts of a comma-separated variable, including empty ones."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _allowed_hosts(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(map(allowed_host, names))
+
+
+def _origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    if not all(map(_ORIGIN.fullmatch, origins)):
+        raise ValueError
+    return origins
+
+
+def _redis_url(url: SecretStr) -> SecretStr:
+    parts = urlsplit(url.get_secret_value())
+    # `parts.port` raises ValueError if the port is not valid.
+    if parts.scheme not in _REDIS_SCHEMES or parts.port == 0:
+        raise ValueError
+    return url
+
+
+def _http_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+        raise ValueError
+    return url
+
+
+def _sentry_dsn(dsn: SecretStr) -> SecretStr:
+    parts = urlsplit(_http_url(dsn.get_secret_value()))
+    if not parts.username or not parts.path.rpartition("/")[2].isdecimal():
+        raise ValueError
+    return dsn
+
+
+Switch = Annotated[bool, Field(description="true or false")]
+Name = Annotated[str, Field(description="a name")]
+Threads = Annotated[int, integer(1, 1024)]
+QueueLength = Annotated[int, integer(1, 10_000)]
+Seconds = Annotated[float, Field(ge=0, le=3600, description="seconds from 0 to 3600")]
+Timeout = Annotated[float, Field(gt=0, le=3600, description="seconds, above 0 up to 3600")]
+Temperature = Annotated[
+    float, Field(ge=0, le=2, allow_inf_nan=False, description="a number from 0 (greedy) to 2")
+]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="a number from 0 to 1")]
+ApiKeys = Annotated[
+    tuple[ApiKey, ...], BeforeValidator(parse_api_keys), Field(description=KEYS_DESCRIPTION)
+]
+HostNames = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_split),
+    AfterValidator(_allowed_hosts),
+    Field(
+        description="host names such as desk.example or *.desk.example, separated by commas, or *"
+    ),
+]
+Origins = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_split),
+    AfterValidator(_origins),
+    Field(description="origins such as https://desk.example, separated by commas, or *"),
+]
+RedisUrl = Annotated[
+    SecretStr,
+    AfterValidator(_redis_url),
+    Field(description="a redis://, rediss:// or unix:// URL, or memory://"),
+]
+HttpUrl = Annotated[str, AfterValidator(_http_url)]
+SentryDsn = Annotated[
+    SecretStr, AfterValidator(_sentry_dsn), Field(description="https://KEY@HOST/PROJECT")
+]
