@@ -11,7 +11,7 @@ import pytest
 from llm_sidecar import proposals
 from llm_sidecar.engines import GenerationRequest
 from llm_sidecar.models.files import ModelFiles
-from llm_sidecar.models.local.model import HostLimits, ModelHost
+from llm_sidecar.models.local.model import HostLimits, LocalModel
 from llm_sidecar.text import find_fault
 
 MARK: Final = "ZXQMARK"
@@ -52,11 +52,11 @@ engines.load_engine = lambda *args, **options: Odd(load_engine(*args, **options)
 @pytest.fixture
 async def host(
     random_phi3_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[ModelHost]:
+) -> AsyncIterator[LocalModel]:
     """A model with that engine, and a prefix that quotes the mark."""
     (tmp_path / "sitecustomize.py").write_text(ODD_ENGINE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    made = ModelHost(
+    made = LocalModel(
         "phi3",
         lambda: ModelFiles("phi3/random", random_phi3_onnx),
         device="cpu",
@@ -69,10 +69,10 @@ async def host(
 
 
 async def test_a_completion_is_text_and_a_prefix_that_fails_costs_no_model(
-    host: ModelHost, capfd: pytest.CaptureFixture[str]
+    host: LocalModel, capfd: pytest.CaptureFixture[str]
 ) -> None:
     messages = proposals.build_messages("Long ABC")
-    completion = await host.generate(GenerationRequest(messages, 256, proposals.GUIDANCE))
+    completion = await complete(host, GenerationRequest(messages, 256, proposals.GUIDANCE))
     assert "\ufffd\ufffd\ufffd" in completion.text
     assert find_fault(completion.text) is None
     said = capfd.readouterr().err
