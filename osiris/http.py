@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import APIRouter, Depends, Request
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from llm_sidecar import input_model
 from llm_sidecar.input_model import InputModel
-from llm_sidecar.models.local.model import Completion
+from llm_sidecar.models.base import Completion, Delta
 from llm_sidecar.sidecar import Sidecar
 from osiris.checked_route import CheckedRoute, ClientGone
 from osiris.response_headers import declared
@@ -117,6 +118,22 @@ def check_length(sidecar: Sidecar, body: InputModel) -> None:
     except ValidationError as error:
         errors = [{**entry, "loc": ("body", *entry["loc"])} for entry in error.errors()]
         raise RequestValidationError(errors) from None
+
+
+async def completed(stream: AsyncGenerator[Delta, None]) -> Completion:
+    """The whole of a generation."""
+    async with contextlib.aclosing(stream):
+        return Completion.of([delta async for delta in stream])
+
+
+async def result_of(items: AsyncGenerator[object, None], kind: type[T]) -> T:
+    """The last item of a stream, which is of this kind."""
+    last: object = None
+    async with contextlib.aclosing(items):
+        async for item in items:
+            last = item
+    assert isinstance(last, kind)
+    return last
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from llm_sidecar.models import adapters
+from llm_sidecar.models.base import Adapter
 
 log = logging.getLogger(__name__)
 
@@ -15,7 +16,7 @@ _NAME: Final = "phi3_adapter"
 _LONGEST: Final = 64
 
 
-class RememberedAdapter:
+class AdapterState:
     """The name of Phi-3's adapter, in a file of its own."""
 
     def __init__(self, folder: Path, adapter_dir: Path) -> None:
@@ -28,7 +29,7 @@ class RememberedAdapter:
         self._file = folder / _NAME
         self._adapter_dir = adapter_dir
 
-    def load(self) -> Path | None:
+    def load(self) -> Adapter | None:
         """The adapter's folder, or None where none was in use or it is no longer there."""
         try:
             name = self._file.read_text(errors="replace")[:_LONGEST].strip()
@@ -43,14 +44,14 @@ class RememberedAdapter:
         folder = self._adapter_dir / name
         known = folder.name == name and adapters.adapter_date(folder) is not None
         if known and adapters.holds_adapter(folder):
-            return folder
+            return Adapter(folder)
         log.error(
             "the adapter that was in use, %r, is not in PHI3_ADAPTER_DIR; phi3 answers without one",
             name,
         )
         return None
 
-    def save(self, adapter: Path | None) -> None:
+    def save(self, adapter: Adapter | None) -> None:
         """Remembers an adapter, or that there is none; the log says where that fails."""
         part = self._file.with_suffix(".part")
         try:

@@ -1,4 +1,4 @@
-"""One run from a prompt to an assessed proposal: its progress, and the rows to store."""
+"""One run from a prompt to an assessed proposal: its progress, and its rows."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llm_sidecar.db import HermesScoreSchema, Latencies, OrchestratorRunSchema, ProposalSchema
-from llm_sidecar.models.local.model import Completion
+from llm_sidecar.models.base import Completion
 from llm_sidecar.proposals import Proposed
-
-Row = OrchestratorRunSchema | HermesScoreSchema | ProposalSchema
+from llm_sidecar.services.rows import Row
 
 
 @dataclass(slots=True)
@@ -22,7 +21,7 @@ class ProposalRun:
     Attributes:
         prompt: the market context.
         transaction_id: names the run everywhere.
-        made: the valid proposal of Phi-3.
+        made: Phi-3's valid proposal.
         assessment: Hermes' critique.
         score: Hermes' score in [0, 1].
     """

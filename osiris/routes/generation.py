@@ -8,13 +8,16 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
 from llm_sidecar.errors import InvalidRequest
-from llm_sidecar.proposals import Proposal
+from llm_sidecar.proposals import Proposal, Proposed
+from llm_sidecar.services.orchestrate import AssessedProposal
 from llm_sidecar.sidecar import Sidecar
 from osiris.http import (
     CurrentSidecar,
     check_length,
+    completed,
     endpoint,
     generation_headers,
+    result_of,
     stored_header,
     unless_gone,
 )
@@ -81,7 +84,8 @@ async def generate_hermes(
     is none.
     """
     check_length(sidecar, body)
-    completion = await unless_gone(request, sidecar.generate_hermes(body.prompt, body.max_length))
+    answering = completed(sidecar.judge.chat(body.prompt, body.max_length))
+    completion = await unless_gone(request, answering)
     return JSONResponse({"generated_text": completion.text}, headers=generation_headers(completion))
 
 
@@ -106,7 +110,8 @@ async def generate_phi3(
 
 async def _propose(body: PromptRequest, request: Request, sidecar: Sidecar) -> JSONResponse:
     check_length(sidecar, body)
-    proposed = await unless_gone(request, sidecar.generate_phi3(body.prompt, body.max_length))
+    proposing = result_of(sidecar.proposer.generate(body.prompt, body.max_length), Proposed)
+    proposed = await unless_gone(request, proposing)
     return JSONResponse(
         proposed.proposal,
         headers={**generation_headers(proposed.completion), "X-Grounded": proposed.grounded},
@@ -136,7 +141,8 @@ async def propose_trade_adjustments(
     `X-Stored: false` means that a row could not be stored.
     """
     check_length(sidecar, body)
-    result = await unless_gone(request, sidecar.propose(body.prompt, body.max_length))
+    running = sidecar.orchestrator.propose(body.prompt, body.max_length)
+    result = await unless_gone(request, result_of(running, AssessedProposal))
     return JSONResponse(
         {
             "transaction_id": str(result.transaction_id),
