@@ -1,4 +1,4 @@
-"""What a host tells its observer of each call, with a real worker and without."""
+"""What a model reports to its observer of each call, with a real worker and without."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from llm_sidecar.telemetry.calls import (
     error_name,
     observed,
 )
+from tests.completions import complete
 
 SHORT = GenerationRequest(hermes_plugin.chat_messages("Long ABC"), 20)
 LONG = GenerationRequest(hermes_plugin.chat_messages("Long ABC"), 7000)
 
 
 class Recorder:
-    """Keeps what it is told, and which of them had their outcome when they started."""
+    """Keeps the calls it observes."""
 
     def __init__(self) -> None:
         self.started: list[ModelCall] = []
@@ -54,14 +55,13 @@ async def host(random_phi3_onnx: Path, recorder: Recorder) -> AsyncIterator[Loca
         lambda: ModelFiles("hermes/random", random_phi3_onnx),
         device="cpu",
         limits=HostLimits(load_wait=60.0, queue_length=2),
-        warm_up=GenerationRequest(hermes_plugin.chat_messages("Hi."), 1),
         observer=recorder,
     )
     yield made
     await made.close()
 
 
-async def test_a_generation_is_told_with_its_times_in_order_and_its_tokens(
+async def test_a_generation_is_observed_with_its_times_in_order_and_its_tokens(
     host: LocalModel, recorder: Recorder
 ) -> None:
     completion = await complete(host, SHORT)
@@ -79,11 +79,11 @@ async def test_a_generation_is_told_with_its_times_in_order_and_its_tokens(
     assert (call.finish_reason, call.error, call.adapter) == ("length", None, None)
 
 
-async def test_probabilities_are_a_call_without_tokens(host: LocalModel, recorder: Recorder) -> None:
+async def test_scores_are_a_call_without_tokens(host: LocalModel, recorder: Recorder) -> None:
     messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, {"ticker": "ABC"})
     await host.score_choices(messages, hermes_plugin.SCORE_ANSWERS)
     (call,) = recorder.finished
-    assert call.operation == "choose"
+    assert call.operation == "score_choices"
     assert call.begun is not None
     assert (call.first_token, call.finish_reason, call.error) == (None, None, None)
 
@@ -110,7 +110,7 @@ async def test_each_refused_failed_and_abandoned_call_has_its_error(
     assert len(recorder.started) == 4
 
 
-def test_several_observers_all_hear_of_a_call() -> None:
+def test_several_observers_all_observe_a_call() -> None:
     first, second = Recorder(), Recorder()
     with observed(Observers(first, second), ModelCall("phi3", "generate")) as call:
         pass

@@ -13,6 +13,7 @@ from llm_sidecar.engines import GenerationRequest
 from llm_sidecar.models.files import ModelFiles
 from llm_sidecar.models.local.model import HostLimits, LocalModel
 from llm_sidecar.text import find_fault
+from tests.completions import complete
 
 MARK: Final = "ZXQMARK"
 ODD_ENGINE: Final = """
@@ -61,9 +62,8 @@ async def host(
         lambda: ModelFiles("phi3/random", random_phi3_onnx),
         device="cpu",
         limits=HostLimits(load_wait=60.0),
-        warm_up=GenerationRequest(proposals.build_messages("Hi."), 1, proposals.GUIDANCE),
-        prefix=lambda: proposals.prefix([proposals.Example(MARK, {"ticker": MARK})], 0.0),
     )
+    await made.prefill(proposals.prefix([proposals.Example(MARK, {"ticker": MARK})], 0.0))
     yield made
     await made.close()
 
@@ -76,6 +76,6 @@ async def test_a_completion_is_text_and_a_prefix_that_fails_costs_no_model(
     assert "\ufffd\ufffd\ufffd" in completion.text
     assert find_fault(completion.text) is None
     said = capfd.readouterr().err
-    assert "a prefix could not be prepared: RuntimeError" in said
+    assert "a prefix could not be prefilled: RuntimeError" in said
     assert MARK not in said
     assert MARK not in str(host.status())

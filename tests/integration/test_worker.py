@@ -29,6 +29,7 @@ from llm_sidecar.models.local.protocol import (
     ScoreChoices,
     Scores,
     encode,
+    is_final,
 )
 from tests.live_server import ROOT
 
@@ -73,7 +74,7 @@ class Process:
         """The last progress of a completion."""
         while True:
             progress = self.read_until(Progress, number)
-            if progress.final:
+            if is_final(progress):
                 return progress
 
     def about(self, number: int) -> list[Answer]:
@@ -190,7 +191,9 @@ def test_two_are_generated_at_a_time_and_the_third_waits(one: Process) -> None:
     for number in (10, 11, 12):
         one.generate(number, "slow " * 20)
     one.read_to_end(12)
-    order = [(answer.id, answer.final) for answer in one.answers if isinstance(answer, Progress)]
+    order = [
+        (answer.id, is_final(answer)) for answer in one.answers if isinstance(answer, Progress)
+    ]
     # Each of the first two has a word before either ends; the third has none until then.
     first_end = min(order.index((number, True)) for number in (10, 11))
     assert order.index((10, False)) < first_end

@@ -21,6 +21,7 @@ from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 from llm_sidecar.models.files import ModelFiles
 from llm_sidecar.models.local import process as worker_process
 from llm_sidecar.models.local.model import HostLimits, LocalModel
+from tests.completions import complete
 from tests.live_server import LiveServer
 
 RUNS = {
@@ -50,8 +51,6 @@ async def make_host() -> AsyncIterator[HostFactory]:
             lambda: ModelFiles("phi3/random", folder),
             device="cpu",
             limits=HostLimits(load_wait=60.0),
-            # Without guidance what can run on plain onnxruntime does.
-            warm_up=GenerationRequest(user("Hi."), 1),
         )
         hosts.append(host)
         return host

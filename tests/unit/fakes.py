@@ -9,14 +9,15 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, cast
 
+from llm_sidecar.services.archive import Archive
+from llm_sidecar.services.examples import Outcome
+
 from llm_sidecar.db import Correction
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest, Message
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.models.local.model import Completion, ModelHost
 from llm_sidecar.proposals import Example
-from llm_sidecar.services.archive import Archive
-from llm_sidecar.services.examples import Outcome
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.telemetry.metrics import NoMetrics

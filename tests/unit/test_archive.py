@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llm_sidecar.services.archive import Archive
+from llm_sidecar.services.examples import Outcome
 
 from llm_sidecar.db import (
     Correction,
@@ -21,8 +23,6 @@ from llm_sidecar.db import (
 from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.proposals import Example
 from llm_sidecar.services import archive as module
-from llm_sidecar.services.archive import Archive
-from llm_sidecar.services.examples import Outcome
 
 RUN = OrchestratorRunSchema(run_id="t-1", input_query="x", final_output="", status="error")
 SCORE = HermesScoreSchema(run_id="t-1", score=0.5)

@@ -6,11 +6,11 @@ import json
 from typing import Any, Final
 
 import pytest
+from llm_sidecar.services.examples import Outcome, choose, proposal_refusal, refusal, token_bound
 
 from llm_sidecar.db import Correction
 from llm_sidecar.proposals import Example
 from llm_sidecar.services import examples
-from llm_sidecar.services.examples import Outcome, choose, proposal_refusal, refusal, token_bound
 
 GOOD: Final[dict[str, Any]] = {
     "ticker": "ABC",

@@ -8,11 +8,11 @@ from typing import Any
 
 import httpx
 import pytest
+from llm_sidecar.services.examples import Outcome
 
 from llm_sidecar import hermes_plugin
 from llm_sidecar.db import Correction
 from llm_sidecar.errors import DatabaseUnavailable, QueueFull
-from llm_sidecar.services.examples import Outcome
 from llm_sidecar.settings import Settings
 from osiris.server import create_app
 from tests.unit.asgi import client

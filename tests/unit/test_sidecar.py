@@ -10,6 +10,7 @@ import uuid
 from typing import Any
 
 import pytest
+from llm_sidecar.services.examples import Outcome
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.db import Phi3FeedbackSchema
@@ -26,7 +27,6 @@ from llm_sidecar.errors import (
 )
 from llm_sidecar.input_model import longest_payload
 from llm_sidecar.proposals import Example
-from llm_sidecar.services.examples import Outcome
 from llm_sidecar.settings import Settings
 from tests.unit.fakes import FakeParts, completion
 

@@ -23,9 +23,10 @@ from llm_sidecar.models.base import Adapter, ModelStatus
 from llm_sidecar.models.files import ModelFiles
 from llm_sidecar.models.local import loader
 from llm_sidecar.models.local.model import HostLimits, LocalModel
-from llm_sidecar.models.local.process import Died, Inbox
+from llm_sidecar.models.local.process import Inbox
 from llm_sidecar.models.local.protocol import (
     Begun,
+    Died,
     Done,
     Generate,
     Job,
@@ -123,8 +124,8 @@ class FakeWorker:
         if self.alive:
             self._how = how
             self.ended.set()
-            for inbox in self.inboxes.values():
-                inbox.put_nowait(Died(how))
+            for number, inbox in self.inboxes.items():
+                inbox.put_nowait(Died(id=number, how=how))
 
     async def stop(self) -> None:
         self.stopping = True

@@ -7,6 +7,7 @@ import time
 
 from llm_sidecar.errors import ModelUnavailable
 from llm_sidecar.models.base import State
+from llm_sidecar.models.local.limits import HostLimits
 
 
 class LoadState:
@@ -18,11 +19,20 @@ class LoadState:
         restarts: failures after which the model is loaded again.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, limits: HostLimits, *, preload: bool) -> None:
+        """An unloaded model.
+
+        Args:
+            name: `phi3` or `hermes`.
+            limits: how long a request waits for the model.
+            preload: requests should not have to wait for the first load.
+        """
         self.state: State = "unloaded"
         self.reason: str | None = None
         self.restarts = 0
         self._name = name
+        self._limits = limits
+        self._preload = preload
         self._began = 0.0
         self._died = -math.inf
         self._next_load = 0.0
@@ -53,29 +63,32 @@ class LoadState:
         if served:
             self._died = now
 
-    def wait_until(self, by: float, load_wait: float | None) -> float:
-        """How long a request waits: until `by`, or longer if a worker died during the wait."""
+    @property
+    def is_ready(self) -> bool:
+        """Whether a worker serves requests."""
+        return self.state == "ready"
+
+    def wait_until(self, by: float) -> float:
+        """When a request stops waiting: at `by`, or later if a worker died during the wait."""
+        load_wait = self._limits.load_wait
         return by if load_wait is None else max(by, self._died + load_wait)
 
-    def hopeless(self, until: float) -> bool:
-        """Whether the model will most likely not be ready by then.
+    def is_hopeless(self, by: float) -> bool:
+        """Whether the model will most likely not be ready before a request stops waiting.
 
         After a failed load the next one most likely fails too. But a worker that has served before
         it died is replaced soon.
         """
-        return self.state == "failed" and (self._load_failed or self._next_load > until)
+        if self.state != "failed":
+            return False
+        return self._load_failed or self._next_load > self.wait_until(by)
 
-    def not_ready(self, patience: float | None) -> str | None:
-        """Why a new request would most likely not be served in time; None if it would.
-
-        Args:
-            patience: seconds that a request waits for the first load; None if it should not have
-                to.
-        """
-        if self.state == "ready":
+    def not_ready(self) -> str | None:
+        """Why a new request would most likely not be served in time; None if it would."""
+        if self.is_ready:
             return None
-        first_load = self.state == "loading" and self.reason is None
-        if first_load and patience is not None and time.monotonic() < self._began + patience:
+        lazy_load = self.state == "loading" and self.reason is None and not self._preload
+        if lazy_load and time.monotonic() < self._began + self._limits.patience:
             return None
         return self.reason or f"The {self._name} model is loading."
 

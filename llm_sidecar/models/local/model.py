@@ -31,11 +31,12 @@ from llm_sidecar.models.base import (
 from llm_sidecar.models.files import ModelFiles
 from llm_sidecar.models.local.limits import HostLimits
 from llm_sidecar.models.local.loader import WorkerLoader
-from llm_sidecar.models.local.process import Died, Inbox, WorkerProcess
+from llm_sidecar.models.local.process import Inbox, WorkerProcess
 from llm_sidecar.models.local.protocol import (
     Answer,
     Begun,
     Check,
+    Died,
     Failed,
     Generate,
     Job,
@@ -43,6 +44,7 @@ from llm_sidecar.models.local.protocol import (
     Progress,
     ScoreChoices,
     Scores,
+    is_final,
 )
 from llm_sidecar.models.local.request_queue import RequestQueue
 from llm_sidecar.models.local.supervisor import Supervisor
@@ -209,7 +211,9 @@ class LocalModel(ChatModel):
         Raises:
             TimeoutError: the deadline passes first.
         """
-        ready_by = self._ready_by(deadline)
+        ready_by = time.monotonic() + deadline.remaining()
+        if self._limits.load_wait is not None:
+            ready_by = min(ready_by, time.monotonic() + self._limits.load_wait)
         self._supervisor.check_waiting(ready_by)
         if self._queue.busy:
             async with deadline.timeout():
@@ -221,15 +225,8 @@ class LocalModel(ChatModel):
                     worker = await self._supervisor.ready(ready_by)
                 async with contextlib.aclosing(self._serve(worker, call, job, deadline)) as answers:
                     async for answer in answers:
-                        answered = answer.final
+                        answered = is_final(answer)
                         yield answer
-
-    def _ready_by(self, deadline: Deadline) -> float:
-        """When a request stops waiting for the model, as `time.monotonic` gives it."""
-        seconds = deadline.remaining()
-        if self._limits.load_wait is not None:
-            seconds = min(seconds, self._limits.load_wait)
-        return time.monotonic() + seconds
 
     async def _check(self, request: GenerationRequest, ready_by: float) -> None:
         """Refuses a prompt that does not fit the context before it waits for its turn."""
@@ -242,26 +239,27 @@ class LocalModel(ChatModel):
     async def _serve(
         self, worker: WorkerProcess, call: ModelCall, job: Job, deadline: Deadline
     ) -> AsyncGenerator[Answer, None]:
-        """Has one worker do a job and yields its answers: none if it dies before it begins."""
+        """Sends a job to one worker and yields its answers: none if it dies before it begins."""
         assert worker.ready is not None
         self._queue.grow(worker.ready.capacity)
         call.served_by, call.adapter = worker.label, worker.adapter
         number, inbox = worker.send(job)
         worker.calls[number] = call
-        answer: Answer | Died | None = None
-        with self._queue.run():
-            try:
-                while answer is None or not answer.final:
-                    async with deadline.timeout():
-                        answer = await inbox.get()
-                    _note(call, answer)
-                    if isinstance(answer, Answer) and not isinstance(answer, Failed):
-                        yield answer
-            finally:
-                if not isinstance(answer, Died):
-                    del worker.calls[number]
-                if answer is None or not answer.final:
-                    self._cancel(worker, number, inbox)
+        answer: Answer | None = None
+        self._queue.running += 1
+        try:
+            while answer is None or not is_final(answer):
+                async with deadline.timeout():
+                    answer = await inbox.get()
+                _note(call, answer)
+                if not isinstance(answer, Failed | Died):
+                    yield answer
+        finally:
+            self._queue.running -= 1
+            if not isinstance(answer, Died):
+                del worker.calls[number]
+            if answer is None or not is_final(answer):
+                self._cancel(worker, number, inbox)
         if isinstance(answer, Failed) or (isinstance(answer, Died) and call.begun is not None):
             raise _error(answer, self._loader.name)
 
@@ -275,7 +273,7 @@ class LocalModel(ChatModel):
     async def _kill_if_hung(self, worker: WorkerProcess, inbox: Inbox) -> None:
         try:
             async with asyncio.timeout(_CANCEL_GRACE):
-                while not (await inbox.get()).final:
+                while not is_final(await inbox.get()):
                     pass
         except TimeoutError:
             log.error("%s does not end a cancelled request; killing it", self._loader.name)
@@ -283,8 +281,8 @@ class LocalModel(ChatModel):
 
     def _missed(self, call: ModelCall, deadline: Deadline) -> SidecarError:
         """The error of a call whose deadline has passed."""
-        if call.begun is None and not self._supervisor.loaded:
-            return self._supervisor.not_loaded()
+        if call.begun is None and not self._supervisor.load_state.is_ready:
+            return self._supervisor.load_state.error()
         return deadline.exceeded(call, self._queue.retry_after())
 
     def _report_death(self, worker: WorkerProcess) -> None:
@@ -293,7 +291,7 @@ class LocalModel(ChatModel):
         self._on_death(WorkerDeath(self._loader.name, worker.adapter, how, call))
 
 
-def _note(call: ModelCall, answer: Answer | Died) -> None:
+def _note(call: ModelCall, answer: Answer) -> None:
     """Records the times and counts of an answer."""
     if isinstance(answer, Begun):
         call.begun = answer.at

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -24,12 +23,14 @@ from llm_sidecar.models.local.protocol import (
     FROM_WORKER,
     Answer,
     Cancel,
+    Died,
     Job,
     Load,
     LoadFailed,
     Progress,
     Ready,
     encode,
+    is_final,
 )
 from llm_sidecar.telemetry.calls import ModelCall
 
@@ -42,19 +43,7 @@ _EXIT_GRACE: Final = 3.0
 """Seconds a worker has to end after its input was closed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Died:
-    """The last item of each inbox if the worker ends first.
-
-    Attributes:
-        how: its exit status or signal, in words.
-    """
-
-    how: str
-    final = True
-
-
-Inbox = asyncio.Queue[Answer | Died]
+Inbox = asyncio.Queue[Answer]
 """The answers to one job."""
 
 
@@ -225,8 +214,8 @@ class WorkerProcess:
         await asyncio.to_thread(self.process.wait)
         self._stdin.close()
         self.ended.set()
-        for inbox in self._inboxes.values():
-            inbox.put_nowait(Died(self.how_it_ended()))
+        for number, inbox in self._inboxes.items():
+            inbox.put_nowait(Died(id=number, how=self.how_it_ended()))
         self._inboxes.clear()
         self.idle.set()
         if not self._loaded.done():
@@ -242,10 +231,10 @@ class WorkerProcess:
             case Answer():
                 if isinstance(message, Progress):
                     self._on_tokens(message.new_tokens)
-                inboxes = self._inboxes
-                inbox = inboxes.pop(message.id) if message.final else inboxes[message.id]
-                inbox.put_nowait(message)
-                if not inboxes:
+                self._inboxes[message.id].put_nowait(message)
+                if is_final(message):
+                    del self._inboxes[message.id]
+                if not self._inboxes:
                     self.idle.set()
 
     def _fail_load(self, error: ModelUnavailable) -> None:

@@ -103,19 +103,9 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     id: int
     at: float = msgspec.field(default_factory=time.monotonic)
 
-    @property
-    def final(self) -> bool:
-        """Whether it is the last answer to its job."""
-        return True
-
 
 class Begun(Answer, frozen=True):
     """The worker begins with the job."""
-
-    @property
-    def final(self) -> bool:
-        """Never."""
-        return False
 
 
 class Progress(Answer, frozen=True, kw_only=True):
@@ -136,11 +126,6 @@ class Progress(Answer, frozen=True, kw_only=True):
     new_tokens: int
     finish_reason: FinishReason | None
 
-    @property
-    def final(self) -> bool:
-        """Whether the completion is finished."""
-        return self.finish_reason is not None
-
 
 class Scores(Answer, frozen=True, kw_only=True):
     """The probability of each choice."""
@@ -150,6 +135,16 @@ class Scores(Answer, frozen=True, kw_only=True):
 
 class Done(Answer, frozen=True):
     """The job has ended and has no result."""
+
+
+class Died(Answer, frozen=True, kw_only=True):
+    """The worker has ended with the job unanswered; `WorkerProcess` writes it, not the worker.
+
+    Attributes:
+        how: its exit status or signal, in words.
+    """
+
+    how: str
 
 
 class Failed(Answer, frozen=True, kw_only=True):
@@ -169,6 +164,13 @@ FROM_SERVER: Final = msgspec.json.Decoder(Generate | ScoreChoices | Check | Pref
 FROM_WORKER: Final = msgspec.json.Decoder(
     Ready | LoadFailed | Begun | Progress | Scores | Done | Failed
 )
+
+
+def is_final(answer: Answer) -> bool:
+    """Whether it is the last answer to its job."""
+    if isinstance(answer, Progress):
+        return answer.finish_reason is not None
+    return not isinstance(answer, Begun)
 
 
 def encode(message: msgspec.Struct) -> bytes:

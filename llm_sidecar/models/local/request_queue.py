@@ -69,15 +69,6 @@ class RequestQueue:
             self._turns.release()
         self._recent_seconds += 0.2 * (time.monotonic() - began - self._recent_seconds)
 
-    @contextlib.contextmanager
-    def run(self) -> Iterator[None]:
-        """Counts a request that the worker has while the context lasts."""
-        self.running += 1
-        try:
-            yield
-        finally:
-            self.running -= 1
-
     @property
     def busy(self) -> bool:
         """Whether a new request has to wait for its turn."""

@@ -34,6 +34,7 @@ class Supervisor:
     Attributes:
         adapter: the adapter in use; set it before `start` to begin with one.
         slot: the worker that serves.
+        load_state: whether the model is loaded.
     """
 
     def __init__(
@@ -54,11 +55,10 @@ class Supervisor:
         """
         self.adapter: Adapter | None = None
         self.slot = WorkerSlot()
+        self.load_state = LoadState(loader.name, limits, preload=preload)
         self._loader = loader
         self._limits = limits
-        self._patience = None if preload else limits.patience
         self._on_death = on_death
-        self._state = LoadState(loader.name)
         self._files = FileCheck(loader.locate)
         self._backoff = Backoff()
         self._supervision: asyncio.Task[None] | None = None
@@ -83,7 +83,7 @@ class Supervisor:
         if self._supervision is not None and not self._supervision.done():
             return
         self._loader.locate()
-        self._state.begin()
+        self.load_state.begin()
         self._supervision = start_detached(self._supervise(None))
 
     async def ready(self, by: float) -> WorkerProcess:
@@ -104,9 +104,10 @@ class Supervisor:
             worker = self.slot.worker
             if worker is None:
                 self.check_waiting(by)
-                worker = await self.slot.wait(self._wait_until(by) - time.monotonic())
+                until = self.load_state.wait_until(by)
+                worker = await self.slot.wait(until - time.monotonic())
             if worker is None:
-                raise self._state.error()
+                raise self.load_state.error()
             if worker.alive:
                 return worker
             # It has ended, and the supervision has not run since.
@@ -114,21 +115,12 @@ class Supervisor:
 
     def check_waiting(self, by: float) -> None:
         """Raises ModelUnavailable if it is useless to wait for the model until then."""
-        if self._draining and not self.loaded:
+        if self._draining and not self.load_state.is_ready:
             raise _shutting_down()
-        if self._state.state == "failed":
+        if self.load_state.state == "failed":
             self._loader.locate()
-        if self._state.hopeless(self._wait_until(by)):
-            raise self._state.error()
-
-    @property
-    def loaded(self) -> bool:
-        """Whether a worker serves requests."""
-        return self._state.state == "ready"
-
-    def not_loaded(self) -> ModelUnavailable:
-        """The error of a request that stops waiting for the model."""
-        return self._state.error()
+        if self.load_state.is_hopeless(by):
+            raise self.load_state.error()
 
     def drain(self) -> None:
         """Refuses requests that wait for the model to load, from now on."""
@@ -159,20 +151,21 @@ class Supervisor:
 
     def status(self) -> ModelStatus:
         """The state, without the counts of requests."""
-        missing = self._files.missing() if self._state.state == "unloaded" else None
-        unloaded = self._state.state == "unloaded"
+        load = self.load_state
+        unloaded = load.state == "unloaded"
+        missing = self._files.missing() if unloaded else None
         worker = self.slot.live_worker
         info = worker.ready if worker else None
         return ModelStatus(
-            state=self._state.state if missing is None else "failed",
-            reason=missing or self._state.reason,
-            not_ready=missing if unloaded else self._state.not_ready(self._patience),
+            state=load.state if missing is None else "failed",
+            reason=missing or load.reason,
+            not_ready=missing if unloaded else load.not_ready(),
             model=worker.label if worker else None,
             adapter=self.adapter,
             runtime=info.runtime if info else None,
             device=info.device if info else None,
             pid=worker.process.pid if worker else None,
-            restarts=self._state.restarts,
+            restarts=load.restarts,
             completion_tokens_total=self._loader.tokens,
         )
 
@@ -195,7 +188,7 @@ class Supervisor:
         if tasks:
             await asyncio.wait(tasks)
         self.slot.empty(_shutting_down())
-        self._state.state = "unloaded"
+        self.load_state.state = "unloaded"
 
     async def _replace_worker(self, adapter: Adapter | None) -> None:
         """Loads a new worker and lets it serve; the former one ends after its last request."""
@@ -254,7 +247,7 @@ class Supervisor:
         """Fails the requests that wait for a load, and waits for the backoff."""
         delay = self._backoff.delay(lived)
         log.error("%s; starting it again in %.1f s", reason, delay)
-        self._state.fail(reason, delay, served=served)
+        self.load_state.fail(reason, delay, served=served)
         self.slot.empty(
             ModelUnavailable(
                 f"The {self._loader.name} model could not be loaded: {reason}",
@@ -262,14 +255,11 @@ class Supervisor:
             )
         )
         await asyncio.sleep(delay)
-        self._state.retry()
+        self.load_state.retry()
 
     def _serve(self, worker: WorkerProcess) -> None:
-        self._state.ready()
+        self.load_state.ready()
         self.slot.fill(worker)
-
-    def _wait_until(self, by: float) -> float:
-        return self._state.wait_until(by, self._limits.load_wait)
 
 
 def _shutting_down() -> ModelUnavailable:
