@@ -1,4 +1,4 @@
-"""Which adapter was taken into use last: one small file that outlives the server."""
+"""Which adapter was in use last, in a small file, so that the next start uses it again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LONGEST: Final = 64
 
 
 class AdapterState:
-    """The name of Phi-3's adapter, in a file of its own."""
+    """The name of Phi-3's adapter, in a file."""
 
     def __init__(self, folder: Path, adapter_dir: Path) -> None:
         """Reads nothing yet.
@@ -30,7 +30,7 @@ class AdapterState:
         self._adapter_dir = adapter_dir
 
     def load(self) -> Adapter | None:
-        """The adapter's folder, or None where none was in use or it is no longer there."""
+        """The adapter; None if none was in use or its folder does not exist any more."""
         try:
             name = self._file.read_text(errors="replace")[:_LONGEST].strip()
         except FileNotFoundError:
@@ -40,7 +40,7 @@ class AdapterState:
             return None
         if not name:
             return None
-        # A name alone, whoever wrote the file: it leads to no other folder.
+        # Only a name counts, not a path: a changed file must not lead to another folder.
         folder = self._adapter_dir / name
         known = folder.name == name and adapters.adapter_date(folder) is not None
         if known and adapters.holds_adapter(folder):
@@ -52,7 +52,7 @@ class AdapterState:
         return None
 
     def save(self, adapter: Adapter | None) -> None:
-        """Remembers an adapter, or that there is none; the log says where that fails."""
+        """Saves the adapter's name, or that there is none; a failure is logged."""
         part = self._file.with_suffix(".part")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
