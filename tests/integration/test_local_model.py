@@ -110,6 +110,12 @@ def tokens(host: LocalModel) -> int:
     return host.status().completion_tokens_total
 
 
+def pid_of(host: LocalModel) -> int:
+    pid = host.status().pid
+    assert pid is not None
+    return pid
+
+
 async def test_nothing_runs_before_the_first_request(make_host: HostFactory) -> None:
     host = await make_host()
     assert host.status().state == "unloaded"
@@ -226,7 +232,7 @@ async def test_the_deadline_of_a_request_holds_for_its_calls_together(
 ) -> None:
     host = await make_host()
     await complete(host, SHORT)
-    os.kill(host.status().pid, signal.SIGSTOP)
+    os.kill(pid_of(host), signal.SIGSTOP)
     # Of its 100.3 s others have had 100.
     deadline = Deadline(time.monotonic() - 100.0, 100.3)
     score = host.score_choices(SHORT.messages, ("0", "1"), deadline)
@@ -238,7 +244,7 @@ async def test_the_deadline_of_a_request_holds_for_its_calls_together(
         assert error.spent.before >= 100.0
         assert error.spent.prompt == error.spent.writing == 0.0
     assert time.monotonic() - deadline.began < 110.0
-    os.kill(host.status().pid, signal.SIGCONT)
+    os.kill(pid_of(host), signal.SIGCONT)
     await complete(host, SHORT)
     assert host.status().restarts == 0
 
@@ -249,9 +255,9 @@ async def test_text_that_may_be_partial_comes_as_far_as_it_got(make_host: HostFa
     free, before = replace(ENDLESS, guidance=None), tokens(host)
     part = asyncio.create_task(complete(host, free, Deadline.after(2.0), allow_partial=True))
     await until(lambda: tokens(host) > before + 100)
-    os.kill(host.status().pid, signal.SIGSTOP)
+    os.kill(pid_of(host), signal.SIGSTOP)
     completion = await part
-    os.kill(host.status().pid, signal.SIGCONT)
+    os.kill(pid_of(host), signal.SIGCONT)
     assert completion.finish_reason == "deadline"
     assert completion.text
     assert 0 < completion.completion_tokens < free.max_tokens
@@ -286,7 +292,7 @@ async def test_a_killed_worker_fails_its_request_and_the_next_one_succeeds(
     host = await make_host()
     task = asyncio.create_task(complete(host, ENDLESS))
     await until(lambda: tokens(host) > 0)
-    os.kill(host.status().pid, signal.SIGKILL)
+    os.kill(pid_of(host), signal.SIGKILL)
     error = await failure(task)
     assert isinstance(error, ModelUnavailable)
     assert error.retry_after == 1
@@ -303,7 +309,7 @@ async def test_waiting_requests_survive_the_death_of_the_worker(make_host: HostF
     await until(lambda: tokens(host) > 0)
     waiting = [asyncio.create_task(complete(host, SHORT)) for _ in range(3)]
     await asyncio.sleep(0)
-    os.kill(host.status().pid, signal.SIGKILL)
+    os.kill(pid_of(host), signal.SIGKILL)
     assert isinstance(await failure(first), ModelUnavailable)
     assert len(await asyncio.gather(*waiting)) == 3
 
@@ -313,7 +319,7 @@ async def test_a_worker_that_died_while_idle_is_not_noticed_by_the_next_request(
 ) -> None:
     host = await make_host()
     await complete(host, SHORT)
-    os.kill(host.status().pid, signal.SIGKILL)
+    os.kill(pid_of(host), signal.SIGKILL)
     await complete(host, SHORT)
 
 
@@ -366,7 +372,7 @@ async def test_closing_lets_running_requests_end_and_refuses_new_ones(
     host = await make_host()
     running = [asyncio.create_task(complete(host, SHORT)) for _ in range(3)]
     await until(lambda: tokens(host) > 0)
-    pid = host.status().pid
+    pid = pid_of(host)
     closing = asyncio.create_task(host.close(grace=30.0))
     await asyncio.sleep(0)
     assert isinstance(await failure(complete(host, SHORT)), ModelUnavailable)
@@ -379,7 +385,7 @@ async def test_closing_ends_a_request_that_outlasts_its_grace(make_host: HostFac
     host = await make_host()
     running = asyncio.create_task(complete(host, ENDLESS))
     await until(lambda: tokens(host) > 0)
-    pid = host.status().pid
+    pid = pid_of(host)
     await host.close(grace=0.05)
     assert isinstance(await failure(running), ModelUnavailable)
     assert not is_running(pid)
@@ -414,7 +420,7 @@ async def test_a_worker_that_dies_fails_all_that_it_generated_together(
     await until(lambda: host.status().running == 3)
     before = tokens(host)
     await until(lambda: tokens(host) > before + 200)
-    os.kill(host.status().pid, signal.SIGKILL)
+    os.kill(pid_of(host), signal.SIGKILL)
     errors = [await failure(task) for task in running]
     assert all(isinstance(error, ModelUnavailable) for error in errors)
     assert (await complete(host, short)).completion_tokens == 5
@@ -426,14 +432,14 @@ async def test_an_adapter_that_does_not_load_is_refused_and_all_goes_on(
 ) -> None:
     host = await make_host()
     await complete(host, SHORT)
-    pid = host.status().pid
+    pid = pid_of(host)
     adapter = tmp_path / "20260101"
     adapter.mkdir()
     error = await failure(host.use_adapter(Adapter(adapter)))
     assert isinstance(error, AdapterRejected)
     assert "20260101" in error.detail
     assert host.status().adapter is None
-    assert host.status().pid == pid
+    assert pid_of(host) == pid
     await complete(host, SHORT)
 
 
@@ -444,7 +450,7 @@ async def test_swapping_adapters_under_load_loses_no_request(
     host = await make_host()
     first_answer = await complete(host, SHORT)
     alone: dict[str | None, str] = {None: first_answer.text}
-    pids = {host.status().pid}
+    pids = {pid_of(host)}
     generated = first_answer.completion_tokens
     for adapter in (first, second, first, None):
         running = [asyncio.create_task(complete(host, SHORT)) for _ in range(8)]
@@ -457,13 +463,13 @@ async def test_swapping_adapters_under_load_loses_no_request(
         assert alone.setdefault(name, after.text) == after.text
         assert all(answer.text == alone[answer.adapter] for answer in answers)
         generated += sum(answer.completion_tokens for answer in (*answers, after))
-        pids.add(host.status().pid)
+        pids.add(pid_of(host))
     assert len(set(alone.values())) == 3
     assert len(pids) == 5
     assert host.status().restarts == 0
     # The count goes on from one worker to the next.
     assert tokens(host) == generated
-    await until(lambda: workers() == {host.status().pid})
+    await until(lambda: workers() == {pid_of(host)})
 
 
 async def test_a_swap_waits_for_no_request_and_lets_those_end_that_run(
@@ -474,10 +480,10 @@ async def test_a_swap_waits_for_no_request_and_lets_those_end_that_run(
     long = replace(ENDLESS, guidance=ITEMS % 4900, max_tokens=5000)
     running = asyncio.create_task(complete(host, long))
     await until(lambda: tokens(host) > 0)
-    former = host.status().pid
+    former = pid_of(host)
     await host.use_adapter(onnx_adapters[0])
     assert not running.done()
-    assert workers() == {former, host.status().pid}
+    assert workers() == {former, pid_of(host)}
     answer = await running
     assert answer.adapter is None
     assert answer.completion_tokens == 5000
@@ -491,7 +497,7 @@ async def test_on_torch_new_requests_go_to_the_new_worker_while_old_ones_run(
     adapter = write_adapter(random_phi3_torch, tmp_path / "20260101")
     host = await make_host(random_phi3_torch)
     former_answer = await complete(host, SHORT)
-    former = host.status().pid
+    former = pid_of(host)
     running = asyncio.create_task(complete(host, ENDLESS))
     await until(lambda: host.status().running == 1)
     await host.use_adapter(Adapter(adapter))
@@ -526,7 +532,7 @@ async def test_a_swap_goes_on_where_the_worker_that_serves_dies_meanwhile(
 ) -> None:
     host = await make_host()
     await host.use_adapter(onnx_adapters[0])
-    pid = host.status().pid
+    pid = pid_of(host)
     swapping = asyncio.create_task(host.use_adapter(onnx_adapters[1]))
     await until(lambda: len(workers()) == 2)
     os.kill(pid, signal.SIGKILL)
@@ -534,7 +540,7 @@ async def test_a_swap_goes_on_where_the_worker_that_serves_dies_meanwhile(
     await swapping
     assert (await complete(host, SHORT)).adapter == "20260102"
     assert host.status().restarts == 1
-    await until(lambda: workers() == {host.status().pid})
+    await until(lambda: workers() == {pid_of(host)})
 
 
 async def test_a_replaced_worker_that_dies_fails_its_request_and_counts_as_no_restart(
@@ -545,7 +551,7 @@ async def test_a_replaced_worker_that_dies_fails_its_request_and_counts_as_no_re
     await host.use_adapter(onnx_adapters[0])
     running = asyncio.create_task(complete(host, ENDLESS))
     await until(lambda: tokens(host) > 0)
-    former = host.status().pid
+    former = pid_of(host)
     await host.use_adapter(onnx_adapters[1])
     os.kill(former, signal.SIGKILL)
     assert isinstance(await failure(running), ModelUnavailable)
@@ -566,11 +572,11 @@ async def test_a_replaced_worker_that_hangs_is_ended(
     await until_loaded(host)
     running = asyncio.create_task(complete(host, ENDLESS))
     await until(lambda: tokens(host) > 0)
-    former = host.status().pid
+    former = pid_of(host)
     os.kill(former, signal.SIGSTOP)
     await host.use_adapter(onnx_adapters[0])
     assert isinstance(await failure(running), DeadlineExceeded | ModelUnavailable)
-    await until(lambda: workers() == {host.status().pid})
+    await until(lambda: workers() == {pid_of(host)})
     assert (await complete(host, SHORT)).adapter == "20260101"
 
 
@@ -580,9 +586,9 @@ async def test_a_worker_that_dies_is_replaced_with_the_adapter_in_use(
     host = await make_host()
     # Nothing is loaded before the swap, so only the adapter is.
     await host.use_adapter(onnx_adapters[0])
-    assert workers() == {host.status().pid}
+    assert workers() == {pid_of(host)}
     assert host.status().restarts == 0
-    os.kill(host.status().pid, signal.SIGKILL)
+    os.kill(pid_of(host), signal.SIGKILL)
     assert (await complete(host, SHORT)).adapter == "20260101"
     assert host.status().restarts == 1
 
@@ -598,7 +604,7 @@ async def test_a_swap_serves_those_who_wait_for_a_first_load(
     await host.use_adapter(onnx_adapters[0])
     assert (await waiting).adapter == "20260101"
     assert host.status().restarts == 0
-    await until(lambda: workers() == {host.status().pid})
+    await until(lambda: workers() == {pid_of(host)})
 
 
 async def test_swaps_at_once_are_made_in_order_with_two_workers_at_most(
@@ -679,7 +685,7 @@ async def test_an_adapter_that_hangs_or_crashes_its_worker_fails_no_request(
     deaths: list[WorkerDeath] = []
     host = await make_host(on_death=deaths.append, load_timeout=60.0)
     await complete(host, SHORT)
-    pid = host.status().pid
+    pid = pid_of(host)
     play_worker(monkeypatch, script)
     monkeypatch.setattr(host._loader, "timeout", 2.0)
     swapping = asyncio.create_task(host.use_adapter(onnx_adapters[0]))
@@ -693,7 +699,7 @@ async def test_an_adapter_that_hangs_or_crashes_its_worker_fails_no_request(
     assert error.detail == f"The adapter 20260101 is refused: {why}"
     assert longest < 1.0
     assert workers() == {pid}
-    assert (host.status().pid, host.status().restarts, deaths) == (pid, 0, [])
+    assert (pid_of(host), host.status().restarts, deaths) == (pid, 0, [])
 
 
 async def test_closing_gives_up_a_swap_that_loads(
@@ -709,7 +715,7 @@ async def test_closing_gives_up_a_swap_that_loads(
     for swap in swaps:
         with pytest.raises(ModelUnavailable, match="shutting down"):
             await swap
-    await until(lambda: workers() == {host.status().pid})
+    await until(lambda: workers() == {pid_of(host)})
     # The request that runs still has its time.
     assert not closing.done()
     running.cancel()
@@ -728,7 +734,7 @@ async def test_an_adapter_that_does_not_fit_is_refused_and_the_old_one_goes_on(
     (bad / ADAPTER_FILE).write_bytes(content[:-100])
     host = await make_host(random_phi3_onnx)
     await host.use_adapter(Adapter(good))
-    expected, pid = await complete(host, SHORT), host.status().pid
+    expected, pid = await complete(host, SHORT), pid_of(host)
     error = await failure(host.use_adapter(Adapter(bad)))
     assert isinstance(error, AdapterRejected)
     assert error.detail == (
@@ -736,7 +742,7 @@ async def test_an_adapter_that_does_not_fit_is_refused_and_the_old_one_goes_on(
     )
     assert host.status().adapter == Adapter(good)
     assert await complete(host, SHORT) == replace(expected, cached_tokens=ANY)
-    assert host.status().pid == pid
+    assert pid_of(host) == pid
 
 
 async def test_a_request_that_has_queued_longer_than_a_load_may_take_gets_the_next_worker(
@@ -747,11 +753,11 @@ async def test_a_request_that_has_queued_longer_than_a_load_may_take_gets_the_ne
     running = asyncio.create_task(complete(host, ENDLESS))
     await until(lambda: tokens(host) > 0)
     # However fast the machine is, it does not end by itself.
-    os.kill(host.status().pid, signal.SIGSTOP)
+    os.kill(pid_of(host), signal.SIGSTOP)
     waiting = asyncio.create_task(complete(host, SHORT))
     began = time.monotonic()
     await until(lambda: time.monotonic() > began + 2.1)
-    os.kill(host.status().pid, signal.SIGKILL)
+    os.kill(pid_of(host), signal.SIGKILL)
     assert isinstance(await failure(running), ModelUnavailable)
     proposals.parse((await waiting).text)
 
@@ -777,7 +783,7 @@ async def test_a_swap_that_is_cancelled_leaves_no_process(
 ) -> None:
     host = await make_host()
     await complete(host, SHORT)
-    pid = host.status().pid
+    pid = pid_of(host)
     play_worker(monkeypatch, HANGS)
     swapping = asyncio.create_task(host.use_adapter(onnx_adapters[0]))
     # Before its process is there, and when it loads.

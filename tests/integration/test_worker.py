@@ -58,7 +58,8 @@ class Process:
     def read(self) -> Ready | LoadFailed | Answer:
         """The next message."""
         assert self._process.stdout is not None
-        message = FROM_WORKER.decode(self._process.stdout.readline())
+        line = self._process.stdout.readline()
+        message: Ready | LoadFailed | Answer = FROM_WORKER.decode(line)
         if isinstance(message, Answer):
             self.answers.append(message)
         return message

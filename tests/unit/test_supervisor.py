@@ -11,13 +11,13 @@ import logging
 import random
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest
-from llm_sidecar.errors import AdapterRejected, ModelUnavailable, QueueFull
+from llm_sidecar.errors import AdapterRejected, DeadlineExceeded, ModelUnavailable, QueueFull
 from llm_sidecar.logs import log_context
 from llm_sidecar.models.base import Adapter, ModelStatus
 from llm_sidecar.models.files import ModelFiles
@@ -101,18 +101,7 @@ class FakeWorker:
         inbox = self.inboxes.pop(number)
         self._on_tokens(2)
         inbox.put_nowait(Begun(id=number, at=0.0))
-        inbox.put_nowait(
-            Progress(
-                id=number,
-                at=0.0,
-                text=f"from {self.process.pid}",
-                prompt_tokens=3,
-                completion_tokens=2,
-                cached_tokens=0,
-                new_tokens=2,
-                finish_reason="stop",
-            )
-        )
+        inbox.put_nowait(progress(number, f"from {self.process.pid}", 2, "stop"))
 
     def cancel(self, number: int) -> None:
         """Ends a job."""
@@ -133,6 +122,22 @@ class FakeWorker:
 
     def how_it_ended(self) -> str:
         return self._how
+
+
+def progress(
+    number: int, text: str, tokens: int, finish_reason: Literal["stop"] | None = None
+) -> Progress:
+    """All text of a completion so far, in one message."""
+    return Progress(
+        id=number,
+        at=0.0,
+        text=text,
+        prompt_tokens=3,
+        completion_tokens=tokens,
+        cached_tokens=0,
+        new_tokens=tokens,
+        finish_reason=finish_reason,
+    )
 
 
 class House:
@@ -435,7 +440,7 @@ async def test_a_lazy_model_is_ready_while_it_can_be_loaded_in_time(made: Made) 
 async def test_a_load_that_takes_longer_than_requests_wait_is_not_ready(
     limits: dict[str, float],
 ) -> None:
-    made = Made(**limits)
+    made = Made(**limits)  # type: ignore[arg-type]
     house.loading.clear()
     with pytest.raises(ModelUnavailable, match="still loading"):
         await complete(made.model, ASKED)
@@ -604,6 +609,52 @@ async def test_a_request_that_has_not_begun_goes_to_the_next_worker(made: Made) 
     house.answers = True
     house.workers[0].die("signal SIGKILL")
     assert (await asking).text == "from 2"
+
+
+# Streams
+
+
+async def test_a_stream_that_is_closed_cancels_its_job(made: Made) -> None:
+    house.answers = False
+    stream = made.model.stream(ASKED)
+    asking = asyncio.create_task(anext(stream))
+    await until(lambda: house.workers and house.workers[0].sent)
+    (worker,) = house.workers
+    worker.inboxes[1].put_nowait(progress(1, "one", 1))
+    delta = await asking
+    assert (delta.text, delta.finish_reason, delta.completion_tokens) == ("one", None, 1)
+    assert (made.model.status().requests, made.model.status().running) == (1, 1)
+    await stream.aclose()
+    assert worker.inboxes == {}
+    assert (made.model.status().requests, made.model.status().running) == (0, 0)
+
+
+async def test_a_deadline_cancels_no_consumer_that_is_slow(made: Made) -> None:
+    house.answers = False
+    deadline = Deadline.after(0.05)
+    stream = made.model.stream(ASKED, deadline)
+    asking = asyncio.create_task(anext(stream))
+    await until(lambda: house.workers and house.workers[0].sent)
+    house.workers[0].inboxes[1].put_nowait(progress(1, "one", 1))
+    await asking
+    # The consumer is busy with this text until the deadline has passed.
+    await until(lambda: deadline.remaining() < 0)
+    with pytest.raises(DeadlineExceeded):
+        await anext(stream)
+
+
+async def test_a_partial_stream_ends_with_its_deadline_as_the_reason(made: Made) -> None:
+    house.answers = False
+    stream = made.model.stream(ASKED, Deadline.after(0.05), allow_partial=True)
+    asking = asyncio.create_task(anext(stream))
+    await until(lambda: house.workers and house.workers[0].sent)
+    house.workers[0].inboxes[1].put_nowait(progress(1, "one", 1))
+    deltas = [await asking, *[delta async for delta in stream]]
+    assert [(delta.text, delta.finish_reason) for delta in deltas] == [
+        ("one", None),
+        ("", "deadline"),
+    ]
+    assert [delta.completion_tokens for delta in deltas] == [1, 1]
 
 
 # Closing

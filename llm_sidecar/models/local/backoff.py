@@ -27,4 +27,5 @@ class Backoff:
         self._failures = 0 if lived > _HEALTHY else self._failures + 1
         if not self._failures:
             return 0.0
-        return min(_MAX, _FIRST * 2 ** (self._failures - 1)) * random.uniform(0.8, 1.2)
+        delay: float = min(_MAX, _FIRST * 2 ** (self._failures - 1))
+        return delay * random.uniform(0.8, 1.2)

@@ -1,4 +1,4 @@
-"""Loads an engine and makes it generate once, so that the first request is not slower than others."""
+"""Loads an engine and generates once, so that the first request is as fast as all others."""
 
 from __future__ import annotations
 
