@@ -119,5 +119,5 @@ def load_engine(
 
 
 if __name__ == "__main__":
-    warm_up.load_engine = load_engine  # type: ignore[assignment]
+    warm_up.load_engine = load_engine  # type: ignore[assignment, attr-defined]
     worker.main()
