@@ -10,15 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Final
 
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines.base import ANSWER_TOKENS
-from llm_sidecar.errors import InvalidRequest, ModelUnavailable, SidecarError
-from llm_sidecar.logs import start_owned
+from llm_sidecar.errors import ModelUnavailable, SidecarError
 from llm_sidecar.models.base import (
     Adapter,
     ChatModel,
@@ -29,23 +26,11 @@ from llm_sidecar.models.base import (
     ModelStatus,
 )
 from llm_sidecar.models.files import ModelFiles
+from llm_sidecar.models.local.job_runner import JobRunner
 from llm_sidecar.models.local.limits import HostLimits
 from llm_sidecar.models.local.loader import WorkerLoader
-from llm_sidecar.models.local.process import Inbox, WorkerProcess
-from llm_sidecar.models.local.protocol import (
-    Answer,
-    Begun,
-    Check,
-    Died,
-    Failed,
-    Generate,
-    Job,
-    Prefill,
-    Progress,
-    ScoreChoices,
-    Scores,
-    is_final,
-)
+from llm_sidecar.models.local.process import WorkerProcess
+from llm_sidecar.models.local.protocol import Generate, Prefill, Progress, ScoreChoices, Scores
 from llm_sidecar.models.local.request_queue import RequestQueue
 from llm_sidecar.models.local.supervisor import Supervisor
 from llm_sidecar.telemetry.calls import (
@@ -60,9 +45,6 @@ from llm_sidecar.telemetry.calls import (
 __all__ = ["HostLimits", "LocalModel"]
 
 log = logging.getLogger(__name__)
-
-_CANCEL_GRACE: Final = 30.0
-"""Seconds a worker has to end a cancelled job; then it counts as hung and is killed."""
 
 
 class LocalModel(ChatModel):
@@ -102,7 +84,7 @@ class LocalModel(ChatModel):
             self._loader, self._limits, preload=preload, on_death=self._report_death
         )
         self._queue = RequestQueue(name, self._limits.queue_length)
-        self._watchdogs: set[asyncio.Task[None]] = set()
+        self._jobs = JobRunner(self._supervisor, self._queue, self._limits.load_wait)
 
     async def stream(
         self,
@@ -114,7 +96,7 @@ class LocalModel(ChatModel):
         """Generates; see `ChatModel.stream`."""
         deadline = deadline or Deadline.after(self._limits.request_timeout)
         with self._call("generate") as call:
-            answers = self._answers(call, Generate(request=request), deadline)
+            answers = self._jobs.run(call, Generate(request=request), deadline)
             try:
                 async with contextlib.aclosing(answers):
                     async for answer in answers:
@@ -137,7 +119,7 @@ class LocalModel(ChatModel):
         job = ScoreChoices(request=GenerationRequest(messages, ANSWER_TOKENS), choices=choices)
         with self._call("score_choices") as call:
             try:
-                async with contextlib.aclosing(self._answers(call, job, deadline)) as answers:
+                async with contextlib.aclosing(self._jobs.run(call, job, deadline)) as answers:
                     async for answer in answers:
                         if isinstance(answer, Scores):
                             probabilities = answer.probabilities
@@ -189,8 +171,7 @@ class LocalModel(ChatModel):
             async with asyncio.timeout(grace):
                 await self._queue.idle.wait()
         await self._supervisor.close()
-        for task in (*self._watchdogs,):
-            task.cancel()
+        self._jobs.close()
 
     @contextlib.contextmanager
     def _call(self, operation: Operation) -> Iterator[ModelCall]:
@@ -200,84 +181,6 @@ class LocalModel(ChatModel):
             with self._queue.admit():
                 self._supervisor.start()
                 yield call
-
-    async def _answers(
-        self, call: ModelCall, job: Job, deadline: Deadline
-    ) -> AsyncGenerator[Answer, None]:
-        """Waits for a turn and the model, and yields what the worker answers.
-
-        A job whose worker dies before it begins goes to the next worker.
-
-        Raises:
-            TimeoutError: the deadline passes first.
-        """
-        ready_by = time.monotonic() + deadline.remaining()
-        if self._limits.load_wait is not None:
-            ready_by = min(ready_by, time.monotonic() + self._limits.load_wait)
-        self._supervisor.check_waiting(ready_by)
-        if self._queue.busy:
-            async with deadline.timeout():
-                await self._check(job.request, ready_by)
-        async with self._queue.turn(deadline):
-            answered = False
-            while not answered:
-                async with deadline.timeout():
-                    worker = await self._supervisor.ready(ready_by)
-                async with contextlib.aclosing(self._serve(worker, call, job, deadline)) as answers:
-                    async for answer in answers:
-                        answered = is_final(answer)
-                        yield answer
-
-    async def _check(self, request: GenerationRequest, ready_by: float) -> None:
-        """Refuses a prompt that does not fit the context before it waits for its turn."""
-        worker = await self._supervisor.ready(ready_by)
-        _, inbox = worker.send(Check(request=request))
-        answer = await inbox.get()
-        if isinstance(answer, Failed) and answer.invalid:
-            raise InvalidRequest(answer.detail)
-
-    async def _serve(
-        self, worker: WorkerProcess, call: ModelCall, job: Job, deadline: Deadline
-    ) -> AsyncGenerator[Answer, None]:
-        """Sends a job to one worker and yields its answers: none if it dies before it begins."""
-        assert worker.ready is not None
-        self._queue.grow(worker.ready.capacity)
-        call.served_by, call.adapter = worker.label, worker.adapter
-        number, inbox = worker.send(job)
-        worker.calls[number] = call
-        answer: Answer | None = None
-        self._queue.running += 1
-        try:
-            while answer is None or not is_final(answer):
-                async with deadline.timeout():
-                    answer = await inbox.get()
-                _note(call, answer)
-                if not isinstance(answer, Failed | Died):
-                    yield answer
-        finally:
-            self._queue.running -= 1
-            if not isinstance(answer, Died):
-                del worker.calls[number]
-            if answer is None or not is_final(answer):
-                self._cancel(worker, number, inbox)
-        if isinstance(answer, Failed) or (isinstance(answer, Died) and call.begun is not None):
-            raise _error(answer, self._loader.name)
-
-    def _cancel(self, worker: WorkerProcess, number: int, inbox: Inbox) -> None:
-        """Cancels a job, and kills the worker if it does not end the job soon."""
-        worker.cancel(number)
-        task = start_owned(self._kill_if_hung(worker, inbox))
-        self._watchdogs.add(task)
-        task.add_done_callback(self._watchdogs.discard)
-
-    async def _kill_if_hung(self, worker: WorkerProcess, inbox: Inbox) -> None:
-        try:
-            async with asyncio.timeout(_CANCEL_GRACE):
-                while not is_final(await inbox.get()):
-                    pass
-        except TimeoutError:
-            log.error("%s does not end a cancelled request; killing it", self._loader.name)
-            worker.process.kill()
 
     def _missed(self, call: ModelCall, deadline: Deadline) -> SidecarError:
         """The error of a call whose deadline has passed."""
@@ -291,20 +194,6 @@ class LocalModel(ChatModel):
         self._on_death(WorkerDeath(self._loader.name, worker.adapter, how, call))
 
 
-def _note(call: ModelCall, answer: Answer) -> None:
-    """Records the times and counts of an answer."""
-    if isinstance(answer, Begun):
-        call.begun = answer.at
-    elif isinstance(answer, Progress):
-        call.progressed(
-            answer.at,
-            prompt_tokens=answer.prompt_tokens,
-            completion_tokens=answer.completion_tokens,
-            cached_tokens=answer.cached_tokens,
-            finish_reason=answer.finish_reason,
-        )
-
-
 def _delta(call: ModelCall, text: str) -> Delta:
     """New text of a call, with the counts so far."""
     assert call.served_by is not None
@@ -316,16 +205,4 @@ def _delta(call: ModelCall, text: str) -> Delta:
         call.completion_tokens,
         call.cached_tokens,
         call.finish_reason,
-    )
-
-
-def _error(answer: Failed | Died, name: str) -> SidecarError:
-    if isinstance(answer, Died):
-        return ModelUnavailable(
-            f"The {name} worker ended while it answered ({answer.how}); try again.", retry_after=1
-        )
-    if answer.invalid:
-        return InvalidRequest(answer.detail)
-    return ModelUnavailable(
-        f"The {name} model failed on this request ({answer.detail}); see the log.", retry_after=1
     )
