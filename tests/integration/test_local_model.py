@@ -46,7 +46,7 @@ PREFIX = proposals.prefix([], 0.0)
 ITEMS = '{"type":"array","minItems":%d,"items":{"type":"integer"}}'
 ENDLESS = GenerationRequest(hermes_plugin.chat_messages("count"), 7000, ITEMS % 6900)
 
-# Scripts that stand for a worker, and are counted as one.
+# Scripts that run instead of a worker; `workers` counts them by the comment.
 HANGS = "import time; time.sleep(600)  # llm_sidecar.models.local.worker"
 CRASHES = "import os; input(); os.abort()  # llm_sidecar.models.local.worker"
 
@@ -132,7 +132,7 @@ async def test_a_completion_comes_with_its_counts(make_host: HostFactory) -> Non
     assert 0 < completion.completion_tokens <= proposals.MAX_COMPLETION_TOKENS
 
 
-async def test_a_prompt_is_read_from_where_it_parts_from_an_earlier_one(
+async def test_a_prompt_reuses_the_prefill_of_an_earlier_one(
     make_host: HostFactory,
 ) -> None:
     host = await make_host()
@@ -151,7 +151,7 @@ def after(prefix: GenerationRequest) -> GenerationRequest:
     return replace(prefix, messages=[*prefix.messages, {"role": "user", "content": "Long ABC"}])
 
 
-async def test_a_worker_has_read_the_prefix_before_its_first_request(
+async def test_a_worker_has_prefilled_the_prefix_before_its_first_request(
     make_host: HostFactory,
 ) -> None:
     prefix = prefix_of(200 * "word ")
@@ -161,7 +161,7 @@ async def test_a_worker_has_read_the_prefix_before_its_first_request(
     assert completion.prompt_tokens - completion.cached_tokens < 50
 
 
-async def test_a_new_prefix_is_prepared_beside_the_old_one(make_host: HostFactory) -> None:
+async def test_a_new_prefix_is_prefilled_and_the_old_one_stays(make_host: HostFactory) -> None:
     old, new = prefix_of(200 * "old "), prefix_of(200 * "new ")
     host = await make_host(prefix=old)
     await complete(host, after(old))
@@ -171,7 +171,7 @@ async def test_a_new_prefix_is_prepared_beside_the_old_one(make_host: HostFactor
         assert completion.prompt_tokens - completion.cached_tokens < 50
 
 
-async def test_requests_go_before_a_prefix_that_is_prepared(make_host: HostFactory) -> None:
+async def test_requests_run_before_a_prefix_is_prefilled(make_host: HostFactory) -> None:
     prefixes = [prefix_of("short"), prefix_of(3000 * "x "), prefix_of(2500 * "y ")]
     host = await make_host(prefix=prefixes[0])
     await complete(host, SHORT)
@@ -187,7 +187,7 @@ async def test_requests_go_before_a_prefix_that_is_prepared(make_host: HostFacto
     assert completion.prompt_tokens - completion.cached_tokens < 50
 
 
-async def test_probabilities_come_from_the_worker(make_host: HostFactory) -> None:
+async def test_the_worker_scores_choices(make_host: HostFactory) -> None:
     messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, {"ticker": "ABC"})
     host = await make_host(prefix=None)
     found = await host.score_choices(messages, hermes_plugin.SCORE_ANSWERS)
@@ -205,7 +205,9 @@ async def test_requests_are_served_first_come_first_served(make_host: HostFactor
     assert order == list(range(8))
 
 
-async def test_a_full_queue_refuses_at_once_and_says_when_to_retry(make_host: HostFactory) -> None:
+async def test_a_full_queue_refuses_at_once_and_names_the_time_to_retry(
+    make_host: HostFactory,
+) -> None:
     host = await make_host(queue_length=2)
     running = [asyncio.create_task(complete(host, ENDLESS)) for _ in range(2)]
     await until(lambda: tokens(host) > 0)
@@ -227,13 +229,13 @@ async def test_a_deadline_ends_the_generation(make_host: HostFactory) -> None:
     await stops(host)
 
 
-async def test_the_deadline_of_a_request_holds_for_its_calls_together(
+async def test_all_calls_of_a_request_share_its_deadline(
     make_host: HostFactory,
 ) -> None:
     host = await make_host()
     await complete(host, SHORT)
     os.kill(pid_of(host), signal.SIGSTOP)
-    # Of its 100.3 s others have had 100.
+    # Earlier calls have used 100 of its 100.3 s.
     deadline = Deadline(time.monotonic() - 100.0, 100.3)
     score = host.score_choices(SHORT.messages, ("0", "1"), deadline)
     for work in (complete(host, SHORT, deadline), score):
@@ -249,7 +251,7 @@ async def test_the_deadline_of_a_request_holds_for_its_calls_together(
     assert host.status().restarts == 0
 
 
-async def test_text_that_may_be_partial_comes_as_far_as_it_got(make_host: HostFactory) -> None:
+async def test_partial_text_is_returned_at_the_deadline(make_host: HostFactory) -> None:
     host = await make_host()
     await complete(host, SHORT)
     free, before = replace(ENDLESS, guidance=None), tokens(host)
@@ -323,7 +325,7 @@ async def test_a_worker_that_died_while_idle_is_not_noticed_by_the_next_request(
     await complete(host, SHORT)
 
 
-async def test_a_request_that_cannot_fit_is_invalid_and_the_worker_goes_on(
+async def test_a_request_that_does_not_fit_is_invalid_and_the_worker_continues(
     make_host: HostFactory,
 ) -> None:
     host = await make_host()
@@ -343,7 +345,9 @@ async def test_a_loading_model_is_waited_for_only_so_long(make_host: HostFactory
     await complete(host, SHORT)
 
 
-async def test_a_model_that_does_not_load_says_why(make_host: HostFactory, tmp_path: Path) -> None:
+async def test_a_model_that_does_not_load_reports_the_reason(
+    make_host: HostFactory, tmp_path: Path
+) -> None:
     (tmp_path / "genai_config.json").write_text("{")
     host = await make_host(tmp_path)
     error = await failure(complete(host, SHORT))
@@ -391,7 +395,7 @@ async def test_closing_ends_a_request_that_outlasts_its_grace(make_host: HostFac
     assert not is_running(pid)
 
 
-async def test_torch_generates_requests_together_and_one_that_is_given_up_ends_alone(
+async def test_torch_generates_a_batch_and_a_cancelled_request_ends_alone(
     make_host: HostFactory, random_phi3_torch: Path
 ) -> None:
     host = await make_host(random_phi3_torch)
@@ -409,10 +413,10 @@ async def test_torch_generates_requests_together_and_one_that_is_given_up_ends_a
     assert host.status().restarts == 0
 
 
-async def test_a_worker_that_dies_fails_all_that_it_generated_together(
+async def test_a_worker_that_dies_fails_its_whole_batch(
     make_host: HostFactory, random_hermes_onnx: Path
 ) -> None:
-    # onnxruntime itself runs a Llama that is not guided, and generates together.
+    # Plain onnxruntime runs a Llama without guidance, in batches.
     host = await make_host(random_hermes_onnx, prefix=None)
     endless, short = replace(ENDLESS, guidance=None), GenerationRequest(ENDLESS.messages, 5)
     await complete(host, short)
@@ -427,7 +431,7 @@ async def test_a_worker_that_dies_fails_all_that_it_generated_together(
     assert host.status().restarts == 1
 
 
-async def test_an_adapter_that_does_not_load_is_refused_and_all_goes_on(
+async def test_an_adapter_that_does_not_load_is_refused_and_requests_continue(
     make_host: HostFactory, tmp_path: Path
 ) -> None:
     host = await make_host()
@@ -472,7 +476,7 @@ async def test_swapping_adapters_under_load_loses_no_request(
     await until(lambda: workers() == {pid_of(host)})
 
 
-async def test_a_swap_waits_for_no_request_and_lets_those_end_that_run(
+async def test_a_swap_waits_for_no_request_and_running_ones_finish(
     make_host: HostFactory, onnx_adapters: list[Adapter]
 ) -> None:
     host = await make_host()
@@ -510,7 +514,7 @@ async def test_on_torch_new_requests_go_to_the_new_worker_while_old_ones_run(
     await until(lambda: not is_running(former))
 
 
-async def test_another_adapter_can_be_taken_where_the_model_does_not_load_with_the_one_in_use(
+async def test_an_adapter_can_replace_one_with_which_the_model_does_not_load(
     make_host: HostFactory, random_phi3_torch: Path, random_phi3_onnx: Path, tmp_path: Path
 ) -> None:
     good, bad = tmp_path / "20260101", tmp_path / "20260102"
@@ -527,7 +531,7 @@ async def test_another_adapter_can_be_taken_where_the_model_does_not_load_with_t
     assert (await complete(host, SHORT)).adapter == good.name
 
 
-async def test_a_swap_goes_on_where_the_worker_that_serves_dies_meanwhile(
+async def test_a_swap_continues_if_the_serving_worker_dies(
     make_host: HostFactory, onnx_adapters: list[Adapter]
 ) -> None:
     host = await make_host()
@@ -593,11 +597,11 @@ async def test_a_worker_that_dies_is_replaced_with_the_adapter_in_use(
     assert host.status().restarts == 1
 
 
-async def test_a_swap_serves_those_who_wait_for_a_first_load(
+async def test_a_swap_serves_requests_that_wait_for_the_first_load(
     make_host: HostFactory, onnx_adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host = await make_host()
-    play_worker(monkeypatch, HANGS)
+    replace_worker(monkeypatch, HANGS)
     waiting = asyncio.create_task(complete(host, SHORT))
     await until(lambda: len(workers()) == 1)
     monkeypatch.undo()
@@ -607,7 +611,7 @@ async def test_a_swap_serves_those_who_wait_for_a_first_load(
     await until(lambda: workers() == {pid_of(host)})
 
 
-async def test_swaps_at_once_are_made_in_order_with_two_workers_at_most(
+async def test_concurrent_swaps_run_in_order_with_two_workers_at_most(
     make_host: HostFactory, onnx_adapters: list[Adapter]
 ) -> None:
     host = await make_host()
@@ -637,7 +641,7 @@ async def test_swaps_at_once_are_made_in_order_with_two_workers_at_most(
     assert (await complete(host, SHORT)).adapter == "20260102"
 
 
-async def test_the_prefix_is_read_before_a_new_worker_takes_over(
+async def test_the_prefix_is_prefilled_before_a_new_worker_serves(
     make_host: HostFactory, onnx_adapters: list[Adapter]
 ) -> None:
     prefix = prefix_of(200 * "word ")
@@ -650,7 +654,7 @@ async def test_the_prefix_is_read_before_a_new_worker_takes_over(
     assert completion.prompt_tokens - completion.cached_tokens < 50
 
 
-async def test_a_prefix_that_changes_while_a_worker_loads_is_read_by_it(
+async def test_a_worker_that_loads_prefills_a_prefix_that_changes_meanwhile(
     make_host: HostFactory, onnx_adapters: list[Adapter]
 ) -> None:
     old, new = prefix_of(200 * "old "), prefix_of(200 * "new ")
@@ -686,7 +690,7 @@ async def test_an_adapter_that_hangs_or_crashes_its_worker_fails_no_request(
     host = await make_host(on_death=deaths.append, load_timeout=60.0)
     await complete(host, SHORT)
     pid = pid_of(host)
-    play_worker(monkeypatch, script)
+    replace_worker(monkeypatch, script)
     monkeypatch.setattr(host._loader, "timeout", 2.0)
     swapping = asyncio.create_task(host.use_adapter(onnx_adapters[0]))
     longest = 0.0
@@ -702,13 +706,13 @@ async def test_an_adapter_that_hangs_or_crashes_its_worker_fails_no_request(
     assert (pid_of(host), host.status().restarts, deaths) == (pid, 0, [])
 
 
-async def test_closing_gives_up_a_swap_that_loads(
+async def test_closing_cancels_a_swap_that_loads(
     make_host: HostFactory, onnx_adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host = await make_host()
     running = asyncio.create_task(complete(host, ENDLESS))
     await until(lambda: tokens(host) > 0)
-    play_worker(monkeypatch, HANGS)
+    replace_worker(monkeypatch, HANGS)
     swaps = [asyncio.create_task(host.use_adapter(adapter)) for adapter in onnx_adapters]
     await until(lambda: len(workers()) == 2)
     closing = asyncio.create_task(host.close(grace=60.0))
@@ -723,7 +727,7 @@ async def test_closing_gives_up_a_swap_that_loads(
     assert workers() == set()
 
 
-async def test_an_adapter_that_does_not_fit_is_refused_and_the_old_one_goes_on(
+async def test_a_damaged_adapter_is_refused_and_the_old_one_stays(
     make_host: HostFactory, random_phi3_torch: Path, random_phi3_onnx: Path, tmp_path: Path
 ) -> None:
     peft = write_adapter(random_phi3_torch, tmp_path / "peft")
@@ -762,7 +766,7 @@ async def test_a_request_that_has_queued_longer_than_a_load_may_take_gets_the_ne
     proposals.parse((await waiting).text)
 
 
-async def test_closing_refuses_what_still_waits(make_host: HostFactory) -> None:
+async def test_closing_fails_requests_that_wait(make_host: HostFactory) -> None:
     host = await make_host()
     await complete(host, SHORT)
     running = [asyncio.create_task(complete(host, ENDLESS)) for _ in range(3)]
@@ -771,7 +775,8 @@ async def test_closing_refuses_what_still_waits(make_host: HostFactory) -> None:
     async with asyncio.timeout(2):
         errors = [await failure(task) for task in running]
     assert all(isinstance(error, ModelUnavailable) for error in errors)
-    assert len(errors) == 3
+    with pytest.raises(ModelUnavailable, match="shutting down"):
+        await complete(host, SHORT)
 
 
 @pytest.mark.parametrize("workers_there", [1, 2])
@@ -784,7 +789,7 @@ async def test_a_swap_that_is_cancelled_leaves_no_process(
     host = await make_host()
     await complete(host, SHORT)
     pid = pid_of(host)
-    play_worker(monkeypatch, HANGS)
+    replace_worker(monkeypatch, HANGS)
     swapping = asyncio.create_task(host.use_adapter(onnx_adapters[0]))
     # Before its process is there, and when it loads.
     await asyncio.sleep(0)
@@ -816,8 +821,8 @@ async def until_loaded(host: LocalModel) -> None:
     await until(lambda: host.status().state == "ready")
 
 
-def play_worker(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """Lets a script stand for the worker process."""
+def replace_worker(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Runs a script instead of the worker's program."""
 
     def spawn(end: socket.socket) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
@@ -837,10 +842,10 @@ def play_worker(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
         """print("nonsense", flush=True); input(); input()""",
     ],
 )
-async def test_a_worker_that_talks_nonsense_is_ended(
+async def test_a_worker_that_writes_no_valid_message_is_killed(
     monkeypatch: pytest.MonkeyPatch, script: str
 ) -> None:
-    play_worker(monkeypatch, script)
+    replace_worker(monkeypatch, script)
     worker = await worker_process.WorkerProcess.start("phi3/fake")
     async with asyncio.timeout(10):
         assert isinstance(
@@ -852,7 +857,7 @@ async def test_a_worker_that_talks_nonsense_is_ended(
 
 async def test_a_worker_that_is_ready_too_late_still_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     # It answers with what it is sent second.
-    play_worker(monkeypatch, "input(); print(input(), flush=True)")
+    replace_worker(monkeypatch, "input(); print(input(), flush=True)")
     worker = await worker_process.WorkerProcess.start("phi3/fake")
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
