@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
 from typing import Final, Self
@@ -33,6 +34,17 @@ class Deadline:
     def remaining(self) -> float:
         """Seconds that are left; negative once it has passed."""
         return self.began + self.seconds - time.monotonic()
+
+    def timeout(self) -> asyncio.Timeout:
+        """A context that raises TimeoutError at the deadline.
+
+        Raises:
+            TimeoutError: the deadline has passed already.
+        """
+        remaining = self.remaining()
+        if remaining <= 0:
+            raise TimeoutError
+        return asyncio.timeout(remaining)
 
     def exceeded(self, call: ModelCall, retry_after: int) -> DeadlineExceeded:
         """The error for a call that has just missed this deadline; it says what took the time."""

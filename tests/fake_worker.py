@@ -1,9 +1,9 @@
-"""The worker's program with an engine that repeats what it is asked, for tests of its protocol.
+"""The worker's program with an engine that repeats its prompt, for tests of the protocol.
 
     python -m tests.fake_worker
 
-Its words are those of the last message, one a step. Some messages make it do something else:
-`slow` takes a hundredth of a second a step, `fail` raises, `refuse` refuses the request.
+It generates the words of the last message, one a step. Some messages change what it does: `slow`
+takes a hundredth of a second a step, `fail` raises, `refuse` refuses the request.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_sidecar.engines import Delta, GenerationRequest, Message
-from llm_sidecar.errors import AdapterRejected, InvalidRequest, ModelUnavailable
-from llm_sidecar.models.local import worker
+from llm_sidecar.errors import InvalidRequest, ModelUnavailable
+from llm_sidecar.models.local import warm_up, worker
 
 
 class FakeEngine:
@@ -25,18 +25,20 @@ class FakeEngine:
     device = "cpu"
     context_length = 100
 
-    def __init__(self, adapter: Path | None) -> None:
-        self._adapter = adapter
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
     def stream(self, request: GenerationRequest) -> Generator[Delta]:
-        """One delta a word."""
+        """One delta a word; fails if the folder is `damaged`."""
+        if self._folder.name == "damaged":
+            raise RuntimeError("fail")
         together = FakeTogether()
         together.add(0, request)
         while together:
             yield from (delta for _, delta in together.step())
 
     def together(self) -> FakeTogether:
-        """None yet."""
+        """An empty one."""
         return FakeTogether()
 
     def prepare(self, request: GenerationRequest) -> Generator[None]:
@@ -45,12 +47,6 @@ class FakeEngine:
         if _text(request) == "fail":
             raise RuntimeError(_text(request))
         yield
-
-    def use_adapter(self, folder: Path) -> None:
-        """Takes any but the refused one."""
-        if folder.name == "refused":
-            raise AdapterRejected("it is for another model")
-        self._adapter = folder
 
     def answer_probabilities(
         self, messages: Sequence[Message], answers: Sequence[str], *_: object
@@ -77,17 +73,17 @@ class FakeTogether:
         return len(self._requests)
 
     def add(self, number: int, request: GenerationRequest) -> None:
-        """Takes one in, unless it is to be refused."""
+        """Adds a request, or refuses it."""
         if _text(request) == "refuse":
             raise InvalidRequest("prompt: it does not fit")
         self._requests[number] = request, 0
 
     def remove(self, number: int) -> None:
-        """Gives one up."""
+        """Removes a request."""
         del self._requests[number]
 
     def step(self) -> list[tuple[int, Delta]]:
-        """A word of each."""
+        """One word for each request."""
         deltas = []
         for number, (request, done) in list(self._requests.items()):
             text = _text(request)
@@ -116,12 +112,12 @@ def _text(request: GenerationRequest) -> str:
 def load_engine(
     folder: Path, *, device: str, threads: int, adapter: Path | None, guided: bool
 ) -> FakeEngine:
-    """Loads nothing; fails for a folder named `missing`."""
+    """Loads nothing; fails if the folder is `missing`."""
     if folder.name == "missing":
         raise ModelUnavailable("it holds no model")
-    return FakeEngine(adapter)
+    return FakeEngine(folder)
 
 
 if __name__ == "__main__":
-    worker.load_engine = load_engine  # type: ignore[assignment, attr-defined]
+    warm_up.load_engine = load_engine  # type: ignore[assignment, attr-defined]
     worker.main()

@@ -50,7 +50,7 @@ REQUEST_TIMEOUT: Final = 2.0
 """Seconds an endpoint has to take one delivery, retries included."""
 FLUSH_TIMEOUT: Final = 1.0
 """Seconds that the last delivery may hold up the shutdown."""
-OPERATIONS: Final[dict[Operation, str]] = {"generate": "chat", "choose": "score"}
+OPERATIONS: Final[dict[Operation, str]] = {"generate": "chat", "score_choices": "score"}
 """`gen_ai.operation.name`; reading the probabilities of given answers has no name in the
 conventions."""
 _PROVIDER: Final = "osiris"

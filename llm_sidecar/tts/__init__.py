@@ -1,4 +1,4 @@
-"""Speech: text to WAVs, part by part, that go out on the event bus as soon as they exist."""
+"""Speech: a text becomes WAVs, part by part, each published on the event bus at once."""
 
 from llm_sidecar.tts.chatterbox import ChatterboxTTS
 

@@ -1,4 +1,4 @@
-"""`python -m llm_sidecar.tts`: a speech worker, which speaks for the sidecars on the same Redis."""
+"""`python -m llm_sidecar.tts`: a speech worker for the sidecars on the same Redis."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ async def _serve(bus: EventBus, voice: ChatterboxVoice) -> None:
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
     async with contextlib.AsyncExitStack() as stack:
-        # Closed in reverse order: each part before those that it needs.
+        # Closed in reverse order: the worker before the bus and the voice that it uses.
         stack.push_async_callback(voice.close)
         if not await _loaded(voice, stop):
             return

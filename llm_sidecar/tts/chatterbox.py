@@ -1,7 +1,7 @@
 """Chatterbox, a voice that clones: https://github.com/resemble-ai/chatterbox.
 
-The package's pins exclude those of the sidecar, so it mostly runs in an environment of its own, as
-a worker (`python -m llm_sidecar.tts`). `ChatterboxTTS` is for whoever has the package at hand:
+The package's pins exclude those of the sidecar, so it mostly runs in a separate environment, as a
+worker (`python -m llm_sidecar.tts`). `ChatterboxTTS` runs it in this process:
 
     voice = ChatterboxTTS("/models/tts/chatterbox", "auto", bus)
     wav = await voice.synth("Stop raised to 182.50.", exaggeration=0.7)
@@ -34,24 +34,24 @@ from llm_sidecar.tts.voice import AUDIO_BYTES, Reference, Wav
 SAMPLE_RATE: Final = 24_000
 WEIGHTS: Final = ("ve.safetensors", "t3_cfg.safetensors", "s3gen.safetensors", "tokenizer.json")
 BUILT_IN_VOICE: Final = "conds.pt"
-"""How the voice without a reference sounds; without this file every request needs a reference."""
+"""The built-in voice; without this file every request needs a reference."""
 
 SPEECH_TOKENS_AT_LEAST: Final = 50
 SPEECH_TOKENS_PER_TEXT_TOKEN: Final = 12
-"""Bound on the speech of a text, at 25 speech tokens a second: two seconds, and half a second for
-each token of text, which is one letter or more, or a digit. A model that misses its own stop would
-otherwise go on for forty seconds."""
+"""Limit of the speech of a text, at 25 speech tokens a second: two seconds, and half a second for
+each token of text, which is one letter or more, or a digit. Without it, a model that misses its
+stop token would speak for forty seconds."""
 
 T = TypeVar("T")
 
 
 class ChatterboxTTS:
-    """Chatterbox in this process, which tells its speech on the event bus.
+    """Chatterbox in this process; publishes its speech on the event bus.
 
     Args:
         model_dir: the folder of the weights.
         device: `auto`, `cpu` or `cuda`.
-        event_bus: where each part's WAV goes out, on `audio.bytes`, as soon as it is spoken.
+        event_bus: gets the WAV of each part, on `audio.bytes`, as soon as it is spoken.
     """
 
     def __init__(self, model_dir: str | Path, device: str, event_bus: EventBus) -> None:
@@ -65,8 +65,8 @@ class ChatterboxTTS:
         """Speaks a text.
 
         Args:
-            text: what to say.
-            ref_wav: a WAV file, or its path, of the voice to say it in; the built-in one if None.
+            text: the text.
+            ref_wav: a WAV file, or its path, whose voice to clone; None for the built-in voice.
             exaggeration: 0 (flat) to 2 (dramatic).
 
         Returns:
@@ -83,7 +83,7 @@ class ChatterboxTTS:
             raise InvalidRequest("the text has nothing to say")
         reference = None if ref_wav is None else await asyncio.to_thread(_reference, ref_wav)
         spoken = []
-        # The parts of two texts are never mixed on the bus.
+        # One text at a time, so that the parts of two are never mixed on the bus.
         async with self._slot:
             speech = self._voice.speak(text, exaggeration=exaggeration, reference=reference)
             async for part in speech:
@@ -95,7 +95,7 @@ class ChatterboxTTS:
         return wavs.encode(wavs.join(spoken))
 
     async def close(self) -> None:
-        """Ends what it speaks and lets the model go."""
+        """Ends the current speech and frees the model."""
         await self._voice.close()
 
 
@@ -115,11 +115,11 @@ class ChatterboxVoice:
         self._folder = Path(model_dir)
         self._device = device
         self._model: _Model | None = None
-        # The model keeps state between its steps, so its one thread is also its lock.
+        # The model keeps state between its steps; a single thread serializes them.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chatterbox")
 
     async def load(self) -> None:
-        """Loads the model, unless it is there.
+        """Loads the model, unless it is loaded.
 
         Raises:
             VoiceUnavailable: the package or weights are missing, or do not load.
@@ -129,7 +129,7 @@ class ChatterboxVoice:
     async def speak(
         self, text: str, *, exaggeration: float, reference: Reference | None
     ) -> AsyncIterator[Wav]:
-        """Speaks a text part by part; one that is cancelled stops within a speech token.
+        """Speaks a text part by part; stops within a speech token if it is cancelled.
 
         Raises:
             InvalidRequest: the exaggeration is not from 0 to 2, or the reference has no speech.
@@ -148,7 +148,7 @@ class ChatterboxVoice:
             stop.set()
 
     async def close(self) -> None:
-        """Returns when the thread has ended what it was at; what waits for it never starts."""
+        """Waits for the current step of the thread; cancels those that wait."""
         await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
         self._model = None
 
@@ -162,11 +162,11 @@ class ChatterboxVoice:
 
 
 class _Stopped(Exception):
-    """Nobody waits for this speech any more."""
+    """The speech was cancelled."""
 
 
 class _Model:
-    """The package, on one thread."""
+    """The package; used by one thread."""
 
     def __init__(self, folder: Path, device: str) -> None:
         missing = [name for name in WEIGHTS if not (folder / name).is_file()]
@@ -175,7 +175,7 @@ class _Model:
                 f"CHATTERBOX_MODEL_DIR={folder} lacks {', '.join(missing)}: it takes the folder of "
                 "Chatterbox's weights"
             )
-        # Nothing is fetched at run time, whatever the libraries would like; and no progress bars.
+        # The libraries must download nothing at run time, and show no progress bars.
         os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
         try:
             import torch
@@ -201,7 +201,7 @@ class _Model:
         self._t3 = self._package.t3 = _BoundedT3(self._package.t3)
 
     def speaker(self, reference: Reference | None) -> Any:
-        """The conditionals of a voice: the reference's, or the built-in one's."""
+        """The conditionals of the reference's voice, or of the built-in voice."""
         if reference is None:
             if self._built_in is None:
                 raise VoiceUnavailable(
@@ -222,16 +222,16 @@ class _Model:
 
     def speak(self, part: str, speaker: Any, exaggeration: float, stop: threading.Event) -> Wav:
         """One part of a text; raises _Stopped soon after `stop` is set."""
-        # The package would speak in the voice of whoever was cloned last.
+        # Otherwise the package speaks in the voice that it cloned last.
         self._package.conds = speaker
         self._t3.stop = stop
         return _pcm(self._package.generate(part, exaggeration=exaggeration).squeeze(0).numpy())
 
 
 class _BoundedT3:
-    """Chatterbox's text-to-speech-token model, which can be stopped and stops by itself.
+    """Chatterbox's model from text to speech tokens, with a limit, and with a way to stop it.
 
-    The package lets it make 1,000 tokens of whatever text.
+    The package lets it generate 1,000 tokens for any text.
     """
 
     def __init__(self, t3: Any) -> None:

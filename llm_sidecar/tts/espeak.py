@@ -26,7 +26,7 @@ _DO_NOT_EXIT: Final = 0x8000
 _BUFFER_MILLISECONDS: Final = 200
 _CHARACTERS: Final = 1
 _UTF8: Final = 1
-"""Alone: with neither SSML nor phonemes in brackets, everything is plain text."""
+"""Without the flags for SSML and phonemes in brackets, everything is plain text."""
 _RATE, _RANGE = 1, 4
 _LANGUAGE: Final = b"en-us"
 
@@ -58,7 +58,7 @@ class EspeakVoice:
         parts = split(text)
         for number, part in enumerate(parts, 1):
             pause = pause_after(part) if number < len(parts) else 0.0
-            # Whoever cancels does not wait for the thread; the next part does, for its lock.
+            # A cancelled request does not wait for the thread; the next part waits for its lock.
             spoken = await asyncio.to_thread(_speak, part, exaggeration, pause)
             if spoken.samples.size:
                 yield spoken
@@ -75,18 +75,18 @@ def _speak(part: str, exaggeration: float, pause: float) -> Wav:
 
 
 class _Library:
-    """The one espeak-ng of this process: its state is global, so one thread at a time uses it."""
+    """espeak-ng, whose state is global to the process, so one thread at a time uses it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._handle: Any = None
         self._sample_rate = 0
         self._chunks: list[bytes] = []
-        # The library calls it as long as it lives.
+        # Referenced here, because the library keeps only a pointer to it.
         self._callback = _Callback(self._take)
 
     def speak(self, text: str, rate: int, pitch_range: int) -> Wav:
-        """Speaks in this thread; the interpreter's lock is free meanwhile."""
+        """Speaks in this thread, without the GIL."""
         with self._lock:
             espeak = self._load()
             self._chunks.clear()
@@ -119,7 +119,7 @@ class _Library:
         return self._handle
 
     def _loaded(self) -> Any:
-        import espeakng_loader  # only who speaks needs it
+        import espeakng_loader  # imported only if this voice speaks
 
         espeak = ctypes.CDLL(espeakng_loader.get_library_path())
         espeak.espeak_Synth.argtypes = [

@@ -1,4 +1,4 @@
-"""Those who listen to what goes out on `audio.bytes`."""
+"""Listeners of the WAVs that are published on `audio.bytes`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from llm_sidecar.event_bus import EventBus
 from llm_sidecar.tts.voice import AUDIO_BYTES
 
 BACKLOG: Final = 16
-"""WAVs that wait for one listener before its oldest is dropped; each is up to a few megabytes."""
+"""WAVs that wait for one listener at most; each is up to a few megabytes."""
 _RETRY_AFTER: Final = 5
 
 
 class Backlog(asyncio.Queue[str]):
-    """What waits for one listener: at most `BACKLOG` WAVs, of which a new one drops the oldest."""
+    """WAVs that wait for one listener; if there are `BACKLOG`, a new one replaces the oldest."""
 
     def __init__(self, listeners: AudioListeners) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Backlog(asyncio.Queue[str]):
         self._lost = 0
 
     def put_nowait(self, item: str) -> None:
-        """Never full: the listener is told later what it lost."""
+        """Adds a WAV; drops the oldest one if the backlog is full."""
         if self.qsize() >= BACKLOG:
             self.get_nowait()
             self.task_done()
@@ -34,7 +34,7 @@ class Backlog(asyncio.Queue[str]):
         super().put_nowait(item)
 
     def take_lost(self) -> int:
-        """How many were dropped since the last call."""
+        """The number of WAVs dropped since the last call."""
         lost, self._lost = self._lost, 0
         return lost
 
@@ -44,7 +44,7 @@ class AudioListeners:
 
     Attributes:
         count: how many listen now.
-        lost: WAVs that slow listeners lost, all of them together.
+        lost: WAVs dropped in total because listeners were slow.
     """
 
     def __init__(self, bus: EventBus, limit: int) -> None:
@@ -63,10 +63,10 @@ class AudioListeners:
 
     @contextlib.asynccontextmanager
     async def listen(self) -> AsyncIterator[Backlog]:
-        """Every WAV that goes out while the block lasts.
+        """Every WAV that is published while the context lasts.
 
         Raises:
-            QueueFull: as many listen as may.
+            QueueFull: there are too many listeners.
         """
         self.check_capacity()
         backlog = Backlog(self)

@@ -1,12 +1,12 @@
-"""What sidecars and speech workers say to each other, as JSON on channels of the event bus.
+"""Messages between sidecars and speech workers: JSON on channels of the event bus.
 
     worker  -> tts.worker.announced       Announcement, every two seconds
     sidecar -> tts.requested.<worker_id>  SpeechRequest
     sidecar -> tts.cancelled.<worker_id>  Cancellation
     worker  -> tts.spoken.<sidecar_id>    Part 0, Part 1, ... and End; or a Failure
 
-A channel may lose messages, so parts are counted, and announcements list what a worker has:
-whoever asked notices a gap.
+A channel may lose messages. So parts are numbered and announcements list the requests of a worker,
+and the sidecar notices what is missing.
 """
 
 from __future__ import annotations
@@ -33,45 +33,45 @@ def requested(worker_id: str) -> str:
 
 
 def cancelled(worker_id: str) -> str:
-    """The channel on which requests to a worker are taken back."""
+    """The channel on which requests to a worker are cancelled."""
     return f"tts.cancelled.{worker_id}"
 
 
 def spoken(sidecar_id: str) -> str:
-    """The channel of the answers to a sidecar."""
+    """The channel of answers to a sidecar."""
     return f"tts.spoken.{sidecar_id}"
 
 
 def base64_length(size: int) -> int:
-    """Characters that so many bytes take in base64."""
+    """The length in characters of so many bytes in base64."""
     return -(-size // 3) * 4
 
 
 LONGEST_ANNOUNCEMENT: Final = 1 << 17
 LONGEST_REQUEST: Final = base64_length(MAX_REFERENCE_BYTES) + 12 * MAX_TEXT + (1 << 12)
 LONGEST_ANSWER: Final = base64_length(MAX_WAV) + (1 << 14)
-"""Characters of a whole message: JSON takes up to twelve for one of text. A longer message is
-refused unread."""
+"""Characters of a whole message; JSON takes up to twelve for one character of text. A longer
+message is refused before it is parsed."""
 
 
 class _Message(InputModel):
-    # No value is converted from another type.
+    # Strict: no value is converted from another type.
     model_config = ConfigDict(frozen=True, strict=True)
 
     not_text = frozenset({"ref_wav_b64", "wav_b64"})
 
 
 class Announcement(_Message):
-    """A worker is there.
+    """A worker is running.
 
     Attributes:
-        waiting: requests it has, the one that it speaks included.
-        requests: their ids, by which a sidecar sees that its own got lost.
-        leaving: it takes no more requests.
+        waiting: requests that it has, including the one that it speaks.
+        requests: their ids; a sidecar's request that is missing was lost.
+        leaving: it accepts no more requests.
     """
 
     worker_id: Id
-    # It becomes the value of a header.
+    # Restricted, because it becomes the value of a header.
     voice: str = Field(pattern=r"^[!-~]{1,64}$")
     clones: bool
     sample_rate: int | None = None
@@ -82,7 +82,7 @@ class Announcement(_Message):
 
 
 class ReplyTo(_Message):
-    """Where the answers to a request go: enough of one to refuse the rest of it."""
+    """Where the answers to a request go; enough to refuse a request that is invalid otherwise."""
 
     request_id: Id
     reply_to: ReplyChannel
@@ -97,9 +97,9 @@ class SpeechRequest(ReplyTo):
 
 
 class Cancellation(_Message):
-    """A request whose answer nobody waits for any more."""
+    """A request that is cancelled."""
 
-    # It must not match a request that is only bad.
+    # Otherwise it would match an invalid request.
     model_config = ConfigDict(extra="forbid")
 
     request_id: Id
@@ -114,18 +114,22 @@ class Part(_Message):
 
 
 class End(_Message):
-    """All of the speech is said: so many parts."""
+    """The speech is complete.
+
+    Attributes:
+        end: the number of its parts.
+    """
 
     request_id: Id
     end: int = Field(ge=0)
 
 
 class Failure(_Message):
-    """No more parts come.
+    """The request has failed; no more parts follow.
 
     Attributes:
-        error: one sentence on why.
-        status: what kind of error, as an HTTP status.
+        error: the reason, in one sentence.
+        status: the kind of error, as an HTTP status.
     """
 
     request_id: Id

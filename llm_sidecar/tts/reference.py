@@ -1,4 +1,4 @@
-"""Reads and checks the voice sample of a request. All of it happens in memory."""
+"""Decodes and checks the voice sample of a request, in memory only."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def read_reference(encoded: str) -> Reference:
     """Decodes and checks a WAV in base64.
 
     Raises:
-        InvalidRequest: it is not base64, too large, no WAV, of an odd rate, or too short or
-            long; says which.
+        InvalidRequest: it is not base64, too large, no WAV, too short or too long, or its sample
+            rate is out of range; says which.
         VoiceUnavailable: libsndfile is not installed.
     """
     if len(encoded) > (MAX_REFERENCE_BYTES + 2) // 3 * 4:
@@ -36,7 +36,8 @@ def check_reference(file: bytes) -> Reference:
     """Checks a WAV file.
 
     Raises:
-        InvalidRequest: it is too large, no WAV, of an odd rate, or too short or long; says which.
+        InvalidRequest: it is too large, no WAV, too short or too long, or its sample rate is out of
+            range; says which.
         VoiceUnavailable: libsndfile is not installed.
     """
     if len(file) > MAX_REFERENCE_BYTES:

@@ -1,4 +1,4 @@
-"""The asking end of a remote voice: speech workers on the same Redis speak for this sidecar."""
+"""The client of speech workers: those on the same Redis speak for this sidecar."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ from llm_sidecar.tts.messages import (
 from llm_sidecar.tts.voice import Reference, Wav
 
 ALIVE_FOR: Final = 6.0
-"""Seconds after its last announcement for which a worker counts as there."""
+"""Seconds after its last announcement for which a worker counts as running."""
 PART_TIMEOUT: Final = 120.0
-"""Seconds that the next part may take: the longest one on a CPU, behind another's."""
+"""Seconds that the next part may take: the longest one on a CPU, behind another request's."""
 LOST_AFTER: Final = 3.0
-"""Seconds for which a worker announces itself without a request that it was given, until that
-counts as lost: longer than any message is on its way."""
+"""Seconds for which a worker's announcements may lack a request before it counts as lost; longer
+than any message takes."""
 RETRY_AFTER: Final = 5
 """Seconds after which a worker may be back."""
 ANSWERS: Final = 256
-"""Answers that Redis has brought and nobody has looked at yet."""
+"""Messages of one channel that have not been handled yet, at most."""
 PARTS_AHEAD: Final = 64
-"""Parts of one text that wait to be taken."""
+"""Parts of one text that have arrived and not been consumed yet, at most."""
 CANCEL_TIMEOUT: Final = 5.0
-"""Seconds after which a task that resists being cancelled is left behind."""
+"""Seconds to wait for a cancelled task."""
 
 _LOST: Final = "a part of the speech was lost on its way"
 
@@ -70,8 +70,8 @@ class _Worker:
     """A worker that has announced itself.
 
     Attributes:
-        asked: requests of this sidecar's that it was given, and since when it has announced
-            itself without them.
+        asked: this sidecar's requests to it; for each, since when its announcements lack it, or
+            None.
     """
 
     announcement: Announcement
@@ -83,7 +83,7 @@ class _Worker:
         return max(self.announcement.waiting, len(self.asked))
 
     def lost(self, now: float, patience: float) -> list[str]:
-        """The requests that it has not had for as long as that."""
+        """The requests that its announcements have lacked for `patience` seconds."""
         for request_id, since in self.asked.items():
             here = request_id in self.announcement.requests
             self.asked[request_id] = None if here else since or now
@@ -95,17 +95,17 @@ class _Worker:
 
 
 class RemoteVoice:
-    """The voice of whatever speech workers there are.
+    """The voice of the speech workers that are running.
 
     Args:
         bus: its owner closes it, after the voice.
-        alive_for: seconds after its last announcement for which a worker counts as there.
+        alive_for: seconds after its last announcement for which a worker counts as running.
         part_timeout: seconds that the next part of a text may take.
-        lost_after: seconds for which a worker is without a request until that counts as lost.
+        lost_after: seconds for which announcements may lack a request before it counts as lost.
 
     Attributes:
-        name: the voice of the worker that was heard of last.
-        clones: whether a worker can speak in the voice of a reference.
+        name: the voice in the latest announcement.
+        clones: whether a worker can clone the voice of a reference.
     """
 
     name = "chatterbox"
@@ -133,16 +133,18 @@ class RemoteVoice:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Listens for workers; Redis may come later."""
+        """Starts to receive messages; Redis may become available later."""
         for channel, queue in self._queues.items():
             await self._bus.register_listener_queue(channel, queue)
         self._tasks = [
-            start_detached(self._meet(self._queues[ANNOUNCED]), name="tts announced"),
-            start_detached(self._hear(self._queues[self._replies]), name="tts spoken"),
+            start_detached(
+                self._receive_announcements(self._queues[ANNOUNCED]), name="tts announced"
+            ),
+            start_detached(self._receive_answers(self._queues[self._replies]), name="tts spoken"),
         ]
 
     async def close(self) -> None:
-        """Listens no more; what is still asked for fails."""
+        """Stops receiving messages; requests that are not finished fail."""
         for channel, queue in self._queues.items():
             await self._bus.unregister_listener_queue(channel, queue)
         await cancel(*self._tasks, patience=CANCEL_TIMEOUT)
@@ -150,11 +152,11 @@ class RemoteVoice:
 
     @property
     def available(self) -> bool:
-        """Whether Redis is there, and a worker has announced itself within the last seconds."""
+        """Whether Redis is connected and a worker has announced itself within the last seconds."""
         return self._bus.connected and any(True for _ in self._alive())
 
     def workers(self) -> list[dict[str, Any]]:
-        """What `/health` shows: the workers that are there, and what they have to do."""
+        """The running workers and their load, for `/health`."""
         return [
             {"worker_id": a.worker_id, "voice": a.voice, "waiting": a.waiting}
             for a in (worker.announcement for worker in self._alive())
@@ -163,12 +165,12 @@ class RemoteVoice:
     async def speak(
         self, text: str, *, exaggeration: float, reference: Reference | None
     ) -> AsyncIterator[Wav]:
-        """Speaks a text part by part, by the worker that has least to do.
+        """Speaks a text part by part, with the least busy worker.
 
         Raises:
-            VoiceUnavailable: no worker is there, it went away, or a part was lost.
+            VoiceUnavailable: no worker is running, it has ended, or a part was lost.
             DeadlineExceeded: a part took too long.
-            QueueFull: the worker has as much to do as it takes.
+            QueueFull: the worker's queue is full.
             InvalidRequest: the worker refuses the text, the reference or the exaggeration.
         """
         worker = self._least_busy(cloning=reference is not None)
@@ -209,7 +211,7 @@ class RemoteVoice:
         self, request_id: str, text: str, exaggeration: float, reference: Reference | None
     ) -> str:
         encoded = None if reference is None else base64.b64encode(reference.wav).decode()
-        # Unchecked: what is wrong with it is the worker's to say.
+        # Not validated here, because the worker does that.
         return SpeechRequest.model_construct(
             request_id=request_id,
             reply_to=self._replies,
@@ -219,7 +221,7 @@ class RemoteVoice:
         ).model_dump_json()
 
     async def _next(self, answers: asyncio.Queue[Answer], worker_id: str) -> Answer:
-        """The next answer, as long as the worker is there and the time is not up."""
+        """The next answer, if it arrives in time and while the worker is running."""
         deadline = time.monotonic() + self._part_timeout
         while True:
             patience = min(deadline, self._alive_until(worker_id)) - time.monotonic()
@@ -247,7 +249,7 @@ class RemoteVoice:
 
     def _least_busy(self, *, cloning: bool) -> _Worker:
         able = [worker for worker in self._alive() if worker.announcement.clones or not cloning]
-        # A voice that cannot clone is better than none.
+        # Without a worker that clones, the text is spoken in another voice.
         able = able or list(self._alive())
         if not able:
             raise VoiceUnavailable(
@@ -257,7 +259,7 @@ class RemoteVoice:
             )
         return min(able, key=lambda worker: worker.load)
 
-    async def _meet(self, payloads: asyncio.Queue[str]) -> None:
+    async def _receive_announcements(self, payloads: asyncio.Queue[str]) -> None:
         while True:
             payload = await payloads.get()
             if len(payload) > LONGEST_ANNOUNCEMENT:
@@ -268,22 +270,22 @@ class RemoteVoice:
             except ValidationError as error:
                 self._bus.refuse(ANNOUNCED, f"it is no announcement: {summary(error)}")
                 continue
-            self._note(announcement)
+            self._update(announcement)
 
-    def _note(self, announcement: Announcement) -> None:
-        """Keeps who is there and forgets who is not."""
+    def _update(self, announcement: Announcement) -> None:
+        """Adds, updates and removes workers; fails requests that were lost."""
         now = time.monotonic()
         known = self._workers.get(announcement.worker_id)
         if announcement.leaving:
             self._workers.pop(announcement.worker_id, None)
         elif known is None:
             self._workers[announcement.worker_id] = _Worker(announcement, now)
-            log.info("speech worker %s is there", announcement.worker_id)
+            log.info("speech worker %s is running", announcement.worker_id)
         else:
             known.announcement, known.seen = announcement, now
             for request_id in known.lost(now, self._lost_after):
                 answers = self._waiting[request_id]
-                # One that has come is looked at first.
+                # Answers that have arrived are handled first.
                 if answers.empty():
                     answers.put_nowait(Failure(request_id=request_id, error=_LOST))
         for worker_id, worker in list(self._workers.items()):
@@ -292,7 +294,7 @@ class RemoteVoice:
         self.name = announcement.voice
         self.clones = any(worker.announcement.clones for worker in self._workers.values())
 
-    async def _hear(self, payloads: asyncio.Queue[str]) -> None:
+    async def _receive_answers(self, payloads: asyncio.Queue[str]) -> None:
         while True:
             payload = await payloads.get()
             if len(payload) > LONGEST_ANSWER:
@@ -304,7 +306,8 @@ class RemoteVoice:
                 self._bus.refuse(self._replies, "it is no answer")
                 continue
             answers = self._waiting.get(answer.request_id)
-            # Nobody waits for what was cancelled. What finds no room leaves a gap that is noticed.
+            # A cancelled request has no queue. An answer that is dropped here leaves a gap in the
+            # numbers of the parts, which fails the request.
             if answers is not None and not answers.full():
                 answers.put_nowait(answer)
 

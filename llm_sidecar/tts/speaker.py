@@ -1,4 +1,4 @@
-"""Speaks requests one after the other: each part goes out on the event bus, the whole is returned.
+"""Speaks requests one after the other: publishes each part and returns the whole speech.
 
 speaker = Speaker(bus, voice="auto")
 spoken = await speaker.speak("Take the profit.", 0.5, None)
@@ -31,7 +31,7 @@ VoiceChoice = Literal["auto", "espeak", "chatterbox"]
 
 
 class RemoteVoice(Voice, Protocol):
-    """A voice in another process, which may come and go."""
+    """A voice in another process, which may be unavailable at times."""
 
     @property
     def available(self) -> bool:
@@ -44,9 +44,9 @@ class Spoken:
     """A text as speech.
 
     Attributes:
-        wav: a WAV file: the parts that went out, one after the other.
+        wav: a WAV file of all parts.
         voice: the name of the voice.
-        cloned: whether it speaks with the reference's voice.
+        cloned: whether the voice is a clone of the reference's.
     """
 
     wav: bytes
@@ -55,10 +55,10 @@ class Spoken:
 
 
 class Speaker:
-    """The voices, and a queue in front of them.
+    """The voices and the queue of requests.
 
     One request speaks at a time, whatever its voice, so the parts of two are never mixed on the
-    bus. A cancelled one stops after the part under way.
+    bus. A cancelled request stops after its current part.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Speaker:
         """The voice that would speak now.
 
         Raises:
-            VoiceUnavailable: the one that is asked for is not there; says what to do.
+            VoiceUnavailable: the configured one is not available; says what to do.
         """
         if self._closed:
             raise VoiceUnavailable("The server is shutting down; try again.", retry_after=5)
@@ -108,8 +108,8 @@ class Speaker:
             )
         return self._embedded
 
-    def check_room(self) -> None:
-        """Raises QueueFull or VoiceUnavailable where a request would be refused now."""
+    def check_capacity(self) -> None:
+        """Raises QueueFull or VoiceUnavailable if a request would be refused now."""
         self.choose()
         if self._admitted >= self._queue_length:
             wait = self._retry_after()
@@ -118,14 +118,14 @@ class Speaker:
     async def speak(
         self, text: str, exaggeration: float = 0.5, reference: Reference | None = None
     ) -> Spoken:
-        """Speaks a text and publishes each part's WAV as soon as it exists.
+        """Speaks a text and publishes the WAV of each part at once.
 
         Args:
             exaggeration: 0 to 2, 0.5 is neutral.
-            reference: whose voice to speak with; a voice that cannot clone ignores it.
+            reference: a sample of the voice to clone; a voice that cannot clone ignores it.
 
         Raises:
-            InvalidRequest: nothing of the text can be spoken.
+            InvalidRequest: nothing in the text can be spoken.
             QueueFull, VoiceUnavailable, DeadlineExceeded
         """
         if not speakable(text):
@@ -154,7 +154,7 @@ class Speaker:
         return max(1, round(self._admitted * self._recent_seconds))
 
     async def _speak(self, text: str, exaggeration: float, reference: Reference | None) -> Spoken:
-        # The worker may have come or gone since the request was admitted.
+        # The availability may have changed since the request was admitted.
         voice = self.choose()
         reference = reference if voice.clones else None
         began = time.monotonic()
@@ -174,7 +174,7 @@ class Speaker:
 
     @contextlib.contextmanager
     def _admission(self) -> Iterator[None]:
-        self.check_room()
+        self.check_capacity()
         self._admitted += 1
         try:
             yield
@@ -204,7 +204,7 @@ class Speaker:
         return None
 
     async def close(self) -> None:
-        """Refuses new requests, and frees the voices once the one that speaks has ended."""
+        """Refuses new requests; frees the voices after the current request."""
         self._closed = True
         async with self._slot:
             for voice in (self._embedded, self._remote):
@@ -213,8 +213,8 @@ class Speaker:
 
 
 def _stop_if_cancelled() -> None:
-    """Python 3.11's `wait_for`, with which redis-py sends, swallows a cancellation that comes as
-    the sending ends (https://github.com/python/cpython/issues/86296)."""
+    """Repeats a lost cancellation: redis-py sends with `wait_for`, which in Python 3.11 swallows
+    one that arrives as it ends (https://github.com/python/cpython/issues/86296)."""
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
@@ -222,7 +222,7 @@ def _stop_if_cancelled() -> None:
 
 @contextlib.asynccontextmanager
 async def _closing(parts: AsyncIterator[Wav]) -> AsyncIterator[AsyncIterator[Wav]]:
-    """Ends the generator with the block, not whenever it is collected."""
+    """Closes the generator at the end of the context, not when it is garbage-collected."""
     try:
         yield parts
     finally:

@@ -1,7 +1,7 @@
-"""Cuts a text into the parts that are spoken one by one: at sentences, then clauses, then words.
+"""Splits a text into parts that are spoken one by one: at sentences, then clauses, then words.
 
-Cuts are made at white space alone, so `182.40`, `1,234`, `BRK.B` and `ES=F` stay whole, and the
-parts joined with spaces are the text with its white space evened out.
+It splits at white space only, so `182.40`, `1,234`, `BRK.B` and `ES=F` stay whole, and the parts
+joined with spaces are the text with normalized white space.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _ABBREVIATIONS: Final = frozenset(
 
 
 def plain(text: str) -> str:
-    """The text without what no voice can say: control and private characters become spaces, and
-    invisible ones that only format (soft hyphens, direction marks) go."""
+    """The text without characters that cannot be spoken: control and private ones become spaces;
+    invisible ones that only format (soft hyphens, direction marks) are removed."""
     return "".join(map(_plain_character, text)).strip()
 
 
@@ -53,9 +53,10 @@ def speakable(text: str) -> bool:
 
 
 def split(text: str) -> list[str]:
-    """The parts, none longer than `MAX_PART`; only a word that is longer is itself cut.
+    """The parts, of `MAX_PART` characters at most; only longer words are split.
 
-    The first is short, the others are a sentence each, or several where they are short.
+    The first part is short, so that speech starts soon. Each of the others is one sentence, or
+    several short ones.
     """
     sentences = list(_sentences(plain(text)))
     if not sentences:
@@ -68,7 +69,7 @@ def split(text: str) -> list[str]:
 
 
 def pause_after(part: str) -> float:
-    """Seconds of silence that a reader leaves after a part that is not the last."""
+    """Seconds of silence after a part that is not the last one."""
     ending = part.rstrip(_CLOSING)
     if ending.endswith(_SENTENCE_ENDS):
         return _SENTENCE_PAUSE
@@ -112,7 +113,7 @@ def _ends_sentence(words: list[str], i: int) -> bool:
 
 
 def _split_long(sentence: str, limit: int) -> Iterator[str]:
-    """The sentence, or as many clauses and words at a time as fit, and at least one word."""
+    """The sentence, or pieces of as many clauses or words as fit, at least one word each."""
     if len(sentence) <= limit:
         yield sentence
         return
@@ -126,15 +127,14 @@ def _split_long(sentence: str, limit: int) -> Iterator[str]:
 
 
 def _words(clause: str) -> Iterator[str]:
-    """What is no word of any language, or one that is written without spaces, is cut."""
+    """The words; one that is longer than a part, as in languages without spaces, is split."""
     for word in clause.split():
         for start in range(0, len(word), MAX_PART):
             yield word[start : start + MAX_PART]
 
 
 def _pack(pieces: Iterable[str], limit: int, *, enough: int | None = None) -> Iterator[str]:
-    """Joins neighbours while the result is at most `limit` long, and only as long as what is there
-    is shorter than `enough`."""
+    """Joins neighbours up to `limit` characters; joins no more to what has `enough` already."""
     packed = ""
     for piece in pieces:
         wants_more = len(packed) < (limit if enough is None else enough)

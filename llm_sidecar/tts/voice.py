@@ -1,4 +1,4 @@
-"""What every voice is: text in, one WAV for each part of it out."""
+"""The interface of voices: text in, one WAV for each part of it out."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ AUDIO_BYTES: Final = "audio.bytes"
 
 
 class Wav(NamedTuple):
-    """Speech: 16-bit samples of one channel, and how many of them make a second."""
+    """Speech: 16-bit samples of one channel, and samples per second."""
 
     samples: npt.NDArray[np.int16]
     sample_rate: int
 
 
 class Reference(NamedTuple):
-    """A decoded, checked voice sample: the whole WAV file as it was sent, and its length."""
+    """A valid voice sample: the WAV file as it was sent, and its length."""
 
     wav: bytes
     seconds: float
@@ -30,8 +30,8 @@ class Voice(Protocol):
     """Speaks one text at a time.
 
     Attributes:
-        name: how people call it: `espeak`, `chatterbox`.
-        clones: whether it can speak with a reference's voice.
+        name: `espeak`, `chatterbox`.
+        clones: whether it can clone the voice of a reference.
     """
 
     name: str
@@ -40,17 +40,17 @@ class Voice(Protocol):
     def speak(
         self, text: str, *, exaggeration: float, reference: Reference | None
     ) -> AsyncIterator[Wav]:
-        """An async generator of the text's parts, each as soon as it is spoken.
+        """Speaks a text; an async generator of its parts.
 
         Args:
             exaggeration: 0 (flat) to 2 (theatrical), 0.5 is neutral.
-            reference: whose voice to speak with; None for the voice's own.
+            reference: a sample of the voice to clone; None for the built-in voice.
 
         Raises:
-            SidecarError: it cannot be spoken; what was yielded before stands.
+            SidecarError: the rest of the text cannot be spoken.
         """
         ...
 
     async def close(self) -> None:
-        """Frees what the voice holds."""
+        """Frees the resources of the voice."""
         ...

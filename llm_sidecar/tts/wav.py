@@ -1,4 +1,4 @@
-"""WAV files in memory, and how parts of speech are joined.
+"""Reads and writes WAV files in memory, and joins parts of speech.
 
 The format: http://soundfile.sapp.org/doc/WaveFormat/ and, for `WAVE_FORMAT_EXTENSIBLE`,
 https://learn.microsoft.com/windows/win32/api/mmreg/ns-mmreg-waveformatextensible.
@@ -23,11 +23,11 @@ from llm_sidecar.tts.voice import Wav
 log = logging.getLogger(__name__)
 
 FADE: Final = 0.005
-"""Seconds in which a part's loudness rises at its start and falls at its end."""
+"""Seconds of fade-in and fade-out of a part."""
 _SILENT: Final = 40
 """Loudest sample that still counts as silence."""
 _MARGIN: Final = 0.015
-"""Seconds of it that stay around speech, for soft consonants."""
+"""Seconds of silence that are kept around speech, for soft consonants."""
 
 _EXTENSIBLE: Final = 0xFFFE
 _MAX_CHUNKS: Final = 1_000
@@ -160,7 +160,7 @@ def _read_format(form: bytes) -> tuple[str, int, int]:
 
 
 def trim(wav: Wav) -> Wav:
-    """Without the silence around the speech; empty where there is nothing else."""
+    """The speech without the silence around it; empty if there is only silence."""
     loud = np.flatnonzero(np.abs(wav.samples.astype(np.int32)) > _SILENT)
     if not loud.size:
         return Wav(wav.samples[:0], wav.sample_rate)
@@ -180,5 +180,5 @@ def soften(wav: Wav, *, pause: float) -> Wav:
 
 
 def join(parts: Sequence[Wav]) -> Wav:
-    """One after the other; all have the same rate."""
+    """The parts one after the other; all have the same sample rate."""
     return Wav(np.concatenate([part.samples for part in parts]), parts[0].sample_rate)

@@ -1,4 +1,4 @@
-"""The speaking end of a remote voice: serves the requests of sidecars with a voice of its own."""
+"""The server side of a remote voice: a worker that speaks for sidecars."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ from llm_sidecar.tts.voice import Reference, Voice, Wav
 ANNOUNCE_EVERY: Final = 2.0
 """Seconds between two announcements."""
 MAX_WAITING: Final = 16
-"""Requests that a worker has at a time: with references of the largest size, 220 MB."""
+"""Requests that a worker has at a time; with references of the largest size they take 220 MB."""
 INBOX: Final = 64
-"""Messages that Redis has brought and the worker has not looked at yet."""
+"""Messages that have arrived and not been handled yet, at most."""
 CANCEL_TIMEOUT: Final = 5.0
-"""Seconds after which a task that resists being cancelled is left behind."""
+"""Seconds to wait for a cancelled task."""
 
 log = logging.getLogger(__name__)
 
 
 class SpeechWorker:
-    """Announces a voice on the event bus and speaks what is asked of it, in order, one at a time.
+    """Announces a voice on the event bus and speaks requests in order, one at a time.
 
     Args:
-        bus: as connected as it likes to be; its owner closes it, after the worker.
+        bus: may connect later; its owner closes it, after the worker.
         voice: its owner closes it, after the worker.
         announce_every: seconds between two announcements.
-        max_waiting: requests it has at a time; one more is answered with an error.
+        max_waiting: requests that it accepts at a time; one more is answered with an error.
     """
 
     def __init__(
@@ -71,21 +71,21 @@ class SpeechWorker:
         self._announce_every = announce_every
         self._max_waiting = max_waiting
         self._inbox: asyncio.Queue[str] = asyncio.Queue(INBOX)
-        # In the order they came; the first is the one it speaks.
+        # In the order of arrival; the first one is being spoken.
         self._requests: dict[str, SpeechRequest] = {}
         self._arrived = asyncio.Event()
         self._speaking: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Starts to serve; Redis may come later."""
+        """Starts to serve; Redis may become available later."""
         for channel in self._channels():
             await self._bus.register_listener_queue(channel, self._inbox)
         jobs = (self._receive, self._serve, self._announce)
         self._tasks = [asyncio.create_task(job(), name=job.__name__) for job in jobs]
 
     async def close(self) -> None:
-        """Takes no more requests and answers those it has with an error."""
+        """Accepts no more requests and answers those that it has with an error."""
         for channel in self._channels():
             await self._bus.unregister_listener_queue(channel, self._inbox)
         await cancel(*self._tasks, patience=CANCEL_TIMEOUT)
@@ -95,7 +95,7 @@ class SpeechWorker:
             await self._fail(request, VoiceUnavailable("the voice is shutting down"))
         self._requests.clear()
         if self._tasks and self._bus.connected:
-            await self._say_there(leaving=True)
+            await self._publish_announcement(leaving=True)
 
     def _channels(self) -> tuple[str, str]:
         # One queue for both: a cancellation must not overtake its request.
@@ -104,10 +104,10 @@ class SpeechWorker:
     async def _announce(self) -> None:
         while True:
             if self._bus.connected:
-                await self._say_there()
+                await self._publish_announcement()
             await asyncio.sleep(self._announce_every)
 
-    async def _say_there(self, *, leaving: bool = False) -> None:
+    async def _publish_announcement(self, *, leaving: bool = False) -> None:
         announcement = Announcement(
             worker_id=self.worker_id,
             voice=self._voice.name,
@@ -139,7 +139,7 @@ class SpeechWorker:
                 self._arrived.set()
 
     async def _refuse(self, payload: str, error: ValidationError) -> None:
-        """Tells whoever sent a bad request what is bad, where that can be told."""
+        """Answers an invalid request with the reason, if it says where answers go."""
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         try:
             request = ReplyTo.model_validate_json(payload)
@@ -167,9 +167,9 @@ class SpeechWorker:
 
     async def _speak(self, request: SpeechRequest) -> None:
         try:
-            await self._say(request)
+            await self._answer(request)
         except _NotSent:
-            # The bus has logged it, and whoever asked sees that the request is here no more.
+            # The bus has logged it, and the sidecar notices that the request was lost.
             return
         except SidecarError as error:
             await self._fail(request, error)
@@ -179,7 +179,7 @@ class SpeechWorker:
             log.error("the voice failed: %s\n%s", type(error).__name__, where)
             await self._fail(request, VoiceUnavailable("the voice failed: see the worker's log"))
 
-    async def _say(self, request: SpeechRequest) -> None:
+    async def _answer(self, request: SpeechRequest) -> None:
         reference = await asyncio.to_thread(_reference, request)
         count = 0
         parts = self._voice.speak(
@@ -207,7 +207,7 @@ class SpeechWorker:
 
 
 class _NotSent(Exception):
-    """Redis did not take an answer."""
+    """An answer could not be published."""
 
 
 def _reference(request: SpeechRequest) -> Reference | None:

@@ -11,8 +11,9 @@ import pytest
 from llm_sidecar import proposals
 from llm_sidecar.engines import GenerationRequest
 from llm_sidecar.models.files import ModelFiles
-from llm_sidecar.models.local.model import HostLimits, ModelHost
+from llm_sidecar.models.local.model import HostLimits, LocalModel
 from llm_sidecar.text import find_fault
+from tests.completions import complete
 
 MARK: Final = "ZXQMARK"
 ODD_ENGINE: Final = """
@@ -52,30 +53,29 @@ engines.load_engine = lambda *args, **options: Odd(load_engine(*args, **options)
 @pytest.fixture
 async def host(
     random_phi3_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[ModelHost]:
+) -> AsyncIterator[LocalModel]:
     """A model with that engine, and a prefix that quotes the mark."""
     (tmp_path / "sitecustomize.py").write_text(ODD_ENGINE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    made = ModelHost(
+    made = LocalModel(
         "phi3",
         lambda: ModelFiles("phi3/random", random_phi3_onnx),
         device="cpu",
         limits=HostLimits(load_wait=60.0),
-        warm_up=GenerationRequest(proposals.build_messages("Hi."), 1, proposals.GUIDANCE),
-        prefix=lambda: proposals.prefix([proposals.Example(MARK, {"ticker": MARK})], 0.0),
     )
+    await made.prefill(proposals.prefix([proposals.Example(MARK, {"ticker": MARK})], 0.0))
     yield made
     await made.close()
 
 
 async def test_a_completion_is_text_and_a_prefix_that_fails_costs_no_model(
-    host: ModelHost, capfd: pytest.CaptureFixture[str]
+    host: LocalModel, capfd: pytest.CaptureFixture[str]
 ) -> None:
     messages = proposals.build_messages("Long ABC")
-    completion = await host.generate(GenerationRequest(messages, 256, proposals.GUIDANCE))
+    completion = await complete(host, GenerationRequest(messages, 256, proposals.GUIDANCE))
     assert "\ufffd\ufffd\ufffd" in completion.text
     assert find_fault(completion.text) is None
     said = capfd.readouterr().err
-    assert "a prefix could not be prepared: RuntimeError" in said
+    assert "a prefix could not be prefilled: RuntimeError" in said
     assert MARK not in said
     assert MARK not in str(host.status())

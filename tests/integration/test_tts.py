@@ -1,4 +1,4 @@
-"""References, the embedded voice, and the speaker that puts its parts on the bus."""
+"""References, the embedded voice, and the speaker that publishes its parts on the bus."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_importing_the_voice_loads_neither_library_nor_model() -> None:
 
 
 class SlowVoice:
-    """Yields the text's words, one when it is told to, and remembers how it ended."""
+    """Yields the words of a text, one at a time when a test allows it; records how it ended."""
 
     name = "chatterbox"
     clones = True
@@ -205,7 +205,7 @@ async def bus() -> AsyncIterator[EventBus]:
     await bus.close()
 
 
-async def heard(bus: EventBus) -> asyncio.Queue[str]:
+async def listen(bus: EventBus) -> asyncio.Queue[str]:
     queue: asyncio.Queue[str] = asyncio.Queue()
     await bus.register_listener_queue(AUDIO_BYTES, queue)
     return queue
@@ -216,21 +216,21 @@ async def take(queue: asyncio.Queue[str]) -> bytes:
 
 
 async def test_a_text_of_one_part_goes_out_as_the_response_itself(bus: EventBus) -> None:
-    queue = await heard(bus)
+    queue = await listen(bus)
     spoken = await Speaker(bus).speak("Hello there.")
     assert await take(queue) == spoken.wav
     assert (spoken.voice, spoken.cloned) == ("espeak", False)
 
 
 async def test_the_parts_that_go_out_add_up_to_the_response(bus: EventBus) -> None:
-    queue = await heard(bus)
+    queue = await listen(bus)
     spoken = await Speaker(bus).speak(LONG)
     parts = [wav.decode(await take(queue)) for _ in range(len(split(LONG)))]
     assert wav.encode(wav.join(parts)) == spoken.wav
 
 
 async def test_the_first_part_goes_out_before_the_next_is_spoken(bus: EventBus) -> None:
-    queue, voice = await heard(bus), SlowVoice()
+    queue, voice = await listen(bus), SlowVoice()
     speaking = asyncio.create_task(Speaker(bus, remote=voice).speak("1 2"))
     voice.go.release()
     assert wav.decode(await take(queue)).samples[0] == 1
@@ -240,7 +240,7 @@ async def test_the_first_part_goes_out_before_the_next_is_spoken(bus: EventBus) 
 
 
 async def test_the_parts_of_two_requests_are_not_mixed(bus: EventBus) -> None:
-    queue, voice = await heard(bus), SlowVoice()
+    queue, voice = await listen(bus), SlowVoice()
     speaker = Speaker(bus, remote=voice)
     both = asyncio.gather(speaker.speak("1 2 3"), speaker.speak("4 5 6"))
     for _ in range(6):
@@ -251,7 +251,7 @@ async def test_the_parts_of_two_requests_are_not_mixed(bus: EventBus) -> None:
 
 
 async def test_a_cancelled_request_ends_its_speech_and_the_next_one_speaks(bus: EventBus) -> None:
-    queue, voice = await heard(bus), SlowVoice()
+    queue, voice = await listen(bus), SlowVoice()
     speaker = Speaker(bus, remote=voice)
     first = asyncio.create_task(speaker.speak("1 2"))
     second = asyncio.create_task(speaker.speak("3"))
@@ -278,7 +278,7 @@ async def test_a_full_queue_and_a_passed_deadline_are_errors(bus: EventBus) -> N
     assert late.value.retry_after == 1
 
 
-async def test_the_setting_and_who_is_there_choose_the_voice(bus: EventBus) -> None:
+async def test_the_setting_and_the_available_voices_decide_which_one_speaks(bus: EventBus) -> None:
     voice = SlowVoice()
     assert Speaker(bus, voice="auto", remote=voice).choose() is voice
     assert Speaker(bus, voice="espeak", remote=voice).choose().name == "espeak"
@@ -301,7 +301,7 @@ async def test_only_a_voice_that_clones_is_given_the_reference(bus: EventBus) ->
 
 @pytest.mark.parametrize("text", ["...", "?!", "\N{WHITE SMILING FACE}", " "])
 async def test_a_text_without_letter_or_digit_is_bad_input(bus: EventBus, text: str) -> None:
-    speaker, queue = Speaker(bus), await heard(bus)
+    speaker, queue = Speaker(bus), await listen(bus)
     with pytest.raises(InvalidRequest, match=r"^text: there is no letter or digit in it to speak$"):
         await speaker.speak(text)
     assert queue.empty()
@@ -309,7 +309,7 @@ async def test_a_text_without_letter_or_digit_is_bad_input(bus: EventBus, text: 
 
 
 async def test_a_letter_that_the_voice_cannot_say_is_bad_input(bus: EventBus) -> None:
-    speaker, queue = Speaker(bus), await heard(bus)
+    speaker, queue = Speaker(bus), await listen(bus)
     with pytest.raises(
         InvalidRequest, match=r"^text: the voice knows no sound for anything in it$"
     ):
@@ -336,7 +336,7 @@ async def test_a_closed_speaker_refuses_and_has_closed_its_voices(bus: EventBus)
 # Listeners
 
 
-async def test_a_slow_listener_loses_its_oldest_and_learns_how_many(bus: EventBus) -> None:
+async def test_a_slow_listener_loses_its_oldest_and_receives_how_many(bus: EventBus) -> None:
     listeners = AudioListeners(bus, limit=2)
     async with listeners.listen() as slow, listeners.listen() as quick:
         received: list[Any] = []

@@ -1,4 +1,4 @@
-"""Speech workers and the sidecars that ask them, over an embedded Redis and over a real one."""
+"""Speech workers and their sidecars, over an embedded Redis and over a real one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llm_sidecar.tts.worker import SpeechWorker
 from tests.redis_server import RedisServer, require_redis
 
 TIMEOUT = 10.0
-"""Seconds within which whatever a test waits for has happened, or it fails."""
+"""Seconds that a test waits for a condition before it fails."""
 RATE = 8_000
 TONE = 400
 """Samples of one word."""
@@ -31,12 +31,13 @@ names = itertools.count()
 
 
 class Tones:
-    """A voice that says each word as a tone: as high as the word is long, as loud as it is told.
+    """A voice that speaks each word as a tone: the longer the word, the higher; the more
+    exaggeration, the louder.
 
     Attributes:
-        gate: it waits here before each word.
-        held: the gate closes before this word.
-        begun: words that it has begun to say.
+        gate: it waits for this event before each word.
+        held: the event is cleared before this word.
+        begun: words that it has begun to speak.
     """
 
     name = "tones"
@@ -242,7 +243,7 @@ async def test_a_cancelled_request_is_not_spoken_on(house: House) -> None:
     assert voice.begun == ["first", "third"]
 
 
-async def test_a_request_beyond_those_that_may_wait_is_refused(house: House) -> None:
+async def test_a_request_beyond_the_queues_length_is_refused(house: House) -> None:
     voice = Tones()
     voice.gate.clear()
     sidecar = await house.sidecar()
@@ -256,7 +257,7 @@ async def test_a_request_beyond_those_that_may_wait_is_refused(house: House) -> 
     assert all(same(parts, [tone("word")]) for parts in await asyncio.gather(*asking))
 
 
-async def test_without_a_worker_it_says_what_to_start(house: House) -> None:
+async def test_without_a_worker_the_error_names_the_command_to_start_one(house: House) -> None:
     sidecar = await house.sidecar()
     assert not sidecar.available
     with pytest.raises(VoiceUnavailable, match=r"python -m llm_sidecar\.tts") as caught:
@@ -313,9 +314,7 @@ async def test_a_voice_that_fails_fails_the_request_and_not_the_worker(
 
 
 @pytest.mark.parametrize("exaggeration", [-0.1, 2.1, float("inf"), float("nan")])
-async def test_an_exaggeration_that_there_is_not_is_refused(
-    house: House, exaggeration: float
-) -> None:
+async def test_an_exaggeration_out_of_range_is_refused(house: House, exaggeration: float) -> None:
     sidecar, _ = await pair(house)
     with pytest.raises(InvalidRequest, match="exaggeration"):
         await say(sidecar, "word", exaggeration=exaggeration)
@@ -376,7 +375,7 @@ async def test_what_is_no_message_is_refused_counted_and_logged_without_its_cont
 
 
 class Liar:
-    """A worker that answers each request with what the test tells it to."""
+    """A worker that answers each request as the test says."""
 
     def __init__(self, bus: EventBus, *answers: dict[str, object]) -> None:
         self._bus = bus
@@ -412,7 +411,7 @@ def part(index: int, wav: bytes | None = None) -> dict[str, object]:
         ([part(0, b"noise"), {"end": 1}], "no WAV"),
     ],
 )
-async def test_parts_are_never_glued_together_wrongly(
+async def test_parts_are_never_joined_in_the_wrong_order(
     house: House, answers: list[dict[str, object]], reason: str
 ) -> None:
     sidecar = await house.sidecar()
@@ -423,7 +422,7 @@ async def test_parts_are_never_glued_together_wrongly(
 
 
 @pytest.mark.parametrize("answers", [[], [part(0)]])
-async def test_what_gets_lost_on_the_way_does_not_hold_up_a_request(
+async def test_a_lost_message_does_not_block_a_request(
     house: House, answers: list[dict[str, object]]
 ) -> None:
     sidecar = await house.sidecar(lost_after=0.2)
@@ -454,7 +453,7 @@ async def test_a_long_wait_in_a_workers_queue_is_no_loss(house: House) -> None:
         assert same(await asked, [tone("word")])
 
 
-async def test_without_redis_no_worker_counts_as_there() -> None:
+async def test_without_redis_no_worker_counts_as_running() -> None:
     require_redis()
     with RedisServer() as server:
         async with House(server.url) as house:
@@ -477,7 +476,7 @@ async def test_a_part_that_takes_too_long_ends_the_request(house: House) -> None
     await until(lambda: voice.given_up)
 
 
-async def test_a_redis_that_comes_later_brings_them_together() -> None:
+async def test_workers_are_found_once_redis_is_available() -> None:
     require_redis()
     server = RedisServer()
     buses = [EventBus(server.url) for _ in range(2)]

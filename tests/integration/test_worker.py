@@ -1,27 +1,41 @@
-"""The protocol of a worker process, spoken to the real program with a fake engine."""
+"""The protocol of a worker process: the real program, with a fake engine."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TypeVar
 
+import msgspec
 import pytest
 
+from llm_sidecar.engines import GenerationRequest
+from llm_sidecar.models.local.protocol import (
+    FROM_WORKER,
+    Answer,
+    Begun,
+    Cancel,
+    Check,
+    Done,
+    Failed,
+    Generate,
+    Load,
+    LoadFailed,
+    Prefill,
+    Progress,
+    Ready,
+    ScoreChoices,
+    Scores,
+    encode,
+    is_final,
+)
 from tests.live_server import ROOT
 
-SPEC: dict[str, Any] = {
-    "folder": "/models/fake",
-    "device": "cpu",
-    "threads": 1,
-    "adapter": None,
-    "prefix": None,
-    "warm_up": {"messages": [{"role": "user", "content": "Hello."}], "max_tokens": 1},
-}
-SPEC["warm_up"]["guidance"] = None
+T = TypeVar("T", bound=Answer)
+
+LOAD = Load("/models/fake", "cpu", 1)
 LONG = "slow " * 100
 
 
@@ -29,41 +43,57 @@ class Process:
     """A worker process.
 
     Attributes:
-        said: every message so far, in order.
+        answers: every answer to a job so far, in order.
     """
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
-        self.said: list[dict[str, Any]] = []
+        self.answers: list[Answer] = []
 
-    def tell(self, **message: Any) -> None:
+    def send(self, message: msgspec.Struct) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(message).encode() + b"\n")
+        self._process.stdin.write(encode(message))
         self._process.stdin.flush()
 
-    def hear(self) -> dict[str, Any]:
+    def read(self) -> Ready | LoadFailed | Answer:
         """The next message."""
         assert self._process.stdout is not None
-        message: dict[str, Any] = json.loads(self._process.stdout.readline())
-        self.said.append(message)
+        line = self._process.stdout.readline()
+        message: Ready | LoadFailed | Answer = FROM_WORKER.decode(line)
+        if isinstance(message, Answer):
+            self.answers.append(message)
         return message
 
-    def hear_until(self, op: str, number: int) -> dict[str, Any]:
-        """The first message of that kind about a request."""
-        while (message := self.hear()) and (message["op"], message.get("id")) != (op, number):
-            pass
-        return message
+    def read_until(self, kind: type[T], number: int) -> T:
+        """The first message of that kind about a job."""
+        while True:
+            message = self.read()
+            if isinstance(message, kind) and message.id == number:
+                return message
+
+    def read_to_end(self, number: int) -> Progress:
+        """The last progress of a completion."""
+        while True:
+            progress = self.read_until(Progress, number)
+            if is_final(progress):
+                return progress
+
+    def about(self, number: int) -> list[Answer]:
+        """Every answer to a job so far."""
+        return [answer for answer in self.answers if answer.id == number]
 
     def end(self) -> int:
-        """Ends its input, and returns its exit status."""
+        """Closes its input; returns its exit status."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         return self._process.wait(10)
 
     def generate(self, number: int, text: str, max_tokens: int = 1000) -> None:
-        messages = [{"role": "user", "content": text}]
-        request = {"messages": messages, "max_tokens": max_tokens}
-        self.tell(op="generate", id=number, request=request)
+        self.send(Generate(id=number, request=request(text, max_tokens)))
+
+
+def request(text: str, max_tokens: int = 1) -> GenerationRequest:
+    return GenerationRequest([{"role": "user", "content": text}], max_tokens)
 
 
 @contextlib.contextmanager
@@ -86,173 +116,161 @@ def started() -> Iterator[Process]:
 def one() -> Iterator[Process]:
     """One worker for all tests that leave it as it was; each has request numbers of its own."""
     with started() as process:
-        process.tell(**SPEC)
-        assert process.hear()["op"] == "ready"
+        process.send(LOAD)
+        assert isinstance(process.read(), Ready)
         yield process
-
-
-def about(process: Process, number: int) -> list[dict[str, Any]]:
-    """What it has said of a request, without times."""
-    told = [message for message in process.said if message.get("id") == number]
-    return [{name: value for name, value in said.items() if name != "at"} for said in told]
 
 
 # Loading
 
 
-def test_it_says_what_it_has_loaded_and_ends_with_its_input() -> None:
+def test_it_is_ready_with_what_it_has_loaded_and_ends_with_its_input() -> None:
     with started() as process:
-        process.tell(**SPEC)
-        ready = process.hear()
-        assert {name: value for name, value in ready.items() if name != "at"} == {
-            "op": "ready",
-            "runtime": "fake",
-            "device": "cpu",
-            "context_length": 100,
-            "together": 2,
-        }
+        process.send(LOAD)
+        assert process.read() == Ready("fake", "cpu", 100, 2)
         assert process.end() == 0
 
 
 @pytest.mark.parametrize(
-    ("changes", "detail"),
-    [
-        ({"folder": "/models/missing"}, "it holds no model"),
-        (
-            {"warm_up": {"messages": [{"role": "u", "content": "fail"}], "max_tokens": 1}},
-            "RuntimeError: fail",
-        ),
-    ],
+    ("folder", "detail"),
+    [("/models/missing", "it holds no model"), ("/models/damaged", "RuntimeError: fail")],
 )
-def test_it_says_why_a_model_does_not_load(changes: dict[str, Any], detail: str) -> None:
-    for warm_up in filter(None, [changes.get("warm_up")]):
-        warm_up["guidance"] = None
+def test_it_explains_why_a_model_does_not_load(folder: str, detail: str) -> None:
     with started() as process:
-        process.tell(**SPEC | changes)
-        failed = process.hear()
-        assert (failed["op"], failed["detail"]) == ("failed", detail)
+        process.send(msgspec.structs.replace(LOAD, folder=folder))
+        assert process.read() == LoadFailed(detail)
+
+
+@pytest.mark.parametrize("text", ["Propose.", "fail"])
+def test_it_loads_with_a_prefix_even_if_that_cannot_be_prefilled(text: str) -> None:
+    with started() as process:
+        process.send(msgspec.structs.replace(LOAD, prefix=request(text)))
+        assert process.read() == Ready("fake", "cpu", 100, 2)
 
 
 # Generating
 
 
-def test_a_completion_comes_in_parts_that_add_up(one: Process) -> None:
+def test_a_completion_is_the_sum_of_its_texts(one: Process) -> None:
     one.generate(1, LONG)
-    done = one.hear_until("done", 1)
-    told = about(one, 1)
-    assert told[0]["op"] == "begun"
-    assert {message["op"] for message in told[1:-1]} == {"delta"}
-    assert "".join(message["text"] for message in told[1:]) == LONG
-    counts = [message["completion_tokens"] for message in told[1:]]
+    last = one.read_to_end(1)
+    begun, *progress = one.about(1)
+    assert isinstance(begun, Begun)
+    texts = [answer for answer in progress if isinstance(answer, Progress)]
+    assert texts == progress
+    assert "".join(answer.text for answer in texts) == LONG
+    assert sum(answer.new_tokens for answer in texts) == 100
+    counts = [answer.completion_tokens for answer in texts]
     assert counts == sorted(counts)
-    expected = {
-        "completion_tokens": 100,
-        "prompt_tokens": len(LONG),
-        "cached_tokens": 1,
-        "finish_reason": "stop",
-    }
-    assert {name: done[name] for name in expected} == expected
+    assert [answer.finish_reason for answer in texts] == [None] * (len(texts) - 1) + ["stop"]
+    assert (last.completion_tokens, last.prompt_tokens, last.cached_tokens) == (100, len(LONG), 1)
 
 
-def test_the_first_word_is_not_held_back(one: Process) -> None:
+def test_the_first_word_is_sent_at_once(one: Process) -> None:
     one.generate(2, LONG)
-    one.hear_until("begun", 2)
-    first = one.hear_until("delta", 2)
-    assert (first["text"], first["completion_tokens"], first["finish_reason"]) == ("slow ", 1, None)
-    one.hear_until("done", 2)
+    one.read_until(Begun, 2)
+    first = one.read_until(Progress, 2)
+    assert (first.text, first.completion_tokens, first.finish_reason) == ("slow ", 1, None)
+    one.read_to_end(2)
 
 
-def test_a_budget_ends_a_completion(one: Process) -> None:
+def test_the_token_limit_ends_a_completion(one: Process) -> None:
     one.generate(3, "one two three", max_tokens=2)
-    done = one.hear_until("done", 3)
-    assert (done["finish_reason"], done["completion_tokens"]) == ("length", 2)
+    last = one.read_to_end(3)
+    assert (last.finish_reason, last.completion_tokens) == ("length", 2)
 
 
 def test_all_tokens_are_counted(one: Process) -> None:
-    one.generate(4, "one two three")
-    before = one.hear_until("done", 4)["total_tokens"]
-    one.generate(5, "one two")
-    assert one.hear_until("done", 5)["total_tokens"] == before + 2
+    for number, text, tokens in ((4, "one two three", 3), (5, "one two", 2)):
+        one.generate(number, text)
+        one.read_to_end(number)
+        progress = [answer for answer in one.about(number) if isinstance(answer, Progress)]
+        assert sum(answer.new_tokens for answer in progress) == tokens
 
 
-def test_two_are_generated_together_and_the_third_waits(one: Process) -> None:
+def test_two_are_generated_at_a_time_and_the_third_waits(one: Process) -> None:
     for number in (10, 11, 12):
         one.generate(number, "slow " * 20)
-    one.hear_until("done", 12)
-    answered = [(said["op"], said.get("id")) for said in one.said if said["op"] != "begun"]
-    # Each of the first two has a word before either is done; the third has none until then.
-    first_done = min(answered.index(("done", number)) for number in (10, 11))
-    assert answered.index(("delta", 10)) < first_done
-    assert answered.index(("delta", 11)) < first_done
-    assert answered.index(("delta", 12)) > first_done
+    one.read_to_end(12)
+    order = [
+        (answer.id, is_final(answer)) for answer in one.answers if isinstance(answer, Progress)
+    ]
+    # Each of the first two has a word before either ends; the third has none until then.
+    first_end = min(order.index((number, True)) for number in (10, 11))
+    assert order.index((10, False)) < first_end
+    assert order.index((11, False)) < first_end
+    assert order.index((12, False)) > first_end
 
 
-def test_a_cancelled_request_ends_early(one: Process) -> None:
+def test_a_cancelled_job_ends_early(one: Process) -> None:
     one.generate(20, LONG)
-    one.hear_until("delta", 20)
-    one.tell(op="cancel", id=20)
-    done = one.hear_until("done", 20)
-    assert done["finish_reason"] is None
-    assert 0 < done["completion_tokens"] < 100
+    one.read_until(Progress, 20)
+    one.send(Cancel(20))
+    one.read_until(Done, 20)
+    last = one.about(20)[-2]
+    assert isinstance(last, Progress)
+    assert last.finish_reason is None
+    assert 0 < last.completion_tokens < 100
     one.generate(21, "one")
-    assert one.hear_until("done", 21)["text"] == "one "
+    assert one.read_to_end(21).text == "one "
 
 
-def test_a_request_that_is_refused_says_why(one: Process) -> None:
+def test_a_request_that_is_refused_has_a_reason(one: Process) -> None:
     one.generate(30, "refuse")
-    error = one.hear_until("error", 30)
-    assert (error["invalid"], error["detail"]) == (True, "prompt: it does not fit")
+    failed = one.read_until(Failed, 30)
+    assert (failed.invalid, failed.detail) == (True, "prompt: it does not fit")
 
 
 def test_a_failing_engine_is_reported_without_quoting_the_request(one: Process) -> None:
     one.generate(31, "fail")
-    assert one.hear_until("error", 31)["detail"] == "RuntimeError"
-    assert "invalid" not in one.said[-1] or one.said[-1]["invalid"] is False
+    failed = one.read_until(Failed, 31)
+    assert (failed.invalid, failed.detail) == (False, "RuntimeError")
     one.generate(32, "one")
-    assert one.hear_until("done", 32)["text"] == "one "
+    assert one.read_to_end(32).text == "one "
 
 
-# Probabilities
+def test_a_check_ends_without_a_result(one: Process) -> None:
+    one.send(Check(id=35, request=request("one")))
+    one.read_until(Done, 35)
+    assert [type(answer) for answer in one.about(35)] == [Done]
 
 
-def choose(process: Process, number: int, text: str) -> None:
-    messages = [{"role": "user", "content": text}]
-    process.tell(op="choose", id=number, messages=messages, answers=["0", "1"])
+# Scores
 
 
-def test_probabilities_come_in_one_message(one: Process) -> None:
-    choose(one, 40, "Score it.")
-    assert one.hear_until("done", 40)["probabilities"] == {"0": 0.5, "1": 0.5}
-    assert [message["op"] for message in about(one, 40)] == ["begun", "done"]
-    choose(one, 41, "fail")
-    assert one.hear_until("error", 41)["detail"] == "RuntimeError"
+def score(process: Process, number: int, text: str) -> None:
+    process.send(ScoreChoices(id=number, request=request(text), choices=["0", "1"]))
+
+
+def test_scores_come_in_one_message(one: Process) -> None:
+    score(one, 40, "Score it.")
+    assert one.read_until(Scores, 40).probabilities == {"0": 0.5, "1": 0.5}
+    assert [type(answer) for answer in one.about(40)] == [Begun, Scores]
+    score(one, 41, "fail")
+    assert one.read_until(Failed, 41).detail == "RuntimeError"
 
 
 # Prefixes
 
 
-def prepare(process: Process, number: int, text: str) -> None:
-    request = {"messages": [{"role": "system", "content": text}], "max_tokens": 1}
-    process.tell(op="prepare", id=number, request=request)
+def test_a_prefix_is_prefilled_while_there_is_nothing_else_to_do(one: Process) -> None:
+    one.send(Prefill(id=50, request=request("Propose.")))
+    one.read_until(Done, 50)
+    one.send(Prefill(id=51, request=request("fail")))
+    assert one.read_until(Failed, 51).detail == "RuntimeError"
 
 
-def test_a_prefix_is_prepared_while_there_is_nothing_else_to_do(one: Process) -> None:
-    prepare(one, 50, "Propose.")
-    assert one.hear_until("done", 50)
-    prepare(one, 51, "fail")
-    assert one.hear_until("error", 51)["detail"] == "RuntimeError"
-
-
-def test_nothing_is_said_but_messages(one: Process) -> None:
-    assert {message["op"] for message in one.said} <= {"ready", "begun", "delta", "done", "error"}
-    times = [message["at"] for message in one.said]
+def test_answers_carry_the_times_at_which_they_were_written(one: Process) -> None:
+    times = [answer.at for answer in one.answers]
+    assert len(times) > 10
     assert times == sorted(times)
 
 
-def test_importing_it_loads_no_runtime() -> None:
+def test_importing_it_loads_no_runtime_and_no_pydantic() -> None:
     code = (
         "import sys, llm_sidecar.models.local.worker; "
-        "print([m for m in ('torch', 'onnxruntime', 'transformers') if m in sys.modules])"
+        "heavy = ('torch', 'onnxruntime', 'transformers', 'pydantic'); "
+        "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

@@ -82,7 +82,7 @@ def test_the_page_says_what_each_model_call_took_and_needs_nothing_else(
     assert (phi3[0], phi3[1], phi3[6]) == (answer.headers["X-Model"], "generate", tokens)
     assert all(cell.endswith(" s") for cell in phi3[2:6])
     assert critique[1] == "generate"
-    assert "choose" in score
+    assert "score_choices" in score
     assert page.fetched == []
     assert "ZXQSECRET" not in text
     # Where the event loop's own time went, in the tree.

@@ -20,7 +20,8 @@ from llm_sidecar.engines import GenerationRequest, Message
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 from llm_sidecar.models.files import ModelFiles
 from llm_sidecar.models.local import process as worker_process
-from llm_sidecar.models.local.model import HostLimits, ModelHost
+from llm_sidecar.models.local.model import HostLimits, LocalModel
+from tests.completions import complete
 from tests.live_server import LiveServer
 
 RUNS = {
@@ -33,7 +34,7 @@ RUNS = {
     "letters": "a",
 }
 DOES_NOT_FIT = "1." * 16_000
-HostFactory = Callable[..., ModelHost]
+HostFactory = Callable[..., LocalModel]
 
 
 def user(text: str) -> list[Message]:
@@ -44,14 +45,12 @@ def user(text: str) -> list[Message]:
 async def make_host() -> AsyncIterator[HostFactory]:
     hosts = []
 
-    def make(folder: Path) -> ModelHost:
-        host = ModelHost(
+    def make(folder: Path) -> LocalModel:
+        host = LocalModel(
             "phi3",
             lambda: ModelFiles("phi3/random", folder),
             device="cpu",
             limits=HostLimits(load_wait=60.0),
-            # Without guidance what can run on plain onnxruntime does.
-            warm_up=GenerationRequest(user("Hi."), 1),
         )
         hosts.append(host)
         return host
@@ -83,28 +82,28 @@ async def test_a_long_run_is_refused_or_answered_and_ends_no_worker(
 ) -> None:
     host = make_host(folder)
     for run in RUNS.values():
-        error = await failure(host.generate(GenerationRequest(user(run * 32_000), 2)))
+        error = await failure(complete(host, GenerationRequest(user(run * 32_000), 2)))
         assert isinstance(error, InvalidRequest), run
         assert "8192" in error.detail
         assert run not in error.detail or run in (" ", "a")
-        short = await host.generate(GenerationRequest(user(run * 100), 2))
+        short = await complete(host, GenerationRequest(user(run * 100), 2))
         assert short.completion_tokens == 2
     # A piece that no split divides, and that the context holds.
-    whole = await host.generate(GenerationRequest(user("ß" * 4000), 2))
+    whole = await complete(host, GenerationRequest(user("ß" * 4000), 2))
     assert 8000 < whole.prompt_tokens < 8192
-    assert host.status()["restarts"] == 0
+    assert host.status().restarts == 0
 
 
 async def test_what_does_not_fit_is_refused_while_others_wait_for_their_turn(
     make_host: HostFactory, random_phi3_onnx: Path
 ) -> None:
     host = make_host(random_phi3_onnx)
-    running = asyncio.create_task(host.generate(GenerationRequest(user("go"), 7000)))
-    await until(lambda: host.status()["completion_tokens_total"] > 50)
-    waiting = asyncio.create_task(host.generate(GenerationRequest(user("go"), 2)))
-    error = await failure(host.generate(GenerationRequest(user(DOES_NOT_FIT), 2)))
+    running = asyncio.create_task(complete(host, GenerationRequest(user("go"), 7000)))
+    await until(lambda: host.status().completion_tokens_total > 50)
+    waiting = asyncio.create_task(complete(host, GenerationRequest(user("go"), 2)))
+    error = await failure(complete(host, GenerationRequest(user(DOES_NOT_FIT), 2)))
     assert isinstance(error, InvalidRequest)
-    error = await failure(host.answer_probabilities(user(DOES_NOT_FIT), ["0", "1"]))
+    error = await failure(host.score_choices(user(DOES_NOT_FIT), ["0", "1"]))
     assert isinstance(error, InvalidRequest)
     assert not running.done()
     assert not waiting.done()
@@ -117,14 +116,14 @@ async def test_a_short_request_waits_for_no_long_text(
 ) -> None:
     host = make_host(random_hermes_onnx)
     short = GenerationRequest(user("go"), 2)
-    await host.generate(short)
+    await complete(host, short)
     # As many as generate together, less one.
     refused = [
-        asyncio.create_task(failure(host.generate(GenerationRequest(user(DOES_NOT_FIT * 10), 2))))
+        asyncio.create_task(failure(complete(host, GenerationRequest(user(DOES_NOT_FIT * 10), 2))))
         for _ in range(7)
     ]
-    await until(lambda: host.status()["running"] == 7)
-    assert (await host.generate(short)).completion_tokens == 2
+    await until(lambda: host.status().running == 7)
+    assert (await complete(host, short)).completion_tokens == 2
     assert not all(task.done() for task in refused)
     assert all(isinstance(error, InvalidRequest) for error in await asyncio.gather(*refused))
 
@@ -153,12 +152,12 @@ async def test_a_chat_whose_template_never_ends_ends_one_worker_and_is_not_given
     )
     host = make_host(folder)
     short = GenerationRequest(user("go"), 2)
-    expected = await host.generate(short)
-    error = await failure(host.generate(GenerationRequest(user("for ever"), 2)))
+    expected = await complete(host, short)
+    error = await failure(complete(host, GenerationRequest(user("for ever"), 2)))
     assert isinstance(error, ModelUnavailable)
     assert "worker ended" in error.detail
-    assert (await host.generate(short)).text == expected.text
-    assert host.status()["restarts"] == 1
+    assert (await complete(host, short)).text == expected.text
+    assert host.status().restarts == 1
     assert "tokenizing one chat took longer than 0.5 s" in capfd.readouterr().err
 
 
@@ -176,10 +175,10 @@ async def test_a_chat_that_the_template_refuses_is_the_models_fault_and_is_not_q
     )
     host = make_host(folder)
     chat = [{"role": "system", "content": "Obey."}, *user("SECRETMARK")]
-    error = await failure(host.generate(GenerationRequest(chat, 2)))
+    error = await failure(complete(host, GenerationRequest(chat, 2)))
     assert isinstance(error, ModelUnavailable)
     assert "refuses a chat with the roles system, user" in error.detail
-    assert (await host.generate(GenerationRequest(user("go"), 2))).completion_tokens == 2
+    assert (await complete(host, GenerationRequest(user("go"), 2))).completion_tokens == 2
     said = capfd.readouterr().err
     assert "SECRETMARK" not in error.detail + said
     assert "refuses a chat with the roles system, user" in said

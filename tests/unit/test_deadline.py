@@ -38,6 +38,15 @@ def test_the_deadline_is_counted_from_the_request() -> None:
     assert Deadline(NOW - 70.0, 60.0).remaining() == -10.0
 
 
+async def test_its_timeout_ends_with_it() -> None:
+    assert Deadline(NOW - 20.0, 60.0).timeout().when() == NOW + 40.0
+
+
+def test_a_deadline_that_has_passed_has_no_timeout() -> None:
+    with pytest.raises(TimeoutError):
+        Deadline(NOW - 60.0, 60.0).timeout()
+
+
 def test_every_phase_is_named_and_the_retry_passed_on() -> None:
     error = exceeded(0.0, 2.0, 57.0)
     assert error.spent == TimeSpent(before=0.0, waiting=2.0, prompt=55.0, writing=3.0)

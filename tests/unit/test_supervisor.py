@@ -1,6 +1,6 @@
 """How a model's worker is started, replaced when it dies, and given another adapter.
 
-Asked through a `ModelHost`, over worker processes that are fakes.
+Tested through a `LocalModel` over fake worker processes.
 """
 
 from __future__ import annotations
@@ -10,25 +10,38 @@ import contextlib
 import logging
 import random
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import GenerationRequest
-from llm_sidecar.errors import AdapterRejected, ModelUnavailable, QueueFull
+from llm_sidecar.errors import AdapterRejected, DeadlineExceeded, ModelUnavailable, QueueFull
 from llm_sidecar.logs import log_context
+from llm_sidecar.models.base import Adapter, ModelStatus
 from llm_sidecar.models.files import ModelFiles
-from llm_sidecar.models.local import supervisor
-from llm_sidecar.models.local.model import HostLimits, ModelHost
-from llm_sidecar.telemetry.calls import WorkerDeath
+from llm_sidecar.models.local import loader
+from llm_sidecar.models.local.model import HostLimits, LocalModel
+from llm_sidecar.models.local.process import Inbox
+from llm_sidecar.models.local.protocol import (
+    Begun,
+    Died,
+    Done,
+    Generate,
+    Job,
+    Load,
+    Prefill,
+    Progress,
+    Ready,
+)
+from llm_sidecar.telemetry.calls import ModelCall, WorkerDeath
+from tests.completions import complete
 
-WARM_UP = GenerationRequest([{"role": "user", "content": "Hello."}], 1)
 ASKED = GenerationRequest([{"role": "user", "content": "What now?"}], 5)
 PREFIX = GenerationRequest([{"role": "system", "content": "Propose."}], 248, "{}", 0.5)
-ADAPTER = Path("/adapters/20260102")
+OTHER_PREFIX = GenerationRequest([{"role": "system", "content": "Other."}], 248, "{}", 0.5)
+ADAPTER = Adapter(Path("/adapters/20260102"))
 
 
 class FakeProcess:
@@ -47,73 +60,61 @@ class FakeWorker:
     """A worker that loads and answers as a test has it.
 
     Attributes:
-        spec: what it was told to load.
-        sent: the requests it got.
-        info, label, process, tokens, ended, idle, adapter, stopping: as a `WorkerProcess` has them.
+        loaded: the message that it was loaded with.
+        sent: the jobs that it got.
+        label, adapter, process, ready, calls, idle, stopping, ended: see `WorkerProcess`.
     """
 
     def __init__(self, label: str, adapter: str | None, on_tokens: Callable[[int], None]) -> None:
         self.label, self.adapter = label, adapter
-        self.info = {"runtime": "fake", "device": "cpu", "context_length": 100, "together": 2}
-        self.spec: dict[str, Any] = {}
-        self.sent: list[tuple[str, dict[str, Any]]] = []
-        self.tokens = 0
+        self.ready = Ready("fake", "cpu", context_length=100, capacity=2)
+        self.loaded: Load | None = None
+        self.sent: list[Job] = []
+        self.calls: dict[int, ModelCall] = {}
         self.ended, self.idle = asyncio.Event(), asyncio.Event()
         self.idle.set()
         self.stopping = False
         self.process = FakeProcess(self, 0)
         self._on_tokens = on_tokens
         self._how = "exit status 0"
-        self._inboxes: dict[int, asyncio.Queue[dict[str, Any]]] = {}
+        self.inboxes: dict[int, Inbox] = {}
 
     @property
     def alive(self) -> bool:
         return not self.ended.is_set()
 
-    async def load(self, spec: dict[str, Any]) -> None:
-        self.spec = spec
+    async def load(self, load: Load) -> Ready:
+        self.loaded = load
         await house.load(self)
+        return self.ready
 
-    def send(self, op: str, body: dict[str, Any]) -> tuple[int, asyncio.Queue[dict[str, Any]]]:
-        self.sent.append((op, body))
-        number, inbox = len(self.sent), asyncio.Queue[dict[str, Any]]()
-        self._inboxes[number] = inbox
+    def send(self, job: Job) -> tuple[int, Inbox]:
+        self.sent.append(job)
+        number = len(self.sent)
+        inbox = self.inboxes[number] = Inbox()
         if house.answers:
             self.answer(number)
         return number, inbox
 
     def answer(self, number: int) -> None:
-        """Has a request answered with two tokens."""
-        inbox = self._inboxes.pop(number)
-        self.tokens += 2
+        """Answers a request with two tokens."""
+        inbox = self.inboxes.pop(number)
         self._on_tokens(2)
-        inbox.put_nowait({"op": "begun", "id": number, "adapter": self.adapter, "at": 0.0})
-        inbox.put_nowait(
-            {
-                "op": "done",
-                "id": number,
-                "text": f"from {self.process.pid}",
-                "finish_reason": "stop",
-                "prompt_tokens": 3,
-                "completion_tokens": 2,
-                "cached_tokens": 0,
-                "total_tokens": self.tokens,
-                "at": 0.0,
-            }
-        )
+        inbox.put_nowait(Begun(id=number, at=0.0))
+        inbox.put_nowait(progress(number, f"from {self.process.pid}", 2, "stop"))
 
     def cancel(self, number: int) -> None:
-        """Gives a request up."""
-        if number in self._inboxes:
+        """Ends a job."""
+        if number in self.inboxes:
             self.answer(number)
 
     def die(self, how: str) -> None:
-        """Ends, with its requests unanswered."""
+        """Ends and leaves its jobs unanswered."""
         if self.alive:
             self._how = how
             self.ended.set()
-            for inbox in self._inboxes.values():
-                inbox.put_nowait({"op": "error", "died": how, "at": 0.0})
+            for number, inbox in self.inboxes.items():
+                inbox.put_nowait(Died(id=number, how=how))
 
     async def stop(self) -> None:
         self.stopping = True
@@ -121,6 +122,22 @@ class FakeWorker:
 
     def how_it_ended(self) -> str:
         return self._how
+
+
+def progress(
+    number: int, text: str, tokens: int, finish_reason: Literal["stop"] | None = None
+) -> Progress:
+    """All text of a completion so far, in one message."""
+    return Progress(
+        id=number,
+        at=0.0,
+        text=text,
+        prompt_tokens=3,
+        completion_tokens=tokens,
+        cached_tokens=0,
+        new_tokens=tokens,
+        finish_reason=finish_reason,
+    )
 
 
 class House:
@@ -177,26 +194,25 @@ async def fake_workers(monkeypatch: pytest.MonkeyPatch) -> House:
             made.paused.append(seconds)
         await real_sleep(0, *rest)
 
-    monkeypatch.setattr(supervisor, "WorkerProcess", FakeWorkerProcess)
+    monkeypatch.setattr(loader, "WorkerProcess", FakeWorkerProcess)
     monkeypatch.setattr(asyncio, "sleep", sleep)
     monkeypatch.setattr(random, "uniform", lambda low, high: 1.0)
     return made
 
 
 class Made:
-    """A host, the deaths it was told of, and where its files are."""
+    """A model, the deaths that it reported, and where its files are."""
 
-    def __init__(self, **limits: float) -> None:
+    def __init__(self, *, preload: bool = False, **limits: float) -> None:
         self.deaths: list[WorkerDeath] = []
         self.missing: str | None = None
-        self.host = ModelHost(
+        self.model = LocalModel(
             "phi3",
             self._locate,
             device="cpu",
             threads=3,
             limits=HostLimits(**limits),  # type: ignore[arg-type]
-            warm_up=WARM_UP,
-            prefix=lambda: PREFIX,
+            preload=preload,
             on_death=self.deaths.append,
         )
 
@@ -210,7 +226,14 @@ class Made:
 async def made() -> AsyncIterator[Made]:
     made = Made()
     yield made
-    await made.host.close()
+    await made.model.close()
+
+
+@pytest.fixture
+async def preloaded() -> AsyncIterator[Made]:
+    made = Made(preload=True)
+    yield made
+    await made.model.close()
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -223,60 +246,109 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 async def test_nothing_is_started_before_the_first_request(made: Made) -> None:
-    status = made.host.status()
-    assert made.host.available()
-    assert (status["state"], status["pid"], status["restarts"]) == ("unloaded", None, 0)
+    assert made.model.status() == ModelStatus(state="unloaded", queue_length=64)
     assert house.workers == []
 
 
 async def test_the_first_request_loads_the_model_as_it_is_configured(made: Made) -> None:
-    completion = await made.host.generate(ASKED)
+    completion = await complete(made.model, ASKED)
     assert (completion.text, completion.model) == ("from 1", "phi3/fake")
     (worker,) = house.workers
-    assert worker.spec == {
-        "device": "cpu",
-        "threads": 3,
-        "warm_up": asdict(WARM_UP),
-        "folder": "/models/phi3",
-        "prefix": asdict(PREFIX),
-        "adapter": None,
-    }
-    status = made.host.status()
-    expected = {
-        "state": "ready",
-        "reason": None,
-        "model": "phi3/fake",
-        "adapter": None,
-        "runtime": "fake",
-        "device": "cpu",
-        "pid": 1,
-        "restarts": 0,
-        "completion_tokens_total": 2,
-    }
-    assert {name: status[name] for name in expected} == expected
+    assert worker.loaded == Load("/models/phi3", "cpu", 3)
+    assert made.model.status() == ModelStatus(
+        state="ready",
+        model="phi3/fake",
+        runtime="fake",
+        device="cpu",
+        pid=1,
+        completion_tokens_total=2,
+        queue_length=64,
+    )
 
 
 async def test_one_worker_serves_all_requests(made: Made) -> None:
-    await asyncio.gather(*(made.host.generate(ASKED) for _ in range(5)))
+    await asyncio.gather(*(complete(made.model, ASKED) for _ in range(5)))
     (worker,) = house.workers
-    assert [op for op, _ in worker.sent] == ["generate"] * 5
-    assert made.host.status()["completion_tokens_total"] == 10
+    assert worker.sent == [Generate(request=ASKED)] * 5
+    assert made.model.status().completion_tokens_total == 10
 
 
-async def test_it_begins_with_the_adapter_that_it_is_given(made: Made) -> None:
-    made.host.begin_with(ADAPTER)
-    made.host.preload()
-    await until(lambda: made.host.status()["state"] == "ready")
-    assert house.workers[0].spec["adapter"] == "/adapters/20260102"
-    assert made.host.status()["adapter"] == "20260102"
+async def test_it_starts_with_the_adapter_that_it_is_given(preloaded: Made) -> None:
+    await preloaded.model.start(ADAPTER)
+    await until(lambda: preloaded.model.status().state == "ready")
+    (worker,) = house.workers
+    assert worker.loaded is not None
+    assert worker.loaded.adapter == "/adapters/20260102"
+    assert preloaded.model.status().adapter == ADAPTER
 
 
-async def test_missing_files_are_said_and_nothing_is_started(made: Made) -> None:
+async def test_a_lazy_model_starts_with_its_adapter_at_the_first_request(made: Made) -> None:
+    await made.model.start(ADAPTER)
+    assert house.workers == []
+    await complete(made.model, ASKED)
+    assert house.workers[0].loaded is not None
+    assert house.workers[0].loaded.adapter == "/adapters/20260102"
+
+
+async def test_a_preloaded_model_logs_that_its_files_are_missing(
+    preloaded: Made, caplog: pytest.LogCaptureFixture
+) -> None:
+    preloaded.missing = "The phi3 model is missing; set MICRO_LLM_MODEL_PATH."
+    await preloaded.model.start()
+    assert caplog.messages == [preloaded.missing]
+    assert preloaded.model.status().not_ready == preloaded.missing
+    assert house.workers == []
+
+
+# Prefixes
+
+
+async def test_each_worker_loads_with_the_latest_prefix(made: Made) -> None:
+    await made.model.prefill(OTHER_PREFIX)
+    await made.model.prefill(PREFIX)
+    assert house.workers == []
+    await complete(made.model, ASKED)
+    await made.model.use_adapter(ADAPTER)
+    assert [worker.loaded and worker.loaded.prefix for worker in house.workers] == [PREFIX] * 2
+    assert [Prefill in map(type, worker.sent) for worker in house.workers] == [False, False]
+
+
+async def test_a_live_worker_is_sent_a_new_prefix_at_once(made: Made) -> None:
+    await complete(made.model, ASKED)
+    house.answers = False
+    prefilling = asyncio.create_task(made.model.prefill(PREFIX))
+    (worker,) = house.workers
+    await until(lambda: len(worker.sent) == 2)
+    assert worker.sent[1] == Prefill(request=PREFIX)
+    await asyncio.sleep(0)
+    assert not prefilling.done()
+    worker.inboxes.pop(2).put_nowait(Done(id=2))
+    await prefilling
+
+
+async def test_a_worker_that_loads_is_sent_the_new_prefix_afterwards(made: Made) -> None:
+    await made.model.prefill(OTHER_PREFIX)
+    house.loading.clear()
+    asking = asyncio.create_task(complete(made.model, ASKED))
+    await until(lambda: house.workers and house.workers[0].loaded)
+    await made.model.prefill(PREFIX)
+    (worker,) = house.workers
+    assert worker.sent == []
+    house.loading.set()
+    await asking
+    assert worker.loaded == Load("/models/phi3", "cpu", 3, prefix=OTHER_PREFIX)
+    assert worker.sent[0] == Prefill(request=PREFIX)
+
+
+# Files
+
+
+async def test_missing_files_are_reported_and_nothing_is_started(made: Made) -> None:
     made.missing = "The phi3 model is missing; set MICRO_LLM_MODEL_PATH."
-    assert not made.host.available()
-    status = made.host.status()
-    assert (status["state"], status["reason"]) == ("failed", made.missing)
-    for asking in (made.host.generate(ASKED), made.host.generate(ASKED)):
+    assert made.model.status().not_ready is not None
+    status = made.model.status()
+    assert (status.state, status.reason) == ("failed", made.missing)
+    for asking in (complete(made.model, ASKED), complete(made.model, ASKED)):
         with pytest.raises(ModelUnavailable, match="set MICRO_LLM_MODEL_PATH") as caught:
             await asking
         assert caught.value.retry_after == 30
@@ -287,143 +359,144 @@ async def test_a_model_that_is_still_loading_is_waited_for_so_long() -> None:
     made = Made(load_wait=0.02)
     house.loading.clear()
     with pytest.raises(ModelUnavailable, match=r"^The phi3 model is still loading\.$") as caught:
-        await made.host.generate(ASKED)
+        await complete(made.model, ASKED)
     assert caught.value.retry_after == 5
-    assert made.host.status()["state"] == "loading"
+    assert made.model.status().state == "loading"
     house.loading.set()
-    await until(lambda: made.host.status()["state"] == "ready")
-    assert (await made.host.generate(ASKED)).text == "from 1"
-    await made.host.close()
+    await until(lambda: made.model.status().state == "ready")
+    assert (await complete(made.model, ASKED)).text == "from 1"
+    await made.model.close()
 
 
 async def test_requests_wait_for_a_loading_model_until_their_deadlines() -> None:
     made = Made(request_timeout=0.1)
     house.loading.clear()
-    soon = made.host.generate(ASKED, Deadline.after(0.02))
+    soon = complete(made.model, ASKED, Deadline.after(0.02))
     # The second one has no turn yet, as nothing is known of the model.
-    errors = await asyncio.gather(soon, made.host.generate(ASKED), return_exceptions=True)
+    errors = await asyncio.gather(soon, complete(made.model, ASKED), return_exceptions=True)
     for error in errors:
         assert isinstance(error, ModelUnavailable)
         assert (error.detail, error.retry_after) == ("The phi3 model is still loading.", 5)
-    waiting = asyncio.create_task(made.host.generate(ASKED, Deadline.after(5)))
-    await until(lambda: made.host.status()["requests"] == 1)
+    waiting = asyncio.create_task(complete(made.model, ASKED, Deadline.after(5)))
+    await until(lambda: made.model.status().requests == 1)
     house.loading.set()
     assert (await waiting).text == "from 1"
-    await made.host.close()
+    await made.model.close()
 
 
 async def test_waiting_requests_fill_the_queue_and_can_be_cancelled() -> None:
     made = Made(queue_length=1)
     house.loading.clear()
-    waiting = asyncio.create_task(made.host.generate(ASKED))
-    await until(lambda: made.host.status()["requests"] == 1)
+    waiting = asyncio.create_task(complete(made.model, ASKED))
+    await until(lambda: made.model.status().requests == 1)
     with pytest.raises(QueueFull):
-        await made.host.generate(ASKED)
+        await complete(made.model, ASKED)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    assert made.host.status()["requests"] == 0
-    await made.host.close()
+    assert made.model.status().requests == 0
+    await made.model.close()
 
 
 async def test_requests_that_wait_are_refused_once_the_server_drains(made: Made) -> None:
     house.loading.clear()
-    waiting = [asyncio.create_task(made.host.generate(ASKED)) for _ in range(3)]
-    await until(lambda: made.host.status()["requests"] == 3)
-    made.host.refuse_waiting()
-    for task in (*waiting, asyncio.create_task(made.host.generate(ASKED))):
+    waiting = [asyncio.create_task(complete(made.model, ASKED)) for _ in range(3)]
+    await until(lambda: made.model.status().requests == 3)
+    made.model.drain()
+    for task in (*waiting, asyncio.create_task(complete(made.model, ASKED))):
         with pytest.raises(ModelUnavailable, match="shutting down") as caught:
             await task
         assert caught.value.retry_after == 5
     house.loading.set()
-    await until(lambda: made.host.status()["state"] == "ready")
+    await until(lambda: made.model.status().state == "ready")
     # A proposal that runs still needs its model.
-    assert (await made.host.generate(ASKED)).text == "from 1"
+    assert (await complete(made.model, ASKED)).text == "from 1"
 
 
 async def test_a_model_that_takes_too_long_to_load_is_ended() -> None:
     made = Made(load_timeout=0.02, load_wait=1.0)
     house.loading.clear()
     with pytest.raises(ModelUnavailable, match=r"could not be loaded: .*within 0\.02 s"):
-        await made.host.generate(ASKED)
+        await complete(made.model, ASKED)
     assert not house.workers[0].alive
-    await made.host.close()
+    await made.model.close()
 
 
 # Readiness
 
 
 async def test_a_lazy_model_is_ready_while_it_can_be_loaded_in_time(made: Made) -> None:
-    assert made.host.not_ready() is None
+    assert made.model.status().not_ready is None
     house.loading.clear()
-    asking = asyncio.create_task(made.host.generate(ASKED))
+    asking = asyncio.create_task(complete(made.model, ASKED))
     await until(lambda: house.workers)
-    assert made.host.not_ready() is None
+    assert made.model.status().not_ready is None
     house.loading.set()
     await asking
-    assert made.host.not_ready() is None
+    assert made.model.status().not_ready is None
 
 
 @pytest.mark.parametrize("limits", [{"load_wait": 0.01}, {"request_timeout": 0.01}])
 async def test_a_load_that_takes_longer_than_requests_wait_is_not_ready(
     limits: dict[str, float],
 ) -> None:
-    made = Made(**limits)
+    made = Made(**limits)  # type: ignore[arg-type]
     house.loading.clear()
     with pytest.raises(ModelUnavailable, match="still loading"):
-        await made.host.generate(ASKED)
-    assert made.host.not_ready() == "The phi3 model is loading."
+        await complete(made.model, ASKED)
+    assert made.model.status().not_ready == "The phi3 model is loading."
     house.loading.set()
-    await until(lambda: made.host.not_ready() is None)
-    await made.host.close()
+    await until(lambda: made.model.status().not_ready is None)
+    await made.model.close()
 
 
-async def test_a_model_that_is_preloaded_is_ready_once_it_is_loaded(made: Made) -> None:
+async def test_a_model_that_is_preloaded_is_ready_once_it_is_loaded(preloaded: Made) -> None:
+    made = preloaded
     house.loading.clear()
-    made.host.preload()
-    assert made.host.not_ready() == "The phi3 model is loading."
+    await made.model.start()
+    assert made.model.status().not_ready == "The phi3 model is loading."
     house.loading.set()
-    await until(lambda: made.host.status()["state"] == "ready")
-    assert made.host.not_ready() is None
+    await until(lambda: made.model.status().state == "ready")
+    assert made.model.status().not_ready is None
 
 
 async def test_a_model_without_files_is_not_ready(made: Made) -> None:
     made.missing = "The phi3 model is missing; set MICRO_LLM_MODEL_PATH."
-    assert made.host.not_ready() == made.missing
+    assert made.model.status().not_ready == made.missing
 
 
 async def test_a_model_that_failed_is_not_ready_before_it_has_loaded(
     made: Made, between_loads: asyncio.Event
 ) -> None:
-    await made.host.generate(ASKED)
+    await complete(made.model, ASKED)
     house.loading.clear()
     house.workers[0].die("signal SIGKILL")
     reason = "The phi3 worker ended (signal SIGKILL)"
-    await until(lambda: made.host.status()["state"] == "failed")
-    assert made.host.not_ready() == reason
+    await until(lambda: made.model.status().state == "failed")
+    assert made.model.status().not_ready == reason
     between_loads.set()
-    await until(lambda: made.host.status()["state"] == "loading")
-    assert made.host.not_ready() == reason
+    await until(lambda: made.model.status().state == "loading")
+    assert made.model.status().not_ready == reason
     house.loading.set()
-    await until(lambda: made.host.not_ready() is None)
-    assert made.host.status()["state"] == "ready"
+    await until(lambda: made.model.status().not_ready is None)
+    assert made.model.status().state == "ready"
 
 
 # Failures
 
 
-async def test_a_model_that_does_not_load_says_why_and_is_tried_again(
+async def test_a_model_that_does_not_load_reports_why_and_is_tried_again(
     made: Made, caplog: pytest.LogCaptureFixture
 ) -> None:
     house.failures = [ModelUnavailable("the file is damaged")]
     with pytest.raises(ModelUnavailable) as caught:
-        await made.host.generate(ASKED)
+        await complete(made.model, ASKED)
     assert caught.value.detail == "The phi3 model could not be loaded: the file is damaged"
     assert caught.value.retry_after == 1
     assert "the file is damaged; starting it again in 0.5 s" in caplog.messages
-    await until(lambda: made.host.status()["state"] == "ready")
-    assert (await made.host.generate(ASKED)).text == "from 2"
-    assert made.host.status()["restarts"] == 1
+    await until(lambda: made.model.status().state == "ready")
+    assert (await complete(made.model, ASKED)).text == "from 2"
+    assert made.model.status().restarts == 1
     assert not house.workers[0].alive
     # A failed load is no death of a worker.
     assert made.deaths == []
@@ -446,51 +519,52 @@ async def test_after_a_failed_load_requests_do_not_wait_for_the_next(
 ) -> None:
     house.failures = [ModelUnavailable("the file is damaged")]
     with pytest.raises(ModelUnavailable, match="could not be loaded"):
-        await made.host.generate(ASKED)
+        await complete(made.model, ASKED)
     with pytest.raises(ModelUnavailable) as caught:
-        await made.host.generate(ASKED)
+        await complete(made.model, ASKED)
     assert caught.value.detail == "The phi3 model is not available: the file is damaged."
     assert caught.value.retry_after == 1
     between_loads.set()
-    await until(lambda: made.host.status()["state"] == "ready")
-    assert (await made.host.generate(ASKED)).text == "from 2"
+    await until(lambda: made.model.status().state == "ready")
+    assert (await complete(made.model, ASKED)).text == "from 2"
 
 
 async def test_a_worker_that_dies_is_waited_for_unless_the_files_are_gone(
     made: Made, between_loads: asyncio.Event
 ) -> None:
-    await made.host.generate(ASKED)
+    await complete(made.model, ASKED)
     house.workers[0].die("signal SIGKILL")
-    await until(lambda: made.host.status()["state"] == "failed")
-    waiting = asyncio.create_task(made.host.generate(ASKED))
-    await until(lambda: made.host.status()["requests"] == 1)
+    await until(lambda: made.model.status().state == "failed")
+    waiting = asyncio.create_task(complete(made.model, ASKED))
+    await until(lambda: made.model.status().requests == 1)
     made.missing = "The phi3 model is missing; set MICRO_LLM_MODEL_PATH."
     with pytest.raises(ModelUnavailable) as caught:
-        await made.host.generate(ASKED)
+        await complete(made.model, ASKED)
     assert (caught.value.detail, caught.value.retry_after) == (made.missing, 30)
     made.missing = None
     between_loads.set()
     assert (await waiting).text == "from 2"
 
 
-async def test_the_pauses_between_two_loads_double_up_to_thirty_seconds(made: Made) -> None:
+async def test_the_pauses_between_two_loads_double_up_to_thirty_seconds(preloaded: Made) -> None:
+    made = preloaded
     house.failures = [ModelUnavailable("damaged")] * 9
-    made.host.preload()
-    await until(lambda: made.host.status()["state"] == "ready")
+    await made.model.start()
+    await until(lambda: made.model.status().state == "ready")
     assert house.paused == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
-    assert made.host.status()["restarts"] == 9
+    assert made.model.status().restarts == 9
 
 
-async def test_a_worker_that_dies_is_replaced_and_its_death_told(made: Made) -> None:
-    await made.host.generate(ASKED)
+async def test_a_worker_that_dies_is_replaced_and_its_death_reported(made: Made) -> None:
+    await complete(made.model, ASKED)
     house.workers[0].die("signal SIGSEGV")
-    assert (await made.host.generate(ASKED)).text == "from 2"
+    assert (await complete(made.model, ASKED)).text == "from 2"
     (death,) = made.deaths
     assert (death.model, death.how, death.call) == ("phi3", "signal SIGSEGV", None)
-    status = made.host.status()
-    assert (status["restarts"], status["pid"]) == (1, 2)
-    # What the first one generated is not forgotten.
-    assert status["completion_tokens_total"] == 4
+    status = made.model.status()
+    assert (status.restarts, status.pid) == (1, 2)
+    # The tokens of the first worker still count.
+    assert status.completion_tokens_total == 4
 
 
 async def test_the_death_of_a_worker_is_logged_with_no_requests_id(
@@ -504,9 +578,9 @@ async def test_the_death_of_a_worker_is_logged_with_no_requests_id(
 
     caplog.handler.addFilter(note)
     token = log_context.set({"request_id": "one"})
-    await made.host.generate(ASKED)
+    await complete(made.model, ASKED)
     house.workers[0].die("signal SIGSEGV")
-    await until(lambda: made.host.status()["restarts"] == 1)
+    await until(lambda: made.model.status().restarts == 1)
     log_context.reset(token)
     caplog.handler.removeFilter(note)
     assert caplog.messages == ["The phi3 worker ended (signal SIGSEGV); starting it again in 0.5 s"]
@@ -515,26 +589,72 @@ async def test_the_death_of_a_worker_is_logged_with_no_requests_id(
 
 async def test_a_request_that_has_begun_fails_with_its_worker(made: Made) -> None:
     house.answers = False
-    asking = asyncio.create_task(made.host.generate(ASKED))
+    asking = asyncio.create_task(complete(made.model, ASKED))
     await until(lambda: house.workers and house.workers[0].sent)
     (worker,) = house.workers
-    worker._inboxes[1].put_nowait({"op": "begun", "id": 1, "adapter": None, "at": 0.0})
+    worker.inboxes[1].put_nowait(Begun(id=1, at=0.0))
     await asyncio.sleep(0)
     worker.die("signal SIGKILL")
     with pytest.raises(ModelUnavailable, match=r"ended while it answered \(signal SIGKILL\)"):
         await asking
     house.answers = True
-    assert (await made.host.generate(ASKED)).text == "from 2"
+    assert (await complete(made.model, ASKED)).text == "from 2"
     assert [death.how for death in made.deaths] == ["signal SIGKILL"]
 
 
 async def test_a_request_that_has_not_begun_goes_to_the_next_worker(made: Made) -> None:
     house.answers = False
-    asking = asyncio.create_task(made.host.generate(ASKED))
+    asking = asyncio.create_task(complete(made.model, ASKED))
     await until(lambda: house.workers and house.workers[0].sent)
     house.answers = True
     house.workers[0].die("signal SIGKILL")
     assert (await asking).text == "from 2"
+
+
+# Streams
+
+
+async def test_a_stream_that_is_closed_cancels_its_job(made: Made) -> None:
+    house.answers = False
+    stream = made.model.stream(ASKED)
+    asking = asyncio.create_task(anext(stream))
+    await until(lambda: house.workers and house.workers[0].sent)
+    (worker,) = house.workers
+    worker.inboxes[1].put_nowait(progress(1, "one", 1))
+    delta = await asking
+    assert (delta.text, delta.finish_reason, delta.completion_tokens) == ("one", None, 1)
+    assert (made.model.status().requests, made.model.status().running) == (1, 1)
+    await stream.aclose()
+    assert worker.inboxes == {}
+    assert (made.model.status().requests, made.model.status().running) == (0, 0)
+
+
+async def test_a_deadline_cancels_no_consumer_that_is_slow(made: Made) -> None:
+    house.answers = False
+    deadline = Deadline.after(0.05)
+    stream = made.model.stream(ASKED, deadline)
+    asking = asyncio.create_task(anext(stream))
+    await until(lambda: house.workers and house.workers[0].sent)
+    house.workers[0].inboxes[1].put_nowait(progress(1, "one", 1))
+    await asking
+    # The consumer is busy with this text until the deadline has passed.
+    await until(lambda: deadline.remaining() < 0)
+    with pytest.raises(DeadlineExceeded):
+        await anext(stream)
+
+
+async def test_a_partial_stream_ends_with_its_deadline_as_the_reason(made: Made) -> None:
+    house.answers = False
+    stream = made.model.stream(ASKED, Deadline.after(0.05), allow_partial=True)
+    asking = asyncio.create_task(anext(stream))
+    await until(lambda: house.workers and house.workers[0].sent)
+    house.workers[0].inboxes[1].put_nowait(progress(1, "one", 1))
+    deltas = [await asking, *[delta async for delta in stream]]
+    assert [(delta.text, delta.finish_reason) for delta in deltas] == [
+        ("one", None),
+        ("", "deadline"),
+    ]
+    assert [delta.completion_tokens for delta in deltas] == [1, 1]
 
 
 # Closing
@@ -542,22 +662,22 @@ async def test_a_request_that_has_not_begun_goes_to_the_next_worker(made: Made) 
 
 async def test_closing_ends_the_worker_and_refuses_requests() -> None:
     made = Made()
-    await made.host.generate(ASKED)
-    await made.host.close()
+    await complete(made.model, ASKED)
+    await made.model.close()
     assert not house.workers[0].alive
     with pytest.raises(ModelUnavailable, match="shutting down") as caught:
-        await made.host.generate(ASKED)
+        await complete(made.model, ASKED)
     assert caught.value.retry_after == 5
     assert made.deaths == []
     assert len(house.workers) == 1
 
 
-async def test_closing_tells_those_that_wait_for_a_load() -> None:
+async def test_closing_fails_requests_that_wait_for_a_load() -> None:
     made = Made()
     house.loading.clear()
-    asking = asyncio.create_task(made.host.generate(ASKED))
+    asking = asyncio.create_task(complete(made.model, ASKED))
     await until(lambda: house.workers)
-    await made.host.close()
+    await made.model.close()
     with pytest.raises(ModelUnavailable, match="shutting down"):
         await asking
     assert not house.workers[0].alive
@@ -566,38 +686,38 @@ async def test_closing_tells_those_that_wait_for_a_load() -> None:
 # Adapters
 
 
-async def test_an_adapter_is_taken_by_a_second_worker_and_the_first_one_ends(made: Made) -> None:
-    await made.host.generate(ASKED)
-    await made.host.swap_adapter(ADAPTER)
-    assert house.workers[1].spec["adapter"] == "/adapters/20260102"
-    assert made.host.adapter == ADAPTER
-    assert made.host.status()["adapter"] == "20260102"
-    assert (await made.host.generate(ASKED)).text == "from 2"
+async def test_a_second_worker_loads_the_adapter_and_the_first_one_ends(made: Made) -> None:
+    await complete(made.model, ASKED)
+    await made.model.use_adapter(ADAPTER)
+    assert house.workers[1].loaded is not None
+    assert house.workers[1].loaded.adapter == "/adapters/20260102"
+    assert made.model.status().adapter == ADAPTER
+    assert (await complete(made.model, ASKED)).text == "from 2"
     await until(lambda: not house.workers[0].alive)
     # Nobody but the swap ended it.
-    assert (made.deaths, made.host.status()["restarts"]) == ([], 0)
+    assert (made.deaths, made.model.status().restarts) == ([], 0)
 
 
-async def test_an_adapter_that_does_not_load_is_refused_and_all_goes_on(made: Made) -> None:
-    await made.host.generate(ASKED)
+async def test_an_adapter_that_does_not_load_is_refused_and_requests_continue(made: Made) -> None:
+    await complete(made.model, ASKED)
     house.failures = [ModelUnavailable("it is for another model")]
     with pytest.raises(AdapterRejected) as caught:
-        await made.host.swap_adapter(ADAPTER)
+        await made.model.use_adapter(ADAPTER)
     assert caught.value.detail == "The adapter 20260102 is refused: it is for another model"
-    assert made.host.adapter is None
-    assert (await made.host.generate(ASKED)).text == "from 1"
+    assert made.model.status().adapter is None
+    assert (await complete(made.model, ASKED)).text == "from 1"
     assert [worker.alive for worker in house.workers] == [True, False]
 
 
 async def test_a_swap_that_is_cancelled_changes_nothing(made: Made) -> None:
-    await made.host.generate(ASKED)
+    await complete(made.model, ASKED)
     house.loading.clear()
-    swapping = asyncio.create_task(made.host.swap_adapter(ADAPTER))
+    swapping = asyncio.create_task(made.model.use_adapter(ADAPTER))
     await until(lambda: len(house.workers) == 2)
     swapping.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await swapping
     assert swapping.cancelled()
     await until(lambda: not house.workers[1].alive)
-    assert made.host.adapter is None
-    assert (await made.host.generate(ASKED)).text == "from 1"
+    assert made.model.status().adapter is None
+    assert (await complete(made.model, ASKED)).text == "from 1"

@@ -1,11 +1,10 @@
-"""The server's end of one worker process: its socket, and an inbox for every request it has."""
+"""The server's end of one worker process: its socket, and an inbox for each of its jobs."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import itertools
-import json
 import logging
 import os
 import signal
@@ -14,10 +13,26 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
+
+import msgspec
 
 from llm_sidecar.errors import ModelUnavailable
 from llm_sidecar.logs import start_detached
+from llm_sidecar.models.local.protocol import (
+    FROM_WORKER,
+    Answer,
+    Cancel,
+    Died,
+    Job,
+    Load,
+    LoadFailed,
+    Progress,
+    Ready,
+    encode,
+    is_final,
+)
+from llm_sidecar.telemetry.calls import ModelCall
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +41,10 @@ _LINE_LIMIT: Final = 64 << 20
 """Bytes of one line from the worker."""
 _EXIT_GRACE: Final = 3.0
 """Seconds a worker has to end after its input was closed."""
+
+
+Inbox = asyncio.Queue[Answer]
+"""The answers to one job."""
 
 
 class WorkerEnded(ModelUnavailable):
@@ -41,14 +60,16 @@ class WorkerEnded(ModelUnavailable):
 
 
 class WorkerProcess:
-    """A process running `llm_sidecar.models.local.worker`; the protocol is described there.
+    """A process that runs `llm_sidecar.models.local.worker`.
 
     Attributes:
-        label: of the model it holds.
+        label: of its model.
         adapter: name of the adapter that it loads with the model, or None.
         process: the process.
-        info: what it said when it was ready: runtime, device, context_length.
-        idle: set while it has no request to answer.
+        ready: its message that the model is loaded; None before.
+        calls: the calls that it serves, by the number of their job; once it has ended, those that
+            it left unanswered. Its user keeps them.
+        idle: set while it has no job.
         stopping: whether `stop` was called, so that its end is expected.
         ended: set once it has ended.
     """
@@ -66,17 +87,17 @@ class WorkerProcess:
         self.label = label
         self.adapter = adapter
         self.process = process
-        self.info: dict[str, Any] = {}
+        self.ready: Ready | None = None
+        self.calls: dict[int, ModelCall] = {}
         self.idle = asyncio.Event()
         self.idle.set()
         self.ended = asyncio.Event()
-        self._on_tokens = on_tokens
-        self._tokens = 0
-        self._stdin = stdin
         self.stopping = False
+        self._on_tokens = on_tokens
+        self._stdin = stdin
         self._numbers = itertools.count(1)
-        self._inboxes: dict[int, asyncio.Queue[dict[str, Any]]] = {}
-        self._loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._inboxes: dict[int, Inbox] = {}
+        self._loaded: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._reader = asyncio.create_task(self._read(stdout))
 
     @classmethod
@@ -88,13 +109,14 @@ class WorkerProcess:
     ) -> WorkerProcess:
         """Spawns a process in a session of its own, so that Ctrl-C reaches the server only.
 
-        With `subprocess`, whatever the event loop: it uses vfork, while uvloop's fork runs the
-        handlers of lancedb in the child, which may deadlock. And through a socket: uvloop closes
-        the descriptor of a pipe twice, and the second time it may be somebody else's.
+        It uses `subprocess`, whatever the event loop: that calls vfork, while uvloop's fork runs
+        the handlers of lancedb in the child, which may deadlock. It uses a socket, because uvloop
+        closes the descriptor of a pipe twice, and by the second time the number may have been
+        reused.
 
         Args:
-            label, adapter: names of what it is to load, for the attributes.
-            on_tokens: is called with the number of new completion tokens, as they are generated.
+            label, adapter: names of what the worker is going to load, for the attributes.
+            on_tokens: is called with the number of new completion tokens as they are generated.
         """
         # The worker, its connection and its reader outlive the request that starts them.
         starting = start_detached(cls._start(label, adapter, on_tokens))
@@ -125,31 +147,31 @@ class WorkerProcess:
         """Whether it has not ended, as far as is known."""
         return not self.ended.is_set()
 
-    async def load(self, spec: dict[str, Any]) -> None:
-        """Returns when the worker is ready; ModelUnavailable says why it is not."""
-        self._write(spec)
-        # Shielded: the worker may still answer after whoever waits has given up.
-        await asyncio.shield(self._loaded)
+    async def load(self, load: Load) -> Ready:
+        """Returns when the model is loaded.
 
-    def send(self, op: str, body: dict[str, Any]) -> tuple[int, asyncio.Queue[dict[str, Any]]]:
-        """Sends a request; returns its number and the inbox for what comes back.
-
-        The last message has the op `done` or `error`; one with a `died` says that the worker ended.
+        Raises:
+            ModelUnavailable: it cannot be loaded; says why.
         """
+        self._write(load)
+        # Shielded, because the worker may still answer after this wait is cancelled.
+        return await asyncio.shield(self._loaded)
+
+    def send(self, job: Job) -> tuple[int, Inbox]:
+        """Sends a job; returns its number and its inbox."""
         number = next(self._numbers)
-        inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._inboxes[number] = inbox
+        self._write(msgspec.structs.replace(job, id=number))
+        inbox = self._inboxes[number] = Inbox()
         self.idle.clear()
-        self._write({"op": op, "id": number, **body})
         return number, inbox
 
     def cancel(self, number: int) -> None:
-        """Asks the worker to give up a request, if it still has it."""
+        """Cancels a job, if the worker still has it."""
         if number in self._inboxes:
-            self._write({"op": "cancel", "id": number})
+            self._write(Cancel(number))
 
     async def stop(self) -> None:
-        """Ends the worker's input, which ends it; kills it when it does not end."""
+        """Closes the worker's input, so that it ends; kills it if it does not."""
         self.stopping = True
         if not self._stdin.is_closing():
             with contextlib.suppress(OSError):  # it has ended already
@@ -172,17 +194,18 @@ class WorkerProcess:
             return f"signal {signal.Signals(-code).name}"
         return f"exit status {code}"
 
-    def _write(self, message: dict[str, Any]) -> None:
+    def _write(self, message: msgspec.Struct) -> None:
+        line = encode(message)
         # A closed socket shows as the end of the output, which the reader handles.
         if not self.stopping and not self._stdin.is_closing():
-            self._stdin.write(json.dumps(message).encode() + b"\n")
+            self._stdin.write(line)
 
     async def _read(self, stdout: asyncio.StreamReader) -> None:
         try:
             async for line in stdout:
-                self._dispatch(json.loads(line))
+                self._dispatch(FROM_WORKER.decode(line))
         except ConnectionError:
-            # It ended with something unread.
+            # It ended before it had read everything.
             pass
         except (ValueError, KeyError) as error:
             # Half a line, or one that is too long; the type only, as it may hold a prompt.
@@ -191,33 +214,32 @@ class WorkerProcess:
         await asyncio.to_thread(self.process.wait)
         self._stdin.close()
         self.ended.set()
-        died = {"op": "error", "died": self.how_it_ended()}
-        for inbox in self._inboxes.values():
-            inbox.put_nowait(died)
+        for number, inbox in self._inboxes.items():
+            inbox.put_nowait(Died(id=number, how=self.how_it_ended()))
         self._inboxes.clear()
         self.idle.set()
         if not self._loaded.done():
-            self._loaded.set_exception(WorkerEnded(self))
-            self._loaded.exception()
+            self._fail_load(WorkerEnded(self))
 
-    def _dispatch(self, message: dict[str, Any]) -> None:
-        match message["op"]:
-            case "ready":
-                self.info = message
-                self._loaded.set_result(None)
-            case "failed":
-                self._loaded.set_exception(ModelUnavailable(message["detail"]))
-                self._loaded.exception()  # whoever waited may have given up
-            case _:
-                total = message.get("total_tokens", self._tokens)
-                self._on_tokens(total - self._tokens)
-                self._tokens = total
-                final = message["op"] in ("done", "error")
-                number = message["id"]
-                inbox = self._inboxes.pop(number) if final else self._inboxes[number]
-                inbox.put_nowait(message)
+    def _dispatch(self, message: Ready | LoadFailed | Answer) -> None:
+        match message:
+            case Ready():
+                self.ready = message
+                self._loaded.set_result(message)
+            case LoadFailed():
+                self._fail_load(ModelUnavailable(message.detail))
+            case Answer():
+                if isinstance(message, Progress):
+                    self._on_tokens(message.new_tokens)
+                self._inboxes[message.id].put_nowait(message)
+                if is_final(message):
+                    del self._inboxes[message.id]
                 if not self._inboxes:
                     self.idle.set()
+
+    def _fail_load(self, error: ModelUnavailable) -> None:
+        self._loaded.set_exception(error)
+        self._loaded.exception()  # nothing may wait for it any more
 
 
 def _spawn(end: socket.socket) -> subprocess.Popen[bytes]:

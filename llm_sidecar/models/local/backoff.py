@@ -1,0 +1,31 @@
+"""Delays between restarts, which grow while the failures follow each other."""
+
+from __future__ import annotations
+
+import random
+from typing import Final
+
+_FIRST: Final = 0.5
+_MAX: Final = 30.0
+_HEALTHY: Final = 60.0
+"""Seconds of life after which a failure counts as the first one again."""
+
+
+class Backoff:
+    """Exponential backoff with 20 % of jitter, from 0.5 to 30 seconds."""
+
+    def __init__(self) -> None:
+        self._failures = 0
+
+    def delay(self, lived: float) -> float:
+        """Seconds to wait after a failure.
+
+        Args:
+            lived: seconds from the last start to this failure; after more than 60 seconds the
+                restart is immediate and the delays begin anew.
+        """
+        self._failures = 0 if lived > _HEALTHY else self._failures + 1
+        if not self._failures:
+            return 0.0
+        delay: float = min(_MAX, _FIRST * 2 ** (self._failures - 1))
+        return delay * random.uniform(0.8, 1.2)

@@ -1,0 +1,81 @@
+"""Starts worker processes and loads the model in them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llm_sidecar.engines.base import GenerationRequest
+from llm_sidecar.errors import ModelUnavailable
+from llm_sidecar.models.base import Adapter
+from llm_sidecar.models.files import ModelFiles
+from llm_sidecar.models.local.process import WorkerProcess
+from llm_sidecar.models.local.protocol import Load, Prefill
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class WorkerLoader:
+    """What every worker of a model loads.
+
+    Attributes:
+        name: `phi3` or `hermes`.
+        locate: finds the files at each load; raises ModelUnavailable.
+        device: `auto`, `cpu` or `cuda`.
+        threads: of the runtime, on CPU.
+        timeout: seconds that a model may load.
+        prefix: what most requests begin with at present.
+        tokens: completion tokens that all workers have generated.
+    """
+
+    name: str
+    locate: Callable[[], ModelFiles]
+    device: str
+    threads: int
+    timeout: float
+    prefix: GenerationRequest | None = None
+    tokens: int = 0
+
+    async def load(self, adapter: Adapter | None) -> WorkerProcess:
+        """Starts a worker that is ready; stops it if the load fails or is cancelled.
+
+        Raises:
+            ModelUnavailable: the model cannot be loaded; says why.
+            OSError: no process can be started.
+        """
+        files, prefix, began = self.locate(), self.prefix, time.monotonic()
+        folder = None if adapter is None else str(adapter.folder)
+        load = Load(str(files.folder), self.device, self.threads, folder, prefix)
+        worker = await WorkerProcess.start(
+            files.label, None if adapter is None else adapter.name, self._count_tokens
+        )
+        try:
+            async with asyncio.timeout(self.timeout):
+                ready = await worker.load(load)
+        except BaseException as error:
+            # It may hang, and it serves no requests.
+            worker.process.kill()
+            await worker.stop()
+            if isinstance(error, TimeoutError):
+                raise ModelUnavailable(
+                    f"it did not load within {self.timeout:g} s (MODEL_LOAD_TIMEOUT_SECONDS)"
+                ) from None
+            raise
+        if self.prefix is not None and self.prefix != prefix:
+            worker.send(Prefill(request=self.prefix))
+        log.info(
+            "%s is ready after %.1f s: %s on %s, %s",
+            self.name,
+            time.monotonic() - began,
+            files.label,
+            ready.runtime,
+            ready.device,
+        )
+        return worker
+
+    def _count_tokens(self, tokens: int) -> None:
+        self.tokens += tokens

@@ -1,0 +1,178 @@
+"""Messages between the server and a worker process: one JSON object a line in both directions.
+
+The server sends `Load` first, then jobs and cancellations. The worker answers with `Ready` or
+`LoadFailed`, and then to each job:
+
+    Generate        Begun, Progress, Progress, ... until one has a finish reason
+    ScoreChoices    Begun, Scores
+    Check, Prefill  Done
+
+A job that fails ends with `Failed`, one that is cancelled with `Done`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from llm_sidecar.engines.base import FinishReason, GenerationRequest
+
+
+class Load(msgspec.Struct, frozen=True, tag=True):
+    """Loads a model.
+
+    Attributes:
+        folder: holds the model's files.
+        device: `auto`, `cpu` or `cuda`.
+        threads: of the runtime, on CPU.
+        adapter: folder of the adapter, or None.
+        prefix: what most requests begin with; it is prefilled before the worker is ready.
+    """
+
+    folder: str
+    device: str
+    threads: int
+    adapter: str | None = None
+    prefix: GenerationRequest | None = None
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Work on a request; `WorkerProcess.send` assigns the id."""
+
+    request: GenerationRequest
+    id: int = 0
+
+
+class Generate(Job, frozen=True):
+    """Generates a completion."""
+
+
+class ScoreChoices(Job, frozen=True, kw_only=True):
+    """Computes how probable each of these answers is."""
+
+    choices: Sequence[str]
+
+
+class Check(Job, frozen=True):
+    """Checks whether a request is valid and fits the context."""
+
+
+class Prefill(Job, frozen=True):
+    """Prefills the messages of a request, which later requests begin with."""
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """Stops a job."""
+
+    id: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The model is loaded.
+
+    Attributes:
+        runtime: package that runs it.
+        device: `cpu` or `cuda`.
+        context_length: greatest number of prompt and completion tokens in one request.
+        capacity: requests that are generated at the same time.
+    """
+
+    runtime: str
+    device: str
+    context_length: int
+    capacity: int
+
+
+class LoadFailed(msgspec.Struct, frozen=True, tag=True):
+    """The model cannot be loaded; the worker ends."""
+
+    detail: str
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """An answer to a job.
+
+    Attributes:
+        id: of the job.
+        at: when it was written, in seconds of the monotonic clock, which all processes share.
+    """
+
+    id: int
+    at: float = msgspec.field(default_factory=time.monotonic)
+
+
+class Begun(Answer, frozen=True):
+    """The worker begins with the job."""
+
+
+class Progress(Answer, frozen=True, kw_only=True):
+    """New text of a completion.
+
+    Attributes:
+        text: what was generated since the last message.
+        prompt_tokens, completion_tokens: so far.
+        cached_tokens: prompt tokens whose prefill was reused from an earlier prompt.
+        new_tokens: completion tokens since the last message.
+        finish_reason: of the last message; None before, and if the job was cancelled.
+    """
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    finish_reason: FinishReason | None
+
+
+class Scores(Answer, frozen=True, kw_only=True):
+    """The probability of each choice."""
+
+    probabilities: dict[str, float]
+
+
+class Done(Answer, frozen=True):
+    """The job has ended and has no result."""
+
+
+class Died(Answer, frozen=True, kw_only=True):
+    """The worker has ended with the job unanswered; `WorkerProcess` writes it, not the worker.
+
+    Attributes:
+        how: its exit status or signal, in words.
+    """
+
+    how: str
+
+
+class Failed(Answer, frozen=True, kw_only=True):
+    """The job has failed.
+
+    Attributes:
+        detail: the reason.
+        invalid: whether the request was invalid.
+    """
+
+    detail: str
+    invalid: bool = False
+
+
+LOAD: Final = msgspec.json.Decoder(Load)
+FROM_SERVER: Final = msgspec.json.Decoder(Generate | ScoreChoices | Check | Prefill | Cancel)
+FROM_WORKER: Final = msgspec.json.Decoder(
+    Ready | LoadFailed | Begun | Progress | Scores | Done | Failed
+)
+
+
+def is_final(answer: Answer) -> bool:
+    """Whether it is the last answer to its job."""
+    if isinstance(answer, Progress):
+        return answer.finish_reason is not None
+    return not isinstance(answer, Begun)
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """The message as a line."""
+    return msgspec.json.encode(message) + b"\n"

@@ -1,0 +1,85 @@
+"""The requests of a model in their order: how many it admits, and how many run at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterator
+
+from llm_sidecar.deadline import Deadline
+from llm_sidecar.errors import QueueFull
+
+
+class RequestQueue:
+    """First come, first served.
+
+    Attributes:
+        length: how many requests it admits.
+        admitted: requests that wait or run now.
+        running: requests that the worker has now.
+        idle: set while no request is admitted.
+    """
+
+    def __init__(self, name: str, length: int) -> None:
+        self.length = length
+        self.admitted = 0
+        self.running = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self._name = name
+        self._capacity = 1
+        self._turns = asyncio.Semaphore(1)
+        self._recent_seconds = 1.0
+
+    @contextlib.contextmanager
+    def admit(self) -> Iterator[None]:
+        """Counts a request while the context lasts.
+
+        Raises:
+            QueueFull: too many requests are here.
+        """
+        if self.admitted >= self.length:
+            wait = self.retry_after()
+            raise QueueFull(
+                f"The {self._name} queue is full; try again in {wait} s.", retry_after=wait
+            )
+        self.admitted += 1
+        self.idle.clear()
+        try:
+            yield
+        finally:
+            self.admitted -= 1
+            if not self.admitted:
+                self.idle.set()
+
+    @contextlib.asynccontextmanager
+    async def turn(self, deadline: Deadline) -> AsyncIterator[None]:
+        """Waits until fewer requests run than the worker has capacity for.
+
+        Raises:
+            TimeoutError: the deadline passes first.
+        """
+        async with deadline.timeout():
+            await self._turns.acquire()
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._turns.release()
+        self._recent_seconds += 0.2 * (time.monotonic() - began - self._recent_seconds)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a new request has to wait for its turn."""
+        return self.running >= self._capacity
+
+    def grow(self, capacity: int) -> None:
+        """Allows so many requests at the same time, or more if it already does."""
+        while self._capacity < capacity:
+            self._capacity += 1
+            self._turns.release()
+
+    def retry_after(self) -> int:
+        """Estimated seconds until the requests that run and wait now are answered."""
+        return max(1, round(self.admitted / self._capacity * self._recent_seconds))
