@@ -42,8 +42,8 @@ from llm_sidecar.services.archive import Archive
 from llm_sidecar.services.examples import Outcome
 from llm_sidecar.services.proposal_run import ProposalRun, Row
 from llm_sidecar.settings import Settings
+from llm_sidecar.telemetry.base import Instrument
 from llm_sidecar.telemetry.calls import Observers
-from llm_sidecar.telemetry.instruments import Instrument
 from llm_sidecar.telemetry.metrics import MetricsSink, NoMetrics
 from llm_sidecar.tts.listeners import AudioListeners
 from llm_sidecar.tts.remote import RemoteVoice

@@ -5,35 +5,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import logging
 import sys
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
-from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from llm_sidecar import __version__
-from llm_sidecar.errors import SettingsError, SidecarError
+from llm_sidecar.errors import SettingsError
 from llm_sidecar.logs import log_unhandled, start_detached
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.telemetry import instruments
-from llm_sidecar.telemetry.instruments import Instrument
-from osiris import docs_page, logs, openapi
-from osiris.access import ApiKeys
-from osiris.admission import Admission
-from osiris.checked_route import ClientGone
+from llm_sidecar.telemetry.base import Instrument
+from osiris import docs_page, errors, logs, openapi
 from osiris.connection import limit_connections
-from osiris.hosts import AllowedHosts
-from osiris.http import stored_header
-from osiris.logs import AccessLog
-from osiris.metrics import install_metrics
-from osiris.middleware import BodyLimit, RequestId, SecurityHeaders, UnexpectedErrors
+from osiris.middleware.access import ApiKeys
+from osiris.middleware.access_log import AccessLog
+from osiris.middleware.admission import Admission
+from osiris.middleware.body_limit import BodyLimit
+from osiris.middleware.hosts import AllowedHosts
+from osiris.middleware.metrics import install_metrics
+from osiris.middleware.request_id import RequestId
+from osiris.middleware.security_headers import SecurityHeaders
+from osiris.middleware.unexpected_errors import UnexpectedErrors
 from osiris.paths import drop_repeated_root_path
 from osiris.routes import (
     adapters,
@@ -47,9 +44,6 @@ from osiris.routes import (
 )
 from osiris.shutdown import Shutdown
 
-log = logging.getLogger(__name__)
-
-_CLIENT_CLOSED_REQUEST: Final = 499
 _EXPOSED_HEADERS: Final = (
     "Allow",
     "Idempotent-Replayed",
@@ -95,7 +89,7 @@ class _App(FastAPI):
 
     @functools.cached_property
     def _first_segments(self) -> frozenset[str]:
-        return frozenset(path.split("/")[1] for path in _spellings(self))
+        return frozenset(path.split("/")[1] for path in openapi.documented_paths(self))
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -107,7 +101,7 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_exception_handler(log_unhandled)
         telemetry.start()
-        sidecar = Sidecar(settings, metrics, telemetry)
+        sidecar = Sidecar(settings, metrics=metrics, telemetry=telemetry)
         metrics.watch(sidecar.health)
         app.state.sidecar = sidecar
         if uvicorn := shutdown.install():
@@ -134,11 +128,7 @@ def create_app(settings: Settings) -> FastAPI:
     probes.install(app)
     for routes in (generation, scoring, feedback, examples, speech, adapters, profiling):
         app.include_router(routes.router)
-    app.add_exception_handler(SidecarError, _sidecar_error)
-    app.add_exception_handler(RequestValidationError, _validation_error)
-    app.add_exception_handler(400, _unreadable_body)
-    app.add_exception_handler(405, _method_not_allowed)
-    app.add_exception_handler(ClientGone, _client_gone)
+    errors.install(app)
     app.state.shutdown = shutdown
     app.openapi = openapi.document(app, settings)  # type: ignore[method-assign]
     docs_page.install(app)
@@ -186,63 +176,9 @@ def _add_middleware(
             allow_headers=_ACCEPTED_HEADERS,
             expose_headers=_EXPOSED_HEADERS,
         )
-    app.add_middleware(AccessLog, routes=functools.cache(lambda: _spellings(app)))
+    app.add_middleware(AccessLog, routes=functools.cache(lambda: openapi.documented_paths(app)))
     app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestId)
-
-
-def _spellings(app: FastAPI) -> dict[str, str]:
-    """The documented spelling of each path, by its spelling without the last slash."""
-    return {path.rstrip("/"): path for path in (*app.openapi()["paths"], *docs_page.PATHS)}
-
-
-async def _sidecar_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, SidecarError)
-    headers = stored_header(error.stored)
-    if error.retry_after is not None:
-        headers["Retry-After"] = str(error.retry_after)
-    body = {"detail": error.detail}
-    if error.transaction_id is not None:
-        body["transaction_id"] = str(error.transaction_id)
-    return JSONResponse(body, status_code=error.status, headers=headers)
-
-
-async def _validation_error(request: Request, error: Exception) -> Response:
-    """One entry for every bad field, without its value, which may be a prompt."""
-    assert isinstance(error, RequestValidationError)
-    by_field: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for entry in error.errors():
-        shown = {"loc": list(entry["loc"]), "msg": entry["msg"], "type": entry["type"]}
-        by_field.setdefault(tuple(entry["loc"]), shown)
-    return JSONResponse({"detail": list(by_field.values())}, status_code=422)
-
-
-async def _unreadable_body(request: Request, error: Exception) -> Response:
-    """Answers 422 where FastAPI answers 400, because the body is not even text."""
-    return JSONResponse({"detail": "The body is not JSON in UTF-8."}, status_code=422)
-
-
-async def _method_not_allowed(request: Request, error: Exception) -> Response:
-    """Names all methods of the path; Starlette names only those of one route."""
-    assert isinstance(error, HTTPException)
-    template = getattr(request.scope.get("route"), "path_format", "").rstrip("/")
-    paths = request.app.openapi()["paths"]
-    documented = paths.get(_spellings(request.app).get(template), {})
-    allowed = {method.upper() for method in documented}
-    allowed |= set(filter(None, (error.headers or {}).get("Allow", "").split(", ")))
-    if "GET" in allowed:
-        allowed.add("HEAD")
-    names = sorted(allowed)
-    return JSONResponse(
-        {"detail": f"This path takes {' and '.join(names)}."},
-        status_code=405,
-        headers={"Allow": ", ".join(names)},
-    )
-
-
-async def _client_gone(request: Request, error: Exception) -> Response:
-    log.info("the client disconnected; its request was cancelled")
-    return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import Body, FastAPI
 
-from osiris.http import CurrentSidecar
+from osiris.dependencies import CurrentSidecar
 from osiris.server import app as served
 
 app: FastAPI = served

@@ -1,4 +1,4 @@
-"""What one call of a model came to: measured once by its host, read by whoever observes.
+"""The result of a model call: the model measures it once, and every observer receives it.
 
     host = ModelHost("phi3", locate, warm_up=..., observer=Observers(metrics, traces))
 
@@ -16,40 +16,40 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
+from llm_sidecar import errors
 from llm_sidecar.errors import SidecarError
 
-Operation = Literal["generate", "choose"]
+Operation = Literal["generate", "score_choices"]
 
 CANCELLED: Final = "Cancelled"
-"""The error of a call that nobody waits for any more."""
+"""The error of a call that its caller has cancelled."""
 UNEXPECTED: Final = "Unexpected"
-"""The error of a call that failed with none of `llm_sidecar.errors`: a defect."""
+"""The error of a call that failed with an exception outside of `llm_sidecar.errors`: a defect."""
 
 
 @dataclass(slots=True)
 class ModelCall:
-    """One request to one model, filled in while it is served.
+    """One request to one model; its attributes are set while it is served.
 
-    Times are of `time.monotonic`; one is None where the call did not get that far.
+    Times are those of `time.monotonic`, in seconds; a time is None if the call did not get so far.
 
     Attributes:
         model: `phi3` or `hermes`.
-        operation: `generate`, or `choose` for the probabilities of given answers, which has no
-            tokens, no first token and no finish reason.
-        queued: when it asked to be admitted.
+        operation: `generate`, or `score_choices`, which has no tokens, no first token and no finish
+            reason.
+        queued: when it was made.
         queued_unix: the same moment in seconds since 1970.
-        begun: when its worker took it up: the queue ends and the prefill begins.
-        first_token: when its first token was here: the prefill ends and the decoding begins.
-        finished: when its outcome was here.
+        begun: when a worker started it: queueing ends and prefill begins.
+        first_token: when its first token arrived: prefill ends and decoding begins.
+        finished: when its result arrived.
         served_by: the label of the model that served it, as in `X-Model`.
-        adapter: the name of the adapter it was served with.
-        prompt_tokens, completion_tokens: as far as it got.
-        cached_tokens: of the prompt's, that were read for an earlier one.
+        adapter: the name of the adapter that it was served with.
+        prompt_tokens, completion_tokens: counts so far.
+        cached_tokens: prompt tokens whose prefill was reused from an earlier prompt.
         steps: (seconds, tokens) of each message after the first token.
         finish_reason: `stop`, `length`, or `deadline` if the deadline cut the text.
-        error: the name of its class in `llm_sidecar.errors`, `CANCELLED` or `UNEXPECTED`; None for
-            one that was answered.
-        context: of the request, for those who hear of the call outside of it.
+        error: its `error_name`; None if it was answered.
+        context: the context of the request, for observers that run outside of it.
     """
 
     model: str
@@ -82,7 +82,7 @@ class ModelCall:
             self._note_tokens(now, message)
 
     def phases(self) -> list[tuple[str, float, float]]:
-        """(name, beginning, end) of queue, prefill and decode, as far as the call got."""
+        """(name, start, end) of queue, prefill and decode; without those that it did not reach."""
         names = ("queue", "prefill", "decode")
         reached = (self.queued, self.begun, self.first_token, self.finished)
         times = [moment for moment in reached if moment is not None]
@@ -103,13 +103,13 @@ class ModelCall:
 
 @dataclass(frozen=True, slots=True)
 class WorkerDeath:
-    """The end of a worker that nobody asked for.
+    """The unexpected end of a worker.
 
     Attributes:
         model: `phi3` or `hermes`.
-        adapter: the name of the adapter it had.
+        adapter: the name of its adapter, or None.
         how: its exit status or signal, in words.
-        call: what it was serving, the longest of several, if anything.
+        call: the call that it had been serving longest, or None.
     """
 
     model: str
@@ -119,37 +119,37 @@ class WorkerDeath:
 
 
 class CallObserver(Protocol):
-    """Hears of every call of a model, refused ones included."""
+    """Receives every model call, refused ones included."""
 
     def call_started(self, call: ModelCall) -> None:
-        """The call is about to be admitted or refused; nothing but its head is filled in."""
+        """A call is made; it is neither admitted nor refused yet."""
         ...
 
     def call_finished(self, call: ModelCall) -> None:
-        """The call has its outcome and changes no more."""
+        """A call has its result, and does not change any more."""
         ...
 
 
 class Observers:
-    """Several observers as one; none at all observes nothing, and costs nothing."""
+    """Several observers as one, or none."""
 
     def __init__(self, *observers: CallObserver) -> None:
         self._observers = observers
 
     def call_started(self, call: ModelCall) -> None:
-        """Tells each, in order."""
+        """Passes the call to each, in order."""
         for observer in self._observers:
             observer.call_started(call)
 
     def call_finished(self, call: ModelCall) -> None:
-        """Tells each, in order."""
+        """Passes the call to each, in order."""
         for observer in self._observers:
             observer.call_finished(call)
 
 
 @contextlib.contextmanager
 def observed(observer: CallObserver, call: ModelCall) -> Iterator[ModelCall]:
-    """Tells the observer of the start of the call and, with its error if any, of its end."""
+    """Passes the call to the observer when the block begins and when it ends, with its error."""
     observer.call_started(call)
     try:
         yield call
@@ -162,9 +162,13 @@ def observed(observer: CallObserver, call: ModelCall) -> Iterator[ModelCall]:
 
 
 def error_name(error: BaseException) -> str:
-    """The bounded name under which an error is counted."""
+    """The name under which an error is counted: of its class, from a bounded set.
+
+    A subclass that another module defines counts as its base class in `llm_sidecar.errors`.
+    """
     if isinstance(error, SidecarError):
-        return type(error).__name__
+        kinds = (kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+        return next(kinds).__name__
     if isinstance(error, asyncio.CancelledError | GeneratorExit):
         return CANCELLED
     return UNEXPECTED

@@ -10,23 +10,17 @@ from fastapi.responses import JSONResponse
 from llm_sidecar.errors import InvalidRequest
 from llm_sidecar.proposals import Proposal
 from llm_sidecar.sidecar import Sidecar
-from osiris.http import (
-    CurrentSidecar,
-    check_length,
-    endpoint,
-    generation_headers,
-    stored_header,
-    unless_gone,
-)
-from osiris.response_headers import GENERATION
-from osiris.schemas import (
+from osiris.dependencies import CurrentSidecar, check_length
+from osiris.disconnects import cancel_on_disconnect
+from osiris.endpoint import endpoint
+from osiris.response_headers import GENERATION, generation_headers, stored_header
+from osiris.schemas.errors import ProposalBadInput, ProposalErrorBody
+from osiris.schemas.generation import (
     MODEL_ID,
     GeneratedText,
     GenerateRequest,
     ModelId,
     PromptRequest,
-    ProposalBadInput,
-    ProposalErrorBody,
     ProposalRequest,
     TradeAdjustment,
 )
@@ -81,7 +75,9 @@ async def generate_hermes(
     is none.
     """
     check_length(sidecar, body)
-    completion = await unless_gone(request, sidecar.generate_hermes(body.prompt, body.max_length))
+    completion = await cancel_on_disconnect(
+        request, sidecar.generate_hermes(body.prompt, body.max_length)
+    )
     return JSONResponse({"generated_text": completion.text}, headers=generation_headers(completion))
 
 
@@ -106,7 +102,9 @@ async def generate_phi3(
 
 async def _propose(body: PromptRequest, request: Request, sidecar: Sidecar) -> JSONResponse:
     check_length(sidecar, body)
-    proposed = await unless_gone(request, sidecar.generate_phi3(body.prompt, body.max_length))
+    proposed = await cancel_on_disconnect(
+        request, sidecar.generate_phi3(body.prompt, body.max_length)
+    )
     return JSONResponse(
         proposed.proposal,
         headers={**generation_headers(proposed.completion), "X-Grounded": proposed.grounded},
@@ -136,7 +134,7 @@ async def propose_trade_adjustments(
     `X-Stored: false` means that a row could not be stored.
     """
     check_length(sidecar, body)
-    result = await unless_gone(request, sidecar.propose(body.prompt, body.max_length))
+    result = await cancel_on_disconnect(request, sidecar.propose(body.prompt, body.max_length))
     return JSONResponse(
         {
             "transaction_id": str(result.transaction_id),

@@ -83,7 +83,7 @@ async def test_probabilities_are_a_call_without_tokens(host: ModelHost, recorder
     messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, {"ticker": "ABC"})
     await host.answer_probabilities(messages, hermes_plugin.SCORE_ANSWERS)
     (call,) = recorder.finished
-    assert call.operation == "choose"
+    assert call.operation == "score_choices"
     assert call.begun is not None
     assert (call.first_token, call.finish_reason, call.error) == (None, None, None)
 

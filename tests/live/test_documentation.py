@@ -20,7 +20,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
-from osiris.health_schemas import Health
+from osiris.schemas.health import Health
 from tests.live_server import LiveServer, serve
 
 KEY = "a-key-of-the-tests-0123"

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from llm_sidecar.engines.batches import MOST
 from llm_sidecar.settings import Settings
 from llm_sidecar.telemetry.calls import ModelCall
-from llm_sidecar.telemetry.metrics import Metrics
+from osiris.middleware.metrics import sidecar_metrics
 from osiris.server import create_app
 from tests.live_server import LiveServer, serve
 from tests.metrics_text import MetricsText
@@ -132,7 +132,7 @@ def call(**outcome: object) -> ModelCall:
 
 
 def test_an_answered_call_is_counted_with_all_its_times_and_tokens() -> None:
-    metrics = Metrics()
+    metrics = sidecar_metrics()
     metrics.call_finished(
         call(
             begun=10.5,
@@ -162,7 +162,7 @@ def test_an_answered_call_is_counted_with_all_its_times_and_tokens() -> None:
 
 
 def test_a_call_without_an_answer_is_an_error_and_no_latency() -> None:
-    metrics = Metrics()
+    metrics = sidecar_metrics()
     metrics.call_finished(call(begun=10.5, first_token=11.0, finished=12.0, error="Cancelled"))
     metrics.call_finished(call(finished=10.0, error="QueueFull"))
     text = MetricsText(metrics.render().decode())
@@ -174,7 +174,7 @@ def test_a_call_without_an_answer_is_an_error_and_no_latency() -> None:
 
 
 def test_each_ungrounded_field_of_a_proposal_is_counted() -> None:
-    metrics = Metrics()
+    metrics = sidecar_metrics()
     metrics.proposed("pass", ())
     metrics.proposed("abort", ("rationale",))
     metrics.proposed("adjust", ("ticker", "rationale"))

@@ -82,7 +82,7 @@ def test_the_page_says_what_each_model_call_took_and_needs_nothing_else(
     assert (phi3[0], phi3[1], phi3[6]) == (answer.headers["X-Model"], "generate", tokens)
     assert all(cell.endswith(" s") for cell in phi3[2:6])
     assert critique[1] == "generate"
-    assert "choose" in score
+    assert "score_choices" in score
     assert page.fetched == []
     assert "ZXQSECRET" not in text
     # Where the event loop's own time went, in the tree.
@@ -144,7 +144,7 @@ async def test_requests_at_the_same_time_are_profiled_each_and_kept_once_a_templ
     assert (kept.route, kept.status) == ("/items/{item}", 200)
     assert profiling.latest("/items/{item}/") is kept
     assert profiling.latest("/nowhere") is None
-    assert "No model was asked." in kept.page()
+    assert "No model was called." in kept.page()
 
 
 def test_under_load_few_requests_are_profiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,7 @@ def test_an_expected_error_is_no_event_and_a_route_is_a_transaction(
         for transaction in items(sentry, "transaction")
         if transaction["transaction"] == "POST /score/hermes/"
     ]
-    assert [span["description"] for span in scored["spans"]] == ["choose hermes"]
+    assert [span["description"] for span in scored["spans"]] == ["score_choices hermes"]
     assert not items(sentry, "event")
 
 

@@ -6,7 +6,7 @@ import pytest
 from pydantic import SecretStr
 
 from llm_sidecar.api_keys import ApiKey
-from osiris.access import ApiKeys, Caller, caller
+from osiris.middleware.access import ApiKeys, Caller, caller
 from tests.unit.asgi import Call, Inner, client, http_scope
 
 ONE, TWO = "first-key-0123456789", "second-key-012345678"

@@ -14,9 +14,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llm_sidecar.api_keys import ApiKey
 from llm_sidecar.logs import TextFormatter, log_context, start_detached, start_owned
-from osiris.access import ApiKeys
-from osiris.logs import AccessLog
-from osiris.middleware import RequestId
+from osiris.middleware.access import ApiKeys
+from osiris.middleware.access_log import AccessLog
+from osiris.middleware.request_id import RequestId
 from tests.unit.asgi import Call, Inner, http_scope
 
 ONE, TWO = "first-key-0123456789", "second-key-012345678"

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from osiris import admission
-from osiris.admission import Admission
+from osiris.middleware import admission
+from osiris.middleware.admission import Admission
 from osiris.shutdown import Shutdown
 from tests.unit.asgi import Call, Inner, client, http_scope
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llm_sidecar.settings import Settings
-from osiris.hosts import AllowedHosts
+from osiris.middleware.hosts import AllowedHosts
 from osiris.server import create_app
 from tests.unit.asgi import Call, Inner, client, http_scope
 

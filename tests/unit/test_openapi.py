@@ -15,7 +15,7 @@ from llm_sidecar.errors import DatabaseUnavailable, DeadlineExceeded, InvalidReq
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.telemetry.metrics import NoMetrics
-from osiris.health_schemas import Health
+from osiris.schemas.health import Health
 from osiris.server import create_app
 from tests.unit.asgi import client
 from tests.unit.fakes import FakeParts, completion

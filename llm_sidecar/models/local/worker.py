@@ -126,7 +126,7 @@ class Worker:
                     self._cancelled.discard(number)
                     self._send({"op": "error", "id": number, "detail": "cancelled"})
                     continue
-                if message["op"] in ("generate", "choose"):
+                if message["op"] in ("generate", "score_choices"):
                     # First: a request that has begun is not given to the next worker if this
                     # one crashes on it.
                     self._send({"op": "begun", "id": number})
@@ -163,7 +163,7 @@ class Worker:
             match message["op"]:
                 case "generate":
                     self._begin(together, message)
-                case "choose":
+                case "score_choices":
                     self._choose(engine, message)
                 case "prepare":
                     steps = engine.prepare(GenerationRequest(**message["request"]))

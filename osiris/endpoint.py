@@ -1,28 +1,21 @@
-"""What every route needs: both spellings of a path, the sidecar, and client disconnects."""
+"""Registration of a function as a route, in both spellings of its path."""
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-from collections.abc import Callable, Coroutine, Iterable, Mapping
-from typing import Annotated, Any, Final, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, TypeVar
 
-from fastapi import APIRouter, Depends, Request
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ValidationError
+from fastapi import APIRouter
+from pydantic import BaseModel
 
-from llm_sidecar import input_model
-from llm_sidecar.input_model import InputModel
-from llm_sidecar.models.local.model import Completion
-from llm_sidecar.sidecar import Sidecar
-from osiris.checked_route import CheckedRoute, ClientGone
+from osiris.checked_route import CheckedRoute
 from osiris.response_headers import declared
-from osiris.schemas import BadInput, ErrorBody
+from osiris.schemas.errors import BadInput, ErrorBody
 
-T = TypeVar("T")
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
-_DESCRIPTIONS = {
+_DESCRIPTIONS: Final = {
     404: "It does not exist, there is none yet, or it is off; the detail says which",
     409: "The adapter cannot be loaded; the old one stays in use",
     422: "Bad input: `detail` is a sentence, or a list of the bad fields",
@@ -32,21 +25,7 @@ _DESCRIPTIONS = {
     504: "The request's deadline has passed; the detail names what took the time, and "
     "`Retry-After` says when to try again",
 }
-
-
 _BAD_INPUT: Final = 422
-
-
-async def current_sidecar(request: Request) -> Sidecar:
-    """The sidecar of the app that serves the request.
-
-    A coroutine, because FastAPI calls other functions in a thread, which takes longer than a probe.
-    """
-    sidecar: Sidecar = request.app.state.sidecar
-    return sidecar
-
-
-CurrentSidecar = Annotated[Sidecar, Depends(current_sidecar)]
 
 
 def endpoint(
@@ -104,51 +83,3 @@ def endpoint(
         return function
 
     return register
-
-
-def check_length(sidecar: Sidecar, body: InputModel) -> None:
-    """Refuses a body in which a text, or an object as JSON, is longer than MAX_PROMPT_CHARS.
-
-    Raises:
-        RequestValidationError: names each field that is too long.
-    """
-    try:
-        input_model.check_length(body, sidecar.settings.max_prompt_chars)
-    except ValidationError as error:
-        errors = [{**entry, "loc": ("body", *entry["loc"])} for entry in error.errors()]
-        raise RequestValidationError(errors) from None
-
-
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client disconnects.
-
-    Raises:
-        ClientGone: the client has disconnected.
-    """
-    working = asyncio.ensure_future(work)
-    # The body is read already, so the only message still to come is the disconnect.
-    gone = asyncio.ensure_future(request.receive())
-    try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGone
-    finally:
-        for task in (working, gone):
-            task.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
-
-
-def generation_headers(completion: Completion) -> dict[str, str]:
-    """The metadata of a generation, as response headers."""
-    return {
-        "X-Model": completion.model,
-        "X-Finish-Reason": completion.finish_reason,
-        "X-Prompt-Tokens": str(completion.prompt_tokens),
-        "X-Completion-Tokens": str(completion.completion_tokens),
-    }
-
-
-def stored_header(stored: bool) -> dict[str, str]:
-    """`X-Stored: false` if a row of the request could not be stored."""
-    return {} if stored else {"X-Stored": "false"}

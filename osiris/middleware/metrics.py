@@ -1,4 +1,4 @@
-"""The HTTP side of the metrics: `/metrics`, and ASGI middleware that counts requests."""
+"""Metrics of HTTP requests, and the path `/metrics`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Final
 from fastapi import FastAPI, HTTPException, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llm_sidecar import db, grounding
 from llm_sidecar.settings import Settings
 from llm_sidecar.telemetry.metrics import CONTENT_TYPE, Metrics, MetricsSink, NoMetrics
-from osiris.http import endpoint
+from osiris.endpoint import endpoint
 from osiris.paths import METRICS, route_path
 
 _UNCOUNTED: Final = frozenset({METRICS, "/health/live", "/health/ready"})
-"""Paths that machines request all the time."""
+"""Paths that are requested every few seconds."""
 _NO_ROUTE: Final = "none"
-
+_TABLES: Final = (db.RUNS, db.SCORES, db.PROPOSALS)
+"""Tables whose rows can be lost. Feedback is refused instead if it cannot be stored."""
 
 _PROMETHEUS_TEXT: Final = {
     "type": "string",
@@ -29,6 +31,11 @@ class _MetricsResponse(Response):
     """Prometheus' text."""
 
 
+def sidecar_metrics() -> Metrics:
+    """Metrics with the tables and the fields of the sidecar as label values."""
+    return Metrics(tables=_TABLES, fields=grounding.FIELDS)
+
+
 def install_metrics(app: FastAPI, settings: Settings) -> MetricsSink:
     """Serves `/metrics` and counts requests; where ENABLE_METRICS is off, `/metrics` is a 404.
 
@@ -37,7 +44,7 @@ def install_metrics(app: FastAPI, settings: Settings) -> MetricsSink:
     Returns:
         The metrics sink for the app's sidecar.
     """
-    metrics = Metrics() if settings.enable_metrics else None
+    metrics = sidecar_metrics() if settings.enable_metrics else None
 
     async def scrape_metrics() -> Response:
         """Every metric in Prometheus' text format."""
@@ -62,10 +69,10 @@ def install_metrics(app: FastAPI, settings: Settings) -> MetricsSink:
 
 
 class HttpMetrics:
-    """Counts each request when its response begins, because a stream lasts for hours.
+    """Counts each request when its response starts, because a stream lasts for hours.
 
-    It reads the route from the scope, where the router has left it: that takes a fifth of the time
-    of matching it again.
+    It reads the route that the router has put into the scope: that takes a fifth of the time of
+    matching the path again.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
