@@ -497,6 +497,23 @@ async def test_while_it_drains_each_answer_is_the_last_of_its_connection(path: b
         writer.close()
 
 
+@on_uvloop
+async def test_while_it_drains_a_client_that_sends_a_body_gets_its_refusal() -> None:
+    async with serve() as served:
+        served.draining = True
+        reader, writer = await served.connect()
+        writer.write(b"POST /refuse HTTP/1.1\r\nHost: x\r\nContent-Length: 600000\r\n\r\n")
+        # The answer comes before the body, which must not be answered with a reset.
+        assert (await answer(reader))[1]["connection"] == "close"
+        for _ in range(6):
+            writer.write(b"x" * 100_000)
+            await writer.drain()
+            await asyncio.sleep(0.01)
+        async with asyncio.timeout(10):
+            assert await reader.read() == b""
+        writer.close()
+
+
 @pytest.mark.parametrize("where", ["127.0.0.1", "::1", "unix"])
 @on_uvloop
 async def test_a_client_that_says_it_sends_no_more_gets_its_answer(

@@ -1,4 +1,4 @@
-"""Admission: how many requests run at once, and none once the server drains."""
+"""Admission control: the maximum of running requests, and refusals while the server drains."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from osiris.middleware import admission
 from osiris.middleware.admission import Admission
 from osiris.shutdown import Shutdown
 from tests.unit.asgi import Call, Inner, client, http_scope
@@ -141,49 +140,14 @@ async def test_probes_are_answered() -> None:
     assert (answer.status_code, answer.text) == (200, "inner")
 
 
-def body(size: int, *, more: bool = True) -> Message:
-    return {"type": "http.request", "body": b"x" * size, "more_body": more}
-
-
-@pytest.mark.parametrize(
-    ("messages", "left"),
-    [
-        ([body(10, more=False), body(10)], 1),
-        ([body(10), body(0), body(10, more=False), body(10)], 1),
-        # A mebibyte is read, and no more.
-        ([body((1 << 20) - 1), body(1), body(10)], 1),
-        ([body(1 << 20), body(10), body(10)], 2),
-        ([{"type": "http.disconnect"}, body(10)], 1),
-    ],
-)
-async def test_a_body_is_discarded_to_its_end_or_a_limit(
-    messages: list[Message], left: int
-) -> None:
+async def test_a_refusal_leaves_the_body_to_the_transport() -> None:
     ending = shutdown()
     ending.draining = True
-    call = Call(*messages)
+    body: Message = {"type": "http.request", "body": b"x", "more_body": False}
+    call = Call(body)
     await Admission(Inner(), 5, ending)(http_scope("/speak"), call.receive, call.send)
-    assert call.status == 503
-    assert len(call.received) == left
-
-
-async def test_a_body_that_does_not_come_is_not_waited_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    seconds: float = admission._BODY_SECONDS
-    assert seconds == 1.0
-    monkeypatch.setattr(admission, "_BODY_SECONDS", 0.01)
-    ending = shutdown()
-    ending.draining = True
-    call = Call()
-
-    async def never() -> Message:
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    async with asyncio.timeout(5):
-        await Admission(Inner(), 5, ending)(http_scope("/speak"), never, call.send)
     assert (call.status, json.loads(call.body)) == (503, ENDING)
+    assert call.received == [body]
 
 
 async def test_a_cancelled_request_is_answered_with_503() -> None:
