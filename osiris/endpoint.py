@@ -44,16 +44,16 @@ def endpoint(
     """Registers a function for `path` with and without its trailing slash, and documents it.
 
     A function for GET also answers HEAD, for which the server sends no body. A stream has to check
-    the method; see `osiris.routes.speech`.
+    the method, as in `osiris.routes.speech`.
 
     Args:
         errors: statuses that the function answers with.
         error_model: the body of an error.
         bad_input_model: the body of a 422.
-        headers, error_headers: names of the headers that a good answer and an error carry.
-        content: media types of a good answer that is not JSON, as OpenAPI describes them.
-        documented: whether the path is in the document.
-        options: of the route, such as `response_description`.
+        headers, error_headers: names of the headers of a 200 and of an error.
+        content: OpenAPI's description of a 200 that is not JSON, by media type.
+        documented: whether the path is in the OpenAPI document.
+        options: other options of the route, such as `response_description`.
     """
     responses: dict[int | str, dict[str, Any]] = {
         status: {
@@ -65,13 +65,12 @@ def endpoint(
     }
     responses[200] = {"headers": declared(*headers)} | ({"content": content} if content else {})
     options = {"route_class_override": CheckedRoute, **options, "responses": responses}
+    # HEAD needs separate routes, because every method of a documented route is documented.
+    methods = ("GET", "HEAD") if method == "GET" else (method,)
+    # The longer path first: a parameter that matches slashes would also match the last one.
+    spellings = (f"{path.rstrip('/')}/", path.rstrip("/"))
 
     def register(function: Endpoint) -> Endpoint:
-        bare = path.rstrip("/")
-        # The longer one first: a parameter that matches slashes would also match the last one.
-        spellings = (f"{bare}/", bare)
-        # HEAD has routes of its own, because every method of a documented route is documented.
-        methods = ("GET", "HEAD") if method == "GET" else (method,)
         for verb, spelling in itertools.product(methods, spellings):
             router.add_api_route(
                 spelling,

@@ -119,7 +119,7 @@ def create_app(settings: Settings) -> FastAPI:
         version=__version__,
         lifespan=lifespan,
         redirect_slashes=False,
-        # The page and the document have routes of their own.
+        # `docs_page` has the routes of the page and the document.
         openapi_url=None,
         generate_unique_id_function=openapi.operation_id,
         # FastAPI's own telemetry could be turned on by a variable, and would export error messages.

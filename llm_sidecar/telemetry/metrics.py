@@ -1,4 +1,4 @@
-"""The Prometheus metrics of one sidecar, in a registry of its own.
+"""The Prometheus metrics of one sidecar, in a separate registry.
 
     metrics = Metrics(tables=("proposals",), fields=("ticker",))
     sidecar = Sidecar(settings, metrics=metrics)

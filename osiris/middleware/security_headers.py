@@ -10,7 +10,7 @@ _HEADERS: Final = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-store"),
-    # HTML pages send a policy of their own.
+    # HTML pages send another policy.
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
 )
 

@@ -1,4 +1,4 @@
-"""What a host tells its observer of each call, with a real worker and without."""
+"""What a model passes to its observer for each call, with and without a real worker."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LONG = GenerationRequest(hermes_plugin.chat_messages("Long ABC"), 7000)
 
 
 class Recorder:
-    """Keeps what it is told, and which of them had their outcome when they started."""
+    """Keeps every call, and checks that only finished calls have a result."""
 
     def __init__(self) -> None:
         self.started: list[ModelCall] = []
@@ -61,7 +61,7 @@ async def host(random_phi3_onnx: Path, recorder: Recorder) -> AsyncIterator[Mode
     await made.close()
 
 
-async def test_a_generation_is_told_with_its_times_in_order_and_its_tokens(
+async def test_a_generation_is_observed_with_ordered_times_and_its_tokens(
     host: ModelHost, recorder: Recorder
 ) -> None:
     completion = await host.generate(SHORT)
@@ -79,7 +79,9 @@ async def test_a_generation_is_told_with_its_times_in_order_and_its_tokens(
     assert (call.finish_reason, call.error, call.adapter) == ("length", None, None)
 
 
-async def test_probabilities_are_a_call_without_tokens(host: ModelHost, recorder: Recorder) -> None:
+async def test_scored_choices_are_a_call_without_tokens(
+    host: ModelHost, recorder: Recorder
+) -> None:
     messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, {"ticker": "ABC"})
     await host.answer_probabilities(messages, hermes_plugin.SCORE_ANSWERS)
     (call,) = recorder.finished
@@ -88,7 +90,7 @@ async def test_probabilities_are_a_call_without_tokens(host: ModelHost, recorder
     assert (call.first_token, call.finish_reason, call.error) == (None, None, None)
 
 
-async def test_each_refused_failed_and_abandoned_call_has_its_error(
+async def test_each_refused_failed_and_cancelled_call_has_its_error(
     host: ModelHost, recorder: Recorder
 ) -> None:
     too_long = GenerationRequest(proposals.build_messages("ABC " * 9000), 20)
@@ -110,7 +112,7 @@ async def test_each_refused_failed_and_abandoned_call_has_its_error(
     assert len(recorder.started) == 4
 
 
-def test_several_observers_all_hear_of_a_call() -> None:
+def test_every_observer_receives_a_call() -> None:
     first, second = Recorder(), Recorder()
     with observed(Observers(first, second), ModelCall("phi3", "generate")) as call:
         pass

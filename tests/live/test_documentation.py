@@ -1,4 +1,4 @@
-"""What a running server says of itself: a client generated from its document, and `/docs`."""
+"""A client generated from the OpenAPI document, and `/docs`."""
 
 from __future__ import annotations
 
@@ -113,13 +113,13 @@ def test_every_generated_module_compiles_and_imports(generated: Any) -> None:
         importlib.import_module(module.name)
 
 
-def test_every_operation_is_tried_with_the_generated_client(ask: Operations) -> None:
+def test_every_operation_is_called_with_the_generated_client(ask: Operations) -> None:
     source = Path(__file__).read_text()
     tried = {name for name in ask.names if re.search(rf'ask(\.module)?\(\s*"{name}"', source)}
     assert tried == ask.names
 
 
-def test_it_reads_proposals_and_texts(ask: Operations, models: Any) -> None:
+def test_the_generated_client_reads_proposals_and_texts(ask: Operations, models: Any) -> None:
     request = models.PromptRequest(prompt=PROMPT, max_length=8)
     assert isinstance(ask("generate_hermes", body=request).generated_text, str)
     request = models.GenerateRequest(prompt=PROMPT)
@@ -136,13 +136,15 @@ def test_it_reads_proposals_and_texts(ask: Operations, models: Any) -> None:
     assert walked.transaction_id.version == 4
 
 
-def test_it_scores(ask: Operations, models: Any) -> None:
+def test_the_generated_client_scores(ask: Operations, models: Any) -> None:
     body = models.ScoreRequest(models.ScoreRequestProposal.from_dict(PROPOSAL), context=PROMPT)
     score = ask("score_hermes", body=body)
     assert 0 <= score.score <= 1
 
 
-def test_it_sends_lists_and_withdraws_feedback(ask: Operations, models: Any) -> None:
+def test_the_generated_client_sends_lists_and_withdraws_feedback(
+    ask: Operations, models: Any
+) -> None:
     walked = ask("propose_trade_adjustments", body=models.ProposalRequest(prompt=PROMPT))
     body = models.FeedbackRequest.from_dict(
         {
@@ -165,7 +167,7 @@ def test_it_sends_lists_and_withdraws_feedback(ask: Operations, models: Any) -> 
     assert isinstance(missing, models.ErrorBody)
 
 
-def test_it_speaks_and_listens(ask: Operations, models: Any) -> None:
+def test_the_generated_client_speaks_and_listens(ask: Operations, models: Any) -> None:
     listening = ask.module("stream_audio")._get_kwargs()
     with ask.client.get_httpx_client().stream(**listening) as stream:
         body = models.SpeakRequest("Take the profit.")
@@ -174,7 +176,7 @@ def test_it_speaks_and_listens(ask: Operations, models: Any) -> None:
         assert next(line for line in stream.iter_lines() if line.startswith("data: UklGR"))
 
 
-def test_it_reads_states(ask: Operations, models: Any) -> None:
+def test_the_generated_client_reads_states(ask: Operations, models: Any) -> None:
     health = ask("health")
     assert isinstance(health, models.Health)
     assert health.models["phi3"].state is models.ModelHealthState.READY
@@ -187,7 +189,7 @@ def test_it_reads_states(ask: Operations, models: Any) -> None:
     assert 'id="model-calls"' in ask("profile")
 
 
-def test_it_reads_errors(ask: Operations, models: Any) -> None:
+def test_the_generated_client_reads_errors(ask: Operations, models: Any) -> None:
     blank = ask("generate_phi3", body=models.ProposalRequest(prompt=" "))
     assert [entry.loc for entry in blank.detail] == [["body", "prompt"]]
     short = ask("generate_phi3", body=models.ProposalRequest(prompt=PROMPT, max_length=1))
@@ -260,7 +262,7 @@ def executed(block: Locator, status: int) -> Locator:
     return answer
 
 
-def test_the_page_needs_no_other_server_and_lets_one_call_with_a_key(
+def test_the_page_loads_nothing_from_other_servers_and_calls_with_a_key(
     guarded: LiveServer, browser: Browser
 ) -> None:
     with opened(browser, f"{guarded.url}/docs") as (page, faults):
@@ -317,7 +319,7 @@ OF_THE_VIEWER = {
 """Rules of axe that Swagger UI breaks seriously or critically, each with what breaks it."""
 
 
-def test_the_page_is_accessible_but_for_the_viewer(guarded: LiveServer, browser: Browser) -> None:
+def test_the_page_is_accessible_except_the_viewer(guarded: LiveServer, browser: Browser) -> None:
     # The policy would keep axe out as well.
     with opened(browser, f"{guarded.url}/docs", bypass_csp=True) as (page, _):
         operation(page, "generation", "generate_phi3")

@@ -50,7 +50,7 @@ class Page(HTMLParser):
             self._in_cell = False
 
 
-def test_the_latest_request_is_shown_and_each_routes_own_can_be_asked_for(
+def test_the_latest_request_is_shown_overall_and_by_route(
     profiled: LiveServer,
 ) -> None:
     assert profiled.client.get("/debug/prof").status_code == 404
@@ -70,7 +70,7 @@ def test_the_latest_request_is_shown_and_each_routes_own_can_be_asked_for(
     assert answer.json() == {"detail": "No such request has been profiled yet."}
 
 
-def test_the_page_says_what_each_model_call_took_and_needs_nothing_else(
+def test_the_page_has_the_times_of_each_model_call_and_loads_nothing(
     profiled: LiveServer,
 ) -> None:
     answer = profiled.client.post("/propose_trade_adjustments/", json=PROMPT)
@@ -132,7 +132,7 @@ async def requests() -> AsyncIterator[tuple[Profiling, httpx.AsyncClient]]:
         yield profiling, client
 
 
-async def test_requests_at_the_same_time_are_profiled_each_and_kept_once_a_template(
+async def test_concurrent_requests_are_profiled_separately_and_one_is_kept_per_route(
     requests: tuple[Profiling, httpx.AsyncClient],
 ) -> None:
     profiling, client = requests

@@ -86,7 +86,7 @@ def test_every_route_answers_with_the_prefix_and_without(seen: Seen) -> None:
     assert seen.statuses == expected
 
 
-def test_probes_metrics_and_streams_stay_out_of_what_is_measured(seen: Seen) -> None:
+def test_probes_metrics_and_streams_are_not_measured(seen: Seen) -> None:
     handlers = seen.metrics.label_values("http_requests_total", "handler")
     assert handlers == {"/health", "/debug/prof", "/examples/", "none", "/stream/audio"}
     logged = {"/debug/prof": 4, "/examples/": 3, "unmatched": 2, "/stream/audio": 1}

@@ -172,7 +172,9 @@ def test_a_call_that_fails_names_its_error(traced: LiveServer, receiver: Receive
         assert span.status.code == span.status.STATUS_CODE_ERROR
 
 
-def test_a_callers_decision_not_to_sample_holds(traced: LiveServer, receiver: Receiver) -> None:
+def test_the_callers_decision_not_to_sample_is_respected(
+    traced: LiveServer, receiver: Receiver
+) -> None:
     unsampled = "1" * 32
     header = {"traceparent": f"00-{unsampled}-{CALLER}-00"}
     assert traced.client.post("/score/hermes", json=SCORED, headers=header).is_success
@@ -182,7 +184,7 @@ def test_a_callers_decision_not_to_sample_holds(traced: LiveServer, receiver: Re
     assert unsampled not in {span.trace_id.hex() for span in spans(receiver)}
 
 
-def test_probes_are_not_traced_and_no_prompt_is_in_any_byte(
+def test_probes_are_not_traced_and_no_span_contains_a_prompt(
     traced: LiveServer, receiver: Receiver
 ) -> None:
     """Reads what all tests above have sent."""
@@ -197,7 +199,7 @@ def test_probes_are_not_traced_and_no_prompt_is_in_any_byte(
     assert not [span.name for span in spans(receiver) if "/health" in span.name]
 
 
-def test_an_error_that_nobody_expected_leaves_its_text_out(
+def test_an_unexpected_error_is_recorded_without_its_text(
     random_models: dict[str, str], tmp_path: Path
 ) -> None:
     with Receiver() as receiver:
@@ -219,7 +221,7 @@ def test_an_error_that_nobody_expected_leaves_its_text_out(
 
 
 @pytest.mark.parametrize("hanging", [True, False], ids=["hanging", "down"])
-def test_an_endpoint_that_is_away_costs_one_warning_and_no_time(
+def test_an_unreachable_endpoint_costs_one_warning_and_no_time(
     random_models: dict[str, str], tmp_path: Path, hanging: bool
 ) -> None:
     with Receiver(hanging=True) as receiver:
@@ -251,7 +253,7 @@ def test_an_endpoint_that_is_away_costs_one_warning_and_no_time(
     assert "Traceback" not in said
 
 
-def test_a_log_record_within_a_trace_carries_its_id() -> None:
+def test_a_log_record_within_a_trace_has_its_id() -> None:
     record = logging.LogRecord("x", logging.INFO, "x", 1, "x", None, None)
     tracer = TracerProvider(shutdown_on_exit=False).get_tracer("x")
     with tracer.start_as_current_span("x") as span:
@@ -262,7 +264,7 @@ def test_a_log_record_within_a_trace_carries_its_id() -> None:
     assert "trace_id" not in outside.__dict__
 
 
-def test_a_log_record_after_the_end_of_a_span_carries_no_id() -> None:
+def test_a_log_record_after_the_end_of_a_span_has_no_id() -> None:
     # A connection that a request has opened keeps the request's span as its current one.
     span = TracerProvider(shutdown_on_exit=False).get_tracer("x").start_span("x")
     record = logging.LogRecord("x", logging.INFO, "x", 1, "x", None, None)

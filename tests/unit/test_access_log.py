@@ -1,4 +1,4 @@
-"""The line of each request: whose it is, and that no other line carries its id."""
+"""The access log: the caller in each line, and request ids in the other lines."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def line(
 @pytest.mark.parametrize(
     ("key", "shown"), [(TWO, "desk"), (ONE, "#1")], ids=["a name", "a position"]
 )
-async def test_a_line_has_the_clients_address_and_the_keys_name(
+async def test_a_line_has_the_address_of_the_client_and_the_name_of_the_key(
     caplog: pytest.LogCaptureFixture, key: str, shown: str
 ) -> None:
     fields, text = await line(caplog, key=key)
@@ -79,7 +79,7 @@ async def test_without_configured_keys_there_is_no_key(caplog: pytest.LogCapture
         ("", "unknown"),
     ],
 )
-async def test_an_address_is_no_text_of_the_clients(
+async def test_an_address_that_is_not_an_ip_address_is_not_logged(
     caplog: pytest.LogCaptureFixture, host: str, shown: str
 ) -> None:
     fields, _ = await line(caplog, client=(host, 0))
@@ -125,7 +125,7 @@ async def ask(app: ASGIApp, path: str, request_id: str) -> httpx.Response:
         return await asking.get(path, headers={"X-Request-ID": request_id})
 
 
-async def test_requests_one_after_the_other_have_their_own_ids() -> None:
+async def test_consecutive_requests_have_different_ids() -> None:
     app = App()
     served = RequestId(app)
     await ask(served, "/", "one")
@@ -135,7 +135,7 @@ async def test_requests_one_after_the_other_have_their_own_ids() -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/wait", "/fail"])
-async def test_what_outlives_a_request_does_not_carry_its_id(path: str) -> None:
+async def test_work_that_outlives_a_request_does_not_log_its_id(path: str) -> None:
     app = App()
     asking = asyncio.create_task(ask(RequestId(app), path, "one"))
     while not app.left:
@@ -149,7 +149,7 @@ async def test_what_outlives_a_request_does_not_carry_its_id(path: str) -> None:
     assert app.left[0].run(current_id) is None
 
 
-async def test_the_servers_line_about_an_error_carries_the_requests_id() -> None:
+async def test_the_line_of_the_server_about_an_error_has_the_request_id() -> None:
     async def server() -> str | None:
         with pytest.raises(ZeroDivisionError):
             await RequestId(App())(
@@ -162,7 +162,7 @@ async def test_the_servers_line_about_an_error_carries_the_requests_id() -> None
     assert await asyncio.create_task(server()) == "one"
 
 
-async def test_work_for_a_request_keeps_its_id_and_other_work_has_none() -> None:
+async def test_owned_work_keeps_the_request_id_and_detached_work_has_none() -> None:
     ended = asyncio.Event()
     left: list[contextvars.Context] = []
 

@@ -54,7 +54,7 @@ async def begin(app: Admission, path: str = "/generate/") -> tuple[asyncio.Task[
     return task, call
 
 
-async def test_as_many_requests_run_as_may_and_the_next_is_429() -> None:
+async def test_the_request_beyond_the_maximum_is_429() -> None:
     inner = Held()
     app = Admission(inner, 2, shutdown())
     first, _ = await begin(app)
@@ -74,7 +74,7 @@ async def test_as_many_requests_run_as_may_and_the_next_is_429() -> None:
         assert (await asking.post("/generate/")).status_code == 200
 
 
-async def test_a_request_that_fails_makes_room_again() -> None:
+async def test_a_failed_request_frees_its_slot() -> None:
     async def broken(scope: Scope, receive: Receive, send: Send) -> None:
         raise KeyError("broken")
 
@@ -85,7 +85,7 @@ async def test_a_request_that_fails_makes_room_again() -> None:
 
 
 @pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready/", "/metrics"])
-async def test_probes_and_metrics_are_let_through_and_take_no_room(path: str) -> None:
+async def test_probes_and_metrics_are_admitted_and_take_no_slot(path: str) -> None:
     inner = Held()
     ending = shutdown()
     app = Admission(inner, 1, ending)
@@ -100,7 +100,7 @@ async def test_probes_and_metrics_are_let_through_and_take_no_room(path: str) ->
 
 
 @pytest.mark.parametrize("kind", ["lifespan", "websocket"])
-async def test_only_http_is_admitted(kind: str) -> None:
+async def test_other_protocols_pass_without_admission(kind: str) -> None:
     inner = Inner()
     ending = shutdown()
     ending.draining = True
@@ -111,7 +111,7 @@ async def test_only_http_is_admitted(kind: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/health", "/generate/"])
-async def test_what_is_let_through_gets_its_scope_and_its_body(path: str) -> None:
+async def test_an_admitted_request_keeps_its_scope_and_body(path: str) -> None:
     inner, call, scope = Inner(), Call(), http_scope(path)
     await Admission(inner, 1, shutdown())(scope, call.receive, call.send)
     assert (inner.scopes, inner.receivers) == ([scope], [call.receive])
@@ -120,7 +120,7 @@ async def test_what_is_let_through_gets_its_scope_and_its_body(path: str) -> Non
 # While the server drains
 
 
-async def test_new_work_is_refused() -> None:
+async def test_a_new_request_is_refused_while_the_server_drains() -> None:
     inner = Inner()
     ending = shutdown()
     ending.draining = True
@@ -132,7 +132,7 @@ async def test_new_work_is_refused() -> None:
     assert inner.scopes == []
 
 
-async def test_probes_are_answered() -> None:
+async def test_probes_are_answered_while_the_server_drains() -> None:
     ending = shutdown()
     ending.draining = True
     async with client(Admission(Inner(), 5, ending)) as asking:
@@ -173,7 +173,7 @@ async def test_a_request_cancelled_during_its_answer_gets_no_second_one() -> Non
 
 
 @pytest.mark.parametrize("answers_first", [False, True])
-async def test_a_request_that_is_cancelled_otherwise_is_cancelled(answers_first: bool) -> None:
+async def test_a_cancellation_without_a_shutdown_is_passed_on(answers_first: bool) -> None:
     task, call = await begin(Admission(Held(answers_first=answers_first), 5, shutdown()))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -181,7 +181,7 @@ async def test_a_request_that_is_cancelled_otherwise_is_cancelled(answers_first:
     assert len(call.sent) == answers_first
 
 
-async def test_a_streams_body_is_passed_on_as_it_is() -> None:
+async def test_the_messages_of_a_stream_are_passed_on_unchanged() -> None:
     sent: list[Any] = [
         {"type": "http.response.start", "status": 206, "headers": [(b"x-part", b"1")]},
         {"type": "http.response.body", "body": b"one", "more_body": True},
