@@ -40,6 +40,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # The site of docs/, in site/, with its generated tables up to date. A broken link is an error.
 docs: $(VENV)/.docs
@@ -57,7 +58,7 @@ evaluate: $(VENV)/.serve
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) $(CHATTERBOX_VENV) .data .pytest_cache .mypy_cache .ruff_cache
-	rm -rf .schemathesis .hypothesis mutants .coverage .coverage.* htmlcov build dist site *.egg-info
+	rm -rf .schemathesis .hypothesis .import_linter_cache mutants .coverage .coverage.* htmlcov build dist site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

@@ -8,10 +8,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from llm_sidecar import loader
-from llm_sidecar.deadline import Deadline
-from llm_sidecar.engines import GenerationRequest, Message
 from llm_sidecar.errors import ModelUnavailable, SidecarError
-from llm_sidecar.models.local.model import Completion, ModelHost
+from llm_sidecar.models.base import GenerationRequest, Message
 from llm_sidecar.settings import default_max_chars
 from llm_sidecar.text import require_text
 
@@ -55,6 +53,11 @@ def chat_messages(prompt: str) -> list[Message]:
     ]
 
 
+def prefix() -> GenerationRequest:
+    """The turns that every question to Hermes begins with, for the model to prefill."""
+    return GenerationRequest([{"role": "system", "content": SYSTEM_PROMPT}], 1)
+
+
 def expected_score(probabilities: Mapping[str, float]) -> float:
     """The probability-weighted mean of the answers 0 to 10, divided by 10.
 
@@ -77,52 +80,6 @@ def expected_score(probabilities: Mapping[str, float]) -> float:
     return float(weighted / total / 10.0)
 
 
-async def chat(
-    host: ModelHost, prompt: str, *, max_tokens: int, temperature: float = 0.0
-) -> Completion:
-    """Hermes' answer to a free question; at the deadline, the text so far.
-
-    Raises:
-        InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
-    """
-    request = GenerationRequest(chat_messages(prompt), max_tokens, temperature=temperature)
-    return await host.generate(request, allow_partial=True)
-
-
-async def assess(
-    host: ModelHost,
-    proposal: Mapping[str, Any],
-    context: str | None = None,
-    *,
-    max_tokens: int,
-    temperature: float = 0.0,
-    deadline: Deadline | None = None,
-) -> Completion:
-    """Hermes' critique of a proposal in words, never cut by the deadline.
-
-    Raises:
-        InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
-    """
-    messages = build_messages(CRITIQUE_TASK, proposal, context)
-    request = GenerationRequest(messages, max_tokens, temperature=temperature)
-    return await host.generate(request, deadline)
-
-
-async def score(
-    host: ModelHost,
-    proposal: Mapping[str, Any],
-    context: str | None = None,
-    deadline: Deadline | None = None,
-) -> float:
-    """Hermes' score of a proposal, in [0, 1]: deterministic, from one forward pass.
-
-    Raises:
-        InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
-    """
-    messages = build_messages(SCORE_TASK, proposal, context)
-    return _read_score(await host.answer_probabilities(messages, SCORE_ANSWERS, deadline))
-
-
 def score_with_hermes(proposal: dict[str, Any], context: str | None = None) -> float:
     """The score of a proposal, with Hermes loaded into this process on first use; for scripts.
 
@@ -137,7 +94,7 @@ def score_with_hermes(proposal: dict[str, Any], context: str | None = None) -> f
         require_text(default_max_chars(), proposal=proposal, context=context)
         engine = loader.get_hermes_engine()
         messages = build_messages(SCORE_TASK, proposal, context)
-        return _read_score(engine.answer_probabilities(messages, SCORE_ANSWERS))
+        return read_score(engine.answer_probabilities(messages, SCORE_ANSWERS))
     except SidecarError as error:
         log.error("scoring failed: %s", error.detail)
     except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
@@ -146,7 +103,12 @@ def score_with_hermes(proposal: dict[str, Any], context: str | None = None) -> f
     return -1.0
 
 
-def _read_score(probabilities: Mapping[str, float]) -> float:
+def read_score(probabilities: Mapping[str, float]) -> float:
+    """The score in [0, 1] that the probabilities of `SCORE_ANSWERS` give.
+
+    Raises:
+        ModelUnavailable: no answer has any probability.
+    """
     mass = sum(probabilities.values())
     if mass < _LOW_MASS:
         log.warning("hermes gives the answers 0 to 10 a probability of only %.3f", mass)

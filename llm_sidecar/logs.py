@@ -37,14 +37,12 @@ LogFormat = Literal["auto", "json", "text"]
 
 log_context: ContextVar[Mapping[str, str]] = ContextVar("log_context", default=MappingProxyType({}))
 """Fields of all log lines of the current request, such as `request_id`: short texts, never a prompt
-or
-a secret."""
+or a secret."""
 
 
 def start_detached(work: Coroutine[Any, Any, T], name: str | None = None) -> asyncio.Task[T]:
-    """Starts a task that belongs to no request: its log lines have no request id, and its spans are
-    in
-    no request's trace."""
+    """Starts a task that belongs to no request: its log lines have no request id, and its spans
+    belong to no request's trace."""
     return asyncio.create_task(work, name=name, context=contextvars.Context())
 
 
@@ -117,7 +115,7 @@ class JsonFormatter(_Formatter):
     `extra` fields, and type and stack of an exception, without its message."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line; a value that is no JSON is shown as its `str`."""
+        """The line; a value that JSON does not know is shown as its `str`."""
         when = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
         line: dict[str, Any] = {
             "timestamp": when.isoformat(timespec="milliseconds"),
@@ -138,7 +136,7 @@ class JsonFormatter(_Formatter):
 
 
 class TextFormatter(_Formatter):
-    """One readable line, with the request's id where there is one."""
+    """One readable line, with the id of the request if it belongs to one."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -151,13 +149,13 @@ class TextFormatter(_Formatter):
 
 
 def log_to_stderr(log_format: str) -> bool:
-    """Gives the root logger a handler, unless whoever runs the process has done so.
+    """Gives the root logger a handler, unless it has one.
 
     Args:
         log_format: a `LogFormat`; anything else counts as `auto`.
 
     Returns:
-        Whether it has one of ours now.
+        Whether it has added one.
     """
     root = logging.getLogger()
     if root.handlers:

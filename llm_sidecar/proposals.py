@@ -7,24 +7,17 @@ can write nothing but a valid proposal of a known greatest length, whatever its 
 
 from __future__ import annotations
 
-import asyncio
 import json
-import logging
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field
 
 from llm_sidecar import grounding
-from llm_sidecar.deadline import Deadline
-from llm_sidecar.engines import GenerationRequest, Message
-from llm_sidecar.errors import InvalidRequest, ModelUnavailable, SidecarError
+from llm_sidecar.errors import InvalidRequest
 from llm_sidecar.input_model import InputModel
-from llm_sidecar.models.local.model import Completion, ModelHost
-
-log = logging.getLogger(__name__)
+from llm_sidecar.models.base import Completion, GenerationRequest, Message
 
 SYSTEM_PROMPT: Final = (
     "You review open trades. Answer with one JSON object: ticker; action adjust, pass or abort; "
@@ -268,94 +261,3 @@ def parse(text: str) -> dict[str, Any]:
         ValueError: the text is no valid proposal.
     """
     return Proposal.model_validate_json(text).model_dump(exclude_unset=True)
-
-
-async def propose(
-    host: ModelHost,
-    prompt: str,
-    examples: Sequence[Example] = (),
-    *,
-    max_tokens: int = 256,
-    temperature: float = 0.0,
-    deadline: Deadline | None = None,
-    retry: bool = False,
-) -> Proposed:
-    """Asks Phi-3 for a proposal.
-
-    Args:
-        host: the model.
-        prompt: the market context.
-        examples: few-shot examples, oldest first; left out where they do not fit the context.
-        max_tokens: at least `MAX_COMPLETION_TOKENS`.
-        temperature: 0 is greedy.
-        deadline: of the request that this belongs to, the retry included.
-        retry: whether an ungrounded proposal is generated once more, under the guidance of its
-            context, in at most half of the time that is left.
-
-    Returns:
-        The valid proposal; the first one if the retry fails.
-
-    Raises:
-        InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
-    """
-    check_budget(max_tokens)
-    request = GenerationRequest(build_messages(prompt, examples), max_tokens, GUIDANCE, temperature)
-    try:
-        first = await _ask(host, prompt, request, deadline)
-    except InvalidRequest:
-        if not examples:
-            raise
-        log.warning("the few-shot examples do not fit the context beside a long prompt")
-        return await propose(
-            host,
-            prompt,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            deadline=deadline,
-            retry=retry,
-        )
-    if not retry or not first.ungrounded:
-        return first
-    # The other half is for the assessment: a slow retry must not cause a 504.
-    half = None if deadline is None else Deadline.after(deadline.remaining() / 2)
-    return await _ask_again(host, prompt, request, first, half)
-
-
-async def _ask_again(
-    host: ModelHost,
-    prompt: str,
-    request: GenerationRequest,
-    first: Proposed,
-    deadline: Deadline | None,
-) -> Proposed:
-    """The proposal under the guidance of the context; the first one if that fails."""
-    # A grounded ticker is always offered, even if the context has too many others.
-    tickers = [] if "ticker" in first.ungrounded else [first.proposal["ticker"]]
-    guidance = await asyncio.to_thread(grounded_guidance, prompt, tickers)
-    if guidance is None:
-        return first
-    # With a seed, a runtime that keeps a cache for each guidance does not keep one for this.
-    request = replace(request, guidance=guidance, seed=0)
-    try:
-        return await _ask(host, prompt, request, deadline)
-    except SidecarError as error:
-        log.warning("the retry of an ungrounded proposal failed: %s", type(error).__name__)
-        return first
-
-
-async def _ask(
-    host: ModelHost, prompt: str, request: GenerationRequest, deadline: Deadline | None
-) -> Proposed:
-    completion = await host.generate(request, deadline)
-    try:
-        proposal = parse(completion.text)
-    except ValueError as error:
-        log.error("phi3 broke the proposal schema under guidance: %s", type(error).__name__)
-        raise ModelUnavailable(
-            "phi3 wrote something that is no valid proposal, so nothing is returned; "
-            "check the model with another prompt.",
-            retry_after=1,
-        ) from None
-    # In a thread, because a long context would block the event loop.
-    ungrounded = await asyncio.to_thread(grounding.ungrounded_fields, proposal, prompt)
-    return Proposed(proposal, completion, ungrounded)

@@ -1,6 +1,6 @@
-"""A reward that facts prove: for tuning proposals at night.
+"""A reward for proposals that can be proved from facts, for tuning.
 
-Every part of it can be computed again by anyone from the trace; no model's opinion enters.
+Anyone can compute every part of it again from the trace; no model's opinion enters.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _NUMBERS: Final = ("new_stop_pct", "new_target_pct", "confidence")
 def proofable_reward(trace: dict[str, Any], patch_content: str | None = None) -> float:
     """How good a proposal was, as far as the trace proves it.
 
-    A proposal that breaks the contract's schema earns 0. Else the reward is the mean of those of
-    these parts for which there is evidence, each in [0, 1], and 0 where there is none:
+    A proposal that breaks the public schema gets 0. Otherwise the reward is the mean of the parts
+    for which the trace has evidence, each in [0, 1]. Without any evidence it is 0. The parts:
 
     - outcome: with `prices`. An `adjust` with side and stop walks them until stop or target is
       hit, or marks to market at the end; its profit in units of the stop distance (the R multiple,

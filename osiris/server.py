@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from llm_sidecar import __version__
 from llm_sidecar.errors import SettingsError
 from llm_sidecar.logs import log_unhandled, start_detached
+from llm_sidecar.models.base import Models
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.telemetry import instruments
@@ -92,8 +93,13 @@ class _App(FastAPI):
         return frozenset(path.split("/")[1] for path in openapi.documented_paths(self))
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The application; its parts start and stop with its lifespan."""
+def create_app(settings: Settings, models: Models | None = None) -> FastAPI:
+    """The application; its parts start and stop with its lifespan.
+
+    Args:
+        settings: of the whole server.
+        models: phi3 and hermes; default: those that the settings name.
+    """
     telemetry = instruments.build(settings)
     shutdown = Shutdown(settings.shutdown_grace, settings.shutdown_drain)
 
@@ -101,8 +107,8 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_exception_handler(log_unhandled)
         telemetry.start()
-        sidecar = Sidecar(settings, metrics=metrics, telemetry=telemetry)
-        metrics.watch(sidecar.health)
+        sidecar = Sidecar(settings, models=models, metrics=metrics, telemetry=telemetry)
+        metrics.watch(sidecar.health.report)
         app.state.sidecar = sidecar
         if uvicorn := shutdown.install():
             limit_connections(uvicorn.config, settings, lambda: shutdown.draining)
@@ -140,7 +146,7 @@ def create_app(settings: Settings) -> FastAPI:
 async def _refuse_waiting(shutdown: Shutdown, sidecar: Sidecar) -> None:
     """Once the server drains, refuses the requests that wait for a model to load."""
     await shutdown.streams_end.wait()
-    sidecar.refuse_waiting()
+    sidecar.drain()
 
 
 def _add_middleware(

@@ -6,9 +6,9 @@
     await bus.publish("phi3.proposal.created", payload)
     await bus.close()
 
-What cannot be sent while Redis is away waits, within bounds, and goes out in order afterwards; what
-others publish while this subscriber is away never reaches it
-(https://redis.io/docs/latest/develop/pubsub/). `EventBus.status` shows both gaps.
+While Redis is away, published messages wait, within bounds, and are sent in order afterwards.
+Messages that others publish while this bus is not connected never reach it
+(https://redis.io/docs/latest/develop/pubsub/). `EventBus.status` counts both losses.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Handler = Callable[[str], Awaitable[None]]
 
 HANDLER_QUEUE: Final = 1_000
 HANDLER_CHARACTERS: Final = 64 << 20
-"""Messages that wait for one handler, and their characters together, before its oldest is
+"""Messages that wait for one handler, and the sum of their characters, before its oldest is
 dropped."""
 DRAIN_TIMEOUT: Final = 5.0
 """Seconds that handlers have at the close to finish what waits for them."""
@@ -67,7 +67,7 @@ class EventBus:
         self._closed = False
 
     async def connect(self) -> None:
-        """Connect, and stay connected from then on.
+        """Connect, and reconnect after every outage from then on.
 
         Raises:
             RedisError: Redis cannot be reached within a few seconds, or the bus is closed.
@@ -75,7 +75,7 @@ class EventBus:
         self._check_open()
         await self._client.ping()
         await self.start()
-        # An earlier start may have failed, and the next attempt be half a minute away.
+        # After a failed start the next attempt may be half a minute away.
         self._subscriber.hurry()
         try:
             async with asyncio.timeout(REPLY_TIMEOUT):
@@ -84,9 +84,9 @@ class EventBus:
             raise RedisTimeoutError("Redis does not confirm the subscriptions") from None
 
     async def start(self) -> None:
-        """Connect, or while Redis is away keep trying in the background; never raises for that.
+        """Connect; while Redis is away, keep trying in the background and do not raise.
 
-        Returns after the first attempt, so that with Redis there the next publish is sent.
+        Returns after the first attempt, so that the next publish is sent if Redis is there.
         """
         if self._refused("start"):
             return
@@ -100,9 +100,9 @@ class EventBus:
     async def publish(self, event_type: str, payload: str) -> bool:
         """Send a payload to a channel, in the order of the calls, and say whether Redis took it.
 
-        Redis being away is no error here: the message waits, within the bounds of
-        `publisher.OUTBOX_MESSAGES`, and goes out when Redis is back. One on `audio.bytes` does not
-        wait. The first failure of a row is logged, every lost message is counted.
+        While Redis is away, the message waits, within the bounds of `publisher.OUTBOX_MESSAGES`,
+        and is sent when Redis is back. A message on `audio.bytes` does not wait. The first of
+        several failures in a row is logged, every lost message is counted.
 
         Raises:
             TypeError: the payload is not a str.
@@ -119,8 +119,9 @@ class EventBus:
     async def subscribe(self, event_type: str, handler: Handler) -> None:
         """Call the handler with each payload of a channel, one after the other.
 
-        A handler that raises is logged and counted, and gets the next message. One that is slow
-        loses its own oldest messages beyond `HANDLER_QUEUE`. No other handler feels either.
+        An exception of a handler is logged and counted, and the handler gets the next message. A
+        slow handler loses its oldest messages beyond `HANDLER_QUEUE`. Neither delays another
+        handler.
         """
         if self._refused("subscribe"):
             return
@@ -140,7 +141,7 @@ class EventBus:
             await self._subscriber.add(channel, queue)
 
     async def unregister_listener_queue(self, channel: str, queue: asyncio.Queue[str]) -> None:
-        """Put nothing more into the queue; one that is not registered is no error."""
+        """Put nothing more into the queue, whether it is registered or not."""
         self._subscriber.discard(channel, queue)
 
     def refuse(self, event_type: str, reason: str) -> None:
@@ -148,13 +149,13 @@ class EventBus:
 
         Args:
             event_type: its channel.
-            reason: what is wrong with it; quotes nothing of the message.
+            reason: what is wrong with it, without any text of the message.
         """
         self._refused_messages += 1
         log.error("a message on %s is refused: %s", event_type, reason)
 
     async def close(self) -> None:
-        """Let handlers finish what they have within a few seconds, then leave nothing behind."""
+        """Give handlers a few seconds for the messages they have, then end all tasks."""
         if self._closed:
             return
         self._closed = True
@@ -171,12 +172,12 @@ class EventBus:
         except TimeoutError:
             log.warning("event handlers did not finish within %.0f s", DRAIN_TIMEOUT)
         await cancel(*self._handlers, patience=CANCEL_TIMEOUT)
-        await self._publisher.stop()  # a publish under way ends first, and that soon
+        await self._publisher.stop()  # a publish that runs ends first, within its reply timeout
         await self._client.aclose()
 
     @property
     def connected(self) -> bool:
-        """Whether Redis is there."""
+        """Whether Redis is connected."""
         return self._subscriber.connected
 
     def status(self) -> dict[str, Any]:
@@ -203,7 +204,7 @@ class EventBus:
             except (Exception, asyncio.CancelledError):
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
-                    raise  # the bus closes; otherwise it is only what the handler waited for
+                    raise  # the bus closes; otherwise the handler's own work was cancelled
                 self._handler_errors += 1
                 log.exception("a handler of %s failed", channel)
             finally:

@@ -1,7 +1,7 @@
-"""The sending half of the bus: in the order of the calls, and what an outage held back afterwards.
+"""The sending half of the bus: it keeps the order of the calls, also through an outage of Redis.
 
-Whether Redis took a message whose answer never came cannot be known. Such a message is sent again,
-so a subscriber may get it twice; the payloads carry ids by which it can tell.
+If Redis does not answer, it is unknown whether it has the message. The message is sent again, so a
+subscriber may get it twice; it can recognise the second one by the id in the payload.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ class _Waiting(NamedTuple):
 
 
 class Publisher:
-    """Publishes while Redis is there, and keeps a bounded number of messages while it is not.
+    """Publishes while Redis is connected, and keeps a bounded number of messages while it is not.
 
     Args:
         client: must raise on errors, not retry.
-        subscriber: knows whether Redis is there.
+        subscriber: knows whether Redis is connected.
 
     Attributes:
-        published: messages that Redis has confirmed, late ones included.
-        late: those of them that waited for Redis.
-        lost: messages that are never sent: dropped from a full outbox, live ones of an outage,
-            refused by Redis, left at the close.
+        published: number of messages that Redis has confirmed.
+        late: how many of them waited for Redis.
+        lost: number of messages that were never sent: dropped from a full outbox, live-only ones
+            during an outage, refused by Redis, or still waiting at the close.
     """
 
     def __init__(self, client: Redis, subscriber: Subscriber) -> None:
@@ -65,9 +65,10 @@ class Publisher:
         return len(self._outbox)
 
     async def publish(self, channel: str, payload: str) -> bool:
-        """Sends what waits and then this, and says whether Redis took it; never raises for Redis.
+        """Sends what waits, then this message; returns whether Redis took it.
 
-        False leaves it waiting, unless the channel is one of `LIVE_ONLY` or Redis refused it.
+        An error of Redis is not raised: the message waits, unless its channel is one of
+        `LIVE_ONLY` or Redis refused the message.
         """
         sent = False
         async with self._sending:
@@ -85,7 +86,7 @@ class Publisher:
                 self._tell(channel, error)
                 self.lost += 1
         if not sent:
-            # Without Redis nothing above waits, and a caller's loop would keep the bus from
+            # Without Redis nothing above awaits, so a caller that loops would keep the bus from
             # connecting.
             await asyncio.sleep(0)
         return sent
@@ -102,7 +103,7 @@ class Publisher:
                     log.debug("messages wait on: %s", error)
 
     async def drain(self) -> None:
-        """Returns when nothing waits any more; the caller sets the bound."""
+        """Returns when nothing waits any more; the caller sets a time limit."""
         while self._outbox and self._subscriber.connected:
             async with self._sending:
                 try:
@@ -111,12 +112,12 @@ class Publisher:
                     log.debug("messages wait on: %s", error)
 
     def refuse(self, channel: str, error: RedisError) -> None:
-        """Counts and logs a message that is not even tried."""
+        """Counts and logs a message that is not sent."""
         log.error("not published to %s: %s", channel, error)
         self.lost += 1
 
     async def stop(self) -> None:
-        """Waits for the message under way, then counts what nobody will send as lost."""
+        """Waits for the message that is being sent, then counts all that still wait as lost."""
         async with self._sending:
             if self._outbox:
                 log.error("%d messages were never published", len(self._outbox))
@@ -124,7 +125,8 @@ class Publisher:
             self._outbox.clear()
 
     async def _flush(self) -> None:
-        """Sends what waits, oldest first; what raises stays first, unless Redis refuses it."""
+        """Sends what waits, oldest first. After an error the message stays first, unless Redis
+        refused it."""
         while self._outbox:
             channel, payload = self._outbox[0]
             try:
@@ -133,7 +135,7 @@ class Publisher:
             except (RedisConnectionError, RedisTimeoutError):
                 raise
             except RedisError as error:
-                # Without the id of the request that happens to publish now.
+                # The log line gets no request id: the message belongs to another request.
                 contextvars.Context().run(self._tell, channel, error)
                 self.lost += 1
             self._drop_oldest()

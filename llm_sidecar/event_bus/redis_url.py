@@ -1,4 +1,4 @@
-"""From a Redis URL to a client, and to a text that may be shown."""
+"""A client for a Redis URL, and the URL as text without its password."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _shared_servers: WeakValueDictionary[str, FakeServer] = WeakValueDictionary()
 def make_client(url: str) -> Redis:
     """A client that is not connected yet and tries every command once.
 
-    redis-py would reconnect and resubscribe by itself and say nothing. Told that no error is worth
-    a retry it raises at once, and whoever uses it sees every gap.
+    By default redis-py reconnects and resubscribes silently. Without retries it raises at once, so
+    that its user sees every gap.
 
     Raises:
         ValueError: the URL cannot be read; the message does not repeat it, for its password.
     """
     options: dict[str, Any] = {
         "decode_responses": True,
-        "encoding_errors": "replace",  # bytes of others that are no UTF-8 must not stop a reader
+        "encoding_errors": "replace",  # others may publish bytes that are not UTF-8
         "protocol": 2,
         "retry": Retry(NoBackoff(), 0, supported_errors=()),
         "socket_connect_timeout": CONNECT_TIMEOUT,
@@ -49,7 +49,7 @@ def make_client(url: str) -> Redis:
 
 
 def _memory_client(name: str, options: dict[str, Any]) -> Redis:
-    from fakeredis import FakeAsyncRedis, FakeServer  # only who asks for memory:// needs it
+    from fakeredis import FakeAsyncRedis, FakeServer  # only memory:// needs it
 
     server = _shared_servers.get(name) or FakeServer()
     if name:

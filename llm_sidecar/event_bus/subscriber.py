@@ -1,7 +1,7 @@
-"""The receiving half of the bus: one connection, kept, and what comes in handed to the queues.
+"""The receiving half of the bus: one connection, whose messages go to the queues.
 
-One task reads the connection. A second one is the only one that writes to it, so a caller that is
-cancelled in the middle of a registration cannot tear it down for everybody else.
+One task reads the connection, and one other task writes to it. So a caller that is cancelled in the
+middle of a registration cannot break the connection for the others.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Channel:
 
 
 class PayloadQueue(asyncio.Queue[str]):
-    """A queue of payloads that is full by their number or by their characters together."""
+    """A queue of payloads, bounded by their number and by the sum of their characters."""
 
     def __init__(self, messages: int, characters: int) -> None:
         super().__init__(messages)
@@ -46,7 +46,7 @@ class PayloadQueue(asyncio.Queue[str]):
         self._held = 0
 
     def full(self) -> bool:
-        """Whether one more would be too many."""
+        """Whether one more payload would exceed a bound."""
         return super().full() or self._held >= self._most
 
     def _put(self, item: str) -> None:
@@ -60,16 +60,16 @@ class PayloadQueue(asyncio.Queue[str]):
 
 
 class Subscriber:
-    """Subscribes to the channels that have queues, on one connection that it keeps restoring.
+    """Subscribes to the channels that have queues, on one connection, which it restores.
 
     Args:
         client: where the connection comes from; it must raise on errors, not retry.
-        name: how log lines call the Redis behind it.
+        name: of this Redis in log lines.
 
     Attributes:
-        here: set while Redis is there and has confirmed every subscription.
-        outages: how often Redis was found to be away, at the start included.
-        dropped: messages that a full queue lost.
+        here: set while Redis is connected and has confirmed every subscription.
+        outages: how often Redis was away, including at the start.
+        dropped: number of messages that a full queue lost.
     """
 
     def __init__(self, client: Redis, name: str) -> None:
@@ -89,12 +89,12 @@ class Subscriber:
 
     @property
     def connected(self) -> bool:
-        """Whether Redis is there and has confirmed every subscription."""
+        """Whether Redis is connected and has confirmed every subscription."""
         return self.here.is_set()
 
     @property
     def seconds_away(self) -> float:
-        """Seconds that Redis was away altogether, a present outage included."""
+        """Seconds of all outages, including one that lasts."""
         since = self._away_since
         return self._seconds_away + (0.0 if since is None else time.monotonic() - since)
 
@@ -103,11 +103,11 @@ class Subscriber:
         await self._attempted.wait()
 
     def hurry(self) -> None:
-        """Try again now: somebody knows that Redis is there."""
+        """Try to connect now; the caller knows that Redis is there."""
         self._hurried.set()
 
     async def add(self, name: str, queue: asyncio.Queue[str]) -> None:
-        """Feed the queue; returns when Redis has confirmed it, or at once while it is away."""
+        """Feed the queue; return when Redis has confirmed it, at once while it is away."""
         channel = self._channels.setdefault(name, _Channel())
         channel.queues.add(queue)
         self._changed.set()
@@ -124,23 +124,23 @@ class Subscriber:
             self._changed.set()
 
     def restart(self, error: Exception) -> None:
-        """Connect anew: somebody else found Redis away, and the reader may be last to notice."""
+        """Connect again: a sender found Redis away, which the reader may notice much later."""
         if self.connected:
             self._lost(error)
             self._trouble = error
             self._changed.set()
 
     async def run(self) -> None:
-        """Hold a connection and dispatch what it brings, until cancelled."""
+        """Keep a connection and dispatch its messages, until cancelled."""
         try:
             delay = FIRST_DELAY
             while True:
                 outages = self.outages
                 try:
                     await self._session()
-                except Exception as error:  # noqa: BLE001 - whatever broke, starting over is right
+                except Exception as error:  # noqa: BLE001 - after any error the connection is made again
                     self._lost(error)
-                if self.outages > outages:  # it was connected until now, or never yet
+                if self.outages > outages:  # it was connected until now, or never
                     delay = FIRST_DELAY
                 self._hurried.clear()
                 with contextlib.suppress(TimeoutError):
@@ -164,7 +164,7 @@ class Subscriber:
                 await cancel(*tasks, patience=0.5)
 
     async def _follow(self, pubsub: PubSub) -> None:
-        """Keep Redis's subscriptions equal to ours; raise the trouble that others had."""
+        """Keep Redis' subscriptions equal to those here; raise errors that senders reported."""
         held: set[str] = set()
         while True:
             self._changed.clear()
@@ -185,7 +185,7 @@ class Subscriber:
                 await self._check_alive(pubsub)
 
     async def _check_alive(self, pubsub: PubSub) -> None:
-        """Who only listens would never notice that the other end has stalled or is gone."""
+        """Ping Redis: a connection that only receives never notices that its other end is dead."""
         self._heard.clear()
         await pubsub.ping()
         try:
@@ -234,7 +234,7 @@ class Subscriber:
         if self._away_since is None:
             self._away_since = time.monotonic()
             self.outages += 1
-            # It concerns every request, so it has not the id of the one that has noticed it.
+            # An outage concerns every request, so the line has no request id.
             contextvars.Context().run(
                 log.error,
                 "Redis is away at %s, trying again until it is back: %s",
@@ -246,8 +246,8 @@ class Subscriber:
 async def cancel(*tasks: asyncio.Task[None], patience: float) -> None:
     """Cancel tasks and return when they have ended, or after `patience` seconds.
 
-    They are asked ten times, because one cancellation can get lost: Python 3.11's `wait_for`, with
-    which redis-py sends, swallows it when it comes as the sending ends
+    Each task is cancelled ten times, because a cancellation can get lost: `wait_for` of Python
+    3.11, with which redis-py sends, swallows it if it arrives as the sending ends
     (https://github.com/python/cpython/issues/86296).
     """
     for _ in range(10):

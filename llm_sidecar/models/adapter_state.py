@@ -1,4 +1,4 @@
-"""Which adapter was taken into use last: one small file that outlives the server."""
+"""Which adapter was in use last, in a small file, so that the next start uses it again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from llm_sidecar.models import adapters
+from llm_sidecar.models.base import Adapter
 
 log = logging.getLogger(__name__)
 
@@ -15,8 +16,8 @@ _NAME: Final = "phi3_adapter"
 _LONGEST: Final = 64
 
 
-class RememberedAdapter:
-    """The name of Phi-3's adapter, in a file of its own."""
+class AdapterState:
+    """The name of Phi-3's adapter, in a file."""
 
     def __init__(self, folder: Path, adapter_dir: Path) -> None:
         """Reads nothing yet.
@@ -28,8 +29,8 @@ class RememberedAdapter:
         self._file = folder / _NAME
         self._adapter_dir = adapter_dir
 
-    def load(self) -> Path | None:
-        """The adapter's folder, or None where none was in use or it is no longer there."""
+    def load(self) -> Adapter | None:
+        """The adapter; None if none was in use or its folder does not exist any more."""
         try:
             name = self._file.read_text(errors="replace")[:_LONGEST].strip()
         except FileNotFoundError:
@@ -39,19 +40,19 @@ class RememberedAdapter:
             return None
         if not name:
             return None
-        # A name alone, whoever wrote the file: it leads to no other folder.
+        # Only a name counts, not a path: a changed file must not lead to another folder.
         folder = self._adapter_dir / name
         known = folder.name == name and adapters.adapter_date(folder) is not None
         if known and adapters.holds_adapter(folder):
-            return folder
+            return Adapter(folder)
         log.error(
             "the adapter that was in use, %r, is not in PHI3_ADAPTER_DIR; phi3 answers without one",
             name,
         )
         return None
 
-    def save(self, adapter: Path | None) -> None:
-        """Remembers an adapter, or that there is none; the log says where that fails."""
+    def save(self, adapter: Adapter | None) -> None:
+        """Saves the adapter's name, or that there is none; a failure is logged."""
         part = self._file.with_suffix(".part")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)

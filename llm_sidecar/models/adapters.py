@@ -20,7 +20,7 @@ def get_latest_adapter_dir(base_path: Path | str) -> Path | None:
 
     Returns:
         The newest `YYYYMMDD` or `YYYYMMDD-dpo` folder that holds an `adapter_config.json`, the
-        `-dpo` one of two of the same date; None where there is none.
+        `-dpo` one of two with the same date; None if there are none.
 
     Raises:
         AdapterRejected: the folder cannot be read.
@@ -76,7 +76,7 @@ def holds_adapter(folder: Path) -> bool:
 
 
 def adapter_date(folder: Path) -> datetime.date | None:
-    """The date in an adapter folder's name; None where the name is no date."""
+    """The date in an adapter folder's name; None if the name is no date."""
     match = _ADAPTER_NAME.fullmatch(folder.name)
     if match is None:
         return None

@@ -50,8 +50,8 @@ def locate_hermes(settings: Settings) -> ModelFiles:
 
 
 def phi3_context_length(settings: Settings) -> int:
-    """Phi-3's context length in tokens, from its configuration; the smallest of any Phi-3 where
-    there is none."""
+    """Phi-3's context length in tokens, from its configuration; without one, the smallest of any
+    Phi-3."""
     with contextlib.suppress(ModelUnavailable, OSError, ValueError, KeyError, TypeError):
         folder = locate_phi3(settings).folder
         genai = folder / "genai_config.json"
@@ -63,7 +63,7 @@ def phi3_context_length(settings: Settings) -> int:
 
 
 def phi3_model_file(settings: Settings) -> Path:
-    """Where Phi-3's model file is looked for; the demo's where the demo stands in."""
+    """The path of Phi-3's model file, or of the demo's if that replaces it; it may not exist."""
     path = settings.phi3_path or DEFAULT_PHI3
     if settings.phi3_path is None and settings.demo and not _anything_at(path):
         return _DEMO_PHI3_FILE
@@ -73,7 +73,7 @@ def phi3_model_file(settings: Settings) -> Path:
 def few_shot_examples(settings: Settings) -> int:
     """How many examples Phi-3 is shown at most.
 
-    Unless set, none where it is the demo model: examples make that one worse (see its card).
+    The default for the demo model is none: examples make it worse (see its card).
     """
     if settings.few_shot_examples is not None:
         return settings.few_shot_examples
@@ -81,7 +81,7 @@ def few_shot_examples(settings: Settings) -> int:
 
 
 def phi3_model_file_exists(settings: Settings) -> bool:
-    """Whether that file is there and may be seen."""
+    """Whether that file exists and may be seen."""
     return _exists(phi3_model_file(settings))
 
 
@@ -111,7 +111,7 @@ def _locate(
     try:
         folder = (path.parent if path.is_file() else path).resolve()
         if any((folder / config).is_file() for config in ("genai_config.json", "config.json")):
-            # Quoted, because it travels in a header.
+            # Quoted, because it is sent in a header.
             return ModelFiles(f"{name}/{quote(folder.name)}", folder)
         what = "holds no genai_config.json or config.json" if path.exists() else "does not exist"
     except OSError as error:

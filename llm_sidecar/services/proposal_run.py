@@ -1,4 +1,4 @@
-"""One run from a prompt to an assessed proposal: its progress, and the rows to store."""
+"""One run from a prompt to an assessed proposal: its progress, and its rows."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llm_sidecar.db import HermesScoreSchema, Latencies, OrchestratorRunSchema, ProposalSchema
-from llm_sidecar.models.local.model import Completion
+from llm_sidecar.models.base import Completion
 from llm_sidecar.proposals import Proposed
-
-Row = OrchestratorRunSchema | HermesScoreSchema | ProposalSchema
+from llm_sidecar.services.rows import Row
 
 
 @dataclass(slots=True)
@@ -22,7 +21,7 @@ class ProposalRun:
     Attributes:
         prompt: the market context.
         transaction_id: names the run everywhere.
-        made: the valid proposal of Phi-3.
+        made: Phi-3's valid proposal.
         assessment: Hermes' critique.
         score: Hermes' score in [0, 1].
     """
@@ -41,29 +40,29 @@ class ProposalRun:
         return None if self.made is None else self.made.proposal
 
     def proposed(self, made: Proposed) -> None:
-        """Phi-3 has finished."""
+        """Notes Phi-3's proposal."""
         self.made = made
         self._lap("proposal")
 
     def assessed(self, assessment: Completion) -> None:
-        """Hermes has written its critique."""
+        """Notes Hermes' critique."""
         self.assessment = assessment
         self._lap("assessment")
 
     def scored(self, score: float) -> None:
-        """Hermes has scored the proposal."""
+        """Notes Hermes' score."""
         self.score = score
         self._lap("score")
 
     def rows(self, error: str | None = None) -> list[Row]:
-        """What to store.
+        """The rows to store.
 
         Args:
             error: why the run ended early, or None for a finished one.
 
         Returns:
-            The run, with the status `success`, or with an error `partial` if there is a proposal
-            and `error` if not; then the proposal and the score, if there are any.
+            The run, then the proposal and the score if there are any. The status of the run is
+            `success`; after an error `partial` if there is a proposal, else `error`.
         """
         rows: list[Row] = [self._run_row(error)]
         if self.made is not None:

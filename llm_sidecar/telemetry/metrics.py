@@ -2,7 +2,7 @@
 
     metrics = Metrics(tables=("proposals",), fields=("ticker",))
     sidecar = Sidecar(settings, metrics=metrics)
-    metrics.watch(sidecar.health)
+    metrics.watch(sidecar.health.report)
     metrics.render()
 
 Events are counted as they happen; `telemetry.collectors` reads what the parts count themselves at

@@ -27,5 +27,5 @@ async def swap_adapters(
 
     Running requests keep the adapter that they began with.
     """
-    date = await sidecar.swap_adapter(None if chosen is None else chosen.adapter)
+    date = await sidecar.adapters.swap(None if chosen is None else chosen.adapter)
     return AdapterSwapped(status="ok", phi3_adapter_date=None if date is None else date.isoformat())

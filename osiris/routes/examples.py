@@ -31,7 +31,7 @@ async def list_examples(
     ] = None,
 ) -> Examples:
     """The few-shot examples in use, oldest first."""
-    used = sidecar.archive.corrections
+    used = sidecar.few_shot.corrections
     ids = [correction.feedback_id for correction in used]
     if before is not None and before not in ids:
         raise InvalidRequest("before: no page ended there; leave it out for the first page.")

@@ -12,7 +12,7 @@ from llm_sidecar.db import Phi3FeedbackSchema
 from llm_sidecar.errors import InvalidRequest
 from llm_sidecar.input_model import DOCUMENTED_AS_TEXT, IS_TEXT
 from llm_sidecar.proposals import Proposal
-from llm_sidecar.services.examples import (
+from llm_sidecar.services.example_rules import (
     EXAMPLE_PROMPT_CHARS,
     MAX_PROPOSAL_CHARS,
     MAX_TOKENS,
@@ -75,7 +75,7 @@ async def submit_feedback(
         # Not pydantic's own text, which quotes the input.
         reasons = (f"{entry['loc'][0]}: {entry['msg']}" for entry in error.errors())
         raise InvalidRequest("; ".join(reasons)) from None
-    feedback_id, outcome = await sidecar.submit_feedback(row, author)
+    feedback_id, outcome = await sidecar.feedback.submit(row, author)
     response.headers["X-Feedback-ID"] = feedback_id
     return FeedbackStored(
         message=_message(outcome, body.corrected_proposal), transaction_id=body.transaction_id
@@ -141,5 +141,5 @@ async def withdraw_feedback(
 
     Nothing is deleted. You can withdraw the same feedback twice.
     """
-    await sidecar.withdraw_feedback(feedback_id)
+    await sidecar.feedback.withdraw(feedback_id)
     return FeedbackWithdrawn(message="Feedback withdrawn.", feedback_id=feedback_id)

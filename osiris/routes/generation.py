@@ -8,7 +8,8 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
 from llm_sidecar.errors import InvalidRequest
-from llm_sidecar.proposals import Proposal
+from llm_sidecar.proposals import Proposal, Proposed
+from llm_sidecar.services.orchestrate import AssessedProposal
 from llm_sidecar.sidecar import Sidecar
 from osiris.dependencies import CurrentSidecar, check_length
 from osiris.disconnects import cancel_on_disconnect
@@ -24,6 +25,7 @@ from osiris.schemas.generation import (
     ProposalRequest,
     TradeAdjustment,
 )
+from osiris.streams import completed, result_of
 
 router = APIRouter(tags=["generation"])
 _ERRORS = (422, 429, 503, 504)
@@ -75,9 +77,8 @@ async def generate_hermes(
     is none.
     """
     check_length(sidecar, body)
-    completion = await cancel_on_disconnect(
-        request, sidecar.generate_hermes(body.prompt, body.max_length)
-    )
+    answering = completed(sidecar.judge.chat(body.prompt, body.max_length))
+    completion = await cancel_on_disconnect(request, answering)
     return JSONResponse({"generated_text": completion.text}, headers=generation_headers(completion))
 
 
@@ -102,9 +103,8 @@ async def generate_phi3(
 
 async def _propose(body: PromptRequest, request: Request, sidecar: Sidecar) -> JSONResponse:
     check_length(sidecar, body)
-    proposed = await cancel_on_disconnect(
-        request, sidecar.generate_phi3(body.prompt, body.max_length)
-    )
+    proposing = result_of(sidecar.proposer.generate(body.prompt, body.max_length), Proposed)
+    proposed = await cancel_on_disconnect(request, proposing)
     return JSONResponse(
         proposed.proposal,
         headers={**generation_headers(proposed.completion), "X-Grounded": proposed.grounded},
@@ -134,7 +134,8 @@ async def propose_trade_adjustments(
     `X-Stored: false` means that a row could not be stored.
     """
     check_length(sidecar, body)
-    result = await cancel_on_disconnect(request, sidecar.propose(body.prompt, body.max_length))
+    running = sidecar.orchestrator.propose(body.prompt, body.max_length)
+    result = await cancel_on_disconnect(request, result_of(running, AssessedProposal))
     return JSONResponse(
         {
             "transaction_id": str(result.transaction_id),

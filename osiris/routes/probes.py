@@ -60,7 +60,8 @@ async def health(request: Request) -> Response:
     If the server has API keys, a request without one gets only `status`.
     """
     sidecar: Sidecar = request.app.state.sidecar
-    shown = sidecar.health() if _may_see_all(request) else {"status": sidecar.status()}
+    health = sidecar.health
+    shown = health.report() if _may_see_all(request) else {"status": health.status()}
     return Response(to_json(shown), media_type=_JSON)
 
 
@@ -78,7 +79,7 @@ async def health_ready(request: Request) -> Response:
     if request.app.state.shutdown.draining:
         return _answer(503, Probe(status="draining"))
     sidecar: Sidecar = request.app.state.sidecar
-    missing = sidecar.missing()
+    missing = sidecar.health.missing()
     if missing:
         reasons = missing if _may_see_all(request) else None
         return _answer(503, Probe(status="unavailable", missing=list(missing), reasons=reasons))

@@ -32,6 +32,6 @@ async def score_hermes(
     `X-Stored: false` means that it could not be stored.
     """
     check_length(sidecar, body)
-    result = await cancel_on_disconnect(request, sidecar.score(body.proposal, body.context))
+    result = await cancel_on_disconnect(request, sidecar.judge.score(body.proposal, body.context))
     response.headers.update(stored_header(result.stored))
     return Score(proposal_id=result.proposal_id, score=result.score)

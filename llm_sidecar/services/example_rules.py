@@ -80,7 +80,7 @@ def refusal(example: Example | Correction, context_length: int) -> Outcome | Non
     return None
 
 
-def choose(
+def select(
     newest_first: Sequence[Correction], count: int, context_length: int
 ) -> tuple[Correction, ...]:
     """The newest corrections that fit half of the context, oldest first.

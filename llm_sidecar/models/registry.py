@@ -1,0 +1,50 @@
+"""From settings to models: which `ChatModel` answers as phi3, and which as hermes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llm_sidecar.models import files
+from llm_sidecar.models.base import Models
+from llm_sidecar.models.local.model import HostLimits, LocalModel
+from llm_sidecar.settings import Settings
+from llm_sidecar.telemetry.calls import CallObserver, WorkerDeath
+
+
+def create_models(
+    settings: Settings,
+    observer: CallObserver,
+    on_death: Callable[[WorkerDeath], None] = lambda death: None,
+) -> Models:
+    """The models that the settings ask for; starts nothing.
+
+    Args:
+        settings: of the sidecar.
+        observer: observes every call of a model.
+        on_death: is called when a worker process ends unexpectedly.
+    """
+    limits = HostLimits(
+        queue_length=settings.queue_length,
+        request_timeout=settings.request_timeout,
+        load_wait=settings.load_wait,
+        load_timeout=settings.load_timeout,
+    )
+
+    def local(
+        name: str, locate: Callable[[Settings], files.ModelFiles], threads: int
+    ) -> LocalModel:
+        return LocalModel(
+            name,
+            lambda: locate(settings),
+            device=settings.device,
+            threads=threads,
+            limits=limits,
+            preload=settings.preload,
+            observer=observer,
+            on_death=on_death,
+        )
+
+    return Models(
+        phi3=local("phi3", files.locate_phi3, settings.phi3_threads),
+        hermes=local("hermes", files.locate_hermes, settings.hermes_threads),
+    )

@@ -1,0 +1,102 @@
+"""The state of the sidecar: what `/health`, the probes and `/metrics` show."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any, Literal
+
+from llm_sidecar import __version__
+from llm_sidecar.db import Store
+from llm_sidecar.event_bus import EventBus
+from llm_sidecar.models import files
+from llm_sidecar.models.base import Models, ModelStatus
+from llm_sidecar.services.adapters import Adapters
+from llm_sidecar.services.rows import Rows
+from llm_sidecar.settings import Settings
+from llm_sidecar.tts.listeners import AudioListeners
+from llm_sidecar.tts.remote import RemoteVoice
+from llm_sidecar.tts.speaker import Speaker
+
+
+class Health:
+    """Reads the state of each part; all of it is in memory."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        models: Models,
+        adapters: Adapters,
+        bus: EventBus,
+        store: Store,
+        rows: Rows,
+        speaker: Speaker,
+        remote_voice: RemoteVoice | None,
+        listeners: AudioListeners,
+    ) -> None:
+        """Takes the parts; the uptime begins now."""
+        self._began = time.monotonic()
+        self._settings = settings
+        self._models = models
+        self._adapters = adapters
+        self._bus = bus
+        self._store = store
+        self._rows = rows
+        self._speaker = speaker
+        self._remote_voice = remote_voice
+        self._listeners = listeners
+
+    def missing(self) -> dict[str, str]:
+        """Why the next proposal or feedback would fail, by part; empty if both would succeed.
+
+        Outages of Redis or LanceDB do not count, because events and rows wait for them.
+        """
+        reasons = {
+            "phi3": self._models.phi3.status().not_ready,
+            "hermes": self._models.hermes.status().not_ready,
+            "database": self._store.refusal(),
+        }
+        return {name: reason for name, reason in reasons.items() if reason is not None}
+
+    def status(self) -> Literal["ok", "partial_error", "error"]:
+        """The overall state: `error` if no model is available."""
+        missing = self.missing()
+        if {"phi3", "hermes"} <= set(missing):
+            return "error"
+        whole = self._bus.connected and self._speaker.available() and self._store.is_open()
+        return "ok" if whole and not missing else "partial_error"
+
+    def report(self) -> dict[str, Any]:
+        """The overall state and the state of each part: JSON types only."""
+        phi3, hermes = self._models.phi3.status(), self._models.hermes.status()
+        date = self._adapters.date()
+        return {
+            "status": self.status(),
+            "version": __version__,
+            "uptime_seconds": round(time.monotonic() - self._began, 3),
+            "hermes_loaded": hermes.state == "ready",
+            "phi3_loaded": phi3.state == "ready",
+            "phi3_model_file_exists": files.phi3_model_file_exists(self._settings),
+            "device": phi3.device or self._settings.device,
+            "phi3_adapter_date": None if date is None else date.isoformat(),
+            "mean_hermes_score_last_24h": self._rows.mean_score,
+            "num_hermes_scores_last_24h": self._rows.num_scores,
+            "models": {"phi3": _model(phi3), "hermes": _model(hermes)},
+            "event_bus": self._bus.status(),
+            "database": self._store.status(),
+            "speech": {
+                **self._speaker.status(),
+                "workers": [] if self._remote_voice is None else self._remote_voice.workers(),
+                "listeners": self._listeners.count,
+                "lost": self._listeners.lost,
+            },
+        }
+
+
+def _model(status: ModelStatus) -> dict[str, Any]:
+    """A model's state as JSON types, without `not_ready`."""
+    shown = asdict(status)
+    del shown["not_ready"]
+    shown["adapter"] = None if status.adapter is None else status.adapter.name
+    return shown

@@ -1,0 +1,119 @@
+"""Hermes' judgement of a proposal: its critique in words, and its score."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llm_sidecar import hermes_plugin
+from llm_sidecar.db import HermesScoreSchema
+from llm_sidecar.deadline import Deadline
+from llm_sidecar.errors import InvalidRequest
+from llm_sidecar.models.base import ChatModel, Delta, GenerationRequest
+from llm_sidecar.services.rows import Rows
+from llm_sidecar.tasks import TaskSet
+from llm_sidecar.telemetry.metrics import MetricsSink
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredProposal:
+    """A score in [0, 1], and the id under which it is stored, if `stored`."""
+
+    proposal_id: uuid.UUID
+    score: float
+    stored: bool
+
+
+class Judge:
+    """Hermes, asked about proposals."""
+
+    def __init__(
+        self,
+        hermes: ChatModel,
+        rows: Rows,
+        tasks: TaskSet,
+        metrics: MetricsSink,
+        temperature: float,
+    ) -> None:
+        """Asks nothing.
+
+        Args:
+            hermes: the model.
+            rows: stores the scores of `score`.
+            tasks: run to completion even if the client disconnects.
+            metrics: observes every score.
+            temperature: of the critique; 0 is greedy.
+        """
+        self._hermes = hermes
+        self._rows = rows
+        self._tasks = tasks
+        self._metrics = metrics
+        self._temperature = temperature
+
+    def chat(self, prompt: str, max_tokens: int) -> AsyncGenerator[Delta, None]:
+        """Hermes' answer to a free question; at the deadline it ends with the text so far.
+
+        Raises:
+            InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
+        """
+        messages = hermes_plugin.chat_messages(prompt)
+        request = GenerationRequest(messages, max_tokens, temperature=self._temperature)
+        return self._hermes.stream(request, allow_partial=True)
+
+    def assess(
+        self, proposal: Mapping[str, Any], context: str, *, max_tokens: int, deadline: Deadline
+    ) -> AsyncGenerator[Delta, None]:
+        """Hermes' critique of a proposal in words; the deadline never cuts it.
+
+        Raises:
+            InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
+        """
+        messages = hermes_plugin.build_messages(hermes_plugin.CRITIQUE_TASK, proposal, context)
+        request = GenerationRequest(messages, max_tokens, temperature=self._temperature)
+        return self._hermes.stream(request, deadline)
+
+    async def rate(
+        self, proposal: Mapping[str, Any], context: str | None, deadline: Deadline | None = None
+    ) -> float:
+        """Hermes' score of a proposal, in [0, 1]: deterministic, from one forward pass; stores
+        nothing.
+
+        Raises:
+            InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
+        """
+        messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, proposal, context)
+        choices = await self._hermes.score_choices(messages, hermes_plugin.SCORE_ANSWERS, deadline)
+        score = hermes_plugin.read_score(choices.probabilities)
+        self._metrics.scored(score)
+        return score
+
+    async def score(self, proposal: Mapping[str, Any], context: str | None) -> ScoredProposal:
+        """Scores a proposal and stores the score under the proposal's own id, or a new one.
+
+        Raises:
+            InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
+        """
+        proposal_id = _uuid_or_none(proposal.get("id")) or uuid.uuid4()
+        try:
+            score = await self.rate(proposal, context)
+        except InvalidRequest as error:
+            # A model's errors are about the prompt, but the caller sent these fields.
+            fields = "proposal: it" if context is None else "proposal and context: their text"
+            raise InvalidRequest(f"{fields} {error.detail.removeprefix('prompt: it ')}") from None
+        rationale = proposal.get("rationale")
+        row = HermesScoreSchema(
+            run_id=str(proposal_id),
+            score=score,
+            rationale=rationale if isinstance(rationale, str) else "",
+        )
+        stored = await self._tasks.finish(self._rows.store([row]))
+        return ScoredProposal(proposal_id, score, stored)
+
+
+def _uuid_or_none(value: object) -> uuid.UUID | None:
+    try:
+        return uuid.UUID(value) if isinstance(value, str) else None
+    except ValueError:
+        return None

@@ -1,0 +1,40 @@
+"""Tasks that outlive the request that starts them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from llm_sidecar.logs import start_owned
+
+T = TypeVar("T")
+
+
+class TaskSet:
+    """Work that runs to completion even if the client disconnects.
+
+    saving = tasks.start(save())
+    await asyncio.shield(saving)
+    ...
+    await tasks.join()
+    """
+
+    def __init__(self) -> None:
+        self._running: set[asyncio.Task[Any]] = set()
+
+    def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """A task for the work; await it through `asyncio.shield`."""
+        task = start_owned(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
+
+    async def finish(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of the work, which goes on if the caller is cancelled."""
+        return await asyncio.shield(self.start(work))
+
+    async def join(self) -> None:
+        """Waits until all work is done, that which starts meanwhile included."""
+        while self._running:
+            await asyncio.wait(self._running)
