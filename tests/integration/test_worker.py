@@ -217,7 +217,7 @@ def test_a_failing_engine_is_reported_without_quoting_the_request(one: Process) 
 
 def choose(process: Process, number: int, text: str) -> None:
     messages = [{"role": "user", "content": text}]
-    process.tell(op="score_choices", id=number, messages=messages, answers=["0", "1"])
+    process.tell(op="choose", id=number, messages=messages, answers=["0", "1"])
 
 
 def test_probabilities_come_in_one_message(one: Process) -> None:

@@ -189,7 +189,7 @@ class ModelHost:
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
         """
-        call = self._call("score_choices", deadline, messages=list(messages), answers=list(answers))
+        call = self._call("choose", deadline, messages=list(messages), answers=list(answers))
         async with contextlib.aclosing(call) as steps:
             async for _, message in steps:
                 result: dict[str, float] = message["probabilities"]

@@ -126,7 +126,7 @@ class Worker:
                     self._cancelled.discard(number)
                     self._send({"op": "error", "id": number, "detail": "cancelled"})
                     continue
-                if message["op"] in ("generate", "score_choices"):
+                if message["op"] in ("generate", "choose"):
                     # First: a request that has begun is not given to the next worker if this
                     # one crashes on it.
                     self._send({"op": "begun", "id": number})
@@ -163,7 +163,7 @@ class Worker:
             match message["op"]:
                 case "generate":
                     self._begin(together, message)
-                case "score_choices":
+                case "choose":
                     self._choose(engine, message)
                 case "prepare":
                     steps = engine.prepare(GenerationRequest(**message["request"]))
