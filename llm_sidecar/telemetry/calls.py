@@ -1,8 +1,8 @@
-"""The result of a model call: the model measures it once, and every observer receives it.
+"""Times, counts and outcome of one call of a model: the model records them, observers read them.
 
-    host = ModelHost("phi3", locate, warm_up=..., observer=Observers(metrics, traces))
+    model = LocalModel("phi3", locate, observer=Observers(metrics, traces))
 
-An observer is called on the event loop, in the context of the request: it must not block, and
+An observer is called on the event loop, in the context of the request: it must not block and
 must not raise.
 """
 
@@ -12,17 +12,18 @@ import asyncio
 import contextlib
 import contextvars
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Protocol
+from typing import Final, Literal, Protocol
 
 from llm_sidecar import errors
 from llm_sidecar.errors import SidecarError
 
 Operation = Literal["generate", "score_choices"]
+FinishReason = Literal["stop", "length", "deadline"]
 
 CANCELLED: Final = "Cancelled"
-"""The error of a call that its caller has cancelled."""
+"""The error of a call that was cancelled."""
 UNEXPECTED: Final = "Unexpected"
 """The error of a call that failed with an exception outside of `llm_sidecar.errors`: a defect."""
 
@@ -35,21 +36,20 @@ class ModelCall:
 
     Attributes:
         model: `phi3` or `hermes`.
-        operation: `generate`, or `score_choices`, which has no tokens, no first token and no finish
-            reason.
-        queued: when it was made.
+        operation: `generate`, or `score_choices`, which has no tokens and no finish reason.
+        queued: when it asked to be admitted.
         queued_unix: the same moment in seconds since 1970.
-        begun: when a worker started it: queueing ends and prefill begins.
-        first_token: when its first token arrived: prefill ends and decoding begins.
-        finished: when its result arrived.
+        begun: the queue ends and the prefill begins.
+        first_token: the prefill ends and the decoding begins.
+        finished: when it ended.
         served_by: the label of the model that served it, as in `X-Model`.
-        adapter: the name of the adapter that it was served with.
-        prompt_tokens, completion_tokens: counts so far.
+        adapter: the name of the adapter it was served with.
+        prompt_tokens, completion_tokens: so far.
         cached_tokens: prompt tokens whose prefill was reused from an earlier prompt.
-        steps: (seconds, tokens) of each message after the first token.
+        steps: (seconds, tokens) of each progress after the first token.
         finish_reason: `stop`, `length`, or `deadline` if the deadline cut the text.
         error: its `error_name`; None if it was answered.
-        context: the context of the request, for observers that run outside of it.
+        context: of the request, for observers that run outside of it.
     """
 
     model: str
@@ -65,21 +65,30 @@ class ModelCall:
     completion_tokens: int = 0
     cached_tokens: int = 0
     steps: list[tuple[float, int]] = field(default_factory=list)
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
     error: str | None = None
     context: contextvars.Context = field(default_factory=contextvars.copy_context, repr=False)
     _last: float = 0.0
 
-    def note(self, message: Mapping[str, Any]) -> None:
-        """Takes the time, and the counts, of a message from the worker.
-
-        The time is the worker's own: processes of one machine share the monotonic clock.
-        """
-        now = message.get("at", time.monotonic())
-        if message["op"] == "begun":
-            self.begun = now
-        elif "completion_tokens" in message:
-            self._note_tokens(now, message)
+    def progressed(
+        self,
+        now: float,
+        *,
+        prompt_tokens: int,
+        completion_tokens: int,
+        cached_tokens: int,
+        finish_reason: FinishReason | None,
+    ) -> None:
+        """Records when tokens were generated, and the counts so far."""
+        if self.first_token is None:
+            self.first_token = now
+        elif (new := completion_tokens - self.completion_tokens) > 0:
+            self.steps.append((now - self._last, new))
+        self._last = now
+        self.prompt_tokens = prompt_tokens
+        self.completion_tokens = completion_tokens
+        self.cached_tokens = cached_tokens
+        self.finish_reason = finish_reason
 
     def phases(self) -> list[tuple[str, float, float]]:
         """(name, start, end) of queue, prefill and decode; without those that it did not reach."""
@@ -88,28 +97,16 @@ class ModelCall:
         times = [moment for moment in reached if moment is not None]
         return list(zip(names, times, times[1:], strict=False))
 
-    def _note_tokens(self, now: float, message: Mapping[str, Any]) -> None:
-        new = message["completion_tokens"] - self.completion_tokens
-        if self.first_token is None:
-            self.first_token = now
-        elif new > 0:
-            self.steps.append((now - self._last, new))
-        self._last = now
-        self.prompt_tokens = message["prompt_tokens"]
-        self.completion_tokens = message["completion_tokens"]
-        self.cached_tokens = message["cached_tokens"]
-        self.finish_reason = message["finish_reason"]
-
 
 @dataclass(frozen=True, slots=True)
 class WorkerDeath:
-    """The unexpected end of a worker.
+    """The unexpected end of a worker process.
 
     Attributes:
         model: `phi3` or `hermes`.
-        adapter: the name of its adapter, or None.
+        adapter: the name of the adapter it had.
         how: its exit status or signal, in words.
-        call: the call that it had been serving longest, or None.
+        call: the call that it served, the longest of several; None if it was idle.
     """
 
     model: str
@@ -119,37 +116,38 @@ class WorkerDeath:
 
 
 class CallObserver(Protocol):
-    """Receives every model call, refused ones included."""
+    """Observes every call of a model, refused ones included."""
 
     def call_started(self, call: ModelCall) -> None:
-        """A call is made; it is neither admitted nor refused yet."""
+        """The call is about to be admitted or refused; only model, operation and times of queueing
+        are filled in."""
         ...
 
     def call_finished(self, call: ModelCall) -> None:
-        """A call has its result, and does not change any more."""
+        """The call has ended and changes no more."""
         ...
 
 
 class Observers:
-    """Several observers as one, or none."""
+    """Several observers as one; none at all observes nothing, and costs nothing."""
 
     def __init__(self, *observers: CallObserver) -> None:
         self._observers = observers
 
     def call_started(self, call: ModelCall) -> None:
-        """Passes the call to each, in order."""
+        """Calls each observer in order."""
         for observer in self._observers:
             observer.call_started(call)
 
     def call_finished(self, call: ModelCall) -> None:
-        """Passes the call to each, in order."""
+        """Calls each observer in order."""
         for observer in self._observers:
             observer.call_finished(call)
 
 
 @contextlib.contextmanager
 def observed(observer: CallObserver, call: ModelCall) -> Iterator[ModelCall]:
-    """Passes the call to the observer when the block begins and when it ends, with its error."""
+    """Calls the observer at the start of the call and at its end, with its error if any."""
     observer.call_started(call)
     try:
         yield call

@@ -49,9 +49,10 @@ DELIVERY_INTERVAL: Final = 1.0
 REQUEST_TIMEOUT: Final = 2.0
 """Seconds that one delivery may take, retries included."""
 FLUSH_TIMEOUT: Final = 1.0
-"""Seconds that the last delivery may delay the shutdown."""
+"""Seconds that the last delivery may hold up the shutdown."""
 OPERATIONS: Final[dict[Operation, str]] = {"generate": "chat", "score_choices": "score"}
-"""`gen_ai.operation.name`; the conventions have no name for scoring choices."""
+"""`gen_ai.operation.name`; reading the probabilities of given answers has no name in the
+conventions."""
 _PROVIDER: Final = "osiris"
 _LOGGERS: Final = ("", "uvicorn", "uvicorn.access", "uvicorn.error")
 

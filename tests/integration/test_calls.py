@@ -1,4 +1,4 @@
-"""What a model passes to its observer for each call, with and without a real worker."""
+"""What a model reports to its observer of each call, with a real worker and without."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.engines import GenerationRequest
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable, QueueFull
 from llm_sidecar.models.files import ModelFiles
-from llm_sidecar.models.local.model import HostLimits, ModelHost
+from llm_sidecar.models.local.model import HostLimits, LocalModel
 from llm_sidecar.telemetry.calls import (
     CANCELLED,
     UNEXPECTED,
@@ -21,13 +21,14 @@ from llm_sidecar.telemetry.calls import (
     error_name,
     observed,
 )
+from tests.completions import complete
 
 SHORT = GenerationRequest(hermes_plugin.chat_messages("Long ABC"), 20)
 LONG = GenerationRequest(hermes_plugin.chat_messages("Long ABC"), 7000)
 
 
 class Recorder:
-    """Keeps every call, and checks that only finished calls have a result."""
+    """Keeps the calls it observes."""
 
     def __init__(self) -> None:
         self.started: list[ModelCall] = []
@@ -48,23 +49,22 @@ def recorder() -> Recorder:
 
 
 @pytest.fixture
-async def host(random_phi3_onnx: Path, recorder: Recorder) -> AsyncIterator[ModelHost]:
-    made = ModelHost(
+async def host(random_phi3_onnx: Path, recorder: Recorder) -> AsyncIterator[LocalModel]:
+    made = LocalModel(
         "hermes",
         lambda: ModelFiles("hermes/random", random_phi3_onnx),
         device="cpu",
         limits=HostLimits(load_wait=60.0, queue_length=2),
-        warm_up=GenerationRequest(hermes_plugin.chat_messages("Hi."), 1),
         observer=recorder,
     )
     yield made
     await made.close()
 
 
-async def test_a_generation_is_observed_with_ordered_times_and_its_tokens(
-    host: ModelHost, recorder: Recorder
+async def test_a_generation_is_observed_with_its_times_in_order_and_its_tokens(
+    host: LocalModel, recorder: Recorder
 ) -> None:
-    completion = await host.generate(SHORT)
+    completion = await complete(host, SHORT)
     (call,) = recorder.finished
     assert recorder.started == [call]
     assert (call.model, call.operation, call.served_by) == ("hermes", "generate", "hermes/random")
@@ -79,40 +79,38 @@ async def test_a_generation_is_observed_with_ordered_times_and_its_tokens(
     assert (call.finish_reason, call.error, call.adapter) == ("length", None, None)
 
 
-async def test_scored_choices_are_a_call_without_tokens(
-    host: ModelHost, recorder: Recorder
-) -> None:
+async def test_scores_are_a_call_without_tokens(host: LocalModel, recorder: Recorder) -> None:
     messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, {"ticker": "ABC"})
-    await host.answer_probabilities(messages, hermes_plugin.SCORE_ANSWERS)
+    await host.score_choices(messages, hermes_plugin.SCORE_ANSWERS)
     (call,) = recorder.finished
     assert call.operation == "score_choices"
     assert call.begun is not None
     assert (call.first_token, call.finish_reason, call.error) == (None, None, None)
 
 
-async def test_each_refused_failed_and_cancelled_call_has_its_error(
-    host: ModelHost, recorder: Recorder
+async def test_each_refused_failed_and_abandoned_call_has_its_error(
+    host: LocalModel, recorder: Recorder
 ) -> None:
     too_long = GenerationRequest(proposals.build_messages("ABC " * 9000), 20)
     with pytest.raises(InvalidRequest):
-        await host.generate(too_long)
-    running = [asyncio.create_task(host.generate(LONG)) for _ in range(2)]
+        await complete(host, too_long)
+    running = [asyncio.create_task(complete(host, LONG)) for _ in range(2)]
     async with asyncio.timeout(30):
-        while not host.status()["running"]:
+        while not host.status().running:
             await asyncio.sleep(0.005)
-    assert host.status()["requests"] == 2
+    assert host.status().requests == 2
     with pytest.raises(QueueFull):
-        await host.generate(SHORT)
+        await complete(host, SHORT)
     for task in running:
         task.cancel()
     await asyncio.wait(running)
-    assert host.status()["running"] == 0
+    assert host.status().running == 0
     errors = [call.error for call in recorder.finished]
     assert errors == ["InvalidRequest", "QueueFull", CANCELLED, CANCELLED]
     assert len(recorder.started) == 4
 
 
-def test_every_observer_receives_a_call() -> None:
+def test_several_observers_all_observe_a_call() -> None:
     first, second = Recorder(), Recorder()
     with observed(Observers(first, second), ModelCall("phi3", "generate")) as call:
         pass
@@ -122,10 +120,10 @@ def test_every_observer_receives_a_call() -> None:
 
 def test_an_error_is_counted_under_a_bounded_name() -> None:
     class Odd(ModelUnavailable):
-        """Not one of ours by name, but by root."""
+        """A subclass that another module defines."""
 
     assert error_name(ModelUnavailable("x")) == "ModelUnavailable"
-    assert error_name(Odd("x")) == "Odd"
+    assert error_name(Odd("x")) == "ModelUnavailable"
     assert error_name(asyncio.CancelledError()) == CANCELLED
     assert error_name(GeneratorExit()) == CANCELLED
     assert error_name(KeyError("a prompt")) == UNEXPECTED
