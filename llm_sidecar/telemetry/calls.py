@@ -48,7 +48,8 @@ class ModelCall:
         cached_tokens: prompt tokens whose prefill was reused from an earlier prompt.
         steps: (seconds, tokens) of each progress after the first token.
         finish_reason: `stop`, `length`, or `deadline` if the deadline cut the text.
-        error: its `error_name`; None if it was answered.
+        error: the name of its class in `llm_sidecar.errors`, `CANCELLED` or `UNEXPECTED`; None if
+            it was answered.
         context: of the request, for observers that run outside of it.
     """
 
