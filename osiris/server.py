@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import functools
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Final
 
 from fastapi import FastAPI
@@ -21,6 +22,7 @@ from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.telemetry import instruments
 from llm_sidecar.telemetry.base import Instrument
+from llm_sidecar.telemetry.metrics import MetricsSink, NoMetrics
 from osiris import docs_page, errors, logs, openapi
 from osiris.connection import limit_connections
 from osiris.middleware.access import ApiKeys
@@ -28,7 +30,7 @@ from osiris.middleware.access_log import AccessLog
 from osiris.middleware.admission import Admission
 from osiris.middleware.body_limit import BodyLimit
 from osiris.middleware.hosts import AllowedHosts
-from osiris.middleware.metrics import install_metrics
+from osiris.middleware.metrics import HttpMetrics, sidecar_metrics
 from osiris.middleware.request_id import RequestId
 from osiris.middleware.security_headers import SecurityHeaders
 from osiris.middleware.unexpected_errors import UnexpectedErrors
@@ -43,6 +45,7 @@ from osiris.routes import (
     scoring,
     speech,
 )
+from osiris.routes import metrics as metrics_route
 from osiris.shutdown import Shutdown
 
 _EXPOSED_HEADERS: Final = (
@@ -102,6 +105,40 @@ def create_app(settings: Settings, models: Models | None = None) -> FastAPI:
     """
     telemetry = instruments.build(settings)
     shutdown = Shutdown(settings.shutdown_grace, settings.shutdown_drain)
+    metrics = sidecar_metrics() if settings.enable_metrics else None
+    app = _App(
+        version=__version__,
+        lifespan=_lifespan(settings, models, metrics or NoMetrics(), telemetry, shutdown),
+        redirect_slashes=False,
+        # `docs_page` has the routes of the page and the document.
+        openapi_url=None,
+        generate_unique_id_function=openapi.operation_id,
+        # FastAPI's own telemetry could be turned on by a variable, and would export error messages.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+    )
+    probes.install(app)
+    for routes in (generation, scoring, feedback, examples, speech, adapters, profiling):
+        app.include_router(routes.router)
+    errors.install(app)
+    app.state.shutdown = shutdown
+    app.openapi = openapi.document(app, settings)  # type: ignore[method-assign]
+    docs_page.install(app)
+    _add_middleware(app, settings, shutdown, telemetry)
+    metrics_route.install(app, metrics)
+    if metrics is not None:
+        # The outermost, so that the refusals of all other middleware count.
+        app.add_middleware(HttpMetrics, metrics=metrics)
+    return app
+
+
+def _lifespan(
+    settings: Settings,
+    models: Models | None,
+    metrics: MetricsSink,
+    telemetry: Instrument,
+    shutdown: Shutdown,
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """Starts the sidecar with the server, and stops it."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -121,26 +158,7 @@ def create_app(settings: Settings, models: Models | None = None) -> FastAPI:
             await shutdown.close(sidecar.close())
             await telemetry.close()
 
-    app = _App(
-        version=__version__,
-        lifespan=lifespan,
-        redirect_slashes=False,
-        # `docs_page` has the routes of the page and the document.
-        openapi_url=None,
-        generate_unique_id_function=openapi.operation_id,
-        # FastAPI's own telemetry could be turned on by a variable, and would export error messages.
-        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
-    )
-    probes.install(app)
-    for routes in (generation, scoring, feedback, examples, speech, adapters, profiling):
-        app.include_router(routes.router)
-    errors.install(app)
-    app.state.shutdown = shutdown
-    app.openapi = openapi.document(app, settings)  # type: ignore[method-assign]
-    docs_page.install(app)
-    _add_middleware(app, settings, shutdown, telemetry)
-    metrics = install_metrics(app, settings)
-    return app
+    return lifespan
 
 
 async def _refuse_waiting(shutdown: Shutdown, sidecar: Sidecar) -> None:
