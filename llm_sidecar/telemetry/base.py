@@ -6,17 +6,14 @@ import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llm_sidecar.telemetry.calls import ModelCall, WorkerDeath
+from llm_sidecar.telemetry.calls import CallObserver, ModelCall, Observers, WorkerDeath
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
 
-class Instrument:
-    """Observes nothing and costs nothing; each kind of telemetry overrides what it needs.
-
-    It is a `telemetry.calls.CallObserver`.
-    """
+class Instrument(CallObserver):
+    """Observes nothing and costs nothing; each kind of telemetry overrides what it needs."""
 
     def install(self, app: FastAPI) -> None:
         """Adds middleware to the app, before the app serves and inside of `RequestId`."""
@@ -28,7 +25,7 @@ class Instrument:
         """Delivers what is left within about a second, and stops."""
 
     def call_started(self, call: ModelCall) -> None:
-        """A model is asked; on the event loop, in the context of the request."""
+        """A model is called; on the event loop, in the context of the request."""
 
     def call_finished(self, call: ModelCall) -> None:
         """A model has answered or failed; on the event loop, in the context of the request."""
@@ -37,10 +34,11 @@ class Instrument:
         """A worker has ended unexpectedly."""
 
 
-class Instruments(Instrument):
+class Instruments(Observers, Instrument):
     """Several instruments as one; each receives every call."""
 
     def __init__(self, instruments: Sequence[Instrument]) -> None:
+        super().__init__(*instruments)
         self._instruments = instruments
 
     def install(self, app: FastAPI) -> None:
@@ -56,16 +54,6 @@ class Instruments(Instrument):
     async def close(self) -> None:
         """Closes all at once, so that the slowest sets the time."""
         await asyncio.gather(*(instrument.close() for instrument in self._instruments))
-
-    def call_started(self, call: ModelCall) -> None:
-        """Passes the call to each."""
-        for instrument in self._instruments:
-            instrument.call_started(call)
-
-    def call_finished(self, call: ModelCall) -> None:
-        """Passes the call to each."""
-        for instrument in self._instruments:
-            instrument.call_finished(call)
 
     def worker_died(self, death: WorkerDeath) -> None:
         """Passes the death to each."""

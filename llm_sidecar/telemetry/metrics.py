@@ -26,7 +26,7 @@ from prometheus_client import (
 )
 
 from llm_sidecar.telemetry.asgi import known_method
-from llm_sidecar.telemetry.calls import CANCELLED, UNEXPECTED, CallObserver, ModelCall
+from llm_sidecar.telemetry.calls import CANCELLED, UNEXPECTED, CallObserver, ModelCall, Observers
 from llm_sidecar.telemetry.collectors import HealthCollector
 
 CONTENT_TYPE: Final = exposition.CONTENT_TYPE_PLAIN_0_0_4
@@ -59,42 +59,20 @@ class MetricsSink(CallObserver, Protocol):
     """What a sidecar counts."""
 
     def watch(self, health: Callable[[], Mapping[str, Any]]) -> None:
-        """Sets the function that returns the state of the parts: `Sidecar.health`."""
-        ...
+        """Sets the function that returns the state of the parts: `Health.report`."""
 
     def proposed(self, action: str, ungrounded: Sequence[str]) -> None:
         """A valid proposal was made, with these fields not grounded in its context."""
-        ...
 
     def scored(self, score: float) -> None:
         """Hermes has scored a proposal, in [0, 1]."""
-        ...
 
     def row_lost(self, table: str) -> None:
         """A row of a run, a proposal or a score could not be stored."""
-        ...
 
 
-class NoMetrics:
+class NoMetrics(Observers, MetricsSink):
     """Counts nothing."""
-
-    def watch(self, health: Callable[[], Mapping[str, Any]]) -> None:
-        """Reads nothing."""
-
-    def proposed(self, action: str, ungrounded: Sequence[str]) -> None:
-        """Counts nothing."""
-
-    def scored(self, score: float) -> None:
-        """Counts nothing."""
-
-    def row_lost(self, table: str) -> None:
-        """Counts nothing."""
-
-    def call_started(self, call: ModelCall) -> None:
-        """Counts nothing."""
-
-    def call_finished(self, call: ModelCall) -> None:
-        """Counts nothing."""
 
 
 class Metrics:
@@ -119,7 +97,7 @@ class Metrics:
         self._define_http()
 
     def watch(self, health: Callable[[], Mapping[str, Any]]) -> None:
-        """Sets the function that returns the state of the parts: `Sidecar.health`."""
+        """Sets the function that returns the state of the parts: `Health.report`."""
         self._state.health = health
 
     def render(self) -> bytes:
