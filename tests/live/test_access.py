@@ -67,7 +67,7 @@ def test_the_documentation_needs_no_key(closed: LiveServer, path: str, slash: st
     assert closed.client.get(path + slash).status_code == 200
 
 
-# Without models it is alive and not ready.
+# Without models, the server is alive and not ready.
 @pytest.mark.parametrize("slash", ["", "/"])
 @pytest.mark.parametrize(
     ("path", "status"), [("/health", 200), ("/health/live", 200), ("/health/ready", 503)]

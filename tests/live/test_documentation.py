@@ -29,7 +29,7 @@ PROPOSAL = {"ticker": "AAPL", "action": "pass", "confidence": 0.5, "rationale": 
 GENERATOR = str(Path(sys.executable).parent / "openapi-python-client")
 PACKAGE = "generated_client_of_the_tests"
 OPTIONS = {
-    # The generated code need not be pretty, and the generator knows only one name for bytes.
+    # Without formatting. The generator knows only this media type for bytes.
     "post_hooks": [],
     "content_type_overrides": {"audio/wav": "application/octet-stream"},
 }
@@ -59,7 +59,7 @@ def guarded(
 
 @pytest.fixture(scope="module")
 def generated(guarded: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The package that the generator writes from the served document, without a warning."""
+    """The package that the generator writes from the served document; a warning is an error."""
     folder = tmp_path_factory.mktemp("client")
     (folder / "options.json").write_text(json.dumps(OPTIONS))
     command = [
@@ -84,7 +84,7 @@ def models(generated: Any) -> Any:
 
 
 class Operations:
-    """Calls operations by their ids, as the generated client has them."""
+    """Calls operations of the generated client by their ids."""
 
     def __init__(self, client: Any, folder: Path) -> None:
         self.client = client
@@ -197,7 +197,7 @@ def test_the_generated_client_reads_errors(ask: Operations, models: Any) -> None
 
 
 def test_health_has_the_documented_keys_and_no_others(guarded: LiveServer) -> None:
-    """It is written without validation, so nothing else compares it with its model."""
+    """The server does not validate `/health`, so this test compares it with its model."""
     health = guarded.client.get("/health").json()
     known = Health.model_validate(health, strict=True)
     assert known.model_dump(mode="json") == health
@@ -214,7 +214,7 @@ def browser() -> Iterator[Browser]:
             pytest.fail("chromium is not installed")
         pytest.skip("chromium is not installed")
     with sync_playwright() as playwright:
-        # Root has no sandbox.
+        # Chromium has no sandbox for root.
         args = ["--no-sandbox"] if os.geteuid() == 0 else []
         launched = playwright.chromium.launch(executable_path=executable, args=args)
         yield launched
@@ -247,7 +247,7 @@ def opened(browser: Browser, url: str, **options: Any) -> Iterator[tuple[Page, l
 
 
 def operation(page: Page, tag: str, name: str) -> Locator:
-    """An operation, unfolded and ready to be tried."""
+    """An operation, unfolded and with its form enabled."""
     block = page.locator(f"#operations-{tag}-{name}")
     block.locator(".opblock-summary-control").click()
     block.get_by_role("button", name="Try it out").click()
@@ -255,7 +255,7 @@ def operation(page: Page, tag: str, name: str) -> Locator:
 
 
 def executed(block: Locator, status: int) -> Locator:
-    """The answer to the example that the page offers."""
+    """The answer to the example of the page."""
     block.get_by_role("button", name="Execute").click()
     answer = block.locator("tr.response").first
     expect(answer.locator(".response-col_status")).to_have_text(str(status))
@@ -270,7 +270,7 @@ def test_the_page_loads_nothing_from_other_servers_and_calls_with_a_key(
         expect(page.locator("h1")).to_contain_text("Osiris LLM sidecar")
         proposing = operation(page, "generation", "propose_trade_adjustments")
         executed(proposing, 401)
-        # A browser reports each answer that is an error.
+        # A browser reports each error answer.
         assert [fault for fault in faults if "401" not in fault] == []
         faults.clear()
         page.get_by_role("button", name="Authorize", exact=True).click()
@@ -279,7 +279,7 @@ def test_the_page_loads_nothing_from_other_servers_and_calls_with_a_key(
         page.get_by_role("button", name="Close").first.click()
         expect(executed(proposing, 200)).to_contain_text("phi3_proposal")
         spoken = executed(operation(page, "speech", "speak"), 200)
-        # The sound that has come is played: asking for it again would be a GET.
+        # The page plays the received sound: fetching it again would be a GET.
         expect(spoken.locator("audio source")).to_have_attribute("src", re.compile("^blob:"))
         kept = page.evaluate("[{...localStorage}, {...sessionStorage}, document.cookie]")
         assert kept == [{}, {}, ""]
@@ -293,7 +293,7 @@ def test_the_profile_works_under_its_policy(guarded: LiveServer, browser: Browse
     profile = f"/debug/prof?path={path}"
 
     def is_profiled() -> bool:
-        # One request in ten seconds is profiled, and an earlier one may have been it. A proposal
+        # One request in ten seconds is profiled, which may have been an earlier one. A proposal
         # takes longer than the 10 ms between two samples.
         guarded.client.post(path, json={"prompt": PROMPT}).raise_for_status()
         return guarded.client.get(profile).is_success
@@ -316,11 +316,11 @@ OF_THE_VIEWER = {
     "nested-interactive": "an operation's heading is a button that holds another one",
     "select-name": "its label for the list of servers does not name the list",
 }
-"""Rules of axe that Swagger UI breaks seriously or critically, each with what breaks it."""
+"""Rules of axe that Swagger UI violates seriously or critically, with the element."""
 
 
 def test_the_page_is_accessible_except_the_viewer(guarded: LiveServer, browser: Browser) -> None:
-    # The policy would keep axe out as well.
+    # The policy would block axe as well.
     with opened(browser, f"{guarded.url}/docs", bypass_csp=True) as (page, _):
         operation(page, "generation", "generate_phi3")
         found = Axe().run(page).response["violations"]

@@ -86,7 +86,7 @@ def test_the_cause_of_an_exception_has_no_message_either(formatter: logging.Form
         fail_after_another()
     except ExceptionGroup:
         text = formatter.format(record("failed", exc_info=sys.exc_info()))
-    # The lines of source are ours.
+    # Lines of source code may be logged.
     said = text.replace('"a prompt"', "").replace('\\"a prompt\\"', "")
     assert "a prompt" not in said
     for name in ("ExceptionGroup", "ZeroDivisionError", "KeyError", "OSError: full"):
@@ -118,7 +118,7 @@ def test_a_text_line_ends_with_the_request_id() -> None:
     assert TextFormatter().format(record("done")).endswith(" INFO osiris.x: done [order-77]")
 
 
-# A running server's
+# A running server
 
 
 def lines(server: LiveServer) -> list[dict[str, Any]]:
@@ -158,8 +158,8 @@ def test_a_server_logs_json_with_one_line_a_request(tmp_path: Path) -> None:
 
 
 def test_a_line_about_a_connection_has_no_id_of_an_earlier_request(tmp_path: Path) -> None:
-    # With asyncio's own loop a connection that was paused goes on in the context of the request
-    # that has read its body.
+    # With asyncio's loop, a paused connection resumes in the context of the request that has read
+    # its body.
     with serve(tmp_path, "--loop", "asyncio") as server:
         host, port = server.url.removeprefix("http://").split(":")
         body = b" " * 900_000

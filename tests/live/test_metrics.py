@@ -46,7 +46,7 @@ def rise(before: MetricsText, after: MetricsText, name: str, **labels: str) -> f
 
 
 def client_of(app: FastAPI) -> httpx.AsyncClient:
-    # As a server would: an unexpected error is its answer, not ours to see.
+    # As in a server, an unexpected error is answered and not raised here.
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
@@ -101,7 +101,7 @@ async def test_probes_and_metrics_are_not_counted() -> None:
         for path in ("/health/live", "/health/live/", "/metrics", "/metrics/", "/nowhere"):
             await client.get(path)
         text = MetricsText((await client.get("/metrics")).text)
-    # The request that is counted shows that requests are counted at all.
+    # The counted request shows that counting works.
     (counted,) = text.samples("http_requests_total")
     assert (counted.labels["handler"], counted.value) == ("none", 1)
 
@@ -121,7 +121,7 @@ async def test_an_unexpected_error_counts_as_5xx() -> None:
     assert SECRET not in text
 
 
-# Calls, to the digit
+# Exact values of calls
 
 
 def call(**outcome: object) -> ModelCall:

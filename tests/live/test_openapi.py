@@ -20,7 +20,7 @@ KEY = "a-key-of-the-tests-0123"
 def strict(
     random_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveServer]:
-    """A server that answers, with a key and short deadlines."""
+    """A server with loaded models, a key and short deadlines."""
     limits = {"REQUEST_TIMEOUT_SECONDS": "1", "BODY_TIMEOUT_SECONDS": "1"}
     with serve(
         tmp_path_factory.mktemp("strict"),
@@ -60,7 +60,7 @@ def test_the_document_has_the_configured_limit(document: dict[str, Any]) -> None
 def test_every_answer_is_documented_and_invalid_input_is_refused(
     strict: LiveServer, tmp_path: Path
 ) -> None:
-    """tests/long sends more."""
+    """`tests/long` sends more requests."""
     faults = find_faults(strict.url, KEY, tmp_path, examples=2)
     assert not faults, faults
     assert strict.client.get("/health/ready").status_code == 200
@@ -107,7 +107,7 @@ STATUSES = {
 
 
 def is_whole(answer: bytes) -> bool:
-    """Whether a response says its length and has come to its end, be the connection kept or not."""
+    """Whether a response declares its length and is complete."""
     head, _, body = answer.partition(b"\r\n\r\n")
     length = re.search(rb"\r\ncontent-length: (\d+)", head, re.IGNORECASE)
     return length is not None and len(body) >= int(length[1])

@@ -31,7 +31,7 @@ def profiled(
 
 
 class Page(HTMLParser):
-    """The cells of the table of model calls, and what the page would fetch."""
+    """The cells of the table of model calls, and the URLs that the page would fetch."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def test_the_page_has_the_times_of_each_model_call_and_loads_nothing(
     assert "score_choices" in score
     assert page.fetched == []
     assert "ZXQSECRET" not in text
-    # Where the event loop's own time went, in the tree.
+    # The tree shows where the event loop spent its time.
     assert "propose_trade_adjustments" in text
 
 
@@ -104,7 +104,7 @@ def test_the_page_works_in_a_browser(profiled: LiveServer, tmp_path: Path) -> No
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     dom = done.stdout
     assert 'id="model-calls"' in dom
-    # Rows that only the page's script can have made.
+    # Only the script of the page can have created these rows.
     assert "call-stack" in dom
     assert "Refused to" not in done.stderr
 

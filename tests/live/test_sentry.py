@@ -26,7 +26,7 @@ HEADERS = {
     "X-API-Key": SECRET,
     "User-Agent": f"{SECRET}/1.0",
     "Cookie": f"session={SECRET}",
-    # After an unexpected error uvicorn ends the connection.
+    # uvicorn closes the connection after an unexpected error.
     "Connection": "close",
 }
 PATIENT = {"MODEL_LOAD_WAIT_SECONDS": "60"}
@@ -38,7 +38,7 @@ def dsn(port: int) -> str:
 
 
 def items(receiver: Receiver, kind: str) -> list[dict[str, Any]]:
-    """The payloads of one kind out of the envelopes (https://develop.sentry.dev/sdk/envelopes/)."""
+    """The payloads of one kind in the envelopes (https://develop.sentry.dev/sdk/envelopes/)."""
     found = []
     for request in list(receiver.requests):
         assert request.path == "/api/42/envelope/"
@@ -146,7 +146,7 @@ def test_the_death_of_a_busy_worker_names_the_request(
         answer = pool.submit(
             httpx.post, f"{reporting.url}/generate/hermes/", json=long, headers=headers, timeout=60
         )
-        # A request whose worker dies before it has begun goes to the next worker.
+        # If a worker dies before it has started a request, the next worker serves the request.
         reporting.wait_until(lambda: tokens() > before)
         os.kill(reporting.worker("hermes"), signal.SIGKILL)
         assert answer.result().status_code == 503
@@ -181,7 +181,7 @@ def test_an_unreachable_sentry_does_not_delay_requests(
             assert server.client.post("/score/hermes/", json=SCORED).is_success
             began = time.monotonic()
             server.stop()
-            # The models' workers and the database end within this time too.
+            # This includes the end of the workers and of the database.
             assert time.monotonic() - began < 15
     said = server.log.read_text()
     assert "sentry" not in said.lower().replace("telemetry/sentry.py", "")

@@ -34,7 +34,7 @@ def load_both(server: LiveServer) -> list[int]:
 
 
 def client_work(number: int, turn: int) -> tuple[str, dict[str, Any]]:
-    """What a client asks: something quick and durable, or something that takes a while."""
+    """A request of a client: a quick durable one, or one that takes longer."""
     if number % 2:
         transaction = f"{number}-{turn}"
         return "/feedback/phi3/", {
@@ -46,7 +46,7 @@ def client_work(number: int, turn: int) -> tuple[str, dict[str, Any]]:
 
 
 class Load:
-    """Clients that ask without a pause until they are refused; what they got, in order."""
+    """Clients that send requests without a pause until they are refused, and their answers in order."""
 
     def __init__(self, server: LiveServer) -> None:
         self._url = server.url
@@ -72,7 +72,7 @@ class Load:
 
 
 def readiness(server: LiveServer, seen: list[str], stop: threading.Event) -> None:
-    """What a load balancer sees, each change once."""
+    """The states that a load balancer sees, each change once."""
     while not stop.is_set():
         try:
             now = httpx.get(f"{server.url}/health/ready", timeout=10).json()["status"]
@@ -140,7 +140,7 @@ def busy(random_models: dict[str, str], tmp_path: Path) -> Iterator[LiveServer]:
 
 
 def admitted(server: LiveServer) -> int:
-    """How many requests Hermes has, running and waiting."""
+    """Number of running and waiting requests of Hermes."""
     return int(server.client.get("/health").json()["models"]["hermes"]["requests"])
 
 
@@ -161,7 +161,7 @@ def test_a_second_signal_stops_a_server_with_a_long_generation(busy: LiveServer)
         began = time.monotonic()
         busy.process.send_signal(signal.SIGTERM)
         assert busy.process.wait(30) == 0
-        # A few seconds; many more on a machine that does other work as well, yet far from 300.
+        # A few seconds; more on a busy machine, but far from 300.
         assert time.monotonic() - began < 25
         answers = [task.result(10) for task in asking]
     assert 503 in {answer.status_code for answer in answers} <= {200, 503}

@@ -107,7 +107,7 @@ async def test_a_key_need_not_be_ascii() -> None:
     inner = Inner()
     app = ApiKeys(inner, [ApiKey(SecretStr("schlüssel-von-uns"))], metrics_need_key=False)
     async with client(app) as asking:
-        # Headers are bytes, read as Latin-1; the key's own bytes are UTF-8.
+        # A header is bytes, which ASGI apps read as Latin-1; the key is UTF-8.
         sent = {b"X-API-Key": "schlüssel-von-uns".encode()}
         assert (await asking.get("/examples/", headers=sent)).status_code == 200
 
@@ -115,7 +115,7 @@ async def test_a_key_need_not_be_ascii() -> None:
 async def test_a_refusal_reads_no_body() -> None:
     app, _ = guarded()
     call = Call()
-    # There is nothing to receive: asking for it would fail.
+    # There is no message, so receiving would fail.
     await app(http_scope("/generate/"), call.receive, call.send)
     assert call.status == 401
 

@@ -74,7 +74,7 @@ async def test_without_configured_keys_there_is_no_key(caplog: pytest.LogCapture
     [
         ("2001:db8::1", "2001:db8::1"),
         ("fe80::1%a zone may be any text", "fe80::1"),
-        # A trusted proxy may pass on what its client wrote.
+        # A trusted proxy may forward any text of its client.
         ("1.2.3.4 with key admin", "unknown"),
         ("", "unknown"),
     ],
@@ -90,11 +90,11 @@ async def test_a_client_on_a_unix_socket_has_no_address(caplog: pytest.LogCaptur
     assert await line(caplog, client=None) == ({"key": "desk"}, " with key desk")
 
 
-# Whose id a line carries
+# Request ids in log lines
 
 
 class App:
-    """Starts what outlives its request, as connections and background tasks do.
+    """Leaves a context that outlives its request, as connections and background tasks do.
 
     Attributes:
         inside: the id that the request's own code logs with.

@@ -17,11 +17,11 @@ ENDING = {"detail": "The server is shutting down; try again."}
 
 
 class Held:
-    """An app that begins an answer, or does not, and waits until it may end.
+    """An app that waits before its answer, or in the middle of it.
 
     Attributes:
-        go: set once it may end.
-        inside: requests that it has begun and not ended.
+        go: lets it finish once it is set.
+        inside: number of requests that it has started and not finished.
     """
 
     def __init__(self, *, answers_first: bool = False) -> None:

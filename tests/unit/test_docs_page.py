@@ -64,7 +64,7 @@ async def test_every_link_of_the_page_leads_to_a_file(
             url = urljoin(root_path + spelling, link)
             assert url.startswith(f"{root_path}/docs/")
             assert (await asking.get(url)).status_code == 200
-        # What init.js computes.
+        # init.js computes this path.
         assert urljoin(urljoin(root_path + spelling, links.urls[-1]), "../../openapi.json") == (
             f"{root_path}/openapi.json"
         )

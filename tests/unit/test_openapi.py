@@ -214,7 +214,7 @@ def test_answers_declare_their_headers(document: dict[str, Any]) -> None:
 
 
 def test_health_has_the_documented_keys_before_the_parts_start() -> None:
-    """tests/live/test_documentation.py compares that of a server that answers."""
+    """`tests/live/test_documentation.py` compares a running server's."""
     health = Sidecar(Settings.from_environ(ENVIRON), NoMetrics()).health()
     assert Health.model_validate(health, strict=True).model_dump(mode="json") == health
 

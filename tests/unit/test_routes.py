@@ -8,11 +8,11 @@ from typing import Any
 
 import httpx
 import pytest
+from llm_sidecar.services.examples import Outcome
 
 from llm_sidecar import hermes_plugin
 from llm_sidecar.db import Correction
 from llm_sidecar.errors import DatabaseUnavailable, QueueFull
-from llm_sidecar.services.examples import Outcome
 from llm_sidecar.settings import Settings
 from osiris.server import create_app
 from tests.unit.asgi import client
@@ -117,7 +117,7 @@ KEY_OF_DESK, KEY_OF_NOBODY = "first-key-0123456789", "second-key-012345678"
     ("keys", "key", "author"),
     [
         (f"desk={KEY_OF_DESK},{KEY_OF_NOBODY}", KEY_OF_DESK, "desk"),
-        # A position is not a person.
+        # The position of a key names nobody.
         (f"desk={KEY_OF_DESK},{KEY_OF_NOBODY}", KEY_OF_NOBODY, None),
         ("", KEY_OF_DESK, None),
     ],
@@ -170,7 +170,7 @@ async def test_the_answer_says_whether_a_correction_is_an_example(
     ("corrected", "fields"),
     [
         ({"ticker": "A", "action": "buy"}, "action, confidence, rationale"),
-        # A key that a caller made up is not shown.
+        # An unknown key of the proposal is not shown.
         (CORRECTED | {"a secret": 1}, "*"),
         (CORRECTED | {"a secret": 1, "another": 2, "ticker": ""}, "*, ticker"),
     ],

@@ -54,7 +54,7 @@ def parts(app: FastAPI) -> FakeParts:
 
 @pytest.fixture
 async def asking(app: FastAPI, parts: FakeParts) -> AsyncIterator[httpx.AsyncClient]:
-    # As a server would: an unexpected error is its answer, not the test's.
+    # As in a server, an unexpected error is answered and not raised here.
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as made:
         yield made
@@ -107,7 +107,7 @@ async def test_head_answers_on_the_metrics(asking: httpx.AsyncClient, path: str)
 
 @pytest.mark.parametrize("path", ["/stream/audio", "/stream/audio/"])
 async def test_head_opens_no_stream(asking: httpx.AsyncClient, parts: FakeParts, path: str) -> None:
-    # The fake event bus takes no listeners, so one that registers fails.
+    # The fake event bus has no listeners, so registering one fails.
     head = await asking.head(path, headers=DESK)
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["Content-Type"] == "text/event-stream; charset=utf-8"
@@ -215,11 +215,11 @@ async def test_another_origin_is_not_allowed(asking: httpx.AsyncClient) -> None:
     for headers in ({"Origin": "https://evil.example"}, {}):
         response = await asking.get("/health/live", headers=headers)
         assert "Access-Control-Allow-Origin" not in response.headers
-        # A cache must not hand this answer to the desk.
+        # A cache must not serve this answer to the allowed origin.
         assert response.headers["Vary"] == "Origin"
 
 
-# What does not exist
+# Unknown paths and methods
 
 
 @pytest.mark.parametrize(
