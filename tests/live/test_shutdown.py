@@ -46,7 +46,7 @@ def client_work(number: int, turn: int) -> tuple[str, dict[str, Any]]:
 
 
 class Load:
-    """Clients that send requests without a pause until they are refused, and their answers in order."""
+    """Clients that send requests without a pause until they are refused, and their answers."""
 
     def __init__(self, server: LiveServer) -> None:
         self._url = server.url
