@@ -14,7 +14,7 @@ prometheus-fastapi-instrumentator. Every label value comes from a fixed set.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from prometheus_client import (
     CollectorRegistry,
@@ -26,7 +26,7 @@ from prometheus_client import (
 )
 
 from llm_sidecar.telemetry.asgi import known_method
-from llm_sidecar.telemetry.calls import CANCELLED, UNEXPECTED, CallObserver, ModelCall, Observers
+from llm_sidecar.telemetry.calls import CANCELLED, UNEXPECTED, ModelCall, Observers
 from llm_sidecar.telemetry.collectors import HealthCollector
 
 CONTENT_TYPE: Final = exposition.CONTENT_TYPE_PLAIN_0_0_4
@@ -55,8 +55,8 @@ _ERRORS: Final = (
 _ACTIONS: Final = ("adjust", "pass", "abort")
 
 
-class MetricsSink(CallObserver, Protocol):
-    """What a sidecar counts."""
+class MetricsSink(Observers):
+    """What a sidecar counts; this base class counts nothing."""
 
     def watch(self, health: Callable[[], Mapping[str, Any]]) -> None:
         """Sets the function that returns the state of the parts: `Health.report`."""
@@ -71,11 +71,11 @@ class MetricsSink(CallObserver, Protocol):
         """A row of a run, a proposal or a score could not be stored."""
 
 
-class NoMetrics(Observers, MetricsSink):
+class NoMetrics(MetricsSink):
     """Counts nothing."""
 
 
-class Metrics:
+class Metrics(MetricsSink):
     """The metrics of one sidecar."""
 
     def __init__(self, *, tables: Sequence[str], fields: Sequence[str]) -> None:

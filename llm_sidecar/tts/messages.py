@@ -126,7 +126,7 @@ class Failure(_Message):
 
     Attributes:
         error: one sentence on why.
-        status: the kind of error, as in `STATUSES`.
+        status: what kind of error, as an HTTP status.
     """
 
     request_id: Id

@@ -19,7 +19,8 @@ from uvicorn.server import ServerState
 
 from llm_sidecar.settings import Settings
 from osiris import connection
-from osiris.connection import MAX_HEAD_BYTES, limit_connections
+from osiris.connection import limit_connections
+from osiris.http_parser import MAX_HEAD_BYTES
 
 GET = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"
 POST = b"POST /speak HTTP/1.1\r\nHost: x\r\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from starlette.types import Message
 
 from llm_sidecar.telemetry.asgi import TrackedSend, is_observed, known_method
 from tests.unit.asgi import Call, http_scope
@@ -12,7 +13,7 @@ async def test_a_response_has_started_once_its_start_is_sent() -> None:
     call = Call()
     response = TrackedSend(call.send)
     assert (response.status, response.started) == (None, False)
-    messages = [
+    messages: list[Message] = [
         {"type": "http.response.start", "status": 206, "headers": []},
         {"type": "http.response.body", "body": b"x"},
     ]
