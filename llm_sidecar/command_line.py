@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any, Final, cast
 
-from llm_sidecar.errors import SidecarError
+from llm_sidecar.errors import CommandFailed, SidecarError
 
 if TYPE_CHECKING:
     from typer import Typer
@@ -35,7 +35,7 @@ Work = Callable[[], int | None]
 Reason = Callable[[Exception], str]
 
 
-class OutputFailed(SidecarError):
+class OutputFailed(CommandFailed):
     """Standard output cannot be written."""
 
 

@@ -54,8 +54,8 @@ class Deadline:
             before = f"{spent.before:.1f} s in earlier model calls, "
         return DeadlineExceeded(
             f"{call.model} did not answer within {self.seconds:g} s: {before}"
-            f"{spent.waiting:.1f} s waiting, {spent.prompt:.1f} s reading the prompt, "
-            f"{spent.writing:.1f} s writing; {_remedy(spent)}.",
+            f"{spent.waiting:.1f} s waiting, {spent.prefill:.1f} s reading the prompt, "
+            f"{spent.decode:.1f} s writing; {_remedy(spent)}.",
             retry_after=retry_after,
             spent=spent,
         )
@@ -67,18 +67,18 @@ class Deadline:
         return TimeSpent(
             before=max(0.0, call.queued - self.began),
             waiting=begun - call.queued,
-            prompt=first_token - begun,
-            writing=now - first_token,
+            prefill=first_token - begun,
+            decode=now - first_token,
         )
 
 
 def _remedy(spent: TimeSpent) -> str:
     """Advice that shortens the longest phase."""
-    longest = max(spent.before, spent.waiting, spent.prompt, spent.writing)
+    longest = max(spent.before, spent.waiting, spent.prefill, spent.decode)
     if longest == spent.waiting:
         return "try again later"
-    if longest == spent.prompt:
+    if longest == spent.prefill:
         return "shorten the prompt, or raise REQUEST_TIMEOUT_SECONDS"
-    if longest == spent.writing:
+    if longest == spent.decode:
         return "lower max_length if you can, or raise REQUEST_TIMEOUT_SECONDS"
     return "try again, or raise REQUEST_TIMEOUT_SECONDS"

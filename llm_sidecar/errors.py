@@ -1,7 +1,6 @@
-"""Every error the sidecar raises on purpose: one root, typed subclasses.
+"""Every error that the sidecar raises on purpose: one root class, and a subclass for each kind.
 
-An error carries what its reader needs: a sentence that says what is wrong and what to do, the HTTP
-status it maps to, and after how many seconds a retry makes sense.
+They know nothing of HTTP; `osiris.errors` maps each kind to an answer.
 """
 
 from __future__ import annotations
@@ -9,21 +8,18 @@ from __future__ import annotations
 import copy
 import uuid
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 
 class SidecarError(Exception):
-    """Root of all errors here.
+    """The root of all errors here; only subclasses are raised.
 
     Attributes:
-        status: the HTTP status a server answers with.
-        detail: one sentence for the caller; holds no prompt and no secret.
+        detail: one sentence for the caller: what is wrong and what to do; no prompt, no secret.
         retry_after: seconds after which the same request may succeed, or None.
-        transaction_id: of the proposal that was stored before this error, or None.
+        transaction_id: of a proposal that was stored before the error, or None.
         stored: False if a row of the failed request could not be stored.
     """
-
-    status: ClassVar[int] = 500
 
     def __init__(self, detail: str, *, retry_after: int | None = None) -> None:
         super().__init__(detail)
@@ -33,7 +29,7 @@ class SidecarError(Exception):
         self.stored = True
 
     def of_request(self, transaction_id: uuid.UUID | None, *, stored: bool) -> Self:
-        """A copy that says what is stored of one request; several requests may share the original.
+        """A copy for one request; several requests may share the original.
 
         Args:
             transaction_id: of the stored proposal, or None.
@@ -45,45 +41,39 @@ class SidecarError(Exception):
 
 
 class SettingsError(SidecarError):
-    """An environment variable has a value that it cannot have."""
+    """A setting has an invalid value."""
+
+
+class CommandFailed(SidecarError):
+    """A command of the command line cannot do its work; no HTTP request raises it."""
 
 
 class InvalidRequest(SidecarError):
-    """The request is well-formed but asks for something that cannot be done."""
-
-    status = 422
+    """The request is well-formed, but what it asks for cannot be done."""
 
 
 class NotFound(SidecarError):
-    """What the caller names does not exist."""
-
-    status = 404
+    """What the request names does not exist."""
 
 
 class AdapterRejected(SidecarError):
-    """An adapter cannot be loaded; the one in use goes on."""
-
-    status = 409
+    """An adapter cannot be loaded; the one in use stays."""
 
 
 class QueueFull(SidecarError):
-    """As many requests wait as may wait."""
-
-    status = 429
+    """The maximum number of requests is waiting already."""
 
 
 class Unavailable(SidecarError):
     """A part that the request needs is missing, loading or broken."""
 
-    status = 503
-
 
 class ModelUnavailable(Unavailable):
-    """A model is missing, loading or has just died."""
+    """A model is missing or loading, or its worker has just died."""
 
 
 class VoiceUnavailable(Unavailable):
-    """No voice can speak: it is missing, or its worker is."""
+    """There is no voice, or its worker does not answer."""
 
 
 class DatabaseUnavailable(Unavailable):
@@ -96,25 +86,22 @@ class TimeSpent:
 
     Attributes:
         before: earlier model calls of the request.
-        waiting: for a turn in the queue, and for the model to load.
-        prompt: prefill.
-        writing: decoding.
+        waiting: queueing, and loading the model.
+        prefill, decode: the phases of the generation.
     """
 
     before: float
     waiting: float
-    prompt: float
-    writing: float
+    prefill: float
+    decode: float
 
 
 class DeadlineExceeded(SidecarError):
     """The request took longer than its deadline.
 
     Attributes:
-        spent: the phases of the model call that missed the deadline; None if there was none.
+        spent: the phases of the model call that missed the deadline; None without such a call.
     """
-
-    status = 504
 
     def __init__(
         self, detail: str, *, retry_after: int | None = None, spent: TimeSpent | None = None

@@ -23,8 +23,8 @@ from llm_sidecar.services.rows import Rows
 from llm_sidecar.services.score import Judge
 from llm_sidecar.settings import Settings
 from llm_sidecar.tasks import TaskSet
+from llm_sidecar.telemetry.base import Instrument
 from llm_sidecar.telemetry.calls import Observers
-from llm_sidecar.telemetry.instruments import Instrument
 from llm_sidecar.telemetry.metrics import MetricsSink, NoMetrics
 from llm_sidecar.tts.listeners import AudioListeners
 from llm_sidecar.tts.remote import RemoteVoice

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if the start fails.
     """
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-        # For the time until the app handles SIGHUP, and for a reloader, which handles SIGTERM only.
+        # Until the app handles SIGHUP; and for a reloader, which handles only SIGTERM.
         signal.signal(signal.SIGHUP, lambda number, frame: signal.raise_signal(signal.SIGTERM))
     return command_line.run(lambda: _run(argv))
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int | None:
     arguments = None if argv is None else list(argv)
     try:
-        # It raises SystemExit where uvicorn ends with a status of its own.
+        # It raises SystemExit if uvicorn sets the exit status.
         status: int | None = command().main(arguments, PROG, standalone_mode=False)
     except click.ClickException as error:
         command_line.say(f"{PROG}: {error.format_message()}")

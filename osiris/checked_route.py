@@ -13,7 +13,6 @@ from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
-from starlette.requests import ClientDisconnect
 
 _CONTENT_TYPE: Final = (
     "Content-Type: send the body as JSON, with the header Content-Type: application/json."
@@ -24,10 +23,6 @@ _CHARSET: Final = "Content-Type: JSON is UTF-8; send charset=utf-8, or leave the
 _CONTENT_ENCODING: Final = (
     "Content-Encoding: the server does not decompress; send the body as it is, without this header."
 )
-
-
-class ClientGone(Exception):
-    """The client has disconnected."""
 
 
 class CheckedRoute(APIRoute):
@@ -69,20 +64,17 @@ async def _check_body(request: Request) -> None:
 
     Raises:
         HTTPException: 415 for a body that its headers do not declare as JSON in UTF-8.
-        HTTPException: 400 for one in another encoding.
+        HTTPException: 400 for a body in another encoding.
         RequestValidationError: the body is not an object, or cannot be read as one.
-        ClientGone: the client disconnected before the body was complete.
+        ClientDisconnect: the client disconnected before the body was complete.
     """
-    try:
-        body = await request.body()
-    except ClientDisconnect:
-        raise ClientGone from None
+    body = await request.body()
     if not body:
         return
     if detail := _header_fault(request.headers):
         raise HTTPException(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, detail)
     if b"\0" in body:
-        # Python would guess from it that the body is UTF-16, or UTF-32, and read that.
+        # Python would take the body for UTF-16 or UTF-32, and decode it.
         raise HTTPException(HTTPStatus.BAD_REQUEST)
     try:
         value = await request.json()
@@ -92,7 +84,7 @@ async def _check_body(request: Request) -> None:
         # FastAPI parses it again, and reports where it is not valid JSON.
         return
     except ValueError:
-        # What Python says of an integer that it does not read.
+        # Python refuses an integer with too many digits.
         raise _bad_body("too_many_digits", "Input should have shorter numbers") from None
     if not isinstance(value, dict):
         # FastAPI would treat null as no body if the body is optional.

@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import logging
-import re
-import resource
 import select
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -23,39 +20,26 @@ import h11
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn import Config
-from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from llm_sidecar.memory_trim import trim_heap
 from llm_sidecar.settings import Settings
+from osiris.http_parser import CLOSE, MAX_HEAD_BYTES, Parser
+from osiris.open_files import allow_files
 from osiris.paths import is_probe_or_metrics
 from osiris.transport import WatchedTransport
 
 log = logging.getLogger(__name__)
 
-MAX_HEAD_BYTES: Final = 1 << 16
-"""Request line and headers together; also a chunk's size line, and trailers."""
 _RESERVED: Final = 64
 """Connections beyond MAX_CONNECTIONS, on which only probes and metrics are answered."""
 _RESERVED_SECONDS: Final = 2.0
-"""How long a client has to send its request on one of these."""
-_OTHER_FILES: Final = 512
-"""Files that the process needs beside its connections: models, database, workers, event bus."""
+"""Seconds that a client has to send its request on a reserved connection."""
 _TRIM_AFTER: Final = 0.5
+"""Seconds."""
 _POLL_SECONDS: Final = (0.05, 0.2, 0.5)
-_FREE_CHUNKS: Final = 4096
-_LEAST_CHUNK: Final = 64
-"""Bytes per chunk that a body must have on average beyond its first `_FREE_CHUNKS` chunks. Each
-chunk costs 30 us: a megabyte in chunks of one byte would block other requests for half a minute."""
-_CLOSE: Final = (b"connection", b"close")
-_ABSOLUTE: Final = re.compile(rb"https?://[^/?#]+", re.IGNORECASE)
-_DETAILS: Final = {
-    400: "This is not a valid HTTP/1.1 request.",
-    408: "The request's headers did not arrive in time.",
-    413: "The request's body comes in too many tiny chunks; send larger ones, or Content-Length.",
-    431: "The request line and the headers are longer than {limit} bytes together; send less.",
-    501: "The request's Transfer-Encoding is not supported; use chunked or Content-Length.",
-}
+"""Between checks for a reset; the last one repeats."""
 _FULL: Final = JSONResponse(
     {"detail": "The server has as many connections as MAX_CONNECTIONS allows; try again later."},
     status_code=503,
@@ -68,16 +52,16 @@ class ConnectionLimits:
     """The limits and the state that all connections of a server share.
 
     Attributes:
-        most: maximum number of connections with normal service.
+        max_connections: number of connections with normal service; further ones are reserved.
         head_seconds: how long a client has to send the headers of a request, or the rest of a body
             that is no longer needed.
         stall_seconds: how long a client may read nothing of an answer.
         draining: whether each answer is the last one on its connection.
-        reserved: the connections beyond `most`, oldest first.
+        reserved: the connections beyond `max_connections`, oldest first.
         trim: the timer that returns freed memory to the system, if one runs.
     """
 
-    most: int
+    max_connections: int
     head_seconds: float
     stall_seconds: float
     draining: Callable[[], bool]
@@ -101,7 +85,7 @@ class ConnectionLimits:
 def limit_connections(config: Config, settings: Settings, draining: Callable[[], bool]) -> None:
     """Applies the limits to all connections that the server accepts from now on."""
     limits = ConnectionLimits(
-        most=settings.limits.max_connections,
+        max_connections=settings.limits.max_connections,
         head_seconds=settings.limits.header_timeout,
         stall_seconds=settings.limits.send_timeout,
         draining=draining,
@@ -112,21 +96,7 @@ def limit_connections(config: Config, settings: Settings, draining: Callable[[],
     config.http_protocol_class = functools.partial(  # type: ignore[assignment]
         Connection, limits=limits
     )
-    _allow_files(settings.limits.max_connections + _RESERVED + _OTHER_FILES)
-
-
-def _allow_files(files: int) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < files:
-        wanted = files if hard == resource.RLIM_INFINITY else min(files, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        if wanted < files:
-            log.warning(
-                "this process may open only %d files, too few for MAX_CONNECTIONS: raise the limit "
-                "to %d, or lower MAX_CONNECTIONS",
-                wanted,
-                files,
-            )
+    allow_files(settings.limits.max_connections + _RESERVED)
 
 
 class Connection(H11Protocol):
@@ -149,8 +119,7 @@ class Connection(H11Protocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._limits = limits
-        self._max_head = config.h11_max_incomplete_event_size or MAX_HEAD_BYTES
-        self.conn: _Parser = _Parser(self._max_head)
+        self.conn: Parser = Parser(config.h11_max_incomplete_event_size or MAX_HEAD_BYTES)
         self._served = cast(ASGIApp, self.app)
         self.app = self._answer
         self._timer: asyncio.TimerHandle | None = None
@@ -183,7 +152,7 @@ class Connection(H11Protocol):
             on_stall=self._limits.on_stall,
         )
         super().connection_made(watched)  # type: ignore[arg-type]
-        if len(self.connections) > self._limits.most:
+        if len(self.connections) > self._limits.max_connections:
             self._become_reserved()
         self._watch_client()
 
@@ -244,7 +213,7 @@ class Connection(H11Protocol):
             log.warning(
                 "%d connections are open, which is MAX_CONNECTIONS; on further ones only probes "
                 "and metrics are answered",
-                self._limits.most,
+                self._limits.max_connections,
             )
         reserved[self] = None
         self._is_reserved = True
@@ -261,8 +230,8 @@ class Connection(H11Protocol):
 
         def send_last(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start" and self._is_last():
-                others = (entry for entry in message["headers"] if entry[0].lower() != _CLOSE[0])
-                message = {**message, "headers": [*others, _CLOSE]}
+                others = (entry for entry in message["headers"] if entry[0].lower() != CLOSE[0])
+                message = {**message, "headers": [*others, CLOSE]}
             return send(message)
 
         app = _FULL if self._is_reserved and not is_probe_or_metrics(scope) else self._served
@@ -325,83 +294,7 @@ class Connection(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()
             return
-        detail = _DETAILS.get(status, _DETAILS[400]).format(limit=self._max_head)
-        body = json.dumps({"detail": detail}).encode()
-        headers = [
-            *self.server_state.default_headers,
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            _CLOSE,
-        ]
-        events = (
-            h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status]),
-            h11.Data(data=body),
-            h11.EndOfMessage(),
-        )
+        events = self.conn.refusal_events(status, self.server_state.default_headers)
         self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
         self._unwatch_client()
         self.transport.close()
-
-
-class _Parser(h11.Connection):
-    """h11's parser with three more checks. The size limit of the headers also holds if they arrive
-    at once. A body in very many tiny chunks is refused. So is a body whose length is given twice:
-    proxies disagree where such a request ends.
-
-    Attributes:
-        refusal: why the latest request is refused.
-    """
-
-    def __init__(self, max_head: int) -> None:
-        super().__init__(h11.SERVER, max_incomplete_event_size=max_head)
-        self._max_head = max_head
-        self.refusal: h11.RemoteProtocolError | None = None
-        self._chunks = 0
-        self._chunk_bytes = 0
-
-    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        """The next event.
-
-        Raises:
-            h11.RemoteProtocolError: the request is not valid HTTP, or too long.
-        """
-        try:
-            event = super().next_event()
-            if isinstance(event, h11.Request):
-                self._chunks = self._chunk_bytes = 0
-                return self._checked(event)
-            if isinstance(event, h11.Data):
-                self._count(event)
-        except h11.RemoteProtocolError as error:
-            self.refusal = error
-            raise
-        return event
-
-    def _count(self, data: h11.Data) -> None:
-        self._chunks += data.chunk_end
-        self._chunk_bytes += len(data.data)
-        if self._chunks > _FREE_CHUNKS + self._chunk_bytes // _LEAST_CHUNK:
-            raise h11.RemoteProtocolError("tiny chunks", error_status_hint=413)
-
-    def _checked(self, request: h11.Request) -> h11.Request:
-        size = len(request.method) + len(request.target) + 12
-        is_chunked = has_length = False
-        for name, value in request.headers:
-            size += len(name) + len(value) + 4
-            is_chunked = is_chunked or name == b"transfer-encoding"
-            has_length = has_length or name == b"content-length"
-        if size > self._max_head:
-            raise h11.RemoteProtocolError("head too long", error_status_hint=431)
-        if is_chunked and (has_length or request.http_version < b"1.1"):
-            raise h11.RemoteProtocolError("two lengths")
-        if not request.http_version.startswith(b"1."):
-            raise h11.RemoteProtocolError("unsupported HTTP version")
-        if prefix := _ABSOLUTE.match(request.target):
-            target = request.target[prefix.end() :]
-            return h11.Request(
-                method=request.method,
-                target=target if target.startswith(b"/") else b"/" + target,
-                headers=request.headers,
-                http_version=request.http_version,
-            )
-        return request

@@ -1,24 +1,11 @@
-"""The server's log: uvicorn's lines in the project's format, and one line per request."""
+"""Logging of the server process."""
 
 from __future__ import annotations
 
-import functools
-import ipaddress
 import logging
-import time
-from collections.abc import Callable, Mapping
-from typing import Final
-
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llm_sidecar.logs import LogFormat, log_to_stderr
-from llm_sidecar.telemetry.instruments import known_method
-from osiris.access import caller
-from osiris.paths import is_probe_or_metrics, route_path
-
-access_log = logging.getLogger("osiris.access")
-_CLIENT_CLOSED_REQUEST: Final = 499
-_SERVER_ERROR: Final = 500
+from osiris.middleware import access_log
 
 
 def configure(log_format: LogFormat) -> None:
@@ -32,86 +19,10 @@ def configure(log_format: LogFormat) -> None:
     for name in ("llm_sidecar", "osiris"):
         logging.getLogger(name).setLevel(logging.INFO)
     by_uvicorn = logging.getLogger("uvicorn.access")
-    access_log.disabled = logging.getLogger("uvicorn").hasHandlers() and not by_uvicorn.handlers
+    access_log.log.disabled = logging.getLogger("uvicorn").hasHandlers() and not by_uvicorn.handlers
     by_uvicorn.handlers.clear()
     # Without a handler, uvicorn does not create its line.
     by_uvicorn.propagate = False
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
-
-
-class AccessLog:
-    """Logs method, route, status, duration, client address and the name of the API key of each
-    request, except for probes and metrics.
-
-    Args:
-        routes: the documented spelling of each path or template, by its spelling without the last
-            slash. No other path is logged, because a client can put anything into it.
-    """
-
-    def __init__(self, app: ASGIApp, routes: Callable[[], Mapping[str, str]]) -> None:
-        self._app = app
-        self._routes = routes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or is_probe_or_metrics(scope):
-            await self._app(scope, receive, send)
-            return
-        # If no response begins, the client has disconnected.
-        status = _CLIENT_CLOSED_REQUEST
-        began = time.perf_counter()
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_and_note)
-        except Exception:
-            # The response had begun, so its own status does not show the failure.
-            status = _SERVER_ERROR
-            raise
-        finally:
-            self._log(scope, status, round(1000 * (time.perf_counter() - began), 1))
-
-    def _log(self, scope: Scope, status: int, duration_ms: float) -> None:
-        method = known_method(scope["method"])
-        # A request that is refused before routing has no template.
-        path = getattr(scope.get("route"), "path_format", None) or route_path(scope)
-        route = self._routes().get(path.rstrip("/"), "unmatched")
-        # None for a client on a Unix socket.
-        client = scope.get("client")
-        known = caller(scope)
-        fields = {
-            "client": client and _address(client[0]),
-            "key": known and known.label,
-        }
-        access_log.info(
-            "%s %s %d in %.1f ms%s%s",
-            method,
-            route,
-            status,
-            duration_ms,
-            f" for {fields['client']}" if fields["client"] else "",
-            f" with key {fields['key']}" if fields["key"] else "",
-            extra={
-                "method": method,
-                "route": route,
-                "status": status,
-                "duration_ms": duration_ms,
-                **{name: value for name, value in fields.items() if value},
-            },
-        )
-
-
-@functools.lru_cache(maxsize=1024)
-def _address(host: str) -> str:
-    """The host if it is an IP address; a proxy may forward any text that a client has sent."""
-    try:
-        # Without the zone of an IPv6 address, which may be any text.
-        return str(ipaddress.ip_address(host.partition("%")[0]))
-    except ValueError:
-        return "unknown"

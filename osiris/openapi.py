@@ -13,10 +13,11 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 
 from llm_sidecar.settings import Settings
-from osiris.health_schemas import EXAMPLES
+from osiris import docs_page
 from osiris.paths import METRICS, PROBES
 from osiris.response_headers import HEADERS, declared
-from osiris.schemas import AudioEvent
+from osiris.schemas.health import EXAMPLES
+from osiris.schemas.speech import AudioEvent
 
 TITLE: Final = "Osiris LLM sidecar"
 _SUMMARY: Final = "Trade proposals from a local language model: written, judged, stored, published."
@@ -74,7 +75,7 @@ def operation_id(route: APIRoute) -> str:
 
 
 def document(app: FastAPI, settings: Settings) -> Callable[[], dict[str, Any]]:
-    """A function that returns the app's document, and creates it only once."""
+    """A function that returns the app's document, and makes it at the first call."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -93,19 +94,14 @@ def document(app: FastAPI, settings: Settings) -> Callable[[], dict[str, Any]]:
     return openapi
 
 
+def documented_paths(app: FastAPI) -> dict[str, str]:
+    """The documented spelling of each path, by its spelling without the last slash."""
+    return {path.rstrip("/"): path for path in (*app.openapi()["paths"], *docs_page.PATHS)}
+
+
 def _describe(made: dict[str, Any], settings: Settings) -> None:
-    components = made["components"]
-    components["securitySchemes"] = _SCHEMES
-    components["headers"] = HEADERS
-    # No route returns this model: it describes the events of a stream.
-    components["schemas"]["AudioEvent"] = AudioEvent.model_json_schema()
-    for field, example in EXAMPLES.items():
-        components["schemas"]["Health"]["properties"][field]["examples"] = [example]
-    for schema, fields in _LIMITED_TEXTS.items():
-        for field in fields:
-            components["schemas"][schema]["properties"][field]["maxLength"] = (
-                settings.limits.max_prompt_chars
-            )
+    """Adds everything that FastAPI cannot derive."""
+    _describe_components(made["components"], settings)
     for path, operation in operations(made):
         _remove_null(operation)
         responses = operation["responses"]
@@ -123,6 +119,20 @@ def _describe(made: dict[str, Any], settings: Settings) -> None:
                 names.append("WWW-Authenticate")
             response.setdefault("headers", {}).update(declared(*names))
         operation["responses"] = dict(sorted(responses.items()))
+
+
+def _describe_components(components: dict[str, Any], settings: Settings) -> None:
+    components["securitySchemes"] = _SCHEMES
+    components["headers"] = HEADERS
+    # No route returns this model: it describes the events of a stream.
+    components["schemas"]["AudioEvent"] = AudioEvent.model_json_schema()
+    for field, example in EXAMPLES.items():
+        components["schemas"]["Health"]["properties"][field]["examples"] = [example]
+    for schema, fields in _LIMITED_TEXTS.items():
+        for field in fields:
+            components["schemas"][schema]["properties"][field]["maxLength"] = (
+                settings.limits.max_prompt_chars
+            )
 
 
 def _remove_null(operation: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Final
 
 from starlette.types import Scope
 
-from llm_sidecar.telemetry.paths import route_path as route_path
+from llm_sidecar.telemetry.asgi import route_path as route_path
 
 PROBES: Final = frozenset({"/health", "/health/live", "/health/ready"})
 METRICS: Final = "/metrics"

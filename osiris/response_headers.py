@@ -1,8 +1,10 @@
-"""The response headers, as the OpenAPI document describes them."""
+"""The response headers, and how the OpenAPI document describes them."""
 
 from __future__ import annotations
 
 from typing import Any, Final
+
+from llm_sidecar.models.base import Completion
 
 _COUNT: Final = {"type": "integer", "minimum": 0}
 _TEXT: Final = {"type": "string"}
@@ -86,3 +88,18 @@ GENERATION: Final = ("X-Model", "X-Finish-Reason", "X-Prompt-Tokens", "X-Complet
 def declared(*names: str) -> dict[str, dict[str, str]]:
     """References to these headers, for the description of a response."""
     return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def generation_headers(completion: Completion) -> dict[str, str]:
+    """The metadata of a generation, as response headers."""
+    return {
+        "X-Model": completion.model,
+        "X-Finish-Reason": completion.finish_reason,
+        "X-Prompt-Tokens": str(completion.prompt_tokens),
+        "X-Completion-Tokens": str(completion.completion_tokens),
+    }
+
+
+def stored_header(stored: bool) -> dict[str, str]:
+    """`X-Stored: false` if a row of the request could not be stored."""
+    return {} if stored else {"X-Stored": "false"}

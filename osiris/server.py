@@ -5,36 +5,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import logging
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Final
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
-from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from llm_sidecar import __version__
-from llm_sidecar.errors import SettingsError, SidecarError
+from llm_sidecar.errors import SettingsError
 from llm_sidecar.logs import log_unhandled, start_detached
 from llm_sidecar.models.base import Models
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.telemetry import instruments
-from llm_sidecar.telemetry.instruments import Instrument
-from osiris import docs_page, logs, openapi
-from osiris.access import ApiKeys
-from osiris.admission import Admission
-from osiris.checked_route import ClientGone
+from llm_sidecar.telemetry.base import Instrument
+from llm_sidecar.telemetry.metrics import MetricsSink, NoMetrics
+from osiris import docs_page, errors, logs, openapi
 from osiris.connection import limit_connections
-from osiris.hosts import AllowedHosts
-from osiris.http import stored_header
-from osiris.logs import AccessLog
-from osiris.metrics import install_metrics
-from osiris.middleware import BodyLimit, RequestId, SecurityHeaders, UnexpectedErrors
+from osiris.middleware.access import ApiKeys
+from osiris.middleware.access_log import AccessLog
+from osiris.middleware.admission import Admission
+from osiris.middleware.body_limit import BodyLimit
+from osiris.middleware.hosts import AllowedHosts
+from osiris.middleware.metrics import HttpMetrics, sidecar_metrics
+from osiris.middleware.request_id import RequestId
+from osiris.middleware.security_headers import SecurityHeaders
+from osiris.middleware.unexpected_errors import UnexpectedErrors
 from osiris.paths import drop_repeated_root_path
 from osiris.routes import (
     adapters,
@@ -46,11 +45,9 @@ from osiris.routes import (
     scoring,
     speech,
 )
+from osiris.routes import metrics as metrics_route
 from osiris.shutdown import Shutdown
 
-log = logging.getLogger(__name__)
-
-_CLIENT_CLOSED_REQUEST: Final = 499
 _EXPOSED_HEADERS: Final = (
     "Allow",
     "Idempotent-Replayed",
@@ -96,7 +93,7 @@ class _App(FastAPI):
 
     @functools.cached_property
     def _first_segments(self) -> frozenset[str]:
-        return frozenset(path.split("/")[1] for path in _spellings(self))
+        return frozenset(path.split("/")[1] for path in openapi.documented_paths(self))
 
 
 def create_app(settings: Settings, models: Models | None = None) -> FastAPI:
@@ -108,6 +105,40 @@ def create_app(settings: Settings, models: Models | None = None) -> FastAPI:
     """
     telemetry = instruments.build(settings)
     shutdown = Shutdown(settings.limits.shutdown_grace, settings.limits.shutdown_drain)
+    metrics = sidecar_metrics() if settings.telemetry.metrics else None
+    app = _App(
+        version=__version__,
+        lifespan=_lifespan(settings, models, metrics or NoMetrics(), telemetry, shutdown),
+        redirect_slashes=False,
+        # `docs_page` has the routes of the page and the document.
+        openapi_url=None,
+        generate_unique_id_function=openapi.operation_id,
+        # FastAPI's own telemetry could be turned on by a variable, and would export error messages.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+    )
+    probes.install(app)
+    for routes in (generation, scoring, feedback, examples, speech, adapters, profiling):
+        app.include_router(routes.router)
+    errors.install(app)
+    app.state.shutdown = shutdown
+    app.openapi = openapi.document(app, settings)  # type: ignore[method-assign]
+    docs_page.install(app)
+    _add_middleware(app, settings, shutdown, telemetry)
+    metrics_route.install(app, metrics)
+    if metrics is not None:
+        # The outermost, so that the refusals of all other middleware count.
+        app.add_middleware(HttpMetrics, metrics=metrics)
+    return app
+
+
+def _lifespan(
+    settings: Settings,
+    models: Models | None,
+    metrics: MetricsSink,
+    telemetry: Instrument,
+    shutdown: Shutdown,
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """Starts the sidecar with the server, and stops it."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -127,30 +158,7 @@ def create_app(settings: Settings, models: Models | None = None) -> FastAPI:
             await shutdown.close(sidecar.close())
             await telemetry.close()
 
-    app = _App(
-        version=__version__,
-        lifespan=lifespan,
-        redirect_slashes=False,
-        # The page and the document have routes of their own.
-        openapi_url=None,
-        generate_unique_id_function=openapi.operation_id,
-        # FastAPI's own telemetry could be turned on by a variable, and would export error messages.
-        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
-    )
-    probes.install(app)
-    for routes in (generation, scoring, feedback, examples, speech, adapters, profiling):
-        app.include_router(routes.router)
-    app.add_exception_handler(SidecarError, _sidecar_error)
-    app.add_exception_handler(RequestValidationError, _validation_error)
-    app.add_exception_handler(400, _unreadable_body)
-    app.add_exception_handler(405, _method_not_allowed)
-    app.add_exception_handler(ClientGone, _client_gone)
-    app.state.shutdown = shutdown
-    app.openapi = openapi.document(app, settings)  # type: ignore[method-assign]
-    docs_page.install(app)
-    _add_middleware(app, settings, shutdown, telemetry)
-    metrics = install_metrics(app, settings)
-    return app
+    return lifespan
 
 
 async def _refuse_waiting(shutdown: Shutdown, sidecar: Sidecar) -> None:
@@ -196,63 +204,9 @@ def _add_middleware(
             allow_headers=_ACCEPTED_HEADERS,
             expose_headers=_EXPOSED_HEADERS,
         )
-    app.add_middleware(AccessLog, routes=functools.cache(lambda: _spellings(app)))
+    app.add_middleware(AccessLog, routes=functools.cache(lambda: openapi.documented_paths(app)))
     app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestId)
-
-
-def _spellings(app: FastAPI) -> dict[str, str]:
-    """The documented spelling of each path, by its spelling without the last slash."""
-    return {path.rstrip("/"): path for path in (*app.openapi()["paths"], *docs_page.PATHS)}
-
-
-async def _sidecar_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, SidecarError)
-    headers = stored_header(error.stored)
-    if error.retry_after is not None:
-        headers["Retry-After"] = str(error.retry_after)
-    body = {"detail": error.detail}
-    if error.transaction_id is not None:
-        body["transaction_id"] = str(error.transaction_id)
-    return JSONResponse(body, status_code=error.status, headers=headers)
-
-
-async def _validation_error(request: Request, error: Exception) -> Response:
-    """One entry for every bad field, without its value, which may be a prompt."""
-    assert isinstance(error, RequestValidationError)
-    by_field: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for entry in error.errors():
-        shown = {"loc": list(entry["loc"]), "msg": entry["msg"], "type": entry["type"]}
-        by_field.setdefault(tuple(entry["loc"]), shown)
-    return JSONResponse({"detail": list(by_field.values())}, status_code=422)
-
-
-async def _unreadable_body(request: Request, error: Exception) -> Response:
-    """Answers 422 where FastAPI answers 400, because the body is not even text."""
-    return JSONResponse({"detail": "The body is not JSON in UTF-8."}, status_code=422)
-
-
-async def _method_not_allowed(request: Request, error: Exception) -> Response:
-    """Names all methods of the path; Starlette names only those of one route."""
-    assert isinstance(error, HTTPException)
-    template = getattr(request.scope.get("route"), "path_format", "").rstrip("/")
-    paths = request.app.openapi()["paths"]
-    documented = paths.get(_spellings(request.app).get(template), {})
-    allowed = {method.upper() for method in documented}
-    allowed |= set(filter(None, (error.headers or {}).get("Allow", "").split(", ")))
-    if "GET" in allowed:
-        allowed.add("HEAD")
-    names = sorted(allowed)
-    return JSONResponse(
-        {"detail": f"This path takes {' and '.join(names)}."},
-        status_code=405,
-        headers={"Allow": ", ".join(names)},
-    )
-
-
-async def _client_gone(request: Request, error: Exception) -> Response:
-    log.info("the client disconnected; its request was cancelled")
-    return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
 
 def __getattr__(name: str) -> Any:

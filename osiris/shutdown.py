@@ -1,8 +1,8 @@
 """Graceful shutdown after a signal.
 
-uvicorn stops listening as soon as it gets a signal. A load balancer that has not noticed yet then
-gets refused connections, and a client that does not read can delay the end for ever. So this module
-handles the signals first, and hands over to uvicorn when every request is answered.
+uvicorn stops listening as soon as it gets a signal. Connections of a load balancer that has not
+noticed yet are then refused, and a client that does not read can delay the end for ever. So this
+module handles the signals first, and hands over to uvicorn when every request is answered.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ _IDLE: Final = 1.0
 _LAST_ANSWERS: Final = 5.0
 """Maximum seconds to wait for the last requests on open connections."""
 _POLL: Final = 0.02
-_CUT_LIMIT: Final = 2.0
-"""Seconds that a cancelled request has to end."""
+"""Seconds."""
+_CANCEL_LIMIT: Final = 2.0
+"""Seconds that cancelled requests have to end."""
 _DELIVERY: Final = 1.0
 """Seconds that clients have to read what has been written."""
 _HURRY_LIMIT: Final = 5.0
@@ -165,10 +166,10 @@ class Shutdown:
         for task in self._running:
             task.cancel()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), _CUT_LIMIT)
+            await asyncio.wait_for(self._idle.wait(), _CANCEL_LIMIT)
 
     async def _answer_the_last(self) -> None:
-        with self._own_listeners() as listeners:
+        with self._listeners() as listeners:
             for listener in listeners:
                 block_new(listener)
             await asyncio.sleep(_HANDSHAKE)
@@ -179,9 +180,9 @@ class Shutdown:
                 await asyncio.sleep(_POLL)
 
     @contextlib.contextmanager
-    def _own_listeners(self) -> Iterator[list[socket.socket]]:
-        """The sockets that this process listens on, without those that it inherited from another
-        process, which may still listen on them."""
+    def _listeners(self) -> Iterator[list[socket.socket]]:
+        """The listening sockets, without those inherited from another process, which may still use
+        them."""
         assert self._server is not None
         config = self._server.config
         with contextlib.ExitStack() as stack:
@@ -214,7 +215,7 @@ class Shutdown:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if done:
-            # Raises what the work has raised.
+            # Raises an error of the work.
             tasks[0].result()
         return done
 

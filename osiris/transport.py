@@ -61,21 +61,23 @@ class WatchedTransport:
     def close(self) -> None:
         """Closes once everything is written.
 
-        If the client is still sending, only the server's sending side closes at first: the kernel
-        replies with a reset to bytes that arrive on a closed socket, and a reset can make the
-        client lose the answer.
+        If the client is still sending, only the server's sending side closes at first, and further
+        bytes are discarded: the kernel replies with a reset to bytes that arrive on a closed
+        socket, and a reset can make the client lose the answer.
         """
         if self.is_closing():
             return
-        if not self._still_sending() or not self._transport.can_write_eof():
+        if not self._still_sending():
             self._transport.close()
             return
         self._linger = self._loop.call_later(_LINGER_SECONDS, self._transport.close)
-        self._transport.write_eof()
+        # TLS has no half-closed connections.
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
         self._transport.resume_reading()
 
     def discard(self, size: int) -> None:
-        """Counts bytes that arrive after `close`, and stops waiting if they are too many."""
+        """Counts bytes that arrive after `close`; closes at once if they are too many."""
         self._discarded += size
         if self._discarded > _LINGER_BYTES:
             self._transport.close()

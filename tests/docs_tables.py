@@ -28,8 +28,8 @@ from llm_sidecar.db import schema
 from llm_sidecar.proposals import Proposal
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import FEEDBACK_SUBMITTED, PROPOSAL_ASSESSED, PROPOSAL_CREATED, Sidecar
-from llm_sidecar.telemetry.metrics import Metrics
 from llm_sidecar.tts.voice import AUDIO_BYTES
+from osiris.middleware.metrics import sidecar_metrics
 
 DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
 COMMAND: Final = ".venv/bin/python -m tests.docs_tables"
@@ -107,7 +107,7 @@ def settings() -> str:
 
 def metrics() -> str:
     """Every metric of `/metrics`: type, labels and help text, in groups."""
-    registry = Metrics()
+    registry = sidecar_metrics()
     registry.answered("GET", 200, "/health", 0.001)
     registry.watch(_some_health)
     groups: dict[str, list[tuple[str, ...]]] = {group: [] for group in METRIC_ORDER}

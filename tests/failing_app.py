@@ -1,4 +1,4 @@
-"""The app as it is served, and one route more that fails as a defect would."""
+"""The app as it is served, with one more route, which fails like a defect."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from typing import Any
 
 from fastapi import Body, FastAPI
 
-from osiris.http import CurrentSidecar
+from osiris.dependencies import CurrentSidecar
 from osiris.server import app as served
+from osiris.streams import completed
 
 app: FastAPI = served
 
 
 @app.post("/fail/{what}")
 async def fail(what: str, sidecar: CurrentSidecar, prompt: str = Body(embed=True)) -> Any:
-    """Asks a model, then raises an error whose text and variables quote the prompt."""
-    completion = await sidecar.generate_hermes(prompt, 4)
+    """Calls a model, then raises an error whose text and variables quote the prompt."""
+    completion = await completed(sidecar.judge.chat(prompt, 4))
     raise RuntimeError(f"defect after {completion.text} on {prompt}")

@@ -61,10 +61,11 @@ SCOPE: Final = (
     "llm_sidecar.timestamps.*",
     "llm_sidecar.tts.text.*",
     "llm_sidecar.tts.wav.*",
-    "osiris.access.*",
-    "osiris.admission.*",
+    "osiris.errors.x_row_of*",
     "osiris.llm_client.core.*",
     "osiris.llm_client.proxies.*",
+    "osiris.middleware.access.*",
+    "osiris.middleware.admission.*",
     "osiris.paths.*",
     "osiris.routes.feedback.*",
 )

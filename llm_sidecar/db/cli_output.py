@@ -12,12 +12,12 @@ from typing import IO
 
 from llm_sidecar import command_line
 from llm_sidecar.db.tables import one_line
-from llm_sidecar.errors import SidecarError
+from llm_sidecar.errors import CommandFailed
 
 Write = Callable[[str | bytes], None]
 
 
-class Unwritable(SidecarError):
+class Unwritable(CommandFailed):
     """The output file cannot be written."""
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.engines import Message, load_engine
-from llm_sidecar.errors import SidecarError
+from llm_sidecar.errors import CommandFailed
 
 Precision = Literal["int4", "int8", "fp32"]
 
@@ -40,7 +40,7 @@ _PROPOSAL: Final = {
 _CONTEXT: Final = "Long AAPL from 182.40, now 191.10, RSI 78 after a strong run."
 
 
-class ConversionFailed(SidecarError):
+class ConversionFailed(CommandFailed):
     """The model cannot be converted, or what came out does not agree with it."""
 
 

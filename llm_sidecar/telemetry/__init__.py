@@ -1,1 +1,1 @@
-"""What the sidecar tells about itself: metrics, traces, errors and profiles."""
+"""Telemetry of the sidecar: metrics, traces, errors and profiles."""

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
+from llm_sidecar import errors
 from llm_sidecar.errors import SidecarError
 
 Operation = Literal["generate", "score_choices"]
@@ -24,14 +25,14 @@ FinishReason = Literal["stop", "length", "deadline"]
 CANCELLED: Final = "Cancelled"
 """The error of a call that was cancelled."""
 UNEXPECTED: Final = "Unexpected"
-"""The error of a call that failed with none of `llm_sidecar.errors`: a defect."""
+"""The error of a call that failed with an exception outside of `llm_sidecar.errors`: a defect."""
 
 
 @dataclass(slots=True)
 class ModelCall:
-    """One request to one model, filled in while it is served.
+    """One request to one model; its attributes are set while it is served.
 
-    Times are of `time.monotonic`; one is None where the call did not get that far.
+    Times are those of `time.monotonic`, in seconds; a time is None if the call did not get so far.
 
     Attributes:
         model: `phi3` or `hermes`.
@@ -91,7 +92,7 @@ class ModelCall:
         self.finish_reason = finish_reason
 
     def phases(self) -> list[tuple[str, float, float]]:
-        """(name, beginning, end) of queue, prefill and decode, as far as the call got."""
+        """(name, start, end) of queue, prefill and decode; without those that it did not reach."""
         names = ("queue", "prefill", "decode")
         reached = (self.queued, self.begun, self.first_token, self.finished)
         times = [moment for moment in reached if moment is not None]
@@ -160,9 +161,13 @@ def observed(observer: CallObserver, call: ModelCall) -> Iterator[ModelCall]:
 
 
 def error_name(error: BaseException) -> str:
-    """The bounded name under which an error is counted."""
+    """The name under which an error is counted: of its class, from a bounded set.
+
+    A subclass that another module defines counts as its base class in `llm_sidecar.errors`.
+    """
     if isinstance(error, SidecarError):
-        return type(error).__name__
+        kinds = (kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+        return next(kinds).__name__
     if isinstance(error, asyncio.CancelledError | GeneratorExit):
         return CANCELLED
     return UNEXPECTED

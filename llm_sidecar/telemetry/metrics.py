@@ -1,20 +1,20 @@
-"""The Prometheus metrics of one sidecar, in a registry of its own.
+"""The Prometheus metrics of one sidecar, in a separate registry.
 
-    metrics = Metrics()
-    sidecar = Sidecar(settings, metrics)
-    metrics.watch(sidecar.health)
+    metrics = Metrics(tables=("proposals",), fields=("ticker",))
+    sidecar = Sidecar(settings, metrics=metrics)
+    metrics.watch(sidecar.health.report)
     metrics.render()
 
-What happens is counted here as it happens; what the parts count themselves is read from them when
-somebody scrapes (`telemetry.parts`). The names are vLLM's under a prefix of our own
-(https://docs.vllm.ai/en/stable/usage/metrics.html), for HTTP those of
+Events are counted as they happen; `telemetry.collectors` reads what the parts count themselves at
+every scrape. The names are vLLM's with the prefix `sidecar_`
+(https://docs.vllm.ai/en/stable/usage/metrics.html), and for HTTP those of
 prometheus-fastapi-instrumentator. Every label value comes from a fixed set.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from prometheus_client import (
     CollectorRegistry,
@@ -25,17 +25,15 @@ from prometheus_client import (
     exposition,
 )
 
-from llm_sidecar import db
-from llm_sidecar.grounding import FIELDS
-from llm_sidecar.telemetry.calls import CANCELLED, UNEXPECTED, CallObserver, ModelCall
-from llm_sidecar.telemetry.instruments import known_method
-from llm_sidecar.telemetry.parts import PartsCollector
+from llm_sidecar.telemetry.asgi import known_method
+from llm_sidecar.telemetry.calls import CANCELLED, UNEXPECTED, ModelCall, Observers
+from llm_sidecar.telemetry.collectors import HealthCollector
 
 CONTENT_TYPE: Final = exposition.CONTENT_TYPE_PLAIN_0_0_4
-"""Of what `Metrics.render` returns."""
+"""The content type of what `Metrics.render` returns."""
 
 REQUEST_SECONDS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120)
-"""A call of a model as a whole: a score of the demo model to the longest deadline in use."""
+"""From a score of the demo model to the longest deadline in use."""
 QUEUE_SECONDS: Final = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60)
 FIRST_TOKEN_SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60)
 TOKEN_SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
@@ -44,7 +42,7 @@ SCORES: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 MODELS: Final = ("phi3", "hermes")
 SCORE: Final = "score"
-"""The finish reason of a call that generates nothing but the probabilities of a score."""
+"""The finish reason of a call that scores choices and generates no text."""
 _FINISH_REASONS: Final = ("stop", "length", "deadline", SCORE)
 _ERRORS: Final = (
     "QueueFull",
@@ -55,70 +53,52 @@ _ERRORS: Final = (
     UNEXPECTED,
 )
 _ACTIONS: Final = ("adjust", "pass", "abort")
-_LOSABLE_TABLES: Final = (db.RUNS, db.SCORES, db.PROPOSALS)
-"""Not feedback: it is refused if it cannot be stored."""
 
 
-class MetricsSink(CallObserver, Protocol):
-    """What a sidecar tells its metrics."""
+class MetricsSink(Observers):
+    """What a sidecar counts; this base class counts nothing."""
 
     def watch(self, health: Callable[[], Mapping[str, Any]]) -> None:
-        """Takes what `Sidecar.health` returns as the state of the parts from now on."""
-        ...
+        """Sets the function that returns the state of the parts: `Health.report`."""
 
     def proposed(self, action: str, ungrounded: Sequence[str]) -> None:
         """A valid proposal was made, with these fields not grounded in its context."""
-        ...
 
     def scored(self, score: float) -> None:
         """Hermes has scored a proposal, in [0, 1]."""
-        ...
 
     def row_lost(self, table: str) -> None:
         """A row of a run, a proposal or a score could not be stored."""
-        ...
 
 
-class NoMetrics:
-    """Keeps nothing."""
-
-    def watch(self, health: Callable[[], Mapping[str, Any]]) -> None:
-        """Asks nothing."""
-
-    def proposed(self, action: str, ungrounded: Sequence[str]) -> None:
-        """Counts nothing."""
-
-    def scored(self, score: float) -> None:
-        """Counts nothing."""
-
-    def row_lost(self, table: str) -> None:
-        """Counts nothing."""
-
-    def call_started(self, call: ModelCall) -> None:
-        """Counts nothing."""
-
-    def call_finished(self, call: ModelCall) -> None:
-        """Counts nothing."""
+class NoMetrics(MetricsSink):
+    """Counts nothing."""
 
 
-class Metrics:
-    """Counts and measures, and writes it all in Prometheus' text format."""
+class Metrics(MetricsSink):
+    """The metrics of one sidecar."""
 
-    def __init__(self) -> None:
-        # A process-wide switch: a time beside every counter would double what is scraped.
+    def __init__(self, *, tables: Sequence[str], fields: Sequence[str]) -> None:
+        """Defines every metric.
+
+        Args:
+            tables: the values that `row_lost` takes.
+            fields: the ungrounded fields that `proposed` takes.
+        """
+        # A process-wide switch: a creation time for each counter would double the output.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
-        self._parts = PartsCollector()
-        self._registry.register(self._parts)
+        self._state = HealthCollector()
+        self._registry.register(self._state)
         self._define_calls()
-        self._define_proposals()
-        self._define_rows()
+        self._define_proposals(fields)
+        self._define_rows(tables)
         self._define_http()
 
     def watch(self, health: Callable[[], Mapping[str, Any]]) -> None:
-        """Takes what `Sidecar.health` returns as the state of the parts from now on."""
-        self._parts.health = health
+        """Sets the function that returns the state of the parts: `Health.report`."""
+        self._state.health = health
 
     def render(self) -> bytes:
         """Everything in Prometheus' text format, version 0.0.4."""
@@ -139,10 +119,10 @@ class Metrics:
         self._rows_lost.labels(table).inc()
 
     def call_started(self, call: ModelCall) -> None:
-        """Nothing: what runs and waits is read from the hosts."""
+        """Counts nothing: the models report how many calls run and wait."""
 
     def call_finished(self, call: ModelCall) -> None:
-        """Counts the call and, as far as it got, its times and tokens."""
+        """Counts the call, its tokens and the times that it reached."""
         model = call.model
         self._prompt_tokens.labels(model).inc(call.prompt_tokens)
         self._cached_tokens.labels(model).inc(call.cached_tokens)
@@ -164,10 +144,10 @@ class Metrics:
         """An HTTP request was answered.
 
         Args:
-            method: of any client's invention.
+            method: the request's method; it can be any text.
             status: of the response.
-            handler: the route's template, or `none` where the request met no route.
-            seconds: until the response began.
+            handler: the route's template, or `none` without a route.
+            seconds: until the response started.
         """
         method = known_method(method)
         self._requests.labels(method, f"{status // 100}xx", handler).inc()
@@ -215,7 +195,7 @@ class Metrics:
             error=_ERRORS,
         )
 
-    def _define_proposals(self) -> None:
+    def _define_proposals(self, fields: Sequence[str]) -> None:
         self._proposals = Counter(
             "sidecar_proposals",
             "Valid proposals by their action.",
@@ -230,7 +210,7 @@ class Metrics:
             ["field"],
             registry=self._registry,
         )
-        for field in FIELDS:
+        for field in fields:
             self._ungrounded.labels(field)
         self._scores = Histogram(
             "sidecar_hermes_score",
@@ -239,14 +219,14 @@ class Metrics:
             registry=self._registry,
         )
 
-    def _define_rows(self) -> None:
+    def _define_rows(self, tables: Sequence[str]) -> None:
         self._rows_lost = Counter(
             "sidecar_database_rows_lost",
             "Rows of runs, proposals and scores that could not be stored.",
             ["table"],
             registry=self._registry,
         )
-        for table in _LOSABLE_TABLES:
+        for table in tables:
             self._rows_lost.labels(table)
 
     def _define_http(self) -> None:
@@ -271,8 +251,10 @@ class Metrics:
         return made
 
     def _counter(self, name: str, text: str, **label: tuple[str, ...]) -> Counter:
-        """A counter by model and one more label; its series are there from the start, as a rate
-        does not see the step from nothing to one."""
+        """A counter by model and at most one more label.
+
+        Every series exists from the start, because a rate does not see the step from nothing to 1.
+        """
         made = Counter(name, text, ["model", *label], registry=self._registry)
         for model in MODELS:
             for value in next(iter(label.values()), (None,)):

@@ -1,4 +1,4 @@
-"""The page of a profile: pyinstrument's, with a table of the model calls above it."""
+"""The HTML page of a profile: pyinstrument's page below a table of the model calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyinstrument.session import Session
 from llm_sidecar.telemetry.calls import ModelCall
 
 _OUTSIDE: Final = re.compile(r"https://fonts\.googleapis\.com/[^\"'`\s<>\\]*")
-"""The page works without the fonts that pyinstrument's would fetch."""
+"""Fonts that pyinstrument's page loads; it works without them."""
 _OWN: Final = re.compile("<(script|style)>")
 _COLUMNS: Final = ("model", "operation", "queue", "prefill", "decode", "total", "tokens", "outcome")
 _STYLE: Final = """<style>
@@ -22,7 +22,7 @@ body { display: flex; flex-direction: column; height: 100vh }
 #model-calls td, #model-calls th { padding-right: 24px; text-align: left }
 #app { flex: 1; position: relative; transform: translate(0) }
 </style>"""
-"""The transform keeps what pyinstrument fixes to the window within the rest of it."""
+"""The transform makes elements that pyinstrument fixes to the window fixed to `#app` instead."""
 
 
 def render(heading: str, calls: Sequence[ModelCall], session: Session, nonce: str = "") -> str:
@@ -30,9 +30,9 @@ def render(heading: str, calls: Sequence[ModelCall], session: Session, nonce: st
 
     Args:
         heading: one line about the request.
-        calls: of models that the request made; times in seconds.
+        calls: the request's model calls.
         session: the samples.
-        nonce: allows the page's scripts and style sheets in the content security policy.
+        nonce: of the content security policy, for the page's scripts and style sheets.
     """
     session.target_description = heading
     page = _OUTSIDE.sub("", HTMLRenderer().render(session))
@@ -43,7 +43,7 @@ def render(heading: str, calls: Sequence[ModelCall], session: Session, nonce: st
 
 def _table(calls: Sequence[ModelCall]) -> str:
     if not calls:
-        return "<p>No model was asked.</p>"
+        return "<p>No model was called.</p>"
     rows = "".join(_row("td", _cells(call)) for call in calls)
     return f"<table>{_row('th', _COLUMNS)}{rows}</table>"
 

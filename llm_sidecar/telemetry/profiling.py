@@ -1,4 +1,4 @@
-"""Profiles of requests: where the event loop spent its time, and where each model call did.
+"""Profiles of requests: where the event loop and each model call spent their time.
 
     profiling = Profiling()
     profiling.install(app)
@@ -18,24 +18,25 @@ from typing import TYPE_CHECKING, Final
 from pyinstrument import Profiler
 from pyinstrument.session import Session
 
+from llm_sidecar.telemetry.asgi import TrackedSend, is_observed, route_path
+from llm_sidecar.telemetry.base import Instrument
 from llm_sidecar.telemetry.calls import ModelCall
-from llm_sidecar.telemetry.instruments import Instrument
-from llm_sidecar.telemetry.paths import is_observed, route_path
 from llm_sidecar.telemetry.profile_page import render
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 _STREAMS: Final = "/stream/"
 """Prefix of the paths of streams. A stream can last for days, and its samples would fill memory."""
 
 _INTERVAL: Final = 0.01
-"""Seconds between two samples, of which each costs every request of the moment some time."""
+"""Seconds between two samples. Each sample delays every running request."""
 _PER_SECOND: Final = 0.1
 _AT_ONCE: Final = 3.0
-"""Requests that are profiled, in the long run and at once: samples cost some percent of a core, and
-under load the latest profile is as good as any."""
+"""Requests that are profiled per second, in the long run and at once. Sampling takes a few percent
+of a core, and under load any profile is as good as another."""
+_NO_RESPONSE: Final = 500
 
 _CALLS: ContextVar[list[ModelCall] | None] = ContextVar("profiled_calls", default=None)
 
@@ -45,19 +46,19 @@ class Profile:
     """One profiled request.
 
     Attributes:
-        began: when it came in.
-        method: of HTTP.
+        began: when the request arrived.
+        method: its HTTP method.
         route: the template of its path.
-        status: that it was answered with; 500 where it was not.
-        seconds: from its beginning to the end of its answer.
-        calls: of models, in the order in which they ended.
+        status: of its response; 500 without a response.
+        seconds: until the response was complete.
+        calls: its model calls, in the order in which they ended.
         session: the samples of the event loop's thread.
     """
 
     began: datetime.datetime
     method: str
     route: str = ""
-    status: int = 500
+    status: int = _NO_RESPONSE
     seconds: float = 0.0
     calls: list[ModelCall] = field(default_factory=list)
     session: Session | None = None
@@ -85,15 +86,15 @@ class Profiling(Instrument):
         self._replenished = time.monotonic()
 
     def install(self, app: FastAPI) -> None:
-        """Profiles requests, and lets routes find the profiles at `app.state.profiles`."""
+        """Adds the middleware, and sets `app.state.profiles` for the route that shows them."""
         app.state.profiles = self
         app.add_middleware(_ProfileRequests, profiling=self)
 
     def latest(self, path: str | None = None) -> Profile | None:
-        """The latest profile, of one route or of any, or None.
+        """The latest profile, or None.
 
         Args:
-            path: the template of the route, with or without its trailing slash.
+            path: the template of a route, with or without its trailing slash; None for any route.
         """
         if path is not None:
             return self._profiles.get(_key(path))
@@ -111,19 +112,19 @@ class Profiling(Instrument):
         return True
 
     def keep(self, profile: Profile) -> None:
-        """Replaces the latest of its route, and is the latest of all."""
+        """Keeps the profile as the latest of its route and the latest of all."""
         self._profiles.pop(_key(profile.route), None)
         self._profiles[_key(profile.route)] = profile
 
     def call_finished(self, call: ModelCall) -> None:
-        """Adds the call to the profile of the request that it belongs to."""
+        """Adds the call to the profile of its request."""
         calls = _CALLS.get()
         if calls is not None:
             calls.append(call)
 
 
 class _ProfileRequests:
-    """ASGI middleware that profiles requests, each in a context of its own."""
+    """ASGI middleware that profiles requests."""
 
     def __init__(self, app: ASGIApp, profiling: Profiling) -> None:
         self._app = app
@@ -135,24 +136,20 @@ class _ProfileRequests:
             return
         profile = Profile(datetime.datetime.now(datetime.UTC), scope["method"])
         began = time.monotonic()
-
-        async def send_and_note(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                profile.status = message["status"]
-            await send(message)
-
+        response = TrackedSend(send)
         token = _CALLS.set(profile.calls)
-        # Awaited work is followed into the tasks it starts, whose contexts are copies of this one.
+        # It also samples the tasks that the request starts: their contexts are copies of this one.
         profiler = Profiler(_INTERVAL, async_mode="enabled")
         profiler.start()
         try:
-            await self._app(scope, receive, send_and_note)
+            await self._app(scope, receive, response)
         finally:
             profile.session = profiler.stop()
+            profile.status = response.status or _NO_RESPONSE
             profile.seconds = time.monotonic() - began
             _CALLS.reset(token)
             route = getattr(scope.get("route"), "path", None)
-            # What matches no route has no bounded name, and nothing to look at.
+            # A path without a route has no bounded name, and there is nothing to profile.
             if route is not None:
                 profile.route = route
                 self._profiling.keep(profile)

@@ -1,11 +1,11 @@
-"""Sentry: unexpected errors and the deaths of workers, and nothing that anybody sent or wrote.
+"""Sentry: unexpected errors and the deaths of workers, without any text of a request or a model.
 
     sentry = Sentry("https://key@sentry.example/1", "production", 0.0)
     sentry.install(app)
     sentry.start()
 
-An event is built from what is allowed (`telemetry.sentry_events`), so that whatever a newer SDK
-adds to it stays here. Errors of `llm_sidecar.errors` are answers, not events.
+An event is built from a list of what is allowed (`telemetry.sentry_events`), so that nothing leaves
+the process that a newer SDK adds. Errors of `llm_sidecar.errors` are answers, not events.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Final
 import sentry_sdk
 from sentry_sdk.utils import event_from_exception
 
+from llm_sidecar.telemetry.asgi import is_observed, known_method
+from llm_sidecar.telemetry.base import Instrument
 from llm_sidecar.telemetry.calls import ModelCall, WorkerDeath
-from llm_sidecar.telemetry.instruments import Instrument, known_method
-from llm_sidecar.telemetry.paths import is_observed
 from llm_sidecar.telemetry.sentry_events import allowed
 
 if TYPE_CHECKING:
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 FLUSH_TIMEOUT: Final = 1.0
-"""Seconds that the last events may hold up the shutdown."""
+"""Seconds that the last events may delay the shutdown."""
 
 
 @dataclass(slots=True)
 class _Request:
-    """What is known of the request that is served."""
+    """The running request, and the model call that it waits for or has made last."""
 
     request_id: str
     call: ModelCall | None = None
@@ -51,8 +51,8 @@ class Sentry(Instrument):
         """Connects to nothing.
 
         Args:
-            dsn: where to, a secret.
-            environment: as Sentry names it, or None.
+            dsn: the address of the project; a secret.
+            environment: Sentry's name of the deployment, or None.
             traces_sample_rate: share of requests whose duration is reported, from 0 to 1.
         """
         self._dsn = dsn
@@ -61,13 +61,13 @@ class Sentry(Instrument):
         self._release = ""
 
     def install(self, app: FastAPI) -> None:
-        """Sees the errors that nothing inside of the app has answered."""
+        """Adds the middleware that reports errors."""
         self._release = f"osiris-llm-sidecar@{app.version}"
         traced = self._sample_rate > 0
         app.add_middleware(_ReportErrors, transaction=_transaction if traced else _no_transaction)
 
     def start(self) -> None:
-        """Starts the SDK without any of its integrations: they read requests, logs and argv."""
+        """Starts the SDK without its integrations, which read requests, logs and arguments."""
         sentry_sdk.init(
             self._dsn,
             environment=self._environment,
@@ -91,7 +91,7 @@ class Sentry(Instrument):
         await asyncio.to_thread(sentry_sdk.get_client().close, FLUSH_TIMEOUT)
 
     def call_started(self, call: ModelCall) -> None:
-        """Remembers which model the request is at."""
+        """Notes the call, so that an error names its model."""
         if (request := _REQUEST.get()) is not None:
             request.call = call
 
@@ -108,7 +108,7 @@ class Sentry(Instrument):
             child.finish(end_timestamp=call.queued_unix + call.finished - call.queued)
 
     def worker_died(self, death: WorkerDeath) -> None:
-        """Reports the death, and which request it cost."""
+        """Reports the death, with the id of a request that the worker was serving."""
         request = None if death.call is None else death.call.context.get(_REQUEST)
         tags = {
             "model": death.model,
@@ -125,7 +125,7 @@ class Sentry(Instrument):
 
 
 class _ReportErrors:
-    """ASGI middleware that reports what it lets through."""
+    """ASGI middleware that reports each exception and raises it again."""
 
     def __init__(self, app: ASGIApp, transaction: Any) -> None:
         self._app = app
@@ -149,7 +149,7 @@ class _ReportErrors:
 
 @contextlib.contextmanager
 def _transaction(scope: Scope) -> Iterator[None]:
-    """Measures a request under the name of its route, never of its path."""
+    """Measures a request under the name of its route; a path can hold anything."""
     if not is_observed(scope):
         yield
         return

@@ -1,7 +1,7 @@
-"""What of a Sentry event may leave the process.
+"""Which parts of a Sentry event may leave the process.
 
-Allowed is what this code base wrote (names, places, lines of source) and the tags; an exception is
-its type and where it was raised, as its text and its variables may quote a prompt.
+Names, locations and lines of our source may, and tags. Of an exception, its type and its stack
+trace may; its text and its variables may quote a prompt.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SPAN: Final = (*_TRACE, "description", "start_timestamp", "timestamp")
 
 
 def allowed(event: Event, hint: Hint) -> Event:
-    """A new event of the allowed parts."""
+    """A new event with only the allowed parts."""
     kept: dict[str, Any] = _pick(event, _EVENT)
     kept["contexts"] = {"trace": _pick(event.get("contexts", {}).get("trace", {}), _TRACE)}
     if "exception" in event:

@@ -1,4 +1,4 @@
-"""A span exporter that says once when its endpoint is away, and lets no text of a request out."""
+"""A span exporter that logs an outage once, and removes every text of a request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RETRY_AFTER: Final = 5.0
 """Seconds after a failed delivery in which spans are dropped without another try."""
 
 _SDK_LOGGERS: Final = ("opentelemetry.exporter", "opentelemetry.sdk._shared_internal")
-"""What writes a line or more for every failed delivery."""
+"""Loggers that write at least one line for every failed delivery."""
 _TEXTS: Final = frozenset({"exception.message", "exception.stacktrace"})
 _SENT: Final = frozenset(
     {
@@ -28,21 +28,21 @@ _SENT: Final = frozenset(
         *("http.user_agent", "user_agent.original"),
     }
 )
-"""Attributes of a request's address and headers, by their old and new names in OpenTelemetry's
-conventions; `http.route` says enough."""
+"""Attributes with a request's address and headers, by their old and new names in OpenTelemetry's
+conventions. `http.route` stays."""
 
 
 class CarefulExporter(SpanExporter):
-    """Delivers through another exporter.
+    """Wraps another exporter.
 
     Args:
         exporter: delivers within a short timeout.
-        endpoint: where to; the log names its host.
+        endpoint: its URL, whose host the log names.
     """
 
     def __init__(self, exporter: SpanExporter, endpoint: str) -> None:
         self._exporter = exporter
-        self._place = urlsplit(endpoint).netloc.rpartition("@")[2]
+        self._host = urlsplit(endpoint).netloc.rpartition("@")[2]
         self._failing = False
         self._not_before = 0.0
         for name in _SDK_LOGGERS:
@@ -57,22 +57,22 @@ class CarefulExporter(SpanExporter):
         return result
 
     def shutdown(self) -> None:
-        """Ends a retry that is under way."""
+        """Ends a running retry."""
         self._exporter.shutdown()
 
     def _note(self, delivered: bool) -> None:
         if delivered and self._failing:
-            log.info("traces are delivered to %s again", self._place)
+            log.info("traces are delivered to %s again", self._host)
         elif not delivered and not self._failing:
-            log.warning("traces are lost until %s takes them", self._place)
+            log.warning("traces are lost until %s accepts them", self._host)
         self._failing = not delivered
         if not delivered:
             self._not_before = time.monotonic() + RETRY_AFTER
 
 
 def scrubbed(span: ReadableSpan) -> ReadableSpan:
-    """The span without what may quote a request: its address and headers, the `tracestate` of its
-    caller, and the texts of exceptions."""
+    """A copy of the span without anything that may quote a request: its address and headers, the
+    caller's `tracestate`, and the texts of exceptions."""
     context = span.context
     if context is not None:
         context = SpanContext(

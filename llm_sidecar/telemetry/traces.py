@@ -8,7 +8,7 @@
 
 Model calls follow the conventions for generative AI
 (https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/), without any content: no prompt,
-no completion, no query string and no exception's text leaves this process.
+no completion, no query string and no text of an exception leaves this process.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, format_trace_id
 
+from llm_sidecar.telemetry.asgi import TrackedSend, is_observed
+from llm_sidecar.telemetry.base import Instrument
 from llm_sidecar.telemetry.calls import ModelCall, Operation
-from llm_sidecar.telemetry.instruments import Instrument
-from llm_sidecar.telemetry.paths import is_observed
 from llm_sidecar.telemetry.span_exporter import CarefulExporter
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 QUEUE_SPANS: Final = 2048
-"""Spans that wait to be delivered; beyond it the oldest is dropped."""
+"""Maximum number of spans that wait to be delivered; then the oldest is dropped."""
 DELIVERY_INTERVAL: Final = 1.0
-"""Seconds between two deliveries."""
+"""Seconds between deliveries."""
 REQUEST_TIMEOUT: Final = 2.0
-"""Seconds an endpoint has to take one delivery, retries included."""
+"""Seconds that one delivery may take, retries included."""
 FLUSH_TIMEOUT: Final = 1.0
 """Seconds that the last delivery may hold up the shutdown."""
 OPERATIONS: Final[dict[Operation, str]] = {"generate": "chat", "score_choices": "score"}
@@ -68,7 +68,7 @@ class Traces(Instrument):
             service_name: `service.name` of every span.
         """
         self._endpoint = f"{endpoint.rstrip('/')}/v1/traces"
-        # The conventions' variables for resource attributes and for the sampler hold as well.
+        # OpenTelemetry's own variables for resource attributes and for the sampler also apply.
         self._provider = TracerProvider(
             resource=Resource.create({"service.name": service_name}), shutdown_on_exit=False
         )
@@ -89,7 +89,7 @@ class Traces(Instrument):
         app.add_middleware(_RecordErrors)
 
     def start(self) -> None:
-        """Delivers from now on, names the trace in log lines and in a `traceresponse` header."""
+        """Starts to deliver, and adds the trace's id to log lines and a `traceresponse` header."""
         exporter = OTLPSpanExporter(self._endpoint, timeout=REQUEST_TIMEOUT)
         self._provider.add_span_processor(
             BatchSpanProcessor(
@@ -107,13 +107,13 @@ class Traces(Instrument):
         """Delivers what is left, unless the endpoint takes too long."""
         self._redis.uninstrument()
         set_global_response_propagator(None)  # type: ignore[no-untyped-call]
-        # A thread that nobody waits for any further: the SDK's own shutdown takes up to 30 s.
+        # Not waited for any longer: the SDK's own shutdown takes up to 30 s.
         flushing = threading.Thread(target=self._provider.shutdown, daemon=True)
         flushing.start()
         await asyncio.to_thread(flushing.join, FLUSH_TIMEOUT)
 
     def call_finished(self, call: ModelCall) -> None:
-        """Writes the call's span, under that of the request."""
+        """Adds the call's span as a child of the request's span."""
         operation = OPERATIONS[call.operation]
         span = self._tracer.start_span(
             f"{operation} {call.model}",
@@ -160,17 +160,11 @@ class _RecordErrors:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
+        response = TrackedSend(send)
         try:
-            await self._app(scope, receive, send_and_note)
+            await self._app(scope, receive, response)
         except Exception as error:
-            if not begun:
+            if not response.started:
                 span = trace.get_current_span()
                 span.record_exception(error)
                 span.set_status(Status(StatusCode.ERROR))
@@ -193,7 +187,7 @@ class TraceIdFilter(logging.Filter):
 
 
 def _outcome(call: ModelCall) -> dict[str, Any]:
-    """What is known only afterwards."""
+    """The attributes that are known only when the call has finished."""
     attributes = {
         "gen_ai.response.model": call.served_by,
         "gen_ai.usage.input_tokens": call.prompt_tokens or None,
@@ -211,6 +205,6 @@ def _unix_ns(call: ModelCall, moment: float) -> int:
 
 
 def _name_channel(span: Span, client: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """The channel only: what follows it is the payload."""
+    """Adds the channel of a publish, without the payload that follows it."""
     if args[0] == "PUBLISH" and span.is_recording():
         span.set_attribute("messaging.destination.name", str(args[1]))

@@ -15,6 +15,7 @@ from typing import Annotated, Final
 
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter
 
+from llm_sidecar.errors import DeadlineExceeded, InvalidRequest, QueueFull, SidecarError
 from llm_sidecar.input_model import InputModel
 from llm_sidecar.tts.reference import MAX_REFERENCE_BYTES
 
@@ -136,6 +137,13 @@ class Failure(_Message):
     error: str = Field(max_length=1000)
     status: int = 503
 
+
+STATUSES: Final[dict[type[SidecarError], int]] = {
+    InvalidRequest: 422,
+    QueueFull: 429,
+    DeadlineExceeded: 504,
+}
+"""`Failure.status` of each kind of error; 503 of all others."""
 
 Answer = Part | End | Failure
 

@@ -17,7 +17,6 @@ from pydantic import ValidationError
 from llm_sidecar.errors import (
     DeadlineExceeded,
     InvalidRequest,
-    QueueFull,
     SidecarError,
     VoiceUnavailable,
 )
@@ -31,6 +30,7 @@ from llm_sidecar.tts.messages import (
     ANSWER,
     LONGEST_ANNOUNCEMENT,
     LONGEST_ANSWER,
+    STATUSES,
     Announcement,
     Answer,
     Cancellation,
@@ -313,8 +313,8 @@ class RemoteVoice:
 
 
 def _error(failure: Failure) -> SidecarError:
-    kinds = {kind.status: kind for kind in (InvalidRequest, QueueFull, DeadlineExceeded)}
-    kind: type[SidecarError] = kinds.get(failure.status, VoiceUnavailable)
+    kinds = {status: kind for kind, status in STATUSES.items()}
+    kind = kinds.get(failure.status, VoiceUnavailable)
     return kind(failure.error, retry_after=None if kind is InvalidRequest else RETRY_AFTER)
 
 

@@ -21,6 +21,7 @@ from llm_sidecar.tts.messages import (
     ANNOUNCED,
     INCOMING,
     LONGEST_REQUEST,
+    STATUSES,
     Announcement,
     Answer,
     Cancellation,
@@ -200,7 +201,9 @@ class SpeechWorker:
 
     async def _fail(self, request: ReplyTo, error: SidecarError) -> None:
         failure = Failure(
-            request_id=request.request_id, error=error.detail[:1000], status=error.status
+            request_id=request.request_id,
+            error=error.detail[:1000],
+            status=STATUSES.get(type(error), 503),
         )
         with contextlib.suppress(_NotSent):
             await self._send(request, failure)

@@ -1,11 +1,12 @@
-"""Operations: adapters."""
+"""The adapter in use."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter
 
-from osiris.http import CurrentSidecar, endpoint
-from osiris.schemas import AdapterChoice, AdapterSwapped
+from osiris.dependencies import CurrentSidecar
+from osiris.endpoint import endpoint
+from osiris.schemas.adapters import AdapterChoice, AdapterSwapped
 
 router = APIRouter(tags=["operations"])
 

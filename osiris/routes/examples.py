@@ -8,8 +8,9 @@ from fastapi import APIRouter, Query
 
 from llm_sidecar.errors import InvalidRequest
 from llm_sidecar.input_model import QueryInteger, Text
-from osiris.http import CurrentSidecar, endpoint
-from osiris.schemas import ExampleInUse, Examples
+from osiris.dependencies import CurrentSidecar
+from osiris.endpoint import endpoint
+from osiris.schemas.examples import ExampleInUse, Examples
 
 router = APIRouter(tags=["feedback"])
 

@@ -18,9 +18,10 @@ from llm_sidecar.services.example_rules import (
     MAX_TOKENS,
     Outcome,
 )
-from osiris.access import Author
-from osiris.http import CurrentSidecar, check_length, endpoint
-from osiris.schemas import FeedbackRequest, FeedbackStored, FeedbackWithdrawn
+from osiris.dependencies import CurrentSidecar, check_length
+from osiris.endpoint import endpoint
+from osiris.middleware.access import Author
+from osiris.schemas.feedback import FeedbackRequest, FeedbackStored, FeedbackWithdrawn
 
 router = APIRouter(tags=["feedback"])
 

@@ -11,28 +11,21 @@ from llm_sidecar.errors import InvalidRequest
 from llm_sidecar.proposals import Proposal, Proposed
 from llm_sidecar.services.orchestrate import AssessedProposal
 from llm_sidecar.sidecar import Sidecar
-from osiris.http import (
-    CurrentSidecar,
-    check_length,
-    completed,
-    endpoint,
-    generation_headers,
-    result_of,
-    stored_header,
-    unless_gone,
-)
-from osiris.response_headers import GENERATION
-from osiris.schemas import (
+from osiris.dependencies import CurrentSidecar, check_length
+from osiris.disconnects import cancel_on_disconnect
+from osiris.endpoint import endpoint
+from osiris.response_headers import GENERATION, generation_headers, stored_header
+from osiris.schemas.errors import ProposalBadInput, ProposalErrorBody
+from osiris.schemas.generation import (
     MODEL_ID,
     GeneratedText,
     GenerateRequest,
     ModelId,
     PromptRequest,
-    ProposalBadInput,
-    ProposalErrorBody,
     ProposalRequest,
     TradeAdjustment,
 )
+from osiris.streams import completed, result_of
 
 router = APIRouter(tags=["generation"])
 _ERRORS = (422, 429, 503, 504)
@@ -85,7 +78,7 @@ async def generate_hermes(
     """
     check_length(sidecar, body)
     answering = completed(sidecar.judge.chat(body.prompt, body.max_length))
-    completion = await unless_gone(request, answering)
+    completion = await cancel_on_disconnect(request, answering)
     return JSONResponse({"generated_text": completion.text}, headers=generation_headers(completion))
 
 
@@ -111,7 +104,7 @@ async def generate_phi3(
 async def _propose(body: PromptRequest, request: Request, sidecar: Sidecar) -> JSONResponse:
     check_length(sidecar, body)
     proposing = result_of(sidecar.proposer.generate(body.prompt, body.max_length), Proposed)
-    proposed = await unless_gone(request, proposing)
+    proposed = await cancel_on_disconnect(request, proposing)
     return JSONResponse(
         proposed.proposal,
         headers={**generation_headers(proposed.completion), "X-Grounded": proposed.grounded},
@@ -142,7 +135,7 @@ async def propose_trade_adjustments(
     """
     check_length(sidecar, body)
     running = sidecar.orchestrator.propose(body.prompt, body.max_length)
-    result = await unless_gone(request, result_of(running, AssessedProposal))
+    result = await cancel_on_disconnect(request, result_of(running, AssessedProposal))
     return JSONResponse(
         {
             "transaction_id": str(result.transaction_id),

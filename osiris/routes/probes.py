@@ -10,9 +10,9 @@ from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from llm_sidecar.sidecar import Sidecar
-from osiris.access import caller
-from osiris.health_schemas import Health, HealthSummary, Probe
-from osiris.http import endpoint
+from osiris.endpoint import endpoint
+from osiris.middleware.access import caller
+from osiris.schemas.health import Health, HealthSummary, Probe
 
 _JSON: Final = "application/json"
 

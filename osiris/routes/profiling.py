@@ -10,7 +10,7 @@ from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import HTMLResponse
 
 from llm_sidecar.input_model import Text
-from osiris.http import endpoint
+from osiris.endpoint import endpoint
 
 router = APIRouter(tags=["operations"])
 _CONTENT_SECURITY_POLICY: Final = (

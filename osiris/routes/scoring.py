@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from osiris.http import CurrentSidecar, check_length, endpoint, stored_header, unless_gone
-from osiris.schemas import Score, ScoreRequest
+from osiris.dependencies import CurrentSidecar, check_length
+from osiris.disconnects import cancel_on_disconnect
+from osiris.endpoint import endpoint
+from osiris.response_headers import stored_header
+from osiris.schemas.scoring import Score, ScoreRequest
 
 router = APIRouter(tags=["scoring"])
 
@@ -29,6 +32,6 @@ async def score_hermes(
     `X-Stored: false` means that it could not be stored.
     """
     check_length(sidecar, body)
-    result = await unless_gone(request, sidecar.judge.score(body.proposal, body.context))
+    result = await cancel_on_disconnect(request, sidecar.judge.score(body.proposal, body.context))
     response.headers.update(stored_header(result.stored))
     return Score(proposal_id=result.proposal_id, score=result.score)

@@ -1,4 +1,4 @@
-"""Text to speech, and a stream of what all sidecars on the event bus speak."""
+"""Text to speech, and a stream of the speech of all sidecars on the event bus."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.tts.listeners import Backlog
 from llm_sidecar.tts.reference import read_reference
 from llm_sidecar.tts.speaker import Spoken
-from osiris.http import CurrentSidecar, check_length, endpoint, unless_gone
-from osiris.schemas import SpeakRequest
+from osiris.dependencies import CurrentSidecar, check_length
+from osiris.disconnects import cancel_on_disconnect
+from osiris.endpoint import endpoint
+from osiris.schemas.speech import SpeakRequest
 
 router = APIRouter(tags=["speech"])
 
@@ -71,7 +73,7 @@ async def speak(body: SpeakRequest, request: Request, sidecar: CurrentSidecar) -
     cannot imitate.
     """
     check_length(sidecar, body)
-    spoken = await unless_gone(request, _speak(sidecar, body))
+    spoken = await cancel_on_disconnect(request, _speak(sidecar, body))
     headers = {"X-Voice": spoken.voice}
     if body.ref_wav_b64 is not None and not spoken.cloned:
         headers["X-Voice-Reference"] = "ignored"
@@ -88,7 +90,7 @@ async def _speak(sidecar: Sidecar, body: SpeakRequest) -> Spoken:
 
 
 async def _backlog(request: Request, sidecar: CurrentSidecar) -> AsyncIterator[Backlog | None]:
-    """The WAVs from before the response begins until it has ended.
+    """Collects WAVs from before the response starts until it has ended.
 
     None for a HEAD request, which opens no stream.
     """

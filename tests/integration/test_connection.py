@@ -1,5 +1,4 @@
-"""Connections within limits, over real sockets: what clients send, how long they take, and how many
-they are."""
+"""The limits of connections, over real sockets: sizes, times and numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +19,8 @@ from uvicorn.server import ServerState
 
 from llm_sidecar.settings import Settings
 from osiris import connection
-from osiris.connection import MAX_HEAD_BYTES, limit_connections
+from osiris.connection import limit_connections
+from osiris.http_parser import MAX_HEAD_BYTES
 
 GET = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"
 POST = b"POST /speak HTTP/1.1\r\nHost: x\r\n"
@@ -29,7 +29,7 @@ LARGE = 24 << 20
 
 
 def on_uvloop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """The loop that serves: its transports are not asyncio's."""
+    """Runs a test on uvloop, as the server does; its transports differ from asyncio's."""
 
     @functools.wraps(test)
     def run(*args: Any, **arguments: Any) -> None:
@@ -43,10 +43,10 @@ class Served:
 
     Attributes:
         state: uvicorn's, with the open connections.
-        draining: what the app says of itself.
+        draining: whether the server drains.
         held: connections that stay open until the end.
         release: ends the requests for `/wait`.
-        cancelled: set when a client of `/wait` is gone.
+        cancelled: set when a client of `/wait` has disconnected.
     """
 
     def __init__(self) -> None:
@@ -59,8 +59,11 @@ class Served:
         self.held: list[asyncio.StreamWriter] = []
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers with the path and the length of the body, `/large` with many bytes, `/refuse`
-        without reading the body, `/wait` once it is released, and `/endless` without an end."""
+        """Answers with the path and the length of the body.
+
+        `/large` answers with many bytes, `/refuse` without reading the body, `/wait` once it is
+        released, and `/endless` with an endless stream.
+        """
         body, status = b"", 200
         if scope["path"] == "/refuse":
             status = 401
@@ -80,20 +83,20 @@ class Served:
         await send({"type": "http.response.body", "body": answer})
 
     async def _stream(self, receive: Receive, send: Send) -> None:
-        gone = asyncio.ensure_future(receive())
+        disconnected = asyncio.ensure_future(receive())
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        while not gone.done():
+        while not disconnected.done():
             await send({"type": "http.response.body", "body": bytes(1 << 16), "more_body": True})
             await asyncio.sleep(0)
         self.cancelled.set()
 
     async def _wait(self, receive: Receive) -> None:
-        gone = asyncio.ensure_future(receive())
+        disconnected = asyncio.ensure_future(receive())
         released = asyncio.ensure_future(self.release.wait())
-        await asyncio.wait({gone, released}, return_when=asyncio.FIRST_COMPLETED)
-        if gone.done():
+        await asyncio.wait({disconnected, released}, return_when=asyncio.FIRST_COMPLETED)
+        if disconnected.done():
             self.cancelled.set()
-        for task in (gone, released):
+        for task in (disconnected, released):
             task.cancel()
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -215,7 +218,7 @@ TOO_LONG = {
 
 
 @on_uvloop
-async def test_a_head_of_64_kib_is_served_and_no_longer_one() -> None:
+async def test_headers_of_64_kib_are_served_and_longer_ones_refused() -> None:
     async with serve() as served:
         assert (await ask(served, head_of(MAX_HEAD_BYTES)))[0] == 200
         status, headers, body = await ask(served, head_of(MAX_HEAD_BYTES + 1))
@@ -383,7 +386,7 @@ async def test_incomplete_headers_get_408_however_they_arrive(earlier: bytes) ->
 
 
 @on_uvloop
-async def test_the_rest_of_an_unneeded_body_is_not_waited_for() -> None:
+async def test_the_server_does_not_wait_for_the_rest_of_an_unneeded_body() -> None:
     async with serve(limits={"header_timeout": 0.3}) as served:
         reader, writer = await served.connect()
         writer.write(b"POST /refuse HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
@@ -434,7 +437,7 @@ async def test_probes_get_through_a_flood_of_silent_connections() -> None:
         assert len(served.state.connections) <= 5 + 64
 
 
-def test_silence_beyond_the_limit_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reserved_connection_has_less_time_to_send(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "_RESERVED_SECONDS", 0.1)
 
     async def run() -> None:
@@ -497,9 +500,26 @@ async def test_while_it_drains_each_answer_is_the_last_of_its_connection(path: b
         writer.close()
 
 
+@on_uvloop
+async def test_while_it_drains_a_client_that_sends_a_body_gets_its_refusal() -> None:
+    async with serve() as served:
+        served.draining = True
+        reader, writer = await served.connect()
+        writer.write(b"POST /refuse HTTP/1.1\r\nHost: x\r\nContent-Length: 600000\r\n\r\n")
+        # The answer comes before the body, which must not be answered with a reset.
+        assert (await answer(reader))[1]["connection"] == "close"
+        for _ in range(6):
+            writer.write(b"x" * 100_000)
+            await writer.drain()
+            await asyncio.sleep(0.01)
+        async with asyncio.timeout(10):
+            assert await reader.read() == b""
+        writer.close()
+
+
 @pytest.mark.parametrize("where", ["127.0.0.1", "::1", "unix"])
 @on_uvloop
-async def test_a_client_that_says_it_sends_no_more_gets_its_answer(
+async def test_a_client_that_closes_its_sending_side_gets_its_answer(
     where: str, tmp_path: Path
 ) -> None:
     async with serve(str(tmp_path / "socket") if where == "unix" else where) as served:
@@ -507,7 +527,7 @@ async def test_a_client_that_says_it_sends_no_more_gets_its_answer(
         writer.write(b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n")
         writer.write_eof()
         await served.started.wait()
-        await asyncio.sleep(0.3)  # time in which a client that is gone would be noticed
+        await asyncio.sleep(0.3)  # long enough to notice a disconnected client
         assert not served.cancelled.is_set()
         served.release.set()
         status, headers, body = await answer(reader)

@@ -1,4 +1,4 @@
-"""What a running server says of itself: a client generated from its document, and `/docs`."""
+"""A client generated from the OpenAPI document, and `/docs`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
-from osiris.health_schemas import Health
+from osiris.schemas.health import Health
 from tests.live_server import LiveServer, serve
 
 KEY = "a-key-of-the-tests-0123"
@@ -29,7 +29,7 @@ PROPOSAL = {"ticker": "AAPL", "action": "pass", "confidence": 0.5, "rationale": 
 GENERATOR = str(Path(sys.executable).parent / "openapi-python-client")
 PACKAGE = "generated_client_of_the_tests"
 OPTIONS = {
-    # The generated code need not be pretty, and the generator knows only one name for bytes.
+    # Without formatting. The generator knows only this media type for bytes.
     "post_hooks": [],
     "content_type_overrides": {"audio/wav": "application/octet-stream"},
 }
@@ -59,7 +59,7 @@ def guarded(
 
 @pytest.fixture(scope="module")
 def generated(guarded: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The package that the generator writes from the served document, without a warning."""
+    """The package that the generator writes from the served document; a warning is an error."""
     folder = tmp_path_factory.mktemp("client")
     (folder / "options.json").write_text(json.dumps(OPTIONS))
     command = [
@@ -84,7 +84,7 @@ def models(generated: Any) -> Any:
 
 
 class Operations:
-    """Calls operations by their ids, as the generated client has them."""
+    """Calls operations of the generated client by their ids."""
 
     def __init__(self, client: Any, folder: Path) -> None:
         self.client = client
@@ -113,13 +113,13 @@ def test_every_generated_module_compiles_and_imports(generated: Any) -> None:
         importlib.import_module(module.name)
 
 
-def test_every_operation_is_tried_with_the_generated_client(ask: Operations) -> None:
+def test_every_operation_is_called_with_the_generated_client(ask: Operations) -> None:
     source = Path(__file__).read_text()
     tried = {name for name in ask.names if re.search(rf'ask(\.module)?\(\s*"{name}"', source)}
     assert tried == ask.names
 
 
-def test_it_reads_proposals_and_texts(ask: Operations, models: Any) -> None:
+def test_the_generated_client_reads_proposals_and_texts(ask: Operations, models: Any) -> None:
     request = models.PromptRequest(prompt=PROMPT, max_length=8)
     assert isinstance(ask("generate_hermes", body=request).generated_text, str)
     request = models.GenerateRequest(prompt=PROMPT)
@@ -136,13 +136,15 @@ def test_it_reads_proposals_and_texts(ask: Operations, models: Any) -> None:
     assert walked.transaction_id.version == 4
 
 
-def test_it_scores(ask: Operations, models: Any) -> None:
+def test_the_generated_client_scores(ask: Operations, models: Any) -> None:
     body = models.ScoreRequest(models.ScoreRequestProposal.from_dict(PROPOSAL), context=PROMPT)
     score = ask("score_hermes", body=body)
     assert 0 <= score.score <= 1
 
 
-def test_it_sends_lists_and_withdraws_feedback(ask: Operations, models: Any) -> None:
+def test_the_generated_client_sends_lists_and_withdraws_feedback(
+    ask: Operations, models: Any
+) -> None:
     walked = ask("propose_trade_adjustments", body=models.ProposalRequest(prompt=PROMPT))
     body = models.FeedbackRequest.from_dict(
         {
@@ -165,7 +167,7 @@ def test_it_sends_lists_and_withdraws_feedback(ask: Operations, models: Any) -> 
     assert isinstance(missing, models.ErrorBody)
 
 
-def test_it_speaks_and_listens(ask: Operations, models: Any) -> None:
+def test_the_generated_client_speaks_and_listens(ask: Operations, models: Any) -> None:
     listening = ask.module("stream_audio")._get_kwargs()
     with ask.client.get_httpx_client().stream(**listening) as stream:
         body = models.SpeakRequest("Take the profit.")
@@ -174,7 +176,7 @@ def test_it_speaks_and_listens(ask: Operations, models: Any) -> None:
         assert next(line for line in stream.iter_lines() if line.startswith("data: UklGR"))
 
 
-def test_it_reads_states(ask: Operations, models: Any) -> None:
+def test_the_generated_client_reads_states(ask: Operations, models: Any) -> None:
     health = ask("health")
     assert isinstance(health, models.Health)
     assert health.models["phi3"].state is models.ModelHealthState.READY
@@ -187,7 +189,7 @@ def test_it_reads_states(ask: Operations, models: Any) -> None:
     assert 'id="model-calls"' in ask("profile")
 
 
-def test_it_reads_errors(ask: Operations, models: Any) -> None:
+def test_the_generated_client_reads_errors(ask: Operations, models: Any) -> None:
     blank = ask("generate_phi3", body=models.ProposalRequest(prompt=" "))
     assert [entry.loc for entry in blank.detail] == [["body", "prompt"]]
     short = ask("generate_phi3", body=models.ProposalRequest(prompt=PROMPT, max_length=1))
@@ -195,7 +197,7 @@ def test_it_reads_errors(ask: Operations, models: Any) -> None:
 
 
 def test_health_has_the_documented_keys_and_no_others(guarded: LiveServer) -> None:
-    """It is written without validation, so nothing else compares it with its model."""
+    """The server does not validate `/health`, so this test compares it with its model."""
     health = guarded.client.get("/health").json()
     known = Health.model_validate(health, strict=True)
     assert known.model_dump(mode="json") == health
@@ -212,7 +214,7 @@ def browser() -> Iterator[Browser]:
             pytest.fail("chromium is not installed")
         pytest.skip("chromium is not installed")
     with sync_playwright() as playwright:
-        # Root has no sandbox.
+        # Chromium has no sandbox for root.
         args = ["--no-sandbox"] if os.geteuid() == 0 else []
         launched = playwright.chromium.launch(executable_path=executable, args=args)
         yield launched
@@ -245,7 +247,7 @@ def opened(browser: Browser, url: str, **options: Any) -> Iterator[tuple[Page, l
 
 
 def operation(page: Page, tag: str, name: str) -> Locator:
-    """An operation, unfolded and ready to be tried."""
+    """An operation, unfolded and with its form enabled."""
     block = page.locator(f"#operations-{tag}-{name}")
     block.locator(".opblock-summary-control").click()
     block.get_by_role("button", name="Try it out").click()
@@ -253,14 +255,14 @@ def operation(page: Page, tag: str, name: str) -> Locator:
 
 
 def executed(block: Locator, status: int) -> Locator:
-    """The answer to the example that the page offers."""
+    """The answer to the example of the page."""
     block.get_by_role("button", name="Execute").click()
     answer = block.locator("tr.response").first
     expect(answer.locator(".response-col_status")).to_have_text(str(status))
     return answer
 
 
-def test_the_page_needs_no_other_server_and_lets_one_call_with_a_key(
+def test_the_page_loads_nothing_from_other_servers_and_calls_with_a_key(
     guarded: LiveServer, browser: Browser
 ) -> None:
     with opened(browser, f"{guarded.url}/docs") as (page, faults):
@@ -268,7 +270,7 @@ def test_the_page_needs_no_other_server_and_lets_one_call_with_a_key(
         expect(page.locator("h1")).to_contain_text("Osiris LLM sidecar")
         proposing = operation(page, "generation", "propose_trade_adjustments")
         executed(proposing, 401)
-        # A browser reports each answer that is an error.
+        # A browser reports each error answer.
         assert [fault for fault in faults if "401" not in fault] == []
         faults.clear()
         page.get_by_role("button", name="Authorize", exact=True).click()
@@ -277,7 +279,7 @@ def test_the_page_needs_no_other_server_and_lets_one_call_with_a_key(
         page.get_by_role("button", name="Close").first.click()
         expect(executed(proposing, 200)).to_contain_text("phi3_proposal")
         spoken = executed(operation(page, "speech", "speak"), 200)
-        # The sound that has come is played: asking for it again would be a GET.
+        # The page plays the received sound: fetching it again would be a GET.
         expect(spoken.locator("audio source")).to_have_attribute("src", re.compile("^blob:"))
         kept = page.evaluate("[{...localStorage}, {...sessionStorage}, document.cookie]")
         assert kept == [{}, {}, ""]
@@ -291,7 +293,7 @@ def test_the_profile_works_under_its_policy(guarded: LiveServer, browser: Browse
     profile = f"/debug/prof?path={path}"
 
     def is_profiled() -> bool:
-        # One request in ten seconds is profiled, and an earlier one may have been it. A proposal
+        # One request in ten seconds is profiled, which may have been an earlier one. A proposal
         # takes longer than the 10 ms between two samples.
         guarded.client.post(path, json={"prompt": PROMPT}).raise_for_status()
         return guarded.client.get(profile).is_success
@@ -314,11 +316,11 @@ OF_THE_VIEWER = {
     "nested-interactive": "an operation's heading is a button that holds another one",
     "select-name": "its label for the list of servers does not name the list",
 }
-"""Rules of axe that Swagger UI breaks seriously or critically, each with what breaks it."""
+"""Rules of axe that Swagger UI violates seriously or critically, with the element."""
 
 
-def test_the_page_is_accessible_but_for_the_viewer(guarded: LiveServer, browser: Browser) -> None:
-    # The policy would keep axe out as well.
+def test_the_page_is_accessible_except_the_viewer(guarded: LiveServer, browser: Browser) -> None:
+    # The policy would block axe as well.
     with opened(browser, f"{guarded.url}/docs", bypass_csp=True) as (page, _):
         operation(page, "generation", "generate_phi3")
         found = Axe().run(page).response["violations"]

@@ -1,4 +1,4 @@
-"""Log lines: what is in them, and what never is."""
+"""Log lines: their fields, and what they never contain."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_json_line_has_time_level_logger_message_context_and_fields() -> None:
     }
 
 
-def test_a_field_cannot_replace_what_every_line_has() -> None:
+def test_a_field_cannot_replace_a_standard_field() -> None:
     line = json.loads(JsonFormatter().format(record("m", level="none", timestamp="never")))
     assert line["level"] == "INFO"
     assert line["timestamp"].startswith("2023")
@@ -81,19 +81,19 @@ def test_an_exception_has_type_and_stack_and_no_message() -> None:
 
 
 @pytest.mark.parametrize("formatter", [JsonFormatter(), TextFormatter()])
-def test_what_an_exception_came_of_has_no_message_either(formatter: logging.Formatter) -> None:
+def test_the_cause_of_an_exception_has_no_message_either(formatter: logging.Formatter) -> None:
     try:
         fail_after_another()
     except ExceptionGroup:
         text = formatter.format(record("failed", exc_info=sys.exc_info()))
-    # The lines of source are ours.
+    # Lines of source code may be logged.
     said = text.replace('"a prompt"', "").replace('\\"a prompt\\"', "")
     assert "a prompt" not in said
     for name in ("ExceptionGroup", "ZeroDivisionError", "KeyError", "OSError: full"):
         assert name in said
 
 
-async def test_an_error_that_nobody_waits_for_is_logged_without_its_message(
+async def test_an_unretrieved_error_is_logged_without_its_message(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def broken() -> None:
@@ -114,11 +114,11 @@ async def test_an_error_that_nobody_waits_for_is_logged_without_its_message(
 
 
 @pytest.mark.usefixtures("in_a_request")
-def test_a_line_for_people_ends_with_the_requests_id() -> None:
+def test_a_text_line_ends_with_the_request_id() -> None:
     assert TextFormatter().format(record("done")).endswith(" INFO osiris.x: done [order-77]")
 
 
-# A running server's
+# A running server
 
 
 def lines(server: LiveServer) -> list[dict[str, Any]]:
@@ -157,9 +157,9 @@ def test_a_server_logs_json_with_one_line_a_request(tmp_path: Path) -> None:
     assert "hidden" not in log
 
 
-def test_a_line_about_a_connection_carries_no_earlier_requests_id(tmp_path: Path) -> None:
-    # With asyncio's own loop a connection that was paused goes on in the context of the request
-    # that has read its body.
+def test_a_line_about_a_connection_has_no_id_of_an_earlier_request(tmp_path: Path) -> None:
+    # With asyncio's loop, a paused connection resumes in the context of the request that has read
+    # its body.
     with serve(tmp_path, "--loop", "asyncio") as server:
         host, port = server.url.removeprefix("http://").split(":")
         body = b" " * 900_000
@@ -179,7 +179,7 @@ def test_a_line_about_a_connection_carries_no_earlier_requests_id(tmp_path: Path
     assert shown["Invalid HTTP request received."] is None
 
 
-def test_text_is_for_people_and_no_access_log_is_kept_to(tmp_path: Path) -> None:
+def test_the_text_format_works_and_no_access_log_is_respected(tmp_path: Path) -> None:
     with serve(tmp_path, "--no-access-log", LOG_FORMAT="text") as server:
         server.client.post("/speak", json={"text": "Hi."})
         assert server.stop() == 0
@@ -189,7 +189,7 @@ def test_text_is_for_people_and_no_access_log_is_kept_to(tmp_path: Path) -> None
     assert "{" not in log
 
 
-def test_an_error_that_was_not_foreseen_is_logged_with_the_requests_id(tmp_path: Path) -> None:
+def test_an_unexpected_error_is_logged_with_the_request_id(tmp_path: Path) -> None:
     script = tmp_path / "broken.py"
     script.write_text(
         "from osiris.server import app\n"

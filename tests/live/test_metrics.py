@@ -1,4 +1,4 @@
-"""The metrics: exact where a test makes the calls itself, and those of a real server."""
+"""The metrics: exact values of calls that a test makes, and those of a real server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from llm_sidecar.engines.batches import MOST
 from llm_sidecar.settings import Settings
 from llm_sidecar.telemetry.calls import ModelCall
-from llm_sidecar.telemetry.metrics import Metrics
+from osiris.middleware.metrics import sidecar_metrics
 from osiris.server import create_app
 from tests.live_server import LiveServer, serve
 from tests.metrics_text import MetricsText
@@ -46,7 +46,7 @@ def rise(before: MetricsText, after: MetricsText, name: str, **labels: str) -> f
 
 
 def client_of(app: FastAPI) -> httpx.AsyncClient:
-    # As a server would: an unexpected error is its answer, not ours to see.
+    # As in a server, an unexpected error is answered and not raised here.
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
@@ -64,13 +64,13 @@ async def test_the_metrics_are_404_unless_they_are_on(path: str) -> None:
     assert response.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
 
 
-def test_metrics_that_are_off_leave_nothing_in_a_requests_way() -> None:
+def test_metrics_that_are_off_add_no_middleware() -> None:
     off = create_app(Settings.from_environ({})).user_middleware
     on = create_app(Settings.from_environ(ON)).user_middleware
     assert len(on) == len(off) + 1
 
 
-async def test_two_apps_in_one_process_count_for_themselves() -> None:
+async def test_two_apps_in_one_process_count_separately() -> None:
     apps = [create_app(Settings.from_environ(ON)) for _ in range(2)]
     texts = []
     for app, count in zip(apps, (3, 1), strict=True):
@@ -84,7 +84,7 @@ async def test_two_apps_in_one_process_count_for_themselves() -> None:
 # HTTP
 
 
-async def test_what_clients_invent_makes_no_series() -> None:
+async def test_unknown_paths_and_methods_create_no_series() -> None:
     async with client_of(create_app(Settings.from_environ(ON))) as client:
         for number in range(5):
             await client.get(f"/nowhere/{number}")
@@ -96,12 +96,12 @@ async def test_what_clients_invent_makes_no_series() -> None:
     assert text.value("http_request_duration_seconds_count", method="other") == 5
 
 
-async def test_the_probes_and_the_metrics_are_left_out() -> None:
+async def test_probes_and_metrics_are_not_counted() -> None:
     async with client_of(create_app(Settings.from_environ(ON))) as client:
         for path in ("/health/live", "/health/live/", "/metrics", "/metrics/", "/nowhere"):
             await client.get(path)
         text = MetricsText((await client.get("/metrics")).text)
-    # The request that is counted shows that requests are counted at all.
+    # The counted request shows that counting works.
     (counted,) = text.samples("http_requests_total")
     assert (counted.labels["handler"], counted.value) == ("none", 1)
 
@@ -121,7 +121,7 @@ async def test_an_unexpected_error_counts_as_5xx() -> None:
     assert SECRET not in text
 
 
-# Calls, to the digit
+# Exact values of calls
 
 
 def call(**outcome: object) -> ModelCall:
@@ -132,7 +132,7 @@ def call(**outcome: object) -> ModelCall:
 
 
 def test_an_answered_call_is_counted_with_all_its_times_and_tokens() -> None:
-    metrics = Metrics()
+    metrics = sidecar_metrics()
     metrics.call_finished(
         call(
             begun=10.5,
@@ -161,8 +161,8 @@ def test_an_answered_call_is_counted_with_all_its_times_and_tokens() -> None:
     assert text.value("sidecar_e2e_request_latency_seconds_count", model="hermes") == 0
 
 
-def test_a_call_without_an_answer_is_an_error_and_no_latency() -> None:
-    metrics = Metrics()
+def test_a_failed_call_counts_as_an_error_without_a_latency() -> None:
+    metrics = sidecar_metrics()
     metrics.call_finished(call(begun=10.5, first_token=11.0, finished=12.0, error="Cancelled"))
     metrics.call_finished(call(finished=10.0, error="QueueFull"))
     text = MetricsText(metrics.render().decode())
@@ -174,7 +174,7 @@ def test_a_call_without_an_answer_is_an_error_and_no_latency() -> None:
 
 
 def test_each_ungrounded_field_of_a_proposal_is_counted() -> None:
-    metrics = Metrics()
+    metrics = sidecar_metrics()
     metrics.proposed("pass", ())
     metrics.proposed("abort", ("rationale",))
     metrics.proposed("adjust", ("ticker", "rationale"))
@@ -188,7 +188,7 @@ def test_each_ungrounded_field_of_a_proposal_is_counted() -> None:
 # A real server
 
 
-def test_a_walk_is_counted_for_both_models(measured: LiveServer) -> None:
+def test_a_proposal_is_counted_for_both_models(measured: LiveServer) -> None:
     before = scrape(measured)
     response = measured.client.post("/propose_trade_adjustments/", json=PROMPT)
     after = scrape(measured)
@@ -218,7 +218,7 @@ def test_a_walk_is_counted_for_both_models(measured: LiveServer) -> None:
     assert rise(before, after, "sidecar_event_bus_published_total") == 2
 
 
-def test_the_state_of_every_part_is_there(measured: LiveServer) -> None:
+def test_the_state_of_every_part_has_metrics(measured: LiveServer) -> None:
     measured.client.post("/score/hermes", json={"proposal": {"ticker": "ABC"}})
     name = "sidecar_mean_hermes_score_last_24h"
     measured.wait_until(lambda: list(scrape(measured).samples(name)))
@@ -240,11 +240,11 @@ def test_the_state_of_every_part_is_there(measured: LiveServer) -> None:
     assert text.value("sidecar_speech_available") == 1
 
 
-def test_running_and_waiting_calls_show_and_a_client_that_hangs_up_is_no_answer(
+def test_running_and_waiting_calls_are_counted_and_a_disconnect_is_not_a_success(
     measured: LiveServer,
 ) -> None:
     long = PROMPT | {"max_length": 7500}
-    gone = {"model": "hermes", "error": "Cancelled"}
+    cancelled = {"model": "hermes", "error": "Cancelled"}
 
     async def hang_up_midway() -> None:
         async with httpx.AsyncClient(base_url=measured.url, timeout=60) as client:
@@ -266,7 +266,7 @@ def test_running_and_waiting_calls_show_and_a_client_that_hangs_up_is_no_answer(
     before = scrape(measured)
     asyncio.run(asyncio.wait_for(hang_up_midway(), 60))
     errors = "sidecar_request_errors_total"
-    measured.wait_until(lambda: rise(before, scrape(measured), errors, **gone) == MOST + 2)
+    measured.wait_until(lambda: rise(before, scrape(measured), errors, **cancelled) == MOST + 2)
     after = scrape(measured)
     assert rise(before, after, "sidecar_request_success_total", model="hermes") == 0
     assert after.value("sidecar_requests_waiting", model="hermes") == 0
@@ -282,7 +282,7 @@ def test_a_worker_that_dies_is_counted_as_a_restart(measured: LiveServer) -> Non
     measured.wait_until_ready()
 
 
-def test_every_label_value_is_bounded_and_no_prompt_is_one(measured: LiveServer) -> None:
+def test_every_label_value_is_bounded(measured: LiveServer) -> None:
     responses = [
         measured.client.post("/generate/phi3", json=PROMPT | {"max_length": 1}),
         measured.client.post("/generate/hermes", json={"prompt": f"{SECRET} " * 2900}),

@@ -31,7 +31,7 @@ def profiled(
 
 
 class Page(HTMLParser):
-    """The cells of the table of model calls, and what the page would fetch."""
+    """The cells of the table of model calls, and the URLs that the page would fetch."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Page(HTMLParser):
             self._in_cell = False
 
 
-def test_the_latest_request_is_shown_and_each_routes_own_can_be_asked_for(
+def test_the_latest_request_is_shown_overall_and_by_route(
     profiled: LiveServer,
 ) -> None:
     assert profiled.client.get("/debug/prof").status_code == 404
@@ -70,7 +70,7 @@ def test_the_latest_request_is_shown_and_each_routes_own_can_be_asked_for(
     assert answer.json() == {"detail": "No such request has been profiled yet."}
 
 
-def test_the_page_says_what_each_model_call_took_and_needs_nothing_else(
+def test_the_page_has_the_times_of_each_model_call_and_loads_nothing(
     profiled: LiveServer,
 ) -> None:
     answer = profiled.client.post("/propose_trade_adjustments/", json=PROMPT)
@@ -85,7 +85,7 @@ def test_the_page_says_what_each_model_call_took_and_needs_nothing_else(
     assert "score_choices" in score
     assert page.fetched == []
     assert "ZXQSECRET" not in text
-    # Where the event loop's own time went, in the tree.
+    # The tree shows where the event loop spent its time.
     assert "propose_trade_adjustments" in text
 
 
@@ -104,7 +104,7 @@ def test_the_page_works_in_a_browser(profiled: LiveServer, tmp_path: Path) -> No
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     dom = done.stdout
     assert 'id="model-calls"' in dom
-    # Rows that only the page's script can have made.
+    # Only the script of the page can have created these rows.
     assert "call-stack" in dom
     assert "Refused to" not in done.stderr
 
@@ -132,7 +132,7 @@ async def requests() -> AsyncIterator[tuple[Profiling, httpx.AsyncClient]]:
         yield profiling, client
 
 
-async def test_requests_at_the_same_time_are_profiled_each_and_kept_once_a_template(
+async def test_concurrent_requests_are_profiled_separately_and_one_is_kept_per_route(
     requests: tuple[Profiling, httpx.AsyncClient],
 ) -> None:
     profiling, client = requests
@@ -144,7 +144,7 @@ async def test_requests_at_the_same_time_are_profiled_each_and_kept_once_a_templ
     assert (kept.route, kept.status) == ("/items/{item}", 200)
     assert profiling.latest("/items/{item}/") is kept
     assert profiling.latest("/nowhere") is None
-    assert "No model was asked." in kept.page()
+    assert "No model was called." in kept.page()
 
 
 def test_under_load_few_requests_are_profiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,12 +17,12 @@ KEY = "a-key-of-the-tests-0123"
 WITH_KEY = {"X-API-Key": KEY}
 PREFIXES = ("", "/llm")
 QUIET = ("/health", "/health/live", "/health/ready/", "/metrics", "/debug/prof")
-"""Routes that machines ask, and the page of profiles: neither traced nor profiled."""
+"""Routes that are neither traced nor profiled."""
 
 
 @dataclass
 class Seen:
-    """What the server has answered and written.
+    """The answers and the log of the server.
 
     Attributes:
         statuses: by path.
@@ -77,22 +77,22 @@ def ask_everything(server: LiveServer) -> Iterator[tuple[str, int]]:
 
 def test_every_route_answers_with_the_prefix_and_without(seen: Seen) -> None:
     by_path = {"/health": 200, "/health/live": 200, "/health/ready/": 503, "/metrics": 200}
-    # No request that is profiled has come before it.
+    # No request has been profiled before.
     by_path |= {"/debug/prof": 404, "/examples/": 200, "/llmother/": 404}
     expected = {prefix + path: status for prefix in PREFIXES for path, status in by_path.items()}
-    # By then one has.
+    # Now one has.
     expected |= {"/llm/debug/prof": 200, "/llm/stream/audio": 200, "no key": 401}
     expected |= {"profile of /examples/": 200, "profile of /stream/audio": 404}
     assert seen.statuses == expected
 
 
-def test_probes_metrics_and_streams_stay_out_of_what_is_measured(seen: Seen) -> None:
+def test_probes_metrics_and_streams_are_not_measured(seen: Seen) -> None:
     handlers = seen.metrics.label_values("http_requests_total", "handler")
     assert handlers == {"/health", "/debug/prof", "/examples/", "none", "/stream/audio"}
     logged = {"/debug/prof": 4, "/examples/": 3, "unmatched": 2, "/stream/audio": 1}
     assert Counter(seen.log) == logged
     for sent in (seen.spans, seen.events):
-        # Other requests are there, so they have been delivered.
+        # Spans of other requests have arrived, so these would have arrived too.
         assert b"/examples/" in sent
         for path in (b"/health", b"/metrics", b"/debug/prof"):
             assert path not in sent

@@ -26,7 +26,7 @@ HEADERS = {
     "X-API-Key": SECRET,
     "User-Agent": f"{SECRET}/1.0",
     "Cookie": f"session={SECRET}",
-    # After an unexpected error uvicorn ends the connection.
+    # uvicorn closes the connection after an unexpected error.
     "Connection": "close",
 }
 PATIENT = {"MODEL_LOAD_WAIT_SECONDS": "60"}
@@ -38,7 +38,7 @@ def dsn(port: int) -> str:
 
 
 def items(receiver: Receiver, kind: str) -> list[dict[str, Any]]:
-    """The payloads of one kind out of the envelopes (https://develop.sentry.dev/sdk/envelopes/)."""
+    """The payloads of one kind in the envelopes (https://develop.sentry.dev/sdk/envelopes/)."""
     found = []
     for request in list(receiver.requests):
         assert request.path == "/api/42/envelope/"
@@ -94,7 +94,7 @@ def test_an_unexpected_error_is_one_event_with_its_request_and_model(
     sentry.requests.clear()
 
 
-def test_an_expected_error_is_no_event_and_a_route_is_a_transaction(
+def test_an_expected_error_is_not_an_event_and_a_route_is_a_transaction(
     reporting: LiveServer, sentry: Receiver
 ) -> None:
     sentry.requests.clear()
@@ -120,9 +120,7 @@ def test_an_expected_error_is_no_event_and_a_route_is_a_transaction(
     assert not items(sentry, "event")
 
 
-def test_a_workers_death_while_it_is_idle_is_one_event(
-    reporting: LiveServer, sentry: Receiver
-) -> None:
+def test_the_death_of_an_idle_worker_is_one_event(reporting: LiveServer, sentry: Receiver) -> None:
     sentry.requests.clear()
     assert reporting.client.post("/score/hermes/", json=SCORED).is_success
     os.kill(reporting.worker("hermes"), signal.SIGKILL)
@@ -131,7 +129,7 @@ def test_a_workers_death_while_it_is_idle_is_one_event(
     assert event["tags"] == {"model": "hermes"}
 
 
-def test_a_workers_death_while_it_answers_names_the_request(
+def test_the_death_of_a_busy_worker_names_the_request(
     reporting: LiveServer, sentry: Receiver
 ) -> None:
     sentry.requests.clear()
@@ -148,7 +146,7 @@ def test_a_workers_death_while_it_answers_names_the_request(
         answer = pool.submit(
             httpx.post, f"{reporting.url}/generate/hermes/", json=long, headers=headers, timeout=60
         )
-        # A request whose worker dies before it has begun goes to the next worker.
+        # If a worker dies before it has started a request, the next worker serves the request.
         reporting.wait_until(lambda: tokens() > before)
         os.kill(reporting.worker("hermes"), signal.SIGKILL)
         assert answer.result().status_code == 503
@@ -157,7 +155,7 @@ def test_a_workers_death_while_it_answers_names_the_request(
     assert event["tags"] == {"model": "hermes", "request_id": "cut-short"}
 
 
-def test_nothing_that_anybody_sent_is_in_any_byte(reporting: LiveServer, sentry: Receiver) -> None:
+def test_no_event_contains_text_of_a_request(reporting: LiveServer, sentry: Receiver) -> None:
     sentry.requests.clear()
     fail(reporting)
     reporting.wait_until(lambda: items(sentry, "event") and items(sentry, "transaction"))
@@ -168,7 +166,7 @@ def test_nothing_that_anybody_sent_is_in_any_byte(reporting: LiveServer, sentry:
 
 
 @pytest.mark.parametrize("hanging", [True, False], ids=["hanging", "down"])
-def test_a_sentry_that_is_away_costs_nothing(
+def test_an_unreachable_sentry_does_not_delay_requests(
     random_models: dict[str, str], tmp_path: Path, hanging: bool
 ) -> None:
     with Receiver(hanging=True) as receiver:
@@ -183,7 +181,7 @@ def test_a_sentry_that_is_away_costs_nothing(
             assert server.client.post("/score/hermes/", json=SCORED).is_success
             began = time.monotonic()
             server.stop()
-            # The models' workers and the database end within this time too.
+            # This includes the end of the workers and of the database.
             assert time.monotonic() - began < 15
     said = server.log.read_text()
     assert "sentry" not in said.lower().replace("telemetry/sentry.py", "")
@@ -192,7 +190,7 @@ def test_a_sentry_that_is_away_costs_nothing(
 @pytest.mark.parametrize(
     "value", ["x", "http://host/1", "https://hidden@host/", "ftp://hidden@h/1"]
 )
-def test_a_dsn_that_is_none_is_refused_without_showing_it(value: str) -> None:
+def test_an_invalid_dsn_is_refused_without_showing_it(value: str) -> None:
     with pytest.raises(SettingsError, match=r"SENTRY_DSN=\*\*\* is not valid") as caught:
         Settings.from_environ({"SENTRY_DSN": value})
     assert "hidden" not in caught.value.detail

@@ -1,4 +1,4 @@
-"""How the server ends: in order, within bounds, and without cutting anybody off."""
+"""Shutdown: in order, within time limits, and without losing an answer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def load_both(server: LiveServer) -> list[int]:
 
 
 def client_work(number: int, turn: int) -> tuple[str, dict[str, Any]]:
-    """What a client asks: something quick and durable, or something that takes a while."""
+    """A request of a client: a quick durable one, or one that takes longer."""
     if number % 2:
         transaction = f"{number}-{turn}"
         return "/feedback/phi3/", {
@@ -46,7 +46,7 @@ def client_work(number: int, turn: int) -> tuple[str, dict[str, Any]]:
 
 
 class Load:
-    """Clients that ask without a pause until they are refused; what they got, in order."""
+    """Clients that send requests without a pause until they are refused, and their answers."""
 
     def __init__(self, server: LiveServer) -> None:
         self._url = server.url
@@ -72,7 +72,7 @@ class Load:
 
 
 def readiness(server: LiveServer, seen: list[str], stop: threading.Event) -> None:
-    """What a load balancer sees, each change once."""
+    """The states that a load balancer sees, each change once."""
     while not stop.is_set():
         try:
             now = httpx.get(f"{server.url}/health/ready", timeout=10).json()["status"]
@@ -84,7 +84,7 @@ def readiness(server: LiveServer, seen: list[str], stop: threading.Event) -> Non
             return
 
 
-async def test_sigterm_under_load_answers_everybody_and_loses_nothing(
+async def test_sigterm_under_load_answers_every_request_and_loses_nothing(
     random_models: dict[str, str], tmp_path: Path
 ) -> None:
     with serve(tmp_path, SHUTDOWN_DRAIN_SECONDS="0.5", **random_models) as server:
@@ -111,7 +111,7 @@ async def test_sigterm_under_load_answers_everybody_and_loses_nothing(
     assert {response.status_code for _, _, response in load.answered} == {200, 503}
     refused = [answer for _, _, answer in load.answered if answer.status_code == 503]
     assert all(int(response.headers["Retry-After"]) >= 1 for response in refused)
-    # A client whose connection ends with its answer hears of the end at the next one.
+    # A client whose connection closes with its answer notices the end at its next request.
     assert len(refused) + load.turned_away == CLIENTS
     assert not any(map(is_running, workers))
     assert "Traceback" not in log
@@ -140,7 +140,7 @@ def busy(random_models: dict[str, str], tmp_path: Path) -> Iterator[LiveServer]:
 
 
 def admitted(server: LiveServer) -> int:
-    """How many requests Hermes has, running and waiting."""
+    """Number of running and waiting requests of Hermes."""
     return int(server.client.get("/health").json()["models"]["hermes"]["requests"])
 
 
@@ -148,7 +148,7 @@ def is_draining(server: LiveServer) -> bool:
     return bool(server.client.get("/health/ready").json()["status"] == "draining")
 
 
-def test_a_second_signal_ends_it_while_a_long_generation_runs(busy: LiveServer) -> None:
+def test_a_second_signal_stops_a_server_with_a_long_generation(busy: LiveServer) -> None:
     workers = [busy.worker("phi3"), busy.worker("hermes")]
     with ThreadPoolExecutor(4) as pool:
         asking = [
@@ -161,7 +161,7 @@ def test_a_second_signal_ends_it_while_a_long_generation_runs(busy: LiveServer) 
         began = time.monotonic()
         busy.process.send_signal(signal.SIGTERM)
         assert busy.process.wait(30) == 0
-        # A few seconds; many more on a machine that does other work as well, yet far from 300.
+        # A few seconds; more on a busy machine, but far from 300.
         assert time.monotonic() - began < 25
         answers = [task.result(10) for task in asking]
     assert 503 in {answer.status_code for answer in answers} <= {200, 503}
@@ -169,7 +169,7 @@ def test_a_second_signal_ends_it_while_a_long_generation_runs(busy: LiveServer) 
     assert "Traceback" not in busy.log.read_text()
 
 
-def test_what_outlasts_the_grace_period_is_answered_with_503(
+def test_a_request_that_outlasts_the_grace_period_is_503(
     random_models: dict[str, str], tmp_path: Path
 ) -> None:
     with serve(tmp_path, SHUTDOWN_GRACE_SECONDS="0.2", **random_models) as server:
@@ -187,7 +187,7 @@ def test_what_outlasts_the_grace_period_is_answered_with_503(
     assert all("shutting down" in answer.json()["detail"] for answer in cut)
 
 
-def test_while_it_drains_probes_answer_and_new_work_is_refused(busy: LiveServer) -> None:
+def test_a_draining_server_answers_probes_and_refuses_new_work(busy: LiveServer) -> None:
     with ThreadPoolExecutor(1) as pool:
         body = PROMPT | {"max_length": 3000}
         running = pool.submit(httpx.post, f"{busy.url}/generate/hermes/", json=body, timeout=60)
@@ -225,7 +225,7 @@ def test_a_client_that_reads_slowly_gets_its_whole_answer(tmp_path: Path) -> Non
         assert server.process.wait(30) == 0
 
 
-def test_a_signal_during_the_start_ends_it(tmp_path: Path) -> None:
+def test_a_signal_during_the_start_stops_the_server(tmp_path: Path) -> None:
     environ = {"PYTHONPATH": str(ROOT), "REDIS_URL": "memory://", "LANCEDB_URI": str(tmp_path)}
     command = [sys.executable, "-m", "uvicorn", "osiris.server:app", "--port", str(free_port())]
     with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE) as process:
@@ -237,7 +237,7 @@ def test_a_signal_during_the_start_ends_it(tmp_path: Path) -> None:
     assert b"Traceback" not in rest
 
 
-async def test_without_uvicorn_it_installs_nothing() -> None:
+async def test_no_signal_handler_is_installed_without_uvicorn() -> None:
     before = signal.getsignal(signal.SIGTERM)
     shutdown = Shutdown(grace=1, drain=0)
     shutdown.install()
@@ -252,7 +252,7 @@ async def test_without_uvicorn_it_installs_nothing() -> None:
     assert not shutdown.draining
 
 
-def test_uvicorn_in_a_thread_serves_and_ends(tmp_path: Path) -> None:
+def test_uvicorn_in_a_thread_serves_and_stops(tmp_path: Path) -> None:
     script = """
 import sys, threading, time
 import httpx, uvicorn

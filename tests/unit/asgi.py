@@ -1,4 +1,4 @@
-"""ASGI apps without a server: requests as middleware sees them, and what it lets through."""
+"""ASGI apps without a server: requests to a middleware, and an app behind it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Inner:
     """The app behind a middleware: answers 200 with `inner`.
 
     Attributes:
-        scopes, receivers: of what reached it.
+        scopes, receivers: of the requests that reached it.
     """
 
     def __init__(self) -> None:

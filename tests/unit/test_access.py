@@ -1,4 +1,4 @@
-"""API keys: who gets through, and what the others hear."""
+"""API keys: which requests they admit, and how the others are refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from pydantic import SecretStr
 
 from llm_sidecar.api_keys import ApiKey
-from osiris.access import ApiKeys, Caller, caller
+from osiris.middleware.access import ApiKeys, Caller, caller
 from tests.unit.asgi import Call, Inner, client, http_scope
 
 ONE, TWO = "first-key-0123456789", "second-key-012345678"
@@ -37,7 +37,7 @@ def guarded(*, metrics_need_key: bool = False) -> tuple[ApiKeys, Inner]:
         {"X-API-Key": ONE, "Authorization": "Basic dXNlcg=="},
     ],
 )
-async def test_each_key_opens_in_each_header(headers: dict[str, str]) -> None:
+async def test_every_key_is_accepted_in_every_header(headers: dict[str, str]) -> None:
     app, inner = guarded()
     async with client(app) as asking:
         response = await asking.post("/generate/", json={"prompt": "x"}, headers=headers)
@@ -67,7 +67,7 @@ async def test_each_key_opens_in_each_header(headers: dict[str, str]) -> None:
         {"Cookie": ONE},
     ],
 )
-async def test_nothing_else_does(headers: dict[str, str]) -> None:
+async def test_anything_else_is_401(headers: dict[str, str]) -> None:
     app, inner = guarded()
     async with client(app) as asking:
         response = await asking.post("/generate/", json={"prompt": "x"}, headers=headers)
@@ -86,7 +86,7 @@ async def test_nothing_else_does(headers: dict[str, str]) -> None:
         ({"Authorization": f"Bearer {TWO}"}, Caller("desk", "desk")),
     ],
 )
-async def test_the_app_learns_whose_key_it_is(
+async def test_the_app_gets_the_caller_of_the_key(
     path: str, headers: dict[str, str], expected: Caller
 ) -> None:
     app, inner = guarded()
@@ -107,7 +107,7 @@ async def test_a_key_need_not_be_ascii() -> None:
     inner = Inner()
     app = ApiKeys(inner, [ApiKey(SecretStr("schlüssel-von-uns"))], metrics_need_key=False)
     async with client(app) as asking:
-        # Headers are bytes, read as Latin-1; the key's own bytes are UTF-8.
+        # A header is bytes, which ASGI apps read as Latin-1; the key is UTF-8.
         sent = {b"X-API-Key": "schlüssel-von-uns".encode()}
         assert (await asking.get("/examples/", headers=sent)).status_code == 200
 
@@ -115,28 +115,28 @@ async def test_a_key_need_not_be_ascii() -> None:
 async def test_a_refusal_reads_no_body() -> None:
     app, _ = guarded()
     call = Call()
-    # There is nothing to receive: asking for it would fail.
+    # There is no message, so receiving would fail.
     await app(http_scope("/generate/"), call.receive, call.send)
     assert call.status == 401
 
 
 @pytest.mark.parametrize("path", ["/health", "/health/", "/health/live", "/health/ready"])
 @pytest.mark.parametrize("metrics_need_key", [False, True])
-async def test_the_probes_are_open(path: str, metrics_need_key: bool) -> None:
+async def test_the_probes_need_no_key(path: str, metrics_need_key: bool) -> None:
     app, _ = guarded(metrics_need_key=metrics_need_key)
     async with client(app) as asking:
         assert (await asking.get(path)).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/docs", "/docs/", "/docs/x/init.js", "/openapi.json/"])
-async def test_the_documentation_is_open(path: str) -> None:
+async def test_the_documentation_needs_no_key(path: str) -> None:
     app, _ = guarded(metrics_need_key=True)
     async with client(app) as asking:
         assert (await asking.get(path)).status_code == 200
 
 
 @pytest.mark.parametrize(("metrics_need_key", "status"), [(False, 200), (True, 401)])
-async def test_the_metrics_are_open_unless_they_need_a_key(
+async def test_the_metrics_need_a_key_only_if_configured(
     metrics_need_key: bool, status: int
 ) -> None:
     app, _ = guarded(metrics_need_key=metrics_need_key)
@@ -147,7 +147,7 @@ async def test_the_metrics_are_open_unless_they_need_a_key(
             assert shown.status_code == 200
 
 
-async def test_what_gets_through_gets_its_body() -> None:
+async def test_an_admitted_request_keeps_its_body() -> None:
     app, inner = guarded()
     call = Call()
     await app(http_scope("/health"), call.receive, call.send)
@@ -155,7 +155,7 @@ async def test_what_gets_through_gets_its_body() -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/docsx", "/openapi.jsonx", "/stream/audio", "/healthy"])
-async def test_every_other_path_is_closed(path: str) -> None:
+async def test_every_other_path_needs_a_key(path: str) -> None:
     app, _ = guarded()
     async with client(app) as asking:
         assert (await asking.get(path)).status_code == 401

@@ -1,4 +1,4 @@
-"""The line of each request: whose it is, and that no other line carries its id."""
+"""The access log: the caller in each line, and request ids in the other lines."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llm_sidecar.api_keys import ApiKey
 from llm_sidecar.logs import TextFormatter, log_context, start_detached, start_owned
-from osiris.access import ApiKeys
-from osiris.logs import AccessLog
-from osiris.middleware import RequestId
+from osiris.middleware.access import ApiKeys
+from osiris.middleware.access_log import AccessLog
+from osiris.middleware.request_id import RequestId
 from tests.unit.asgi import Call, Inner, http_scope
 
 ONE, TWO = "first-key-0123456789", "second-key-012345678"
@@ -48,7 +48,7 @@ async def line(
 @pytest.mark.parametrize(
     ("key", "shown"), [(TWO, "desk"), (ONE, "#1")], ids=["a name", "a position"]
 )
-async def test_a_line_has_the_clients_address_and_the_keys_name(
+async def test_a_line_has_the_address_of_the_client_and_the_name_of_the_key(
     caplog: pytest.LogCaptureFixture, key: str, shown: str
 ) -> None:
     fields, text = await line(caplog, key=key)
@@ -74,12 +74,12 @@ async def test_without_configured_keys_there_is_no_key(caplog: pytest.LogCapture
     [
         ("2001:db8::1", "2001:db8::1"),
         ("fe80::1%a zone may be any text", "fe80::1"),
-        # A trusted proxy may pass on what its client wrote.
+        # A trusted proxy may forward any text of its client.
         ("1.2.3.4 with key admin", "unknown"),
         ("", "unknown"),
     ],
 )
-async def test_an_address_is_no_text_of_the_clients(
+async def test_an_address_that_is_not_an_ip_address_is_not_logged(
     caplog: pytest.LogCaptureFixture, host: str, shown: str
 ) -> None:
     fields, _ = await line(caplog, client=(host, 0))
@@ -90,11 +90,11 @@ async def test_a_client_on_a_unix_socket_has_no_address(caplog: pytest.LogCaptur
     assert await line(caplog, client=None) == ({"key": "desk"}, " with key desk")
 
 
-# Whose id a line carries
+# Request ids in log lines
 
 
 class App:
-    """Starts what outlives its request, as connections and background tasks do.
+    """Leaves a context that outlives its request, as connections and background tasks do.
 
     Attributes:
         inside: the id that the request's own code logs with.
@@ -125,7 +125,7 @@ async def ask(app: ASGIApp, path: str, request_id: str) -> httpx.Response:
         return await asking.get(path, headers={"X-Request-ID": request_id})
 
 
-async def test_requests_one_after_the_other_have_their_own_ids() -> None:
+async def test_consecutive_requests_have_different_ids() -> None:
     app = App()
     served = RequestId(app)
     await ask(served, "/", "one")
@@ -135,7 +135,7 @@ async def test_requests_one_after_the_other_have_their_own_ids() -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/wait", "/fail"])
-async def test_what_outlives_a_request_does_not_carry_its_id(path: str) -> None:
+async def test_work_that_outlives_a_request_does_not_log_its_id(path: str) -> None:
     app = App()
     asking = asyncio.create_task(ask(RequestId(app), path, "one"))
     while not app.left:
@@ -149,7 +149,7 @@ async def test_what_outlives_a_request_does_not_carry_its_id(path: str) -> None:
     assert app.left[0].run(current_id) is None
 
 
-async def test_the_servers_line_about_an_error_carries_the_requests_id() -> None:
+async def test_the_line_of_the_server_about_an_error_has_the_request_id() -> None:
     async def server() -> str | None:
         with pytest.raises(ZeroDivisionError):
             await RequestId(App())(
@@ -162,7 +162,7 @@ async def test_the_servers_line_about_an_error_carries_the_requests_id() -> None
     assert await asyncio.create_task(server()) == "one"
 
 
-async def test_work_for_a_request_keeps_its_id_and_other_work_has_none() -> None:
+async def test_owned_work_keeps_the_request_id_and_detached_work_has_none() -> None:
     ended = asyncio.Event()
     left: list[contextvars.Context] = []
 

@@ -1,4 +1,4 @@
-"""Admission: how many requests run at once, and none once the server drains."""
+"""Admission control: the maximum of running requests, and refusals while the server drains."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from osiris import admission
-from osiris.admission import Admission
+from osiris.middleware.admission import Admission
 from osiris.shutdown import Shutdown
 from tests.unit.asgi import Call, Inner, client, http_scope
 
@@ -18,11 +17,11 @@ ENDING = {"detail": "The server is shutting down; try again."}
 
 
 class Held:
-    """An app that begins an answer, or does not, and waits until it may end.
+    """An app that waits before its answer, or in the middle of it.
 
     Attributes:
-        go: set once it may end.
-        inside: requests that it has begun and not ended.
+        go: lets it finish once it is set.
+        inside: number of requests that it has started and not finished.
     """
 
     def __init__(self, *, answers_first: bool = False) -> None:
@@ -55,7 +54,7 @@ async def begin(app: Admission, path: str = "/generate/") -> tuple[asyncio.Task[
     return task, call
 
 
-async def test_as_many_requests_run_as_may_and_the_next_is_429() -> None:
+async def test_the_request_beyond_the_maximum_is_429() -> None:
     inner = Held()
     app = Admission(inner, 2, shutdown())
     first, _ = await begin(app)
@@ -75,7 +74,7 @@ async def test_as_many_requests_run_as_may_and_the_next_is_429() -> None:
         assert (await asking.post("/generate/")).status_code == 200
 
 
-async def test_a_request_that_fails_makes_room_again() -> None:
+async def test_a_failed_request_frees_its_slot() -> None:
     async def broken(scope: Scope, receive: Receive, send: Send) -> None:
         raise KeyError("broken")
 
@@ -86,7 +85,7 @@ async def test_a_request_that_fails_makes_room_again() -> None:
 
 
 @pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready/", "/metrics"])
-async def test_probes_and_metrics_are_let_through_and_take_no_room(path: str) -> None:
+async def test_probes_and_metrics_are_admitted_and_take_no_slot(path: str) -> None:
     inner = Held()
     ending = shutdown()
     app = Admission(inner, 1, ending)
@@ -101,7 +100,7 @@ async def test_probes_and_metrics_are_let_through_and_take_no_room(path: str) ->
 
 
 @pytest.mark.parametrize("kind", ["lifespan", "websocket"])
-async def test_only_http_is_admitted(kind: str) -> None:
+async def test_other_protocols_pass_without_admission(kind: str) -> None:
     inner = Inner()
     ending = shutdown()
     ending.draining = True
@@ -112,7 +111,7 @@ async def test_only_http_is_admitted(kind: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/health", "/generate/"])
-async def test_what_is_let_through_gets_its_scope_and_its_body(path: str) -> None:
+async def test_an_admitted_request_keeps_its_scope_and_body(path: str) -> None:
     inner, call, scope = Inner(), Call(), http_scope(path)
     await Admission(inner, 1, shutdown())(scope, call.receive, call.send)
     assert (inner.scopes, inner.receivers) == ([scope], [call.receive])
@@ -121,7 +120,7 @@ async def test_what_is_let_through_gets_its_scope_and_its_body(path: str) -> Non
 # While the server drains
 
 
-async def test_new_work_is_refused() -> None:
+async def test_a_new_request_is_refused_while_the_server_drains() -> None:
     inner = Inner()
     ending = shutdown()
     ending.draining = True
@@ -133,7 +132,7 @@ async def test_new_work_is_refused() -> None:
     assert inner.scopes == []
 
 
-async def test_probes_are_answered() -> None:
+async def test_probes_are_answered_while_the_server_drains() -> None:
     ending = shutdown()
     ending.draining = True
     async with client(Admission(Inner(), 5, ending)) as asking:
@@ -141,49 +140,14 @@ async def test_probes_are_answered() -> None:
     assert (answer.status_code, answer.text) == (200, "inner")
 
 
-def body(size: int, *, more: bool = True) -> Message:
-    return {"type": "http.request", "body": b"x" * size, "more_body": more}
-
-
-@pytest.mark.parametrize(
-    ("messages", "left"),
-    [
-        ([body(10, more=False), body(10)], 1),
-        ([body(10), body(0), body(10, more=False), body(10)], 1),
-        # A mebibyte is read, and no more.
-        ([body((1 << 20) - 1), body(1), body(10)], 1),
-        ([body(1 << 20), body(10), body(10)], 2),
-        ([{"type": "http.disconnect"}, body(10)], 1),
-    ],
-)
-async def test_a_body_is_discarded_to_its_end_or_a_limit(
-    messages: list[Message], left: int
-) -> None:
+async def test_a_refusal_leaves_the_body_to_the_transport() -> None:
     ending = shutdown()
     ending.draining = True
-    call = Call(*messages)
+    body: Message = {"type": "http.request", "body": b"x", "more_body": False}
+    call = Call(body)
     await Admission(Inner(), 5, ending)(http_scope("/speak"), call.receive, call.send)
-    assert call.status == 503
-    assert len(call.received) == left
-
-
-async def test_a_body_that_does_not_come_is_not_waited_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    seconds: float = admission._BODY_SECONDS
-    assert seconds == 1.0
-    monkeypatch.setattr(admission, "_BODY_SECONDS", 0.01)
-    ending = shutdown()
-    ending.draining = True
-    call = Call()
-
-    async def never() -> Message:
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    async with asyncio.timeout(5):
-        await Admission(Inner(), 5, ending)(http_scope("/speak"), never, call.send)
     assert (call.status, json.loads(call.body)) == (503, ENDING)
+    assert call.received == [body]
 
 
 async def test_a_cancelled_request_is_answered_with_503() -> None:
@@ -209,7 +173,7 @@ async def test_a_request_cancelled_during_its_answer_gets_no_second_one() -> Non
 
 
 @pytest.mark.parametrize("answers_first", [False, True])
-async def test_a_request_that_is_cancelled_otherwise_is_cancelled(answers_first: bool) -> None:
+async def test_a_cancellation_without_a_shutdown_is_passed_on(answers_first: bool) -> None:
     task, call = await begin(Admission(Held(answers_first=answers_first), 5, shutdown()))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -217,7 +181,7 @@ async def test_a_request_that_is_cancelled_otherwise_is_cancelled(answers_first:
     assert len(call.sent) == answers_first
 
 
-async def test_a_streams_body_is_passed_on_as_it_is() -> None:
+async def test_the_messages_of_a_stream_are_passed_on_unchanged() -> None:
     sent: list[Any] = [
         {"type": "http.response.start", "status": 206, "headers": [(b"x-part", b"1")]},
         {"type": "http.response.body", "body": b"one", "more_body": True},

@@ -1,4 +1,4 @@
-"""What a request is refused for before its route sees it."""
+"""Requests that are refused before their route runs."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ async def nothing() -> AsyncIterator[bytes]:
         ({"json": {"adapter": "20260102-dpo"}}, "20260102-dpo"),
     ],
 )
-async def test_the_newest_adapter_is_taken_unless_one_is_named(
+async def test_the_newest_adapter_is_the_default(
     asking: httpx.AsyncClient,
     parts: FakeParts,
     monkeypatch: pytest.MonkeyPatch,
@@ -179,7 +179,7 @@ MODEL = "Input should be 'hermes' or 'phi3'"
         ("/adapters/swap", "adapter", 20260102, "Input should be a valid string"),
     ],
 )
-async def test_a_value_of_another_type_is_422_with_one_entry(
+async def test_a_value_of_the_wrong_type_is_422_with_one_entry(
     asking: httpx.AsyncClient, path: str, field: str, value: object, message: str
 ) -> None:
     body = {"/speak": {"text": "Filled."}, "/adapters/swap": {}}.get(path, {"prompt": "Long ABC."})
@@ -227,7 +227,7 @@ async def test_a_body_in_another_encoding_is_422(
     ],
     ids=["depth", "digits"],
 )
-async def test_json_that_python_does_not_read_is_422_with_the_reason(
+async def test_json_that_python_refuses_is_422_with_the_reason(
     asking: httpx.AsyncClient, value: bytes, message: str
 ) -> None:
     body = b'{"prompt": ' + value + b"}"
@@ -245,7 +245,7 @@ async def test_several_unknown_fields_are_one_entry(asking: httpx.AsyncClient) -
     ("context", "fields"),
     [(None, "proposal: it"), ("ABC is quiet.", "proposal and context: their text")],
 )
-async def test_a_score_that_does_not_fit_names_what_was_sent(
+async def test_a_score_that_exceeds_the_context_names_the_fields(
     asking: httpx.AsyncClient, parts: FakeParts, context: str | None, fields: str
 ) -> None:
     parts.hermes.answers = [InvalidRequest("prompt: it takes 9000 tokens; shorten it")]

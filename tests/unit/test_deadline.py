@@ -49,7 +49,7 @@ def test_a_deadline_that_has_passed_has_no_timeout() -> None:
 
 def test_every_phase_is_named_and_the_retry_passed_on() -> None:
     error = exceeded(0.0, 2.0, 57.0)
-    assert error.spent == TimeSpent(before=0.0, waiting=2.0, prompt=55.0, writing=3.0)
+    assert error.spent == TimeSpent(before=0.0, waiting=2.0, prefill=55.0, decode=3.0)
     assert error.retry_after == 7
     assert error.detail == (
         "hermes did not answer within 60 s: 2.0 s waiting, 55.0 s reading the prompt, "
@@ -59,7 +59,7 @@ def test_every_phase_is_named_and_the_retry_passed_on() -> None:
 
 def test_what_came_before_the_call_is_named() -> None:
     error = exceeded(40.0, 41.0, 42.0)
-    assert error.spent == TimeSpent(before=40.0, waiting=1.0, prompt=1.0, writing=18.0)
+    assert error.spent == TimeSpent(before=40.0, waiting=1.0, prefill=1.0, decode=18.0)
     assert error.detail == (
         "hermes did not answer within 60 s: 40.0 s in earlier model calls, 1.0 s waiting, "
         "1.0 s reading the prompt, 18.0 s writing; try again, or raise REQUEST_TIMEOUT_SECONDS."

@@ -1,4 +1,4 @@
-"""`/docs`: where its files come from, and under which headers."""
+"""`/docs`: its files and their headers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def asking(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 class Links(HTMLParser):
-    """What a page fetches, and whether it has scripts or styles of its own."""
+    """What a page fetches, and whether it has inline scripts or styles."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ async def test_every_link_of_the_page_leads_to_a_file(
             url = urljoin(root_path + spelling, link)
             assert url.startswith(f"{root_path}/docs/")
             assert (await asking.get(url)).status_code == 200
-        # What init.js computes.
+        # init.js computes this path.
         assert urljoin(urljoin(root_path + spelling, links.urls[-1]), "../../openapi.json") == (
             f"{root_path}/openapi.json"
         )
@@ -115,13 +115,15 @@ async def test_a_file_is_kept_by_browsers_under_a_path_that_changes_with_it(
     "name",
     ["README.md", "index.html", "__init__.py", "../server.py", "..%2fserver.py", "%2e%2e", ""],
 )
-async def test_nothing_else_is_served(asking: httpx.AsyncClient, name: str) -> None:
+async def test_no_other_file_is_served(asking: httpx.AsyncClient, name: str) -> None:
     build = Links((await asking.get("/docs/")).text).urls[0].partition("/")[0]
     assert (await asking.get(f"/docs/{build}/{name}")).status_code == 404
 
 
 @pytest.mark.parametrize("path", ["/redoc", "/docs/oauth2-redirect"])
-async def test_fastapis_other_pages_are_gone(asking: httpx.AsyncClient, path: str) -> None:
+async def test_the_other_pages_of_fastapi_do_not_exist(
+    asking: httpx.AsyncClient, path: str
+) -> None:
     answer = await asking.get(path)
     assert answer.status_code == 404
     assert answer.headers["content-security-policy"] == (

@@ -1,4 +1,4 @@
-"""`/health` and `/health/ready`: who sees how much, and what is missing."""
+"""`/health` and `/health/ready`: what they show, with and without a key."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPENING = "The database is being opened."
 
 
 def made(**environ: str) -> httpx.AsyncClient:
-    """A client of an app whose parts are built and not started."""
+    """A client of an app whose parts are created and not started."""
     settings = Settings.from_environ({"REDIS_URL": "memory://", "SIDECAR_DEMO": "true", **environ})
     app = create_app(settings)
     app.state.sidecar = Sidecar(settings)
@@ -28,7 +28,7 @@ def made(**environ: str) -> httpx.AsyncClient:
 
 
 @pytest.mark.parametrize("headers", [{}, {"X-API-Key": "wrong"}, {"Authorization": "Bearer x"}])
-async def test_without_a_valid_key_health_says_its_status_alone(headers: dict[str, str]) -> None:
+async def test_health_without_a_valid_key_has_only_the_status(headers: dict[str, str]) -> None:
     async with made(SIDECAR_API_KEYS=f"desk={KEY}") as asking:
         for path in ("/health", "/health/"):
             response = await asking.get(path, headers=headers)
@@ -43,7 +43,7 @@ async def test_without_a_valid_key_health_says_its_status_alone(headers: dict[st
         ({"SIDECAR_API_KEYS": f"desk={KEY}"}, {"Authorization": f"Bearer {KEY}"}),
     ],
 )
-async def test_with_a_key_or_where_none_is_needed_it_says_everything(
+async def test_health_with_a_key_or_without_configured_keys_is_complete(
     environ: dict[str, str], headers: dict[str, str]
 ) -> None:
     async with made(**environ) as asking:
@@ -85,7 +85,7 @@ NO_PHI3 = {"MICRO_LLM_MODEL_PATH": "/nowhere/phi3.onnx"}
     ("environ", "missing"),
     [({}, ["database"]), (NO_PHI3, ["phi3", "database"])],
 )
-async def test_ready_says_what_is_missing_and_why(
+async def test_ready_names_what_is_missing_and_why(
     environ: dict[str, str], missing: list[str]
 ) -> None:
     async with made(**environ) as asking:
@@ -99,7 +99,7 @@ async def test_ready_says_what_is_missing_and_why(
         assert "MICRO_LLM_MODEL_PATH" in said["reasons"]["phi3"]
 
 
-async def test_the_reasons_need_a_key_where_keys_are_set() -> None:
+async def test_the_reasons_need_a_key_if_keys_are_configured() -> None:
     async with made(SIDECAR_API_KEYS=KEY) as asking:
         response = await asking.get("/health/ready")
         assert response.status_code == 503
@@ -108,6 +108,6 @@ async def test_the_reasons_need_a_key_where_keys_are_set() -> None:
         assert shown.json()["reasons"] == {"database": OPENING}
 
 
-async def test_live_shows_nothing_but_its_status(tmp_path: Path) -> None:
+async def test_live_has_only_a_status(tmp_path: Path) -> None:
     async with made(SIDECAR_API_KEYS=KEY) as asking:
         assert (await asking.get("/health/live")).json() == {"status": "ok", "missing": []}

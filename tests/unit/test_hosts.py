@@ -1,11 +1,11 @@
-"""Allowed hosts: which names the server answers under."""
+"""Allowed hosts: which names of the server requests may use."""
 
 from __future__ import annotations
 
 import pytest
 
 from llm_sidecar.settings import Settings
-from osiris.hosts import AllowedHosts
+from osiris.middleware.hosts import AllowedHosts
 from osiris.server import create_app
 from tests.unit.asgi import Call, Inner, client, http_scope
 
@@ -75,7 +75,7 @@ async def test_an_asterisk_allows_every_host() -> None:
     assert call.status == 200
 
 
-async def test_the_refusal_names_header_and_variable_and_quotes_nothing() -> None:
+async def test_the_refusal_names_header_and_variable_but_not_the_host() -> None:
     environ = {"ALLOWED_HOSTS": "localhost", "CORS_ORIGINS": "https://desk.example"}
     app = create_app(Settings.from_environ(environ))
     headers = {"Host": "evil.example", "Origin": "https://desk.example", "X-Request-ID": "r-1"}

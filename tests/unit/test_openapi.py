@@ -1,4 +1,4 @@
-"""The OpenAPI document: everything in it is described, and true of the app."""
+"""The OpenAPI document: it describes everything, and the app does what it says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llm_sidecar.errors import DatabaseUnavailable, DeadlineExceeded, InvalidReq
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.telemetry.metrics import NoMetrics
-from osiris.health_schemas import Health
+from osiris.schemas.health import Health
 from osiris.server import create_app
 from tests.unit.asgi import client
 from tests.unit.fakes import FakeParts, completion
@@ -69,7 +69,7 @@ def test_it_is_an_openapi_document(document: dict[str, Any]) -> None:
     assert {"title", "summary", "description"} <= set(document["info"])
 
 
-def test_each_operation_has_its_functions_name(document: dict[str, Any]) -> None:
+def test_each_operation_id_is_the_name_of_its_function(document: dict[str, Any]) -> None:
     ids = {(method, path): of["operationId"] for method, path, of in operations(document)}
     assert ids == OPERATIONS
 
@@ -138,7 +138,7 @@ def test_every_example_is_valid(document: dict[str, Any]) -> None:
     assert bad == []
 
 
-def test_errors_have_the_body_that_they_are_answered_with(document: dict[str, Any]) -> None:
+def test_errors_are_documented_with_their_bodies(document: dict[str, Any]) -> None:
     content = content_of(document)
     bodies = {
         key: media["application/json"]["schema"]["$ref"].rpartition("/")[2]
@@ -156,7 +156,7 @@ def test_errors_have_the_body_that_they_are_answered_with(document: dict[str, An
     assert "HTTPValidationError" not in document["components"]["schemas"]
 
 
-def test_a_body_is_left_out_and_never_null(document: dict[str, Any]) -> None:
+def test_an_optional_body_is_never_null(document: dict[str, Any]) -> None:
     bodies = {
         operation["operationId"]: operation["requestBody"]
         for _, _, operation in operations(document)
@@ -167,7 +167,7 @@ def test_a_body_is_left_out_and_never_null(document: dict[str, Any]) -> None:
     assert [name for name, of in bodies.items() if not of.get("required")] == ["swap_adapters"]
 
 
-def test_answers_that_are_no_json_have_their_own_media_type(document: dict[str, Any]) -> None:
+def test_answers_other_than_json_have_their_media_type(document: dict[str, Any]) -> None:
     content = content_of(document)
     others = {
         name: list(media)
@@ -213,8 +213,8 @@ def test_answers_declare_their_headers(document: dict[str, Any]) -> None:
     }
 
 
-def test_health_has_the_documented_keys_before_anything_is_there() -> None:
-    """tests/live/test_documentation.py compares that of a server that answers."""
+def test_health_has_the_documented_keys_before_the_parts_start() -> None:
+    """`tests/live/test_documentation.py` compares a running server's."""
     health = Sidecar(Settings.from_environ(ENVIRON), NoMetrics()).health()
     assert Health.model_validate(health, strict=True).model_dump(mode="json") == health
 

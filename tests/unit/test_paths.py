@@ -1,4 +1,4 @@
-"""Which paths are open to everybody, and how a request's path is read."""
+"""Which paths are probes, metrics or documentation, and root paths."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("path", PROBES)
-def test_a_probe_is_one(path: str) -> None:
+def test_each_probe_is_a_probe(path: str) -> None:
     scope = http_scope(path)
     assert paths.is_probe(scope) is True
     assert paths.is_metrics(scope) is False
@@ -36,7 +36,7 @@ def test_a_probe_is_one(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", METRICS)
-def test_the_metrics_are_no_probe(path: str) -> None:
+def test_the_metrics_are_not_a_probe(path: str) -> None:
     scope = http_scope(path)
     assert paths.is_probe(scope) is False
     assert paths.is_metrics(scope) is True
@@ -44,7 +44,7 @@ def test_the_metrics_are_no_probe(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", OTHERS)
-def test_nothing_else_is_either(path: str) -> None:
+def test_another_path_is_neither_a_probe_nor_the_metrics(path: str) -> None:
     scope = http_scope(path)
     assert paths.is_probe(scope) is False
     assert paths.is_metrics(scope) is False
@@ -52,7 +52,7 @@ def test_nothing_else_is_either(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/docs", "/docs/", "/docs/a/b", "/openapi.json/"])
-def test_the_documentation_is_no_probe(path: str) -> None:
+def test_the_documentation_is_not_a_probe(path: str) -> None:
     scope = http_scope(path)
     assert paths.is_documentation(scope) is True
     assert paths.is_documentation(http_scope(f"/desk{path}", root_path="/desk")) is True
@@ -60,7 +60,7 @@ def test_the_documentation_is_no_probe(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", [*PROBES, *METRICS, "/", "/docsX", "/health/../docs", "/Docs"])
-def test_nothing_else_is_documentation(path: str) -> None:
+def test_another_path_is_not_documentation(path: str) -> None:
     assert paths.is_documentation(http_scope(path)) is False
 
 
@@ -78,11 +78,11 @@ def test_nothing_else_is_documentation(path: str) -> None:
         ({"path": "/desk", "root_path": "/desk"}, ""),
     ],
 )
-def test_a_proxys_prefix_is_taken_off(scope: dict[str, str], path: str) -> None:
+def test_the_root_path_is_removed(scope: dict[str, str], path: str) -> None:
     assert paths.route_path(scope) == path
 
 
-def test_a_probe_behind_a_proxy_is_one() -> None:
+def test_a_probe_below_a_root_path_is_a_probe() -> None:
     scope = http_scope("/desk/health/ready/", root_path="/desk")
     assert paths.is_probe(scope) is True
     assert paths.is_probe_or_metrics(http_scope("/desk/metrics", root_path="/desk")) is True

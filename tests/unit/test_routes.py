@@ -1,4 +1,4 @@
-"""The routes of scores, feedback and examples, over a sidecar whose parts are fakes."""
+"""The routes of scores, feedback and examples, with a sidecar of fake parts."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def test_a_full_queue_is_429(asking: httpx.AsyncClient, parts: FakeParts) 
 
 
 @pytest.mark.parametrize("body", [{}, {"proposal": {}}, {"proposal": "buy"}, {"proposal": [1]}])
-async def test_what_is_no_proposal_is_422(
+async def test_an_invalid_proposal_is_422(
     asking: httpx.AsyncClient, parts: FakeParts, body: dict[str, Any]
 ) -> None:
     response = await asking.post("/score/hermes/", json=body)
@@ -80,7 +80,7 @@ async def test_what_is_no_proposal_is_422(
     assert parts.hermes.asked == []
 
 
-async def test_a_score_that_is_not_stored_says_so(
+async def test_a_score_that_is_not_stored_has_x_stored_false(
     asking: httpx.AsyncClient, parts: FakeParts
 ) -> None:
     parts.hermes.answers = [SURE, SURE]
@@ -117,7 +117,7 @@ KEY_OF_DESK, KEY_OF_NOBODY = "first-key-0123456789", "second-key-012345678"
     ("keys", "key", "author"),
     [
         (f"desk={KEY_OF_DESK},{KEY_OF_NOBODY}", KEY_OF_DESK, "desk"),
-        # A position is not a person.
+        # The position of a key names nobody.
         (f"desk={KEY_OF_DESK},{KEY_OF_NOBODY}", KEY_OF_NOBODY, None),
         ("", KEY_OF_DESK, None),
     ],
@@ -170,12 +170,12 @@ async def test_the_answer_says_whether_a_correction_is_an_example(
     ("corrected", "fields"),
     [
         ({"ticker": "A", "action": "buy"}, "action, confidence, rationale"),
-        # A key that a caller made up is not shown.
+        # An unknown key of the proposal is not shown.
         (CORRECTED | {"a secret": 1}, "*"),
         (CORRECTED | {"a secret": 1, "another": 2, "ticker": ""}, "*, ticker"),
     ],
 )
-async def test_the_answer_names_the_fields_that_make_it_no_proposal(
+async def test_the_answer_names_the_invalid_fields_of_a_correction(
     asking: httpx.AsyncClient, parts: FakeParts, corrected: dict[str, Any], fields: str
 ) -> None:
     parts.archive.outcome = Outcome.INVALID
@@ -255,7 +255,7 @@ async def test_the_examples_in_use_are_listed_oldest_first_in_pages(
     assert response.json() == {"items": [item(n) for n in numbers], "next": following}
 
 
-async def test_a_page_that_is_none_is_422(asking: httpx.AsyncClient, parts: FakeParts) -> None:
+async def test_an_unknown_page_is_422(asking: httpx.AsyncClient, parts: FakeParts) -> None:
     parts.archive.corrections = used(3)
     response = await asking.get("/examples/?before=f-9")
     assert response.status_code == 422

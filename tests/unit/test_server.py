@@ -1,4 +1,4 @@
-"""What every answer of the app has in common: HEAD, CORS, and the shape of errors."""
+"""What all answers have in common: HEAD, CORS, and the form of errors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def parts(app: FastAPI) -> FakeParts:
 
 @pytest.fixture
 async def asking(app: FastAPI, parts: FakeParts) -> AsyncIterator[httpx.AsyncClient]:
-    # As a server would: an unexpected error is its answer, not the test's.
+    # As in a server, an unexpected error is answered and not raised here.
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as made:
         yield made
@@ -107,14 +107,14 @@ async def test_head_answers_on_the_metrics(asking: httpx.AsyncClient, path: str)
 
 @pytest.mark.parametrize("path", ["/stream/audio", "/stream/audio/"])
 async def test_head_opens_no_stream(asking: httpx.AsyncClient, parts: FakeParts, path: str) -> None:
-    # The fake event bus takes no listeners, so one that registers fails.
+    # The fake event bus has no listeners, so registering one fails.
     head = await asking.head(path, headers=DESK)
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["Content-Type"] == "text/event-stream; charset=utf-8"
     assert parts.sidecar.listeners.count == 0
 
 
-async def test_head_is_refused_where_a_stream_would_be(
+async def test_head_is_refused_when_there_are_too_many_listeners(
     asking: httpx.AsyncClient, parts: FakeParts
 ) -> None:
     parts.sidecar.listeners.count = 1
@@ -122,7 +122,7 @@ async def test_head_is_refused_where_a_stream_would_be(
     assert (head.status_code, head.headers["Retry-After"]) == (429, "5")
 
 
-async def test_head_is_documented_nowhere_and_counted_as_head(
+async def test_head_is_not_documented_and_is_counted_as_head(
     app: FastAPI, asking: httpx.AsyncClient
 ) -> None:
     methods = {method for operations in app.openapi()["paths"].values() for method in operations}
@@ -149,7 +149,7 @@ async def test_head_is_documented_nowhere_and_counted_as_head(
         ("GET", "/broken", {}, 500),
     ],
 )
-async def test_every_answer_has_the_headers_for_scripts_and_browsers(
+async def test_every_answer_has_the_cors_and_security_headers(
     asking: httpx.AsyncClient, method: str, path: str, options: dict[str, Any], status: int
 ) -> None:
     headers = {**DESK, "X-Request-ID": "order-77", **options.get("headers", {})}
@@ -165,7 +165,7 @@ async def test_every_answer_has_the_headers_for_scripts_and_browsers(
         assert set(response.json()) == {"detail"}
 
 
-async def test_an_unexpected_error_names_the_request_and_nothing_else(
+async def test_an_unexpected_error_names_only_the_request_id(
     asking: httpx.AsyncClient,
 ) -> None:
     response = await asking.get("/broken", headers={**DESK, "X-Request-ID": "order-78"})
@@ -174,7 +174,7 @@ async def test_an_unexpected_error_names_the_request_and_nothing_else(
     }
 
 
-async def test_while_the_server_drains_a_refusal_has_the_headers_for_scripts(
+async def test_a_refusal_while_the_server_drains_has_the_cors_headers(
     app: FastAPI, asking: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(app.state.shutdown, "draining", True)
@@ -186,7 +186,7 @@ async def test_while_the_server_drains_a_refusal_has_the_headers_for_scripts(
 
 
 @pytest.mark.parametrize("method", ["DELETE", "GET", "HEAD", "POST"])
-async def test_a_preflight_needs_no_key_and_may_ask_for_each_header(
+async def test_a_preflight_needs_no_key_and_allows_each_header(
     asking: httpx.AsyncClient, method: str
 ) -> None:
     wanted = (
@@ -207,7 +207,7 @@ async def test_a_preflight_needs_no_key_and_may_ask_for_each_header(
     assert "Origin" in response.headers["Vary"].split(", ")
 
 
-async def test_another_origin_gets_no_permission(asking: httpx.AsyncClient) -> None:
+async def test_another_origin_is_not_allowed(asking: httpx.AsyncClient) -> None:
     asked = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
     preflight = await asking.options("/generate/", headers=asked)
     assert preflight.status_code == 400
@@ -215,11 +215,11 @@ async def test_another_origin_gets_no_permission(asking: httpx.AsyncClient) -> N
     for headers in ({"Origin": "https://evil.example"}, {}):
         response = await asking.get("/health/live", headers=headers)
         assert "Access-Control-Allow-Origin" not in response.headers
-        # A cache must not hand this answer to the desk.
+        # A cache must not serve this answer to the allowed origin.
         assert response.headers["Vary"] == "Origin"
 
 
-# What does not exist
+# Unknown paths and methods
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ async def test_another_origin_gets_no_permission(asking: httpx.AsyncClient) -> N
         ("BREW", "/docs", "GET, HEAD"),
     ],
 )
-async def test_another_method_is_405_and_names_those_of_the_path(
+async def test_an_unsupported_method_is_405_and_the_answer_names_the_supported_ones(
     asking: httpx.AsyncClient, method: str, path: str, allowed: str
 ) -> None:
     response = await asking.request(method, path, headers={"X-API-Key": KEY})
@@ -259,7 +259,7 @@ async def test_an_unknown_path_is_404(asking: httpx.AsyncClient) -> None:
         ("/debug/prof", "Profiling is off; ENABLE_PROFILING=true turns it on."),
     ],
 )
-async def test_what_is_off_is_404_and_names_its_switch(
+async def test_a_path_that_is_off_is_404_and_the_detail_names_its_variable(
     off: FastAPI, method: str, path: str, slash: str, detail: str
 ) -> None:
     async with client(off) as asking:
@@ -275,12 +275,12 @@ def off() -> FastAPI:
     return create_app(Settings.from_environ({"REDIS_URL": "memory://"}))
 
 
-async def test_metrics_that_are_off_are_documented_nowhere(off: FastAPI, app: FastAPI) -> None:
+async def test_metrics_that_are_off_are_not_documented(off: FastAPI, app: FastAPI) -> None:
     assert "/metrics" not in off.openapi()["paths"]
     assert "/metrics" in app.openapi()["paths"]
 
 
-def test_415_is_documented_on_every_path_that_takes_a_body(app: FastAPI) -> None:
+def test_415_is_documented_for_every_path_with_a_body(app: FastAPI) -> None:
     for path, operations in app.openapi()["paths"].items():
         for method, operation in operations.items():
             assert ("415" in operation["responses"]) == (method == "post"), path

@@ -1,4 +1,4 @@
-"""What the parts of a sidecar know of themselves, as metrics that are read at every scrape."""
+"""Metrics that are read from the state of the sidecar at every scrape."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ _SPEECH: Final = (
 )
 
 
-class PartsCollector(Collector):
-    """Asks for the state of the parts whenever it is collected.
+class HealthCollector(Collector):
+    """Reads the state of every part of the sidecar.
 
     Attributes:
-        health: what to ask; None, and nothing is collected, before there is a sidecar.
+        health: returns the state; None before there is a sidecar, and then there are no metrics.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""API keys: which requests are allowed, and the names of keys in the log and in stored feedback."""
+"""API keys: which requests they admit, and their names in the log and in stored feedback."""
 
 from __future__ import annotations
 
@@ -88,16 +88,16 @@ class ApiKeys:
         return is_probe(scope) or is_documentation(scope)
 
     def _find(self, headers: Headers) -> Caller | None:
-        shown = []
+        sent = []
         if key := headers.get("x-api-key"):
-            shown.append(key)
+            sent.append(key)
         scheme, _, token = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
-            shown.append(token.strip())
+            sent.append(token.strip())
         # All keys are compared, so that the time does not reveal which one matched.
         matches = [
             known
-            for digest in [_hash(key.encode("latin-1")) for key in shown]
+            for digest in [_hash(key.encode("latin-1")) for key in sent]
             for key_digest, known in self._keys
             if hmac.compare_digest(digest, key_digest)
         ]

@@ -1,0 +1,29 @@
+"""The answer to an error that nothing else has answered."""
+
+from __future__ import annotations
+
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from llm_sidecar.telemetry.asgi import TrackedSend
+
+
+class UnexpectedErrors:
+    """Answers 500 to an error that nothing else has answered, and raises it again.
+
+    Starlette's own answer would be outside of all middleware, and lack their headers.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = TrackedSend(send)
+        try:
+            await self._app(scope, receive, response)
+        except Exception:
+            if scope["type"] == "http" and not response.started:
+                request_id = scope["state"]["request_id"]
+                detail = f"An unexpected error occurred; the log has it under {request_id}."
+                await JSONResponse({"detail": detail}, status_code=500)(scope, receive, send)
+            raise

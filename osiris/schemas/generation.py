@@ -1,0 +1,84 @@
+"""Prompts, generated text and proposals."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, Field
+
+from llm_sidecar.proposals import MAX_COMPLETION_TOKENS, Proposal
+from osiris.schemas import samples
+from osiris.schemas.base import RequestBody
+
+MAX_LENGTH: Final = 8192
+"""Tokens."""
+
+# The maximum length is a setting, and the tokenizer checks what fits the model's context.
+Prompt = Annotated[str, Field(min_length=1, pattern=r"\S")]
+ModelId = Literal["hermes", "phi3"]
+MODEL_ID: Final = (
+    "which model answers: `hermes` (free text) or `phi3` (a trade proposal); `hermes` unless given"
+)
+
+
+class PromptRequest(RequestBody):
+    """A prompt for a model."""
+
+    prompt: Prompt = Field(
+        description="the market context, or a question for Hermes; not blank, and without control "
+        "characters except tab, newline and carriage return",
+        examples=[samples.PROMPT],
+    )
+    max_length: int = Field(
+        256,
+        ge=1,
+        le=MAX_LENGTH,
+        description="the maximum number of new tokens per model call",
+        examples=[256],
+    )
+
+
+class ProposalRequest(PromptRequest):
+    """A prompt for a trade proposal."""
+
+    # Only the document has the minimum: a smaller number is refused with a sentence that says why.
+    max_length: int = Field(
+        256,
+        ge=1,
+        le=MAX_LENGTH,
+        json_schema_extra={"minimum": MAX_COMPLETION_TOKENS},
+        description="the maximum number of new tokens per model call; at least the length of the "
+        "longest possible proposal",
+        examples=[256],
+    )
+
+
+class GenerateRequest(PromptRequest):
+    """A prompt, and the model that answers it; the query parameter `model_id` can also name it."""
+
+    model_id: ModelId | None = Field(
+        None, description=f"{MODEL_ID} here or in the query", examples=["phi3"]
+    )
+
+
+class GeneratedText(BaseModel):
+    """Hermes' answer."""
+
+    generated_text: str = Field(
+        description="the new text, without the prompt", examples=["AAPL looks overbought."]
+    )
+
+
+class TradeAdjustment(BaseModel):
+    """A proposal, and Hermes' critique of it."""
+
+    transaction_id: uuid.UUID = Field(
+        description="the id of the stored proposal; feedback refers to it",
+        examples=[samples.TRANSACTION_ID],
+    )
+    phi3_proposal: Proposal = Field(description="Phi-3's proposal", examples=[samples.PROPOSAL])
+    hermes_assessment: str = Field(
+        description="Hermes' critique, in plain text; its score is in `X-Hermes-Score`",
+        examples=["The tighter stop fits an overbought market."],
+    )
