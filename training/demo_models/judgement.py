@@ -12,12 +12,12 @@ from random import Random
 from typing import Any, Final
 
 from llm_sidecar import hermes_plugin
-from llm_sidecar.demo.lessons import Lesson, Teacher
-from llm_sidecar.demo.market import Case, draw
-from llm_sidecar.demo.situations import SITUATIONS
-from llm_sidecar.demo.tickers import Split
 from llm_sidecar.engines import Message
 from llm_sidecar.proposals import dumps
+from training.demo_models.lessons import Lesson, Teacher
+from training.demo_models.market import draw
+from training.demo_models.situations import SITUATIONS, Case
+from training.demo_models.tickers import Split
 
 _NEUTRAL: Final = 5.0
 _MISMATCH: Final = 3.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from llm_sidecar.demo.situations import Side
+from training.demo_models.situations import Side
 
 _AT = "{| from <entry>| at <entry>| @ <entry>| since <when>| entered at <entry>|, entry <entry>|, avg <entry>}"
 _WE = (

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Final
 
-from llm_sidecar.demo import lexicon
-from llm_sidecar.demo.positions import FIELD_KEYS, FIELD_VALUES, SENTENCES, SIGNED_KEYS, TAGS
-from llm_sidecar.demo.scene import Scene
-from llm_sidecar.demo.situations import Side
+from training.demo_models import lexicon
+from training.demo_models.positions import FIELD_KEYS, FIELD_VALUES, SENTENCES, SIGNED_KEYS, TAGS
+from training.demo_models.scene import Scene
+from training.demo_models.situations import Side
 
 _TICK: Final = chr(0xE000)
 _TICKER_KEYS: Final = (

@@ -6,12 +6,19 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Final
 
-from llm_sidecar.demo import lexicon
-from llm_sidecar.demo.phrases import PHRASES
-from llm_sidecar.demo.positions import ATR, MISLEADING, NOISE, STOPS
-from llm_sidecar.demo.situations import SITUATIONS, Side
-from llm_sidecar.demo.spin import spin
-from llm_sidecar.demo.tickers import ACRONYMS, INDEXES, Split, random_ticker, root_code, split_of
+from training.demo_models import lexicon
+from training.demo_models.phrases import PHRASES
+from training.demo_models.positions import ATR, MISLEADING, NOISE, STOPS
+from training.demo_models.situations import SITUATIONS, Side
+from training.demo_models.templates import spin
+from training.demo_models.tickers import (
+    ACRONYMS,
+    INDEXES,
+    Split,
+    random_ticker,
+    root_code,
+    split_of,
+)
 
 _PRIVATE: Final = 0xE000
 """First of the private-use characters that stand for codes until `finish`, so that changes of case

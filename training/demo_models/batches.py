@@ -7,9 +7,9 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from llm_sidecar.demo import together
-from llm_sidecar.demo.lessons import IGNORED, Encoded, Teacher, encode
-from llm_sidecar.demo.schedule import Schedule
+from training.demo_models import process_group
+from training.demo_models.lessons import IGNORED, Encoded, Teacher, encode
+from training.demo_models.schedule import Schedule
 
 _POOL: Final = 48
 """Batches' worth of examples that are drawn together, so that enough are of like length."""
@@ -82,7 +82,7 @@ def batches(
     waiting: dict[Shape, list[Encoded]] = {}
     ready: list[tuple[list[Encoded], int]] = []
     while True:
-        progress = min(1.0, drawn * together.size() / schedule.tokens)
+        progress = min(1.0, drawn * process_group.size() / schedule.tokens)
         batch_tokens = schedule.batch_size(progress)
         # A training that is shorter needs no more, but for a batch of one shape.
         wanted = min(_POOL * batch_tokens, max(schedule.tokens, _LEAST_POOL * batch_tokens))
@@ -103,7 +103,7 @@ def batches(
             while len(lessons) >= rows:
                 ready.append((lessons[:rows], width))
                 del lessons[:rows]
-        count = together.least(len(ready))
+        count = process_group.least(len(ready))
         ready = [ready[index] for index in torch.randperm(len(ready), generator=mixing).tolist()]
         ranked = sorted(ready[:count], key=lambda lessons_and_width: lessons_and_width[1])
         del ready[:count]

@@ -1,25 +1,21 @@
-"""Synthetic market prompts and the proposals they should get: endless, seeded, in many layouts.
-
-Two writers take turns, `prompts` and `variants`. Each has its own wordings and notations, so that
-a model cannot live on the habits of one.
-"""
+"""What Phi-3 learns: chats of prompts and proposals, and where a prompt holds what its answer needs."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from random import Random
-from typing import Any, Final, NamedTuple
+from typing import Final
 
-from llm_sidecar.demo import prompts, variants
-from llm_sidecar.demo.lessons import Hint, Lesson, Teacher
-from llm_sidecar.demo.positions import SIDE_WORDS
-from llm_sidecar.demo.situations import SITUATIONS, Side, answer
-from llm_sidecar.demo.tickers import Split, random_ticker
 from llm_sidecar.engines import Message
 from llm_sidecar.proposals import Example, build_messages, dumps
+from training.demo_models.lessons import Hint, Lesson, Teacher
+from training.demo_models.market import LONGEST_PROMPT, draw
+from training.demo_models.positions import SIDE_WORDS
+from training.demo_models.situations import Case, Side
+from training.demo_models.tickers import Split
 
-_SHORTEST_LIMIT, _LONGEST_PROMPT = 70, 700
+_SHORTEST_LIMIT: Final = 70
 """Characters: of every prompt at the beginning of training, and in the end."""
 _SHORT, _LONG, _FINAL = 0.2, 0.6, 0.8
 """Parts of the training: until the first prompts are short, from the second as long as any, from
@@ -28,72 +24,10 @@ _TURNS: Final = (1, 1, 1, 1, 1, 1, 1, 1, 2, 3)
 _DECIDED: Final = '_stop_pct"'
 """Behind it ticker, action and side are told; `new` is before it, so that no side is something to
 learn too."""
-_STATED_ATR: Final = 0.25
-_NO_SIDE: Final = 0.18
-_WEIGHTS: Final = (3, 3, 3, 4, 4)
 _TERSE: Final = re.compile(r"[-+]\d.*|[LSB](?:\d.*)?|LNG|SHRT|SLD|SELL", re.IGNORECASE)
 _TIMES_HARD: Final = 3
 _KEPT: Final = 512
 """So many wait to be given again, and a few more."""
-
-
-class Case(NamedTuple):
-    """A prompt, and the proposal that the rule of `situations` gives for it.
-
-    Attributes:
-        situation: key of `SITUATIONS`.
-        phrases: that say so in the prompt, but for their case and typing errors.
-        positions: those that tell the side.
-        atr: the average true range in percent that it states, or None.
-    """
-
-    prompt: str
-    proposal: dict[str, Any]
-    situation: str
-    phrases: Sequence[str] = ()
-    positions: Sequence[str] = ()
-    atr: str | None = None
-
-
-def draw(rng: Random, split: Split, longest: int = _LONGEST_PROMPT) -> Case:
-    """One random case of at most `longest` characters; its tickers are all of `split`."""
-    while True:
-        case = _first_writer(rng, split) if rng.random() < 0.5 else _second_writer(rng, split)
-        if len(case.prompt) <= longest and case.proposal["ticker"] in case.prompt:
-            return case
-
-
-def _first_writer(rng: Random, split: Split) -> Case:
-    labelled = prompts.labelled_prompt(rng, split)
-    return Case(
-        labelled.prompt,
-        labelled.proposal,
-        labelled.situation,
-        labelled.phrases,
-        labelled.positions,
-        labelled.atr,
-    )
-
-
-def _second_writer(rng: Random, split: Split) -> Case:
-    side: Side | None = rng.choice(("LONG", "SHORT")) if rng.random() > _NO_SIDE else None
-    name = rng.choice(tuple(SITUATIONS))
-    low, high, decimals = SITUATIONS[name].number
-    scene = variants.Scene(
-        ticker=random_ticker(rng, split),
-        side=side,
-        situation=name,
-        number=f"{rng.uniform(low, high):.{decimals}f}",
-        atr=f"{rng.uniform(0.4, 4.8):.1f}" if rng.random() < _STATED_ATR else None,
-        price=round(10 ** rng.uniform(0.3, 3.2), 2),
-        split=split,
-    )
-    told = variants.Told(rng, scene)
-    prompt = rng.choices(variants.LAYOUTS, _WEIGHTS)[0](told)
-    states_number = told.number_told and "<n>" in SITUATIONS[name].measured
-    number = scene.number if states_number else None
-    proposal = answer(name, scene.ticker, side, number, scene.atr)
-    return Case(prompt, proposal, name, told.phrases, told.positions, scene.atr)
 
 
 def teacher(seed: int, split: Split = "train") -> Teacher:
@@ -108,7 +42,7 @@ def teacher(seed: int, split: Split = "train") -> Teacher:
 
     def lesson(progress: float) -> Lesson:
         grown = min(1.0, max(0.0, (progress - _SHORT) / (_LONG - _SHORT)))
-        limit = _SHORTEST_LIMIT + round(grown * (_LONGEST_PROMPT - _SHORTEST_LIMIT))
+        limit = _SHORTEST_LIMIT + round(grown * (LONGEST_PROMPT - _SHORTEST_LIMIT))
         final = progress > _FINAL
         whole = rng.random() < (0.5 if final else 0.05 + 0.4 * grown)
         turns = rng.choice(_TURNS) if final else 1
@@ -133,7 +67,7 @@ def revision(seed: int) -> Teacher:
     def lesson(progress: float) -> Lesson:
         del progress
         turns = rng.choice(_TURNS)
-        messages, text, found = _chat([cases.give(_LONGEST_PROMPT) for _ in range(turns)])
+        messages, text, found = _chat([cases.give(LONGEST_PROMPT) for _ in range(turns)])
         last = None if rng.random() < 0.4 else text.index(_DECIDED)
         return Lesson(messages, last=last, hints=found)
 

@@ -13,7 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import embedding, linear, scaled_dot_product_attention
 
-from llm_sidecar.demo.passes import Attention, Gated, RootMeanSquareNorm, Rounded, Turned
+from training.demo_models.autograd_functions import (
+    Attention,
+    Gated,
+    RootMeanSquareNorm,
+    Rounded,
+    Turned,
+)
 
 
 def precision() -> torch.dtype:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from llm_sidecar.demo import lexicon
-from llm_sidecar.demo.positions import BARE_SENTENCES, SENTENCES, SIDE_AFTER, TAGS
-from llm_sidecar.demo.records import fields, table
-from llm_sidecar.demo.scene import Scene
+from training.demo_models import lexicon
+from training.demo_models.positions import BARE_SENTENCES, SENTENCES, SIDE_AFTER, TAGS
+from training.demo_models.records import fields, table
+from training.demo_models.scene import Scene
 
 _TICK: Final = chr(0xE000)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from llm_sidecar.demo.forward import precision
+from training.demo_models.forward import precision
 
 
 def rank() -> int:

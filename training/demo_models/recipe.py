@@ -21,14 +21,14 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from llm_sidecar.demo import judgement, market
-from llm_sidecar.demo.lessons import Teacher
-from llm_sidecar.demo.passes import rounded
-from llm_sidecar.demo.schedule import Schedule
-from llm_sidecar.demo.tickers import ACRONYMS, INDEXES, KEYWORDS
-from llm_sidecar.demo.tokenizer import CHATML, CONTEXT_LENGTH, NUMBERS, PHI3, train_tokenizer
-from llm_sidecar.demo.training import prepare_attention, train
 from llm_sidecar.models.conversion import build
+from training.demo_models import judgement, proposal_lessons
+from training.demo_models.autograd_functions import rounded
+from training.demo_models.lessons import Teacher
+from training.demo_models.schedule import Schedule
+from training.demo_models.tickers import ACRONYMS, INDEXES, KEYWORDS
+from training.demo_models.tokenizer import CHATML, CONTEXT_LENGTH, NUMBERS, PHI3, train_tokenizer
+from training.demo_models.trainer import prepare_attention, train
 
 _VOCABULARY: Final = 2816
 _NUMBERS_VOCABULARY: Final = 1536
@@ -82,7 +82,7 @@ def train_phi3(folder: Path, member: Member, *, seed: int, scale: float = 1.0) -
     """
     prepare(seed, member)
     tokenizer = train_tokenizer(
-        _texts(market.teacher(seed + 1000)),
+        _texts(proposal_lessons.teacher(seed + 1000)),
         PHI3,
         _VOCABULARY,
         whole=(*ACRONYMS, *INDEXES, *KEYWORDS),
@@ -99,7 +99,13 @@ def train_phi3(folder: Path, member: Member, *, seed: int, scale: float = 1.0) -
     )
     model = Phi3ForCausalLM(config)
     prepare_attention(model)
-    train(model, tokenizer, market.teacher(seed + member.rank), _scaled(_PHI3, scale), "phi3")
+    train(
+        model,
+        tokenizer,
+        proposal_lessons.teacher(seed + member.rank),
+        _scaled(_PHI3, scale),
+        "phi3",
+    )
     revise(model, tokenizer, seed + 100 + member.rank, scale)
     if member.rank > 0:
         return
@@ -126,10 +132,10 @@ def revise(model: Any, tokenizer: Any, seed: int, scale: float) -> None:
     train(
         model,
         tokenizer,
-        market.revision(seed),
+        proposal_lessons.revision(seed),
         _scaled(_REVISION, scale),
         "phi3, again",
-        hard=market.candidates(seed + 50),
+        hard=proposal_lessons.candidates(seed + 50),
     )
 
 

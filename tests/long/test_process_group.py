@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from llm_sidecar.demo import market, together
-from llm_sidecar.demo.batches import batches
-from llm_sidecar.demo.lessons import Lesson
-from llm_sidecar.demo.muon import Muon
-from llm_sidecar.demo.recipe import Member, prepare
-from llm_sidecar.demo.schedule import Schedule
 from llm_sidecar.models.files import DEMO_DIR
+from training.demo_models import process_group, proposal_lessons
+from training.demo_models.batches import batches
+from training.demo_models.lessons import Lesson
+from training.demo_models.muon import Muon
+from training.demo_models.recipe import Member, prepare
+from training.demo_models.schedule import Schedule
 
 _SHAPES = ((24, 40), (40, 24), (16, 16))
 
@@ -30,8 +30,8 @@ def _steps(gradients: list[torch.Tensor]) -> torch.nn.Module:
     for _ in range(2):
         for matrix, gradient in zip(model, gradients, strict=True):
             matrix.grad = gradient.clone()
-        assert together.share(model, 1000 + together.rank()) == (
-            2001 if together.size() == 2 else 1000
+        assert process_group.share(model, 1000 + process_group.rank()) == (
+            2001 if process_group.size() == 2 else 1000
         )
         optimizer.step()
     return model
@@ -42,7 +42,7 @@ def _member(rank: int, meeting: Path, folder: Path) -> None:
 
     prepare(1, Member(rank, 2, meeting))
     drawn: list[str] = []
-    lesson = market.teacher(10 + rank)
+    lesson = proposal_lessons.teacher(10 + rank)
 
     def teacher(progress: float) -> Lesson:
         drawn.append("lesson")
@@ -61,7 +61,7 @@ def _member(rank: int, meeting: Path, folder: Path) -> None:
             break
     torch.save(
         {
-            "least": together.least(7 + rank),
+            "least": process_group.least(7 + rank),
             "weights": [weight.data for weight in _steps(_gradients(rank)).parameters()],
             "drawing": steps_with_drawing,
             "widths": widths,

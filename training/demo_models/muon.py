@@ -8,8 +8,8 @@ from typing import Any, Final
 import torch
 import torch.distributed
 
-from llm_sidecar.demo import together
-from llm_sidecar.demo.forward import precision
+from training.demo_models import process_group
+from training.demo_models.forward import precision
 
 _COEFFICIENTS: Final = (3.4445, -4.7750, 2.0315)
 _STEPS: Final = 5
@@ -51,7 +51,7 @@ class Muon(torch.optim.Optimizer):
         self, matrices: list[torch.Tensor], group: dict[str, Any]
     ) -> Iterable[torch.Tensor]:
         """Each process reckons every n-th update and gets the others' from them."""
-        rank, size = together.rank(), together.size()
+        rank, size = process_group.rank(), process_group.size()
         updates = []
         for index, matrix in enumerate(matrices):
             if index % size != rank:

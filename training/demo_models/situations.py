@@ -12,9 +12,9 @@ The rule, which `answer` applies:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 Side = Literal["LONG", "SHORT"]
 Relation = Literal["helps", "hurts", "unknown"]
@@ -248,6 +248,24 @@ SITUATIONS: Final[Mapping[str, Situation]] = {
         _same(Rule("abort", "so free the capital", 0.65)),
     ),
 }
+
+
+class Case(NamedTuple):
+    """A prompt, and the proposal that the rule of `situations` gives for it.
+
+    Attributes:
+        situation: key of `SITUATIONS`.
+        phrases: that say so in the prompt, but for their case and typing errors.
+        positions: those that tell the side.
+        atr: the average true range in percent that it states, or None.
+    """
+
+    prompt: str
+    proposal: dict[str, Any]
+    situation: str
+    phrases: Sequence[str] = ()
+    positions: Sequence[str] = ()
+    atr: str | None = None
 
 
 def relation(situation: Situation, side: Side | None) -> Relation:

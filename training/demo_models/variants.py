@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Final
 
-from llm_sidecar.demo import lexicon, tickers
-from llm_sidecar.demo.phrases import PHRASES
-from llm_sidecar.demo.situations import Side
-from llm_sidecar.demo.spin import spin
+from training.demo_models import lexicon, tickers
+from training.demo_models.phrases import PHRASES
+from training.demo_models.situations import Side
+from training.demo_models.templates import spin
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,12 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from llm_sidecar.demo import together
-from llm_sidecar.demo.batches import Batch, Shape, batches, drawn_lessons, padded, shape_of
-from llm_sidecar.demo.forward import Held, States, attention, forward, hold, logits
-from llm_sidecar.demo.lessons import IGNORED, Encoded, Teacher, Way
-from llm_sidecar.demo.muon import Muon
-from llm_sidecar.demo.schedule import Schedule
+from training.demo_models import process_group
+from training.demo_models.batches import Batch, Shape, batches, drawn_lessons, padded, shape_of
+from training.demo_models.forward import Held, States, attention, forward, hold, logits
+from training.demo_models.lessons import IGNORED, Encoded, Teacher, Way
+from training.demo_models.muon import Muon
+from training.demo_models.schedule import Schedule
 
 _CANDIDATES: Final = 4
 """Times as many lessons are drawn as are hard enough."""
@@ -117,7 +117,7 @@ def train(
         loss, wrong = _loss(model, hold(model, int4=int4), batch, language)
         loss.backward()  # type: ignore[no-untyped-call]
         missed += [batch.lessons[row] for row in wrong]
-        tokens = together.share(model, batch.tokens)
+        tokens = process_group.share(model, batch.tokens)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, rate in zip(optimizers, rates, strict=True):
             optimizer.step()
@@ -127,7 +127,7 @@ def train(
             raise FloatingPointError(f"the loss of {name} is {losses[-1]} in step {step}")
         seen += tokens
         now = time.monotonic()
-        if together.rank() == 0 and (now - reported > 10 or seen >= schedule.tokens):
+        if process_group.rank() == 0 and (now - reported > 10 or seen >= schedule.tokens):
             speed = seen / (now - began)
             left = max(0, schedule.tokens - seen) / speed
             sys.stderr.write(
