@@ -12,7 +12,7 @@ from training.demo_models import process_group, proposal_lessons
 from training.demo_models.batches import batches
 from training.demo_models.lessons import Lesson
 from training.demo_models.muon import Muon
-from training.demo_models.recipe import Member, prepare
+from training.demo_models.recipe import Member, join_group
 from training.demo_models.schedule import Schedule
 
 _SHAPES = ((24, 40), (40, 24), (16, 16))
@@ -30,19 +30,19 @@ def _steps(gradients: list[torch.Tensor]) -> torch.nn.Module:
     for _ in range(2):
         for matrix, gradient in zip(model, gradients, strict=True):
             matrix.grad = gradient.clone()
-        assert process_group.share(model, 1000 + process_group.rank()) == (
-            2001 if process_group.size() == 2 else 1000
+        assert process_group.average_gradients(model, 1000 + process_group.rank()) == (
+            2001 if process_group.world_size() == 2 else 1000
         )
         optimizer.step()
     return model
 
 
-def _member(rank: int, meeting: Path, folder: Path) -> None:
+def _member(rank: int, rendezvous: Path, folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    prepare(1, Member(rank, 2, meeting))
+    join_group(1, Member(rank, 2, rendezvous))
     drawn: list[str] = []
-    lesson = proposal_lessons.teacher(10 + rank)
+    lesson = proposal_lessons.curriculum(10 + rank)
 
     def teacher(progress: float) -> Lesson:
         drawn.append("lesson")
@@ -61,7 +61,7 @@ def _member(rank: int, meeting: Path, folder: Path) -> None:
             break
     torch.save(
         {
-            "least": process_group.least(7 + rank),
+            "least": process_group.all_reduce_min(7 + rank),
             "weights": [weight.data for weight in _steps(_gradients(rank)).parameters()],
             "drawing": steps_with_drawing,
             "widths": widths,
@@ -73,7 +73,7 @@ def _member(rank: int, meeting: Path, folder: Path) -> None:
 def test_processes_take_the_same_steps_along_their_mean_and_draw_together(tmp_path: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
     members = [
-        spawn.Process(target=_member, args=(rank, tmp_path / "meeting", tmp_path), daemon=True)
+        spawn.Process(target=_member, args=(rank, tmp_path / "rendezvous", tmp_path), daemon=True)
         for rank in range(2)
     ]
     for member in members:

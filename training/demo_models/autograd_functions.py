@@ -1,4 +1,4 @@
-"""What lies between the products of matrices in training, each with a backward pass of its own."""
+"""The operations between matrix products in training, each with its own backward pass."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from torch.nn.functional import pad, silu
 
 _BLOCK: Final = 32
-"""Inputs that share a step in int4."""
+"""Number of inputs that share one int4 scale."""
 
 
-def rounded(matrix: torch.Tensor) -> torch.Tensor:
-    """What onnxruntime's symmetric int4 (MatMulNBits) makes of a matrix.
+def int4_rounded(matrix: torch.Tensor) -> torch.Tensor:
+    """Rounds a matrix to what onnxruntime's symmetric int4 (MatMulNBits) represents.
 
     Args:
-        matrix: (outputs, inputs); in blocks of 32 inputs, and what is left.
+        matrix: (outputs, inputs); each block of 32 inputs has its own scale, the last may be shorter.
 
     Returns:
-        a matrix of the same shape: in each block the value of the greatest magnitude is -8 steps,
-        and all are whole steps from -8 to 7.
+        A matrix of the same shape. In each block the value of greatest magnitude becomes -8 times
+        the scale, and every value a multiple of the scale from -8 to 7.
     """
     outputs, inputs = matrix.shape
     blocks = pad(matrix, (0, -inputs % _BLOCK)).view(outputs, -1, _BLOCK)
@@ -30,41 +30,43 @@ def rounded(matrix: torch.Tensor) -> torch.Tensor:
     return near.view(outputs, -1)[:, :inputs]
 
 
-class Rounded(torch.autograd.Function):
-    """A matrix as `rounded`, with the gradients of the rounded one, so that what is kept learns to
-    answer well once it is rounded (the straight-through estimator: Bengio et al. 2013,
-    arXiv:1308.3432)."""
+class StraightThroughInt4(torch.autograd.Function):
+    """`int4_rounded`, with a backward pass that ignores the rounding.
+
+    This is the straight-through estimator (Bengio et al. 2013, arXiv:1308.3432): the float32 weights
+    learn to do well once rounded.
+    """
 
     @staticmethod
     def forward(_: Any, matrix: torch.Tensor) -> Any:
-        return rounded(matrix)
+        return int4_rounded(matrix)
 
     @staticmethod
     def backward(_: Any, gradient: torch.Tensor) -> Any:
         return gradient
 
 
-def _turn(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Pairs of values, one of each half, turned by their position's angles (rotary embeddings: Su et
-    al. 2021, arXiv:2104.09864).
+def _rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864): rotates pairs of values, one of
+    each half of `dimension`, by the angles of their position.
 
     Args:
         states: (heads, rows, length, dimension).
         cosine, sine: (1, length, dimension), the second half like the first.
     """
     dimension = states.shape[-1]
-    # A product with this is quicker than passes over halves: (a, b) becomes (-b, a).
+    # Multiplying by this, (a, b) becomes (-b, a); faster than copying the halves.
     quarter = torch.eye(dimension, dtype=states.dtype).roll(dimension // 2, 1)
     quarter[dimension // 2 :].neg_()
     return (states * cosine).addcmul_(states @ quarter, sine)
 
 
-class Turned(torch.autograd.Function):
-    """Queries, keys and values by head, the former two turned.
+class RotaryHeads(torch.autograd.Function):
+    """Splits queries, keys and values by head, and rotates queries and keys.
 
     Args:
         qkv: (rows, length, 3 * hidden).
-        of_queries, of_keys: cosines and sines of their angles, (2, 1, length, dimension).
+        of_queries, of_keys: cosines and sines of the angles, each (2, 1, length, dimension).
     """
 
     @staticmethod
@@ -75,12 +77,12 @@ class Turned(torch.autograd.Function):
         queries, keys, values = (
             qkv.view(*qkv.shape[:2], 3, heads, -1).permute(2, 3, 0, 1, 4).contiguous()
         )
-        return _turn(queries, *of_queries), _turn(keys, *of_keys), values
+        return _rotate(queries, *of_queries), _rotate(keys, *of_keys), values
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         turned = [
-            _turn(gradient, cosine, -sine)
+            _rotate(gradient, cosine, -sine)
             for gradient, (cosine, sine) in zip(gradients, ctx.saved_tensors, strict=False)
         ]
         heads, rows, length, dimension = gradients[0].shape
@@ -91,11 +93,11 @@ class Turned(torch.autograd.Function):
 
 
 class Attention(torch.autograd.Function):
-    """softmax(Q K^T + later) V; the fused kernel's backward pass is slower.
+    """softmax(Q K^T + later) V. The backward pass of torch's fused kernel is slower.
 
     Args:
-        queries, keys, values: (heads, rows, length, dimension), the former scaled.
-        later: (length of queries, length of keys), -inf where a key is not to be seen.
+        queries, keys, values: (heads, rows, length, dimension); queries are already scaled.
+        later: (length of queries, length of keys), -inf for each key that comes after the query, else 0.
     """
 
     @staticmethod
@@ -127,8 +129,8 @@ class Attention(torch.autograd.Function):
         return *(part.view(*heads_and_rows, *part.shape[1:]) for part in gradients), None
 
 
-class Gated(torch.autograd.Function):
-    """silu(gate) * up, of both side by side."""
+class GatedSilu(torch.autograd.Function):
+    """silu(gate) * up; the input is gate and up, concatenated."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: torch.Tensor) -> Any:
@@ -149,7 +151,7 @@ class Gated(torch.autograd.Function):
 
 
 class RootMeanSquareNorm(torch.autograd.Function):
-    """States over their root mean square, times a weight (Zhang and Sennrich 2019,
+    """RMSNorm: states over their root mean square, times a weight (Zhang and Sennrich 2019,
     arXiv:1910.07467)."""
 
     @staticmethod

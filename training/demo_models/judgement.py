@@ -14,7 +14,7 @@ from typing import Any, Final
 from llm_sidecar import hermes_plugin
 from llm_sidecar.engines import Message
 from llm_sidecar.proposals import dumps
-from training.demo_models.lessons import Lesson, Teacher
+from training.demo_models.lessons import Lesson, LessonSource
 from training.demo_models.market import draw
 from training.demo_models.situations import SITUATIONS, Case
 from training.demo_models.tickers import Split
@@ -72,7 +72,7 @@ def critique(proposal: dict[str, Any], *, fits: bool | None) -> str:
     return " ".join(sentences)
 
 
-def teacher(seed: int, split: Split = "train") -> Teacher:
+def curriculum(seed: int, split: Split = "train") -> LessonSource:
     """Hermes' lessons: scores of two bare distances, of proposals alone, then what the server asks.
 
     Bare distances teach to divide at a tenth of the cost of a whole chat, a proposal alone teaches

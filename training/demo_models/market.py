@@ -44,9 +44,9 @@ def _second_writer(rng: Random, split: Split) -> Case:
         price=round(10 ** rng.uniform(0.3, 3.2), 2),
         split=split,
     )
-    told = variants.Told(rng, scene)
-    prompt = rng.choices(variants.LAYOUTS, _WEIGHTS)[0](told)
-    states_number = told.number_told and "<n>" in SITUATIONS[name].measured
+    draft = variants.Draft(rng, scene)
+    prompt = rng.choices(variants.LAYOUTS, _WEIGHTS)[0](draft)
+    states_number = draft.number_told and "<n>" in SITUATIONS[name].measured
     number = scene.number if states_number else None
     proposal = answer(name, scene.ticker, side, number, scene.atr)
-    return Case(prompt, proposal, name, told.phrases, told.positions, scene.atr)
+    return Case(prompt, proposal, name, draft.phrases, draft.positions, scene.atr)

@@ -1,4 +1,4 @@
-"""Muon in the precision that the processor is quick at, its work divided among the processes."""
+"""Muon in the type that the processor multiplies fastest, its work divided among the processes."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ import torch
 import torch.distributed
 
 from training.demo_models import process_group
-from training.demo_models.forward import precision
+from training.demo_models.forward import fast_dtype
 
 _COEFFICIENTS: Final = (3.4445, -4.7750, 2.0315)
 _STEPS: Final = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are made orthogonal, for matrices (Jordan et al. 2024,
+    """SGD with momentum whose updates are orthogonalised, for matrices (Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon/).
 
-    `torch.optim.Muon` gives the same steps. It always reckons in bfloat16, which a processor without
-    it does thirty times as slowly as float32, and it would do all the work in every process.
+    `torch.optim.Muon` takes the same steps. But it always computes in bfloat16, thirty times as slow
+    as float32 on a processor without bfloat16, and does all the work in every process.
 
     Args:
-        matrices: with the same gradients in all processes of the torch.distributed group, if any.
-        lr: learning rate; weight_decay: decoupled; momentum: Nesterov's.
+        matrices: parameters with the same gradients in all processes of the group, if there is one.
+        lr: learning rate.
+        weight_decay: decoupled.
+        momentum: Nesterov's.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step along the gradients; takes no closure."""
+        """Takes one step; `closure` is ignored."""
         for group in self.param_groups:
             matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
             for matrix, update in zip(matrices, self._updates(matrices, group), strict=True):
@@ -50,12 +52,12 @@ class Muon(torch.optim.Optimizer):
     def _updates(
         self, matrices: list[torch.Tensor], group: dict[str, Any]
     ) -> Iterable[torch.Tensor]:
-        """Each process reckons every n-th update and gets the others' from them."""
-        rank, size = process_group.rank(), process_group.size()
+        """The updates of all matrices; each of n processes computes every n-th, then they exchange."""
+        rank, size = process_group.rank(), process_group.world_size()
         updates = []
         for index, matrix in enumerate(matrices):
             if index % size != rank:
-                updates.append(torch.zeros_like(matrix, dtype=precision()))
+                updates.append(torch.zeros_like(matrix, dtype=fast_dtype()))
                 continue
             assert matrix.grad is not None
             buffer = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
@@ -70,11 +72,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """About U V^T of the matrix's singular value decomposition, by Newton-Schulz iterations; in the
-    precision that they are reckoned in."""
+    """Approximates U V^T of the singular value decomposition by Newton-Schulz iterations; the result
+    is in `fast_dtype`."""
     wide = matrix.shape[0] <= matrix.shape[1]
-    # Products with a transposed view take a third longer.
-    found = (matrix if wide else matrix.T).to(precision()).contiguous()
+    # Products with a transposed view take a third more time.
+    found = (matrix if wide else matrix.T).to(fast_dtype()).contiguous()
     found = found / found.norm().clamp(min=1e-7)
     first, second, third = _COEFFICIENTS
     for _ in range(_STEPS):

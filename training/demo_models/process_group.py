@@ -1,4 +1,4 @@
-"""The processes that train a model together: a torch.distributed group, or one alone."""
+"""The torch.distributed group of the processes that train one model, or a single process."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ from typing import Any
 import torch
 import torch.distributed
 
-from training.demo_models.forward import precision
+from training.demo_models.forward import fast_dtype
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Index of this process, from 0."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def size() -> int:
-    """How many there are."""
+def world_size() -> int:
+    """Number of processes."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-def least(count: int) -> int:
-    """The least of all processes' counts."""
-    if size() == 1:
+def all_reduce_min(count: int) -> int:
+    """The minimum of `count` over all processes."""
+    if world_size() == 1:
         return count
     found = torch.tensor(count)
     torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN)
     return int(found.item())
 
 
-def share(model: Any, tokens: int) -> int:
-    """Gives every process the mean of all gradients; returns the sum of their tokens."""
-    if size() == 1:
+def average_gradients(model: Any, tokens: int) -> int:
+    """Replaces gradients by their mean over all processes; returns the sum of `tokens`."""
+    if world_size() == 1:
         return tokens
     parameters = [p for p in model.parameters() if p.grad is not None]
-    # Products of matrices gave them in this precision.
-    flat = torch.cat([p.grad.flatten().to(precision()) for p in parameters])
+    # The backward pass computed them in this type, so nothing is lost in it.
+    flat = torch.cat([p.grad.flatten().to(fast_dtype()) for p in parameters])
     torch.distributed.all_reduce(flat)
-    gradients = torch.split(flat.float() / size(), [p.numel() for p in parameters])
+    gradients = torch.split(flat.float() / world_size(), [p.numel() for p in parameters])
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.view_as(parameter)
     count = torch.tensor(tokens)

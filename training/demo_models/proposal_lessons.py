@@ -9,7 +9,7 @@ from typing import Final
 
 from llm_sidecar.engines import Message
 from llm_sidecar.proposals import Example, build_messages, dumps
-from training.demo_models.lessons import Hint, Lesson, Teacher
+from training.demo_models.lessons import Hint, Lesson, LessonSource
 from training.demo_models.market import LONGEST_PROMPT, draw
 from training.demo_models.positions import SIDE_WORDS
 from training.demo_models.situations import Case, Side
@@ -26,11 +26,11 @@ _DECIDED: Final = '_stop_pct"'
 learn too."""
 _TERSE: Final = re.compile(r"[-+]\d.*|[LSB](?:\d.*)?|LNG|SHRT|SLD|SELL", re.IGNORECASE)
 _TIMES_HARD: Final = 3
-_KEPT: Final = 512
+_MOST_WAITING: Final = 512
 """So many wait to be given again, and a few more."""
 
 
-def teacher(seed: int, split: Split = "train") -> Teacher:
+def curriculum(seed: int, split: Split = "train") -> LessonSource:
     """Phi-3's lessons: single short prompts and pieces of their answers first, whole chats last.
 
     Among few words attention soon finds what to copy and what to judge; from there it learns to
@@ -38,7 +38,7 @@ def teacher(seed: int, split: Split = "train") -> Teacher:
     prompt without the system's, with one piece of its answer, is a lesson at a fifth of the cost.
     """
     rng = Random(seed)
-    cases = _Cases(rng, split)
+    cases = _CaseSource(rng, split)
 
     def lesson(progress: float) -> Lesson:
         grown = min(1.0, max(0.0, (progress - _SHORT) / (_LONG - _SHORT)))
@@ -46,7 +46,7 @@ def teacher(seed: int, split: Split = "train") -> Teacher:
         final = progress > _FINAL
         whole = rng.random() < (0.5 if final else 0.05 + 0.4 * grown)
         turns = rng.choice(_TURNS) if final else 1
-        messages, text, found = _chat([cases.give(limit) for _ in range(turns)])
+        messages, text, found = _chat([cases.draw(limit) for _ in range(turns)])
         if not final and rng.random() > 0.3 * grown:
             messages = messages[1:]
         if whole:
@@ -58,23 +58,23 @@ def teacher(seed: int, split: Split = "train") -> Teacher:
     return lesson
 
 
-def revision(seed: int) -> Teacher:
+def second_round(seed: int) -> LessonSource:
     """Lessons for a model that has had those of `teacher`: chats as the server sends them, of which
-    three in five end once ticker, action and side are told."""
+    three in five end once ticker, action and side are draft."""
     rng = Random(seed)
-    cases = _Cases(rng, "train")
+    cases = _CaseSource(rng, "train")
 
     def lesson(progress: float) -> Lesson:
         del progress
         turns = rng.choice(_TURNS)
-        messages, text, found = _chat([cases.give(LONGEST_PROMPT) for _ in range(turns)])
+        messages, text, found = _chat([cases.draw(LONGEST_PROMPT) for _ in range(turns)])
         last = None if rng.random() < 0.4 else text.index(_DECIDED)
         return Lesson(messages, last=last, hints=found)
 
     return lesson
 
 
-def candidates(seed: int) -> Teacher:
+def candidates(seed: int) -> LessonSource:
     """Lessons to choose the hard ones from: prompts as they come, each once, with ticker, action and
     side."""
     rng = Random(seed)
@@ -96,25 +96,25 @@ def _chat(cases: Sequence[Case]) -> tuple[list[Message], str, list[Hint]]:
     return messages, text, hints(last, text)
 
 
-class _Cases:
+class _CaseSource:
     """Gives cases of which the hard ones come three times each, the others once.
 
-    The tersest ways to tell a side, and a side's words where none is told, are a sixth of all and
+    The tersest ways to tell a side, and a side's words where none is draft, are a sixth of all and
     were half of what a model got wrong that saw no more of them.
     """
 
     def __init__(self, rng: Random, split: Split) -> None:
         self._rng = rng
         self._split = split
-        self._kept: list[Case] = []
+        self._waiting: list[Case] = []
 
-    def give(self, longest: int) -> Case:
+    def draw(self, longest: int) -> Case:
         """A case of at most so many characters; no call may ask for fewer than the one before."""
-        if len(self._kept) >= _KEPT:
-            return self._kept.pop(self._rng.randrange(len(self._kept)))
+        if len(self._waiting) >= _MOST_WAITING:
+            return self._waiting.pop(self._rng.randrange(len(self._waiting)))
         case = draw(self._rng, self._split, longest)
         if _is_hard(case):
-            self._kept += [case] * (_TIMES_HARD - 1)
+            self._waiting += [case] * (_TIMES_HARD - 1)
         return case
 
 
@@ -134,7 +134,7 @@ def hints(case: Case, text: str) -> list[Hint]:
         found.append(Hint("copied", *number.span(), _whole(number[0], prompt)))
     side = case.proposal.get("side")
     words = _side_words(case, side) if side else None
-    # With no side to be told, the next field's name comes in the place of the side's.
+    # With no side to be draft, the next field's name comes in the place of the side's.
     name = text.index("side" if side else "new_stop_pct")
     found.append(Hint("side", name, name + 3, words))
     for field in ("action", "side") if side else ("action",):

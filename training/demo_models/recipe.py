@@ -1,4 +1,4 @@
-"""The recipe of both models: tokenizer, shape, training, and the files that engines load."""
+"""The recipe of both models: tokenizer, architecture, training, and the files that engines load."""
 
 from __future__ import annotations
 
@@ -23,73 +23,73 @@ from transformers import (
 
 from llm_sidecar.models.conversion import build
 from training.demo_models import judgement, proposal_lessons
-from training.demo_models.autograd_functions import rounded
-from training.demo_models.lessons import Teacher
+from training.demo_models.autograd_functions import int4_rounded
+from training.demo_models.lessons import LessonSource
 from training.demo_models.schedule import Schedule
 from training.demo_models.tickers import ACRONYMS, INDEXES, KEYWORDS
 from training.demo_models.tokenizer import CHATML, CONTEXT_LENGTH, NUMBERS, PHI3, train_tokenizer
-from training.demo_models.trainer import prepare_attention, train
+from training.demo_models.trainer import init_attention, train
 
 _VOCABULARY: Final = 2816
 _NUMBERS_VOCABULARY: Final = 1536
 _TOKENIZER_LESSONS: Final = 4000
 PROCESSES: Final = 2
-"""That train a model together: part of the recipe, as each draws lessons of its own."""
-_PHI3: Final = Schedule(
+"""Number of processes that train one model. Each draws its own lessons, so the weights depend on it."""
+_FIRST_ROUND: Final = Schedule(
     tokens=10_500_000,
     batch_tokens=1280,
     growth=4.0,
     least_rate=0.4,
-    again=0.3,
-    rounded=0.2,
-    language=0.1,
+    repeated=0.3,
+    int4=0.2,
+    prompt_loss=0.1,
 )
-_REVISION: Final = Schedule(
+_SECOND_ROUND: Final = Schedule(
     tokens=5_000_000,
     batch_tokens=1920,
     growth=1.0,
-    # Those that the first round ends with.
-    matrix_rate=_PHI3.least_rate * _PHI3.matrix_rate,
-    other_rate=_PHI3.least_rate * _PHI3.other_rate,
-    rounded=1.0,
-    mined=0.5,
+    # The first round ends with these rates.
+    matrix_rate=_FIRST_ROUND.least_rate * _FIRST_ROUND.matrix_rate,
+    other_rate=_FIRST_ROUND.least_rate * _FIRST_ROUND.other_rate,
+    int4=1.0,
+    hard=0.5,
 )
 _HERMES: Final = Schedule(tokens=3_500_000, batch_tokens=2560, growth=2.0)
 
 
 class Member(NamedTuple):
-    """One of the processes that train a model together.
+    """One process of the group that trains a model.
 
     Attributes:
-        rank: its number, from 0; that one writes the model.
-        size: how many there are.
-        meeting: a file, not there yet, by which they find each other.
+        rank: its index, from 0; process 0 writes the model.
+        world_size: number of processes.
+        rendezvous: path of a file that does not exist yet, by which torch.distributed connects them.
     """
 
     rank: int
-    size: int
-    meeting: Path
+    world_size: int
+    rendezvous: Path
 
 
 def train_phi3(folder: Path, member: Member, *, seed: int, scale: float = 1.0) -> None:
     """Trains the proposal model and writes it for onnxruntime-genai, in int4.
 
     Args:
-        folder: replaced as a whole, once all went well.
-        member: this process among those that train together.
+        folder: replaced as a whole, once the training succeeded.
+        member: this process.
         seed: of weights and data.
-        scale: part of the usual number of tokens.
+        scale: fraction of the recipe's tokens to train on.
     """
-    prepare(seed, member)
+    join_group(seed, member)
     tokenizer = train_tokenizer(
-        _texts(proposal_lessons.teacher(seed + 1000)),
+        _texts(proposal_lessons.curriculum(seed + 1000)),
         PHI3,
         _VOCABULARY,
         whole=(*ACRONYMS, *INDEXES, *KEYWORDS),
     )
     config = Phi3Config(
         hidden_size=256,
-        # Not half the vocabulary: the builder takes a matrix of the head's shape for the head.
+        # Not half the vocabulary: the model builder would mistake the matrix for the output head.
         intermediate_size=768,
         num_hidden_layers=4,
         num_attention_heads=8,
@@ -98,15 +98,15 @@ def train_phi3(folder: Path, member: Member, *, seed: int, scale: float = 1.0) -
         **_common(tokenizer),
     )
     model = Phi3ForCausalLM(config)
-    prepare_attention(model)
+    init_attention(model)
     train(
         model,
         tokenizer,
-        proposal_lessons.teacher(seed + member.rank),
-        _scaled(_PHI3, scale),
+        proposal_lessons.curriculum(seed + member.rank),
+        _scaled(_FIRST_ROUND, scale),
         "phi3",
     )
-    revise(model, tokenizer, seed + 100 + member.rank, scale)
+    train_second_round(model, tokenizer, seed + 100 + member.rank, scale)
     if member.rank > 0:
         return
     with tempfile.TemporaryDirectory() as temporary:
@@ -116,25 +116,28 @@ def train_phi3(folder: Path, member: Member, *, seed: int, scale: float = 1.0) -
         _replace(built, folder)
 
 
-def revise(model: Any, tokenizer: Any, seed: int, scale: float) -> None:
-    """Trains a Phi-3 that has learned once more, from the weights that int4 would keep of it.
+def train_second_round(model: Any, tokenizer: Any, seed: int, scale: float) -> None:
+    """Trains a Phi-3 further, from its weights rounded to int4.
 
-    The rate falls on from where it was, and half of the lessons are those that it is worst at.
+    The learning rate continues from the end of the first round. Half of the lessons are those with
+    the greatest losses.
 
     Args:
-        seed: of the lessons; another one for each process.
-        scale: part of the usual number of tokens.
+        model: result of the first round; trained in place.
+        tokenizer: its tokenizer.
+        seed: of the lessons; a different one in each process.
+        scale: fraction of the recipe's tokens to train on.
     """
     with torch.no_grad():
         for matrix in model.parameters():
             if matrix.ndim == 2:
-                matrix.copy_(rounded(matrix))
+                matrix.copy_(int4_rounded(matrix))
     train(
         model,
         tokenizer,
-        proposal_lessons.revision(seed),
-        _scaled(_REVISION, scale),
-        "phi3, again",
+        proposal_lessons.second_round(seed),
+        _scaled(_SECOND_ROUND, scale),
+        "phi3, second round",
         hard=proposal_lessons.candidates(seed + 50),
     )
 
@@ -142,12 +145,12 @@ def revise(model: Any, tokenizer: Any, seed: int, scale: float) -> None:
 def train_hermes(folder: Path, member: Member, *, seed: int, scale: float = 1.0) -> None:
     """Trains the critique and score model and writes it for transformers, in bfloat16.
 
-    Args: as of `train_phi3`.
+    The arguments are those of `train_phi3`.
     """
-    prepare(seed, member)
-    # Every percentage often enough to become a token of its own.
+    join_group(seed, member)
+    # Each percentage is frequent enough to become one token.
     numbers = ["10", *(f"{tenths / 10}" for tenths in range(500))] * (_TOKENIZER_LESSONS // 4)
-    texts = itertools.chain(numbers, _texts(judgement.teacher(seed + 1000)))
+    texts = itertools.chain(numbers, _texts(judgement.curriculum(seed + 1000)))
     tokenizer = train_tokenizer(texts, CHATML, _NUMBERS_VOCABULARY, apart=NUMBERS)
     config = LlamaConfig(
         hidden_size=160,
@@ -158,9 +161,9 @@ def train_hermes(folder: Path, member: Member, *, seed: int, scale: float = 1.0)
         **_common(tokenizer),
     )
     model = LlamaForCausalLM(config)
-    prepare_attention(model)
-    teacher = judgement.teacher(seed + member.rank)
-    train(model, tokenizer, teacher, _scaled(_HERMES, scale), "hermes")
+    init_attention(model)
+    source = judgement.curriculum(seed + member.rank)
+    train(model, tokenizer, source, _scaled(_HERMES, scale), "hermes")
     if member.rank > 0:
         return
     with tempfile.TemporaryDirectory() as temporary:
@@ -169,24 +172,24 @@ def train_hermes(folder: Path, member: Member, *, seed: int, scale: float = 1.0)
         _replace(source, folder)
 
 
-def prepare(seed: int, member: Member) -> None:
-    """Makes this process one of those that train a model together."""
+def join_group(seed: int, member: Member) -> None:
+    """Seeds torch and joins the torch.distributed group of the processes that train a model."""
     torch.manual_seed(seed)
-    # So small a model gains less from a second thread than from a second process.
+    # A model this small gains more from a second process than from a second thread.
     torch.set_num_threads(1)
-    if member.size > 1:
+    if member.world_size > 1:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         torch.distributed.init_process_group(
             "gloo",
-            init_method=member.meeting.absolute().as_uri(),
+            init_method=member.rendezvous.absolute().as_uri(),
             rank=member.rank,
-            world_size=member.size,
+            world_size=member.world_size,
         )
 
 
-def _texts(teacher: Teacher) -> Iterable[str]:
+def _texts(source: LessonSource) -> Iterable[str]:
     for _ in range(_TOKENIZER_LESSONS):
-        yield from (message["content"] for message in teacher(1.0).messages)
+        yield from (message["content"] for message in source(1.0).messages)
 
 
 def _common(tokenizer: Any) -> dict[str, Any]:

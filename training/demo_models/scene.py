@@ -10,7 +10,7 @@ from training.demo_models import lexicon
 from training.demo_models.phrases import PHRASES
 from training.demo_models.positions import ATR, MISLEADING, NOISE, STOPS
 from training.demo_models.situations import SITUATIONS, Side
-from training.demo_models.templates import spin
+from training.demo_models.templates import expand
 from training.demo_models.tickers import (
     ACRONYMS,
     INDEXES,
@@ -62,7 +62,7 @@ class Scene:
 
     def say(self, template: str) -> str:
         """One reading of `template` with its slots filled."""
-        return spin(template, self.rng, self._slot)
+        return expand(template, self.rng, self._slot)
 
     def one_of(self, templates: tuple[str, ...]) -> str:
         return self.say(self.rng.choice(templates))

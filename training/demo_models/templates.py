@@ -1,7 +1,7 @@
 """Text templates with alternatives: `{long|bought {two|three}} <t>`.
 
-Braces hold alternatives, nested at will and empty ones allowed; names in angle brackets are slots
-that the caller fills.
+Braces hold alternatives, which may be nested or empty. Names in angle brackets are slots, which the
+caller fills.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ _INNERMOST: Final = re.compile(r"\{([^{}]*)\}")
 _SLOT: Final = re.compile(r"<([a-z_]+)>")
 
 
-def spin(template: str, rng: Random, slot: Callable[[str], str]) -> str:
-    """One random reading of `template`, its slots filled by `slot(name)`."""
+def expand(template: str, rng: Random, slot: Callable[[str], str]) -> str:
+    """Picks random alternatives of `template`, then replaces each slot by `slot(name)`."""
     found = 1
     while found:
         template, found = _INNERMOST.subn(lambda m: rng.choice(m[1].split("|")), template)

@@ -1,4 +1,4 @@
-"""Training of a tiny causal model on lessons: the loss is on what the assistant says."""
+"""Trains a tiny causal model on lessons; the loss is mainly on the assistant's messages."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from training.demo_models import process_group
-from training.demo_models.batches import Batch, Shape, batches, drawn_lessons, padded, shape_of
-from training.demo_models.forward import Held, States, attention, forward, hold, logits
-from training.demo_models.lessons import IGNORED, Encoded, Teacher, Way
+from training.demo_models.batches import Batch, Shape, batches, draw_lessons, pad_batch, shape_of
+from training.demo_models.forward import States, Weights, attention, cast_weights, forward, logits
+from training.demo_models.lessons import IGNORED, Encoded, HintKind, LessonSource
 from training.demo_models.muon import Muon
 from training.demo_models.schedule import Schedule
 
 _CANDIDATES: Final = 4
-"""Times as many lessons are drawn as are hard enough."""
+"""Lessons drawn for each one that is kept as hard, in tokens."""
 _MINED_TOKENS: Final = 2560
-"""In a batch of them."""
-_SHORT_ROW: Final = 640
-"""Tokens of the longest rows in which heads are told where to look."""
+"""Tokens in a batch of candidates for hard lessons."""
+_MOST_SUPERVISED_TOKENS: Final = 640
+"""Longest rows, in tokens, in which attention is supervised."""
 _HEAD_ROWS: Final = 128
-"""The head works on a multiple of these, for the same reason that batches have few shapes."""
-_LOOKING: Final[dict[Way, tuple[int, slice]]] = {
+"""The output head computes a multiple of these rows, so that it too sees few shapes."""
+_SUPERVISED_HEADS: Final[dict[HintKind, tuple[int, slice]]] = {
     "word": (1, slice(0, 2)),
     "copied": (-1, slice(0, 2)),
     "range": (-1, slice(0, 2)),
     "side": (-1, slice(2, 4)),
     "situation": (-1, slice(4, 6)),
 }
-"""The layer and the heads in it that looks go to, by their way."""
-_LOOKING_WEIGHT: Final = 0.3
-_SPOKEN_STEP: Final = 3
-"""Of so many tokens of a prompt one is learned to be told."""
+"""The layer, and the heads in it, whose attention is supervised for each kind of target."""
+_ATTENTION_WEIGHT: Final = 0.3
+_PROMPT_STEP: Final = 3
+"""One of so many prompt tokens has a loss."""
 
 
-def prepare_attention(model: Any) -> None:
-    """Gives attention a beginning from which it soon learns to look things up and to copy them.
+def init_attention(model: Any) -> None:
+    """Initialises attention so that it soon learns to look up and copy tokens.
 
-    Queries begin like keys, so that like attends to like, and each head's output like the inverse
-    of its values, so that what is found is passed on: the structure that trained models are found
-    to have (Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers",
+    Queries start similar to keys, so that a token attends to similar ones, and each head's output
+    matrix starts as the transpose of its value matrix, so that attended content passes through.
+    Trained models have this structure (Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers",
     arXiv:2305.09828).
 
     Args:
-        model: of the Llama or the Phi-3 architecture, with as many key heads as query heads.
+        model: a Llama or Phi-3 of transformers, with as many key heads as query heads.
     """
     with torch.no_grad():
         for layer in model.model.layers:
@@ -67,25 +67,28 @@ def prepare_attention(model: Any) -> None:
 def train(
     model: Any,
     tokenizer: Any,
-    teacher: Teacher,
+    source: LessonSource,
     schedule: Schedule,
     name: str,
-    hard: Teacher | None = None,
+    hard: LessonSource | None = None,
 ) -> None:
-    """Trains `model` in place, writing a line of progress to standard error at times.
+    """Trains `model` in place; writes a line of progress to standard error every ten seconds.
 
-    Inside a torch.distributed group each process learns from lessons of its own, and all take the
-    same steps along the mean of their gradients. Give each the same weights and another teacher.
+    In a torch.distributed group, each process trains on its own lessons, and all take the same steps
+    along the mean gradients. Call it with equal weights and different sources in each process.
 
-    Muon needs fewer steps for the matrices than AdamW does.
+    Muon trains the hidden matrices, because it needs fewer steps than AdamW.
 
     Args:
         model: a transformers causal model in float32.
         tokenizer: its tokenizer.
-        teacher: gives its lessons.
-        schedule: how long and how fast.
-        name: starts the lines of progress.
-        hard: gives the lessons of which only the hardest are taken, for `Schedule.mined`.
+        source: draws lessons.
+        schedule: length and learning rates.
+        name: starts each line of progress.
+        hard: draws the lessons of which the hardest are kept, for `Schedule.hard`.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
     """
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
@@ -107,17 +110,17 @@ def train(
     model.train()
     missed: list[Encoded] = []
 
-    def mine(tokens: int) -> list[Encoded]:
+    def draw_hard(tokens: int) -> list[Encoded]:
         return [] if hard is None else _hardest(model, tokenizer, hard, tokens)
 
-    for step, batch in enumerate(batches(tokenizer, teacher, schedule, missed, mine), 1):
+    for step, batch in enumerate(batches(tokenizer, source, schedule, missed, draw_hard), 1):
         model.zero_grad(set_to_none=True)
-        int4 = seen >= (1.0 - schedule.rounded) * schedule.tokens
-        language = schedule.language * max(0.0, 1.0 - seen / schedule.tokens)
-        loss, wrong = _loss(model, hold(model, int4=int4), batch, language)
+        int4 = seen >= (1.0 - schedule.int4) * schedule.tokens
+        prompt_weight = schedule.prompt_loss * max(0.0, 1.0 - seen / schedule.tokens)
+        loss, wrong = _loss(model, cast_weights(model, int4=int4), batch, prompt_weight)
         loss.backward()  # type: ignore[no-untyped-call]
         missed += [batch.lessons[row] for row in wrong]
-        tokens = process_group.share(model, batch.tokens)
+        tokens = process_group.average_gradients(model, batch.tokens)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, rate in zip(optimizers, rates, strict=True):
             optimizer.step()
@@ -140,28 +143,28 @@ def train(
     model.eval()
 
 
-def _hardest(model: Any, tokenizer: Any, teacher: Teacher, tokens: int) -> list[Encoded]:
-    """Of several times as many lessons so many tokens of those that the model is worst at.
+def _hardest(model: Any, tokenizer: Any, source: LessonSource, tokens: int) -> list[Encoded]:
+    """Draws several times as many lessons and keeps the hardest, at most `tokens` tokens of them.
 
-    In the end most lessons are known, and what is rare is learned of these (as hard examples are
-    mined: Shrivastava et al. 2016, "Training Region-based Object Detectors with Online Hard Example
-    Mining", arXiv:1604.03540). How hard one is says its greatest loss of a token.
+    Late in training most lessons are easy, and rare cases are learned from the hard ones (online
+    hard example mining: Shrivastava et al. 2016, arXiv:1604.03540). The hardness of a lesson is its
+    greatest loss of a token.
     """
     waiting: dict[Shape, list[Encoded]] = {}
-    for encoded in drawn_lessons(tokenizer, teacher, 1.0, _CANDIDATES * tokens):
+    for encoded in draw_lessons(tokenizer, source, 1.0, _CANDIDATES * tokens):
         waiting.setdefault(shape_of(encoded), []).append(encoded)
     found: list[tuple[float, Encoded]] = []
     with torch.no_grad():
-        held = hold(model, int4=True)
+        weights = cast_weights(model, int4=True)
         for (_, width), lessons in waiting.items():
-            # More rows, as nothing is kept for a backward pass, and few shapes here too.
+            # No backward pass, so larger batches fit; row counts are rounded up for few shapes.
             most = max(1, _MINED_TOKENS // width)
             step = -(-most // 4)
             for first in range(0, len(lessons), most):
                 some = lessons[first : first + most]
                 filled = some + [some[0]] * (-len(some) % step)
-                batch = padded(filled, width, tokenizer.pad_token_id)
-                losses = _losses(model, held, batch)
+                batch = pad_batch(filled, width, tokenizer.pad_token_id)
+                losses = _losses(model, weights, batch)
                 greatest = torch.zeros(len(filled))
                 greatest.scatter_reduce_(0, losses.rows, losses.values, "amax")
                 found += zip(greatest.tolist(), some, strict=False)
@@ -174,93 +177,105 @@ class _Losses(NamedTuple):
     """Cross-entropy of the labelled tokens of a batch.
 
     Attributes:
-        values: of each.
-        rows, places: where in `Batch.labels`, its first column left out, each label is.
-        wrong: whether another token was likelier.
-        spoken: of each token of `_spoken`, where asked for.
-        states: that they are of.
+        values: (labels,), the losses.
+        rows, positions: (labels,), indexes into `Batch.labels` without its first column.
+        wrong: (labels,), whether another token was more likely.
+        prompt: losses of the tokens of `_prompt_positions`; empty unless requested.
+        states: result of the forward pass.
     """
 
     values: torch.Tensor
     rows: torch.Tensor
-    places: torch.Tensor
+    positions: torch.Tensor
     wrong: torch.Tensor
-    spoken: torch.Tensor
+    prompt: torch.Tensor
     states: States
 
 
 def _losses(
-    model: Any, held: Held, batch: Batch, *, looking: bool = False, speaking: bool = False
+    model: Any,
+    weights: Weights,
+    batch: Batch,
+    *,
+    with_attention: bool = False,
+    with_prompt: bool = False,
 ) -> _Losses:
-    # The end of the last layer and the head work on these positions only.
+    # The last layer and the output head compute these positions only.
     labelled = (batch.labels[:, 1:] != IGNORED).nonzero()
     count = len(labelled)
     padded_labels = torch.nn.functional.pad(labelled, (0, 0, 0, -count % _HEAD_ROWS))
-    spoken = _spoken(batch) if speaking else labelled[:0]
-    at = torch.cat((padded_labels, spoken)).unbind(1)
-    states = forward(model, held, batch.shared, batch.ids, *at, looking=looking)
-    found = logits(held, states)
+    prompt = _prompt_positions(batch) if with_prompt else labelled[:0]
+    at = torch.cat((padded_labels, prompt)).unbind(1)
+    states = forward(model, weights, batch.shared, batch.ids, *at, with_attention=with_attention)
+    found = logits(weights, states)
     following = batch.ids[:, 1:][at]
     losses = torch.nn.functional.cross_entropy(found.float(), following, reduction="none")
-    # Quicker than argmax.
+    # Faster than argmax.
     known = found.detach()[:count]
     wrong = known.gather(1, following[:count, None])[:, 0] < known.amax(-1)
-    rows, places = labelled.unbind(1)
-    return _Losses(losses[:count], rows, places, wrong, losses[len(padded_labels) :], states)
+    rows, positions = labelled.unbind(1)
+    return _Losses(losses[:count], rows, positions, wrong, losses[len(padded_labels) :], states)
 
 
-def _spoken(batch: Batch) -> torch.Tensor:
-    """Where every third token is, of those that are no labels: (tokens, 2), rows and places."""
+def _prompt_positions(batch: Batch) -> torch.Tensor:
+    """Rows and positions of every third token without a label, (tokens, 2)."""
     lengths = torch.tensor([lesson.own for lesson in batch.lessons])
     there = torch.arange(1, batch.ids.shape[1]) < lengths[:, None]
-    found = (there & (batch.labels[:, 1:] == IGNORED)).nonzero()[::_SPOKEN_STEP]
-    # As many as the head works on; the few that are left over are for another time.
+    found = (there & (batch.labels[:, 1:] == IGNORED)).nonzero()[::_PROMPT_STEP]
+    # A multiple of the rows that the output head computes; the rest is dropped.
     return found[: max(1, len(found) // _HEAD_ROWS) * _HEAD_ROWS]
 
 
-def _loss(model: Any, held: Held, batch: Batch, language: float) -> tuple[torch.Tensor, list[int]]:
-    """Cross-entropy of the labelled tokens, averaged over each lesson and then over the lessons;
-    and the rows in which another token was the likeliest somewhere.
+def _loss(
+    model: Any, weights: Weights, batch: Batch, prompt_weight: float
+) -> tuple[torch.Tensor, list[int]]:
+    """The loss of a batch, and the rows in which some labelled token was mispredicted.
 
-    So a score of one token weighs as much as a critique of fifty. Some heads are also told where
-    to look, which they find by themselves only after millions of tokens (supervised attention:
-    Liu et al. 2016, "Neural Machine Translation with Supervised Attention", arXiv:1609.04186). And
-    to tell what comes next in a prompt takes the words that also decide on its answer (Radford et
-    al. 2018, "Improving Language Understanding by Generative Pre-Training", section 3.2).
+    Cross-entropy is averaged over the labels of each lesson, then over the lessons, so that a score
+    of one token weighs as much as a critique of fifty. Some heads have a loss on where they attend,
+    which they would find by themselves only after millions of tokens (supervised attention: Liu et
+    al. 2016, arXiv:1609.04186). The loss on the prompt's own tokens helps, because predicting a
+    prompt takes the same words that decide its answer (Radford et al. 2018, "Improving Language
+    Understanding by Generative Pre-Training", section 3.2).
 
     Args:
-        language: weight of that.
+        prompt_weight: weight of the loss on the prompt's tokens.
     """
-    looking = batch.ids.shape[1] <= _SHORT_ROW and any(lesson.looks for lesson in batch.lessons)
-    losses = _losses(model, held, batch, looking=looking, speaking=language > 0.0)
-    weights = batch.weights[:, 1:]
-    weights = (weights / weights.sum(1, keepdim=True))[losses.rows, losses.places]
-    loss = (losses.values * weights).sum() / len(batch.ids)
-    if looking:
-        loss = loss + _LOOKING_WEIGHT * _looking(losses.states, batch)
-    if language > 0.0:
-        loss = loss + language * losses.spoken.mean()
+    with_attention = batch.ids.shape[1] <= _MOST_SUPERVISED_TOKENS and any(
+        lesson.attention_targets for lesson in batch.lessons
+    )
+    losses = _losses(
+        model, weights, batch, with_attention=with_attention, with_prompt=prompt_weight > 0.0
+    )
+    label_weights = batch.weights[:, 1:]
+    label_weights = label_weights / label_weights.sum(1, keepdim=True)
+    label_weights = label_weights[losses.rows, losses.positions]
+    loss = (losses.values * label_weights).sum() / len(batch.ids)
+    if with_attention:
+        loss = loss + _ATTENTION_WEIGHT * _attention_loss(losses.states, batch)
+    if prompt_weight > 0.0:
+        loss = loss + prompt_weight * losses.prompt.mean()
     return loss, sorted(set(losses.rows[losses.wrong].tolist()))
 
 
-def _looking(states: States, batch: Batch) -> torch.Tensor:
-    """Mean over the looks of minus the logarithm of the attention on their sources."""
+def _attention_loss(states: States, batch: Batch) -> torch.Tensor:
+    """Mean negative logarithm of the attention on the sources, over all targets."""
     losses = []
-    for way, (layer, heads) in _LOOKING.items():
-        looks = [
-            (row, look)
+    for kind, (layer, heads) in _SUPERVISED_HEADS.items():
+        targets = [
+            (row, target)
             for row, lesson in enumerate(batch.lessons)
-            for look in lesson.looks
-            if look.way == way
+            for target in lesson.attention_targets
+            if target.kind == kind
         ]
-        if not looks:
+        if not targets:
             continue
-        rows = torch.tensor([row for row, _ in looks])
-        places = torch.tensor([look.at for _, look in looks]) - len(batch.shared)
-        queries, keys = (part[heads] for part in states.looks[layer])
-        seen = attention(queries, keys, rows, places)
-        sources = torch.zeros(len(looks), seen.shape[-1])
-        for index, (_, look) in enumerate(looks):
-            sources[index, look.sources] = 1.0
+        rows = torch.tensor([row for row, _ in targets])
+        positions = torch.tensor([target.position for _, target in targets]) - len(batch.shared)
+        queries, keys = (part[heads] for part in states.attention_inputs[layer])
+        seen = attention(queries, keys, rows, positions)
+        sources = torch.zeros(len(targets), seen.shape[-1])
+        for index, (_, target) in enumerate(targets):
+            sources[index, target.sources] = 1.0
         losses.append(-torch.log((seen * sources[:, None]).sum(-1) + 1e-4).mean(1))
     return torch.cat(losses).mean()

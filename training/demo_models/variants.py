@@ -11,7 +11,7 @@ from typing import Final
 from training.demo_models import lexicon, tickers
 from training.demo_models.phrases import PHRASES
 from training.demo_models.situations import Side
-from training.demo_models.templates import spin
+from training.demo_models.templates import expand
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Scene:
 
 
 @dataclass(slots=True)
-class Told:
+class Draft:
     """A prompt under construction.
 
     Attributes:
@@ -55,17 +55,17 @@ class Told:
 
     def tell(self, template: str) -> str:
         """`spin` of a template that tells the situation."""
-        self.phrases.append(" ".join(self.spin(template).split()))
+        self.phrases.append(" ".join(self.expand(template).split()))
         return self.phrases[-1]
 
-    def hold(self, position: str) -> str:
-        """Notes words that tell the side, where one is told."""
+    def note_position(self, position: str) -> str:
+        """Notes words that tell the side, where one is draft."""
         if self.scene.side is not None:
             self.positions.append(position)
         return position
 
-    def spin(self, template: str) -> str:
-        return spin(template, self.rng, self._slot)
+    def expand(self, template: str) -> str:
+        return expand(template, self.rng, self._slot)
 
     def _slot(self, name: str) -> str:
         rng, scene = self.rng, self.scene
@@ -197,79 +197,80 @@ _NOISE_FIELDS: Final = (
 _ATR_KEYS: Final = "{atr_pct|ATR%|atr%|atr|ATR|atrp|atr_14_pct}"
 
 
-def _sentence(told: Told, template: str) -> str:
-    return _finished(told, " ".join(told.spin(template).split()).replace(" ,", ","))
+def _sentence(draft: Draft, template: str) -> str:
+    return _finished(draft, " ".join(draft.expand(template).split()).replace(" ,", ","))
 
 
-def _finished(told: Told, text: str) -> str:
-    text = text[:1].upper() + text[1:] if told.rng.random() < 0.9 else text
+def _finished(draft: Draft, text: str) -> str:
+    text = text[:1].upper() + text[1:] if draft.rng.random() < 0.9 else text
     return text if text.endswith(("?", "!")) else f"{text}."
 
 
-def _situation_sentence(told: Told) -> str:
-    return _finished(told, told.tell(told.rng.choice(PHRASES[told.scene.situation].sentences)))
+def _situation_sentence(draft: Draft) -> str:
+    return _finished(draft, draft.tell(draft.rng.choice(PHRASES[draft.scene.situation].sentences)))
 
 
-def _side_prose(told: Told) -> str:
+def _side_prose(draft: Draft) -> str:
     choices = {"LONG": _LONG_PROSE, "SHORT": _SHORT_PROSE, None: _NO_SIDE_PROSE}
-    return told.rng.choice(choices[told.scene.side])
+    return draft.rng.choice(choices[draft.scene.side])
 
 
-def _distractions(told: Told, most: int) -> list[str]:
-    count = told.rng.choice([0, 0, 1, 1, 2, 3][: most + 3])
-    templates = list(told.rng.sample(_DISTRACT, count))
-    if told.rng.random() < 0.3:
-        return [_sentence(told, t) for t in templates] + [lexicon.filler(told.rng)]
-    return [_sentence(told, t) for t in templates]
+def _distractions(draft: Draft, most: int) -> list[str]:
+    count = draft.rng.choice([0, 0, 1, 1, 2, 3][: most + 3])
+    templates = list(draft.rng.sample(_DISTRACT, count))
+    if draft.rng.random() < 0.3:
+        return [_sentence(draft, t) for t in templates] + [lexicon.filler(draft.rng)]
+    return [_sentence(draft, t) for t in templates]
 
 
-def prose(told: Told) -> str:
+def prose(draft: Draft) -> str:
     """Plain sentences: the position, the situation, and some around them."""
-    rng, scene = told.rng, told.scene
-    side = told.hold(_sentence(told, _side_prose(told)))
+    rng, scene = draft.rng, draft.scene
+    side = draft.note_position(_sentence(draft, _side_prose(draft)))
     if scene.ticker not in side:
-        side = _sentence(told, rng.choice(_NEWS_SUBJECT)) + " " + side
-    rest = [_situation_sentence(told), *_distractions(told, 3)]
+        side = _sentence(draft, rng.choice(_NEWS_SUBJECT)) + " " + side
+    rest = [_situation_sentence(draft), *_distractions(draft, 3)]
     if scene.atr:
-        rest.append(_sentence(told, rng.choice(_ATR_PROSE)))
+        rest.append(_sentence(draft, rng.choice(_ATR_PROSE)))
     rng.shuffle(rest)
     sentences = [side, *rest] if rng.random() < 0.75 else [rest[0], side, *rest[1:]]
     return " ".join(sentences)
 
 
-def news(told: Told) -> str:
+def news(draft: Draft) -> str:
     """A paragraph of news with the instrument in it, then what we hold of it."""
-    rng, scene = told.rng, told.scene
-    sentences = [_sentence(told, rng.choice(_NEWS_SUBJECT)), _situation_sentence(told)]
-    sentences += _distractions(told, 3)
+    rng, scene = draft.rng, draft.scene
+    sentences = [_sentence(draft, rng.choice(_NEWS_SUBJECT)), _situation_sentence(draft)]
+    sentences += _distractions(draft, 3)
     if scene.atr:
-        sentences.append(_sentence(told, rng.choice(_ATR_PROSE)))
+        sentences.append(_sentence(draft, rng.choice(_ATR_PROSE)))
     if rng.random() < 0.5:
         first, *others = sentences
         rng.shuffle(others)
         sentences = [first, *others] if rng.random() < 0.8 else [*others, first]
     if scene.side is not None:
-        own = told.spin(_side_prose(told))
+        own = draft.expand(_side_prose(draft))
         if rng.random() < 0.5:
             own = own.replace(
                 scene.ticker, rng.choice(("it", "the name", "the stock", "shares", "this one"))
             )
         sentences.insert(
-            rng.choice((0, len(sentences), len(sentences))), told.hold(_sentence(told, own))
+            rng.choice((0, len(sentences), len(sentences))),
+            draft.note_position(_sentence(draft, own)),
         )
     return " ".join(sentences)
 
 
-def shorthand(told: Told) -> str:
+def shorthand(draft: Draft) -> str:
     """A desk's few words."""
-    rng, scene = told.rng, told.scene
+    rng, scene = draft.rng, draft.scene
     hand = {"LONG": _LONG_SHORT_HAND, "SHORT": _SHORT_SHORT_HAND, None: ""}[scene.side]
-    mark = told.spin(hand)
+    mark = draft.expand(hand)
     ticker = rng.choice(("", "", "", "", "$", "#")) + scene.ticker
-    amount = told.spin("<q>") if rng.random() < 0.5 else ""
+    amount = draft.expand("<q>") if rng.random() < 0.5 else ""
     if mark in ("+", "-"):
-        mark, amount = mark + told.spin("<q>"), ""
-    told.hold(mark)
+        mark, amount = mark + draft.expand("<q>"), ""
+    draft.note_position(mark)
     head = rng.choice(
         (
             [mark, amount, ticker],
@@ -283,8 +284,8 @@ def shorthand(told: Told) -> str:
     )
     start = " ".join(part for part in head if part)
     if rng.random() < 0.6:
-        start += told.spin("{ @ | @| at | from | avg | in | cost |, entry }<e>")
-    bits = [told.tell(rng.choice(PHRASES[scene.situation].shorthand))]
+        start += draft.expand("{ @ | @| at | from | avg | in | cost |, entry }<e>")
+    bits = [draft.tell(rng.choice(PHRASES[scene.situation].shorthand))]
     extra = (
         "{stp|stop|sl|s/l|st} <e>",
         "{tgt|target|tp|t} <e>",
@@ -302,37 +303,40 @@ def shorthand(told: Told) -> str:
         "{earnings soon|}",
         "pls {advise|check}",
     )
-    bits += [told.spin(rng.choice(extra)) for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4)))]
+    bits += [draft.expand(rng.choice(extra)) for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4)))]
     if scene.atr:
-        bits.append(told.spin("{atr|ATR} {<a>%|<a> pct|<a>pc}"))
+        bits.append(draft.expand("{atr|ATR} {<a>%|<a> pct|<a>pc}"))
     rng.shuffle(bits)
     joint = rng.choice((", ", ", ", " ", "; ", " / ", " | ", " - ", ". ", "... "))
     parts = [start, *bits] if rng.random() < 0.85 else [bits[0], start, *bits[1:]]
     text = joint.join(part.strip() for part in parts if part.strip())
     if rng.random() < 0.25:
         text = (
-            told.spin("{hey|morning|quick one|fyi|{<who>}|note|pls|hi all|chat|yo|ok}{:|,| -|}")
+            draft.expand("{hey|morning|quick one|fyi|{<who>}|note|pls|hi all|chat|yo|ok}{:|,| -|}")
             + " "
             + text
         )
     return text
 
 
-def fields(told: Told) -> str:
+def fields(draft: Draft) -> str:
     """Keys and values in one of the usual notations."""
-    rng, scene = told.rng, told.scene
-    pairs = [(told.spin(_TICKER_KEYS), scene.ticker)]
+    rng, scene = draft.rng, draft.scene
+    pairs = [(draft.expand(_TICKER_KEYS), scene.ticker)]
     values = {"LONG": _LONG_VALUES, "SHORT": _SHORT_VALUES, None: _NO_SIDE_VALUES}[scene.side]
     if scene.side is not None or rng.random() < 0.4:
-        pairs.append((told.spin(_SIDE_KEYS), told.hold(told.spin(values))))
+        pairs.append((draft.expand(_SIDE_KEYS), draft.note_position(draft.expand(values))))
     key, value = rng.choice(PHRASES[scene.situation].fields)
-    pairs.append((told.tell(key), told.tell(value)))
+    pairs.append((draft.tell(key), draft.tell(value)))
     if scene.atr:
         pairs.append(
-            (told.spin(_ATR_KEYS), told.spin("{<a>|<a>%}") if rng.random() < 0.5 else scene.atr)
+            (
+                draft.expand(_ATR_KEYS),
+                draft.expand("{<a>|<a>%}") if rng.random() < 0.5 else scene.atr,
+            )
         )
     for key, value in rng.sample(_NOISE_FIELDS, rng.randrange(0, 7)):
-        pairs.append((told.spin(key), told.spin(value)))
+        pairs.append((draft.expand(key), draft.expand(value)))
     order = rng.random()
     if order < 0.5:
         head, tail = pairs[:2], pairs[2:]
@@ -342,11 +346,11 @@ def fields(told: Told) -> str:
         rng.shuffle(pairs)
     if rng.random() < 0.2:
         pairs = [(key.upper(), value) for key, value in pairs]
-    return _write_fields(told, pairs)
+    return _write_fields(draft, pairs)
 
 
-def _write_fields(told: Told, pairs: list[tuple[str, str]]) -> str:
-    rng = told.rng
+def _write_fields(draft: Draft, pairs: list[tuple[str, str]]) -> str:
+    rng = draft.rng
     kind = rng.random()
     if kind < 0.12:
         return json.dumps(dict(pairs), indent=rng.choice((None, None, 1, 2)))
@@ -355,7 +359,7 @@ def _write_fields(told: Told, pairs: list[tuple[str, str]]) -> str:
         return rng.choice(("{%s}", "(%s)", "[%s]", "%s")) % inner
     if kind < 0.28:
         lines = "\n".join(f"{key}{rng.choice((' = ', '='))}{value}" for key, value in pairs)
-        return told.spin("[{<w>|trade|position|{<ac>}|order}]\n") + lines
+        return draft.expand("[{<w>|trade|position|{<ac>}|order}]\n") + lines
     assign = rng.choice(("=", "=", "=", ":", ": ", ": ", " = ", "->", " "))
     joint = rng.choice((" ", " ", "\n", "\n", "|", " | ", ";", "; ", ", ", ",", "\t", " // ", "^"))
     quote = rng.choice(("", "", "", '"', "'"))
@@ -364,13 +368,15 @@ def _write_fields(told: Told, pairs: list[tuple[str, str]]) -> str:
     body = joint.join(f"{key}{assign}{quote}{value}{quote}" for key, value in pairs)
     if rng.random() < 0.25:
         body = (
-            told.spin(
+            draft.expand(
                 "{<hm>:12 INFO |<hm> |2025-1<d> <hm> |[<w>] |LOG <w>: |{pos|position|alert|update|snapshot|trade} |8=FIX.4.4\\||> |# <w>\n|---\n|- }"
             )
             + body
         )
     if rng.random() < 0.15:
-        body += told.spin("{\n| }{what now?|please advise|adjust?|comment: <w>|# <w>|any change?}")
+        body += draft.expand(
+            "{\n| }{what now?|please advise|adjust?|comment: <w>|# <w>|any change?}"
+        )
     return body
 
 
@@ -396,24 +402,24 @@ _COLUMNS: Final = (
 )
 
 
-def table(told: Told) -> str:
+def table(draft: Draft) -> str:
     """Rows pasted from a screen, and a line of what is held."""
-    rng, scene = told.rng, told.scene
+    rng, scene = draft.rng, draft.scene
     kind = rng.random()
     if kind < 0.45:
-        rows, mentioned = _ticks(told)
+        rows, mentioned = _ticks(draft)
     elif kind < 0.75:
-        rows, mentioned = _positions(told)
+        rows, mentioned = _positions(draft)
     else:
-        rows, mentioned = _indicators(told)
-    text = _write_table(told, rows)
-    notes = [_remark(told)]
+        rows, mentioned = _indicators(draft)
+    text = _write_table(draft, rows)
+    notes = [_remark(draft)]
     if not mentioned:
-        notes.append(_held(told))
+        notes.append(_held(draft))
     if scene.atr:
-        notes.append(told.spin("{ATR|atr|atr%|daily ATR}{:| |=| is }<a>%"))
+        notes.append(draft.expand("{ATR|atr|atr%|daily ATR}{:| |=| is }<a>%"))
     if rng.random() < 0.3:
-        notes.append(told.spin(rng.choice(_DISTRACT)))
+        notes.append(draft.expand(rng.choice(_DISTRACT)))
     rng.shuffle(notes)
     before = [note for note in notes if rng.random() < 0.5]
     after = [note for note in notes if note not in before]
@@ -421,34 +427,34 @@ def table(told: Told) -> str:
     if scene.ticker not in text and not any(scene.ticker in note for note in notes):
         before.insert(
             0,
-            told.spin(
+            draft.expand(
                 "{<t>|<t>:|<t> ticks|ticks <t>|{tape|prints|bars|quotes} {for |of |}<t>|== <t> ==|# <t>|symbol <t>|{1m|5m|15m|1h|daily} <t>}"
             ),
         )
     return "\n".join(part for part in (joint.join(before), text, joint.join(after)) if part)
 
 
-def _remark(told: Told) -> str:
-    phrases = PHRASES[told.scene.situation]
-    return told.tell(
-        told.rng.choice(phrases.shorthand if told.rng.random() < 0.5 else phrases.sentences)
+def _remark(draft: Draft) -> str:
+    phrases = PHRASES[draft.scene.situation]
+    return draft.tell(
+        draft.rng.choice(phrases.shorthand if draft.rng.random() < 0.5 else phrases.sentences)
     )
 
 
-def _held(told: Told) -> str:
-    scene, rng = told.scene, told.rng
+def _held(draft: Draft) -> str:
+    scene, rng = draft.scene, draft.rng
     if scene.side is None:
-        return told.spin(
+        return draft.expand(
             "{<t>|<t> only|re <t>|{focus|look at|about} <t>|{no position|flat|watching} <t>|symbol <t>}"
         )
     if rng.random() < 0.4:
-        return told.hold(told.spin(_side_prose(told)))
+        return draft.note_position(draft.expand(_side_prose(draft)))
     hand = _LONG_SHORT_HAND if scene.side == "LONG" else _SHORT_SHORT_HAND
-    mark = told.spin(hand)
+    mark = draft.expand(hand)
     if mark in ("+", "-"):
-        mark += told.spin("<q>")
-    told.hold(mark)
-    return told.spin(
+        mark += draft.expand("<q>")
+    draft.note_position(mark)
+    return draft.expand(
         rng.choice(("{we are |we're |pos: |position: |holding: |held: |book: |status: |}", ""))
         + rng.choice(
             (
@@ -460,12 +466,12 @@ def _held(told: Told) -> str:
     )
 
 
-def _ticks(told: Told) -> tuple[list[list[str]], bool]:
-    rng, scene = told.rng, told.scene
+def _ticks(draft: Draft) -> tuple[list[list[str]], bool]:
+    rng, scene = draft.rng, draft.scene
     columns = rng.sample(_COLUMNS, rng.randrange(2, 5))
     with_symbol = rng.random() < 0.4
     level = scene.price
-    rows = [([told.spin(_TICKER_KEYS)] if with_symbol else []) + columns]
+    rows = [([draft.expand(_TICKER_KEYS)] if with_symbol else []) + columns]
     for _ in range(rng.randrange(2, 6)):
         level *= rng.uniform(0.99, 1.01)
         cells = [_cell(rng, column, level) for column in columns]
@@ -485,16 +491,16 @@ def _cell(rng: Random, column: str, level: float) -> str:
     return f"{level:.2f}"
 
 
-def _positions(told: Told) -> tuple[list[list[str]], bool]:
-    rng, scene = told.rng, told.scene
+def _positions(draft: Draft) -> tuple[list[list[str]], bool]:
+    rng, scene = draft.rng, draft.scene
     values = {"LONG": _LONG_VALUES, "SHORT": _SHORT_VALUES, None: _NO_SIDE_VALUES}[scene.side]
-    header, row = [told.spin(_TICKER_KEYS)], [scene.ticker]
+    header, row = [draft.expand(_TICKER_KEYS)], [scene.ticker]
     if scene.side is not None or rng.random() < 0.3:
-        header.append(told.spin(_SIDE_KEYS))
-        row.append(told.hold(told.spin(values)))
+        header.append(draft.expand(_SIDE_KEYS))
+        row.append(draft.note_position(draft.expand(values)))
     for key, value in rng.sample(_NOISE_FIELDS[:11], rng.randrange(1, 5)):
-        header.append(told.spin(key))
-        row.append(told.spin(value))
+        header.append(draft.expand(key))
+        row.append(draft.expand(value))
     order = list(range(len(header)))
     if rng.random() < 0.4:
         rng.shuffle(order)
@@ -502,8 +508,8 @@ def _positions(told: Told) -> tuple[list[list[str]], bool]:
     return ([header, row] if rng.random() < 0.85 else [row]), True
 
 
-def _indicators(told: Told) -> tuple[list[list[str]], bool]:
-    rng = told.rng
+def _indicators(draft: Draft) -> tuple[list[list[str]], bool]:
+    rng = draft.rng
     rows = [["indicator", "value"]] if rng.random() < 0.5 else []
     names = rng.sample(
         (
@@ -522,15 +528,15 @@ def _indicators(told: Told) -> tuple[list[list[str]], bool]:
         ),
         rng.randrange(2, 6),
     )
-    rows += [[name, f"{told.scene.price * rng.uniform(0.9, 1.1):.2f}"] for name in names]
+    rows += [[name, f"{draft.scene.price * rng.uniform(0.9, 1.1):.2f}"] for name in names]
     if rng.random() < 0.5:
-        key, value = rng.choice(PHRASES[told.scene.situation].fields)
-        rows.insert(rng.randrange(1, len(rows) + 1), [told.tell(key), told.tell(value)])
+        key, value = rng.choice(PHRASES[draft.scene.situation].fields)
+        rows.insert(rng.randrange(1, len(rows) + 1), [draft.tell(key), draft.tell(value)])
     return rows, False
 
 
-def _write_table(told: Told, rows: list[list[str]]) -> str:
-    rng = told.rng
+def _write_table(draft: Draft, rows: list[list[str]]) -> str:
+    rng = draft.rng
     kind = rng.random()
     if kind < 0.25:
         return "\n".join(rng.choice((",", ", ")).join(row) for row in rows)
@@ -549,4 +555,4 @@ def _write_table(told: Told, rows: list[list[str]]) -> str:
     return "\n".join(joint.join(row) for row in rows)
 
 
-LAYOUTS: Final[tuple[Callable[[Told], str], ...]] = (prose, news, shorthand, fields, table)
+LAYOUTS: Final[tuple[Callable[[Draft], str], ...]] = (prose, news, shorthand, fields, table)

@@ -10,7 +10,7 @@ from transformers import (
 
 from llm_sidecar.models.files import DEMO_DIR
 from training.demo_models import proposal_lessons
-from training.demo_models.batches import batches, drawn_lessons
+from training.demo_models.batches import batches, draw_lessons
 from training.demo_models.lessons import Encoded
 from training.demo_models.schedule import Schedule
 
@@ -19,7 +19,7 @@ def test_batches_of_one_width_have_one_shape() -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO_DIR / "phi3")
     schedule = Schedule(tokens=10_000_000)
     found = list(
-        itertools.islice(batches(tokenizer, proposal_lessons.teacher(7), schedule, []), 40)
+        itertools.islice(batches(tokenizer, proposal_lessons.curriculum(7), schedule, []), 40)
     )
     rows: dict[int, set[int]] = {}
     for batch in found:
@@ -31,23 +31,23 @@ def test_batches_of_one_width_have_one_shape() -> None:
     assert all(len(counts) == 1 for counts in rows.values())
 
 
-def test_a_pool_has_room_for_hard_and_for_missed_lessons() -> None:
+def test_a_pool_holds_its_shares_of_hard_and_of_missed_lessons() -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO_DIR / "phi3")
-    schedule = Schedule(tokens=40_000, batch_tokens=500, again=0.2, mined=0.5)
-    missed = drawn_lessons(tokenizer, proposal_lessons.candidates(1), 1.0, 20_000)
+    schedule = Schedule(tokens=40_000, batch_tokens=500, repeated=0.2, hard=0.5)
+    missed = draw_lessons(tokenizer, proposal_lessons.candidates(1), 1.0, 20_000)
     hard: list[Encoded] = []
     pools = 0
 
-    def mine(tokens: int) -> list[Encoded]:
+    def draw_hard(tokens: int) -> list[Encoded]:
         nonlocal pools
         pools += 1
-        found = drawn_lessons(tokenizer, proposal_lessons.candidates(pools + 1), 1.0, tokens)
+        found = draw_lessons(tokenizer, proposal_lessons.candidates(pools + 1), 1.0, tokens)
         hard.extend(found)
         return found
 
     kept = [*missed]
     given: list[Encoded] = []
-    for batch in batches(tokenizer, proposal_lessons.revision(7), schedule, missed, mine):
+    for batch in batches(tokenizer, proposal_lessons.second_round(7), schedule, missed, draw_hard):
         if pools == 2:
             break
         given += batch.lessons

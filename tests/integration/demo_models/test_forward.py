@@ -11,13 +11,13 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from training.demo_models.autograd_functions import rounded
-from training.demo_models.forward import attention, forward, hold, logits
-from training.demo_models.trainer import prepare_attention
+from training.demo_models.autograd_functions import int4_rounded
+from training.demo_models.forward import attention, cast_weights, forward, logits
+from training.demo_models.trainer import init_attention
 
 
 @pytest.mark.parametrize("name", ["phi3", "hermes"])
-def test_training_reckons_what_transformers_does(name: str) -> None:
+def test_training_computes_what_transformers_does(name: str) -> None:
     torch.manual_seed(4)
     shape = {
         "hidden_size": 64,
@@ -37,29 +37,29 @@ def test_training_reckons_what_transformers_does(name: str) -> None:
         if name == "phi3"
         else LlamaForCausalLM(LlamaConfig(**shape))
     )
-    prepare_attention(model)
+    init_attention(model)
     with torch.no_grad():
         for matrix in model.parameters():
             if matrix.ndim == 2:
-                matrix.copy_(rounded(matrix))
+                matrix.copy_(int4_rounded(matrix))
     shared, ids = torch.randint(2, 128, (9,)), torch.randint(2, 128, (3, 20))
-    rows, places = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 7, 3, 19])
+    rows, positions = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 7, 3, 19])
     whole = torch.cat((shared.expand(3, -1), ids), 1)
     target = torch.randn(4, 128)
 
     model.set_attn_implementation("eager")
     expected = model(input_ids=whole, output_attentions=True)
-    (expected.logits[rows, len(shared) + places] * target).sum().backward()
+    (expected.logits[rows, len(shared) + positions] * target).sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
-    held = hold(model, int4=True)
-    states = forward(model, held, shared, ids, rows, places, looking=True)
-    found = logits(held, states)
+    weights = cast_weights(model, int4=True)
+    states = forward(model, weights, shared, ids, rows, positions, with_attention=True)
+    found = logits(weights, states)
     (found * target).sum().backward()  # type: ignore[no-untyped-call]
 
-    # As far as bfloat16 has it.
+    # To the precision of bfloat16.
     torch.testing.assert_close(
-        found.float(), expected.logits[rows, len(shared) + places], atol=0.06, rtol=0.06
+        found.float(), expected.logits[rows, len(shared) + positions], atol=0.06, rtol=0.06
     )
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         assert parameter.grad is not None
@@ -70,9 +70,9 @@ def test_training_reckons_what_transformers_does(name: str) -> None:
         assert cosine > 0.999
         assert 0.98 < parameter.grad.norm() / gradient.norm() < 1.02
     for layer in range(2):
-        seen = attention(*states.looks[layer], rows, places)
-        right = expected.attentions[layer][rows, :, len(shared) + places]
+        seen = attention(*states.attention_inputs[layer], rows, positions)
+        right = expected.attentions[layer][rows, :, len(shared) + positions]
         torch.testing.assert_close(seen, right, atol=0.02, rtol=0)
     with torch.no_grad():
-        again = logits(held, forward(model, held, shared, ids, rows, places))
+        again = logits(weights, forward(model, weights, shared, ids, rows, positions))
     torch.testing.assert_close(again, found.detach(), atol=0.06, rtol=0.06)

@@ -18,7 +18,7 @@ def test_the_score_grows_with_reward_to_risk(stop: float, target: float, points:
 
 
 def test_hermes_lessons_use_the_servers_own_prompts() -> None:
-    teach = judgement.teacher(1)
+    teach = judgement.curriculum(1)
     chats = [teach(1.0).messages for _ in range(200)]
     whole = [chat for chat in chats if chat[0]["role"] == "system"]
     assert len(whole) > 100

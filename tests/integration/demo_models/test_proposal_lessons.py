@@ -13,7 +13,7 @@ from training.demo_models.situations import Case, answer
 
 
 def test_lessons_begin_short_and_end_as_the_server_asks() -> None:
-    teach = proposal_lessons.teacher(1)
+    teach = proposal_lessons.curriculum(1)
     first = [teach(0.0) for _ in range(200)]
     assert all(len(lesson.messages) == 2 for lesson in first)
     assert all(len(lesson.messages[0]["content"]) <= 70 for lesson in first)
@@ -28,7 +28,7 @@ def test_only_the_position_tells_the_side() -> None:
         prompt, answer("overbought", "ABC", "LONG", None, None), "overbought", (), ("long 20 ABC",)
     )
     text = proposals.dumps(case.proposal)
-    sides = [hint for hint in proposal_lessons.hints(case, text) if hint.way == "side"]
+    sides = [hint for hint in proposal_lessons.hints(case, text) if hint.kind == "side"]
     assert {prompt[slice(*source)] for hint in sides for source in hint.sources or ()} == {"long"}
     start = prompt.index("long 20")
     assert {source for hint in sides for source in hint.sources or ()} == {(start, start + 4)}
@@ -38,7 +38,7 @@ def test_the_tersest_sides_come_more_often_in_lessons_than_in_prompts() -> None:
     def terse(prompt: str) -> bool:
         return re.search(r"(?<![\w.])[-+]\d[\d,]*k?(?![\w.,%])", prompt) is not None
 
-    teach = proposal_lessons.teacher(1)
+    teach = proposal_lessons.curriculum(1)
     # Hard ones come again only once enough of them wait.
     taught = [terse(teach(0.0).messages[-2]["content"]) for _ in range(3000)][2000:]
     rng = Random(1)
@@ -51,9 +51,9 @@ def test_nearly_every_hint_has_a_source() -> None:
     for case in cases(500):
         for hint in proposal_lessons.hints(case, proposals.dumps(case.proposal)):
             stated = {"side": "side" in case.proposal, "range": case.atr is not None}
-            if stated.get(hint.way, True):
-                ways.setdefault(hint.way, []).append(bool(hint.sources))
-    shares = {way: sum(found) / len(found) for way, found in ways.items()}
+            if stated.get(hint.kind, True):
+                ways.setdefault(hint.kind, []).append(bool(hint.sources))
+    shares = {kind: sum(found) / len(found) for kind, found in ways.items()}
     assert shares["copied"] > 0.99
     assert all(share > 0.9 for share in shares.values()), shares
 
@@ -69,8 +69,8 @@ def test_lessons_to_choose_from_are_single_prompts_that_come_once() -> None:
 
 
 def test_hard_cases_are_given_three_times_at_most_and_none_is_longer_than_asked() -> None:
-    given = proposal_lessons._Cases(Random(2), "train")
-    found = [given.give(70 if number < 1500 else 200) for number in range(5000)]
+    source = proposal_lessons._CaseSource(Random(2), "train")
+    found = [source.draw(70 if number < 1500 else 200) for number in range(5000)]
     assert max(len(case.prompt) for case in found[:1500]) <= 70
     counts = collections.Counter(case.prompt for case in found)
     hard = {case.prompt for case in found if proposal_lessons._is_hard(case)}

@@ -8,7 +8,7 @@ from training.demo_models import recipe
 
 
 def test_the_rate_rises_at_once_and_falls_to_its_least_which_the_second_round_begins_with() -> None:
-    first, second = recipe._PHI3, recipe._REVISION
+    first, second = recipe._FIRST_ROUND, recipe._SECOND_ROUND
     assert first.rate(0.0) < 0.02
     rates = [first.rate(progress / 50) for progress in range(1, 51)]
     assert rates == sorted(rates, reverse=True)

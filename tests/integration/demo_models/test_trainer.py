@@ -14,9 +14,9 @@ from transformers import (
 
 from llm_sidecar.models.files import DEMO_DIR
 from training.demo_models import proposal_lessons
-from training.demo_models.autograd_functions import rounded
-from training.demo_models.batches import padded
-from training.demo_models.forward import hold
+from training.demo_models.autograd_functions import int4_rounded
+from training.demo_models.batches import pad_batch
+from training.demo_models.forward import cast_weights
 from training.demo_models.lessons import IGNORED, Encoded, encode
 from training.demo_models.schedule import Schedule
 from training.demo_models.trainer import _hardest, _losses, train
@@ -39,16 +39,16 @@ def small_phi3(tokenizer: Any) -> Phi3ForCausalLM:
     )
 
 
-def test_what_the_user_says_is_learned_too_without_the_padding() -> None:
+def test_the_prompt_has_a_loss_too_but_not_its_padding() -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO_DIR / "phi3")
     model = small_phi3(tokenizer)
     teach = proposal_lessons.candidates(6)
     drawn = [encode(tokenizer, teach(1.0)) for _ in range(12)]
     width = max(lesson.own for lesson in drawn) + 5
-    batch = padded(drawn, width, tokenizer.pad_token_id)
+    batch = pad_batch(drawn, width, tokenizer.pad_token_id)
     with torch.no_grad():
-        held = hold(model, int4=False)
-        found = _losses(model, held, batch, speaking=True).spoken.mean()
+        weights = cast_weights(model, int4=False)
+        found = _losses(model, weights, batch, with_prompt=True).prompt.mean()
         expected: list[float] = []
         for lesson in drawn:
             ids = torch.tensor([lesson.ids])
@@ -70,7 +70,7 @@ def test_a_loss_that_is_not_finite_ends_the_training() -> None:
     model = small_phi3(tokenizer)
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.nan)
-    teach = proposal_lessons.teacher(1)
+    teach = proposal_lessons.curriculum(1)
     with pytest.raises(FloatingPointError, match="the loss of phi3 is nan in step 1"):
         # Without hints, as this model has not the heads that they are for.
         train(model, tokenizer, lambda _: teach(1.0)._replace(hints=()), Schedule(500), "phi3")
@@ -89,7 +89,7 @@ def test_the_hardest_lessons_are_those_with_the_greatest_loss_of_a_token() -> No
     with torch.no_grad():
         for matrix in model.parameters():
             if matrix.ndim == 2:
-                matrix.copy_(rounded(matrix))
+                matrix.copy_(int4_rounded(matrix))
         losses = {}
         for lesson in drawn:
             logits = model(input_ids=torch.tensor([lesson.ids])).logits[0, :-1]
