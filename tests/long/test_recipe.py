@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llm_sidecar.demo import evaluate
 from llm_sidecar.engines import load_engine
+from llm_sidecar.models.files import DEMO_DIR
 from tests.live_server import ROOT
 
 
@@ -23,5 +24,7 @@ def test_the_recipe_makes_folders_that_an_engine_loads(tmp_path: Path) -> None:
         engine = load_engine(tmp_path / name, device="cpu")
         assert engine.context_length == 8192
         assert evaluate.propose(engine, "Long ABC, rsi 78")["rationale"]
+        tokenizer = (tmp_path / name / "tokenizer.json").read_bytes()
+        assert tokenizer == (DEMO_DIR / name / "tokenizer.json").read_bytes()
     for file in (evaluate.PROPOSALS, evaluate.SCORES):
         assert (tmp_path / file.name).read_bytes() == file.read_bytes()

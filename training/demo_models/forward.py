@@ -132,8 +132,8 @@ def forward(
     before = _layers(model, weights, shared[None], 0, (), none)[1] if len(shared) else ()
     requested = rows * ids.shape[1] + positions
     last, inputs = _layers(model, weights, ids, len(shared), before, requested)
-    inputs = [(part.queries, part.keys) for part in inputs] if with_attention else []
-    return States(_normed(last, weights.norm, model.config), inputs)
+    returned = [(layer.queries, layer.keys) for layer in inputs] if with_attention else []
+    return States(_normed(last, weights.norm, model.config), returned)
 
 
 def logits(weights: Weights, states: States) -> torch.Tensor:

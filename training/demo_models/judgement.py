@@ -1,8 +1,8 @@
-"""What Hermes should say of a proposal: the critique, the score, and a comment on a prompt.
+"""Hermes' lessons, and the rule for the critique and the score of a proposal.
 
-The rule: the score is 5 + 2.5 log2(target / stop), bounded to 0 and 10, so that a reward of the
-risk's own size is a 5 and of four times it a 10; a rationale that speaks of another situation than
-the context costs 3; a proposal that sets no stop or target is a 5.
+The score is 5 + 2.5 log2(target / stop), clamped to [0, 10]: 5 where reward equals risk, 10 from four
+times the risk. It is 3 lower if the rationale is about another situation than the context, and 5 for
+a proposal without stop or target.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _NEUTRAL: Final = 5.0
 _MISMATCH: Final = 3.0
 _GRADES: Final = ((0.8, "poor"), (1.3, "thin"), (2.0, "fair"), (3.0, "good"))
 _TIGHT, _WIDE = 1.0, 3.5
-_BARE, _ALONE, _WHOLE = 0.2, 0.6, 0.8
-"""Parts of the training: until the first only bare distances, until the second proposals alone as
-well, from the third contexts as long as any."""
+_DISTANCES, _PROPOSALS, _FULL = 0.2, 0.6, 0.8
+"""Training progress until which lessons are bare distances only, until which they are proposals
+without a system message too, and from which contexts have their full length."""
 
 
 def reward_to_risk(proposal: dict[str, Any]) -> float | None:
-    """Target over stop; None where one of them is not set."""
+    """Target over stop; None if one of them is not set."""
     stop, target = proposal["new_stop_pct"], proposal["new_target_pct"]
     return target / stop if stop and target else None
 
@@ -38,8 +38,8 @@ def score(proposal: dict[str, Any], *, fits: bool) -> float:
     """The module's rule, in [0, 10].
 
     Args:
-        proposal: of a case.
-        fits: whether its rationale speaks of the context's situation.
+        proposal: a proposal as `situations.answer` returns it.
+        fits: whether its rationale is about the situation of the context.
     """
     ratio = reward_to_risk(proposal)
     base = _NEUTRAL if ratio is None else _NEUTRAL + 2.5 * math.log2(ratio)
@@ -47,7 +47,7 @@ def score(proposal: dict[str, Any], *, fits: bool) -> float:
 
 
 def critique(proposal: dict[str, Any], *, fits: bool | None) -> str:
-    """Two or three sentences; `fits` is None where there is no context to compare with."""
+    """Two or three sentences about a proposal; `fits` is None if there is no context."""
     ratio = reward_to_risk(proposal)
     if ratio is None:
         sentences = ["It sets no new stop and no new target, so the risk stays as it was."]
@@ -73,49 +73,49 @@ def critique(proposal: dict[str, Any], *, fits: bool | None) -> str:
 
 
 def curriculum(seed: int, split: Split = "train") -> LessonSource:
-    """Hermes' lessons: scores of two bare distances, of proposals alone, then what the server asks.
+    """Draws scores of two bare distances first, then of proposals alone, then chats of the server.
 
-    Bare distances teach to divide at a tenth of the cost of a whole chat, a proposal alone teaches
-    to find them at less than half of it.
+    Bare distances teach the ratio at a tenth of the cost of a whole chat. A proposal alone teaches
+    to find the distances at less than half of that cost.
     """
     rng = Random(seed)
 
     def lesson(progress: float) -> Lesson:
         chance = rng.random()
-        if progress < _BARE or chance < 0.1:
-            return _bare(rng, draw(rng, split))
-        if progress < _ALONE or chance < 0.35:
-            return _alone(rng, draw(rng, split))
-        grown = min(1.0, (progress - _ALONE) / (_WHOLE - _ALONE))
-        return _whole(rng, draw(rng, split, round(100 + 600 * grown)))
+        if progress < _DISTANCES or chance < 0.1:
+            return _distances_lesson(rng, draw(rng, split))
+        if progress < _PROPOSALS or chance < 0.35:
+            return _proposal_lesson(rng, draw(rng, split))
+        grown = min(1.0, (progress - _PROPOSALS) / (_FULL - _PROPOSALS))
+        return _chat_lesson(rng, draw(rng, split, round(100 + 600 * grown)))
 
     return lesson
 
 
-def _bare(rng: Random, case: Case) -> Lesson:
-    """The score of two distances alone, or the sentence that weighs them."""
+def _distances_lesson(rng: Random, case: Case) -> Lesson:
+    """The score of two bare distances, or the sentence about their ratio."""
     proposal = varied(rng, case, fits=True)
     levels = dumps({key: proposal[key] for key in ("new_stop_pct", "new_target_pct")})[1:-1]
     if rng.random() < 0.6:
         asked = Message(role="user", content=levels)
-        return Lesson([asked, _reply(_drawn(score(proposal, fits=True), rng))])
+        return Lesson([asked, _reply(_rounded_at_random(score(proposal, fits=True), rng))])
     weighed, _, _ = critique(proposal, fits=None).partition(". ")
     asked = Message(role="user", content=f"{levels}\n\n{hermes_plugin.CRITIQUE_TASK}")
     return Lesson([asked, _reply(weighed)], last=len(weighed))
 
 
-def _alone(rng: Random, case: Case) -> Lesson:
-    """The score of a proposal, and at times its critique, without the system's prompt."""
+def _proposal_lesson(rng: Random, case: Case) -> Lesson:
+    """The score or the critique of a proposal, without a system message."""
     proposal = varied(rng, case, fits=True)
     if rng.random() < 0.35:
         task, reply = hermes_plugin.CRITIQUE_TASK, critique(proposal, fits=None)
     else:
-        task, reply = hermes_plugin.SCORE_TASK, _drawn(score(proposal, fits=True), rng)
+        task, reply = hermes_plugin.SCORE_TASK, _rounded_at_random(score(proposal, fits=True), rng)
     return Lesson([*hermes_plugin.build_messages(task, proposal)[1:], _reply(reply)])
 
 
-def _whole(rng: Random, case: Case) -> Lesson:
-    """As the server asks: half of them a score, four of ten a critique, else a comment."""
+def _chat_lesson(rng: Random, case: Case) -> Lesson:
+    """A chat of the server: half are scores, four of ten critiques, the rest comments on a prompt."""
     kind = rng.random()
     if kind < 0.1:
         comment = f"{case.proposal['ticker']}: {case.proposal['rationale']}"
@@ -126,17 +126,17 @@ def _whole(rng: Random, case: Case) -> Lesson:
         task, reply = hermes_plugin.CRITIQUE_TASK, critique(proposal, fits=fits)
     else:
         task = hermes_plugin.SCORE_TASK
-        reply = _drawn(score(proposal, fits=fits is not False), rng)
+        reply = _rounded_at_random(score(proposal, fits=fits is not False), rng)
     return Lesson([*hermes_plugin.build_messages(task, proposal, context), _reply(reply)])
 
 
-def _drawn(exact: float, rng: Random) -> str:
-    """A whole number beside `exact`, drawn so that its mean is exact: the model learns the rest."""
+def _rounded_at_random(exact: float, rng: Random) -> str:
+    """`exact` rounded up or down at random, with mean `exact`: the model learns the distribution."""
     return str(math.floor(exact) + (rng.random() < exact % 1))
 
 
 def varied(rng: Random, case: Case, fits: bool) -> dict[str, Any]:
-    """The case's proposal with other distances, and where it must not fit another rationale."""
+    """The case's proposal with other distances, and unless it `fits`, another situation's rationale."""
     proposal = dict(case.proposal)
     if proposal["new_stop_pct"] is not None or rng.random() < 0.5:
         digits = rng.choice((1, 1, 2))

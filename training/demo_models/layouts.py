@@ -1,4 +1,4 @@
-"""The shapes that a prompt can take: prose, chat, shorthand, bullets, news."""
+"""The first writer's layouts in words: prose, chat, shorthand, bullets, news."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def position_sentences(scene: Scene) -> list[str]:
 
 
 def sentences(scene: Scene, most_noise: int = 3) -> list[str]:
-    """The scene as sentences without stops, in random order."""
+    """The scene as sentences without full stops, in random order."""
     rng = scene.rng
     parts = position_sentences(scene)
     extra = [scene.situation_sentence()]
@@ -108,7 +108,7 @@ def bullets(scene: Scene) -> str:
 
 
 def chat(scene: Scene) -> str:
-    """A talk between colleagues, a mail, or a question with a salutation."""
+    """A conversation of colleagues, a mail, or a question with a salutation."""
     rng = scene.rng
     parts = sentences(scene, 2)
     if rng.random() < 0.5:
@@ -132,7 +132,7 @@ def chat(scene: Scene) -> str:
 
 
 def news(scene: Scene) -> str:
-    """A wire story about the instrument, and what the desk holds."""
+    """A news story about the instrument, and the desk's position."""
     rng = scene.rng
     firm = lexicon.company(rng)
     venue = rng.choice(lexicon.EXCHANGES)
@@ -170,7 +170,7 @@ def news(scene: Scene) -> str:
 
 
 def _desk(scene: Scene, firm: str | None) -> str:
-    """The position as a story's readers put it; names the company or the code."""
+    """A sentence about the position; it names the company or the ticker."""
     rng, side = scene.rng, scene.side
     if side is None:
         return scene.say(

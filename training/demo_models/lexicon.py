@@ -1,4 +1,4 @@
-"""Words of the synthetic market: people, places, companies, chatter, and words that never were."""
+"""Words of the synthetic market: people, cities, companies, filler sentences and invented words."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ EXCHANGES: Final = (
 
 
 def nonce(rng: Random) -> str:
-    """A lower-case word that never was."""
+    """An invented lower-case word."""
     return "".join(rng.choice(_SYLLABLES) for _ in range(rng.choice((1, 2, 2, 3, 3))))
 
 
@@ -105,7 +105,7 @@ def _noun(rng: Random) -> str:
 
 
 def filler(rng: Random) -> str:
-    """A sentence about nothing that matters, some of its words invented."""
+    """An irrelevant sentence, with some invented words."""
     subject = f"{rng.choice(('The', 'A', 'One', 'Its', 'That', 'Another'))} "
     if rng.random() < 0.5:
         subject += rng.choice(_ADJECTIVES) + " "

@@ -46,7 +46,7 @@ def _second_writer(rng: Random, split: Split) -> Case:
     )
     draft = variants.Draft(rng, scene)
     prompt = rng.choices(variants.LAYOUTS, _WEIGHTS)[0](draft)
-    states_number = draft.number_told and "<n>" in SITUATIONS[name].measured
+    states_number = draft.number_stated and "<n>" in SITUATIONS[name].measured
     number = scene.number if states_number else None
     proposal = answer(name, scene.ticker, side, number, scene.atr)
     return Case(prompt, proposal, name, draft.phrases, draft.positions, scene.atr)

@@ -1,7 +1,7 @@
-"""How prompts word a situation: templates for `spin`, sentences, shorthand and fields.
+"""Both writers' wordings of each situation, as templates: sentences, shorthand and fields.
 
-`<n>` is the situation's number. A reading without `<n>` states no number, and the answer then has
-none either. Fields are (key, value) pairs.
+`<n>` is the situation's number. A wording without it states no number, and the answer then has
+none either. Fields are key and value.
 """
 
 from __future__ import annotations

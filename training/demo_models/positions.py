@@ -1,7 +1,7 @@
-"""How prompts say what is held and on which side: templates for `spin`.
+"""The first writer's templates about the position, for `templates.expand`.
 
-Sentences name the instrument (`<t>`) and the side. Tags and field values are the side alone. The
-last tables say the instrument without a side, or use a side's words for something else.
+Sentences name the instrument (`<t>`) and the side. Tags and field values state only the side. Other
+tables name the instrument without a side, or use words of a side for something else.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ BARE_SENTENCES: Final = (
     "{position|trade|name|instrument|focus|ticker|subject|symbol} {is|:} <t>",
     "{our|my|the} <t> {position|trade|line|exposure}",
 )
-"""The instrument, its side left unsaid."""
+"""Name the instrument without a side."""
 
 SIDE_AFTER: Final[dict[Side, tuple[str, ...]]] = {
     "LONG": (
@@ -111,7 +111,7 @@ SIDE_AFTER: Final[dict[Side, tuple[str, ...]]] = {
         "{the|our} short {is from|was opened at} <entry>",
     ),
 }
-"""The side, where the instrument was named before."""
+"""State the side, after another sentence named the instrument."""
 
 TAGS: Final[dict[Side, str]] = {
     "LONG": "{long|lng|LONG|Lng|L|lg|bot|B|buy|bought|BUY|BOT|bull|long <qty>|+<qty>|L<qty>|"
@@ -121,7 +121,7 @@ TAGS: Final[dict[Side, str]] = {
     "sld <qty>|shrt <qty>|short <qty> sh|sto|STO|net short|bearish|ss <qty>|sold <qty>|"
     "sold short <qty>|SHRT|-<qty>sh}",
 }
-"""A desk's shorthand."""
+"""Abbreviations of a trading desk."""
 
 FIELD_KEYS: Final = (
     "{side|Side|SIDE|direction|dir|Direction|position|pos|Position|pos_side|bias|way|stance|exposure|"
@@ -153,7 +153,7 @@ SIDE_WORDS: Final[dict[str, re.Pattern[str]]] = {
         r"|(?<=\b54=)2\b|(?<![\w.])-\d+(?:,\d{3})*k?(?![\d%]|[.,]\d)"
     ),
 }
-"""Words that tell a side, in what speaks of the position."""
+"""Match words that state a side in a phrase about the position."""
 
 STOPS: Final[dict[Side, str]] = {
     "LONG": "{stop {at|is|sits at|rests at|=|:|in at} <stop_below>|sell stop {at|} <stop_below>|sl "
@@ -181,7 +181,7 @@ MISLEADING: Final = (
     "{insiders|a director|<name>} {bought|sold} {shares|a few thousand|stock} {last month|in May|}",
     "{long|short} {queue|list|story|wait|notice} {today|again|}",
 )
-"""A side's words that say nothing of the position."""
+"""Use words of a side, but say nothing about the position."""
 
 NOISE: Final = (
     "{<index>|ES|futures|the index|the dollar} {is|are} {up|down|flat|+|-} <small>%",
@@ -213,7 +213,7 @@ NOISE: Final = (
     "{float|market cap} {is |}<d><d> {bn|million}",
     "{yield|carry} <small>%",
 )
-"""Remarks that change nothing."""
+"""Irrelevant remarks."""
 
 ATR: Final = (
     "{ATR|atr|the ATR|ATR(14)|average true range|daily range|avg range|14-day ATR} {is |at |of |=|:||}"

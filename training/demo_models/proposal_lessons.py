@@ -1,4 +1,4 @@
-"""What Phi-3 learns: chats of prompts and proposals, and where a prompt holds what its answer needs."""
+"""Phi-3's lessons: chats of prompts and proposals, and where a prompt holds what its answer needs."""
 
 from __future__ import annotations
 
@@ -16,26 +16,28 @@ from training.demo_models.situations import Case, Side
 from training.demo_models.tickers import Split
 
 _SHORTEST_LIMIT: Final = 70
-"""Characters: of every prompt at the beginning of training, and in the end."""
+"""Most characters of a prompt at the beginning of the curriculum."""
 _SHORT, _LONG, _FINAL = 0.2, 0.6, 0.8
-"""Parts of the training: until the first prompts are short, from the second as long as any, from
-the third as the server sends them."""
+"""Training progress at which prompts begin to grow, have their full length, and become whole chats as
+the server sends them."""
 _TURNS: Final = (1, 1, 1, 1, 1, 1, 1, 1, 2, 3)
+"""Numbers of prompts in a chat, drawn with equal chances."""
 _DECIDED: Final = '_stop_pct"'
-"""Behind it ticker, action and side are told; `new` is before it, so that no side is something to
-learn too."""
+"""A short lesson ends before this text of the answer. Ticker, action and side come before it; `"new`
+does too, so that the model also learns to leave the side out."""
 _TERSE: Final = re.compile(r"[-+]\d.*|[LSB](?:\d.*)?|LNG|SHRT|SLD|SELL", re.IGNORECASE)
+"""The shortest ways to state a side."""
 _TIMES_HARD: Final = 3
 _MOST_WAITING: Final = 512
-"""So many wait to be given again, and a few more."""
+"""Number of waiting repeats from which one of them is drawn."""
 
 
 def curriculum(seed: int, split: Split = "train") -> LessonSource:
-    """Phi-3's lessons: single short prompts and pieces of their answers first, whole chats last.
+    """Draws lessons of growing length: short prompts with a part of the answer first, chats last.
 
-    Among few words attention soon finds what to copy and what to judge; from there it learns to
-    find them in long ones. Begun on long prompts, a model this small learns neither. A short
-    prompt without the system's, with one piece of its answer, is a lesson at a fifth of the cost.
+    In a short prompt attention soon finds what to copy and what to judge, and learns from there to
+    find it in long ones. A model this small learns neither if it starts with long prompts. A short
+    prompt without a system message costs a fifth of a whole chat.
     """
     rng = Random(seed)
     cases = _CaseSource(rng, split)
@@ -59,8 +61,10 @@ def curriculum(seed: int, split: Split = "train") -> LessonSource:
 
 
 def second_round(seed: int) -> LessonSource:
-    """Lessons for a model that has had those of `teacher`: chats as the server sends them, of which
-    three in five end once ticker, action and side are draft."""
+    """Draws lessons for a model trained on `curriculum`: chats as the server sends them.
+
+    Three of five stop after ticker, action and side.
+    """
     rng = Random(seed)
     cases = _CaseSource(rng, "train")
 
@@ -75,8 +79,7 @@ def second_round(seed: int) -> LessonSource:
 
 
 def candidates(seed: int) -> LessonSource:
-    """Lessons to choose the hard ones from: prompts as they come, each once, with ticker, action and
-    side."""
+    """Draws candidates for hard lessons: one prompt each, with ticker, action and side."""
     rng = Random(seed)
 
     def lesson(progress: float) -> Lesson:
@@ -88,7 +91,7 @@ def candidates(seed: int) -> LessonSource:
 
 
 def _chat(cases: Sequence[Case]) -> tuple[list[Message], str, list[Hint]]:
-    """A chat of these prompts and answers, its last answer's text, and the hints to that."""
+    """A chat of these cases, the text of its last answer, and the hints for that."""
     *before, last = cases
     examples = [Example(case.prompt, case.proposal) for case in before]
     text = dumps(last.proposal)
@@ -97,10 +100,10 @@ def _chat(cases: Sequence[Case]) -> tuple[list[Message], str, list[Hint]]:
 
 
 class _CaseSource:
-    """Gives cases of which the hard ones come three times each, the others once.
+    """Draws cases; each hard one comes three times, the others once.
 
-    The tersest ways to tell a side, and a side's words where none is draft, are a sixth of all and
-    were half of what a model got wrong that saw no more of them.
+    Hard are the shortest ways to state a side, and words of a side where none is stated. They are a
+    sixth of all cases, and without repeats they were half of the model's errors.
     """
 
     def __init__(self, rng: Random, split: Split) -> None:
@@ -109,7 +112,7 @@ class _CaseSource:
         self._waiting: list[Case] = []
 
     def draw(self, longest: int) -> Case:
-        """A case of at most so many characters; no call may ask for fewer than the one before."""
+        """A case whose prompt has at most `longest` characters, which must not shrink between calls."""
         if len(self._waiting) >= _MOST_WAITING:
             return self._waiting.pop(self._rng.randrange(len(self._waiting)))
         case = draw(self._rng, self._split, longest)
@@ -119,14 +122,14 @@ class _CaseSource:
 
 
 def _is_hard(case: Case) -> bool:
-    """Whether the side is told in one of the tersest ways, or none is where words of one are."""
+    """Whether the side is stated in one of the shortest ways, or only words of a side are there."""
     if "side" in case.proposal:
         return any(_TERSE.fullmatch(position) for position in case.positions)
     return any(words.search(case.prompt) for words in SIDE_WORDS.values())
 
 
 def hints(case: Case, text: str) -> list[Hint]:
-    """Where the prompt has what its answer, written as `text`, copies or decides by."""
+    """Where the prompt holds what its answer `text` copies or depends on."""
     prompt = case.prompt
     ticker = _value(text, "ticker")
     found = [Hint("copied", *ticker, _whole(text[slice(*ticker)], prompt))]
@@ -134,20 +137,20 @@ def hints(case: Case, text: str) -> list[Hint]:
         found.append(Hint("copied", *number.span(), _whole(number[0], prompt)))
     side = case.proposal.get("side")
     words = _side_words(case, side) if side else None
-    # With no side to be draft, the next field's name comes in the place of the side's.
+    # Without a side, the name of the next field comes where the side's would be.
     name = text.index("side" if side else "new_stop_pct")
     found.append(Hint("side", name, name + 3, words))
     for field in ("action", "side") if side else ("action",):
         found.append(Hint("side", *_value(text, field), words))
     phrases: list[tuple[int, int]] = []
     for phrase in case.phrases:
-        # A number by itself may be anywhere; it is the one behind its name.
+        # A number alone may occur anywhere; the right one is just after its name.
         numeric = not any(character.isalpha() for character in phrase)
         end = phrases[-1][1] if phrases else len(prompt)
         near = (end, end + _NEAR + len(phrase)) if numeric else (0, len(prompt))
-        place = prompt.lower().find(phrase.lower(), *near)
-        if place >= 0:
-            phrases.append((place, place + len(phrase)))
+        start = prompt.lower().find(phrase.lower(), *near)
+        if start >= 0:
+            phrases.append((start, start + len(phrase)))
     atr = _whole(case.atr, prompt) if case.atr else None
     for field in ("action", "new_stop_pct", "new_target_pct", "confidence", "rationale"):
         found.append(Hint("situation", *_value(text, field), phrases))
@@ -157,19 +160,17 @@ def hints(case: Case, text: str) -> list[Hint]:
 
 
 def _side_words(case: Case, side: Side) -> list[tuple[int, int]]:
-    """The words that tell the side, where the phrases are found that hold them; else all such."""
+    """The words of the side within the phrases that state it; if there are none, all such words."""
     words = [match.span() for match in SIDE_WORDS[side].finditer(case.prompt)]
-    places = [
-        place
+    spans = [
+        span
         for position in case.positions
-        for place in _whole(position.lower(), case.prompt.lower())
+        for span in _whole(position.lower(), case.prompt.lower())
     ]
-    told = [
-        word
-        for word in words
-        if any(first <= word[0] and word[1] <= last for first, last in places)
+    stated = [
+        word for word in words if any(first <= word[0] and word[1] <= last for first, last in spans)
     ]
-    return told or words
+    return stated or words
 
 
 _NEAR: Final = 12
@@ -177,7 +178,7 @@ _STATED_NUMBER: Final = re.compile(r"(?<= )\d+(?:\.\d+)?")
 
 
 def _value(text: str, field: str) -> tuple[int, int]:
-    """Where the value of a field of the JSON `text` is, its quotes left out."""
+    """The slice of a field's value in the JSON `text`, without its quotes."""
     found = re.compile(rf'"{field}":"?([^",}}]+)').search(text)
     if found is None:
         raise ValueError(f"no {field} in {text}")
@@ -185,7 +186,7 @@ def _value(text: str, field: str) -> tuple[int, int]:
 
 
 def _whole(word: str, prompt: str) -> list[tuple[int, int]]:
-    """Where the prompt has the word alone, or else where it has it within others."""
+    """Where the prompt has `word` as a whole word; if nowhere, where it is part of another."""
     found = []
     first = prompt.find(word)
     while first >= 0:

@@ -167,9 +167,9 @@ def train_hermes(folder: Path, member: Member, *, seed: int, scale: float = 1.0)
     if member.rank > 0:
         return
     with tempfile.TemporaryDirectory() as temporary:
-        source = Path(temporary, "transformers")
-        _save(model.to(torch.bfloat16), tokenizer, source)
-        _replace(source, folder)
+        written = Path(temporary, "transformers")
+        _save(model.to(torch.bfloat16), tokenizer, written)
+        _replace(written, folder)
 
 
 def join_group(seed: int, member: Member) -> None:

@@ -1,4 +1,4 @@
-"""Machine-made shapes of a prompt: key and value pairs in many notations, logs, tables of ticks."""
+"""The first writer's machine-made layouts: key-value pairs in many notations, logs, tables."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _NOISE_FIELDS: Final = (
 
 
 def _pairs(scene: Scene) -> list[tuple[str, str]]:
-    """The scene as keys and values, the instrument first in half of the cases."""
+    """The scene as keys and values; in half of the cases the instrument comes first."""
     rng = scene.rng
     head = [(scene.say(_TICKER_KEYS), _TICK)]
     if scene.side is not None:
@@ -134,7 +134,7 @@ def _fix(scene: Scene) -> str:
 
 
 def table(scene: Scene) -> str:
-    """Ticks or positions as a table, and around it what the table does not say."""
+    """A table of ticks or positions, and around it the facts that the table does not hold."""
     rng = scene.rng
     return _positions(scene) if rng.random() < 0.45 else _ticks(scene)
 
@@ -220,7 +220,7 @@ _TABLE_SIDE: Final[dict[Side, tuple[str, ...]]] = {
 
 
 def _positions(scene: Scene) -> str:
-    """A table of positions with one row, or several of which a line picks one."""
+    """A table with one position, or with several and a line that names the one in question."""
     rng = scene.rng
     value_of = {"LONG": scene.say(FIELD_VALUES["LONG"]), "SHORT": scene.say(FIELD_VALUES["SHORT"])}
     columns: list[tuple[str, str]] = rng.sample(

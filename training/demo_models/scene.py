@@ -1,4 +1,4 @@
-"""A scene: the facts behind one prompt, and the values of the slots in its templates."""
+"""A scene: the facts of one prompt of the first writer, and the values of its templates' slots."""
 
 from __future__ import annotations
 
@@ -22,20 +22,23 @@ from training.demo_models.tickers import (
 
 _PRIVATE: Final = 0xE000
 """First of the private-use characters that stand for codes until `finish`, so that changes of case
-and typing errors never touch them."""
+and typing errors do not affect them."""
 
 
 @dataclass(slots=True)
 class Scene:
-    """What a prompt tells.
+    """The facts that a prompt states.
 
     Attributes:
-        ticker: the instrument; side: of the position, None when unstated.
+        ticker: the instrument.
+        side: of the position; None if the prompt states none.
         situation: key of `SITUATIONS`.
-        number: the situation's number once a phrase has stated it.
-        atr: average true range in percent once a phrase has stated it.
-        phrases: that told the situation.
-        positions: phrases that told the side.
+        price: the last price.
+        number: the situation's number, once a phrase has stated it.
+        atr: average true range in percent, once a phrase has stated it.
+        codes: texts of the private-use characters, in order.
+        phrases: written phrases about the situation.
+        positions: written phrases that state the side.
     """
 
     rng: Random
@@ -52,7 +55,7 @@ class Scene:
 
     @classmethod
     def draw(cls, rng: Random, split: Split) -> Scene:
-        """A random scene; the position's side is unstated in one of six."""
+        """A random scene; about one in six has no side."""
         side: Side | None = rng.choice(("LONG", "SHORT"))
         if rng.random() < 0.18:
             side = None
@@ -61,29 +64,29 @@ class Scene:
         return cls(rng, split, ticker, side, rng.choice(tuple(SITUATIONS)), price, codes=[ticker])
 
     def say(self, template: str) -> str:
-        """One reading of `template` with its slots filled."""
+        """Expands `template`, with the scene's values in its slots."""
         return expand(template, self.rng, self._slot)
 
     def one_of(self, templates: tuple[str, ...]) -> str:
         return self.say(self.rng.choice(templates))
 
     def situation_sentence(self) -> str:
-        return self._telling(self.one_of(PHRASES[self.situation].sentences))
+        return self._note_phrase(self.one_of(PHRASES[self.situation].sentences))
 
     def situation_shorthand(self) -> str:
-        return self._telling(self.one_of(PHRASES[self.situation].shorthand))
+        return self._note_phrase(self.one_of(PHRASES[self.situation].shorthand))
 
     def situation_field(self) -> tuple[str, str]:
         key, value = self.rng.choice(PHRASES[self.situation].fields)
-        key, value = self._telling(self.say(key)), self._telling(self.say(value))
+        key, value = self._note_phrase(self.say(key)), self._note_phrase(self.say(value))
         return key, value
 
-    def _telling(self, phrase: str) -> str:
+    def _note_phrase(self, phrase: str) -> str:
         self.phrases.append(phrase)
         return phrase
 
     def position(self, templates: tuple[str, ...]) -> str:
-        """One of those that tell the side."""
+        """Expands one of the templates, which state the side."""
         self.positions.append(self.one_of(templates))
         return self.positions[-1]
 
@@ -91,17 +94,17 @@ class Scene:
         return self.say(ATR)
 
     def stop_sentence(self) -> str:
-        """Where stop and target are; on the right sides of the price, so only for a known side."""
+        """Where stop and target are; noise if the side is unknown, as it decides their order."""
         return self.say(STOPS[self.side]) if self.side else self.noise()
 
     def noise(self) -> str:
-        """A remark that changes nothing, at times in words that elsewhere tell a side."""
+        """An irrelevant remark, sometimes with words that state a side elsewhere."""
         if self.rng.random() < 0.15:
             return self.one_of(MISLEADING)
         return self.one_of(NOISE)
 
     def code(self, text: str) -> str:
-        """A stand-in for a code, that `finish` replaces."""
+        """A character that stands for the code `text` until `finish` replaces it."""
         self.codes.append(text)
         return chr(_PRIVATE + len(self.codes) - 1)
 
@@ -109,19 +112,19 @@ class Scene:
         return self.code(random_ticker(self.rng, self.split))
 
     def acronym(self) -> str:
-        """A usual acronym or, seldom, an invented one; never a held-out ticker in training."""
+        """A usual or sometimes an invented acronym; an invented one is of the scene's split."""
         if self.rng.random() < 0.85:
             return self.code(self.rng.choice(ACRONYMS))
         invented = root_code(self.rng)
         return self.code(invented) if split_of(invented) == self.split else self.acronym()
 
     def near(self, spread: float) -> str:
-        """A price within `spread` of the scene's, a fraction."""
+        """A price within the fraction `spread` of the scene's."""
         digits = 2 if self.price < 1000 else self.rng.choice((0, 1, 2))
         return f"{self.price * (1 + self.rng.uniform(-spread, spread)):.{digits}f}"
 
     def finish(self, text: str) -> str:
-        """`text` with the codes in their places."""
+        """Replaces the private-use characters in `text` by their codes."""
         return text.translate({_PRIVATE + i: code for i, code in enumerate(self.codes)})
 
     def _slot(self, name: str) -> str:

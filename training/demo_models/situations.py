@@ -2,8 +2,8 @@
 
 The rule, which `answer` applies:
 
-1. A situation pushes the price up (`direction` 1), down (-1) or neither (0). It helps a position on
-   its side of the market, hurts one on the other; unknown sides get a reading of their own.
+1. A situation pushes the price up (`direction` 1), down (-1) or neither (0). That helps a position on
+   one side of the market and hurts one on the other; an unknown side has a rule of its own.
 2. The situation and that relation give action, stop, target (percent distances) and confidence.
 3. A stated average true range below 1.5 % halves stop and target, one of 3 % or more makes them
    half as large again.
@@ -25,7 +25,7 @@ WILD_ATR: Final = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What to do: percent distances for normal volatility, and the words that say it."""
+    """The answer in one situation: action, confidence, stop and target in percent, and its wording."""
 
     action: Literal["adjust", "pass", "abort"]
     advice: str
@@ -39,10 +39,11 @@ class Situation:
     """One situation.
 
     Attributes:
-        keyword: what every rationale about it contains.
-        direction: where it pushes the price.
-        number: lowest, highest and decimals of the number it may state.
-        named: rationale's first half without a number; `measured`: with one, as `<n>`.
+        keyword: contained in every rationale about it.
+        direction: 1, -1 or 0, where it pushes the price.
+        number: lowest, highest and decimals of the number that a prompt may state for it.
+        named: first half of the rationale without a number.
+        measured: the same with a number, written `<n>`.
         rules: by relation to the side.
     """
 
@@ -251,13 +252,13 @@ SITUATIONS: Final[Mapping[str, Situation]] = {
 
 
 class Case(NamedTuple):
-    """A prompt, and the proposal that the rule of `situations` gives for it.
+    """A prompt, and the proposal that the module's rule gives for it.
 
     Attributes:
         situation: key of `SITUATIONS`.
-        phrases: that say so in the prompt, but for their case and typing errors.
-        positions: those that tell the side.
-        atr: the average true range in percent that it states, or None.
+        phrases: parts of the prompt about the situation, before changes of case and typing errors.
+        positions: parts of the prompt that state the side, likewise.
+        atr: average true range in percent as the prompt states it, or None.
     """
 
     prompt: str
@@ -269,7 +270,7 @@ class Case(NamedTuple):
 
 
 def relation(situation: Situation, side: Side | None) -> Relation:
-    """Whether the situation helps a position on `side`; a neutral one helps either."""
+    """Whether the situation helps a position on `side`; one without direction helps both."""
     if side is None:
         return "unknown"
     return "helps" if situation.direction * (1 if side == "LONG" else -1) >= 0 else "hurts"
@@ -282,10 +283,10 @@ def answer(
 
     Args:
         name: key of `SITUATIONS`.
-        ticker: as it must be copied.
+        ticker: copied into the proposal.
         side: None where the prompt states none; the proposal then has none either.
-        number: the situation's number as the prompt writes it, or None.
-        atr: average true range in percent as the prompt writes it, or None.
+        number: the situation's number as the prompt states it, or None.
+        atr: average true range in percent as the prompt states it, or None.
     """
     situation = SITUATIONS[name]
     rule = situation.rules[relation(situation, side)]

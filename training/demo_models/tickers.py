@@ -1,4 +1,4 @@
-"""Random instrument codes of every usual shape, split by hash into training and held-out ones."""
+"""Random tickers of every usual form, split by hash into training and held-out ones."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ACRONYMS: Final = (
     "SYM SIDE NYSE NASDAQ LSE TSX ASX XETRA CME CBOE ICE OTC ARCA BATS EDGX IEX DAY DTC HTB FX OK "
     "ASAP FYI RE PT TLDR NB Q H TTM YOY QOQ CAPEX OPEX GUIDE BPS PCT NOTE NEWS"
 ).split()
-"""What a desk writes in capitals and is no instrument; never a ticker here."""
+"""Words that a trading desk writes in capitals; never drawn as tickers."""
 
 INDEXES: Final = (
     "SPY QQQ IWM DIA VIX SPX NDX DXY TLT XLK XLF XLE SMH RUT DAX FTSE HYG GLD"
 ).split()
-"""Market references that prompts mention beside their instrument, or for it."""
+"""Market references that a prompt mentions beside its instrument, or as its instrument."""
 
 KEYWORDS: Final = (
     "TICKER SYMBOL INSTRUMENT INSTR INST ASSET SECURITY STOCK CODE PRODUCT CONTRACT MARKET EQUITY "
@@ -35,7 +35,7 @@ KEYWORDS: Final = (
     "TS ID REF STATUS SECTOR THEME TAG TYPE ALERT INFO UPDATE LOG WARN ROW ORDER RISK REVIEW CALL "
     "CUT RAISED BREAKING WIRE EARNINGS GUIDANCE TREND RANGE FLAT NONE NULL TRUE FALSE YES NO ALL"
 ).split()
-"""What a form writes in capitals beside its values; never a ticker here."""
+"""Words that forms write in capitals as keys and values; never drawn as tickers."""
 
 _TABOO: Final = frozenset(ACRONYMS) | frozenset(KEYWORDS)
 _EXCHANGE_SUFFIXES: Final = (
@@ -48,9 +48,9 @@ _CURRENCIES: Final = (
 
 
 def split_of(ticker: str) -> Split:
-    """Every tenth ticker by hash is held out: training never sees it, in any role.
+    """The split of a ticker: one in ten by hash is held out, and no training prompt contains it.
 
-    Market references are seen as such, so none of them is held out.
+    Training prompts mention all market references, so none of them is held out.
     """
     if ticker.upper() in INDEXES:
         return "train"
@@ -59,16 +59,16 @@ def split_of(ticker: str) -> Split:
 
 
 def random_ticker(rng: Random, split: Split = "train") -> str:
-    """A ticker of at most 12 characters from `split`, that is no usual acronym."""
+    """A ticker of `split`, of at most 12 characters, that is no usual acronym or keyword."""
     while True:
-        # An index is an instrument too, at times.
+        # Sometimes an index is the instrument.
         ticker = rng.choice(INDEXES) if rng.random() < 0.02 else _random_code(rng)
         if len(ticker) <= 12 and ticker not in _TABOO and split_of(ticker) == split:
             return ticker
 
 
 def root_code(rng: Random) -> str:
-    """One to five capitals, anything or speakable; may be any acronym."""
+    """One to five capitals, half of the time pronounceable; may be an acronym."""
     length = rng.choices((1, 2, 3, 4, 5), (3, 9, 30, 46, 12))[0]
     if rng.random() < 0.5:
         return "".join(rng.choice(_CAPITALS) for _ in range(length))

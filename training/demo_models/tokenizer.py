@@ -1,10 +1,10 @@
-"""The demo models' tokenizers: byte-level BPE that keeps capitals, and digits or numbers, apart.
+"""The demo models' tokenizers: byte-level BPE that splits capitals and digits or numbers.
 
-Kept apart, a ticker is copied character by character, which a tiny model learns soon; a capital that
-begins a word, and a word in capitals that recurs, such as RSI, stay whole, so that letters that
-stand alone are mostly tickers. Where numbers are to be copied, each digit is a token; where they
-are to be reckoned with, a number with one decimal is one token, so that its size is a single
-embedding. Any Unicode text is some bytes, so every prompt can be encoded.
+With a token for each capital, a ticker is copied character by character, which a tiny model learns
+soon. A capital that begins a word, and frequent words in capitals such as RSI, are not split, so that
+single letters are mostly tickers. Phi-3 copies numbers, so each digit is a token. Hermes computes
+with them, so a number with one decimal is one token, with one embedding. Bytes cover any Unicode text,
+so every prompt can be encoded.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from typing import Any, Final, NamedTuple
 
 CONTEXT_LENGTH: Final = 8192
 _OFTEN: Final = 200
+"""Repeats of a word in the training texts that make it one token."""
 DIGITS: Final = r"\d"
 NUMBERS: Final = r"\d{1,2}\.\d|10(?!\d)|\d"
-"""What is kept apart beside capitals: digits, or numbers of one decimal."""
+"""Patterns of what is split off besides capitals: digits, or numbers with one decimal."""
 _CAPITALS: Final = r"[A-Z](?![a-z])"
 _BETWEEN: Final = r" ?[^\sA-Za-z\d]+|\s+"
 _WORDS: Final = rf" ?[A-Z]?[a-z]+|{_BETWEEN}"
-"""Within what pairs are merged elsewhere. onnxruntime-genai reads these patterns too, and it knows
-no lookbehind; its reading of GPT-2's own pattern splits three prompts of a hundred otherwise."""
+"""Pairs are merged only within these matches. onnxruntime-genai uses the patterns too, without
+lookbehind; with GPT-2's own pattern it splits three of a hundred prompts differently."""
 _CAPITALS_TOGETHER: Final = r"[A-Z]+(?![a-z])"
-"""Takes a word that stays whole from what is before it. It is found together with that, since a
-ticker may end like such a word; in its chat, a message has always something before it."""
+"""Splits a whole word from the character before it. The first pattern matches both together, because
+a ticker may end like such a word; in a chat some character always comes before."""
 
 
 class ChatFormat(NamedTuple):
@@ -33,7 +34,7 @@ class ChatFormat(NamedTuple):
 
     Attributes:
         template: Jinja template over `messages` and `add_generation_prompt`.
-        special: its special tokens, the padding token first.
+        special: special tokens, the padding token first.
         end: the special token that ends a turn.
     """
 
@@ -71,8 +72,11 @@ def train_tokenizer(
     """A transformers tokenizer of at most `vocabulary` tokens, trained on `texts`.
 
     Args:
+        texts: training texts.
+        chat: chat format of the model family.
+        vocabulary: largest number of tokens.
         apart: `DIGITS` or `NUMBERS`.
-        whole: words in capitals that stay whole where they stand alone.
+        whole: words in capitals that are one token where they stand alone.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -98,7 +102,7 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # Often enough that each becomes one token.
+    # Frequent enough that each becomes one token.
     recurring_texts = [f" {word}" for word in whole]
     seen = itertools.chain(texts, itertools.chain.from_iterable([recurring_texts] * _OFTEN))
     backend.train_from_iterator(seen, trainer)

@@ -1,4 +1,4 @@
-"""How prompts are laid out: shorthand, fields, prose and tables around one scene."""
+"""The second writer of prompts: shorthand, fields, prose, news and tables about one scene."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from training.demo_models.templates import expand
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a prompt tells.
+    """The facts that a prompt states.
 
     Attributes:
         ticker: the instrument.
-        side: of the open position; None where none is stated.
+        side: of the open position; None if the prompt states none.
         situation: key of `PHRASES`.
         number: the situation's number as written.
         atr: average true range in percent as written, or None.
         price: the last price.
-        split: where other tickers are drawn from.
+        split: split of all other tickers.
     """
 
     ticker: str
@@ -39,27 +39,27 @@ class Scene:
 
 @dataclass(slots=True)
 class Draft:
-    """A prompt under construction.
+    """A prompt while it is written.
 
     Attributes:
-        number_told: whether the situation's number was written.
-        phrases: that told the situation.
-        positions: phrases that told the side.
+        number_stated: whether the situation's number was written.
+        phrases: written phrases about the situation.
+        positions: written phrases that state the side.
     """
 
     rng: Random
     scene: Scene
-    number_told: bool = False
+    number_stated: bool = False
     phrases: list[str] = field(default_factory=list)
     positions: list[str] = field(default_factory=list)
 
-    def tell(self, template: str) -> str:
-        """`spin` of a template that tells the situation."""
+    def expand_phrase(self, template: str) -> str:
+        """Expands a template about the situation."""
         self.phrases.append(" ".join(self.expand(template).split()))
         return self.phrases[-1]
 
     def note_position(self, position: str) -> str:
-        """Notes words that tell the side, where one is draft."""
+        """Records and returns a phrase that states the side, if the scene has one."""
         if self.scene.side is not None:
             self.positions.append(position)
         return position
@@ -70,7 +70,7 @@ class Draft:
     def _slot(self, name: str) -> str:
         rng, scene = self.rng, self.scene
         if name == "n":
-            self.number_told = True
+            self.number_stated = True
             return scene.number
         slots: dict[str, Callable[[], str]] = {
             "t": lambda: scene.ticker,
@@ -207,7 +207,9 @@ def _finished(draft: Draft, text: str) -> str:
 
 
 def _situation_sentence(draft: Draft) -> str:
-    return _finished(draft, draft.tell(draft.rng.choice(PHRASES[draft.scene.situation].sentences)))
+    return _finished(
+        draft, draft.expand_phrase(draft.rng.choice(PHRASES[draft.scene.situation].sentences))
+    )
 
 
 def _side_prose(draft: Draft) -> str:
@@ -224,7 +226,7 @@ def _distractions(draft: Draft, most: int) -> list[str]:
 
 
 def prose(draft: Draft) -> str:
-    """Plain sentences: the position, the situation, and some around them."""
+    """Plain sentences: the position, the situation, and some irrelevant ones."""
     rng, scene = draft.rng, draft.scene
     side = draft.note_position(_sentence(draft, _side_prose(draft)))
     if scene.ticker not in side:
@@ -238,7 +240,7 @@ def prose(draft: Draft) -> str:
 
 
 def news(draft: Draft) -> str:
-    """A paragraph of news with the instrument in it, then what we hold of it."""
+    """A paragraph of news about the instrument, then the position."""
     rng, scene = draft.rng, draft.scene
     sentences = [_sentence(draft, rng.choice(_NEWS_SUBJECT)), _situation_sentence(draft)]
     sentences += _distractions(draft, 3)
@@ -262,7 +264,7 @@ def news(draft: Draft) -> str:
 
 
 def shorthand(draft: Draft) -> str:
-    """A desk's few words."""
+    """A trading desk's abbreviations."""
     rng, scene = draft.rng, draft.scene
     hand = {"LONG": _LONG_SHORT_HAND, "SHORT": _SHORT_SHORT_HAND, None: ""}[scene.side]
     mark = draft.expand(hand)
@@ -285,7 +287,7 @@ def shorthand(draft: Draft) -> str:
     start = " ".join(part for part in head if part)
     if rng.random() < 0.6:
         start += draft.expand("{ @ | @| at | from | avg | in | cost |, entry }<e>")
-    bits = [draft.tell(rng.choice(PHRASES[scene.situation].shorthand))]
+    bits = [draft.expand_phrase(rng.choice(PHRASES[scene.situation].shorthand))]
     extra = (
         "{stp|stop|sl|s/l|st} <e>",
         "{tgt|target|tp|t} <e>",
@@ -327,7 +329,7 @@ def fields(draft: Draft) -> str:
     if scene.side is not None or rng.random() < 0.4:
         pairs.append((draft.expand(_SIDE_KEYS), draft.note_position(draft.expand(values))))
     key, value = rng.choice(PHRASES[scene.situation].fields)
-    pairs.append((draft.tell(key), draft.tell(value)))
+    pairs.append((draft.expand_phrase(key), draft.expand_phrase(value)))
     if scene.atr:
         pairs.append(
             (
@@ -403,7 +405,7 @@ _COLUMNS: Final = (
 
 
 def table(draft: Draft) -> str:
-    """Rows pasted from a screen, and a line of what is held."""
+    """Rows pasted from a screen, and a line about the position."""
     rng, scene = draft.rng, draft.scene
     kind = rng.random()
     if kind < 0.45:
@@ -436,7 +438,7 @@ def table(draft: Draft) -> str:
 
 def _remark(draft: Draft) -> str:
     phrases = PHRASES[draft.scene.situation]
-    return draft.tell(
+    return draft.expand_phrase(
         draft.rng.choice(phrases.shorthand if draft.rng.random() < 0.5 else phrases.sentences)
     )
 
@@ -531,7 +533,9 @@ def _indicators(draft: Draft) -> tuple[list[list[str]], bool]:
     rows += [[name, f"{draft.scene.price * rng.uniform(0.9, 1.1):.2f}"] for name in names]
     if rng.random() < 0.5:
         key, value = rng.choice(PHRASES[draft.scene.situation].fields)
-        rows.insert(rng.randrange(1, len(rows) + 1), [draft.tell(key), draft.tell(value)])
+        rows.insert(
+            rng.randrange(1, len(rows) + 1), [draft.expand_phrase(key), draft.expand_phrase(value)]
+        )
     return rows, False
 
 
