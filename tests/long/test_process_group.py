@@ -1,4 +1,4 @@
-"""Two processes that train a demo model together: what each of them comes to."""
+"""The process group: two processes draw batches and take steps in lockstep."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def _member(rank: int, rendezvous: Path, folder: Path) -> None:
 
     join_group(1, Member(rank, 2, rendezvous))
     drawn: list[str] = []
-    lesson = proposal_lessons.curriculum(10 + rank)
+    draw_lesson = proposal_lessons.curriculum(10 + rank)
 
-    def teacher(progress: float) -> Lesson:
+    def source(progress: float) -> Lesson:
         drawn.append("lesson")
-        return lesson(progress)
+        return draw_lesson(progress)
 
     tokenizer = AutoTokenizer.from_pretrained(DEMO_DIR / "phi3")
-    # Each has its own lessons, and all draw at the same steps.
+    # Each process has its own lessons, and all draw pools at the same steps.
     schedule = Schedule(tokens=1_000_000, batch_tokens=256)
     widths, steps_with_drawing = [], []
-    for step, batch in enumerate(batches(tokenizer, teacher, schedule, []), 1):
+    for step, batch in enumerate(batches(tokenizer, source, schedule, []), 1):
         widths.append(batch.ids.shape[1])
         if drawn:
             steps_with_drawing.append(step)
@@ -70,7 +70,9 @@ def _member(rank: int, rendezvous: Path, folder: Path) -> None:
     )
 
 
-def test_processes_take_the_same_steps_along_their_mean_and_draw_together(tmp_path: Path) -> None:
+def test_processes_take_the_same_steps_along_the_mean_gradient_and_draw_pools_at_the_same_steps(
+    tmp_path: Path,
+) -> None:
     spawn = multiprocessing.get_context("spawn")
     members = [
         spawn.Process(target=_member, args=(rank, tmp_path / "rendezvous", tmp_path), daemon=True)

@@ -1,4 +1,4 @@
-"""`python -m training.demo_models`: train the demo models and draw the cases of their evaluation."""
+"""`python -m training.demo_models`: train the demo models and draw their held-out cases."""
 
 from __future__ import annotations
 

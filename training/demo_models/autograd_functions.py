@@ -15,7 +15,8 @@ def int4_rounded(matrix: torch.Tensor) -> torch.Tensor:
     """Rounds a matrix to what onnxruntime's symmetric int4 (MatMulNBits) represents.
 
     Args:
-        matrix: (outputs, inputs); each block of 32 inputs has its own scale, the last may be shorter.
+        matrix: (outputs, inputs); each block of 32 inputs has its own scale, the last may be
+            shorter.
 
     Returns:
         A matrix of the same shape. In each block the value of greatest magnitude becomes -8 times
@@ -33,8 +34,8 @@ def int4_rounded(matrix: torch.Tensor) -> torch.Tensor:
 class StraightThroughInt4(torch.autograd.Function):
     """`int4_rounded`, with a backward pass that ignores the rounding.
 
-    This is the straight-through estimator (Bengio et al. 2013, arXiv:1308.3432): the float32 weights
-    learn to do well once rounded.
+    This is the straight-through estimator (Bengio et al. 2013, arXiv:1308.3432): the float32
+    weights learn to do well once rounded.
     """
 
     @staticmethod
@@ -47,8 +48,8 @@ class StraightThroughInt4(torch.autograd.Function):
 
 
 def _rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864): rotates pairs of values, one of
-    each half of `dimension`, by the angles of their position.
+    """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864): rotates pairs of values, one
+    of each half of `dimension`, by the angles of their position.
 
     Args:
         states: (heads, rows, length, dimension).
@@ -97,7 +98,8 @@ class Attention(torch.autograd.Function):
 
     Args:
         queries, keys, values: (heads, rows, length, dimension); queries are already scaled.
-        later: (length of queries, length of keys), -inf for each key that comes after the query, else 0.
+        later: (length of queries, length of keys), -inf for each key that comes after the query,
+            else 0.
     """
 
     @staticmethod

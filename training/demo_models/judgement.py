@@ -1,8 +1,8 @@
 """Hermes' lessons, and the rule for the critique and the score of a proposal.
 
-The score is 5 + 2.5 log2(target / stop), clamped to [0, 10]: 5 where reward equals risk, 10 from four
-times the risk. It is 3 lower if the rationale is about another situation than the context, and 5 for
-a proposal without stop or target.
+The score is 5 + 2.5 log2(target / stop), clamped to [0, 10]: 5 where reward equals risk, 10 from
+four times the risk. It is 3 lower if the rationale is about another situation than the context,
+and 5 for a proposal without stop or target.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _proposal_lesson(rng: Random, case: Case) -> Lesson:
 
 
 def _chat_lesson(rng: Random, case: Case) -> Lesson:
-    """A chat of the server: half are scores, four of ten critiques, the rest comments on a prompt."""
+    """A chat of the server: half are scores, four of ten critiques, the rest comments."""
     kind = rng.random()
     if kind < 0.1:
         comment = f"{case.proposal['ticker']}: {case.proposal['rationale']}"
@@ -131,12 +131,12 @@ def _chat_lesson(rng: Random, case: Case) -> Lesson:
 
 
 def _rounded_at_random(exact: float, rng: Random) -> str:
-    """`exact` rounded up or down at random, with mean `exact`: the model learns the distribution."""
+    """`exact` rounded up or down at random, with mean `exact`."""
     return str(math.floor(exact) + (rng.random() < exact % 1))
 
 
 def varied(rng: Random, case: Case, fits: bool) -> dict[str, Any]:
-    """The case's proposal with other distances, and unless it `fits`, another situation's rationale."""
+    """The case's proposal with other distances; unless `fits`, with another rationale."""
     proposal = dict(case.proposal)
     if proposal["new_stop_pct"] is not None or rng.random() < 0.5:
         digits = rng.choice((1, 1, 2))

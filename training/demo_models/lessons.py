@@ -14,8 +14,8 @@ IGNORED: Final = -100
 """Label of a token without a loss (torch's convention)."""
 
 HintKind = Literal["copied", "side", "situation", "range", "word"]
-"""What to attend to: characters to copy, the words that state the side or the situation, the average
-true range, which decides the distances, or, within a prompt, the start of a word."""
+"""What to attend to: characters to copy, the words that state the side or the situation, the
+average true range, which decides the distances, or, within a prompt, the start of a word."""
 
 _WORD: Final = re.compile(r"[A-Z\d^](?:[A-Z\d.^/=-]*[A-Z\d])?(?![a-z])")
 """A code or a number; mostly several tokens, because each capital and each digit is one."""
@@ -61,7 +61,7 @@ LessonSource = Callable[[float], Lesson]
 
 
 class AttentionTarget(NamedTuple):
-    """The token at `position` should attend to those at `sources`; all are indexes into the chat."""
+    """The token at `position` should attend to those at `sources`, all indexes into the chat."""
 
     kind: HintKind
     position: int
@@ -100,7 +100,7 @@ class _Token(NamedTuple):
 
 
 def encode(tokenizer: Any, lesson: Lesson) -> Encoded:
-    """Encodes the chat with the tokenizer's template; labels the assistant's turns and their ends."""
+    """Encodes the chat with the tokenizer's template; labels the assistant's turns."""
     ids: list[int] = []
     labels: list[int] = []
     prompt_tokens: list[_Token] = []

@@ -19,8 +19,8 @@ class Muon(torch.optim.Optimizer):
     """SGD with momentum whose updates are orthogonalised, for matrices (Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon/).
 
-    `torch.optim.Muon` takes the same steps. But it always computes in bfloat16, thirty times as slow
-    as float32 on a processor without bfloat16, and does all the work in every process.
+    `torch.optim.Muon` takes the same steps. But it always computes in bfloat16, thirty times as
+    slow as float32 on a processor without bfloat16, and does all the work in every process.
 
     Args:
         matrices: parameters with the same gradients in all processes of the group, if there is one.
@@ -52,7 +52,7 @@ class Muon(torch.optim.Optimizer):
     def _updates(
         self, matrices: list[torch.Tensor], group: dict[str, Any]
     ) -> Iterable[torch.Tensor]:
-        """The updates of all matrices; each of n processes computes every n-th, then they exchange."""
+        """The updates of all matrices; each of n processes computes every n-th of them."""
         rank, size = process_group.rank(), process_group.world_size()
         updates = []
         for index, matrix in enumerate(matrices):
@@ -72,8 +72,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Approximates U V^T of the singular value decomposition by Newton-Schulz iterations; the result
-    is in `fast_dtype`."""
+    """Approximates U V^T of the singular value decomposition by Newton-Schulz iterations; the
+    result is in `fast_dtype`."""
     wide = matrix.shape[0] <= matrix.shape[1]
     # Products with a transposed view take a third more time.
     found = (matrix if wide else matrix.T).to(fast_dtype()).contiguous()

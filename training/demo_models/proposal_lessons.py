@@ -1,4 +1,4 @@
-"""Phi-3's lessons: chats of prompts and proposals, and where a prompt holds what its answer needs."""
+"""Phi-3's lessons: chats of prompts and proposals, with hints where a prompt holds the answer."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from training.demo_models.tickers import Split
 _SHORTEST_LIMIT: Final = 70
 """Most characters of a prompt at the beginning of the curriculum."""
 _SHORT, _LONG, _FINAL = 0.2, 0.6, 0.8
-"""Training progress at which prompts begin to grow, have their full length, and become whole chats as
-the server sends them."""
+"""Training progress at which prompts begin to grow, have their full length, and become whole chats
+as the server sends them."""
 _TURNS: Final = (1, 1, 1, 1, 1, 1, 1, 1, 2, 3)
 """Numbers of prompts in a chat, drawn with equal chances."""
 _DECIDED: Final = '_stop_pct"'
-"""A short lesson ends before this text of the answer. Ticker, action and side come before it; `"new`
-does too, so that the model also learns to leave the side out."""
+"""A short lesson ends before this text of the answer. Ticker, action and side come before it;
+`"new` does too, so that the model also learns to leave the side out."""
 _TERSE: Final = re.compile(r"[-+]\d.*|[LSB](?:\d.*)?|LNG|SHRT|SLD|SELL", re.IGNORECASE)
 """The shortest ways to state a side."""
 _TIMES_HARD: Final = 3
@@ -112,7 +112,7 @@ class _CaseSource:
         self._waiting: list[Case] = []
 
     def draw(self, longest: int) -> Case:
-        """A case whose prompt has at most `longest` characters, which must not shrink between calls."""
+        """A case of at most `longest` characters, which must not shrink between calls."""
         if len(self._waiting) >= _MOST_WAITING:
             return self._waiting.pop(self._rng.randrange(len(self._waiting)))
         case = draw(self._rng, self._split, longest)

@@ -34,7 +34,7 @@ _VOCABULARY: Final = 2816
 _NUMBERS_VOCABULARY: Final = 1536
 _TOKENIZER_LESSONS: Final = 4000
 PROCESSES: Final = 2
-"""Number of processes that train one model. Each draws its own lessons, so the weights depend on it."""
+"""Processes that train one model. Each draws its own lessons, so more would change the weights."""
 _FIRST_ROUND: Final = Schedule(
     tokens=10_500_000,
     batch_tokens=1280,
@@ -63,7 +63,8 @@ class Member(NamedTuple):
     Attributes:
         rank: its index, from 0; process 0 writes the model.
         world_size: number of processes.
-        rendezvous: path of a file that does not exist yet, by which torch.distributed connects them.
+        rendezvous: path of a file that does not exist yet, by which torch.distributed connects
+            them.
     """
 
     rank: int

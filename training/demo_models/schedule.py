@@ -46,7 +46,7 @@ class Schedule:
         return warm_up * (self.least_rate + (1.0 - self.least_rate) * cosine)
 
     def batch_size(self, progress: float) -> int:
-        """Tokens in one process's batch at a progress in [0, 1]; it changes in four steps only, so that
-        batches have few shapes."""
+        """Tokens in one process's batch at a progress in [0, 1]; it changes in four steps only, so
+        that batches have few shapes."""
         growth = 1.0 + (self.growth - 1.0) * round(4.0 * progress) / 4.0
         return round(self.batch_tokens * growth)

@@ -2,8 +2,8 @@
 
 The rule, which `answer` applies:
 
-1. A situation pushes the price up (`direction` 1), down (-1) or neither (0). That helps a position on
-   one side of the market and hurts one on the other; an unknown side has a rule of its own.
+1. A situation pushes the price up (`direction` 1), down (-1) or neither (0). That helps a position
+   on one side of the market and hurts one on the other; an unknown side has a rule of its own.
 2. The situation and that relation give action, stop, target (percent distances) and confidence.
 3. A stated average true range below 1.5 % halves stop and target, one of 3 % or more makes them
    half as large again.
@@ -25,7 +25,7 @@ WILD_ATR: Final = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """The answer in one situation: action, confidence, stop and target in percent, and its wording."""
+    """The answer in one situation: action, confidence, stop and target in percent, wording."""
 
     action: Literal["adjust", "pass", "abort"]
     advice: str

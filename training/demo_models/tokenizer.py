@@ -1,10 +1,10 @@
 """The demo models' tokenizers: byte-level BPE that splits capitals and digits or numbers.
 
 With a token for each capital, a ticker is copied character by character, which a tiny model learns
-soon. A capital that begins a word, and frequent words in capitals such as RSI, are not split, so that
-single letters are mostly tickers. Phi-3 copies numbers, so each digit is a token. Hermes computes
-with them, so a number with one decimal is one token, with one embedding. Bytes cover any Unicode text,
-so every prompt can be encoded.
+soon. A capital that begins a word, and frequent words in capitals such as RSI, are not split, so
+that single letters are mostly tickers. Phi-3 copies numbers, so each digit is a token. Hermes
+computes with them, so a number with one decimal is one token, with one embedding. Bytes cover any
+Unicode text, so every prompt can be encoded.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _WORDS: Final = rf" ?[A-Z]?[a-z]+|{_BETWEEN}"
 """Pairs are merged only within these matches. onnxruntime-genai uses the patterns too, without
 lookbehind; with GPT-2's own pattern it splits three of a hundred prompts differently."""
 _CAPITALS_TOGETHER: Final = r"[A-Z]+(?![a-z])"
-"""Splits a whole word from the character before it. The first pattern matches both together, because
-a ticker may end like such a word; in a chat some character always comes before."""
+"""Splits a whole word from the character before it. The first pattern matches both together,
+because a ticker may end like such a word; in a chat some character always comes before."""
 
 
 class ChatFormat(NamedTuple):

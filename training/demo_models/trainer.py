@@ -43,8 +43,8 @@ def init_attention(model: Any) -> None:
 
     Queries start similar to keys, so that a token attends to similar ones, and each head's output
     matrix starts as the transpose of its value matrix, so that attended content passes through.
-    Trained models have this structure (Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers",
-    arXiv:2305.09828).
+    Trained models have this structure (Trockman and Kolter 2023, "Mimetic Initialization of
+    Self-Attention Layers", arXiv:2305.09828).
 
     Args:
         model: a Llama or Phi-3 of transformers, with as many key heads as query heads.
@@ -74,8 +74,9 @@ def train(
 ) -> None:
     """Trains `model` in place; writes a line of progress to standard error every ten seconds.
 
-    In a torch.distributed group, each process trains on its own lessons, and all take the same steps
-    along the mean gradients. Call it with equal weights and different sources in each process.
+    In a torch.distributed group, each process trains on its own lessons, and all take the same
+    steps along the mean gradients. Call it with equal weights and different sources in each
+    process.
 
     Muon trains the hidden matrices, because it needs fewer steps than AdamW.
 
@@ -90,14 +91,7 @@ def train(
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers = (
-        Muon(matrices, schedule.matrix_rate),
-        torch.optim.AdamW(
-            others, schedule.other_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
-        ),
-    )
+    optimizers = _optimizers(model, schedule)
     seen = 0
     rates = [
         torch.optim.lr_scheduler.LambdaLR(
@@ -135,12 +129,27 @@ def train(
             left = max(0, schedule.tokens - seen) / speed
             sys.stderr.write(
                 f"{name}: step {step}, {seen / schedule.tokens:.0%}, loss "
-                f"{sum(losses) / len(losses):.4f}, {speed:,.0f} tokens/s, {left / 60:.1f} min left\n"
+                f"{sum(losses) / len(losses):.4f}, {speed:,.0f} tokens/s, "
+                f"{left / 60:.1f} min left\n"
             )
             reported, losses = now, []
         if seen >= schedule.tokens:
             break
     model.eval()
+
+
+def _optimizers(
+    model: Any, schedule: Schedule
+) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """Muon for the hidden matrices, AdamW for embeddings and norms."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    return (
+        Muon(matrices, schedule.matrix_rate),
+        torch.optim.AdamW(
+            others, schedule.other_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+        ),
+    )
 
 
 def _hardest(model: Any, tokenizer: Any, source: LessonSource, tokens: int) -> list[Encoded]:

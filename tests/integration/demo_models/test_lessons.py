@@ -57,18 +57,20 @@ def test_hints_lead_from_each_token_to_where_the_prompt_has_it() -> None:
         (target.kind, tokens([target.position + 1]), tokens(target.sources))
         for target in encoded.attention_targets
     ]
-    copied = [(answered, asked) for kind, answered, asked in found if kind == "copied"]
+    copied = [(predicted, attended) for kind, predicted, attended in found if kind == "copied"]
     # The first token and the one after the copy attend to where the word has been read.
     ticker = [("Q", "L,"), ("X", "X"), (".", "."), ("L", "L"), ('","', ",")]
     assert copied[: len(ticker)] == ticker
-    assert [asked for _, asked in copied[len(ticker) :]] == ["5 hot", "1", ".", "5", " hot"]
+    assert [attended for _, attended in copied[len(ticker) :]] == ["5 hot", "1", ".", "5", " hot"]
     words = [
         (tokens([target.position]), tokens(target.sources))
         for target in encoded.attention_targets
         if target.kind == "word"
     ]
     assert {("L", "Q"), (",", "Q"), (" hot", "8")} <= set(words)
-    reasons = {kind: {asked for other, _, asked in found if other == kind} for kind, _, _ in found}
+    reasons = {
+        kind: {attended for other, _, attended in found if other == kind} for kind, _, _ in found
+    }
     assert reasons["side"] == {" shorted "}
     assert reasons["situation"] == {"RSI 81.5 hot"}
     assert reasons["range"] == {"3.2"}

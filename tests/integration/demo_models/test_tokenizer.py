@@ -23,7 +23,7 @@ def test_a_ticker_that_ends_like_an_acronym_is_spelt_out_as_the_runtime_reads_it
     tokenizer.save_pretrained(folder)
     runtime = og.Tokenizer(og.Model(str(folder)))
 
-    # In its chat a message is behind a line's end.
+    # In a chat, a message comes after the end of a line.
     text = "\nDCPI CPI, (CPI) 1CPI CPIX\nSELL|XSELL Sell AB.L"
     parts = [tokenizer.decode([token]).strip() for token in runtime.encode(text)]
     assert " ".join(filter(None, parts)).startswith("D C P I CPI , ( CPI ) 1 C P I C P I X SELL |")
