@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from training.demo_models import market
-from training.demo_models.situations import Case
+from training.demo_models.cases import Case
 
 
 def cases(count: int, seed: int = 1) -> list[Case]:

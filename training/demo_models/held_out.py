@@ -12,8 +12,9 @@ from typing import Any, Final
 
 from llm_sidecar.demo.evaluate import CORRECTIONS, CRITICISED, EXAMPLE_COUNTS, PROPOSALS, SCORES
 from training.demo_models import judgement
+from training.demo_models.cases import Case
 from training.demo_models.market import draw
-from training.demo_models.situations import SITUATIONS, Case
+from training.demo_models.situations import SITUATIONS
 
 _PROPOSALS, _SCORED = 500, 200
 _SEED: Final = 20_260_101

@@ -14,9 +14,10 @@ from typing import Any, Final
 from llm_sidecar import hermes_plugin
 from llm_sidecar.engines import Message
 from llm_sidecar.proposals import dumps
+from training.demo_models.cases import Case
 from training.demo_models.lessons import Lesson, LessonSource
 from training.demo_models.market import draw
-from training.demo_models.situations import SITUATIONS, Case
+from training.demo_models.situations import SITUATIONS
 from training.demo_models.tickers import Split
 
 _NEUTRAL: Final = 5.0

@@ -10,7 +10,8 @@ from random import Random
 from typing import Final
 
 from training.demo_models import prompts, variants
-from training.demo_models.situations import SITUATIONS, Case, Side, answer
+from training.demo_models.cases import Case
+from training.demo_models.situations import SITUATIONS, Side, answer
 from training.demo_models.tickers import Split, random_ticker
 
 LONGEST_PROMPT: Final = 700

@@ -6,9 +6,10 @@ import re
 from random import Random
 from typing import Final
 
+from training.demo_models.cases import Case
 from training.demo_models.layouts import LAYOUTS
 from training.demo_models.scene import Scene
-from training.demo_models.situations import Case, answer
+from training.demo_models.situations import answer
 from training.demo_models.tickers import Split
 
 _WORD: Final = re.compile(r"[a-z]{6,}")

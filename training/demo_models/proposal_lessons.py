@@ -9,10 +9,11 @@ from typing import Final
 
 from llm_sidecar.engines import Message
 from llm_sidecar.proposals import Example, build_messages, dumps
+from training.demo_models.cases import Case
 from training.demo_models.lessons import Hint, Lesson, LessonSource
 from training.demo_models.market import LONGEST_PROMPT, draw
 from training.demo_models.positions import SIDE_WORDS
-from training.demo_models.situations import Case, Side
+from training.demo_models.situations import Side
 from training.demo_models.tickers import Split
 
 _SHORTEST_LIMIT: Final = 70

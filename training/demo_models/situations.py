@@ -12,9 +12,9 @@ The rule, which `answer` applies:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 Side = Literal["LONG", "SHORT"]
 Relation = Literal["helps", "hurts", "unknown"]
@@ -249,24 +249,6 @@ SITUATIONS: Final[Mapping[str, Situation]] = {
         _same(Rule("abort", "so free the capital", 0.65)),
     ),
 }
-
-
-class Case(NamedTuple):
-    """A prompt, and the proposal that the module's rule gives for it.
-
-    Attributes:
-        situation: key of `SITUATIONS`.
-        phrases: parts of the prompt about the situation, before changes of case and typing errors.
-        positions: parts of the prompt that state the side, likewise.
-        atr: average true range in percent as the prompt states it, or None.
-    """
-
-    prompt: str
-    proposal: dict[str, Any]
-    situation: str
-    phrases: Sequence[str] = ()
-    positions: Sequence[str] = ()
-    atr: str | None = None
 
 
 def relation(situation: Situation, side: Side | None) -> Relation:

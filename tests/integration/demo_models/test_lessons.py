@@ -13,7 +13,8 @@ from llm_sidecar import proposals
 from llm_sidecar.engines import Message
 from llm_sidecar.models.files import DEMO_DIR
 from training.demo_models import lessons, proposal_lessons
-from training.demo_models.situations import Case, answer
+from training.demo_models.cases import Case
+from training.demo_models.situations import answer
 
 
 def test_only_what_the_assistant_says_is_learned() -> None:

@@ -9,7 +9,8 @@ from random import Random
 from llm_sidecar import proposals
 from tests.demo_cases import cases
 from training.demo_models import market, proposal_lessons
-from training.demo_models.situations import Case, answer
+from training.demo_models.cases import Case
+from training.demo_models.situations import answer
 
 
 def test_lessons_begin_short_and_end_as_the_server_asks() -> None:
