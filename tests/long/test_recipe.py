@@ -16,7 +16,7 @@ def test_the_recipe_makes_folders_that_an_engine_loads(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "training.demo_models"]
     command += ["--scale", "0.0005", "--out", str(tmp_path)]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr
     for name in ("phi3", "hermes"):
