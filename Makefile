@@ -51,7 +51,7 @@ bench: $(BENCH_VENV)/.installed
 	$(BENCH_VENV)/bin/python -m benchmarks.inference
 
 train: $(VENV)/.serve
-	$(BIN)/python -m llm_sidecar.demo train
+	$(BIN)/python -m training.demo_models
 
 evaluate: $(VENV)/.serve
 	$(BIN)/python -m llm_sidecar.demo evaluate

@@ -8,10 +8,10 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final, Literal
 
-from llm_sidecar.demo.market import draw
 from llm_sidecar.models.conversion import build
 from llm_sidecar.proposals import Example
 from tests.live_server import serve
+from training.demo_models.market import draw
 
 Architecture = Literal["phi3", "llama"]
 FOLDER: Final = Path(".data/bench-models")
@@ -48,8 +48,8 @@ def _write(folder: Path, architecture: Architecture) -> None:
         Phi3ForCausalLM,
     )
 
-    from llm_sidecar.demo.tokenizer import CHATML, PHI3, train_tokenizer
     from llm_sidecar.proposals import dumps
+    from training.demo_models.tokenizer import CHATML, PHI3, train_tokenizer
 
     rng = Random(0)
     cases = [draw(rng, "train") for _ in range(4000)]

@@ -1,7 +1,7 @@
-"""Two tiny trained models and the recipe that made them; see MODEL_CARD.md.
+"""Two tiny trained models and their evaluation; see MODEL_CARD.md.
 
-They let the server, its tests and its documentation run without a download. They know a synthetic
-market only: never trade on what they say.
+The server, its tests and its documentation run with them without a download. They know only a
+synthetic market: never trade on what they say.
 """
 
 from __future__ import annotations

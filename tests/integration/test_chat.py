@@ -20,11 +20,11 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
 from llm_sidecar import hermes_plugin, proposals
-from llm_sidecar.demo import market
 from llm_sidecar.engines import GenerationRequest, Message, chat, load_engine
 from llm_sidecar.engines.chat import ChatTokenizer, TextDecoder
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 from llm_sidecar.models.files import DEMO_DIR
+from training.demo_models import market
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -280,6 +280,32 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel: zipfile.ZipFile) -> N
     assert {"llm_sidecar/py.typed", "osiris/py.typed"} <= files
 
 
+def test_of_the_demo_models_the_wheel_holds_weights_card_and_evaluation_but_no_recipe(
+    wheel: zipfile.ZipFile,
+) -> None:
+    files = {Path(name) for name in wheel.namelist()}
+    demo = {path.relative_to("llm_sidecar/demo") for path in files if "demo" in path.parts}
+    assert {str(path) for path in demo if len(path.parts) == 1} == {
+        "MODEL_CARD.md",
+        "__init__.py",
+        "__main__.py",
+        "corrections.jsonl",
+        "evaluate.py",
+        "handwritten.jsonl",
+        "held_out_proposals.jsonl",
+        "held_out_scores.jsonl",
+    }
+    assert {path.parts[0] for path in demo if len(path.parts) > 1} == {"phi3", "hermes"}
+    tops = {path.parts[0] for path in files if not path.parts[0].endswith(".dist-info")}
+    assert tops == {"llm_sidecar", "osiris"}
+
+
+def test_the_package_imports_nothing_of_the_training() -> None:
+    sources = [*ROOT.glob("llm_sidecar/**/*.py"), *ROOT.glob("osiris/**/*.py")]
+    imported = {name.partition(".")[0] for file in sources for name in imports(file)}
+    assert "training" not in imported
+
+
 def test_the_wheel_says_what_pyproject_says(wheel: zipfile.ZipFile) -> None:
     [name] = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
     metadata = email.message_from_bytes(wheel.read(name))

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from llm_sidecar import hermes_plugin, proposals
-from llm_sidecar.demo import market
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
 from llm_sidecar.engines.base import PREFILL_CHUNK, prefill_steps
 from llm_sidecar.engines.prefixes import MOST_KEPT, Kept, Prefixes, shared_prefix
+from training.demo_models import market
 
 
 class Cache:

@@ -178,7 +178,9 @@ def test_links_and_paths_of_a_page_lead_somewhere(page: Path) -> None:
     text = page.read_text()
     links = re.findall(r"\]\((?!https://)([^)#]+)", text)
     assert [link for link in links if not (page.parent / link).exists()] == []
-    named = re.findall(r"`((?:llm_sidecar|osiris|tests|docs|benchmarks|deploy|\.ci)/[^`*]*)`", text)
+    named = re.findall(
+        r"`((?:llm_sidecar|osiris|training|tests|docs|benchmarks|deploy|\.ci)/[^`*]*)`", text
+    )
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
