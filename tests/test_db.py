@@ -336,7 +336,7 @@ async def test_corrections_that_differ_in_nothing_else_are_two_rows(store: Store
 async def test_a_large_table_gives_its_newest_rows_wherever_they_are(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm_sidecar.db.questions._SMALL", 10)
+    monkeypatch.setattr("llm_sidecar.db.queries._SMALL", 10)
     ages = [datetime.timedelta(minutes=1) * 3**power for power in range(14)]
     for number, age in enumerate(ages):
         when = datetime.datetime.now(datetime.UTC) - age

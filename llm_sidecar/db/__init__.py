@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llm_sidecar.db.questions import Correction
-from llm_sidecar.db.schema import (
+from llm_sidecar.db.queries import Correction
+from llm_sidecar.db.rows import (
     FEEDBACK,
     PROPOSALS,
     RUNS,
@@ -23,8 +23,8 @@ from llm_sidecar.db.schema import (
     ProposalSchema,
     PublishedFeedback,
 )
-from llm_sidecar.db.scripts import append_feedback, init_db, log_hermes_score, log_run
 from llm_sidecar.db.store import Store, table_of
+from llm_sidecar.db.synchronous import append_feedback, init_db, log_hermes_score, log_run
 
 
 def cli_main(argv: Sequence[str] | None = None) -> int:

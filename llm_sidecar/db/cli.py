@@ -16,8 +16,8 @@ from llm_sidecar.db import cli_commands as commands
 from llm_sidecar.db import cli_output as output
 from llm_sidecar.db.cli_rows import Format
 from llm_sidecar.db.filters import Filters
-from llm_sidecar.db.run import run
-from llm_sidecar.db.schema import RUNS, TABLES
+from llm_sidecar.db.interruptible import run
+from llm_sidecar.db.rows import RUNS, TABLES
 
 PROG: Final = "python -m llm_sidecar.db"
 _SPANS: Final = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}

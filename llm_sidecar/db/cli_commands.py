@@ -20,12 +20,13 @@ from llm_sidecar.db.cli_rows import Format
 from llm_sidecar.db.export import Export
 from llm_sidecar.db.export import Format as ExportFormat
 from llm_sidecar.db.filters import Filters
+from llm_sidecar.db.location import TABLE_SUFFIX, Location, location_of
 from llm_sidecar.db.migrate import migrate
 from llm_sidecar.db.nested import with_objects
-from llm_sidecar.db.place import TABLE_SUFFIX, Place, place_of
-from llm_sidecar.db.questions import newest
-from llm_sidecar.db.reading import Waiting, reading
-from llm_sidecar.db.schema import ROW_ID, arrow_schemas
+from llm_sidecar.db.queries import newest
+from llm_sidecar.db.read_only import Waiting, reading
+from llm_sidecar.db.rows import ROW_ID
+from llm_sidecar.db.schema import arrow_schemas
 from llm_sidecar.db.statistics import statistics
 from llm_sidecar.db.store import Store
 from llm_sidecar.db.tables import Tables
@@ -83,8 +84,8 @@ async def query_runs(
 
 async def stats(shape: Shape) -> int:
     """Shows how large each table is."""
-    async with _opened() as (place, tables, waiting):
-        found = await statistics(place, tables)
+    async with _opened() as (location, tables, waiting):
+        found = await statistics(location, tables)
         _note_missing(waiting)
     _write(found, list(found[0]), shape)
     return command_line.OK
@@ -92,8 +93,8 @@ async def stats(shape: Shape) -> int:
 
 async def compact() -> int:
     """Compacts the tables; fails if another process is compacting them."""
-    place = _writable_place("compact")
-    async with _store(place) as store:
+    location = _writable_location("compact")
+    async with _store(location) as store:
         before, began = store.status()["fragments"], time.monotonic()
         if not await store.compact():
             command_line.say("Another process is compacting this database.")
@@ -106,7 +107,7 @@ async def compact() -> int:
 
 async def upgrade() -> int:
     """Migrates the tables."""
-    async for done in migrate(_writable_place("migrate"), command_line.progress):
+    async for done in migrate(_writable_location("migrate"), command_line.progress):
         output.line(done)
     return command_line.OK
 
@@ -174,20 +175,20 @@ def _is_empty(folder: Path) -> bool:
         return False
 
 
-def _writable_place(command: str) -> Place:
-    place = place_of(database_uri())
-    is_there = place.folder is None or os.path.isdir(place.folder)  # noqa: PTH112 this never raises
-    if is_there and not place.may_write():
+def _writable_location(command: str) -> Location:
+    location = location_of(database_uri())
+    is_there = location.folder is None or os.path.isdir(location.folder)  # noqa: PTH112 this never raises
+    if is_there and not location.may_write():
         raise DatabaseUnavailable(
-            f"The database at {place.shown} is read-only; {command} has to write to it."
+            f"The database at {location.shown} is read-only; {command} has to write to it."
         )
-    return place
+    return location
 
 
 @contextlib.asynccontextmanager
-async def _store(place: Place) -> AsyncIterator[Store]:
+async def _store(location: Location) -> AsyncIterator[Store]:
     # The command line never creates a database.
-    uri = place.uri if place.folder is None else place.shown
+    uri = location.uri if location.folder is None else location.shown
     store = await Store.open(uri, create=False, timeout=_OPEN_SECONDS)
     try:
         for repair in store.status()["repairs"]:
@@ -198,14 +199,14 @@ async def _store(place: Place) -> AsyncIterator[Store]:
 
 
 @contextlib.asynccontextmanager
-async def _opened() -> AsyncIterator[tuple[Place, Tables, Waiting]]:
-    place = place_of(database_uri())
-    if not place.may_write():
-        async with reading(place) as (tables, waiting):
-            yield place, tables, waiting
+async def _opened() -> AsyncIterator[tuple[Location, Tables, Waiting]]:
+    location = location_of(database_uri())
+    if not location.may_write():
+        async with reading(location) as (tables, waiting):
+            yield location, tables, waiting
         return
-    async with _store(place) as store:
-        yield place, await store.opened(), Waiting()
+    async with _store(location) as store:
+        yield location, await store.opened(), Waiting()
 
 
 def _note_missing(waiting: Waiting) -> None:

@@ -7,7 +7,7 @@ import logging
 import time
 from typing import Final
 
-from llm_sidecar.db.schema import TABLES
+from llm_sidecar.db.rows import TABLES
 from llm_sidecar.db.tables import FRAGMENTS, Tables, one_line
 
 log = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ import shutil
 from pathlib import Path
 from typing import Final
 
+from llm_sidecar.db.location import Location
 from llm_sidecar.db.log import locked, sync_folder
-from llm_sidecar.db.place import Place
-from llm_sidecar.db.schema import TABLES
+from llm_sidecar.db.rows import TABLES
 
 _NOTE: Final = "synced.json"
 _HINT: Final = "latest_version_hint.json"
@@ -30,12 +30,12 @@ _HIGHEST: Final = 2**64 - 1
 class Disk:
     """The tables' files of a database in a local folder. Every method blocks, for a disk's time."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, location: Location) -> None:
         """Touches nothing."""
-        assert place.folder is not None
-        self._folder = place.folder
-        self._logs = place.log_folder
-        self._aside = place.set_aside
+        assert location.folder is not None
+        self._folder = location.folder
+        self._logs = location.log_folder
+        self._aside = location.set_aside
         self._synced: dict[str, frozenset[Path]] = {}
 
     def adopt(self, newest: dict[str, int]) -> None:

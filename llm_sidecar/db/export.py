@@ -13,8 +13,8 @@ import datetime
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, Final, Literal, NamedTuple
 
-from llm_sidecar.db.questions import json_object, stream
-from llm_sidecar.db.schema import FEEDBACK, FEEDBACK_ID, PROPOSALS, RUNS, WITHDRAWALS
+from llm_sidecar.db.queries import json_object, stream
+from llm_sidecar.db.rows import FEEDBACK, FEEDBACK_ID, PROPOSALS, RUNS, WITHDRAWALS
 from llm_sidecar.db.tables import Tables
 
 Format = Literal["sft", "dpo", "jsonl"]

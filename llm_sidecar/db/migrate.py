@@ -17,17 +17,13 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any, Final
 
 from llm_sidecar.db.disk import Disk
+from llm_sidecar.db.location import Location
 from llm_sidecar.db.log import locked
-from llm_sidecar.db.place import Place
+from llm_sidecar.db.rows import FEEDBACK, FEEDBACK_ID, KEYS, TABLES, feedback_key
 from llm_sidecar.db.schema import (
     ADDED,
-    FEEDBACK,
-    FEEDBACK_ID,
-    KEYS,
-    TABLES,
     VERSION,
     arrow_schemas,
-    feedback_key,
     is_current,
     new_table_schema,
     require_not_newer,
@@ -45,7 +41,7 @@ _DATE_DIGITS: Final = 8
 """Of a date such as 20260131."""
 
 
-async def migrate(place: Place, progress: Callable[[str], None]) -> AsyncIterator[str]:
+async def migrate(location: Location, progress: Callable[[str], None]) -> AsyncIterator[str]:
     """Migrates every table that needs it; may run as often as one likes.
 
     Gives what was done, a line a table, as soon as it is done: a later table may fail.
@@ -58,17 +54,17 @@ async def migrate(place: Place, progress: Callable[[str], None]) -> AsyncIterato
         FileNotFoundError: there is no database.
         Exception: whatever lancedb raises; the table at hand is as it was.
     """
-    connection = await connect(place, create=False)
+    connection = await connect(location, create=False)
     try:
-        with locked(place.log_folder / "alive.lock", wait=False) as alone:
+        with locked(location.log_folder / "alive.lock", wait=False) as alone:
             if not alone:
                 raise DatabaseUnavailable(
                     "Another process uses the database; stop it and migrate again."
                 )
             names = set((await connection.list_tables()).tables)
-            if place.folder is not None:
+            if location.folder is not None:
                 # Of a database that has no note yet, what is there counts as synced.
-                Disk(place).adopt(
+                Disk(location).adopt(
                     {
                         name: int(await (await connection.open_table(name)).version())
                         for name in TABLES
@@ -77,18 +73,18 @@ async def migrate(place: Place, progress: Callable[[str], None]) -> AsyncIterato
                 )
             for name in TABLES:
                 if name in names:
-                    yield await _migrate_table(place, connection, name, progress)
+                    yield await _migrate_table(location, connection, name, progress)
                 else:
                     # Readers create no tables, so without this one they would fail.
                     schema = new_table_schema(name)
-                    await _sync(place, await connection.create_table(name, schema=schema))
+                    await _sync(location, await connection.create_table(name, schema=schema))
                     yield f"{name}: created, as it was not there."
     finally:
         connection.close()
 
 
 async def _migrate_table(
-    place: Place, connection: Any, name: str, progress: Callable[[str], None]
+    location: Location, connection: Any, name: str, progress: Callable[[str], None]
 ) -> str:
     import pyarrow as pa
 
@@ -102,27 +98,27 @@ async def _migrate_table(
     async for batch in await table.query().to_batches():
         batches.append(converter.convert(batch))
         progress(f"{name}: {converter.count} rows")
-    kept = _keep_copy(place, name)
+    kept = _keep_copy(location, name)
     reader = pa.RecordBatchReader.from_batches(schema, iter(batches))
     new = await connection.create_table(name, data=reader, schema=schema, mode="overwrite")
-    await _sync(place, new)
+    await _sync(location, new)
     return (
         f"{name}: {converter.count} rows brought to version {VERSION}{converter.notes(old)}{kept}."
     )
 
 
-async def _sync(place: Place, table: Any) -> None:
-    if place.folder is not None:
-        Disk(place).sync({table.name: int(await table.version())})
+async def _sync(location: Location, table: Any) -> None:
+    if location.folder is not None:
+        Disk(location).sync({table.name: int(await table.version())})
 
 
-def _keep_copy(place: Place, name: str) -> str:
-    if place.folder is None:
+def _keep_copy(location: Location, name: str) -> str:
+    if location.folder is None:
         return ""
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
-    kept = place.set_aside / f"{stamp}-{name}-before-migration.lance"
+    kept = location.set_aside / f"{stamp}-{name}-before-migration.lance"
     try:
-        shutil.copytree(place.folder / f"{name}.lance", kept)
+        shutil.copytree(location.folder / f"{name}.lance", kept)
     except BaseException:
         # Half a copy only takes up the space that is missing.
         shutil.rmtree(kept, ignore_errors=True)

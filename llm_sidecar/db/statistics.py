@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llm_sidecar.db.place import Place
-from llm_sidecar.db.schema import TABLES
+from llm_sidecar.db.location import Location
+from llm_sidecar.db.rows import TABLES
 from llm_sidecar.db.tables import Tables
 
 
-async def statistics(place: Place, tables: Tables) -> list[dict[str, Any]]:
+async def statistics(location: Location, tables: Tables) -> list[dict[str, Any]]:
     """One entry a table, and one of the write-ahead logs.
 
     Returns:
@@ -23,8 +23,8 @@ async def statistics(place: Place, tables: Tables) -> list[dict[str, Any]]:
         table = tables[name]
         stats = await table.stats()
         files, size = None, int(stats["total_bytes"])
-        if place.folder is not None:
-            files, size = _on_disk(place.folder / f"{name}.lance")
+        if location.folder is not None:
+            files, size = _on_disk(location.folder / f"{name}.lance")
         found.append(
             {
                 "table": name,
@@ -36,7 +36,7 @@ async def statistics(place: Place, tables: Tables) -> list[dict[str, Any]]:
                 "last_compaction": tables.last_compaction(),
             }
         )
-    files, size = _on_disk(place.log_folder)
+    files, size = _on_disk(location.log_folder)
     log = {"table": "(log)", "files": files, "bytes": size}
     return [*found, {name: log.get(name) for name in found[0]}]
 

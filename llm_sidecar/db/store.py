@@ -9,12 +9,12 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from llm_sidecar.db import questions
+from llm_sidecar.db import queries
 from llm_sidecar.db.filters import Filters
+from llm_sidecar.db.location import location_of
 from llm_sidecar.db.log import Row
-from llm_sidecar.db.place import place_of
-from llm_sidecar.db.questions import Correction
-from llm_sidecar.db.schema import (
+from llm_sidecar.db.queries import Correction
+from llm_sidecar.db.rows import (
     FEEDBACK,
     FEEDBACK_ID,
     SCHEMAS,
@@ -69,8 +69,8 @@ class Store:
             log_dir: where the log of an object store goes; `LANCEDB_LOG_DIR` unless given.
             create: False to create no database where there is none.
         """
-        self._place = place_of(uri, log_dir)
-        self._writer = Writer(self._place, create=create)
+        self._location = location_of(uri, log_dir)
+        self._writer = Writer(self._location, create=create)
 
     @classmethod
     async def open(
@@ -149,7 +149,7 @@ class Store:
         options: dict[str, Any] = {} if since is None else {"since": since}
         if status is not None:
             options["filters"] = Filters(status=status)
-        return await self._ask(lambda tables: questions.newest(tables, table, count, **options))
+        return await self._ask(lambda tables: queries.newest(tables, table, count, **options))
 
     async def transaction(self, transaction_id: str) -> dict[str, list[dict[str, Any]]]:
         """The rows of every table that belong to one transaction, each table's newest first.
@@ -157,7 +157,7 @@ class Store:
         Raises:
             DatabaseUnavailable: they cannot be read.
         """
-        return await self._ask(lambda tables: questions.transaction(tables, transaction_id))
+        return await self._ask(lambda tables: queries.transaction(tables, transaction_id))
 
     async def mean_score_since(self, since: datetime.datetime) -> tuple[float | None, int]:
         """Mean (None of none) and number of the scores since an aware time.
@@ -165,7 +165,7 @@ class Store:
         Raises:
             DatabaseUnavailable: they cannot be read.
         """
-        return await self._ask(lambda tables: questions.mean_score(tables, since))
+        return await self._ask(lambda tables: queries.mean_score(tables, since))
 
     async def recent_corrections(
         self,
@@ -188,7 +188,7 @@ class Store:
             DatabaseUnavailable: they cannot be read.
         """
         return await self._ask(
-            lambda tables: questions.recent_corrections(
+            lambda tables: queries.recent_corrections(
                 tables,
                 count,
                 usable,
@@ -204,7 +204,7 @@ class Store:
         Raises:
             DatabaseUnavailable: it cannot be read.
         """
-        return await self._ask(lambda tables: questions.prompt(tables, run_id))
+        return await self._ask(lambda tables: queries.prompt(tables, run_id))
 
     async def is_withdrawn(self, feedback_id: str) -> bool:
         """Whether feedback is withdrawn.
@@ -212,7 +212,7 @@ class Store:
         Raises:
             DatabaseUnavailable: that is not known.
         """
-        return bool(await self._ask(lambda tables: questions.withdrawn(tables, [feedback_id])))
+        return bool(await self._ask(lambda tables: queries.withdrawn(tables, [feedback_id])))
 
     async def feedback_transaction(self, feedback_id: str) -> str | None:
         """The transaction_id of feedback; None where there is no such feedback.
@@ -226,7 +226,7 @@ class Store:
             if row.table == FEEDBACK and row.values[FEEDBACK_ID] == feedback_id:
                 found: str = row.values["transaction_id"]
                 return found
-        return await self._ask(lambda tables: questions.feedback_transaction(tables, feedback_id))
+        return await self._ask(lambda tables: queries.feedback_transaction(tables, feedback_id))
 
     async def compact(self) -> bool:
         """Compacts the tables now; False where another process is at it.
@@ -239,7 +239,7 @@ class Store:
     @property
     def log_folder(self) -> Path:
         """The local folder of the write-ahead logs."""
-        return self._place.log_folder
+        return self._location.log_folder
 
     @property
     def database_id(self) -> str | None:
@@ -254,7 +254,7 @@ class Store:
         return {
             "state": writer.state,
             "reason": writer.reason or writer.log_failure,
-            "uri": self._place.shown,
+            "uri": self._location.shown,
             "rows_written": writer.rows_written,
             "rows_waiting": writer.rows_waiting(),
             "log": writer.log_status(),

@@ -16,13 +16,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from llm_sidecar.db.disk import Disk
+from llm_sidecar.db.location import TABLE_SUFFIX, Location
 from llm_sidecar.db.log import Row, locked, sweep
-from llm_sidecar.db.place import TABLE_SUFFIX, Place
+from llm_sidecar.db.rows import FEEDBACK, KEYS, TABLES, TRANSACTION
 from llm_sidecar.db.schema import (
-    FEEDBACK,
-    KEYS,
-    TABLES,
-    TRANSACTION,
     arrow_schemas,
     database_id,
     is_current,
@@ -77,16 +74,16 @@ class Tables:
             has none.
     """
 
-    def __init__(self, place: Place, connection: Any) -> None:
+    def __init__(self, location: Location, connection: Any) -> None:
         """Use `open_tables`."""
         self.repairs: list[str] = []
         self.database_id: str | None = None
-        self._place = place
+        self._location = location
         self._connection = connection
         # Held as long as any write of this process may be running.
         self._alive = contextlib.ExitStack()
         self._busy: set[asyncio.Task[None]] = set()
-        self._disk = Disk(place) if place.folder else None
+        self._disk = Disk(location) if location.folder else None
         self._tables: dict[str, Any] = {}
         self._may_write = True
 
@@ -102,13 +99,13 @@ class Tables:
             OldShape: a table is of an older version.
             Exception: whatever lancedb raises.
         """
-        async with _locked_soon(self._place.log_folder / "opening.lock"):
-            with locked(self._place.log_folder / "alive.lock", wait=False) as alone:
+        async with _locked_soon(self._location.log_folder / "opening.lock"):
+            with locked(self._location.log_folder / "alive.lock", wait=False) as alone:
                 if alone and self._disk is not None:
                     await self._repair(self._disk)
             # From here on nobody else is alone.
             while not self._alive.enter_context(
-                locked(self._place.log_folder / "alive.lock", wait=False, shared=True)
+                locked(self._location.log_folder / "alive.lock", wait=False, shared=True)
             ):
                 self._alive.close()
                 await asyncio.sleep(_LOCK_PAUSE)
@@ -159,7 +156,7 @@ class Tables:
             return await self._connection.open_table(name)
 
     async def _repair(self, disk: Disk) -> None:
-        await asyncio.to_thread(sweep, self._place.log_folder)
+        await asyncio.to_thread(sweep, self._location.log_folder)
         tables = await asyncio.to_thread(disk.tables)
         synced = await asyncio.to_thread(disk.synced_versions)
         newest: dict[str, int] = {}
@@ -216,7 +213,7 @@ class Tables:
         """
         try:
             await _build_indices(table, again=True)
-            with locked(self._place.log_folder / COMPACTING, wait=False) as mine:
+            with locked(self._location.log_folder / COMPACTING, wait=False) as mine:
                 if mine and intact:
                     await table.optimize(cleanup_older_than=_KEEP_VERSIONS, delete_unverified=True)
         except Exception as error:  # noqa: BLE001 the rows are readable, and that is what counts
@@ -287,11 +284,11 @@ class Tables:
         if not self._may_write:
             yield
             return
-        async with _locked_soon(self._place.log_folder / COMPACTING, shared=True):
+        async with _locked_soon(self._location.log_folder / COMPACTING, shared=True):
             yield
 
     async def _compact(self) -> bool:
-        with locked(self._place.log_folder / COMPACTING, wait=False) as mine:
+        with locked(self._location.log_folder / COMPACTING, wait=False) as mine:
             if not mine:
                 return False
             for name in TABLES:
@@ -301,13 +298,13 @@ class Tables:
                     await _build_indices(table)
                 await table.optimize(cleanup_older_than=_KEEP_VERSIONS)
             await self.sync()
-            (self._place.log_folder / _COMPACTED).touch()
+            (self._location.log_folder / _COMPACTED).touch()
         return True
 
     def last_compaction(self) -> datetime.datetime | None:
         """When any process of this machine last finished one."""
         try:
-            found = (self._place.log_folder / _COMPACTED).stat()
+            found = (self._location.log_folder / _COMPACTED).stat()
         except (FileNotFoundError, PermissionError):
             return None
         return datetime.datetime.fromtimestamp(found.st_mtime, datetime.UTC)
@@ -321,7 +318,7 @@ class Tables:
             task.add_done_callback(lambda _: None if self._busy else self._alive.close())
 
 
-async def open_tables(place: Place, *, create: bool) -> Tables:
+async def open_tables(location: Location, *, create: bool) -> Tables:
     """Connects and opens everything.
 
     Raises:
@@ -329,8 +326,8 @@ async def open_tables(place: Place, *, create: bool) -> Tables:
         OldShape: a table is of an older version.
         Exception: whatever lancedb raises.
     """
-    connection = await connect(place, create=create)
-    tables = Tables(place, connection)
+    connection = await connect(location, create=create)
+    tables = Tables(location, connection)
     try:
         await tables.open_all(create=create)
     except BaseException:
@@ -339,7 +336,7 @@ async def open_tables(place: Place, *, create: bool) -> Tables:
     return tables
 
 
-async def open_tables_to_read(place: Place) -> Tables:
+async def open_tables_to_read(location: Location) -> Tables:
     """Connects and opens everything without writing anything.
 
     Raises:
@@ -347,7 +344,7 @@ async def open_tables_to_read(place: Place) -> Tables:
         OldShape: a table is of an older version, or missing.
         Exception: whatever lancedb raises.
     """
-    tables = Tables(place, await connect(place, create=False, write=False))
+    tables = Tables(location, await connect(location, create=False, write=False))
     try:
         await tables.open_to_read()
     except BaseException:
@@ -356,7 +353,7 @@ async def open_tables_to_read(place: Place) -> Tables:
     return tables
 
 
-async def connect(place: Place, *, create: bool, write: bool = True) -> Any:
+async def connect(location: Location, *, create: bool, write: bool = True) -> Any:
     """An asynchronous lancedb connection.
 
     Args:
@@ -370,13 +367,13 @@ async def connect(place: Place, *, create: bool, write: bool = True) -> Any:
     # It takes seconds to import, and the event loop has better to do.
     lancedb = await asyncio.to_thread(_import_lancedb)
     if not create:
-        await asyncio.to_thread(_require_tables, place)
+        await asyncio.to_thread(_require_tables, location)
     if write:
-        await asyncio.to_thread(place.log_folder.mkdir, parents=True, exist_ok=True)
+        await asyncio.to_thread(location.log_folder.mkdir, parents=True, exist_ok=True)
     return await lancedb.connect_async(
-        place.uri,
+        location.uri,
         read_consistency_interval=datetime.timedelta(0),
-        storage_options=place.storage_options,
+        storage_options=location.storage_options,
         session=lancedb.Session(
             index_cache_size_bytes=_CACHE_BYTES, metadata_cache_size_bytes=_CACHE_BYTES
         ),
@@ -426,11 +423,11 @@ def _arrow(table: str, rows: Sequence[Row]) -> Any:
     return pa.Table.from_pylist(list(unique.values())[::-1], schema=arrow_schemas()[table])
 
 
-def _require_tables(place: Place) -> None:
-    if place.folder is None:
+def _require_tables(location: Location) -> None:
+    if location.folder is None:
         return
     try:
-        names = os.listdir(place.folder)  # noqa: PTH208 glob hides that a folder may not be read
+        names = os.listdir(location.folder)  # noqa: PTH208 glob hides that a folder may not be read
     except (FileNotFoundError, NotADirectoryError):
         names = []
     if not any(name.endswith(TABLE_SUFFIX) for name in names):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llm_sidecar.db.questions import stream
-from llm_sidecar.db.schema import KEYS, TABLES, arrow_schemas
+from llm_sidecar.db.queries import stream
+from llm_sidecar.db.rows import KEYS, TABLES
+from llm_sidecar.db.schema import arrow_schemas
 from llm_sidecar.db.tables import Tables
 
 

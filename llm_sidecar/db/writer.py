@@ -15,11 +15,11 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from llm_sidecar.db import log as wal
 from llm_sidecar.db.compaction import Compactor
+from llm_sidecar.db.location import Location
 from llm_sidecar.db.log import Row
-from llm_sidecar.db.place import Place
-from llm_sidecar.db.schema import FEEDBACK, TABLES, WITHDRAWALS
+from llm_sidecar.db.replay import replay
+from llm_sidecar.db.rows import FEEDBACK, TABLES, WITHDRAWALS
 from llm_sidecar.db.tables import Tables, one_line, open_tables
-from llm_sidecar.db.takeover import take_over
 from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.logs import start_detached
 from llm_sidecar.memory_trim import release_code
@@ -81,7 +81,7 @@ class Writer:
         database_id: of the tables, also while they are away; None until they have been opened.
     """
 
-    def __init__(self, place: Place, *, create: bool = True) -> None:
+    def __init__(self, location: Location, *, create: bool = True) -> None:
         """Starts nothing."""
         self.tables: Tables | None = None
         self.state = "opening"
@@ -92,9 +92,9 @@ class Writer:
         self.log_failure: str | None = None
         self.database_id: str | None = None
         self.failure: DatabaseUnavailable | None = None
-        self._place = place
+        self._location = location
         self._create = create
-        self._every = _MOVE_EVERY if place.folder is not None else _MOVE_EVERY_REMOTE
+        self._every = _MOVE_EVERY if location.folder is not None else _MOVE_EVERY_REMOTE
         self._log: wal.Log | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write-ahead-log")
         self._log_lock = asyncio.Lock()
@@ -137,7 +137,7 @@ class Writer:
                 await self._changed.wait_for(lambda: self.tables or self.failure)
         if self.tables is None:
             raise self.failure or DatabaseUnavailable(
-                f"The database at {self._place.shown} cannot be opened: it took longer than "
+                f"The database at {self._location.shown} cannot be opened: it took longer than "
                 f"{seconds:g} s; check LANCEDB_URI.",
                 retry_after=5,
             )
@@ -291,8 +291,8 @@ class Writer:
             except Exception as error:  # noqa: BLE001 every caller gets it, whatever it is
                 reason = getattr(error, "strerror", None) or one_line(error)
                 failure = DatabaseUnavailable(
-                    f"The row is not stored: {reason}; free space at {self._place.log_folder} or "
-                    "check LANCEDB_URI.",
+                    f"The row is not stored: {reason}; free space at "
+                    f"{self._location.log_folder} or check LANCEDB_URI.",
                     retry_after=5,
                 )
                 log.error("%d rows are refused: %s", len(group), failure.detail)
@@ -323,7 +323,7 @@ class Writer:
             self._log.close()
             self._log = None
         if self._log is None:
-            self._log = wal.Log(self._place.log_folder)
+            self._log = wal.Log(self._location.log_folder)
         return self._log
 
     async def _keep_checking(self) -> None:
@@ -347,7 +347,7 @@ class Writer:
 
     def _set_log_failure(self, reason: str) -> None:
         failure = (
-            f"The database accepts no rows: {reason}; free space at {self._place.log_folder} or "
+            f"The database accepts no rows: {reason}; free space at {self._location.log_folder} or "
             "check LANCEDB_URI."
         )
         if self.log_failure is None:
@@ -384,9 +384,9 @@ class Writer:
         if self._create:
             await self._on_disk(self._open_log)
         async with asyncio.timeout(_OPEN_SECONDS):
-            tables = await open_tables(self._place, create=self._create)
+            tables = await open_tables(self._location, create=self._create)
         try:
-            await self._take_over(tables, wait=True)
+            await self._replay(tables, wait=True)
         except BaseException:
             await tables.close()
             raise
@@ -409,7 +409,7 @@ class Writer:
         detail = (
             error.detail
             if isinstance(error, DatabaseUnavailable)
-            else f"The database at {self._place.shown} cannot be opened: {one_line(error)}; "
+            else f"The database at {self._location.shown} cannot be opened: {one_line(error)}; "
             "check LANCEDB_URI."
         )
         if detail != self.reason:
@@ -425,14 +425,14 @@ class Writer:
     async def _sweep(self) -> None:
         """Takes over the rows of processes that have died since the last look."""
         if self.tables is not None and time.monotonic() - self._swept > _SWEEP_SECONDS:
-            await self._take_over(self.tables, wait=False)
+            await self._replay(self.tables, wait=False)
             self._swept = time.monotonic()
 
-    async def _take_over(self, tables: Tables, *, wait: bool) -> None:
+    async def _replay(self, tables: Tables, *, wait: bool) -> None:
         async def insert(rows: Sequence[Row]) -> None:
             await self._insert(tables, rows, certain=False)
 
-        await take_over(self._place, tables, insert, self._note, wait=wait)
+        await replay(self._location, tables, insert, self._note, wait=wait)
 
     def _note(self, done: str) -> None:
         log.warning("%s", done)
@@ -478,7 +478,7 @@ class Writer:
                 batch = mine[start : start + _MOVE_ROWS]
                 # An object store may take a commit and lose its answer, and lancedb tries again.
                 new = certain and name not in (FEEDBACK, WITHDRAWALS)
-                store = tables.add if new and self._place.folder is not None else tables.merge
+                store = tables.add if new and self._location.folder is not None else tables.merge
                 await self._awaited(store(name, batch))
 
     async def _awaited(self, writing: Coroutine[Any, Any, None]) -> None:

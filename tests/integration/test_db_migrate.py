@@ -24,7 +24,8 @@ from llm_sidecar.db import (
     cli_main,
 )
 from llm_sidecar.db.log import Log, Row, encode
-from llm_sidecar.db.schema import KEYS, VERSION, arrow_schemas
+from llm_sidecar.db.rows import KEYS
+from llm_sidecar.db.schema import VERSION, arrow_schemas
 from llm_sidecar.errors import DatabaseUnavailable
 from tests.test_db import NOW
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llm_sidecar.db.filters import Filters
-from llm_sidecar.db.schema import FEEDBACK, PROPOSALS, RUNS, SCORES, WITHDRAWALS
+from llm_sidecar.db.rows import FEEDBACK, PROPOSALS, RUNS, SCORES, WITHDRAWALS
 
 WITH_PROPOSALS = (RUNS, FEEDBACK, PROPOSALS)
 PROPOSAL = {"ticker": "ABC", "action": "pass", "nested": {"ticker": "XYZ"}}

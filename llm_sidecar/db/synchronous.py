@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llm_sidecar.db.place import default_uri
-from llm_sidecar.db.run import run
-from llm_sidecar.db.schema import HermesScoreSchema, OrchestratorRunSchema, Phi3FeedbackSchema
+from llm_sidecar.db.interruptible import run
+from llm_sidecar.db.location import default_uri
+from llm_sidecar.db.rows import HermesScoreSchema, OrchestratorRunSchema, Phi3FeedbackSchema
 from llm_sidecar.db.store import AnyRow, Store
 from llm_sidecar.input_model import check_length
 from llm_sidecar.settings import default_max_chars

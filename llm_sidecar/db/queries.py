@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import datetime
 import functools
-import json
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from llm_sidecar.db.schema import (
+from llm_sidecar.db.filters import Filters
+from llm_sidecar.db.nested import json_object
+from llm_sidecar.db.rows import (
     FEEDBACK,
     FEEDBACK_ID,
     ROW_ID,
@@ -23,9 +24,6 @@ from llm_sidecar.db.schema import (
     PublishedFeedback,
 )
 from llm_sidecar.db.tables import Tables
-
-if TYPE_CHECKING:
-    from llm_sidecar.db.filters import Filters
 
 _SMALL: Final = 20_000
 """Rows up to which a whole scan is the quickest way to the newest."""
@@ -162,7 +160,7 @@ async def recent_corrections(
     """The latest usable correction of each run, in the order of arrival, newest first.
 
     A correction that is withdrawn, not usable or without a stored run is skipped, so that an
-    earlier one takes its place.
+    earlier one takes its location.
 
     Args:
         count: the greatest number of corrections.
@@ -249,15 +247,6 @@ async def feedback_transaction(tables: Tables, feedback_id: str) -> str | None:
 def _parts(ids: Iterable[str]) -> list[list[str]]:
     distinct = list(dict.fromkeys(ids))
     return [distinct[start : start + _AT_ONCE] for start in range(0, len(distinct), _AT_ONCE)]
-
-
-def json_object(text: str | None) -> dict[str, Any] | None:
-    """The object that a text holds, or None: what older versions wrote need not be JSON."""
-    try:
-        value = json.loads(text or "null")
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 async def stream(

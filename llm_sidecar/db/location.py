@@ -18,8 +18,8 @@ _LOCKS: Final = ("lock", "opening.lock", "alive.lock", "compact.lock")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """One database's place.
+class Location:
+    """One database's location.
 
     Attributes:
         uri: what lancedb is given: an absolute folder, or an `s3://` address.
@@ -64,10 +64,10 @@ def _nearest(folder: Path) -> Path:
     return folder
 
 
-def place_of(
+def location_of(
     uri: str | Path, log_dir: Path | None = None, environ: Mapping[str, str] = os.environ
-) -> Place:
-    """The place that a folder or an address means.
+) -> Location:
+    """The location that a folder or an address means.
 
     The log of a local database lies inside it; that of an object store, which takes no appends,
     below `log_dir`, which should outlive the container.
@@ -81,7 +81,7 @@ def place_of(
     if "://" not in text:
         # Absolute, as lancedb takes a relative one that begins with "db" for its cloud.
         folder = Path(text).absolute()
-        return Place(str(folder), text, folder, folder / _LOG, {})
+        return Location(str(folder), text, folder, folder / _LOG, {})
     logs = log_dir or Path(environ.get("LANCEDB_LOG_DIR") or DEFAULT_LANCEDB_LOG_DIR)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
     endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
@@ -90,7 +90,7 @@ def place_of(
         options["allow_http"] = "true"
     scheme, _, rest = text.partition("://")
     shown = f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"
-    return Place(text, shown, None, logs.absolute() / name, options)
+    return Location(text, shown, None, logs.absolute() / name, options)
 
 
 def default_uri() -> str:
