@@ -38,9 +38,9 @@ def cli_main(argv: Sequence[str] | None = None) -> int:
         written; 2 for bad arguments; 130 after Ctrl-C.
     """
     # Imported here, because a server does not need the parser.
-    from llm_sidecar.db import cli
+    from llm_sidecar.db import __main__ as command
 
-    return cli.cli_main(argv)
+    return command.cli_main(argv)
 
 
 __all__ = [

@@ -17,8 +17,7 @@ from llm_sidecar import command_line
 from llm_sidecar.db import cli_output as output
 from llm_sidecar.db import cli_rows
 from llm_sidecar.db.cli_rows import Format
-from llm_sidecar.db.export import Export
-from llm_sidecar.db.export import Format as ExportFormat
+from llm_sidecar.db.export import Content, Export
 from llm_sidecar.db.filters import Filters
 from llm_sidecar.db.location import TABLE_SUFFIX, Location, location_of
 from llm_sidecar.db.migrate import migrate
@@ -126,21 +125,22 @@ async def check() -> int:
     return command_line.OK if all(table.is_sound for table in found) else command_line.FAILED
 
 
-async def export(kind: ExportFormat, since: datetime.datetime | None, out: Path | None) -> int:
-    """Writes training data from feedback."""
+async def export(content: Content, since: datetime.datetime | None, out: Path | None) -> int:
+    """Writes feedback, as JSON lines."""
     earliest = {} if since is None else {"since": since}
     async with _opened() as (_, tables, waiting):
-        lines = Export(tables, kind, **earliest)
+        feedback = Export(tables, content)
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(tables.unchanging())
             write = stack.enter_context(output.file_or_stdout(out))
             count = 0
-            async for row in lines.rows(command_line.progress):
+            async for line in feedback.lines(command_line.progress, **earliest):
                 # ASCII, because half of a surrogate pair is valid in JSON but not in UTF-8.
-                write(json.dumps(row) + "\n")
+                write(json.dumps(line) + "\n")
                 count += 1
-        skipped = f"; left out: {lines.skipped}" if str(lines.skipped) else ""
-        command_line.say(f"{count} rows{skipped}")
+        reasons = [f"{number} {reason}" for reason, number in feedback.left_out.items() if number]
+        left_out = f"; left out: {', '.join(reasons)}" if reasons else ""
+        command_line.say(f"{count} rows{left_out}")
         _note_missing(waiting)
     return command_line.OK
 

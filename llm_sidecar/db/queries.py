@@ -31,7 +31,7 @@ _FIRST_WINDOW: Final = datetime.timedelta(minutes=15)
 _WIDER: Final = 4
 _MOST_ROWS: Final = 2**31 - 1
 """The greatest limit that lancedb takes."""
-_EPOCH: Final = datetime.datetime(1, 1, 1, tzinfo=datetime.UTC)
+EARLIEST: Final = datetime.datetime(1, 1, 1, tzinfo=datetime.UTC)
 _CORRECTIONS: Final = 64
 _MOST_CORRECTIONS: Final = 4096
 """How many of the latest corrections the search for usable ones reads at first, and at most."""
@@ -53,7 +53,7 @@ async def newest(
     table: str,
     count: int,
     *,
-    since: datetime.datetime = _EPOCH,
+    since: datetime.datetime = EARLIEST,
     filters: Filters | None = None,
 ) -> list[dict[str, Any]]:
     """The newest rows of a table, newest first.
@@ -107,7 +107,7 @@ def _filtered(
     from lancedb.expr import col, lit
 
     query = tables[table].query()
-    every = [col("timestamp").gte(lit(since))] if since > _EPOCH else []
+    every = [col("timestamp").gte(lit(since))] if since > EARLIEST else []
     every += conditions
     return query.where(functools.reduce(lambda a, b: a.and_(b), every)) if every else query
 
@@ -131,7 +131,7 @@ async def transaction(tables: Tables, transaction_id: str) -> dict[str, list[dic
 
     return {
         name: await _ordered(
-            _filtered(tables, name, _EPOCH, [col(TRANSACTION[name]).eq(lit(transaction_id))]), 0
+            _filtered(tables, name, EARLIEST, [col(TRANSACTION[name]).eq(lit(transaction_id))]), 0
         )
         for name in TABLES
     }
@@ -250,7 +250,7 @@ def _parts(ids: Iterable[str]) -> list[list[str]]:
 
 
 async def stream(
-    tables: Tables, table: str, *, since: datetime.datetime = _EPOCH, columns: list[str]
+    tables: Tables, table: str, *, since: datetime.datetime = EARLIEST, columns: list[str]
 ) -> AsyncIterator[dict[str, list[Any]]]:
     """The columns of a table, batch by batch, in no particular order."""
     async for batch in await _filtered(tables, table, since).select(columns).to_batches():
