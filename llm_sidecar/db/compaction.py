@@ -7,8 +7,9 @@ import logging
 import time
 from typing import Final
 
+from llm_sidecar.db.lance import one_line
 from llm_sidecar.db.rows import TABLES
-from llm_sidecar.db.tables import FRAGMENTS, Tables, one_line
+from llm_sidecar.db.tables import FRAGMENTS, Tables
 
 log = logging.getLogger(__name__)
 

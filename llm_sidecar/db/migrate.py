@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any, Final
 
 from llm_sidecar.db.disk import Disk
+from llm_sidecar.db.lance import connect
 from llm_sidecar.db.location import Location
 from llm_sidecar.db.log import locked
 from llm_sidecar.db.rows import FEEDBACK, FEEDBACK_ID, KEYS, TABLES, feedback_key
@@ -28,7 +29,6 @@ from llm_sidecar.db.schema import (
     new_table_schema,
     require_not_newer,
 )
-from llm_sidecar.db.tables import connect
 from llm_sidecar.errors import DatabaseUnavailable
 
 _NO_TIME: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)

@@ -12,11 +12,12 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from llm_sidecar.db.lance import one_line
 from llm_sidecar.db.location import Location
 from llm_sidecar.db.log import Row, read_segment, segments
 from llm_sidecar.db.rows import KEYS, ROW_ID
 from llm_sidecar.db.schema import arrow_schemas, upgraded
-from llm_sidecar.db.tables import Tables, one_line, open_tables_to_read
+from llm_sidecar.db.tables import Tables, open_tables_to_read
 from llm_sidecar.errors import DatabaseUnavailable
 
 _OPEN_SECONDS: Final = 60.0

@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 
 from llm_sidecar.db import queries
 from llm_sidecar.db.filters import Filters
+from llm_sidecar.db.lance import one_line
 from llm_sidecar.db.location import location_of
 from llm_sidecar.db.log import Row
 from llm_sidecar.db.queries import Correction
@@ -25,7 +26,7 @@ from llm_sidecar.db.rows import (
     ProposalSchema,
     PublishedFeedback,
 )
-from llm_sidecar.db.tables import Tables, one_line
+from llm_sidecar.db.tables import Tables
 from llm_sidecar.db.writer import Writer
 from llm_sidecar.errors import DatabaseUnavailable
 

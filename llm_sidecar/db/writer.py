@@ -15,11 +15,12 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from llm_sidecar.db import log as wal
 from llm_sidecar.db.compaction import Compactor
+from llm_sidecar.db.lance import one_line
 from llm_sidecar.db.location import Location
 from llm_sidecar.db.log import Row
 from llm_sidecar.db.replay import replay
 from llm_sidecar.db.rows import FEEDBACK, TABLES, WITHDRAWALS
-from llm_sidecar.db.tables import Tables, one_line, open_tables
+from llm_sidecar.db.tables import Tables, open_tables
 from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.logs import start_detached
 from llm_sidecar.memory_trim import release_code

@@ -42,7 +42,7 @@ from llm_sidecar.db import (
     table_of,
 )
 from llm_sidecar.db.log import Log, Row, encode, locked
-from llm_sidecar.db.tables import COMPACTING
+from llm_sidecar.db.repair import COMPACTING
 from tests.test_db import NOW, PROPOSAL, RUN, feedback, run, score
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_sidecar.db import HermesScoreSchema, Store, compaction, tables, writer
+from llm_sidecar.db import HermesScoreSchema, Store, compaction, repair, writer
 from llm_sidecar.db.log import Log, Row, encode, locked, read_segment
 from llm_sidecar.errors import DatabaseUnavailable
 from tests.integration.test_db_crash import crash
@@ -362,7 +362,7 @@ async def test_a_machine_that_lacks_something_costs_no_version(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(tables, "_read_whole", fail)
+        patch.setattr(repair, "_read_whole", fail)
         with pytest.raises(DatabaseUnavailable, match="No space left"):
             await Store.open(folder)
     store = await Store.open(folder)
@@ -432,7 +432,7 @@ async def test_nobody_counts_as_alone_while_a_given_up_write_runs(tmp_path: Path
     store = await Store.open(tmp_path)
     opened = await store.opened()
     end = asyncio.Event()
-    writing = asyncio.create_task(opened._to_its_end(end.wait()))
+    writing = asyncio.create_task(opened._complete(end.wait()))
     await asyncio.sleep(0)
     writing.cancel()
     await store.close()
