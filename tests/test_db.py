@@ -232,10 +232,12 @@ def _append_the_same(folder: Path, number: int, rounds: int, barrier: Any) -> No
 
 async def test_processes_that_store_the_same_feedback_at_once_store_it_once(tmp_path: Path) -> None:
     await (await Store.open(tmp_path)).close()
-    spawn = multiprocessing.get_context("spawn")
-    barrier = spawn.Barrier(3)
+    # Its server imports lancedb once, and all processes are forked from it.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    barrier = context.Barrier(3)
     processes = [
-        spawn.Process(target=_append_the_same, args=(tmp_path, number, 10, barrier))
+        context.Process(target=_append_the_same, args=(tmp_path, number, 10, barrier))
         for number in range(3)
     ]
     for process in processes:

@@ -1,6 +1,6 @@
-"""The database room: feedback, runs, scores and proposals in LanceDB.
+"""The database: feedback, runs, scores and proposals in LanceDB.
 
-Importing it imports neither lancedb nor pyarrow: those take seconds.
+Importing this package does not import lancedb and pyarrow, which takes seconds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def cli_main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0; 1 if the database cannot be used or is damaged, or the output cannot be
         written; 2 for bad arguments; 130 after Ctrl-C.
     """
-    # Imported here, because a server does not need the parser.
+    # Imported here, because a server does not parse arguments.
     from llm_sidecar.db import __main__ as command
 
     return command.cli_main(argv)

@@ -1,4 +1,4 @@
-"""Where a database is, and where the files beside it go."""
+"""Where a database is, and where its logs and locks are."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _LOCKS: Final = ("lock", "opening.lock", "alive.lock", "compact.lock")
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """One database's location.
+    """The location of one database.
 
     Attributes:
-        uri: what lancedb is given: an absolute folder, or an `s3://` address.
-        shown: the address as it was given, without credentials and query.
+        uri: for lancedb: an absolute folder, or an `s3://` address.
+        shown: for people: the address as it was given, without credentials and query.
         folder: the local folder; None for an object store.
-        log_folder: local folder of the write-ahead logs and the locks of every process that uses
-            the database on this machine.
-        storage_options: what lancedb is told of an object store.
+        log_folder: the local folder of write-ahead logs and locks, for all processes of this
+            machine that use the database.
+        storage_options: lancedb's options for an object store.
     """
 
     uri: str
@@ -38,13 +38,11 @@ class Location:
 
     @property
     def set_aside(self) -> Path:
-        """Where unreadable files go."""
+        """The folder for unreadable files."""
         return self.log_folder / "set_aside"
 
     def may_write(self) -> bool:
-        """Whether this user has permission to write what opening the database writes: tables, locks
-        and
-        logs."""
+        """Whether this user may write what opening the database writes: tables, locks, logs."""
         needed = [_nearest(self.log_folder)]
         try:
             if self.log_folder.exists():
@@ -67,19 +65,19 @@ def _nearest(folder: Path) -> Path:
 def location_of(
     uri: str | Path, log_dir: Path | None = None, environ: Mapping[str, str] = os.environ
 ) -> Location:
-    """The location that a folder or an address means.
+    """The location of the database at a folder or an address.
 
-    The log of a local database lies inside it; that of an object store, which takes no appends,
-    below `log_dir`, which should outlive the container.
+    The log of a local database is inside its folder. An object store does not support appending, so
+    its log is below `log_dir`, which should outlive the container.
 
     Args:
         uri: a folder, or an `s3://` address.
         log_dir: `LANCEDB_LOG_DIR` unless given.
-        environ: of that and of the usual AWS variables.
+        environ: has that variable and the usual AWS variables.
     """
     text = str(uri)
     if "://" not in text:
-        # Absolute, as lancedb takes a relative one that begins with "db" for its cloud.
+        # Absolute, because lancedb takes a relative path that begins with "db" for its cloud.
         folder = Path(text).absolute()
         return Location(str(folder), text, folder, folder / _LOG, {})
     logs = log_dir or Path(environ.get("LANCEDB_LOG_DIR") or DEFAULT_LANCEDB_LOG_DIR)

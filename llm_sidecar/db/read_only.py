@@ -1,4 +1,4 @@
-"""Reading a database without permission to write to it: no locks, no repairs, no replay of logs.
+"""Opens a database without write permission: no locks, no repair, no replay of logs.
 
 Rows that are still in a write-ahead log are read from the log.
 """
@@ -25,7 +25,7 @@ _KEYS_PER_QUERY: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
+class LoggedRows:
     """Rows that are still in write-ahead logs.
 
     Attributes:
@@ -42,7 +42,7 @@ class Waiting:
 
 
 @contextlib.asynccontextmanager
-async def reading(location: Location) -> AsyncIterator[tuple[Tables, Waiting]]:
+async def opened_read_only(location: Location) -> AsyncIterator[tuple[Tables, LoggedRows]]:
     """The tables, and the rows that are not in them yet.
 
     Raises:
@@ -50,8 +50,8 @@ async def reading(location: Location) -> AsyncIterator[tuple[Tables, Waiting]]:
     """
     try:
         async with asyncio.timeout(_OPEN_SECONDS):
-            # Read the logs first: a row that moves to its table meanwhile is then found there.
-            logged, unreadable = await asyncio.to_thread(_logged, location)
+            # The logs first: a row that moves to its table in the meantime is then found there.
+            logged, unreadable = await asyncio.to_thread(_read_logs, location)
             tables = await open_tables_to_read(location)
     except DatabaseUnavailable:
         raise
@@ -60,7 +60,7 @@ async def reading(location: Location) -> AsyncIterator[tuple[Tables, Waiting]]:
     except Exception as error:  # noqa: BLE001 lancedb raises many types
         raise _unavailable(location, getattr(error, "strerror", None) or one_line(error)) from None
     try:
-        yield tables, Waiting(await _not_stored(tables, logged), unreadable)
+        yield tables, LoggedRows(await _not_stored(tables, logged), unreadable)
     finally:
         await tables.close()
 
@@ -71,7 +71,7 @@ def _unavailable(location: Location, why: str) -> DatabaseUnavailable:
     )
 
 
-def _logged(location: Location) -> tuple[list[Row], bool]:
+def _read_logs(location: Location) -> tuple[list[Row], bool]:
     """The rows of all logs, and whether some log could not be read."""
     rows: list[Row] = []
     unreadable = False

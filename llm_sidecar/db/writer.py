@@ -393,7 +393,7 @@ class Writer:
             raise
         self.repairs += tables.repairs
         self._swept = time.monotonic()
-        await self.compactor.look(tables)
+        await self.compactor.count(tables)
         self.tables = tables
         self.database_id = tables.database_id
         # By now nearly all has been imported, and most of what that ran is not run again.
@@ -461,10 +461,10 @@ class Writer:
         self._moving, self._moving_bytes, self._segments = [], 0, []
         self._certain = True
         await self._set_open()
-        await self.compactor.look(self.tables)
+        await self.compactor.count(self.tables)
         self._last_move = now
         self._tidied = False
-        self.compactor.ask_if_many()
+        self.compactor.request_if_many()
 
     async def _insert(self, tables: Tables, rows: Sequence[Row], *, certain: bool) -> None:
         """Stores rows in their tables.

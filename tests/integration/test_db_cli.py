@@ -93,10 +93,12 @@ def test_query_runs_takes_a_count(
     assert len(said(capsys, "query-runs", "--last", count)) == lines
 
 
-def test_an_empty_table_says_so(filled: Path) -> None:
-    done = run_cli(filled, "query-runs", "--table", "hermes_scores")
-    assert done.returncode == 0
-    assert "hermes_scores is empty" in done.stdout + done.stderr
+def test_an_empty_table_says_so(
+    filled: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LANCEDB_URI", str(filled))
+    assert cli_main(["query-runs", "--table", "hermes_scores"]) == 0
+    assert capsys.readouterr() == ("", "hermes_scores is empty.\n")
 
 
 def test_no_command_prints_help(tmp_path: Path) -> None:
@@ -115,19 +117,19 @@ def test_bad_arguments_are_one_line_and_exit_2(tmp_path: Path, arguments: list[s
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_looking_for_a_database_that_is_not_there_creates_none(tmp_path: Path) -> None:
-    done = run_cli(tmp_path / "nowhere", "query-runs")
-    assert done.returncode == 1
-    assert "There is no database" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "nowhere").exists()
-
-
-def test_looking_into_an_empty_folder_creates_no_table(tmp_path: Path) -> None:
-    done = run_cli(tmp_path, "query-runs")
-    assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("name", ["missing", "empty"])
+def test_a_query_creates_no_database(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("LANCEDB_URI", str(tmp_path / name))
+    assert cli_main(["query-runs"]) == 1
+    reason = f"The database at {tmp_path / name} cannot be opened: There is no database"
+    assert capsys.readouterr() == ("", f"{reason}; check LANCEDB_URI.\n")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]
 
 
 def test_a_terminal_gets_a_table_in_which_nothing_steers_it(
