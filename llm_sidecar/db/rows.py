@@ -1,11 +1,11 @@
-"""What a row is: the pydantic models callers fill, and the Arrow schemas of the tables.
+"""The names of the tables, and the pydantic model of a row of each.
 
-Timestamps are aware UTC with microseconds; a naive one counts as UTC. Strings are text as
-`llm_sidecar.text` has it. An object in a text column (`feedback_content`, `corrected_proposal`,
+Timestamps are aware UTC with microseconds; a naive one counts as UTC. Strings are text as defined
+in `llm_sidecar.text`. An object in a text column (`feedback_content`, `corrected_proposal`,
 `proposal`) is stored as compact JSON text.
 
-Every table has a key, by which a row that is written twice, after a crash for instance, is one row:
-`row_id`, which no caller sees; for withdrawals it is `feedback_id`.
+Every table has a key, so that a row that is written twice, for example after a crash, is stored
+once: `feedback_id` for withdrawals, otherwise `row_id`, which callers do not see.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ KEYS: Final = {
     PROPOSALS: ROW_ID,
     WITHDRAWALS: FEEDBACK_ID,
 }
-"""The column of each table that makes two deliveries the same row."""
+"""The key column of each table."""
 TRANSACTION: Final = {
     FEEDBACK: "transaction_id",
     RUNS: "run_id",
@@ -52,7 +52,7 @@ TRANSACTION: Final = {
     PROPOSALS: "transaction_id",
     WITHDRAWALS: "transaction_id",
 }
-"""The column of each table that says to which walk from prompt to proposal a row belongs."""
+"""The column of each table that has the transaction of a row."""
 
 
 def _or_now(value: object) -> object:
@@ -66,7 +66,7 @@ def _compact_json(value: dict[str, Any]) -> str:
 Timestamp = Annotated[timestamps.Timestamp, BeforeValidator(_or_now)]
 JsonObject = dict[str, Any]
 Number = Annotated[float, Strict()]
-"""Neither text nor a boolean."""
+"""A number that is neither text nor a boolean."""
 
 
 class _Row(InputModel):
@@ -75,7 +75,7 @@ class _Row(InputModel):
     timestamp: Timestamp = Field(default_factory=timestamps.now)
 
     def as_row(self) -> dict[str, Any]:
-        """Column values as Arrow takes them."""
+        """The values of the columns, for Arrow."""
         values = self.model_dump()
         return {
             name: _compact_json(value) if name in _JSON_TEXT and isinstance(value, dict) else value
@@ -87,11 +87,11 @@ _JSON_TEXT: Final = frozenset(("feedback_content", "corrected_proposal", "propos
 
 
 class _Numbered(_Row):
-    # Of the object, so that storing the same one again is storing it once.
+    # The id belongs to the object, so that storing the same object again stores one row.
     _row_id: str = PrivateAttr(default_factory=lambda: uuid.uuid4().hex)
 
     def as_row(self) -> dict[str, Any]:
-        """Column values as Arrow takes them."""
+        """The values of the columns, for Arrow."""
         return super().as_row() | {ROW_ID: self._row_id}
 
 
@@ -102,9 +102,9 @@ class Phi3FeedbackSchema(_Row):
     because `timestamp` is set by the caller.
 
     Attributes:
-        feedback_id: makes two deliveries the same feedback. Where none is given it follows from
-            transaction, time, type, content and correction. The time alone is not enough: a clock
-            may count in whole seconds.
+        feedback_id: feedback with the same id is stored once. The default is a hash of transaction,
+            time, type, content and correction. The time alone would not be unique, because a clock
+            may count whole seconds.
     """
 
     SOURCE: ClassVar[Literal["direct", "bus"]] = "direct"
@@ -125,7 +125,7 @@ class Phi3FeedbackSchema(_Row):
         return copy
 
     def as_row(self) -> dict[str, Any]:
-        """Column values as Arrow takes them."""
+        """The values of the columns, for Arrow."""
         row = super().as_row()
         feedback_id = self.feedback_id or feedback_key(row)
         return row | {
@@ -155,7 +155,7 @@ class PublishedFeedback(Phi3FeedbackSchema):
 
 
 def feedback_key(row: Mapping[str, Any]) -> str:
-    """The `feedback_id` of feedback that brings none, from its column values."""
+    """The default `feedback_id`, from the column values."""
     parts = [str(row[column]) for column in _FEEDBACK_KEY]
     if row["corrected_proposal"] is not None:
         parts.append(row["corrected_proposal"])
@@ -166,7 +166,7 @@ _FEEDBACK_KEY: Final = ("transaction_id", "timestamp", "feedback_type", "feedbac
 
 
 class FeedbackWithdrawalSchema(_Row):
-    """Feedback that was withdrawn: it is no few-shot example and no training data any more."""
+    """Withdrawn feedback: it no longer is a few-shot example or training data."""
 
     feedback_id: str = Field(min_length=1)
     transaction_id: str = Field(min_length=1)
@@ -176,8 +176,8 @@ class OrchestratorRunSchema(_Numbered):
     """One run from a prompt to an assessed proposal.
 
     Attributes:
-        status: the sidecar writes `success`; `partial` for a proposal that Hermes has not fully
-            assessed; `error` for a run without a proposal.
+        status: `success`; `partial` if Hermes has not fully assessed the proposal; `error` without
+            a proposal.
     """
 
     run_id: str = Field(min_length=1)
@@ -188,7 +188,7 @@ class OrchestratorRunSchema(_Numbered):
 
 
 class HermesScoreSchema(_Numbered):
-    """A score of Hermes, alone or within a run."""
+    """A score by Hermes, of a run or on its own."""
 
     run_id: str = Field(min_length=1)
     score: Number = Field(ge=0.0, le=1.0, allow_inf_nan=False)
@@ -196,7 +196,7 @@ class HermesScoreSchema(_Numbered):
 
 
 class Latencies(BaseModel):
-    """Seconds, queueing included; None for a part that did not happen."""
+    """Seconds, including the time in the queue; None for a step that did not happen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

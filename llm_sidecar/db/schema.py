@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 VERSION: Final = "4"
-"""Of the tables' schemas, in their Arrow metadata. Version 2 added keys and aware timestamps in
+"""The version of the schemas, in their Arrow metadata. Version 2 added keys and aware timestamps in
 microseconds; version 3 added the columns in `ADDED`, `grounded` and the table of withdrawals;
 version 4 added `author`. Version 1 is everything before. `migrate` upgrades all of them."""
 _VERSION_KEY: Final = b"osiris_schema_version"
@@ -44,7 +44,7 @@ ADDED: Final[dict[str, dict[str, Callable[[Mapping[str, Any]], Any]]]] = {
         ROW_ID: lambda row: row[FEEDBACK_ID],
     },
 }
-"""Columns that version 2 lacks and that cannot be null; each with the value for an old row."""
+"""The columns that version 2 lacks and that cannot be null, each with the value for an old row."""
 
 
 def upgraded(table: str, row: dict[str, Any]) -> dict[str, Any] | None:
@@ -65,7 +65,7 @@ def upgraded(table: str, row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def is_current(table: str, schema: pa.Schema) -> bool:
-    """Whether an Arrow schema is today's of that table."""
+    """Whether an Arrow schema is the current one of the table."""
     version = (schema.metadata or {}).get(_VERSION_KEY)
     return bool(schema.equals(arrow_schemas()[table]) and version == VERSION.encode())
 
