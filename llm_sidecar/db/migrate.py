@@ -1,7 +1,7 @@
 """Migrates the tables of older versions, and creates missing tables.
 
-Each table is rewritten in one commit, so that it is either old or new. A local table is first copied
-to the folder of files that are set aside.
+Each table is rewritten in one commit, so that it is either old or new. A local table is first
+copied to the folder of files that are set aside.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ JSON_COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     RUNS: ("final_output",),
     PROPOSALS: ("proposal",),
 }
-"""The columns of each table that contain an object as JSON text. Text in other columns may look like
-JSON, but a person or a model wrote it, so it stays text."""
+"""The columns of each table that contain an object as JSON text. Text in other columns may look
+like JSON, but a person or a model wrote it, so it stays text."""
 
 
 def json_object(text: str | None) -> dict[str, Any] | None:

@@ -93,8 +93,8 @@ class Converter:
         return found or _NO_TIME
 
     def _key(self, old: dict[str, Any], row: dict[str, Any]) -> str:
-        """The key of the row, or the default key of feedback. A row whose key another row has gets a
-        new key, so that no row is lost."""
+        """The key of the row, or the default key of feedback. A duplicate key is replaced by a new
+        one, so that no row is lost."""
         key = old.get(self._key_column)
         if not key and self._table == FEEDBACK:
             key = feedback_key(row)

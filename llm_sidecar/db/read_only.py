@@ -17,7 +17,7 @@ from llm_sidecar.db.location import Location
 from llm_sidecar.db.log import Row, read_segment, segments
 from llm_sidecar.db.rows import KEYS, ROW_ID
 from llm_sidecar.db.schema import arrow_schemas, upgraded
-from llm_sidecar.db.tables import Tables, open_tables_to_read
+from llm_sidecar.db.tables import Tables, open_tables
 from llm_sidecar.errors import DatabaseUnavailable
 
 _OPEN_SECONDS: Final = 60.0
@@ -52,7 +52,7 @@ async def opened_read_only(location: Location) -> AsyncIterator[tuple[Tables, Lo
         async with asyncio.timeout(_OPEN_SECONDS):
             # The logs first: a row that moves to its table in the meantime is then found there.
             logged, unreadable = await asyncio.to_thread(_read_logs, location)
-            tables = await open_tables_to_read(location)
+            tables = await open_tables(location, create=False, write=False)
     except DatabaseUnavailable:
         raise
     except TimeoutError:

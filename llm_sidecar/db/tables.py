@@ -48,7 +48,7 @@ class Tables:
             none.
     """
 
-    def __init__(self, location: Location, connection: Any) -> None:
+    def __init__(self, location: Location, connection: Any, *, write: bool) -> None:
         """Use `open_tables`."""
         self.repairs: list[str] = []
         self.database_id: str | None = None
@@ -59,32 +59,17 @@ class Tables:
         self._writes: set[asyncio.Task[None]] = set()
         self._disk = Disk(location) if location.folder else None
         self._tables: dict[str, Any] = {}
-        self._may_write = True
+        self._may_write = write
 
     def __getitem__(self, name: str) -> Any:
         return self._tables[name]
 
     async def open_all(self, *, create: bool) -> None:
-        """Opens the tables and creates the missing ones.
-
-        First repairs the database, if no other process has it open.
-
-        Raises:
-            FileNotFoundError: there is no table at all, and `create` is False.
-            OldShape: a table is of an older version.
-            Exception: whatever lancedb raises.
-        """
-        alive = self._location.log_folder / "alive.lock"
-        async with _lock(self._location.log_folder / "opening.lock"):
-            with locked(alive, wait=False) as alone:
-                if alone and self._disk is not None:
-                    repair = Repair(self._disk, self._location.log_folder, self._connection)
-                    self.repairs = repair.done
-                    await repair.run()
-            # From here on no other process can be alone.
-            while not self._alive.enter_context(locked(alive, wait=False, shared=True)):
-                self._alive.close()
-                await asyncio.sleep(_LOCK_PAUSE)
+        """See `open_tables`."""
+        opening = _lock(self._location.log_folder / "opening.lock")
+        async with opening if self._may_write else contextlib.nullcontext():
+            if self._may_write:
+                await self._enter()
             present = (await self._connection.list_tables()).tables
             if not create and not present:
                 raise FileNotFoundError("There is no database")
@@ -92,20 +77,18 @@ class Tables:
                 await self._open(name, present)
             self.database_id = database_id(await self._tables[FEEDBACK].schema())
 
-    async def open_to_read(self) -> None:
-        """Opens the tables without writing anything: no lock, no repair, no new table.
-
-        Raises:
-            FileNotFoundError: there is no table at all.
-            OldShape: a table is of an older version, or missing.
-            Exception: whatever lancedb raises.
-        """
-        self._may_write = False
-        present = (await self._connection.list_tables()).tables
-        if not present:
-            raise FileNotFoundError("There is no database")
-        for name in TABLES:
-            await self._open(name, present)
+    async def _enter(self) -> None:
+        """Repairs the database if no other process has it open, then takes the shared lock."""
+        alive = self._location.log_folder / "alive.lock"
+        with locked(alive, wait=False) as alone:
+            if alone and self._disk is not None:
+                repair = Repair(self._disk, self._location.log_folder, self._connection)
+                self.repairs = repair.done
+                await repair.run()
+        # From here on no other process can be alone.
+        while not self._alive.enter_context(locked(alive, wait=False, shared=True)):
+            self._alive.close()
+            await asyncio.sleep(_LOCK_PAUSE)
 
     async def _open(self, name: str, present: Sequence[str]) -> None:
         if name in present:
@@ -237,34 +220,21 @@ class Tables:
             task.add_done_callback(lambda _: None if self._writes else self._alive.close())
 
 
-async def open_tables(location: Location, *, create: bool) -> Tables:
-    """Connects, repairs and opens the tables.
+async def open_tables(location: Location, *, create: bool, write: bool = True) -> Tables:
+    """Connects, repairs the database after a crash and opens the tables; creates missing tables.
+
+    Args:
+        create: whether the database may be missing.
+        write: False to write nothing: no lock, no repair, no new table.
 
     Raises:
         FileNotFoundError: there is no database, and `create` is False.
-        OldShape: a table is of an older version.
+        OldShape: a table is of an older version, or missing and `write` is False.
         Exception: whatever lancedb raises.
     """
-    tables = Tables(location, await connect(location, create=create))
+    tables = Tables(location, await connect(location, create=create, write=write), write=write)
     try:
         await tables.open_all(create=create)
-    except BaseException:
-        await tables.close()
-        raise
-    return tables
-
-
-async def open_tables_to_read(location: Location) -> Tables:
-    """Connects and opens the tables without writing anything.
-
-    Raises:
-        FileNotFoundError: there is no database.
-        OldShape: a table is of an older version, or missing.
-        Exception: whatever lancedb raises.
-    """
-    tables = Tables(location, await connect(location, create=False, write=False))
-    try:
-        await tables.open_to_read()
     except BaseException:
         await tables.close()
         raise

@@ -125,7 +125,7 @@ async def test_two_writers_at_once_lose_and_double_nothing(
 async def test_a_server_that_hangs_and_comes_back_loses_and_doubles_nothing(
     uri: str, running: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "_ASK_SECONDS", 1.0)
+    monkeypatch.setattr(store, "_QUERY_SECONDS", 1.0)
     monkeypatch.setattr(writer, "_STALLED_SECONDS", 1.0)
     opened = await Store.open(uri)
     running.send(signal.SIGSTOP)
@@ -136,7 +136,7 @@ async def test_a_server_that_hangs_and_comes_back_loses_and_doubles_nothing(
         await opened.last(SCORES, 1)
     await until(lambda: opened.status()["state"] == "away")
     running.send(signal.SIGCONT)
-    monkeypatch.setattr(store, "_ASK_SECONDS", 30.0)
+    monkeypatch.setattr(store, "_QUERY_SECONDS", 30.0)
     await until(lambda: not opened.status()["rows_waiting"], 60)
     assert [row["run_id"] for row in await opened.last(SCORES, 0)] == ["meanwhile"]
     assert opened.status()["state"] == "open"
