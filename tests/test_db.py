@@ -6,7 +6,8 @@ import asyncio
 import datetime
 import json
 import multiprocessing
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -215,14 +216,28 @@ async def test_feedback_delivered_twice_is_one_row(store: Store, tmp_path: Path)
     assert sorted(row["feedback_type"] for row in rows) == ["human_edit", "rating"]
 
 
-def _append_the_same(folder: Path, number: int, rounds: int, barrier: Any) -> None:
-    """One of several processes that store the same feedback at the same moment."""
+def run_processes(work: Callable[..., None], folder: Path, count: int = 3) -> list[int | None]:
+    """Runs `work(folder, number, barrier)` in several processes; returns their exit codes."""
+    # The processes are forked from a server that imports lancedb once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    barrier = context.Barrier(count)
+    processes = [
+        context.Process(target=work, args=(folder, number, barrier)) for number in range(count)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
 
+
+def _append_the_same(folder: Path, number: int, barrier: Barrier) -> None:
     async def append() -> None:
         store = await Store.open(folder)
-        for turn in range(rounds):
+        for turn in range(10):
             barrier.wait(30)
-            # Each gives it a time of its own, as sidecars do that hear it without one.
+            # Each process sets its own time, as sidecars do for events without one.
             when = NOW + datetime.timedelta(seconds=number)
             await store.append(feedback(timestamp=when, feedback_id=f"published-{turn}"))
         await store.close()
@@ -232,19 +247,7 @@ def _append_the_same(folder: Path, number: int, rounds: int, barrier: Any) -> No
 
 async def test_processes_that_store_the_same_feedback_at_once_store_it_once(tmp_path: Path) -> None:
     await (await Store.open(tmp_path)).close()
-    # Its server imports lancedb once, and all processes are forked from it.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    barrier = context.Barrier(3)
-    processes = [
-        context.Process(target=_append_the_same, args=(tmp_path, number, 10, barrier))
-        for number in range(3)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        await asyncio.to_thread(process.join, 60)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert await asyncio.to_thread(run_processes, _append_the_same, tmp_path) == [0, 0, 0]
     store = await Store.open(tmp_path)
     rows = await store.last("phi3_feedback", 0)
     await store.close()

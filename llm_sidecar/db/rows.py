@@ -156,10 +156,10 @@ class PublishedFeedback(Phi3FeedbackSchema):
 
 def feedback_key(row: Mapping[str, Any]) -> str:
     """The default `feedback_id`, from the column values."""
-    parts = [str(row[column]) for column in _FEEDBACK_KEY]
+    values = [str(row[column]) for column in _FEEDBACK_KEY]
     if row["corrected_proposal"] is not None:
-        parts.append(row["corrected_proposal"])
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        values.append(row["corrected_proposal"])
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 _FEEDBACK_KEY: Final = ("transaction_id", "timestamp", "feedback_type", "feedback_content")
