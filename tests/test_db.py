@@ -79,7 +79,7 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
     await opened.close()
 
 
-async def test_a_row_comes_back_as_it_went_in(store: Store) -> None:
+async def test_a_row_is_read_as_it_was_written(store: Store) -> None:
     corrected = {"ticker": "ABC", "confidence": 0.5}
     await store.append(feedback(corrected_proposal=corrected))
     await store.append(run())
@@ -134,7 +134,7 @@ async def test_a_hostile_text_is_stored_and_found_as_it_was(store: Store, text: 
     assert await store.recent_corrections(1) == [(text, {"why": text, text: 1}, text, feedback_id)]
 
 
-async def test_a_text_that_is_no_unicode_is_refused() -> None:
+async def test_text_that_is_not_unicode_is_refused() -> None:
     with pytest.raises(ValidationError):
         run(input_query="\ud800")
 
@@ -155,7 +155,7 @@ async def test_every_timestamp_is_kept_as_utc(store: Store, written: Any) -> Non
 
 
 @pytest.mark.parametrize("given", [{}, {"timestamp": None}])
-def test_a_row_without_a_timestamp_is_of_now(given: dict[str, Any]) -> None:
+def test_the_default_timestamp_is_now(given: dict[str, Any]) -> None:
     before = datetime.datetime.now(datetime.UTC)
     made = HermesScoreSchema(run_id="r", score=1.0, **given).timestamp
     assert before <= made <= datetime.datetime.now(datetime.UTC)
@@ -179,7 +179,7 @@ def test_a_row_without_a_timestamp_is_of_now(given: dict[str, Any]) -> None:
         {"other": 1},
     ],
 )
-def test_a_dict_that_is_no_row_is_refused(changes: dict[str, Any]) -> None:
+def test_an_invalid_dict_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         feedback(**changes)
 
@@ -198,14 +198,14 @@ async def test_the_last_rows_come_newest_first(store: Store) -> None:
     assert [row["run_id"] for row in await store.last("orchestrator_runs", 0)] == ["3", "2", "1"]
 
 
-async def test_many_callers_at_once_lose_nothing(store: Store) -> None:
+async def test_many_concurrent_callers_lose_no_row(store: Store) -> None:
     rows = [HermesScoreSchema(run_id=str(number), score=0.5) for number in range(200)]
     await asyncio.gather(*map(store.append, rows))
     found = await store.last("hermes_scores", 0)
     assert sorted(int(row["run_id"]) for row in found) == list(range(200))
 
 
-async def test_feedback_delivered_twice_is_one_row(store: Store, tmp_path: Path) -> None:
+async def test_feedback_that_is_delivered_twice_is_stored_once(store: Store, tmp_path: Path) -> None:
     await asyncio.gather(*(store.append(feedback()) for _ in range(3)))
     await store.append(feedback())
     other_process = await Store.open(tmp_path / "db")
@@ -254,13 +254,13 @@ async def test_processes_that_store_the_same_feedback_at_once_store_it_once(tmp_
     assert sorted(row["feedback_id"] for row in rows) == [f"published-{n}" for n in range(10)]
 
 
-async def test_different_feedback_in_the_same_second_is_two_rows(store: Store) -> None:
+async def test_different_feedback_of_the_same_second_is_stored_twice(store: Store) -> None:
     for content in ("the stop is too tight", "so is the target"):
         await store.append(feedback(feedback_content=content))
     assert len(await store.last("phi3_feedback", 0)) == 2
 
 
-async def test_the_mean_score_is_that_of_the_time_asked_for(store: Store) -> None:
+async def test_the_mean_score_covers_the_given_time(store: Store) -> None:
     assert await store.mean_score_since(NOW) == (None, 0)
     for hours, value in ((-30, 0.0), (-23, 0.2), (0, 0.6)):
         await store.append(score(timestamp=NOW + datetime.timedelta(hours=hours), score=value))
@@ -269,7 +269,7 @@ async def test_the_mean_score_is_that_of_the_time_asked_for(store: Store) -> Non
     assert number == 2
 
 
-async def test_corrections_come_in_the_order_of_arrival_with_the_prompt_they_correct(
+async def test_corrections_are_in_order_of_arrival_with_their_prompts(
     store: Store,
 ) -> None:
     for number in range(3):
@@ -302,7 +302,7 @@ async def test_corrections_come_in_the_order_of_arrival_with_the_prompt_they_cor
     ]
 
 
-async def test_usable_corrections_are_found_behind_many_that_are_not(store: Store) -> None:
+async def test_usable_corrections_are_found_behind_many_unusable_ones(store: Store) -> None:
     await store.append(run(run_id="t"))
     for number in range(2):
         await store.append(
@@ -331,14 +331,14 @@ async def test_corrections_and_prompts_that_are_too_long_are_not_read(store: Sto
     assert [correction.transaction_id for correction in found] == ["short"]
 
 
-async def test_corrections_that_differ_in_nothing_else_are_two_rows(store: Store) -> None:
+async def test_corrections_that_differ_only_in_the_proposal_are_two_rows(store: Store) -> None:
     for number in range(2):
         await store.append(feedback(corrected_proposal={"n": number}))
     rows = await store.last("phi3_feedback", 0)
     assert sorted(row["corrected_proposal"] for row in rows) == ['{"n":0}', '{"n":1}']
 
 
-async def test_a_large_table_gives_its_newest_rows_wherever_they_are(
+async def test_the_newest_rows_of_a_large_table_are_found_at_any_age(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm_sidecar.db.queries._SMALL", 10)
@@ -357,7 +357,7 @@ async def test_a_large_table_gives_its_newest_rows_wherever_they_are(
     assert [row["run_id"] for row in rows] == ["0", "1", "2"]
 
 
-async def test_closing_writes_what_waits(tmp_path: Path) -> None:
+async def test_closing_moves_the_logged_rows(tmp_path: Path) -> None:
     store = await Store.open(tmp_path / "db")
     writing = [asyncio.create_task(store.append(run(run_id=str(n)))) for n in range(20)]
     await asyncio.sleep(0)
@@ -384,7 +384,7 @@ async def test_a_hundred_rows_are_written_in_less_than_a_hundred_commits(tmp_pat
 # For scripts
 
 
-def test_scripts_write_models_and_dicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synchronous_functions_accept_models_and_dicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LANCEDB_URI", str(tmp_path / "db"))
     db.init_db()
     db.append_feedback(Phi3FeedbackSchema(**FEEDBACK))

@@ -65,7 +65,7 @@ def test_processes_that_create_it_at_once_all_succeed(tmp_path: Path) -> None:
     assert asyncio.run(names()) == ["0", "1", "2"]
 
 
-async def test_a_place_that_cannot_be_says_so(tmp_path: Path) -> None:
+async def test_an_impossible_location_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DatabaseUnavailable, match="cannot be opened") as caught:
         await Store.open(tmp_path / "file" / "db")
@@ -73,7 +73,7 @@ async def test_a_place_that_cannot_be_says_so(tmp_path: Path) -> None:
     assert "\n" not in caught.value.detail
 
 
-async def test_a_store_that_does_not_answer_is_given_up_at_the_deadline(tmp_path: Path) -> None:
+async def test_an_object_store_that_does_not_respond_fails_at_the_deadline(tmp_path: Path) -> None:
     silent = socket.create_server(("127.0.0.1", 0))
     port = silent.getsockname()[1]
     uri = "s3://key:secret@bucket/db"

@@ -132,7 +132,7 @@ def test_a_query_creates_no_database(
     assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]
 
 
-def test_a_terminal_gets_a_table_in_which_nothing_steers_it(
+def test_control_characters_are_escaped_on_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LANCEDB_URI", str(tmp_path / "db"))
@@ -150,7 +150,7 @@ def test_a_terminal_gets_a_table_in_which_nothing_steers_it(
     assert "x" * 50 not in row
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(filled: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(filled: Path) -> None:
     command = f"{sys.executable} -m llm_sidecar.db query-runs --last 0 | head -c 1 >&2"
     environ = os.environ | {"LANCEDB_URI": str(filled), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -226,7 +226,7 @@ def ids(lines: list[str]) -> list[str]:
 
 
 @pytest.mark.usefixtures("mixed")
-def test_status_takes_only_runs_of_that_status(capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_selects_runs_with_that_status(capsys: pytest.CaptureFixture[str]) -> None:
     assert ids(said(capsys, "query-runs", "--status", "success")) == ["2", "1", "0"]
     errors = ids(said(capsys, "query-runs", "--status", "error", "--last", "2"))
     assert errors == ["minute", "hour"]
@@ -243,7 +243,7 @@ def test_status_takes_only_runs_of_that_status(capsys: pytest.CaptureFixture[str
         ("20260103", []),
     ],
 )
-def test_since_takes_iso_times_which_are_utc_unless_they_say(
+def test_since_accepts_iso_times_that_default_to_utc(
     capsys: pytest.CaptureFixture[str], since: str, expected: list[str]
 ) -> None:
     lines = said(capsys, "query-runs", "--last", "0", "--status", "success", "--since", since)
@@ -260,14 +260,14 @@ def test_since_takes_iso_times_which_are_utc_unless_they_say(
         ("2w", ["minute", "hour", "day", "week"]),
     ],
 )
-def test_since_takes_spans(
+def test_since_accepts_ages(
     capsys: pytest.CaptureFixture[str], since: str, expected: list[str]
 ) -> None:
     assert ids(said(capsys, "query-runs", "--last", "0", "--since", since)) == expected
 
 
 @pytest.mark.usefixtures("mixed")
-def test_where_nothing_matches_it_says_so_and_not_among_the_rows(
+def test_a_query_without_matches_is_reported_apart_from_the_rows(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert cli_main(["query-runs", "--status", "'; DROP TABLE"]) == 0
@@ -292,7 +292,7 @@ def test_where_nothing_matches_it_says_so_and_not_among_the_rows(
         ["verify", "two\nlines"],
     ],
 )
-def test_a_bad_value_is_one_line_and_exit_2_and_opens_nothing(
+def test_an_invalid_value_exits_with_2_before_anything_is_opened(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
     assert cli_main(arguments) == 2
@@ -313,7 +313,7 @@ def test_a_bad_value_is_one_line_and_exit_2_and_opens_nothing(
         ("export", "<sft|dpo|jsonl>"),
     ],
 )
-def test_every_command_explains_itself(
+def test_every_command_has_help(
     capsys: pytest.CaptureFixture[str], command: str, holds: str
 ) -> None:
     text = " ".join(said(capsys, command, "--help"))
@@ -379,7 +379,7 @@ def proposals_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--since", "2026-01-02T03:05", "--ticker", "ABC"], ["t-1"]),
     ],
 )
-def test_ticker_and_action_take_only_such_proposals_before_the_last_are_taken(
+def test_ticker_and_action_filter_before_the_limit(
     proposals_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -404,7 +404,7 @@ def test_ticker_and_action_take_only_such_proposals_before_the_last_are_taken(
         (SCORES, ["--min-score", "0.4"], ["t-0", "t-1", "t-2"]),
     ],
 )
-def test_score_and_model_take_only_such_rows(
+def test_score_and_model_select_matching_rows(
     proposals_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -433,7 +433,7 @@ def test_score_and_model_take_only_such_rows(
         ),
     ],
 )
-def test_a_filter_that_the_table_has_no_column_for_names_the_tables(
+def test_a_filter_without_a_column_names_the_tables_that_have_it(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
 ) -> None:
     assert cli_main(["query-runs", *arguments]) == 2
@@ -472,7 +472,7 @@ def mixed_rows(folder: Path) -> Path:
 
 
 @pytest.mark.usefixtures("mixed_rows")
-def test_jsonl_has_objects_as_objects_and_words_as_words(
+def test_jsonl_decodes_objects_and_keeps_text(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (row,) = map(json.loads, said(capsys, "query-runs", "--table", PROPOSALS))
@@ -532,7 +532,7 @@ def test_parquet_has_the_types_of_the_table(
 
 @pytest.mark.usefixtures("mixed_rows")
 @pytest.mark.parametrize("form", ["table", "jsonl", "csv"])
-def test_rows_go_into_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
+def test_rows_are_written_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
     command = ["query-runs", "--table", PROPOSALS, "--format", form]
     assert cli_main(command) == 0
     shown = capsys.readouterr().out
@@ -588,7 +588,7 @@ def test_rows_fit_the_terminal(
 
 
 @pytest.mark.parametrize("columns", [20, 80])
-def test_wide_shows_all(long_row: str, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+def test_wide_does_not_shorten_values(long_row: str, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     _, terminal = on_terminal(monkeypatch, "query-runs", "--wide")
     assert any(line.endswith(long_row) for line in terminal.screen())
@@ -597,7 +597,7 @@ def test_wide_shows_all(long_row: str, monkeypatch: pytest.MonkeyPatch, columns:
 
 @pytest.mark.usefixtures("long_row")
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "cp1252"])
-def test_a_terminal_of_any_encoding_gets_what_it_can_show(
+def test_output_uses_only_characters_of_the_terminals_encoding(
     monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
     raw = io.BytesIO()
@@ -779,7 +779,7 @@ def test_a_command_that_writes_reports_a_read_only_database(
     )
 
 
-def test_an_unreadable_folder_is_not_called_empty(
+def test_an_unreadable_folder_is_not_reported_as_empty(
     readable_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
@@ -836,7 +836,7 @@ def test_stats_are_a_table_on_a_terminal(
     assert all(json.loads(line) for line in said(capsys, "stats", "--json"))
 
 
-def test_compact_joins_fragments_and_says_so(
+def test_compact_merges_fragments_and_reports_it(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill_in_pieces(folder, 4)
@@ -849,7 +849,7 @@ def test_compact_joins_fragments_and_says_so(
     assert sorted(ids(said(capsys, "query-runs", "--table", SCORES))) == list("0123")
 
 
-def test_compact_leaves_it_to_another_process_that_is_at_it(
+def test_compact_fails_while_another_process_compacts(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill_in_pieces(folder, 1)
@@ -860,7 +860,7 @@ def test_compact_leaves_it_to_another_process_that_is_at_it(
     assert output.err == "Another process is compacting this database.\n"
 
 
-def test_verify_of_a_sound_database_counts_its_rows(
+def test_verify_counts_the_rows_of_a_sound_database(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill_in_pieces(folder, 2)
@@ -871,7 +871,7 @@ def test_verify_of_a_sound_database_counts_its_rows(
     ]
 
 
-def test_verify_finds_a_row_that_is_there_twice(
+def test_verify_finds_a_duplicate_row(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill_in_pieces(folder, 2)
@@ -883,7 +883,7 @@ def test_verify_finds_a_row_that_is_there_twice(
     assert f"{RUNS}: 0 of 0 rows are readable, ids are unique" in lines
 
 
-def test_verify_fails_where_rows_cannot_be_read(
+def test_verify_fails_if_rows_cannot_be_read(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill_in_pieces(folder, 1)
@@ -916,7 +916,7 @@ def on_terminal(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, 
         return cli_main(arguments), terminal
 
 
-def test_progress_is_shown_on_a_terminal_and_gone_when_the_result_comes(
+def test_progress_is_shown_on_a_terminal_and_erased_before_the_result(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill_in_pieces(folder, 2)
@@ -926,7 +926,7 @@ def test_progress_is_shown_on_a_terminal_and_gone_when_the_result_comes(
     assert [line.split(":")[0] for line in terminal.screen()] == list(TABLES)
 
 
-def test_progress_does_not_run_into_the_rows_of_an_export(
+def test_progress_is_erased_before_the_rows_of_an_export(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "_AT_ONCE", 1)
@@ -947,7 +947,7 @@ def test_progress_does_not_run_into_the_rows_of_an_export(
     assert count == "2 rows"
 
 
-def test_progress_is_gone_when_a_failure_is_told(
+def test_progress_is_erased_before_an_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = [{"run_id": str(number), "score": 0.5} for number in range(3)]
@@ -960,7 +960,7 @@ def test_progress_is_gone_when_a_failure_is_told(
     assert terminal.screen()[-1].startswith("The database cannot be used: ")
 
 
-def test_no_progress_is_written_into_a_file(
+def test_no_progress_is_written_to_a_file(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill_in_pieces(folder, 2)
@@ -1006,7 +1006,7 @@ def interrupting_store(monkeypatch: pytest.MonkeyPatch, logs: Path) -> Iterator[
         connection.close()
 
 
-def test_ctrl_c_exits_130_without_a_word(
+def test_ctrl_c_exits_with_130_and_no_output(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Tests that a script runs in the background ignore it.
@@ -1020,7 +1020,7 @@ def test_ctrl_c_exits_130_without_a_word(
     assert (output.out, output.err) == ("", "")
 
 
-def test_ctrl_c_ends_a_script_that_waits_for_its_database(
+def test_ctrl_c_ends_a_script_that_waits_for_the_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -91,7 +91,7 @@ def said(rows: list[dict[str, Any]], column: str = "completion") -> list[Any]:
     return [json.loads(row[column][0]["content"]) for row in rows]
 
 
-def test_sft_gives_conversational_prompts_and_completions(
+def test_sft_writes_conversational_prompts_and_completions(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(folder, proposed(), corrected())
@@ -108,7 +108,7 @@ def test_sft_gives_conversational_prompts_and_completions(
     assert told == "1 rows\n"
 
 
-def test_dpo_gives_conversational_preferences_with_an_explicit_prompt(
+def test_dpo_writes_conversational_preferences_with_an_explicit_prompt(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(folder, proposed(), corrected())
@@ -124,7 +124,7 @@ def test_dpo_gives_conversational_preferences_with_an_explicit_prompt(
     assert told == "1 rows\n"
 
 
-def test_a_completion_is_written_as_the_guidance_lets_phi3_write_it(
+def test_a_completion_is_written_as_the_guidance_requires(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whoever corrects leaves out what does not change, and keeps no order."""
@@ -137,7 +137,7 @@ def test_a_completion_is_written_as_the_guidance_lets_phi3_write_it(
     )
 
 
-def test_jsonl_gives_all_feedback_oldest_first_with_what_it_is_about(
+def test_jsonl_writes_all_feedback_oldest_first_with_its_transaction(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(
@@ -175,7 +175,7 @@ def test_jsonl_gives_all_feedback_oldest_first_with_what_it_is_about(
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_the_latest_correction_of_a_transaction_wins(
+def test_the_latest_correction_of_a_transaction_is_exported(
     folder: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     fill(folder, proposed(), corrected(proposal=CORRECTED | {"confidence": 0.5}, minutes=9))
@@ -185,7 +185,7 @@ def test_the_latest_correction_of_a_transaction_wins(
     assert [proposal["confidence"] for proposal in said(rows, column)] == [0.5]
 
 
-def test_examples_come_in_the_order_of_the_corrections_that_won(
+def test_examples_are_in_the_order_of_the_latest_corrections(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(folder, proposed("a"), proposed("b"), corrected("a"), corrected("b", minutes=1))
@@ -194,7 +194,7 @@ def test_examples_come_in_the_order_of_the_corrections_that_won(
     assert [row["prompt"][-1]["content"] for row in rows] == ["Prompt of b", "Prompt of a"]
 
 
-def test_what_makes_no_example_is_left_out_and_counted(
+def test_corrections_without_an_example_are_counted_by_reason(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reordered = dict(reversed(PROPOSED.items()))
@@ -222,7 +222,7 @@ def test_what_makes_no_example_is_left_out_and_counted(
     )
 
 
-def test_withdrawn_feedback_is_in_no_export_and_counted(
+def test_withdrawn_feedback_is_left_out_and_counted(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     better = CORRECTED | {"confidence": 0.5}
@@ -246,7 +246,7 @@ def test_withdrawn_feedback_is_in_no_export_and_counted(
     assert [row["corrected_proposal"] for row in exported(capsys, "jsonl")[0]] == [CORRECTED]
 
 
-def test_a_correction_that_leaves_out_what_the_proposal_has_as_null_is_equal_to_it(
+def test_a_correction_that_omits_a_null_of_the_proposal_is_equal_to_it(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = {key: value for key, value in CORRECTED.items() if value is not None}
@@ -254,7 +254,7 @@ def test_a_correction_that_leaves_out_what_the_proposal_has_as_null_is_equal_to_
     assert exported(capsys, "dpo")[0] == []
 
 
-def test_runs_of_before_there_was_a_table_of_proposals_are_found_by_their_output(
+def test_the_proposal_of_a_run_without_a_stored_proposal_is_read_from_its_output(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = {"proposal": PROPOSED, "assessment": "Bold.", "score": 0.25}
@@ -276,7 +276,7 @@ def test_runs_of_before_there_was_a_table_of_proposals_are_found_by_their_output
 
 
 @pytest.mark.parametrize("output", ["", "[]", "{", '{"proposal":"none"}', "null"])
-def test_a_run_whose_output_holds_no_proposal_gives_sft_alone(
+def test_a_run_without_a_proposal_is_exported_for_sft_only(
     folder: Path, capsys: pytest.CaptureFixture[str], output: str
 ) -> None:
     fill(folder, run(final_output=output), corrected("r-1"))
@@ -292,7 +292,7 @@ def test_a_run_whose_output_holds_no_proposal_gives_sft_alone(
         ("24h", ["now"]),
     ],
 )
-def test_since_takes_only_later_feedback(
+def test_since_excludes_earlier_feedback(
     folder: Path, capsys: pytest.CaptureFixture[str], since: str, names: list[str]
 ) -> None:
     now = datetime.datetime.now(datetime.UTC)
@@ -305,7 +305,7 @@ def test_since_takes_only_later_feedback(
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "jsonl"])
-def test_hostile_texts_survive(folder: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+def test_hostile_texts_are_exported_unchanged(folder: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     texts = [*HOSTILE, "\u2028 and \u2029 end lines for some"]
     corrections = [CORRECTED | {"rationale": text, "ticker": text} for text in texts]
     fill(
@@ -325,7 +325,7 @@ def test_hostile_texts_survive(folder: Path, capsys: pytest.CaptureFixture[str],
 
 
 @pytest.mark.parametrize("text", ["\ud800", "\x00 and \x0b and \u0085"])
-def test_what_is_no_text_in_a_correction_spoils_no_export(
+def test_an_invalid_text_in_a_correction_does_not_break_an_export(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
     """As versions that took every string have stored it; JSON can hold it."""
@@ -338,7 +338,7 @@ def test_what_is_no_text_in_a_correction_spoils_no_export(
     assert exported(capsys, "sft")[1] == "0 rows; left out: 1 no valid proposal\n"
 
 
-def test_transactions_are_looked_up_in_as_many_turns_as_it_takes(
+def test_transactions_are_read_in_several_queries(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "_AT_ONCE", 3)
@@ -349,14 +349,14 @@ def test_transactions_are_looked_up_in_as_many_turns_as_it_takes(
     assert [row["prompt"][-1]["content"] for row in rows] == [f"Prompt of {n}" for n in names]
 
 
-def test_a_database_without_feedback_gives_no_lines(
+def test_a_database_without_feedback_has_an_empty_export(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(folder, proposed())
     assert exported(capsys, "sft") == ([], "0 rows\n")
 
 
-def test_datasets_loads_what_was_exported(
+def test_datasets_loads_an_export(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
@@ -384,7 +384,7 @@ def test_datasets_loads_what_was_exported(
 # Into a file
 
 
-def test_a_file_takes_the_place_of_an_older_one_and_nothing_else_is_left(
+def test_a_file_replaces_an_older_one_and_no_other_file_is_left(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(folder, proposed(), corrected())
@@ -397,7 +397,7 @@ def test_a_file_takes_the_place_of_an_older_one_and_nothing_else_is_left(
     assert list(out.parent.iterdir()) == [out]
 
 
-def test_a_file_is_readable_by_whom_the_umask_says(folder: Path, tmp_path: Path) -> None:
+def test_a_file_has_the_permissions_of_the_umask(folder: Path, tmp_path: Path) -> None:
     fill(folder, proposed())
     before = os.umask(0o027)
     try:
@@ -415,7 +415,7 @@ def test_a_file_is_readable_by_whom_the_umask_says(folder: Path, tmp_path: Path)
         ("folder", "Is a directory"),
     ],
 )
-def test_what_cannot_be_written_is_one_line(
+def test_an_unwritable_path_is_reported_on_one_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str, why: str
 ) -> None:
     fill(folder, proposed(), corrected())
@@ -431,7 +431,7 @@ def test_what_cannot_be_written_is_one_line(
     assert (tmp_path / "file").read_text() == "as it was"
 
 
-def test_a_full_disk_is_one_line(
+def test_a_full_disk_is_reported_on_one_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # A device of our own: were the real /dev/full ever replaced, the machine would lack it.
@@ -449,7 +449,7 @@ def test_a_full_disk_is_one_line(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_may_not_be_written_to_is_one_line(
+def test_a_folder_without_write_permission_is_reported_on_one_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(folder, proposed())
@@ -460,7 +460,7 @@ def test_a_folder_that_may_not_be_written_to_is_one_line(
     assert "Permission denied" in capsys.readouterr().err
 
 
-def test_a_file_stays_as_it_was_where_the_database_fails_halfway(
+def test_a_file_is_unchanged_if_the_database_fails_halfway(
     folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -483,7 +483,7 @@ def test_a_file_stays_as_it_was_where_the_database_fails_halfway(
     assert list(out.parent.iterdir()) == [out]
 
 
-def test_a_link_stays_one_and_its_target_is_replaced(folder: Path, tmp_path: Path) -> None:
+def test_the_target_of_a_link_is_replaced(folder: Path, tmp_path: Path) -> None:
     fill(folder, proposed(), corrected())
     (tmp_path / "link").symlink_to(tmp_path / "target")
     assert cli_main(["export", "--format", "sft", "--out", str(tmp_path / "link")]) == 0
@@ -491,7 +491,7 @@ def test_a_link_stays_one_and_its_target_is_replaced(folder: Path, tmp_path: Pat
     assert json.loads((tmp_path / "target").read_text())["prompt"]
 
 
-def test_a_pipe_is_written_to_and_not_replaced(folder: Path, tmp_path: Path) -> None:
+def test_a_pipe_is_written_to_directly(folder: Path, tmp_path: Path) -> None:
     fill(folder, proposed(), corrected())
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -504,6 +504,6 @@ def test_a_pipe_is_written_to_and_not_replaced(folder: Path, tmp_path: Path) -> 
     assert json.loads(got[0])["prompt"]
 
 
-def test_without_a_database_no_file_is_made(folder: Path, tmp_path: Path) -> None:
+def test_without_a_database_no_file_is_created(folder: Path, tmp_path: Path) -> None:
     assert cli_main(["export", "--format", "sft", "--out", str(tmp_path / "out")]) == 1
     assert list(tmp_path.iterdir()) == []

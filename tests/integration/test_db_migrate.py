@@ -162,7 +162,7 @@ SECOND: Final = NOW.replace(microsecond=0)
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("in_tokyo")
-def test_every_way_to_write_a_time_becomes_the_same_time(
+def test_every_format_of_a_time_is_converted_to_the_same_time(
     folder: Path, times: pa.Array, expected: datetime.datetime
 ) -> None:
     write(folder, SCORES, scored_at(times))
@@ -180,7 +180,7 @@ def test_every_way_to_write_a_time_becomes_the_same_time(
     ],
     ids=["text", "number", "year"],
 )
-def test_a_row_whose_time_cannot_be_read_stays_and_is_told_of(
+def test_a_row_with_an_unreadable_time_is_kept_and_reported(
     folder: Path, times: pa.Array, capsys: pytest.CaptureFixture[str]
 ) -> None:
     readable = sum(value == 9e15 for value in times.to_pylist()) if len(times) > 1 else 0
@@ -192,7 +192,7 @@ def test_a_row_whose_time_cannot_be_read_stays_and_is_told_of(
     assert told in capsys.readouterr().out
 
 
-def test_the_first_shape_of_all_becomes_todays(
+def test_the_first_shape_is_migrated_to_the_current_one(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(folder, FEEDBACK, [OLD_FEEDBACK])
@@ -240,7 +240,7 @@ def write_version_2(folder: Path) -> None:
     write(folder, PROPOSALS, pa.Table.from_pylist(rows, schema=schema))
 
 
-def test_a_proposal_of_version_2_keeps_all_that_it_had(
+def test_a_proposal_of_version_2_keeps_all_values(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_version_2(folder)
@@ -253,7 +253,7 @@ def test_a_proposal_of_version_2_keeps_all_that_it_had(
     assert opened(folder, PROPOSALS) == [OF_VERSION_2 | {"grounded": None}]
 
 
-def test_rows_that_version_2_left_in_its_log_arrive_after_migration(folder: Path) -> None:
+def test_rows_in_a_log_of_version_2_are_replayed_after_migration(folder: Path) -> None:
     write_version_2(folder)
     log = Log(folder / "_log")
     log.append([encode(Row(PROPOSALS, OF_VERSION_2 | {"prompt": "late", "row_id": "late"}))])
@@ -266,7 +266,7 @@ def test_rows_that_version_2_left_in_its_log_arrive_after_migration(folder: Path
     ]
 
 
-def test_a_migrated_database_can_be_looked_at_and_is_sound(
+def test_a_migrated_database_is_readable_and_sound(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(folder, RUNS, [OLD_RUN])
@@ -279,7 +279,7 @@ def test_a_migrated_database_can_be_looked_at_and_is_sound(
 
 
 @pytest.mark.parametrize("create", [False, True])
-def test_an_old_table_is_not_opened_but_says_what_to_do(folder: Path, create: bool) -> None:
+def test_opening_an_old_table_fails_with_instructions(folder: Path, create: bool) -> None:
     write(folder, RUNS, [OLD_RUN])
     write(folder, FEEDBACK, [OLD_FEEDBACK])
     told = r"phi3_feedback has the shape of an older .*llm_sidecar\.db migrate"
@@ -305,7 +305,7 @@ def test_a_table_of_a_later_version_is_neither_opened_nor_migrated(
     assert "update the sidecar" in capsys.readouterr().err
 
 
-def test_feedback_ids_stay_and_rows_get_the_key_they_lacked(folder: Path) -> None:
+def test_feedback_ids_are_kept_and_missing_keys_added(folder: Path) -> None:
     at = {"timestamp": NOW}
     last = {"schema_version": "1.0", "corrected_proposal": '{"n":1}', "feedback_id": "mine"}
     write(folder, FEEDBACK, [OLD_FEEDBACK | at | last])
@@ -384,7 +384,7 @@ def test_version_3_loses_no_row_of_its_tables_and_logs(
     assert rows == [stored | {"author": None}, logged | {"author": None}]
 
 
-def test_version_2_is_not_opened_but_says_what_to_do(version_2: Path) -> None:
+def test_opening_version_2_fails_with_instructions(version_2: Path) -> None:
     with pytest.raises(DatabaseUnavailable, match=r"llm_sidecar\.db migrate"):
         asyncio.run(Store.open(version_2))
     assert [row["feedback_id"] for row in read(version_2, FEEDBACK)] == ["f-1", "f-2"]
@@ -405,7 +405,7 @@ def test_version_2_loses_no_row_of_its_tables_and_logs(version_2: Path) -> None:
     assert [path.suffix for path in (version_2 / "_log" / "set_aside").iterdir()] == [".lance"] * 4
 
 
-def test_feedback_that_is_delivered_again_after_migration_is_one_row(folder: Path) -> None:
+def test_feedback_that_is_delivered_again_after_migration_is_stored_once(folder: Path) -> None:
     write(folder, FEEDBACK, [OLD_FEEDBACK])
     assert cli_main(["migrate"]) == 0
     append(folder, Phi3FeedbackSchema.model_validate(OLD_FEEDBACK))
@@ -413,7 +413,7 @@ def test_feedback_that_is_delivered_again_after_migration_is_one_row(folder: Pat
 
 
 @pytest.mark.parametrize("key", [{}, {"feedback_id": "same"}, {"feedback_id": ""}])
-def test_rows_that_are_there_twice_stay_and_get_keys_of_their_own(
+def test_duplicate_rows_are_kept_with_new_keys(
     folder: Path, key: dict[str, str]
 ) -> None:
     write(folder, FEEDBACK, [OLD_FEEDBACK | key] * 3)
@@ -422,7 +422,7 @@ def test_rows_that_are_there_twice_stay_and_get_keys_of_their_own(
     assert len({row["feedback_id"] for row in rows}) == len(rows) == 3
 
 
-def test_objects_in_struct_columns_become_the_json_that_was_meant(folder: Path) -> None:
+def test_objects_in_struct_columns_become_their_original_json(folder: Path) -> None:
     proposal = {"ticker": "ABC", "new_stop_pct": 2.5, "legs": [{"size": 1}]}
     contents = [{"stars": 5}, {"why": {"market": "thin"}}, {"stars": 0}, {"stars": 1}]
     corrected = [proposal, {"ticker": "X", "side": "LONG", "new_stop_pct": float("nan")}, {}, None]
@@ -440,7 +440,7 @@ def test_objects_in_struct_columns_become_the_json_that_was_meant(folder: Path) 
     assert [found[n]["corrected_proposal"] for n in "23"] == [None, None]
 
 
-def test_what_is_null_gets_a_value_where_todays_shape_demands_one(folder: Path) -> None:
+def test_null_becomes_a_default_in_a_required_column(folder: Path) -> None:
     write(
         folder,
         FEEDBACK,
@@ -466,7 +466,7 @@ def test_what_is_null_gets_a_value_where_todays_shape_demands_one(folder: Path) 
     assert sorted(row["score"] for row in opened(folder, SCORES)) == [-1.0, -1.0, 0.5]
 
 
-def test_a_correction_that_is_no_json_hinders_no_other(folder: Path) -> None:
+def test_an_invalid_correction_does_not_affect_others(folder: Path) -> None:
     texts = ["{'ticker': 'ABC'}", "null", "", "[" * 100_000, '{"ticker":"ABC"}']
     rows = [
         OLD_FEEDBACK
@@ -487,13 +487,13 @@ def test_a_correction_that_is_no_json_hinders_no_other(folder: Path) -> None:
     assert asyncio.run(ask()) == [("Long ABC", {"ticker": "ABC"}, "4", "f-4")]
 
 
-def test_numbers_and_texts_in_each_others_columns_are_read_as_what_they_mean(folder: Path) -> None:
+def test_numbers_and_texts_in_swapped_columns_are_converted(folder: Path) -> None:
     write(folder, SCORES, [OLD_SCORE | {"run_id": 7, "score": "0.25"}])
     assert cli_main(["migrate"]) == 0
     assert opened(folder, SCORES) == [OLD_SCORE | {"run_id": "7", "score": 0.25, "timestamp": NOW}]
 
 
-def test_a_column_that_nobody_knows_goes_and_is_named_and_kept_aside(
+def test_an_unknown_column_is_dropped_reported_and_kept_in_the_copy(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = pa.Table.from_pylist([OLD_SCORE])
@@ -513,7 +513,7 @@ def test_a_column_that_nobody_knows_goes_and_is_named_and_kept_aside(
     )
 
 
-def test_every_row_of_a_large_table_arrives(folder: Path) -> None:
+def test_every_row_of_a_large_table_is_migrated(folder: Path) -> None:
     write(folder, SCORES, [OLD_SCORE | {"run_id": str(number)} for number in range(10_000)])
     assert cli_main(["migrate"]) == 0
     assert {int(row["run_id"]) for row in read(folder, SCORES)} == set(range(10_000))
@@ -526,7 +526,7 @@ def test_an_empty_table_is_migrated(folder: Path) -> None:
     assert [row["run_id"] for row in opened(folder, SCORES)] == ["new"]
 
 
-def test_migrating_again_finds_nothing_to_do(
+def test_a_second_migration_changes_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(folder, SCORES, [OLD_SCORE] * 3)
@@ -555,7 +555,7 @@ def test_the_key_of_every_table_is_marked_so_that_equal_inserts_conflict(folder:
         assert field.metadata == {b"lance-schema:unenforced-primary-key": b"true"}
 
 
-def test_rows_that_came_while_the_table_was_old_arrive_after_migration(folder: Path) -> None:
+def test_rows_that_arrived_before_migration_are_stored_after_it(folder: Path) -> None:
     write(folder, SCORES, [OLD_SCORE])
     append(folder, HermesScoreSchema(run_id="meanwhile", timestamp=NOW, score=0.25))
     assert len(read(folder, SCORES)) == 1
@@ -568,7 +568,7 @@ def written(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.glob("*.lance/**/*")}
 
 
-async def test_a_database_that_is_in_use_is_not_touched(
+async def test_a_database_in_use_is_not_migrated(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = await Store.open(folder)
@@ -585,7 +585,7 @@ async def test_a_database_that_is_in_use_is_not_touched(
     assert await asyncio.to_thread(cli_main, ["migrate"]) == 0
 
 
-def test_what_was_done_is_told_even_where_a_later_table_fails(
+def test_finished_tables_are_reported_even_if_a_later_one_fails(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(folder, FEEDBACK, [OLD_FEEDBACK])
@@ -603,7 +603,7 @@ def test_what_was_done_is_told_even_where_a_later_table_fails(
     ]
 
 
-def test_a_table_that_cannot_be_kept_aside_stays_as_it_is(
+def test_a_table_that_cannot_be_copied_is_unchanged(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(folder, SCORES, [OLD_SCORE])
@@ -614,7 +614,7 @@ def test_a_table_that_cannot_be_kept_aside_stays_as_it_is(
     assert read(folder, SCORES) == [OLD_SCORE]
 
 
-def test_without_a_database_there_is_nothing_to_migrate_and_nothing_is_made(
+def test_without_a_database_migration_fails_and_creates_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli_main(["migrate"]) == 1

@@ -84,7 +84,7 @@ async def uri(
     running.send(signal.SIGCONT)
 
 
-async def test_rows_are_stored_asked_for_and_compacted(uri: str, tmp_path: Path) -> None:
+async def test_rows_are_stored_queried_and_compacted(uri: str, tmp_path: Path) -> None:
     store = await Store.open(uri)
     for number in range(3):
         await store.append(score(str(number)))
@@ -102,7 +102,7 @@ async def test_rows_are_stored_asked_for_and_compacted(uri: str, tmp_path: Path)
     assert not list((tmp_path / "log").glob("*/*/*.log"))
 
 
-async def test_two_writers_at_once_lose_and_double_nothing(
+async def test_two_concurrent_writers_lose_and_duplicate_no_row(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = await Store.open(uri)
@@ -122,7 +122,7 @@ async def test_two_writers_at_once_lose_and_double_nothing(
     await other.close()
 
 
-async def test_a_server_that_hangs_and_comes_back_loses_and_doubles_nothing(
+async def test_a_server_that_hangs_and_recovers_loses_and_duplicates_no_row(
     uri: str, running: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "_QUERY_SECONDS", 1.0)
@@ -143,7 +143,7 @@ async def test_a_server_that_hangs_and_comes_back_loses_and_doubles_nothing(
     await opened.close()
 
 
-async def test_what_could_not_be_moved_at_the_end_is_moved_by_the_next(
+async def test_rows_left_in_the_log_are_moved_by_the_next_process(
     uri: str, running: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "_CLOSE_SECONDS", 0.5)

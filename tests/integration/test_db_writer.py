@@ -86,7 +86,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-async def test_a_full_disk_refuses_rows_and_goes_on_when_there_is_space(small_disk: Path) -> None:
+async def test_rows_are_refused_while_the_disk_is_full_and_accepted_after(small_disk: Path) -> None:
     store = await Store.open(small_disk / "db")
     await store.append(score("before"))
     ballast = small_disk / "ballast"
@@ -118,7 +118,7 @@ async def test_a_full_disk_refuses_rows_and_goes_on_when_there_is_space(small_di
     assert await names(small_disk / "db") == sorted(accepted)
 
 
-async def test_a_full_disk_is_noticed_without_a_row(
+async def test_a_full_disk_is_detected_without_a_row(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "_CHECK_SECONDS", 0.02)
@@ -142,7 +142,7 @@ async def test_a_full_disk_is_noticed_without_a_row(
     assert await names(small_disk / "db") == ["after"]
 
 
-async def test_a_database_that_somebody_removes_is_made_anew(
+async def test_a_removed_database_is_created_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "_CHECK_SECONDS", 0.02)
@@ -157,7 +157,7 @@ async def test_a_database_that_somebody_removes_is_made_anew(
     assert await names(folder) == ["after"]
 
 
-async def test_the_log_takes_rows_while_a_table_is_away(tmp_path: Path) -> None:
+async def test_the_log_accepts_rows_while_a_table_is_missing(tmp_path: Path) -> None:
     store = await Store.open(tmp_path)
     table, hidden = tmp_path / f"{SCORES}.lance", tmp_path / "hidden"
     table.rename(hidden)
@@ -177,7 +177,7 @@ async def test_the_log_takes_rows_while_a_table_is_away(tmp_path: Path) -> None:
     await store.close()
 
 
-async def test_a_database_that_is_away_takes_rows_up_to_a_bound(
+async def test_an_unavailable_database_accepts_rows_up_to_a_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "_LOG_BYTES", 2000)
@@ -202,7 +202,7 @@ async def test_a_database_that_is_away_takes_rows_up_to_a_bound(
     assert await names(tmp_path) == [*accepted, "after"]
 
 
-async def test_what_is_left_in_the_log_at_the_end_is_there_at_the_next_start(
+async def test_rows_left_in_the_log_are_replayed_at_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "_BACKOFF_FIRST", 0.05)
@@ -217,7 +217,7 @@ async def test_what_is_left_in_the_log_at_the_end_is_there_at_the_next_start(
     assert await names(tmp_path) == ["left"]
 
 
-async def test_rows_are_taken_before_the_database_is_open(tmp_path: Path) -> None:
+async def test_rows_are_accepted_before_the_database_is_open(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.start()
     await store.append(score("early"))
@@ -246,7 +246,7 @@ async def test_an_unreadable_newest_version_is_set_aside_and_its_rows_replayed(
     assert aside.read_bytes() == damaged
 
 
-async def test_a_table_without_a_readable_version_is_set_aside_as_a_whole(tmp_path: Path) -> None:
+async def test_a_table_without_a_readable_version_is_set_aside(tmp_path: Path) -> None:
     await (await Store.open(tmp_path)).close()
     for manifest in manifests(tmp_path):
         manifest.write_bytes(b"")
@@ -257,7 +257,7 @@ async def test_a_table_without_a_readable_version_is_set_aside_as_a_whole(tmp_pa
     assert await names(tmp_path) == ["new"]
 
 
-async def test_a_table_that_may_not_be_read_is_not_set_aside(tmp_path: Path) -> None:
+async def test_a_table_without_read_permission_is_not_set_aside(tmp_path: Path) -> None:
     await (await Store.open(tmp_path)).close()
     for manifest in manifests(tmp_path):
         manifest.unlink()
@@ -322,7 +322,7 @@ async def test_processes_that_write_one_row_each_compact_when_they_close(
     await store.close()
 
 
-async def test_one_process_at_a_time_compacts(tmp_path: Path) -> None:
+async def test_only_one_process_compacts_at_a_time(tmp_path: Path) -> None:
     store = await Store.open(tmp_path)
     await store.append(score())
     with locked(tmp_path / "_log" / "compact.lock"):
@@ -333,7 +333,7 @@ async def test_one_process_at_a_time_compacts(tmp_path: Path) -> None:
     await store.close()
 
 
-async def test_a_caller_that_goes_away_costs_nobody_else_a_row(tmp_path: Path) -> None:
+async def test_a_cancelled_caller_loses_no_other_row(tmp_path: Path) -> None:
     store = await Store.open(tmp_path)
     appending = [asyncio.create_task(store.append(score(str(n)))) for n in range(20)]
     await asyncio.sleep(0)
@@ -346,7 +346,7 @@ async def test_a_caller_that_goes_away_costs_nobody_else_a_row(tmp_path: Path) -
     assert sorted(others, key=int) == [str(n) for n in range(20) if n != 3]
 
 
-async def test_the_same_object_stored_again_is_one_row(tmp_path: Path) -> None:
+async def test_the_same_object_is_stored_once(tmp_path: Path) -> None:
     store, row = await Store.open(tmp_path), score("once")
     await store.append(row)
     await store.last(SCORES, 1)
@@ -357,7 +357,7 @@ async def test_the_same_object_stored_again_is_one_row(tmp_path: Path) -> None:
     await store.close()
 
 
-async def test_a_machine_that_lacks_something_costs_no_version(
+async def test_a_machine_error_sets_no_version_aside(
     dead: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, keys = shutil.copytree(dead[0], tmp_path / "db"), dead[1]
@@ -378,7 +378,7 @@ async def test_a_machine_that_lacks_something_costs_no_version(
     assert len(found) == len(set(found))
 
 
-async def test_rows_of_another_version_are_kept_and_hold_up_nobody(tmp_path: Path) -> None:
+async def test_rows_of_another_version_are_kept_and_block_no_other(tmp_path: Path) -> None:
     await (await Store.open(tmp_path)).close()
     log = Log(tmp_path / "_log")
     log.append([encode(Row(SCORES, score("ours").as_row()))])
@@ -397,7 +397,7 @@ async def test_rows_of_another_version_are_kept_and_hold_up_nobody(tmp_path: Pat
     assert len(read_segment(aside).rows) == 4
 
 
-async def test_a_disk_that_hangs_refuses_rows_for_certain_and_within_the_deadline(
+async def test_a_hanging_disk_refuses_rows_within_the_deadline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "_LOG_SECONDS", 0.3)
@@ -419,7 +419,7 @@ async def test_a_disk_that_hangs_refuses_rows_for_certain_and_within_the_deadlin
     assert sorted(row["run_id"] for row in rows) == ["after", "begun"]
 
 
-async def test_another_process_that_holds_a_lock_holds_up_no_request(
+async def test_a_lock_of_another_process_blocks_no_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "_SWEEP_SECONDS", 0.0)
@@ -433,7 +433,7 @@ async def test_another_process_that_holds_a_lock_holds_up_no_request(
     await store.close()
 
 
-async def test_nobody_counts_as_alone_while_a_given_up_write_runs(tmp_path: Path) -> None:
+async def test_the_database_stays_locked_while_an_abandoned_write_runs(tmp_path: Path) -> None:
     store = await Store.open(tmp_path)
     opened = await store.opened()
     end = asyncio.Event()

@@ -22,7 +22,7 @@ def test_a_json_column_becomes_an_object(table: str, column: str) -> None:
     assert list(with_objects(table, row)) == list(row)
 
 
-def test_the_json_columns_are_those_that_callers_give_objects_for() -> None:
+def test_the_json_columns_are_those_with_objects() -> None:
     assert JSON_COLUMNS == {
         FEEDBACK: ("feedback_content", "corrected_proposal"),
         RUNS: ("final_output",),
@@ -78,5 +78,5 @@ def test_a_struct_stays_as_it_is() -> None:
         ("[" * 100_000, None),
     ],
 )
-def test_an_object_is_read_and_nothing_else_is(text: str | None, found: object) -> None:
+def test_only_an_object_is_decoded(text: str | None, found: object) -> None:
     assert json_object(text) == found

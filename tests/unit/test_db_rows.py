@@ -106,7 +106,7 @@ def test_a_withdrawal_has_these_columns() -> None:
     ("model", "values"),
     [(OrchestratorRunSchema, RUN), (HermesScoreSchema, SCORE), (ProposalSchema, PROPOSAL)],
 )
-def test_each_row_has_an_id_of_its_own_and_keeps_it(model: Any, values: dict[str, Any]) -> None:
+def test_each_row_has_a_unique_id_and_keeps_it(model: Any, values: dict[str, Any]) -> None:
     one, other = model(**values), model(**values)
     assert one.as_row()["row_id"] == one.as_row()["row_id"]
     assert one.as_row()["row_id"] != other.as_row()["row_id"]
@@ -120,12 +120,12 @@ def test_a_feedback_id_that_is_given_is_kept() -> None:
     assert feedback(feedback_id="f-1").as_row()["feedback_id"] == "f-1"
 
 
-def test_a_missing_feedback_id_follows_from_transaction_time_type_and_content() -> None:
+def test_the_default_feedback_id_is_a_hash_of_transaction_time_type_and_content() -> None:
     key = '["t-1", "2026-01-02 03:04:05.678901+00:00", "rating", "good"]'
     assert feedback().as_row()["feedback_id"] == hashlib.sha256(key.encode()).hexdigest()
 
 
-def test_a_correction_is_part_of_it() -> None:
+def test_a_correction_changes_the_default_feedback_id() -> None:
     key = (
         '["t-1", "2026-01-02 03:04:05.678901+00:00", "rating", "good", "{\\"ticker\\":\\"ABC\\"}"]'
     )
@@ -133,7 +133,7 @@ def test_a_correction_is_part_of_it() -> None:
     assert made == hashlib.sha256(key.encode()).hexdigest()
 
 
-def test_what_others_publish_takes_no_row_of_ours() -> None:
+def test_published_feedback_replaces_no_row_of_ours() -> None:
     ours, theirs = feedback(feedback_id="f-1").as_row(), published(feedback_id="f-1").as_row()
     assert ours["feedback_id"] == theirs["feedback_id"] == "f-1"
     assert (ours["row_id"], ours["source"]) == ("f-1", "direct")
@@ -142,7 +142,7 @@ def test_what_others_publish_takes_no_row_of_ours() -> None:
     assert published(stored_in="d-1").as_row().keys() == theirs.keys() == ours.keys()
 
 
-def test_the_order_of_arrival_is_that_of_making() -> None:
+def test_rows_arrive_in_order_of_creation() -> None:
     before = datetime.datetime.now(datetime.UTC)
     first, second = feedback(), feedback(timestamp=NOW - datetime.timedelta(days=1))
     received = [row.as_row()["received"] for row in (first, second)]
@@ -195,7 +195,7 @@ def test_a_timestamp_is_kept_as_utc(written: Any) -> None:
 
 
 @pytest.mark.parametrize("given", [{}, {"timestamp": None}])
-def test_a_row_without_a_timestamp_is_of_now(given: dict[str, Any]) -> None:
+def test_the_default_timestamp_is_now(given: dict[str, Any]) -> None:
     before = datetime.datetime.now(datetime.UTC)
     made = HermesScoreSchema(run_id="r", score=1.0, **given).timestamp
     assert before <= made <= datetime.datetime.now(datetime.UTC)
@@ -228,19 +228,19 @@ def test_a_time_that_utc_cannot_hold_is_refused(written: str) -> None:
         {"other": 1},
     ],
 )
-def test_feedback_that_is_none_is_refused(changes: dict[str, Any]) -> None:
+def test_invalid_feedback_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         feedback(**changes)
 
 
 @pytest.mark.parametrize("kind", ["correction", "rating", "qualitative_comment", "human_edit"])
-def test_these_are_the_types_of_feedback(kind: str) -> None:
+def test_the_types_of_feedback_are_fixed(kind: str) -> None:
     assert feedback(feedback_type=kind, feedback_id="x" * 128).feedback_type == kind
 
 
 @pytest.mark.parametrize("field", ["feedback_content", "corrected_proposal"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), NOW, {1, 2}, b"x"])
-def test_what_is_no_json_is_refused_at_any_depth(field: str, value: object) -> None:
+def test_a_value_that_is_not_json_is_refused_at_any_depth(field: str, value: object) -> None:
     for nested in ({"a": value}, {"a": [{"b": [value]}]}):
         with pytest.raises(ValidationError):
             feedback(**{field: nested})
@@ -263,7 +263,7 @@ def test_an_object_may_be_64_deep(in_lists: bool) -> None:
             feedback(corrected_proposal=nest(levels, in_lists=in_lists))
 
 
-def test_breadth_is_no_depth() -> None:
+def test_breadth_does_not_count_as_depth() -> None:
     wide: dict[str, Any] = {str(n): {"a": [n]} for n in range(1000)}
     assert feedback(corrected_proposal=wide).corrected_proposal == wide
     with pytest.raises(ValidationError):
@@ -297,13 +297,13 @@ def test_breadth_is_no_depth() -> None:
         (Latencies, {"other": 1.0}),
     ],
 )
-def test_a_row_that_is_none_is_refused(model: type[BaseModel], values: dict[str, Any]) -> None:
+def test_an_invalid_row_is_refused(model: type[BaseModel], values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         model(**values)
 
 
 @pytest.mark.parametrize("score", [0.0, 1.0])
-def test_a_score_may_be_its_bounds(score: float) -> None:
+def test_a_score_may_be_0_or_1(score: float) -> None:
     assert HermesScoreSchema(**SCORE | {"score": score}).score == score
     assert ProposalSchema(**PROPOSAL | {"score": score}).score == score
 
@@ -313,7 +313,7 @@ def test_a_row_is_frozen() -> None:
         HermesScoreSchema(**SCORE).score = 0.7  # type: ignore[misc]
 
 
-def test_an_author_is_set_by_the_server_alone() -> None:
+def test_only_the_server_sets_the_author() -> None:
     written = feedback(feedback_id="f-1")
     signed = written.written_by("desk")
     assert signed.as_row() == written.as_row() | {"author": "desk"}

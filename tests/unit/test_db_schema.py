@@ -39,7 +39,7 @@ def test_each_table_has_the_columns_of_its_rows() -> None:
         assert read == [row.as_row()]
 
 
-def test_the_names_of_the_tables_are_the_contracts() -> None:
+def test_the_table_names_are_those_of_the_contract() -> None:
     names: list[str] = [*rows.TABLES]
     assert names == [
         *("phi3_feedback", "orchestrator_runs", "hermes_scores", "proposals"),
@@ -54,7 +54,7 @@ def test_the_names_of_the_tables_are_the_contracts() -> None:
     ]
 
 
-def test_todays_schema_is_current_and_no_other_is() -> None:
+def test_only_the_current_schema_is_current() -> None:
     today = schema.arrow_schemas()["hermes_scores"]
     assert schema.is_current("hermes_scores", today) is True
     assert schema.is_current("proposals", today) is False
@@ -76,7 +76,7 @@ def test_a_table_of_an_earlier_version_can_be_read() -> None:
 
 
 @pytest.mark.parametrize("text", [str(int(schema.VERSION) + 1), "99", "two", "", "-1"])
-def test_a_table_of_a_later_version_is_left_alone(text: str) -> None:
+def test_a_table_of_a_later_version_is_refused(text: str) -> None:
     with pytest.raises(DatabaseUnavailable) as caught:
         schema.require_not_newer("hermes_scores", version(text.encode()))
     assert caught.value.detail == (
@@ -96,7 +96,7 @@ V2_FEEDBACK: dict[str, Any] = FEEDBACK | {
 }
 
 
-def test_a_row_of_version_2_is_given_the_columns_of_today() -> None:
+def test_a_row_of_version_2_gets_the_current_columns() -> None:
     assert schema.upgraded("phi3_feedback", V2_FEEDBACK) == V2_FEEDBACK | {
         "received": NOW,
         "source": "direct",
@@ -114,7 +114,7 @@ def test_a_row_of_version_3_has_no_author() -> None:
     assert schema.upgraded("phi3_feedback", older) == older | {"author": None}
 
 
-def test_feedback_of_the_future_arrived_no_later_than_now() -> None:
+def test_feedback_from_the_future_arrived_no_later_than_now() -> None:
     """A time in the future would keep it the newest for as long."""
     ahead = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1)
     found = schema.upgraded("phi3_feedback", V2_FEEDBACK | {"timestamp": ahead})
@@ -123,7 +123,7 @@ def test_feedback_of_the_future_arrived_no_later_than_now() -> None:
     assert found["received"] <= datetime.datetime.now(datetime.UTC)
 
 
-def test_a_row_of_today_stays_as_it_is() -> None:
+def test_a_current_row_is_unchanged() -> None:
     for table, row in (
         ("phi3_feedback", published(corrected_proposal={"a": 1}).as_row()),
         ("proposals", ProposalSchema(**PROPOSAL | {"grounded": "true"}).as_row()),
@@ -132,14 +132,14 @@ def test_a_row_of_today_stays_as_it_is() -> None:
         assert schema.upgraded(table, row) == row
 
 
-def test_any_other_row_is_none() -> None:
+def test_any_other_row_is_not_upgraded() -> None:
     score = HermesScoreSchema(**SCORE).as_row()
     assert schema.upgraded("hermes_scores", score | {"mood": "good"}) is None
     assert schema.upgraded("hermes_scores", {"run_id": "r-1"}) is None
     assert schema.upgraded("moods", score) is None
 
 
-def test_upgrading_leaves_the_row_itself_as_it_is() -> None:
+def test_upgrading_does_not_change_the_given_row() -> None:
     row = dict(V2_FEEDBACK)
     schema.upgraded("phi3_feedback", row)
     assert row == V2_FEEDBACK
@@ -148,7 +148,7 @@ def test_upgrading_leaves_the_row_itself_as_it_is() -> None:
 # The database's name
 
 
-def test_a_database_is_named_with_its_feedback_table() -> None:
+def test_a_new_feedback_table_has_a_new_database_id() -> None:
     one, other = (schema.new_table_schema("phi3_feedback") for _ in range(2))
     name = schema.database_id(one)
     assert name is not None
@@ -158,7 +158,7 @@ def test_a_database_is_named_with_its_feedback_table() -> None:
     assert one.metadata[b"osiris_schema_version"] == b"4"
 
 
-def test_a_table_without_a_name_has_none() -> None:
+def test_a_table_without_a_database_id_has_none() -> None:
     for table in rows.TABLES:
         assert schema.database_id(schema.arrow_schemas()[table]) is None
     assert schema.database_id(pa.schema([])) is None
