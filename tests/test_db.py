@@ -85,12 +85,12 @@ async def test_a_row_is_read_as_it_was_written(store: Store) -> None:
     await store.append(run())
     await store.append(score(score=0.25))
     await store.append(ProposalSchema(**PROPOSAL))
-    (said,) = await store.last("phi3_feedback", 5)
-    assert said.pop("corrected_proposal") == '{"ticker":"ABC","confidence":0.5}'
-    assert len(said.pop("feedback_id")) == 64
-    arrived = datetime.datetime.now(datetime.UTC) - said.pop("received")
+    (stored,) = await store.last("phi3_feedback", 5)
+    assert stored.pop("corrected_proposal") == '{"ticker":"ABC","confidence":0.5}'
+    assert len(stored.pop("feedback_id")) == 64
+    arrived = datetime.datetime.now(datetime.UTC) - stored.pop("received")
     assert datetime.timedelta() < arrived < datetime.timedelta(minutes=1)
-    assert said == FEEDBACK | {"schema_version": "1.0", "source": "direct", "author": None}
+    assert stored == FEEDBACK | {"schema_version": "1.0", "source": "direct", "author": None}
     assert await store.last("orchestrator_runs", 5) == [RUN | {"error_message": None}]
     (scored,) = await store.last("hermes_scores", 5)
     assert scored == {"run_id": "r-1", "timestamp": NOW, "score": 0.25, "rationale": ""}
@@ -205,7 +205,9 @@ async def test_many_concurrent_callers_lose_no_row(store: Store) -> None:
     assert sorted(int(row["run_id"]) for row in found) == list(range(200))
 
 
-async def test_feedback_that_is_delivered_twice_is_stored_once(store: Store, tmp_path: Path) -> None:
+async def test_feedback_that_is_delivered_twice_is_stored_once(
+    store: Store, tmp_path: Path
+) -> None:
     await asyncio.gather(*(store.append(feedback()) for _ in range(3)))
     await store.append(feedback())
     other_process = await Store.open(tmp_path / "db")
@@ -275,7 +277,7 @@ async def test_corrections_are_in_order_of_arrival_with_their_prompts(
     for number in range(3):
         name = f"t-{number}"
         await store.append(run(run_id=name, input_query=f"prompt {number}"))
-        # The first says that it is the latest.
+        # The first has the latest timestamp.
         when = NOW - datetime.timedelta(minutes=number)
         await store.append(
             feedback(
@@ -286,7 +288,7 @@ async def test_corrections_are_in_order_of_arrival_with_their_prompts(
             )
         )
     await store.append(feedback(transaction_id="t-1"))
-    await store.append(feedback(transaction_id="nobody's", corrected_proposal={"n": 9}))
+    await store.append(feedback(transaction_id="unknown", corrected_proposal={"n": 9}))
     earlier = NOW - datetime.timedelta(hours=1)
     await store.append(
         feedback(
@@ -377,14 +379,16 @@ async def test_a_hundred_rows_are_written_in_less_than_a_hundred_commits(tmp_pat
     table = await (await lancedb.connect_async(tmp_path)).open_table("hermes_scores")
     rows = await table.query().to_list()
     assert sorted(int(row["run_id"]) for row in rows) == list(range(100))
-    # A commit makes a version, and recent versions are kept.
+    # A commit creates a version, and recent versions are kept.
     assert len(await table.list_versions()) < 20
 
 
-# For scripts
+# Synchronous functions
 
 
-def test_synchronous_functions_accept_models_and_dicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synchronous_functions_accept_models_and_dicts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LANCEDB_URI", str(tmp_path / "db"))
     db.init_db()
     db.append_feedback(Phi3FeedbackSchema(**FEEDBACK))

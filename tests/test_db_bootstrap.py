@@ -1,4 +1,4 @@
-"""The first opening of a database, and the ones that go wrong."""
+"""Opening a database for the first time, and failing to open one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`export`: training data from feedback."""
+"""The command `export`: feedback, and training data from it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def fill(folder: Path, *rows: AnyRow) -> None:
     async def append() -> None:
         store = await Store.open(folder)
         await asyncio.gather(*map(store.append, rows))
-        # A question moves what waits at once; closing takes its time.
+        # A query moves the logged rows at once; closing takes longer.
         await store.last("proposals", 1)
         await store.close()
 
@@ -79,15 +79,15 @@ def corrected(
 def exported(
     capsys: pytest.CaptureFixture[str], kind: str, *arguments: str
 ) -> tuple[list[dict[str, Any]], str]:
-    """What a successful export gave on standard output, and what it said."""
+    """Runs an export; returns the lines on standard output, and standard error."""
     capsys.readouterr()
     assert cli_main(["export", "--format", kind, *arguments]) == 0
     output = capsys.readouterr()
-    # Not splitlines: a hostile text may hold what Unicode takes for the end of a line.
+    # Not splitlines: a hostile text may contain line separators of Unicode.
     return [json.loads(line) for line in output.out.split("\n")[:-1]], output.err
 
 
-def said(rows: list[dict[str, Any]], column: str = "completion") -> list[Any]:
+def replies(rows: list[dict[str, Any]], column: str = "completion") -> list[Any]:
     return [json.loads(row[column][0]["content"]) for row in rows]
 
 
@@ -95,7 +95,7 @@ def test_sft_writes_conversational_prompts_and_completions(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(folder, proposed(), corrected())
-    rows, told = exported(capsys, "sft")
+    rows, message = exported(capsys, "sft")
     assert rows == [
         {
             "prompt": [
@@ -105,14 +105,14 @@ def test_sft_writes_conversational_prompts_and_completions(
             "completion": [{"role": "assistant", "content": CORRECTED_TEXT}],
         }
     ]
-    assert told == "1 rows\n"
+    assert message == "1 rows\n"
 
 
 def test_dpo_writes_conversational_preferences_with_an_explicit_prompt(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(folder, proposed(), corrected())
-    (row,), told = exported(capsys, "dpo")
+    (row,), message = exported(capsys, "dpo")
     assert row == {
         "prompt": [
             {"role": "system", "content": proposals.SYSTEM_PROMPT},
@@ -121,13 +121,13 @@ def test_dpo_writes_conversational_preferences_with_an_explicit_prompt(
         "chosen": [{"role": "assistant", "content": CORRECTED_TEXT}],
         "rejected": [{"role": "assistant", "content": proposals.dumps(PROPOSED)}],
     }
-    assert told == "1 rows\n"
+    assert message == "1 rows\n"
 
 
 def test_a_completion_is_written_as_the_guidance_requires(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whoever corrects leaves out what does not change, and keeps no order."""
+    """A correction may omit fields and have them in any order."""
     short = {key: CORRECTED[key] for key in ("rationale", "confidence", "action", "ticker")}
     fill(folder, proposed(), corrected(proposal=short))
     (row,), _ = exported(capsys, "sft")
@@ -145,7 +145,7 @@ def test_jsonl_writes_all_feedback_oldest_first_with_its_transaction(
         proposed(),
         corrected(minutes=2).written_by("desk"),
         feedback(),
-        feedback(transaction_id="nobody's", timestamp=NOW + datetime.timedelta(minutes=1)),
+        feedback(transaction_id="unknown", timestamp=NOW + datetime.timedelta(minutes=1)),
     )
     rows, _ = exported(capsys, "jsonl")
     rating = {
@@ -163,7 +163,7 @@ def test_jsonl_writes_all_feedback_oldest_first_with_its_transaction(
     unknown = {"prompt": None, "proposal": None, "assessment": None, "score": None}
     assert rows[0] == rating
     assert rows[1] == rating | unknown | {
-        "transaction_id": "nobody's",
+        "transaction_id": "unknown",
         "timestamp": "2026-01-02T03:05:05.678901+00:00",
     }
     assert rows[2] == rating | {
@@ -182,7 +182,7 @@ def test_the_latest_correction_of_a_transaction_is_exported(
     fill(folder, corrected(minutes=1), feedback(timestamp=NOW + datetime.timedelta(hours=1)))
     rows, _ = exported(capsys, kind)
     column = "completion" if kind == "sft" else "chosen"
-    assert [proposal["confidence"] for proposal in said(rows, column)] == [0.5]
+    assert [proposal["confidence"] for proposal in replies(rows, column)] == [0.5]
 
 
 def test_examples_are_in_the_order_of_the_latest_corrections(
@@ -200,8 +200,8 @@ def test_corrections_without_an_example_are_counted_by_reason(
     reordered = dict(reversed(PROPOSED.items()))
     fill(
         folder,
-        corrected("nobody's-1"),
-        corrected("nobody's-2"),
+        corrected("unknown-1"),
+        corrected("unknown-2"),
         proposed("invalid"),
         corrected("invalid", {"ticker": "ABC"}),
         proposed("equal"),
@@ -211,12 +211,12 @@ def test_corrections_without_an_example_are_counted_by_reason(
         proposed("good"),
         corrected("good", minutes=1),
     )
-    rows, told = exported(capsys, "sft")
+    rows, message = exported(capsys, "sft")
     assert len(rows) == 3
-    assert told == "3 rows; left out: 2 of an unknown transaction, 1 no valid proposal\n"
-    rows, told = exported(capsys, "dpo")
+    assert message == "3 rows; left out: 2 of an unknown transaction, 1 no valid proposal\n"
+    rows, message = exported(capsys, "dpo")
     assert [row["prompt"][-1]["content"] for row in rows] == ["Prompt of good"]
-    assert told == (
+    assert message == (
         "1 rows; left out: 2 of an unknown transaction, 1 no valid proposal, "
         "2 without another proposal to reject\n"
     )
@@ -239,10 +239,10 @@ def test_withdrawn_feedback_is_left_out_and_counted(
             for name in ("newer", "only", "rating")
         ),
     )
-    rows, told = exported(capsys, "sft")
-    assert said(rows) == [CORRECTED]
-    assert told == "1 rows; left out: 3 withdrawn\n"
-    assert said(exported(capsys, "dpo")[0], "chosen") == [CORRECTED]
+    rows, message = exported(capsys, "sft")
+    assert replies(rows) == [CORRECTED]
+    assert message == "1 rows; left out: 3 withdrawn\n"
+    assert replies(exported(capsys, "dpo")[0], "chosen") == [CORRECTED]
     assert [row["corrected_proposal"] for row in exported(capsys, "jsonl")[0]] == [CORRECTED]
 
 
@@ -270,7 +270,7 @@ def test_the_proposal_of_a_run_without_a_stored_proposal_is_read_from_its_output
     )
     (row,), _ = exported(capsys, "dpo")
     assert row["prompt"][-1]["content"] == "Old prompt"
-    assert said([row], "rejected") == [PROPOSED]
+    assert replies([row], "rejected") == [PROPOSED]
     (row,), _ = exported(capsys, "jsonl")
     assert (row["prompt"], row["assessment"], row["score"]) == ("Old prompt", "Bold.", 0.25)
 
@@ -280,7 +280,7 @@ def test_a_run_without_a_proposal_is_exported_for_sft_only(
     folder: Path, capsys: pytest.CaptureFixture[str], output: str
 ) -> None:
     fill(folder, run(final_output=output), corrected("r-1"))
-    assert said(exported(capsys, "sft")[0]) == [CORRECTED]
+    assert replies(exported(capsys, "sft")[0]) == [CORRECTED]
     assert exported(capsys, "dpo")[0] == []
 
 
@@ -305,7 +305,9 @@ def test_since_excludes_earlier_feedback(
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "jsonl"])
-def test_hostile_texts_are_exported_unchanged(folder: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+def test_hostile_texts_are_exported_unchanged(
+    folder: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
     texts = [*HOSTILE, "\u2028 and \u2029 end lines for some"]
     corrections = [CORRECTED | {"rationale": text, "ticker": text} for text in texts]
     fill(
@@ -320,7 +322,7 @@ def test_hostile_texts_are_exported_unchanged(folder: Path, capsys: pytest.Captu
         assert [row["corrected_proposal"]["rationale"] for row in rows] == texts
     else:
         assert [row["prompt"][-1]["content"] for row in rows] == texts
-        chosen = said(rows, "completion" if kind == "sft" else "chosen")
+        chosen = replies(rows, "completion" if kind == "sft" else "chosen")
         assert [proposal["rationale"] for proposal in chosen] == texts
 
 
@@ -328,7 +330,7 @@ def test_hostile_texts_are_exported_unchanged(folder: Path, capsys: pytest.Captu
 def test_an_invalid_text_in_a_correction_does_not_break_an_export(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
-    """As versions that took every string have stored it; JSON can hold it."""
+    """Older versions stored such strings, and JSON can contain them."""
     spoiled = CORRECTED | {"rationale": text}
     fill(folder, proposed(), corrected().model_copy(update={"corrected_proposal": spoiled}))
     out = tmp_path / "out.jsonl"
@@ -381,7 +383,7 @@ def test_datasets_loads_an_export(
             assert {key for message in loaded[0][name] for key in message} == {"role", "content"}
 
 
-# Into a file
+# Files
 
 
 def test_a_file_replaces_an_older_one_and_no_other_file_is_left(
@@ -391,8 +393,8 @@ def test_a_file_replaces_an_older_one_and_no_other_file_is_left(
     out = tmp_path / "out" / "train.jsonl"
     out.parent.mkdir()
     out.write_text("old")
-    rows, told = exported(capsys, "sft", "--out", str(out))
-    assert (rows, told) == ([], "1 rows\n")
+    rows, message = exported(capsys, "sft", "--out", str(out))
+    assert (rows, message) == ([], "1 rows\n")
     assert json.loads(out.read_text())["completion"]
     assert list(out.parent.iterdir()) == [out]
 
@@ -434,7 +436,7 @@ def test_an_unwritable_path_is_reported_on_one_line(
 def test_a_full_disk_is_reported_on_one_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # A device of our own: were the real /dev/full ever replaced, the machine would lack it.
+    # A device of this test, so that a defect cannot replace the real /dev/full.
     full = tmp_path / "full"
     try:
         os.mknod(full, stat.S_IFCHR | 0o600, os.makedev(1, 7))

@@ -1,4 +1,4 @@
-"""The write-ahead log: what it keeps, what it steps over, and whose it is."""
+"""The write-ahead log: its records, damage, and abandoned logs."""
 
 from __future__ import annotations
 
@@ -79,9 +79,7 @@ def test_rows_after_a_damaged_one_are_read(log: Log, tmp_path: Path) -> None:
     assert found.damaged == len(records[1])
 
 
-def test_a_failed_write_leaves_no_bytes_and_the_next_one_succeeds(
-    log: Log, tmp_path: Path
-) -> None:
+def test_a_failed_write_leaves_no_bytes_and_the_next_one_succeeds(log: Log, tmp_path: Path) -> None:
     log.append([encode(row("before"))])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (segment_of(tmp_path).stat().st_size + 30, hard))
@@ -145,7 +143,7 @@ def test_the_log_of_a_killed_process_is_replayed_once(tmp_path: Path) -> None:
     (log,) = abandoned_logs(tmp_path) or []
     (path,) = segments(log.folder)
     assert read_segment(path).rows == [row("of the dead")]
-    # While one has it, nobody else gets it.
+    # It is locked until it is released.
     assert abandoned_logs(tmp_path) == []
     log.remove()
     log.release()

@@ -1,4 +1,4 @@
-"""`migrate`, of tables in the shapes that they had before."""
+"""The command `migrate`, on tables of every older shape."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ OF_VERSION_2: Final = {
     "adapter": None,
     "latencies": {"proposal": 0.25, "assessment": 0.5, "score": None},
 }
-"""A proposal, before it said whether it is grounded."""
+"""A proposal without the column `grounded`."""
 OLD_SCORE: Final = {"run_id": "r-1", "timestamp": WRITTEN, "score": 0.5, "rationale": "Fine."}
 
 
@@ -67,7 +67,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write(folder: Path, table: str, rows: pa.Table | list[dict[str, Any]]) -> None:
-    """A table as an older version wrote it: of whatever shape its rows have."""
+    """Creates a table with the shape of its rows, as an older version did."""
     data = pa.Table.from_pylist(rows) if isinstance(rows, list) else rows
     lancedb.connect(folder).create_table(table, data=data, mode="overwrite")
 
@@ -78,7 +78,7 @@ def read(folder: Path, table: str) -> list[dict[str, Any]]:
 
 
 def opened(folder: Path, table: str) -> list[dict[str, Any]]:
-    """The rows as the sidecar gives them, which opens nothing but tables of today's shape."""
+    """The rows that the sidecar returns; it opens only tables of the current shape."""
 
     async def ask() -> list[dict[str, Any]]:
         store = await Store.open(folder, create=False)
@@ -148,7 +148,7 @@ SECOND: Final = NOW.replace(microsecond=0)
         (pa.array([TICKS // 1000]), MILLISECOND),
         (pa.array([TICKS // 10**6]), SECOND),
         (pa.array([f"{TICKS / 1e6}", str(TICKS)]), NOW),
-        # Its digits would also make a time of the year 1711.
+        # Its digits are also an ISO 8601 time of the year 1711.
         (
             pa.array(["1711111141234"]),
             datetime.datetime(2024, 3, 22, 12, 39, 1, 234_000, datetime.UTC),
@@ -188,8 +188,8 @@ def test_a_row_with_an_unreadable_time_is_kept_and_reported(
     assert cli_main(["migrate"]) == 0
     found = [row["timestamp"].year for row in opened(folder, SCORES)]
     assert found.count(1970) == len(times) - readable
-    told = f"{len(times) - readable} of them, without a readable time, now of 1970"
-    assert told in capsys.readouterr().out
+    message = f"{len(times) - readable} of them, without a readable time, now of 1970"
+    assert message in capsys.readouterr().out
 
 
 def test_the_first_shape_is_migrated_to_the_current_one(
@@ -215,9 +215,9 @@ def test_the_first_shape_is_migrated_to_the_current_one(
     assert lines[3:] == [
         f"{table}: created, as it was not there." for table in ("proposals", "feedback_withdrawals")
     ]
-    (said,) = opened(folder, FEEDBACK)
-    assert len(said.pop("feedback_id")) == 64
-    assert said == OLD_FEEDBACK | {
+    (stored,) = opened(folder, FEEDBACK)
+    assert len(stored.pop("feedback_id")) == 64
+    assert stored == OLD_FEEDBACK | {
         "timestamp": NOW,
         "schema_version": "1.0",
         "corrected_proposal": None,
@@ -230,7 +230,7 @@ def test_the_first_shape_is_migrated_to_the_current_one(
 
 
 def write_version_2(folder: Path) -> None:
-    """The proposals of a database as version 2 wrote them."""
+    """The proposals of version 2."""
     today = arrow_schemas()[PROPOSALS]
     schema = pa.schema(
         [field for field in today if field.name != "grounded"],
@@ -247,8 +247,8 @@ def test_a_proposal_of_version_2_keeps_all_values(
     with pytest.raises(DatabaseUnavailable, match=r"proposals has the shape of an older version"):
         asyncio.run(Store.open(folder))
     assert cli_main(["migrate"]) == 0
-    told = f"proposals: 1 rows brought to version {VERSION}, with grounded added; the old table"
-    assert told in capsys.readouterr().out
+    message = f"proposals: 1 rows brought to version {VERSION}, with grounded added; the old table"
+    assert message in capsys.readouterr().out
     assert read(folder, PROPOSALS) == [OF_VERSION_2 | {"row_id": "key", "grounded": None}]
     assert opened(folder, PROPOSALS) == [OF_VERSION_2 | {"grounded": None}]
 
@@ -282,8 +282,8 @@ def test_a_migrated_database_is_readable_and_sound(
 def test_opening_an_old_table_fails_with_instructions(folder: Path, create: bool) -> None:
     write(folder, RUNS, [OLD_RUN])
     write(folder, FEEDBACK, [OLD_FEEDBACK])
-    told = r"phi3_feedback has the shape of an older .*llm_sidecar\.db migrate"
-    with pytest.raises(DatabaseUnavailable, match=told):
+    message = r"phi3_feedback has the shape of an older .*llm_sidecar\.db migrate"
+    with pytest.raises(DatabaseUnavailable, match=message):
         asyncio.run(Store.open(folder, create=create))
     assert read(folder, RUNS) == [OLD_RUN]
 
@@ -324,8 +324,8 @@ def test_feedback_ids_are_kept_and_missing_keys_added(folder: Path) -> None:
 
 @pytest.fixture
 def version_2(folder: Path) -> Path:
-    """A database as version 2 left it, with one feedback that claims to be of the future, and a log
-    of a process that has died with another."""
+    """A database of version 2 with feedback from the future, and more feedback in the log of a dead
+    process."""
     schemas = {
         FEEDBACK: without(FEEDBACK, "received", "source", "author", "row_id"),
         RUNS: without(RUNS),
@@ -351,7 +351,7 @@ def version_2(folder: Path) -> Path:
 
 
 def without(table: str, *columns: str, version: str = "2") -> pa.Schema:
-    """The shape of a table before it had these columns."""
+    """The schema of a table without these columns."""
     schema = arrow_schemas()[table]
     kept = [field for field in schema if field.name not in columns]
     return pa.schema(kept, metadata={"osiris_schema_version": version})
@@ -376,9 +376,11 @@ def test_version_3_loses_no_row_of_its_tables_and_logs(
     with pytest.raises(DatabaseUnavailable, match=r"llm_sidecar\.db migrate"):
         asyncio.run(Store.open(folder))
     assert cli_main(["migrate"]) == 0
-    told = f"phi3_feedback: 1 rows brought to version {VERSION}, with author added; the old table"
-    assert told in capsys.readouterr().out
-    # Opening the database moves the row of the log into its table.
+    message = (
+        f"phi3_feedback: 1 rows brought to version {VERSION}, with author added; the old table"
+    )
+    assert message in capsys.readouterr().out
+    # Opening the database moves the logged row to its table.
     assert len(opened(folder, FEEDBACK)) == 2
     rows = sorted(read(folder, FEEDBACK), key=lambda row: str(row["feedback_id"]))
     assert rows == [stored | {"author": None}, logged | {"author": None}]
@@ -397,7 +399,7 @@ def test_version_2_loses_no_row_of_its_tables_and_logs(version_2: Path) -> None:
     assert sorted(rows) == ["f-1", "f-2", "f-3"]
     assert [row["source"] for row in rows.values()] == ["direct"] * 3
     assert rows["f-1"]["received"] == rows["f-3"]["received"] == NOW
-    # It must not stay the newest for decades.
+    # It must not remain the newest for decades.
     assert rows["f-2"]["timestamp"].year == 2099
     assert before <= rows["f-2"]["received"] <= datetime.datetime.now(datetime.UTC)
     assert [row["run_id"] for row in opened(version_2, RUNS)] == ["r-1"]
@@ -413,9 +415,7 @@ def test_feedback_that_is_delivered_again_after_migration_is_stored_once(folder:
 
 
 @pytest.mark.parametrize("key", [{}, {"feedback_id": "same"}, {"feedback_id": ""}])
-def test_duplicate_rows_are_kept_with_new_keys(
-    folder: Path, key: dict[str, str]
-) -> None:
+def test_duplicate_rows_are_kept_with_new_keys(folder: Path, key: dict[str, str]) -> None:
     write(folder, FEEDBACK, [OLD_FEEDBACK | key] * 3)
     assert cli_main(["migrate"]) == 0
     rows = opened(folder, FEEDBACK)
@@ -435,7 +435,7 @@ def test_objects_in_struct_columns_become_their_original_json(folder: Path) -> N
     found = {row["transaction_id"]: row for row in opened(folder, FEEDBACK)}
     assert [json.loads(found[str(n)]["feedback_content"]) for n in range(4)] == contents
     assert json.loads(found["0"]["corrected_proposal"]) == proposal
-    # Of a missing number pandas makes NaN, which JSON does not have.
+    # pandas writes a missing number as NaN, which JSON does not have.
     assert json.loads(found["1"]["corrected_proposal"]) == {"ticker": "X", "side": "LONG"}
     assert [found[n]["corrected_proposal"] for n in "23"] == [None, None]
 
@@ -557,14 +557,14 @@ def test_the_key_of_every_table_is_marked_so_that_equal_inserts_conflict(folder:
 
 def test_rows_that_arrived_before_migration_are_stored_after_it(folder: Path) -> None:
     write(folder, SCORES, [OLD_SCORE])
-    append(folder, HermesScoreSchema(run_id="meanwhile", timestamp=NOW, score=0.25))
+    append(folder, HermesScoreSchema(run_id="early", timestamp=NOW, score=0.25))
     assert len(read(folder, SCORES)) == 1
     assert cli_main(["migrate"]) == 0
-    assert sorted(row["run_id"] for row in opened(folder, SCORES)) == ["meanwhile", "r-1"]
+    assert sorted(row["run_id"] for row in opened(folder, SCORES)) == ["early", "r-1"]
 
 
 def written(folder: Path) -> dict[Path, int]:
-    """When each file of a table was last written."""
+    """The modification time of each file of a table."""
     return {path: path.stat().st_mtime_ns for path in folder.glob("*.lance/**/*")}
 
 

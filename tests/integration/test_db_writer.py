@@ -1,4 +1,4 @@
-"""The way of a row while the disk is full, LanceDB away, or a table broken."""
+"""The writer while the disk is full, LanceDB is unavailable, or a table is damaged."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def names(folder: Path) -> list[str]:
 
 
 async def row_names(store: Store) -> list[str]:
-    """The name that its writer gave each row of any table."""
+    """The key of each row of every table."""
     columns = {"phi3_feedback": "transaction_id", "orchestrator_runs": "run_id", SCORES: "run_id"}
     return [
         str(row[column]) for table, column in columns.items() for row in await store.last(table, 0)
@@ -53,14 +53,14 @@ def newest_segment(folder: Path) -> Path:
 
 
 def killed(folder: Path) -> list[str]:
-    """The keys of the rows that a process, killed since, was told to be stored."""
+    """Kills a writing process; returns the keys of its acknowledged rows."""
     found = crash("once", folder, 1.5)
     return [str(key) for key in found["keys"]]
 
 
 @pytest.fixture(scope="module")
 def dead(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """What a killed process left, for copies, and what `killed` returned."""
+    """The database of a killed process, to be copied, and the keys of its acknowledged rows."""
     folder = tmp_path_factory.mktemp("dead") / "db"
     return folder, killed(folder)
 
@@ -149,7 +149,7 @@ async def test_a_removed_database_is_created_again(
     folder = tmp_path / "db"
     store = await Store.open(folder)
     folder.rename(tmp_path / "removed")
-    # A server that is not ready gets no row, so this needs none.
+    # A server that is not ready receives no rows, so this must work without one.
     await until((folder / "_log").is_dir)
     await until(lambda: store.refusal() is None)
     await store.append(score("after"))
@@ -341,7 +341,7 @@ async def test_a_cancelled_caller_loses_no_other_row(tmp_path: Path) -> None:
     await asyncio.gather(*appending, return_exceptions=True)
     found = [row["run_id"] for row in await store.last(SCORES, 0)]
     await store.close()
-    # Whether its own row is stored is not known.
+    # The row of the cancelled caller may be stored or not.
     others = [name for name in found if name != "3"]
     assert sorted(others, key=int) == [str(n) for n in range(20) if n != 3]
 
@@ -350,7 +350,7 @@ async def test_the_same_object_is_stored_once(tmp_path: Path) -> None:
     store, row = await Store.open(tmp_path), score("once")
     await store.append(row)
     await store.last(SCORES, 1)
-    # As after an outcome that is not known.
+    # As after a failure with an unknown result.
     store._writer._certain = False
     await store.append(row)
     assert len(await store.last(SCORES, 0)) == 1

@@ -1,4 +1,4 @@
-"""Which rows a filter is for, and which match."""
+"""Which tables a filter applies to, and which rows match."""
 
 from __future__ import annotations
 

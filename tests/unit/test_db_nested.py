@@ -1,4 +1,4 @@
-"""Which text columns hold objects, and what is read from them."""
+"""Which text columns contain objects, and how they are decoded."""
 
 from __future__ import annotations
 

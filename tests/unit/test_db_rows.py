@@ -1,4 +1,4 @@
-"""What a row is: its columns, its key, and what it refuses."""
+"""The models of rows: columns, keys, and what is refused."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_published_feedback_replaces_no_row_of_ours() -> None:
     assert ours["feedback_id"] == theirs["feedback_id"] == "f-1"
     assert (ours["row_id"], ours["source"]) == ("f-1", "direct")
     assert (theirs["row_id"], theirs["source"]) == ("bus:f-1", "bus")
-    # Where it is stored already is no column.
+    # `stored_in` is not a column.
     assert published(stored_in="d-1").as_row().keys() == theirs.keys() == ours.keys()
 
 
@@ -210,7 +210,7 @@ def test_a_time_that_utc_cannot_hold_is_refused(written: str) -> None:
     assert error["msg"] == "Value error, in UTC it lies outside the years 1 to 9999"
 
 
-# What is refused
+# Refused values
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_a_value_that_is_not_json_is_refused_at_any_depth(field: str, value: obj
 
 
 def nest(levels: int, *, in_lists: bool) -> dict[str, Any]:
-    """An object of so many levels."""
+    """An object with this many levels."""
     inner: Any = 1
     for _ in range(levels - 1):
         inner = [inner] if in_lists else {"a": inner}
@@ -320,5 +320,5 @@ def test_only_the_server_sets_the_author() -> None:
     assert written.as_row()["author"] is None
     with pytest.raises(ValidationError):
         feedback(author="desk")
-    # A message may have one, as our own events do, and it is ignored.
+    # The author in a message is ignored; our own events have one.
     assert published(author="desk").as_row()["author"] is None

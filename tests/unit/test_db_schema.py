@@ -34,7 +34,7 @@ def test_each_table_has_the_columns_of_its_rows() -> None:
     assert tuple(schemas) == rows.TABLES
     for table, row in made.items():
         assert set(row.as_row()) == set(schemas[table].names)
-        # Arrow takes the row as it is.
+        # Arrow accepts the row unchanged.
         read = pa.Table.from_pylist([row.as_row()], schema=schemas[table]).to_pylist()
         assert read == [row.as_row()]
 
@@ -115,7 +115,7 @@ def test_a_row_of_version_3_has_no_author() -> None:
 
 
 def test_feedback_from_the_future_arrived_no_later_than_now() -> None:
-    """A time in the future would keep it the newest for as long."""
+    """Otherwise it would remain the newest until then."""
     ahead = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1)
     found = schema.upgraded("phi3_feedback", V2_FEEDBACK | {"timestamp": ahead})
     assert found is not None
@@ -145,7 +145,7 @@ def test_upgrading_does_not_change_the_given_row() -> None:
     assert row == V2_FEEDBACK
 
 
-# The database's name
+# The id of the database
 
 
 def test_a_new_feedback_table_has_a_new_database_id() -> None:
