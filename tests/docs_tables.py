@@ -24,6 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 from pydantic_core import PydanticUndefined
 
+from llm_sidecar.db import rows as db_rows
 from llm_sidecar.db import schema
 from llm_sidecar.proposals import Proposal
 from llm_sidecar.settings import Settings
@@ -85,7 +86,7 @@ PAYLOADS: Final = {
         "Hermes has criticised and scored the proposal; its rows are stored if that was possible",
         ("proposal_transaction_id", "assessment_text", "timestamp"),
     ),
-    FEEDBACK_SUBMITTED: ("feedback is stored", tuple(schema.PublishedFeedback.model_fields)),
+    FEEDBACK_SUBMITTED: ("feedback is stored", tuple(db_rows.PublishedFeedback.model_fields)),
     AUDIO_BYTES: ("a part of a text has been spoken", ()),
 }
 """When each event is published, and the keys of its payload; no keys for one that is not JSON."""
@@ -144,8 +145,8 @@ def events() -> str:
 def tables() -> str:
     """Every table of the database with its columns."""
     parts = []
-    for table in sorted(schema.TABLES):
-        summary = inspect.getdoc(schema.SCHEMAS[table]) or ""
+    for table in sorted(db_rows.TABLES):
+        summary = inspect.getdoc(db_rows.SCHEMAS[table]) or ""
         rows = [
             (
                 f"`{column.name}`",
@@ -227,7 +228,7 @@ def _some_health() -> dict[str, Any]:
     health = Sidecar(Settings.from_environ({"REDIS_URL": "memory://"})).health()
     now = datetime.datetime.now(datetime.UTC).isoformat()
     health["mean_hermes_score_last_24h"] = 0.5
-    health["database"] |= {"last_compaction": now, "fragments": dict.fromkeys(schema.TABLES, 1)}
+    health["database"] |= {"last_compaction": now, "fragments": dict.fromkeys(db_rows.TABLES, 1)}
     for name, model in health["models"].items():
         model |= {"model": f"{name}/demo", "runtime": "torch", "device": "cpu"}
     return health

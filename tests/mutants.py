@@ -32,7 +32,7 @@ SCOPE: Final = (
     "llm_sidecar.db.filters.xǁFiltersǁmatches*",
     "llm_sidecar.db.filters.x__*",
     "llm_sidecar.db.nested.*",
-    "llm_sidecar.db.questions.x_json_object*",
+    "llm_sidecar.db.rows.*",
     "llm_sidecar.db.schema.*",
     "llm_sidecar.deadline.*",
     "llm_sidecar.services.examples.*",

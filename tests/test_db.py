@@ -6,7 +6,8 @@ import asyncio
 import datetime
 import json
 import multiprocessing
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +79,18 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
     await opened.close()
 
 
-async def test_a_row_comes_back_as_it_went_in(store: Store) -> None:
+async def test_a_row_is_read_as_it_was_written(store: Store) -> None:
     corrected = {"ticker": "ABC", "confidence": 0.5}
     await store.append(feedback(corrected_proposal=corrected))
     await store.append(run())
     await store.append(score(score=0.25))
     await store.append(ProposalSchema(**PROPOSAL))
-    (said,) = await store.last("phi3_feedback", 5)
-    assert said.pop("corrected_proposal") == '{"ticker":"ABC","confidence":0.5}'
-    assert len(said.pop("feedback_id")) == 64
-    arrived = datetime.datetime.now(datetime.UTC) - said.pop("received")
+    (stored,) = await store.last("phi3_feedback", 5)
+    assert stored.pop("corrected_proposal") == '{"ticker":"ABC","confidence":0.5}'
+    assert len(stored.pop("feedback_id")) == 64
+    arrived = datetime.datetime.now(datetime.UTC) - stored.pop("received")
     assert datetime.timedelta() < arrived < datetime.timedelta(minutes=1)
-    assert said == FEEDBACK | {"schema_version": "1.0", "source": "direct", "author": None}
+    assert stored == FEEDBACK | {"schema_version": "1.0", "source": "direct", "author": None}
     assert await store.last("orchestrator_runs", 5) == [RUN | {"error_message": None}]
     (scored,) = await store.last("hermes_scores", 5)
     assert scored == {"run_id": "r-1", "timestamp": NOW, "score": 0.25, "rationale": ""}
@@ -133,7 +134,7 @@ async def test_a_hostile_text_is_stored_and_found_as_it_was(store: Store, text: 
     assert await store.recent_corrections(1) == [(text, {"why": text, text: 1}, text, feedback_id)]
 
 
-async def test_a_text_that_is_no_unicode_is_refused() -> None:
+async def test_text_that_is_not_unicode_is_refused() -> None:
     with pytest.raises(ValidationError):
         run(input_query="\ud800")
 
@@ -154,7 +155,7 @@ async def test_every_timestamp_is_kept_as_utc(store: Store, written: Any) -> Non
 
 
 @pytest.mark.parametrize("given", [{}, {"timestamp": None}])
-def test_a_row_without_a_timestamp_is_of_now(given: dict[str, Any]) -> None:
+def test_the_default_timestamp_is_now(given: dict[str, Any]) -> None:
     before = datetime.datetime.now(datetime.UTC)
     made = HermesScoreSchema(run_id="r", score=1.0, **given).timestamp
     assert before <= made <= datetime.datetime.now(datetime.UTC)
@@ -178,7 +179,7 @@ def test_a_row_without_a_timestamp_is_of_now(given: dict[str, Any]) -> None:
         {"other": 1},
     ],
 )
-def test_a_dict_that_is_no_row_is_refused(changes: dict[str, Any]) -> None:
+def test_an_invalid_dict_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         feedback(**changes)
 
@@ -197,14 +198,16 @@ async def test_the_last_rows_come_newest_first(store: Store) -> None:
     assert [row["run_id"] for row in await store.last("orchestrator_runs", 0)] == ["3", "2", "1"]
 
 
-async def test_many_callers_at_once_lose_nothing(store: Store) -> None:
+async def test_many_concurrent_callers_lose_no_row(store: Store) -> None:
     rows = [HermesScoreSchema(run_id=str(number), score=0.5) for number in range(200)]
     await asyncio.gather(*map(store.append, rows))
     found = await store.last("hermes_scores", 0)
     assert sorted(int(row["run_id"]) for row in found) == list(range(200))
 
 
-async def test_feedback_delivered_twice_is_one_row(store: Store, tmp_path: Path) -> None:
+async def test_feedback_that_is_delivered_twice_is_stored_once(
+    store: Store, tmp_path: Path
+) -> None:
     await asyncio.gather(*(store.append(feedback()) for _ in range(3)))
     await store.append(feedback())
     other_process = await Store.open(tmp_path / "db")
@@ -215,14 +218,28 @@ async def test_feedback_delivered_twice_is_one_row(store: Store, tmp_path: Path)
     assert sorted(row["feedback_type"] for row in rows) == ["human_edit", "rating"]
 
 
-def _append_the_same(folder: Path, number: int, rounds: int, barrier: Any) -> None:
-    """One of several processes that store the same feedback at the same moment."""
+def run_processes(work: Callable[..., None], folder: Path, count: int = 3) -> list[int | None]:
+    """Runs `work(folder, number, barrier)` in several processes; returns their exit codes."""
+    # The processes are forked from a server that imports lancedb once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    barrier = context.Barrier(count)
+    processes = [
+        context.Process(target=work, args=(folder, number, barrier)) for number in range(count)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
 
+
+def _append_the_same(folder: Path, number: int, barrier: Barrier) -> None:
     async def append() -> None:
         store = await Store.open(folder)
-        for turn in range(rounds):
+        for turn in range(10):
             barrier.wait(30)
-            # Each gives it a time of its own, as sidecars do that hear it without one.
+            # Each process sets its own time, as sidecars do for events without one.
             when = NOW + datetime.timedelta(seconds=number)
             await store.append(feedback(timestamp=when, feedback_id=f"published-{turn}"))
         await store.close()
@@ -232,30 +249,20 @@ def _append_the_same(folder: Path, number: int, rounds: int, barrier: Any) -> No
 
 async def test_processes_that_store_the_same_feedback_at_once_store_it_once(tmp_path: Path) -> None:
     await (await Store.open(tmp_path)).close()
-    spawn = multiprocessing.get_context("spawn")
-    barrier = spawn.Barrier(3)
-    processes = [
-        spawn.Process(target=_append_the_same, args=(tmp_path, number, 10, barrier))
-        for number in range(3)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        await asyncio.to_thread(process.join, 60)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert await asyncio.to_thread(run_processes, _append_the_same, tmp_path) == [0, 0, 0]
     store = await Store.open(tmp_path)
     rows = await store.last("phi3_feedback", 0)
     await store.close()
     assert sorted(row["feedback_id"] for row in rows) == [f"published-{n}" for n in range(10)]
 
 
-async def test_different_feedback_in_the_same_second_is_two_rows(store: Store) -> None:
+async def test_different_feedback_of_the_same_second_is_stored_twice(store: Store) -> None:
     for content in ("the stop is too tight", "so is the target"):
         await store.append(feedback(feedback_content=content))
     assert len(await store.last("phi3_feedback", 0)) == 2
 
 
-async def test_the_mean_score_is_that_of_the_time_asked_for(store: Store) -> None:
+async def test_the_mean_score_covers_the_given_time(store: Store) -> None:
     assert await store.mean_score_since(NOW) == (None, 0)
     for hours, value in ((-30, 0.0), (-23, 0.2), (0, 0.6)):
         await store.append(score(timestamp=NOW + datetime.timedelta(hours=hours), score=value))
@@ -264,13 +271,13 @@ async def test_the_mean_score_is_that_of_the_time_asked_for(store: Store) -> Non
     assert number == 2
 
 
-async def test_corrections_come_in_the_order_of_arrival_with_the_prompt_they_correct(
+async def test_corrections_are_in_order_of_arrival_with_their_prompts(
     store: Store,
 ) -> None:
     for number in range(3):
         name = f"t-{number}"
         await store.append(run(run_id=name, input_query=f"prompt {number}"))
-        # The first says that it is the latest.
+        # The first has the latest timestamp.
         when = NOW - datetime.timedelta(minutes=number)
         await store.append(
             feedback(
@@ -281,7 +288,7 @@ async def test_corrections_come_in_the_order_of_arrival_with_the_prompt_they_cor
             )
         )
     await store.append(feedback(transaction_id="t-1"))
-    await store.append(feedback(transaction_id="nobody's", corrected_proposal={"n": 9}))
+    await store.append(feedback(transaction_id="unknown", corrected_proposal={"n": 9}))
     earlier = NOW - datetime.timedelta(hours=1)
     await store.append(
         feedback(
@@ -297,7 +304,7 @@ async def test_corrections_come_in_the_order_of_arrival_with_the_prompt_they_cor
     ]
 
 
-async def test_usable_corrections_are_found_behind_many_that_are_not(store: Store) -> None:
+async def test_usable_corrections_are_found_behind_many_unusable_ones(store: Store) -> None:
     await store.append(run(run_id="t"))
     for number in range(2):
         await store.append(
@@ -326,17 +333,17 @@ async def test_corrections_and_prompts_that_are_too_long_are_not_read(store: Sto
     assert [correction.transaction_id for correction in found] == ["short"]
 
 
-async def test_corrections_that_differ_in_nothing_else_are_two_rows(store: Store) -> None:
+async def test_corrections_that_differ_only_in_the_proposal_are_two_rows(store: Store) -> None:
     for number in range(2):
         await store.append(feedback(corrected_proposal={"n": number}))
     rows = await store.last("phi3_feedback", 0)
     assert sorted(row["corrected_proposal"] for row in rows) == ['{"n":0}', '{"n":1}']
 
 
-async def test_a_large_table_gives_its_newest_rows_wherever_they_are(
+async def test_the_newest_rows_of_a_large_table_are_found_at_any_age(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm_sidecar.db.questions._SMALL", 10)
+    monkeypatch.setattr("llm_sidecar.db.queries._SMALL", 10)
     ages = [datetime.timedelta(minutes=1) * 3**power for power in range(14)]
     for number, age in enumerate(ages):
         when = datetime.datetime.now(datetime.UTC) - age
@@ -352,7 +359,7 @@ async def test_a_large_table_gives_its_newest_rows_wherever_they_are(
     assert [row["run_id"] for row in rows] == ["0", "1", "2"]
 
 
-async def test_closing_writes_what_waits(tmp_path: Path) -> None:
+async def test_closing_moves_the_logged_rows(tmp_path: Path) -> None:
     store = await Store.open(tmp_path / "db")
     writing = [asyncio.create_task(store.append(run(run_id=str(n)))) for n in range(20)]
     await asyncio.sleep(0)
@@ -372,14 +379,16 @@ async def test_a_hundred_rows_are_written_in_less_than_a_hundred_commits(tmp_pat
     table = await (await lancedb.connect_async(tmp_path)).open_table("hermes_scores")
     rows = await table.query().to_list()
     assert sorted(int(row["run_id"]) for row in rows) == list(range(100))
-    # A commit makes a version, and recent versions are kept.
+    # A commit creates a version, and recent versions are kept.
     assert len(await table.list_versions()) < 20
 
 
-# For scripts
+# Synchronous functions
 
 
-def test_scripts_write_models_and_dicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synchronous_functions_accept_models_and_dicts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LANCEDB_URI", str(tmp_path / "db"))
     db.init_db()
     db.append_feedback(Phi3FeedbackSchema(**FEEDBACK))

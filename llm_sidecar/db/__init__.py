@@ -1,14 +1,14 @@
-"""The database room: feedback, runs, scores and proposals in LanceDB.
+"""The database: feedback, runs, scores and proposals in LanceDB.
 
-Importing it imports neither lancedb nor pyarrow: those take seconds.
+Importing this package does not import lancedb and pyarrow, which takes seconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llm_sidecar.db.questions import Correction
-from llm_sidecar.db.schema import (
+from llm_sidecar.db.queries import Correction
+from llm_sidecar.db.rows import (
     FEEDBACK,
     PROPOSALS,
     RUNS,
@@ -23,8 +23,8 @@ from llm_sidecar.db.schema import (
     ProposalSchema,
     PublishedFeedback,
 )
-from llm_sidecar.db.scripts import append_feedback, init_db, log_hermes_score, log_run
 from llm_sidecar.db.store import Store, table_of
+from llm_sidecar.db.synchronous import append_feedback, init_db, log_hermes_score, log_run
 
 
 def cli_main(argv: Sequence[str] | None = None) -> int:
@@ -37,10 +37,10 @@ def cli_main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0; 1 if the database cannot be used or is damaged, or the output cannot be
         written; 2 for bad arguments; 130 after Ctrl-C.
     """
-    # Imported here, because a server does not need the parser.
-    from llm_sidecar.db import cli
+    # Imported here, because a server does not parse arguments.
+    from llm_sidecar.db import __main__ as command
 
-    return cli.cli_main(argv)
+    return command.cli_main(argv)
 
 
 __all__ = [

@@ -1,9 +1,50 @@
-"""`python -m llm_sidecar.db`."""
+"""`python -m llm_sidecar.db`.
+
+The command `export` is here, because it also writes what the packages above the database make of
+feedback.
+"""
+
+from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
-from llm_sidecar.db.cli import cli_main
+import typer
+
+from llm_sidecar import command_line
+from llm_sidecar.db import cli_commands
+from llm_sidecar.db.cli import PROG, Out, Since, app
+from llm_sidecar.db.cli_output import reason
+from llm_sidecar.db.export import RECORDS, Content
+from llm_sidecar.db.interruptible import run
+
+ExportFormat = Literal["sft", "dpo", "jsonl"]
+
+
+def cli_main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; see `llm_sidecar.db.cli_main`."""
+    return command_line.run_app(app, argv, PROG, reason)
+
+
+@app.command("export")
+def _export(
+    kind: Annotated[ExportFormat, typer.Option("--format", help="The content of each line.")],
+    since: Since = None,
+    out: Out = None,
+) -> int:
+    """Write training data from feedback, as JSON lines."""
+    return run(cli_commands.export(_content(kind), since, out))
+
+
+def _content(kind: ExportFormat) -> Content:
+    if kind == "jsonl":
+        return RECORDS
+    # Imported here, because no other command needs proposals.
+    from llm_sidecar.tuning import dataset
+
+    return dataset.CHATS if kind == "sft" else dataset.PAIRS
 
 
 def main() -> int:

@@ -1,23 +1,20 @@
-"""`python -m llm_sidecar.db`: reads and maintains the database."""
+"""The command line that reads and maintains the database: its arguments."""
 
 from __future__ import annotations
 
 import datetime
 import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import typer
 
-from llm_sidecar import command_line
 from llm_sidecar.db import cli_commands as commands
-from llm_sidecar.db import cli_output as output
 from llm_sidecar.db.cli_rows import Format
 from llm_sidecar.db.filters import Filters
-from llm_sidecar.db.run import run
-from llm_sidecar.db.schema import RUNS, TABLES
+from llm_sidecar.db.interruptible import run
+from llm_sidecar.db.rows import RUNS, TABLES
 
 PROG: Final = "python -m llm_sidecar.db"
 _SPANS: Final = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -26,22 +23,8 @@ TableName = Literal[
     "phi3_feedback", "orchestrator_runs", "hermes_scores", "proposals", "feedback_withdrawals"
 ]
 Action = Literal["adjust", "pass", "abort"]
-ExportFormat = Literal["sft", "dpo", "jsonl"]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-
-def cli_main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line.
-
-    Args:
-        argv: the arguments; default: those of this process.
-
-    Returns:
-        The exit status: 0; 1 if the database cannot be used or is damaged, or the output cannot be
-        written; 2 for bad arguments; 130 after Ctrl-C.
-    """
-    return command_line.run_app(app, argv, PROG, output.reason)
 
 
 @app.callback(invoke_without_command=True)
@@ -161,16 +144,6 @@ def _migrate() -> int:
 def _verify() -> int:
     """Read every row and check that ids are unique."""
     return run(commands.check())
-
-
-@app.command("export")
-def _export(
-    kind: Annotated[ExportFormat, typer.Option("--format", help="The content of each line.")],
-    since: Since = None,
-    out: Out = None,
-) -> int:
-    """Write training data from feedback, as JSON lines."""
-    return run(commands.export(kind, since, out))
 
 
 def _format(given: Format | None, as_json: bool, out: Path | None) -> Format:

@@ -17,15 +17,15 @@ from llm_sidecar import command_line
 from llm_sidecar.db import cli_output as output
 from llm_sidecar.db import cli_rows
 from llm_sidecar.db.cli_rows import Format
-from llm_sidecar.db.export import Export
-from llm_sidecar.db.export import Format as ExportFormat
+from llm_sidecar.db.export import Content, Export
 from llm_sidecar.db.filters import Filters
+from llm_sidecar.db.location import TABLE_SUFFIX, Location, location_of
 from llm_sidecar.db.migrate import migrate
 from llm_sidecar.db.nested import with_objects
-from llm_sidecar.db.place import TABLE_SUFFIX, Place, place_of
-from llm_sidecar.db.questions import newest
-from llm_sidecar.db.reading import Waiting, reading
-from llm_sidecar.db.schema import ROW_ID, arrow_schemas
+from llm_sidecar.db.queries import newest
+from llm_sidecar.db.read_only import LoggedRows, opened_read_only
+from llm_sidecar.db.rows import ROW_ID
+from llm_sidecar.db.schema import arrow_schemas
 from llm_sidecar.db.statistics import statistics
 from llm_sidecar.db.store import Store
 from llm_sidecar.db.tables import Tables
@@ -56,19 +56,19 @@ async def query_runs(
 ) -> int:
     """Shows the newest rows of a table, newest first."""
     earliest = {} if since is None else {"since": since}
-    async with _opened() as (_, tables, waiting):
+    async with _opened() as (_, tables, logged):
         rows = await newest(tables, table, last, filters=filters, **earliest)
-        logged = [
+        added = [
             row
-            for row in waiting.rows.get(table, [])
+            for row in logged.rows.get(table, [])
             if (since is None or row["timestamp"] >= since)
             and filters.matches(table, row)
             and row not in rows
         ]
-        if logged:
-            rows = sorted([*logged, *rows], key=lambda row: row["timestamp"], reverse=True)
+        if added:
+            rows = sorted([*added, *rows], key=lambda row: row["timestamp"], reverse=True)
             rows = rows[: last if last > 0 else None]
-        _note_missing(Waiting(unreadable=waiting.unreadable))
+        _note_missing(LoggedRows(unreadable=logged.unreadable))
     columns = [name for name in arrow_schemas()[table].names if name != ROW_ID]
     if not rows:
         filtered = since is not None or filters.names()
@@ -83,17 +83,17 @@ async def query_runs(
 
 async def stats(shape: Shape) -> int:
     """Shows how large each table is."""
-    async with _opened() as (place, tables, waiting):
-        found = await statistics(place, tables)
-        _note_missing(waiting)
+    async with _opened() as (location, tables, logged):
+        found = await statistics(location, tables)
+        _note_missing(logged)
     _write(found, list(found[0]), shape)
     return command_line.OK
 
 
 async def compact() -> int:
     """Compacts the tables; fails if another process is compacting them."""
-    place = _writable_place("compact")
-    async with _store(place) as store:
+    location = _writable_location("compact")
+    async with _store(location) as store:
         before, began = store.status()["fragments"], time.monotonic()
         if not await store.compact():
             command_line.say("Another process is compacting this database.")
@@ -106,14 +106,14 @@ async def compact() -> int:
 
 async def upgrade() -> int:
     """Migrates the tables."""
-    async for done in migrate(_writable_place("migrate"), command_line.progress):
+    async for done in migrate(_writable_location("migrate"), command_line.progress):
         output.line(done)
     return command_line.OK
 
 
 async def check() -> int:
     """Reads every row; fails if the database is damaged."""
-    async with _opened() as (_, tables, waiting):
+    async with _opened() as (_, tables, logged):
         async with tables.unchanging():
             found = await verify(tables, command_line.progress)
         for table in found:
@@ -121,26 +121,27 @@ async def check() -> int:
             output.line(
                 f"{table.table}: {table.rows} of {table.expected} rows are readable, {doubled}"
             )
-        _note_missing(waiting)
+        _note_missing(logged)
     return command_line.OK if all(table.is_sound for table in found) else command_line.FAILED
 
 
-async def export(kind: ExportFormat, since: datetime.datetime | None, out: Path | None) -> int:
-    """Writes training data from feedback."""
+async def export(content: Content, since: datetime.datetime | None, out: Path | None) -> int:
+    """Writes feedback, as JSON lines."""
     earliest = {} if since is None else {"since": since}
-    async with _opened() as (_, tables, waiting):
-        lines = Export(tables, kind, **earliest)
+    async with _opened() as (_, tables, logged):
+        feedback = Export(tables, content)
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(tables.unchanging())
             write = stack.enter_context(output.file_or_stdout(out))
             count = 0
-            async for row in lines.rows(command_line.progress):
+            async for line in feedback.lines(command_line.progress, **earliest):
                 # ASCII, because half of a surrogate pair is valid in JSON but not in UTF-8.
-                write(json.dumps(row) + "\n")
+                write(json.dumps(line) + "\n")
                 count += 1
-        skipped = f"; left out: {lines.skipped}" if str(lines.skipped) else ""
-        command_line.say(f"{count} rows{skipped}")
-        _note_missing(waiting)
+        reasons = [f"{number} {reason}" for reason, number in feedback.left_out.items() if number]
+        left_out = f"; left out: {', '.join(reasons)}" if reasons else ""
+        command_line.say(f"{count} rows{left_out}")
+        _note_missing(logged)
     return command_line.OK
 
 
@@ -175,20 +176,20 @@ def _is_empty(folder: Path) -> bool:
         return False
 
 
-def _writable_place(command: str) -> Place:
-    place = place_of(database_uri())
-    is_there = place.folder is None or os.path.isdir(place.folder)  # noqa: PTH112 this never raises
-    if is_there and not place.may_write():
+def _writable_location(command: str) -> Location:
+    location = location_of(database_uri())
+    is_there = location.folder is None or os.path.isdir(location.folder)  # noqa: PTH112 this never raises
+    if is_there and not location.may_write():
         raise DatabaseUnavailable(
-            f"The database at {place.shown} is read-only; {command} has to write to it."
+            f"The database at {location.shown} is read-only; {command} has to write to it."
         )
-    return place
+    return location
 
 
 @contextlib.asynccontextmanager
-async def _store(place: Place) -> AsyncIterator[Store]:
+async def _store(location: Location) -> AsyncIterator[Store]:
     # The command line never creates a database.
-    uri = place.uri if place.folder is None else place.shown
+    uri = location.uri if location.folder is None else location.shown
     store = await Store.open(uri, create=False, timeout=_OPEN_SECONDS)
     try:
         for repair in store.status()["repairs"]:
@@ -199,21 +200,21 @@ async def _store(place: Place) -> AsyncIterator[Store]:
 
 
 @contextlib.asynccontextmanager
-async def _opened() -> AsyncIterator[tuple[Place, Tables, Waiting]]:
-    place = place_of(database_uri())
-    if not place.may_write():
-        async with reading(place) as (tables, waiting):
-            yield place, tables, waiting
+async def _opened() -> AsyncIterator[tuple[Location, Tables, LoggedRows]]:
+    location = location_of(database_uri())
+    if not location.may_write():
+        async with opened_read_only(location) as (tables, logged):
+            yield location, tables, logged
         return
-    async with _store(place) as store:
-        yield place, await store.opened(), Waiting()
+    async with _store(location) as store:
+        yield location, await store.opened(), LoggedRows()
 
 
-def _note_missing(waiting: Waiting) -> None:
-    if count := waiting.count():
+def _note_missing(logged: LoggedRows) -> None:
+    if count := logged.count():
         rows = "row is" if count == 1 else "rows are"
         command_line.say(f"{count} {rows} still in the write-ahead log and not counted here.")
-    if waiting.unreadable:
+    if logged.unreadable:
         command_line.say("The newest rows may be missing: the write-ahead log cannot be read.")
 
 

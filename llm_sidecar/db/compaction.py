@@ -1,4 +1,4 @@
-"""Keeps tables in few files: every batch of rows leaves some behind."""
+"""Compacts tables when they have many fragments: every batch of rows adds files."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ import logging
 import time
 from typing import Final
 
-from llm_sidecar.db.schema import TABLES
-from llm_sidecar.db.tables import FRAGMENTS, Tables, one_line
+from llm_sidecar.db.lance import one_line
+from llm_sidecar.db.rows import TABLES
+from llm_sidecar.db.tables import FRAGMENTS, Tables
 
 log = logging.getLogger(__name__)
 
 _PAUSE: Final = 5.0
 _SHARE: Final = 20.0
-"""Least seconds between two compactions, and how many times as long as the last one took."""
+"""The minimum pause between two compactions: in seconds, and as a multiple of the last one's
+duration."""
 _COUNT_SECONDS: Final = 5.0
 
 
 class Compactor:
-    """Compacts when it is due, and says how that went.
+    """Compacts the tables in the background.
 
     Attributes:
-        fragments: of each table, when last looked at.
-        due: set where the next compaction is worth it.
+        fragments: the number of fragments of each table, when last counted.
+        due: set when the next compaction is due.
         failure: why the last compaction failed; None if it did not.
-        failures: how many have failed.
+        failures: the number of failed compactions.
     """
 
     def __init__(self) -> None:
@@ -35,8 +37,8 @@ class Compactor:
         self.failures = 0
         self._busy = asyncio.Lock()
 
-    async def look(self, tables: Tables) -> None:
-        """Counts the fragments, to be shown, and to see when compacting is worth it."""
+    async def count(self, tables: Tables) -> None:
+        """Counts the fragments of every table."""
         try:
             async with asyncio.timeout(_COUNT_SECONDS):
                 for name in TABLES:
@@ -44,26 +46,26 @@ class Compactor:
         except Exception as error:  # noqa: BLE001 lancedb raises many types
             log.warning("the fragments cannot be counted: %s", one_line(error))
 
-    def ask_if_many(self) -> None:
-        """Makes a compaction due where a table has many fragments."""
+    def request_if_many(self) -> None:
+        """Makes a compaction due if a table has many fragments."""
         if max(self.fragments.values(), default=0) >= FRAGMENTS:
             self.due.set()
 
     async def compact(self, tables: Tables) -> bool:
-        """Compacts now; returns False where another process is at it.
+        """Compacts now; returns False if another process is compacting.
 
         Raises:
             Exception: whatever lancedb raises.
         """
         done = await tables.compact()
-        await self.look(tables)
+        await self.count(tables)
         return done
 
     async def compact_if_due(self, tables: Tables | None) -> float:
-        """Compacts if that is due; returns seconds until the next one may begin.
+        """Compacts if that is due; returns the seconds until the next one may start.
 
         Args:
-            tables: None where they are not open.
+            tables: None if they are not open.
         """
         async with self._busy:
             began = time.monotonic()

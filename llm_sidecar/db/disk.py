@@ -1,9 +1,9 @@
-"""What LanceDB leaves out: it never syncs a file, so a power loss can take what it acknowledged.
+"""Syncs the tables' files, because LanceDB does not: without it a power loss may destroy rows.
 
-`Disk.sync` makes the tables' files survive one and notes up to which version of each table that is
-so. What lies beyond is in some write-ahead log, so that an unreadable newest version can be set
-aside without losing a row. The names of Lance's files are those of its table format
-(https://lance.org/format/table/): `_versions/N.manifest`, N counted down from 2**64 - 1.
+`Disk.sync` syncs the files and notes the synced version of each table. The rows of newer versions
+are still in a write-ahead log, so an unreadable newest version can be set aside without losing
+rows. The file names are those of Lance's table format (https://lance.org/format/table/):
+`_versions/N.manifest`, where N counts down from 2**64 - 1.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import shutil
 from pathlib import Path
 from typing import Final
 
+from llm_sidecar.db.location import Location
 from llm_sidecar.db.log import locked, sync_folder
-from llm_sidecar.db.place import Place
-from llm_sidecar.db.schema import TABLES
+from llm_sidecar.db.rows import TABLES
 
 _NOTE: Final = "synced.json"
 _HINT: Final = "latest_version_hint.json"
@@ -28,27 +28,27 @@ _HIGHEST: Final = 2**64 - 1
 
 
 class Disk:
-    """The tables' files of a database in a local folder. Every method blocks, for a disk's time."""
+    """The files of the tables of a local database. Every method blocks on the disk."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, location: Location) -> None:
         """Touches nothing."""
-        assert place.folder is not None
-        self._folder = place.folder
-        self._logs = place.log_folder
-        self._aside = place.set_aside
+        assert location.folder is not None
+        self._folder = location.folder
+        self._logs = location.log_folder
+        self._aside = location.set_aside
         self._synced: dict[str, frozenset[Path]] = {}
 
     def adopt(self, newest: dict[str, int]) -> None:
-        """Notes the tables of a database that no note is kept of yet, and counts them as synced.
+        """Notes the tables as synced, if the database has no note yet.
 
         Args:
-            newest: the newest version of each table that is there.
+            newest: the newest version of each existing table.
         """
         if not (self._logs / _NOTE).exists():
             self._write_note(newest)
 
     def synced_versions(self) -> dict[str, int] | None:
-        """Up to which version each table is known to be synced; None where nobody has noted it."""
+        """The last version of each table that is known to be synced; None without a note."""
         try:
             text = (self._logs / _NOTE).read_text()
         except FileNotFoundError:
@@ -62,7 +62,7 @@ class Disk:
         """Syncs every file that is not known to be synced, then notes the versions.
 
         Args:
-            versions: of each table, at most what was there before the call.
+            versions: a version of each table, which must exist before the call.
         """
         for table in versions:
             self._sync_table(table)
@@ -80,7 +80,7 @@ class Disk:
             files = {Path(folder, name) for name in names if name != _HINT}
             entries = files | {Path(folder, name) for name in folders}
             found |= entries
-            # Another process may have tidied any of them away.
+            # Another process may have deleted any of them.
             for path in files - known:
                 with contextlib.suppress(FileNotFoundError):
                     _sync_file(path)
@@ -97,21 +97,21 @@ class Disk:
         sync_folder(self._logs)
 
     def tables(self) -> list[str]:
-        """The tables that are there, readable or not."""
+        """The existing tables, readable or not."""
         return [table for table in TABLES if self._table(table).is_dir()]
 
     def newest_version(self, table: str) -> int:
-        """The version that the newest manifest's name says; 0 where there is none."""
+        """The version in the name of the newest manifest; 0 without a manifest."""
         return max((version for version, _ in self._manifests(table)), default=0)
 
     def set_newest_aside(self, table: str) -> str:
-        """Moves the newest version of a table away; the whole table where it has no version left.
+        """Sets the newest version of a table aside, or the whole table if it has no version.
 
         Returns:
             What was done, in words.
 
         Raises:
-            OSError: the files cannot be read or moved, which is no reason to set them aside.
+            OSError: the files cannot be read or moved. They may be intact, so they stay.
         """
         manifests = self._manifests(table)
         if not manifests:
@@ -122,10 +122,10 @@ class Disk:
         return self._set_aside(table, *max(manifests))
 
     def set_torn_aside(self, table: str) -> list[str]:
-        """Moves every version away whose manifest does not end as one does.
+        """Sets every version aside whose manifest is truncated.
 
         Returns:
-            What was done, in words, a line a version.
+            What was done, in words, one line per version.
 
         Raises:
             OSError: the files cannot be read or moved.

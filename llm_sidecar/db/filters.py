@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from llm_sidecar.db.questions import json_object
-from llm_sidecar.db.schema import FEEDBACK, PROPOSALS, RUNS, SCORES
+from llm_sidecar.db.nested import json_object
+from llm_sidecar.db.rows import FEEDBACK, PROPOSALS, RUNS, SCORES
 
 _PROPOSAL_PATHS: Final[Mapping[str, tuple[str, ...]]] = {
     RUNS: ("final_output", "proposal"),

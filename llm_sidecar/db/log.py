@@ -1,12 +1,13 @@
-"""The write-ahead log: rows on disk, synced, before anybody is told that they are stored.
+"""The write-ahead log: rows are synced to disk before they are acknowledged.
 
-Each process that writes to a database has a folder of its own below the database's log folder. It
-holds a `lock` file, which the process keeps locked while it lives, and segments: files of records,
-of which only the last is written to. A folder whose lock is free is that of a process that has
-ended; whoever finds it takes over its rows (`abandoned_logs`).
+Each process that writes to a database has its own folder below the database's log folder. It
+contains a `lock` file, which the process keeps locked until it ends, and segments: files of
+records, of which only the last is written to. If the lock of a folder is free, its process has
+ended, and another process replays its rows (`abandoned_logs`).
 
 A record is a marker, the length and the CRC-32 of its payload (little-endian), and the payload:
-JSON text in UTF-8, `[table, {column: value}]`. One that a crash has cut off was never acknowledged.
+JSON text in UTF-8, `[table, {column: value}]`. A record that a crash has truncated was never
+acknowledged.
 """
 
 from __future__ import annotations
@@ -25,33 +26,33 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 _MARKER: Final = b"\xf5ROW"
-"""A byte that no UTF-8 text has, so that no payload holds the marker."""
+"""Its first byte never occurs in UTF-8, so no payload contains the marker."""
 _HEADER: Final = struct.Struct("<4sII")
 _SUFFIX: Final = ".log"
 _LOCK: Final = "lock"
 _CHECK: Final = "check"
 _CHECK_BYTES: Final = 1 << 14
-"""More than most rows need."""
+"""More than the size of most rows."""
 _LOW_BYTES: Final = 1 << 20
-"""With less free space than this, `check` writes a test file: some of it may be reserved."""
+"""With less free space than this, `check` writes a test file, because space may be reserved."""
 _TIMES: Final = ("timestamp", "received")
 
 
 class Row(NamedTuple):
-    """One row on its way: its table, and the values of its columns."""
+    """A row: its table, and the values of its columns."""
 
     table: str
     values: dict[str, Any]
 
 
 class Segment(NamedTuple):
-    """What a log file held.
+    """The content of a log file.
 
     Attributes:
         rows: in the order of writing.
-        damaged: bytes before the last good record that are none; 0 unless the disk lost something
-            that had been synced.
-        torn: bytes after the last good record: a write that a crash cut off.
+        damaged: the number of bytes before the last intact record that are not a record; 0 unless
+            the disk has lost synced data.
+        torn: the number of bytes after the last intact record: a write that a crash truncated.
     """
 
     rows: list[Row]
@@ -60,7 +61,7 @@ class Segment(NamedTuple):
 
 
 def encode(row: Row) -> bytes:
-    """One record."""
+    """The row as a record."""
     values = {
         name: value.isoformat() if isinstance(value, datetime.datetime) else value
         for name, value in row.values.items()
@@ -70,7 +71,7 @@ def encode(row: Row) -> bytes:
 
 
 def read_segment(path: Path) -> Segment:
-    """The rows of a segment; steps over whatever is no record."""
+    """The rows of a segment; skips bytes that are not a record."""
     data = path.read_bytes()
     rows: list[Row] = []
     damaged = position = good = 0
@@ -104,10 +105,10 @@ def _decode(payload: bytes) -> Row:
 
 
 class Log:
-    """The folder that this process writes to. Every method blocks, for a disk's time."""
+    """The log folder of this process. Every method blocks on the disk."""
 
     def __init__(self, folder: Path) -> None:
-        """Makes a new folder in `folder`, the database's log folder, and locks it.
+        """Creates a new folder in `folder`, the database's log folder, and locks it.
 
         Raises:
             OSError
@@ -115,7 +116,7 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder / uuid.uuid4().hex
         with locked(folder / _LOCK):
-            # Nobody takes the new folder for an abandoned one before it is locked.
+            # The outer lock is held until the new folder is locked, so it never looks abandoned.
             self._folder.mkdir()
             try:
                 self._lock = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
@@ -155,20 +156,19 @@ class Log:
         self._size += len(data)
 
     def is_gone(self) -> bool:
-        """Whether somebody has removed its folder; then nothing can be stored in it any more."""
+        """Whether the folder was removed, so that nothing can be stored in it."""
         return not self._folder.is_dir()
 
     def check(self, failed: bool) -> None:
-        """Tells whether a record could be written now.
+        """Checks that a record could be written now.
 
-        Looks first, and tries where there is any doubt: this is called every few seconds, and on a
-        healthy disk it must not write.
+        It runs every few seconds, so it writes a test file only if the disk may refuse it.
 
         Args:
             failed: whether the last record could not be written.
 
         Raises:
-            OSError: it could not be written.
+            OSError: a record could not be written.
         """
         disk = os.statvfs(self._folder)
         is_read_only = bool(disk.f_flag & os.ST_RDONLY)
@@ -201,8 +201,11 @@ class Log:
         self._unsealed.append(path)
 
     def _take_back(self) -> None:
-        """Cuts off what a failed write left. Nothing more is written to the file: after a failed
-        sync nobody knows its state, and the kernel says so only once."""
+        """Truncates the file to its state before a failed write, and ends the segment.
+
+        After a failed sync the state of a file is unknown, and the kernel reports the failure only
+        once.
+        """
         assert self._file is not None
         with contextlib.suppress(OSError):
             os.ftruncate(self._file, self._size)
@@ -222,14 +225,14 @@ class Log:
         """Ends the segment; the next append starts another.
 
         Returns:
-            The segments that have been written since the last call.
+            The segments written since the last call.
         """
         self._end_segment()
         sealed, self._unsealed = self._unsealed, []
         return sealed
 
     def close(self) -> None:
-        """Ends the segment, and frees the lock: from now on the folder counts as abandoned."""
+        """Ends the segment and releases the lock, so that the folder counts as abandoned."""
         try:
             self.seal()
             if self._folder.is_dir() and not segments(self._folder):
@@ -244,7 +247,7 @@ def segments(folder: Path) -> list[Path]:
 
 
 class AbandonedLog:
-    """The folder of a process that has ended, held so that nobody else takes it."""
+    """The locked folder of a process that has ended."""
 
     def __init__(self, folder: Path, lock: int) -> None:
         """Use `abandoned_logs`."""
@@ -252,21 +255,21 @@ class AbandonedLog:
         self._lock = lock
 
     def remove(self) -> None:
-        """Deletes the folder; its rows are safe elsewhere."""
+        """Deletes the folder, once its rows are stored in the tables."""
         for path in segments(self.folder):
             path.unlink()
         _remove(self.folder)
 
     def release(self) -> None:
-        """Lets others take it."""
+        """Releases the lock."""
         os.close(self._lock)
 
 
 def abandoned_logs(folder: Path) -> list[AbandonedLog] | None:
-    """Takes the logs in `folder`, the database's log folder, whose process has ended; never waits.
+    """Locks the logs of ended processes in `folder`, the database's log folder; never waits.
 
     Returns:
-        The logs, to be released by the caller; None where another process is just looking.
+        The logs, which the caller has to release; None if another process is doing the same.
 
     Raises:
         OSError
@@ -289,14 +292,14 @@ def _take(path: Path) -> AbandonedLog | None:
         os.close(lock)
         return None
     if not (path / _LOCK).is_file():
-        # Another process has dealt with it between the opening and the locking.
+        # Another process has removed it between the opening and the locking.
         os.close(lock)
         return None
     return AbandonedLog(path, lock)
 
 
 def sweep(folder: Path) -> None:
-    """Removes what a process left in the log folder that died before it had locked its own."""
+    """Removes the empty folders of processes that died before they locked them."""
     with locked(folder / _LOCK):
         for path in folder.iterdir():
             if path.is_dir() and not any(path.iterdir()):
@@ -305,10 +308,10 @@ def sweep(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True, shared: bool = False) -> Iterator[bool]:
-    """Holds an advisory lock (flock) on a file, which is made where it is missing.
+    """Holds an advisory lock (flock) on a file, which is created if it is missing.
 
-    Gives False, and holds nothing, where another process has it and `wait` is False. The kernel
-    frees it when the process ends, however it ends.
+    Yields False, without the lock, if another process has it and `wait` is False. The kernel
+    releases the lock when the process ends.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -325,7 +328,7 @@ def locked(path: Path, *, wait: bool = True, shared: bool = False) -> Iterator[b
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder survive a power loss."""
+    """Makes the directory entries of a folder survive a power loss."""
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(file)

@@ -6,15 +6,24 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-from llm_sidecar.db.schema import FEEDBACK, PROPOSALS, RUNS
+from llm_sidecar.db.rows import FEEDBACK, PROPOSALS, RUNS
 
 JSON_COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     FEEDBACK: ("feedback_content", "corrected_proposal"),
     RUNS: ("final_output",),
     PROPOSALS: ("proposal",),
 }
-"""The columns of each table that contain an object as JSON text. In other columns, text that looks
-like JSON was written by a person or a model, and stays text."""
+"""The columns of each table that contain an object as JSON text. Text in other columns may look
+like JSON, but a person or a model wrote it, so it stays text."""
+
+
+def json_object(text: str | None) -> dict[str, Any] | None:
+    """The JSON object in a text; None for any other text, which older versions may have stored."""
+    try:
+        value = json.loads(text or "null")
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def with_objects(table: str, row: Mapping[str, Any]) -> dict[str, Any]:

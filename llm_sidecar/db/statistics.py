@@ -1,30 +1,31 @@
-"""How large the tables are, and in how many pieces."""
+"""The size of each table, in rows, fragments, versions, files and bytes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from llm_sidecar.db.place import Place
-from llm_sidecar.db.schema import TABLES
+from llm_sidecar.db.location import Location
+from llm_sidecar.db.rows import TABLES
 from llm_sidecar.db.tables import Tables
 
 
-async def statistics(place: Place, tables: Tables) -> list[dict[str, Any]]:
-    """One entry a table, and one of the write-ahead logs.
+async def statistics(location: Location, tables: Tables) -> list[dict[str, Any]]:
+    """One entry per table, and a last one for the write-ahead logs.
 
     Returns:
-        `rows`, `fragments`, `versions`; `files` and `bytes` on disk, or None and the live bytes for
-        an object store; `last_compaction`, an aware time or None. The logs' entry counts the files
-        and bytes of every process's log, and among its rows nothing.
+        For each table `rows`, `fragments` and `versions`; `files` and `bytes` on disk, or for an
+        object store None and the bytes of the current version; `last_compaction`, an aware time or
+        None. The entry of the logs has the files and bytes of all processes' logs; the rest is
+        None.
     """
     found: list[dict[str, Any]] = []
     for name in TABLES:
         table = tables[name]
         stats = await table.stats()
         files, size = None, int(stats["total_bytes"])
-        if place.folder is not None:
-            files, size = _on_disk(place.folder / f"{name}.lance")
+        if location.folder is not None:
+            files, size = _on_disk(location.folder / f"{name}.lance")
         found.append(
             {
                 "table": name,
@@ -36,7 +37,7 @@ async def statistics(place: Place, tables: Tables) -> list[dict[str, Any]]:
                 "last_compaction": tables.last_compaction(),
             }
         )
-    files, size = _on_disk(place.log_folder)
+    files, size = _on_disk(location.log_folder)
     log = {"table": "(log)", "files": files, "bytes": size}
     return [*found, {name: log.get(name) for name in found[0]}]
 
@@ -48,6 +49,6 @@ def _on_disk(folder: Path) -> tuple[int, int]:
             if path.is_file():
                 sizes.append(path.stat().st_size)
         except OSError:
-            # It has just been deleted, or there is no permission.
+            # The file has just been deleted, or there is no permission.
             continue
     return len(sizes), sum(sizes)

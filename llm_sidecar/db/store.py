@@ -1,4 +1,4 @@
-"""The database as the rest of the sidecar sees it."""
+"""The database as the rest of the sidecar uses it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from llm_sidecar.db import questions
+from llm_sidecar.db import queries
 from llm_sidecar.db.filters import Filters
+from llm_sidecar.db.lance import one_line
+from llm_sidecar.db.location import location_of
 from llm_sidecar.db.log import Row
-from llm_sidecar.db.place import place_of
-from llm_sidecar.db.questions import Correction
-from llm_sidecar.db.schema import (
+from llm_sidecar.db.queries import Correction
+from llm_sidecar.db.rows import (
     FEEDBACK,
     FEEDBACK_ID,
     SCHEMAS,
@@ -25,7 +26,7 @@ from llm_sidecar.db.schema import (
     ProposalSchema,
     PublishedFeedback,
 )
-from llm_sidecar.db.tables import Tables, one_line
+from llm_sidecar.db.tables import Tables
 from llm_sidecar.db.writer import Writer
 from llm_sidecar.errors import DatabaseUnavailable
 
@@ -42,9 +43,10 @@ _TABLE_OF: Final = {schema: table for table, schema in SCHEMAS.items()} | {
     PublishedFeedback: FEEDBACK
 }
 _UNBOUNDED: Final = 2**31 - 1
-_ASK_SECONDS: Final = 5.0
-"""Deadline of one question; a remote store takes far longer to fail by itself."""
+_QUERY_SECONDS: Final = 5.0
+"""The deadline of a query, because a remote store takes much longer to fail."""
 _OPEN_SECONDS: Final = 30.0
+_SHOWN_REPAIRS: Final = 20
 
 
 def table_of(row: AnyRow) -> str:
@@ -53,10 +55,10 @@ def table_of(row: AnyRow) -> str:
 
 
 class Store:
-    """A database. Rows are only ever added, and acknowledged once they would survive a power loss.
+    """A database. Rows are only added, and acknowledged once they would survive a power loss.
 
-    It takes rows from the first moment, also while LanceDB is being opened or is away; questions
-    wait for it. Several processes may use one database at once.
+    It accepts rows at once, also while LanceDB is being opened or is unavailable; queries wait for
+    LanceDB. Several processes may use one database at the same time.
     """
 
     def __init__(
@@ -65,26 +67,25 @@ class Store:
         """Opens nothing yet.
 
         Args:
-            uri: a folder, which is made where it is missing, or an `s3://` address.
-            log_dir: where the log of an object store goes; `LANCEDB_LOG_DIR` unless given.
-            create: False to create no database where there is none.
+            uri: a folder, which is created if it is missing, or an `s3://` address.
+            log_dir: the folder for the log of an object store; `LANCEDB_LOG_DIR` unless given.
+            create: whether to create a missing database.
         """
-        self._place = place_of(uri, log_dir)
-        self._writer = Writer(self._place, create=create)
+        self._location = location_of(uri, log_dir)
+        self._writer = Writer(self._location, create=create)
 
     @classmethod
     async def open(
         cls, uri: str | Path, *, timeout: float = _OPEN_SECONDS, create: bool = True
     ) -> Store:
-        """A database that is open: repaired where a crash has left something to repair, its rows
-        that were only in a log replayed.
+        """Opens a database, repairs it after a crash and replays the rows that are only in a log.
 
         Args:
-            uri, create: as of `Store`.
+            uri, create: see `Store`.
             timeout: seconds.
 
         Raises:
-            DatabaseUnavailable: it cannot be opened; says why.
+            DatabaseUnavailable: it cannot be opened, with the reason.
         """
         store = cls(uri, create=create)
         store.start()
@@ -96,7 +97,7 @@ class Store:
         return store
 
     def start(self) -> None:
-        """Begins to take rows and to open the database, in the background."""
+        """Starts to accept rows and to open the database, in the background."""
         self._writer.start()
 
     async def opened(self, timeout: float = _OPEN_SECONDS) -> Tables:
@@ -108,7 +109,7 @@ class Store:
         return await self._writer.opened(timeout)
 
     async def close(self) -> None:
-        """Moves what waits into the tables, within a bound, then closes."""
+        """Moves the logged rows to the tables, within a time limit, then closes."""
         await self._writer.close()
 
     def refusal(self) -> str | None:
@@ -116,16 +117,16 @@ class Store:
         return self._writer.refusal()
 
     def is_open(self) -> bool:
-        """Whether questions can be asked now, and the last row could be stored."""
+        """Whether queries are possible now, and the last row could be stored."""
         return self._writer.state == "open" and self._writer.log_failure is None
 
     async def append(self, row: AnyRow) -> None:
         """Stores a row in the table of its type, and returns once it would survive a power loss.
 
-        Feedback is stored once however often its `feedback_id` comes, also to other processes.
+        Feedback with the same `feedback_id` is stored once, also across processes.
 
         Raises:
-            DatabaseUnavailable: it is not stored, or, after the deadline, not known to be.
+            DatabaseUnavailable: it is not stored or, after the deadline, may not be stored.
         """
         await self._writer.append(Row(table_of(row), row.as_row()))
 
@@ -140,8 +141,8 @@ class Store:
         """The newest rows of a table, newest first; all of them for a count of 0 or less.
 
         Args:
-            since: only those from this aware time on.
-            status: only those with this `status`, which runs have.
+            since: an aware time; older rows are excluded.
+            status: only runs with this status.
 
         Raises:
             DatabaseUnavailable: they cannot be read.
@@ -149,23 +150,23 @@ class Store:
         options: dict[str, Any] = {} if since is None else {"since": since}
         if status is not None:
             options["filters"] = Filters(status=status)
-        return await self._ask(lambda tables: questions.newest(tables, table, count, **options))
+        return await self._query(lambda tables: queries.newest(tables, table, count, **options))
 
     async def transaction(self, transaction_id: str) -> dict[str, list[dict[str, Any]]]:
-        """The rows of every table that belong to one transaction, each table's newest first.
+        """The rows of one transaction, by table, newest first.
 
         Raises:
             DatabaseUnavailable: they cannot be read.
         """
-        return await self._ask(lambda tables: questions.transaction(tables, transaction_id))
+        return await self._query(lambda tables: queries.transaction(tables, transaction_id))
 
     async def mean_score_since(self, since: datetime.datetime) -> tuple[float | None, int]:
-        """Mean (None of none) and number of the scores since an aware time.
+        """The mean (None without scores) and the number of the scores since an aware time.
 
         Raises:
             DatabaseUnavailable: they cannot be read.
         """
-        return await self._ask(lambda tables: questions.mean_score(tables, since))
+        return await self._query(lambda tables: queries.mean_score(tables, since))
 
     async def recent_corrections(
         self,
@@ -176,19 +177,15 @@ class Store:
         prompt_bytes: int = _UNBOUNDED,
         from_bus: bool = False,
     ) -> list[Correction]:
-        """The latest usable corrections in the order of arrival, newest first, one a run.
+        """The latest usable correction of each run, in order of arrival, newest first.
 
-        Args:
-            count: the greatest number of corrections.
-            usable: whether a correction can be used.
-            proposal_bytes, prompt_bytes: longer ones (in UTF-8) are not read.
-            from_bus: whether feedback that another service published counts.
+        Args: see `queries.recent_corrections`.
 
         Raises:
             DatabaseUnavailable: they cannot be read.
         """
-        return await self._ask(
-            lambda tables: questions.recent_corrections(
+        return await self._query(
+            lambda tables: queries.recent_corrections(
                 tables,
                 count,
                 usable,
@@ -199,62 +196,61 @@ class Store:
         )
 
     async def prompt(self, run_id: str) -> str | None:
-        """The prompt of a run; None where the run is not stored.
+        """The prompt of a run; None if the run is not stored.
 
         Raises:
             DatabaseUnavailable: it cannot be read.
         """
-        return await self._ask(lambda tables: questions.prompt(tables, run_id))
+        return await self._query(lambda tables: queries.prompt(tables, run_id))
 
     async def is_withdrawn(self, feedback_id: str) -> bool:
         """Whether feedback is withdrawn.
 
         Raises:
-            DatabaseUnavailable: that is not known.
+            DatabaseUnavailable: it cannot be read.
         """
-        return bool(await self._ask(lambda tables: questions.withdrawn(tables, [feedback_id])))
+        return bool(await self._query(lambda tables: queries.withdrawn(tables, [feedback_id])))
 
     async def feedback_transaction(self, feedback_id: str) -> str | None:
-        """The transaction_id of feedback; None where there is no such feedback.
+        """The transaction_id of feedback; None if it is not stored.
 
-        Feedback that is still in this process's log is found even while the database is away.
+        Feedback that is still in this process's log is found even if LanceDB is unavailable.
 
         Raises:
-            DatabaseUnavailable: it is not known whether there is such feedback.
+            DatabaseUnavailable: it cannot be read.
         """
         for row in self._writer.pending():
             if row.table == FEEDBACK and row.values[FEEDBACK_ID] == feedback_id:
                 found: str = row.values["transaction_id"]
                 return found
-        return await self._ask(lambda tables: questions.feedback_transaction(tables, feedback_id))
+        return await self._query(lambda tables: queries.feedback_transaction(tables, feedback_id))
 
     async def compact(self) -> bool:
-        """Compacts the tables now; False where another process is at it.
+        """Compacts the tables now; returns False if another process is compacting.
 
         Raises:
             DatabaseUnavailable: it failed.
         """
-        return await self._ask(lambda _: self._writer.compact(), seconds=math.inf)
+        return await self._query(lambda _: self._writer.compact(), seconds=math.inf)
 
     @property
     def log_folder(self) -> Path:
         """The local folder of the write-ahead logs."""
-        return self._place.log_folder
+        return self._location.log_folder
 
     @property
     def database_id(self) -> str | None:
-        """The database's own id, the same for every process that uses it; None until it has been
-        opened."""
+        """The database's own id, the same for every process; None until it has been opened."""
         return self._writer.database_id
 
     def status(self) -> dict[str, Any]:
-        """The state for `/health`: JSON types only."""
+        """The state for `/health`, as JSON types."""
         writer = self._writer
         compaction = None if writer.tables is None else writer.tables.last_compaction()
         return {
             "state": writer.state,
             "reason": writer.reason or writer.log_failure,
-            "uri": self._place.shown,
+            "uri": self._location.shown,
             "rows_written": writer.rows_written,
             "rows_waiting": writer.rows_waiting(),
             "log": writer.log_status(),
@@ -265,19 +261,19 @@ class Store:
             "repairs": writer.repairs[-_SHOWN_REPAIRS:],
         }
 
-    async def _ask(
-        self, question: Callable[[Tables], Awaitable[T]], seconds: float | None = None
+    async def _query(
+        self, query: Callable[[Tables], Awaitable[T]], seconds: float | None = None
     ) -> T:
-        """Asks of everything that has been acknowledged so far.
+        """Runs a query on all rows that have been acknowledged so far.
 
         Args:
-            seconds: the deadline; `_ASK_SECONDS` unless given.
+            seconds: the deadline; `_QUERY_SECONDS` unless given.
         """
-        seconds = seconds or _ASK_SECONDS
+        seconds = seconds or _QUERY_SECONDS
         try:
             async with asyncio.timeout(None if seconds == math.inf else seconds):
                 await self._writer.flush()
-                return await question(await self._writer.opened(min(seconds, _OPEN_SECONDS)))
+                return await query(await self._writer.opened(min(seconds, _OPEN_SECONDS)))
         except DatabaseUnavailable:
             raise
         except TimeoutError:
@@ -287,6 +283,3 @@ class Store:
         raise DatabaseUnavailable(
             f"The database cannot be read: {reason}; check LANCEDB_URI.", retry_after=5
         )
-
-
-_SHOWN_REPAIRS: Final = 20

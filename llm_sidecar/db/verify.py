@@ -1,23 +1,24 @@
-"""Reading everything, to be sure that it can be read."""
+"""Reads every row, to check that it can be read and that its key is unique."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llm_sidecar.db.questions import stream
-from llm_sidecar.db.schema import KEYS, TABLES, arrow_schemas
+from llm_sidecar.db.queries import stream
+from llm_sidecar.db.rows import KEYS, TABLES
+from llm_sidecar.db.schema import arrow_schemas
 from llm_sidecar.db.tables import Tables
 
 
 @dataclass(slots=True)
 class Verified:
-    """What reading a whole table found.
+    """The result for one table.
 
     Attributes:
-        rows: that could be read.
-        expected: that the table says it has.
-        doubled: rows whose key an earlier one had.
+        rows: rows that were read.
+        expected: rows that the table should have, according to its metadata.
+        doubled: rows whose key an earlier row has.
     """
 
     table: str
@@ -27,18 +28,18 @@ class Verified:
 
     @property
     def is_sound(self) -> bool:
-        """Whether every row is there and once."""
+        """Whether every row was read, and no key twice."""
         return self.rows == self.expected and not self.doubled
 
 
 async def verify(tables: Tables, progress: Callable[[str], None]) -> list[Verified]:
-    """Reads every column of every row, and counts keys that come twice.
+    """Reads every column of every row, and counts duplicate keys.
 
     Args:
-        progress: is told now and then how far it is.
+        progress: called with the progress, in words.
 
     Raises:
-        Exception: whatever lancedb raises for what cannot be read.
+        Exception: whatever lancedb raises for rows that cannot be read.
     """
     found = []
     for name in TABLES:

@@ -1,4 +1,4 @@
-"""The way of a row: into the log, where it is safe, and from there in batches into its table."""
+"""Group-commits rows to the write-ahead log, then moves them to LanceDB in batches."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from llm_sidecar.db import log as wal
 from llm_sidecar.db.compaction import Compactor
+from llm_sidecar.db.lance import one_line
+from llm_sidecar.db.location import Location
 from llm_sidecar.db.log import Row
-from llm_sidecar.db.place import Place
-from llm_sidecar.db.schema import FEEDBACK, TABLES, WITHDRAWALS
-from llm_sidecar.db.tables import Tables, one_line, open_tables
-from llm_sidecar.db.takeover import take_over
+from llm_sidecar.db.replay import replay
+from llm_sidecar.db.rows import FEEDBACK, TABLES, WITHDRAWALS
+from llm_sidecar.db.tables import Tables, open_tables
 from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.logs import start_detached
 from llm_sidecar.memory_trim import release_code
@@ -28,31 +29,31 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _LOG_SECONDS: Final = 5.0
-"""Deadline of an acknowledgement."""
+"""The deadline of an acknowledgement."""
 _STALLED_SECONDS: Final = 10.0
-"""After which a write counts as stalled; it is waited for all the same."""
+"""After this time a write counts as stalled. The writer still waits for it."""
 _MOVE_EVERY: Final = 1.0
-"""Seconds between two batches, unless somebody asks for what waits, or much does: every batch
-leaves files behind."""
+"""Seconds between two batches, because every batch adds files. A query or many waiting rows start
+one at once."""
 _MOVE_EVERY_REMOTE: Final = 5.0
 _CLOSING_PAUSE: Final = 0.01
 _MOVE_ROWS: Final = 10_000
 _LOG_BYTES: Final = 64 << 20
-"""How much the log takes while LanceDB is away."""
+"""The maximum size of the log while LanceDB is unavailable."""
 _KEEP_SECONDS: Final = 300.0
 _KEEP_BYTES: Final = 64 << 20
-"""How long, and how much at most, of the log stays once its rows are in their tables and synced: a
-second copy, should the newest files turn out unreadable all the same."""
+"""How long, and how many bytes at most, of the log are kept after its rows are in their tables and
+synced: a second copy, in case the newest files are unreadable all the same."""
 _BACKOFF_FIRST: Final = 0.5
 _BACKOFF_MOST: Final = 30.0
 _OPEN_SECONDS: Final = 60.0
 _SWEEP_SECONDS: Final = 30.0
-"""How often logs are looked for whose process has died."""
+"""Seconds between two searches for logs of dead processes."""
 _IDLE_SECONDS: Final = 600.0
-"""After the last row, when the versions that nobody reads any more are tidied away."""
+"""Seconds after the last row until unused versions are deleted."""
 _CLOSE_SECONDS: Final = 10.0
 _CHECK_SECONDS: Final = 2.0
-"""Seconds between two checks of whether the log can accept a row."""
+"""Seconds between two checks that the log can accept a row."""
 
 
 class _Waiting(NamedTuple):
@@ -68,21 +69,22 @@ class _Kept(NamedTuple):
 
 
 class Writer:
-    """The one writer that this process has for a database.
+    """The only writer of this process for a database.
 
     Attributes:
         tables: None until the database is open.
-        state: `opening`, `open`, `away` (the log takes rows meanwhile) or `closed`.
-        reason: why it is away; None otherwise.
-        rows_written: rows acknowledged.
-        compactor: keeps the tables in few files.
-        repairs: what opening had to repair, in words.
+        state: `opening`, `open`, `away` (LanceDB is unavailable; the log still accepts rows) or
+            `closed`.
+        reason: why the state is `away`; None otherwise.
+        rows_written: the number of acknowledged rows.
+        compactor: compacts the tables.
+        repairs: what was repaired or replayed, in words.
         log_failure: why the last rows could not be stored; None if they could.
-        database_id: of the tables, also while they are away; None until they have been opened.
+        database_id: the database's own id; None until it has been opened.
     """
 
-    def __init__(self, place: Place, *, create: bool = True) -> None:
-        """Starts nothing."""
+    def __init__(self, location: Location, *, create: bool = True) -> None:
+        """Does not start anything; use `start`."""
         self.tables: Tables | None = None
         self.state = "opening"
         self.reason: str | None = None
@@ -92,9 +94,9 @@ class Writer:
         self.log_failure: str | None = None
         self.database_id: str | None = None
         self.failure: DatabaseUnavailable | None = None
-        self._place = place
+        self._location = location
         self._create = create
-        self._every = _MOVE_EVERY if place.folder is not None else _MOVE_EVERY_REMOTE
+        self._every = _MOVE_EVERY if location.folder is not None else _MOVE_EVERY_REMOTE
         self._log: wal.Log | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write-ahead-log")
         self._log_lock = asyncio.Lock()
@@ -118,7 +120,7 @@ class Writer:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Starts to take rows and to open the database."""
+        """Starts to accept rows and to open the database."""
         self._tasks = [
             start_detached(self._keep_logging()),
             start_detached(self._keep_moving()),
@@ -127,17 +129,17 @@ class Writer:
         ]
 
     async def opened(self, seconds: float) -> Tables:
-        """The tables, once they are open.
+        """Waits for the tables.
 
         Raises:
-            DatabaseUnavailable: they are not within `seconds`, or the last attempt has failed.
+            DatabaseUnavailable: they are not open within `seconds`, or the last attempt failed.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds), self._changed:
                 await self._changed.wait_for(lambda: self.tables or self.failure)
         if self.tables is None:
             raise self.failure or DatabaseUnavailable(
-                f"The database at {self._place.shown} cannot be opened: it took longer than "
+                f"The database at {self._location.shown} cannot be opened: it took longer than "
                 f"{seconds:g} s; check LANCEDB_URI.",
                 retry_after=5,
             )
@@ -161,7 +163,7 @@ class Writer:
         )
 
     def log_status(self) -> dict[str, Any]:
-        """The state of the log: JSON types only."""
+        """The state of the log, as JSON types."""
         return {
             "accepts_rows": self.refusal() is None,
             "bytes": self._pending_bytes(),
@@ -172,8 +174,8 @@ class Writer:
         """Returns once the row would survive a power loss.
 
         Raises:
-            DatabaseUnavailable: it is not stored; after a deadline that is not certain, and a retry
-                is safe for a row that brings its own key.
+            DatabaseUnavailable: it is not stored or, after the deadline, may not be stored. A retry
+                is safe for a row that has its own key.
         """
         if self._end.is_set():
             raise DatabaseUnavailable("The database is closed.", retry_after=5)
@@ -198,7 +200,7 @@ class Writer:
             ) from None
 
     async def flush(self) -> None:
-        """Returns once every row acknowledged so far is in its table, or that has failed."""
+        """Returns once every row acknowledged so far is in its table, or a move has failed."""
         target = self.rows_written
         if self._moved >= target:
             return
@@ -213,11 +215,11 @@ class Writer:
         return self.rows_written - self._moved
 
     def pending(self) -> list[Row]:
-        """The rows that are acknowledged but not known to be in their tables yet."""
+        """The acknowledged rows that may not be in their tables yet."""
         return [*self._moving, *self._logged]
 
     async def close(self) -> None:
-        """Moves what the log holds, within a bound, and ends; what is left is replayed later."""
+        """Moves the logged rows, within a time limit, then closes. The rest is replayed later."""
         if self._end.is_set() or not self._tasks:
             return
         self._end.set()
@@ -228,10 +230,10 @@ class Writer:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await asyncio.wait([logging_rows])
                 if not self.rows_waiting():
-                    # It may be trying to reach a database that is away.
+                    # The task may be waiting for a database that is unavailable.
                     moving.cancel()
                 await asyncio.wait([moving])
-                # Scripts write a row each, and somebody has to tidy up after them.
+                # A script may open, write one row and close, so compaction is due here too.
                 await self.compactor.compact_if_due(self.tables)
         except TimeoutError:
             log.warning("closing took longer than %g s", _CLOSE_SECONDS)
@@ -244,8 +246,8 @@ class Writer:
         async with self._changed:
             self._changed.notify_all()
         try:
-            # A write that is in flight may still succeed, and who took over the log would store its
-            # rows twice; so then its lock stays until the process ends.
+            # A running write may still succeed, and a process that replays the log would store its
+            # rows twice. So the log then stays locked until this process ends.
             if self._in_flight is None or self._in_flight.done():
                 async with asyncio.timeout(_LOG_SECONDS):
                     await self._on_disk(self._close_log)
@@ -288,11 +290,11 @@ class Writer:
         async with self._log_lock:
             try:
                 await self._on_disk(self._to_log, [waiting.record for waiting in group])
-            except Exception as error:  # noqa: BLE001 every caller gets it, whatever it is
+            except Exception as error:  # noqa: BLE001 every caller gets the error
                 reason = getattr(error, "strerror", None) or one_line(error)
                 failure = DatabaseUnavailable(
-                    f"The row is not stored: {reason}; free space at {self._place.log_folder} or "
-                    "check LANCEDB_URI.",
+                    f"The row is not stored: {reason}; free space at "
+                    f"{self._location.log_folder} or check LANCEDB_URI.",
                     retry_after=5,
                 )
                 log.error("%d rows are refused: %s", len(group), failure.detail)
@@ -323,15 +325,17 @@ class Writer:
             self._log.close()
             self._log = None
         if self._log is None:
-            self._log = wal.Log(self._place.log_folder)
+            self._log = wal.Log(self._location.log_folder)
         return self._log
 
     async def _keep_checking(self) -> None:
-        """Keeps `log_failure` current while no rows arrive: a server that is not ready gets no
-        rows, so
-        without this check it would not notice that the disk has space again."""
+        """Keeps `log_failure` current while no rows arrive.
+
+        A server that is not ready receives no rows, so it would not notice that the disk has space
+        again.
+        """
         while not self._end.is_set():
-            await _passed(_CHECK_SECONDS, self._end)
+            await _wait(_CHECK_SECONDS, self._end)
             is_opening = self._log is None and self.log_failure is None
             if is_opening or self._waiting or self._end.is_set():
                 continue
@@ -347,7 +351,7 @@ class Writer:
 
     def _set_log_failure(self, reason: str) -> None:
         failure = (
-            f"The database accepts no rows: {reason}; free space at {self._place.log_folder} or "
+            f"The database accepts no rows: {reason}; free space at {self._location.log_folder} or "
             "check LANCEDB_URI."
         )
         if self.log_failure is None:
@@ -369,12 +373,12 @@ class Writer:
                 await self._set_away(error)
                 if self._end.is_set():
                     return
-                await _passed(delay, self._end)
+                await _wait(delay, self._end)
                 delay = min(_BACKOFF_MOST, 2 * delay)
             else:
                 delay = _BACKOFF_FIRST
-                # While closing, only as long as rows are on their way into the log.
-                await _passed(_CLOSING_PAUSE if self._end.is_set() else self._every, self._asked)
+                # While closing, rows may still arrive in the log.
+                await _wait(_CLOSING_PAUSE if self._end.is_set() else self._every, self._asked)
                 self._asked.clear()
 
     def _is_done(self) -> bool:
@@ -384,18 +388,18 @@ class Writer:
         if self._create:
             await self._on_disk(self._open_log)
         async with asyncio.timeout(_OPEN_SECONDS):
-            tables = await open_tables(self._place, create=self._create)
+            tables = await open_tables(self._location, create=self._create)
         try:
-            await self._take_over(tables, wait=True)
+            await self._replay(tables, wait=True)
         except BaseException:
             await tables.close()
             raise
         self.repairs += tables.repairs
         self._swept = time.monotonic()
-        await self.compactor.look(tables)
+        await self.compactor.count(tables)
         self.tables = tables
         self.database_id = tables.database_id
-        # By now nearly all has been imported, and most of what that ran is not run again.
+        # Nearly all imports are done, and most of the code that they ran does not run again.
         await asyncio.to_thread(release_code)
         await self._set_open()
 
@@ -405,11 +409,11 @@ class Writer:
             self._changed.notify_all()
 
     async def _set_away(self, error: Exception) -> None:
-        """Says why the tables cannot be used; they are opened anew, which may repair them."""
+        """Notes why the tables cannot be used. Opening them again may repair them."""
         detail = (
             error.detail
             if isinstance(error, DatabaseUnavailable)
-            else f"The database at {self._place.shown} cannot be opened: {one_line(error)}; "
+            else f"The database at {self._location.shown} cannot be opened: {one_line(error)}; "
             "check LANCEDB_URI."
         )
         if detail != self.reason:
@@ -423,23 +427,23 @@ class Writer:
             self._changed.notify_all()
 
     async def _sweep(self) -> None:
-        """Takes over the rows of processes that have died since the last look."""
+        """Replays the logs of processes that have died since the last replay."""
         if self.tables is not None and time.monotonic() - self._swept > _SWEEP_SECONDS:
-            await self._take_over(self.tables, wait=False)
+            await self._replay(self.tables, wait=False)
             self._swept = time.monotonic()
 
-    async def _take_over(self, tables: Tables, *, wait: bool) -> None:
+    async def _replay(self, tables: Tables, *, wait: bool) -> None:
         async def insert(rows: Sequence[Row]) -> None:
             await self._insert(tables, rows, certain=False)
 
-        await take_over(self._place, tables, insert, self._note, wait=wait)
+        await replay(self._location, tables, insert, self._note, wait=wait)
 
     def _note(self, done: str) -> None:
         log.warning("%s", done)
         self.repairs.append(done)
 
     async def _move(self) -> None:
-        """Moves what the log holds into the tables."""
+        """Moves the logged rows to the tables."""
         async with self._log_lock:
             if self._log is not None and self._logged:
                 self._segments += await self._on_disk(self._log.seal)
@@ -449,7 +453,7 @@ class Writer:
         if not self._moving:
             return
         assert self.tables is not None
-        # What a failed attempt has stored is not known.
+        # It is unknown what a failed attempt has stored.
         certain, self._certain = self._certain, False
         await self._insert(self.tables, self._moving, certain=certain)
         touched = {row.table for row in self._moving}
@@ -460,30 +464,30 @@ class Writer:
         self._moving, self._moving_bytes, self._segments = [], 0, []
         self._certain = True
         await self._set_open()
-        await self.compactor.look(self.tables)
+        await self.compactor.count(self.tables)
         self._last_move = now
         self._tidied = False
-        self.compactor.ask_if_many()
+        self.compactor.request_if_many()
 
     async def _insert(self, tables: Tables, rows: Sequence[Row], *, certain: bool) -> None:
         """Stores rows in their tables.
 
         Args:
-            certain: whether it is certain that none of them is there yet; feedback never is, as
-                several sidecars receive the same, nor is a withdrawal, which may be repeated.
+            certain: whether none of them is in its table yet. Feedback and withdrawals may always
+                be: several sidecars receive the same feedback, and a withdrawal may be repeated.
         """
         for name in TABLES:
             mine = [row for row in rows if row.table == name]
             for start in range(0, len(mine), _MOVE_ROWS):
                 batch = mine[start : start + _MOVE_ROWS]
-                # An object store may take a commit and lose its answer, and lancedb tries again.
+                # lancedb repeats a commit if the response of an object store is lost.
                 new = certain and name not in (FEEDBACK, WITHDRAWALS)
-                store = tables.add if new and self._place.folder is not None else tables.merge
+                store = tables.add if new and self._location.folder is not None else tables.merge
                 await self._awaited(store(name, batch))
 
     async def _awaited(self, writing: Coroutine[Any, Any, None]) -> None:
-        """Waits for a write as long as it takes: one that is given up may still succeed, and its
-        rows, written again, would be there twice."""
+        """Waits for a write without a deadline: an abandoned write may still succeed, and then its
+        rows, written again, would be stored twice."""
         self._in_flight = asyncio.ensure_future(writing)
         done, _ = await asyncio.wait([self._in_flight], timeout=_STALLED_SECONDS)
         if not done:
@@ -493,7 +497,7 @@ class Writer:
         self._in_flight.result()
 
     async def _forget_old_segments(self) -> None:
-        """Deletes what the log need not hold any more."""
+        """Deletes segments of the log that are no longer needed."""
         size = sum(kept.size for kept in self._kept)
         while self._kept and (
             size > _KEEP_BYTES or time.monotonic() - self._kept[0].moved > _KEEP_SECONDS
@@ -506,7 +510,7 @@ class Writer:
             self.compactor.due.set()
 
     async def compact(self) -> bool:
-        """Compacts now; returns False where another process is at it.
+        """Compacts now; returns False if another process is compacting.
 
         Raises:
             DatabaseUnavailable: the database is not open.
@@ -516,13 +520,13 @@ class Writer:
 
     async def _keep_compacting(self) -> None:
         while not self._end.is_set():
-            await _passed(math.inf, self.compactor.due)
+            await _wait(math.inf, self.compactor.due)
             pause = await self.compactor.compact_if_due(self.tables)
-            await _passed(pause, self._end)
+            await _wait(pause, self._end)
 
 
-async def _passed(seconds: float, unless: asyncio.Event) -> None:
-    """Waits for `seconds`, or less where the event is set."""
+async def _wait(seconds: float, unless: asyncio.Event) -> None:
+    """Waits for `seconds`, or until the event is set."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(None if seconds == math.inf else seconds):
             await unless.wait()
@@ -531,7 +535,7 @@ async def _passed(seconds: float, unless: asyncio.Event) -> None:
 def _fail(future: asyncio.Future[None], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
-        # A caller whose deadline has passed does not fetch it.
+        # Marks it as retrieved, because a caller whose deadline has passed does not retrieve it.
         future.exception()
 
 

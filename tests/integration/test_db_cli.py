@@ -42,7 +42,7 @@ from llm_sidecar.db import (
     table_of,
 )
 from llm_sidecar.db.log import Log, Row, encode, locked
-from llm_sidecar.db.tables import COMPACTING
+from llm_sidecar.db.repair import COMPACTING
 from tests.test_db import NOW, PROPOSAL, RUN, feedback, run, score
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,13 +90,15 @@ def test_query_runs_takes_a_count(
     lines: int,
 ) -> None:
     monkeypatch.setenv("LANCEDB_URI", str(filled))
-    assert len(said(capsys, "query-runs", "--last", count)) == lines
+    assert len(lines_of(capsys, "query-runs", "--last", count)) == lines
 
 
-def test_an_empty_table_says_so(filled: Path) -> None:
-    done = run_cli(filled, "query-runs", "--table", "hermes_scores")
-    assert done.returncode == 0
-    assert "hermes_scores is empty" in done.stdout + done.stderr
+def test_an_empty_table_says_so(
+    filled: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LANCEDB_URI", str(filled))
+    assert cli_main(["query-runs", "--table", "hermes_scores"]) == 0
+    assert capsys.readouterr() == ("", "hermes_scores is empty.\n")
 
 
 def test_no_command_prints_help(tmp_path: Path) -> None:
@@ -115,26 +117,26 @@ def test_bad_arguments_are_one_line_and_exit_2(tmp_path: Path, arguments: list[s
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_looking_for_a_database_that_is_not_there_creates_none(tmp_path: Path) -> None:
-    done = run_cli(tmp_path / "nowhere", "query-runs")
-    assert done.returncode == 1
-    assert "There is no database" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "nowhere").exists()
+@pytest.mark.parametrize("name", ["missing", "empty"])
+def test_a_query_creates_no_database(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("LANCEDB_URI", str(tmp_path / name))
+    assert cli_main(["query-runs"]) == 1
+    reason = f"The database at {tmp_path / name} cannot be opened: There is no database"
+    assert capsys.readouterr() == ("", f"{reason}; check LANCEDB_URI.\n")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]
 
 
-def test_looking_into_an_empty_folder_creates_no_table(tmp_path: Path) -> None:
-    done = run_cli(tmp_path, "query-runs")
-    assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_terminal_gets_a_table_in_which_nothing_steers_it(
+def test_control_characters_are_escaped_on_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LANCEDB_URI", str(tmp_path / "db"))
-    # As a version that took every character has stored it.
+    # An older version stored such characters.
     steering = {"input_query": "red \x1b[31m\n" + "x" * 100}
     db.log_run(OrchestratorRunSchema(**RUN).model_copy(update=steering))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
@@ -148,7 +150,7 @@ def test_a_terminal_gets_a_table_in_which_nothing_steers_it(
     assert "x" * 50 not in row
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(filled: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(filled: Path) -> None:
     command = f"{sys.executable} -m llm_sidecar.db query-runs --last 0 | head -c 1 >&2"
     environ = os.environ | {"LANCEDB_URI": str(filled), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -168,7 +170,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "db"
 
 
-def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+def lines_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
     """The lines on standard output of a command that succeeds."""
     capsys.readouterr()
     assert cli_main(arguments) == 0
@@ -176,13 +178,13 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
 
 
 def fill_in_pieces(folder: Path, pieces: int) -> None:
-    """One score after the other, so that each is a fragment of its own."""
+    """Stores scores one by one, so that each is a fragment."""
 
     async def fill() -> None:
         store = await Store.open(folder)
         for number in range(pieces):
             await store.append(score(run_id=str(number)))
-            # A question moves what waits.
+            # A query first moves the logged rows.
             await store.last(SCORES, 1)
         await store.close()
 
@@ -224,9 +226,9 @@ def ids(lines: list[str]) -> list[str]:
 
 
 @pytest.mark.usefixtures("mixed")
-def test_status_takes_only_runs_of_that_status(capsys: pytest.CaptureFixture[str]) -> None:
-    assert ids(said(capsys, "query-runs", "--status", "success")) == ["2", "1", "0"]
-    errors = ids(said(capsys, "query-runs", "--status", "error", "--last", "2"))
+def test_status_selects_runs_with_that_status(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ids(lines_of(capsys, "query-runs", "--status", "success")) == ["2", "1", "0"]
+    errors = ids(lines_of(capsys, "query-runs", "--status", "error", "--last", "2"))
     assert errors == ["minute", "hour"]
 
 
@@ -241,10 +243,10 @@ def test_status_takes_only_runs_of_that_status(capsys: pytest.CaptureFixture[str
         ("20260103", []),
     ],
 )
-def test_since_takes_iso_times_which_are_utc_unless_they_say(
+def test_since_accepts_iso_times_that_default_to_utc(
     capsys: pytest.CaptureFixture[str], since: str, expected: list[str]
 ) -> None:
-    lines = said(capsys, "query-runs", "--last", "0", "--status", "success", "--since", since)
+    lines = lines_of(capsys, "query-runs", "--last", "0", "--status", "success", "--since", since)
     assert ids(lines) == expected
 
 
@@ -258,14 +260,14 @@ def test_since_takes_iso_times_which_are_utc_unless_they_say(
         ("2w", ["minute", "hour", "day", "week"]),
     ],
 )
-def test_since_takes_spans(
+def test_since_accepts_ages(
     capsys: pytest.CaptureFixture[str], since: str, expected: list[str]
 ) -> None:
-    assert ids(said(capsys, "query-runs", "--last", "0", "--since", since)) == expected
+    assert ids(lines_of(capsys, "query-runs", "--last", "0", "--since", since)) == expected
 
 
 @pytest.mark.usefixtures("mixed")
-def test_where_nothing_matches_it_says_so_and_not_among_the_rows(
+def test_a_query_without_matches_is_reported_apart_from_the_rows(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert cli_main(["query-runs", "--status", "'; DROP TABLE"]) == 0
@@ -290,7 +292,7 @@ def test_where_nothing_matches_it_says_so_and_not_among_the_rows(
         ["verify", "two\nlines"],
     ],
 )
-def test_a_bad_value_is_one_line_and_exit_2_and_opens_nothing(
+def test_an_invalid_value_exits_with_2_before_anything_is_opened(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
     assert cli_main(arguments) == 2
@@ -311,16 +313,16 @@ def test_a_bad_value_is_one_line_and_exit_2_and_opens_nothing(
         ("export", "<sft|dpo|jsonl>"),
     ],
 )
-def test_every_command_explains_itself(
+def test_every_command_has_help(
     capsys: pytest.CaptureFixture[str], command: str, holds: str
 ) -> None:
-    text = " ".join(said(capsys, command, "--help"))
+    text = " ".join(lines_of(capsys, command, "--help"))
     assert f"Usage: python -m llm_sidecar.db {command}" in text
     assert holds in text
-    assert command in " ".join(said(capsys, "--help"))
+    assert command in " ".join(lines_of(capsys, "--help"))
 
 
-# What a proposal holds
+# Filters on the content of a proposal
 
 ABC: dict[str, Any] = {"ticker": "ABC", "action": "adjust", "confidence": 0.5, "rationale": "x"}
 
@@ -328,8 +330,8 @@ ABC: dict[str, Any] = {"ticker": "ABC", "action": "adjust", "confidence": 0.5, "
 @pytest.fixture(scope="module")
 def proposals_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("proposals") / "db"
-    # The ticker, the action, the score and the model of each, oldest first. The rationale of all
-    # holds the texts that the filters look for.
+    # Ticker, action, score and model of each, oldest first. Each rationale contains the texts that
+    # the filters search for.
     each = [
         ("ABC", "adjust", 0.9, "phi3/a"),
         ("ABC", "pass", 0.4, "phi3/b"),
@@ -377,7 +379,7 @@ def proposals_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--since", "2026-01-02T03:05", "--ticker", "ABC"], ["t-1"]),
     ],
 )
-def test_ticker_and_action_take_only_such_proposals_before_the_last_are_taken(
+def test_ticker_and_action_filter_before_the_limit(
     proposals_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -386,7 +388,7 @@ def test_ticker_and_action_take_only_such_proposals_before_the_last_are_taken(
     found: list[str],
 ) -> None:
     monkeypatch.setenv("LANCEDB_URI", str(proposals_folder))
-    rows = map(json.loads, said(capsys, "query-runs", "--table", table, *arguments))
+    rows = map(json.loads, lines_of(capsys, "query-runs", "--table", table, *arguments))
     key = "run_id" if table == RUNS else "transaction_id"
     assert [row[key] for row in rows] == found
 
@@ -402,7 +404,7 @@ def test_ticker_and_action_take_only_such_proposals_before_the_last_are_taken(
         (SCORES, ["--min-score", "0.4"], ["t-0", "t-1", "t-2"]),
     ],
 )
-def test_score_and_model_take_only_such_rows(
+def test_score_and_model_select_matching_rows(
     proposals_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -411,13 +413,15 @@ def test_score_and_model_take_only_such_rows(
     found: list[str],
 ) -> None:
     monkeypatch.setenv("LANCEDB_URI", str(proposals_folder))
-    rows = [json.loads(line) for line in said(capsys, "query-runs", "--table", table, *arguments)]
+    rows = [
+        json.loads(line) for line in lines_of(capsys, "query-runs", "--table", table, *arguments)
+    ]
     names = [row["transaction_id" if table == PROPOSALS else "run_id"] for row in rows]
     assert (sorted(names) if table == SCORES else names) == found
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--model", "m"], "--model is for proposals, not for orchestrator_runs."),
         (
@@ -431,21 +435,21 @@ def test_score_and_model_take_only_such_rows(
         ),
     ],
 )
-def test_a_filter_that_the_table_has_no_column_for_names_the_tables(
-    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+def test_a_filter_without_a_column_names_the_tables_that_have_it(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert cli_main(["query-runs", *arguments]) == 2
-    assert capsys.readouterr().err == f"python -m llm_sidecar.db: Invalid value: {told}\n"
+    assert capsys.readouterr().err == f"python -m llm_sidecar.db: Invalid value: {message}\n"
 
 
 @pytest.mark.parametrize("option", ["--status", "--ticker", "--model"])
 def test_a_filter_in_another_encoding_is_a_bad_argument(
     folder: Path, capsys: pytest.CaptureFixture[str], option: str
 ) -> None:
-    # What Python makes of the byte FF in a UTF-8 terminal.
+    # Python decodes the byte FF of a UTF-8 terminal to this character.
     assert cli_main(["query-runs", "--table", "proposals", option, "AB\udcff"]) == 2
-    told = f"Invalid value for '{option}': it is no text in the encoding of this terminal."
-    assert capsys.readouterr().err == f"python -m llm_sidecar.db: {told}\n"
+    message = f"Invalid value for '{option}': it is no text in the encoding of this terminal."
+    assert capsys.readouterr().err == f"python -m llm_sidecar.db: {message}\n"
 
 
 # Formats
@@ -453,7 +457,7 @@ def test_a_filter_in_another_encoding_is_a_bad_argument(
 
 @pytest.fixture
 def mixed_rows(folder: Path) -> Path:
-    """A proposal and two pieces of feedback, one of them words that begin like a formula."""
+    """A proposal and two rows of feedback, one of which begins like a formula."""
 
     async def fill() -> None:
         store = await Store.open(folder)
@@ -470,10 +474,10 @@ def mixed_rows(folder: Path) -> Path:
 
 
 @pytest.mark.usefixtures("mixed_rows")
-def test_jsonl_has_objects_as_objects_and_words_as_words(
+def test_jsonl_decodes_objects_and_keeps_text(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (row,) = map(json.loads, said(capsys, "query-runs", "--table", PROPOSALS))
+    (row,) = map(json.loads, lines_of(capsys, "query-runs", "--table", PROPOSALS))
     assert row == {
         "transaction_id": "r-1",
         "timestamp": "2026-01-02T03:04:05.678901+00:00",
@@ -486,7 +490,7 @@ def test_jsonl_has_objects_as_objects_and_words_as_words(
         "latencies": {"proposal": 0.25, "assessment": 0.5, "score": None},
         "grounded": "ticker,rationale",
     }
-    rows = map(json.loads, said(capsys, "query-runs", "--table", FEEDBACK))
+    rows = map(json.loads, lines_of(capsys, "query-runs", "--table", FEEDBACK))
     assert [row["feedback_content"] for row in rows] == [{"a": [1.0, None]}, 'a, "b"\nc']
 
 
@@ -530,7 +534,9 @@ def test_parquet_has_the_types_of_the_table(
 
 @pytest.mark.usefixtures("mixed_rows")
 @pytest.mark.parametrize("form", ["table", "jsonl", "csv"])
-def test_rows_go_into_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
+def test_rows_are_written_to_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
     command = ["query-runs", "--table", PROPOSALS, "--format", form]
     assert cli_main(command) == 0
     shown = capsys.readouterr().out
@@ -549,7 +555,7 @@ def test_parquet_is_refused_on_a_terminal(folder: Path, monkeypatch: pytest.Monk
     assert not folder.exists()
 
 
-# Terminals of all kinds
+# Terminals
 
 
 @pytest.fixture
@@ -586,7 +592,9 @@ def test_rows_fit_the_terminal(
 
 
 @pytest.mark.parametrize("columns", [20, 80])
-def test_wide_shows_all(long_row: str, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+def test_wide_does_not_shorten_values(
+    long_row: str, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     _, terminal = on_terminal(monkeypatch, "query-runs", "--wide")
     assert any(line.endswith(long_row) for line in terminal.screen())
@@ -595,7 +603,7 @@ def test_wide_shows_all(long_row: str, monkeypatch: pytest.MonkeyPatch, columns:
 
 @pytest.mark.usefixtures("long_row")
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "cp1252"])
-def test_a_terminal_of_any_encoding_gets_what_it_can_show(
+def test_output_uses_only_characters_of_the_terminals_encoding(
     monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
     raw = io.BytesIO()
@@ -642,7 +650,7 @@ def test_the_containers_database_comes_first_if_it_holds_a_table(
 ) -> None:
     container = no_variable / "app"
     db.init_db(".data/lancedb")
-    # A server that was started without LANCEDB_URI and stopped at once leaves such a folder.
+    # A server that is started without LANCEDB_URI and stopped at once leaves such a folder.
     (container / "_log").mkdir(parents=True)
     assert cli_main(["query-runs"]) == 0
     assert capsys.readouterr() == ("", "orchestrator_runs is empty.\n")
@@ -677,20 +685,20 @@ def test_without_any_database_the_variable_is_named(
 
 @pytest.fixture
 def readable_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A database where everybody may read and search."""
-    # Not pytest's folder, which only its owner may search.
+    """A database that every user may read and search."""
+    # Not in pytest's folder, which only its owner may search.
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         monkeypatch.setenv("LANCEDB_URI", f"{name}/db")
         fill_in_pieces(Path(name, "db"), 2)
-        # What is imported only when rows are shown has to be read before.
+        # Modules that are imported lazily, to show rows, have to be imported before.
         cli_main(["query-runs", "--table", SCORES])
         yield Path(name, "db")
 
 
 @contextlib.contextmanager
 def only_reading(folder: Path) -> Iterator[None]:
-    """Meanwhile nothing in the folder may be written, also by root."""
+    """Removes write permission from everything in the folder, also for root."""
     paths = [folder, *folder.rglob("*")]
     modes = {path: path.stat().st_mode for path in paths}
     user = os.geteuid()
@@ -707,7 +715,7 @@ def only_reading(folder: Path) -> Iterator[None]:
 
 
 def log_row(folder: Path, row: OrchestratorRunSchema | HermesScoreSchema) -> Path:
-    """Leaves a row in a log, as a process that dies at once; returns the log's file."""
+    """Leaves a row in a log, as a process that dies at once; returns the file of the log."""
     log = Log(folder / "_log")
     log.append([encode(Row(table_of(row), row.as_row()))])
     (path,) = log.seal()
@@ -722,10 +730,10 @@ def test_reading_needs_no_write_permission(
     files = {path: path.stat().st_mtime_ns for path in readable_folder.rglob("*")}
     with only_reading(readable_folder):
         capsys.readouterr()
-        assert sorted(ids(said(capsys, "query-runs", "--table", SCORES))) == ["0", "1"]
-        lines = map(json.loads, said(capsys, "stats"))
+        assert sorted(ids(lines_of(capsys, "query-runs", "--table", SCORES))) == ["0", "1"]
+        lines = map(json.loads, lines_of(capsys, "stats"))
         assert [row["rows"] for row in lines if row["table"] == SCORES] == [2]
-        assert f"{SCORES}: 2 of 2 rows are readable, ids are unique" in said(capsys, "verify")
+        assert f"{SCORES}: 2 of 2 rows are readable, ids are unique" in lines_of(capsys, "verify")
         assert cli_main(["export", "--format", "jsonl"]) == 0
         assert capsys.readouterr() == ("", "0 rows\n")
     assert files == {path: path.stat().st_mtime_ns for path in readable_folder.rglob("*")}
@@ -738,19 +746,19 @@ def test_rows_that_are_only_in_a_log_are_shown_without_writing(
     log_row(readable_folder, score(run_id="logged", timestamp=later, score=0.9))
     with only_reading(readable_folder):
         command = ["query-runs", "--table", SCORES]
-        assert ids(said(capsys, *command, "--last", "1")) == ["logged"]
-        assert len(said(capsys, *command)) == 3
-        assert ids(said(capsys, *command, "--min-score", "0.8")) == ["logged"]
-        assert "logged" not in ids(said(capsys, *command, "--since", "2026-01-02T03:06"))
+        assert ids(lines_of(capsys, *command, "--last", "1")) == ["logged"]
+        assert len(lines_of(capsys, *command)) == 3
+        assert ids(lines_of(capsys, *command, "--min-score", "0.8")) == ["logged"]
+        assert "logged" not in ids(lines_of(capsys, *command, "--since", "2026-01-02T03:06"))
         for rest in (["stats"], ["verify"], ["export", "--format", "sft"]):
             assert cli_main(rest) == 0
             assert capsys.readouterr().err.splitlines()[-1] == (
                 "1 row is still in the write-ahead log and not counted here."
             )
-    # The next command that may write moves it; what is in both is one row.
-    assert len(said(capsys, *command)) == 3
+    # The next command with write permission moves it. A row in both log and table is shown once.
+    assert len(lines_of(capsys, *command)) == 3
     with only_reading(readable_folder):
-        assert len(said(capsys, *command)) == 3
+        assert len(lines_of(capsys, *command)) == 3
 
 
 def test_an_unreadable_log_is_reported(
@@ -777,7 +785,7 @@ def test_a_command_that_writes_reports_a_read_only_database(
     )
 
 
-def test_an_unreadable_folder_is_not_called_empty(
+def test_an_unreadable_folder_is_not_reported_as_empty(
     readable_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
@@ -799,23 +807,23 @@ def test_an_unreadable_folder_is_not_called_empty(
     )
 
 
-# Looking after it
+# Maintenance
 
 
 def test_stats_are_json_lines_when_piped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fill_in_pieces(folder, 3)
-    found = {row["table"]: row for row in map(json.loads, said(capsys, "stats"))}
+    found = {row["table"]: row for row in map(json.loads, lines_of(capsys, "stats"))}
     assert list(found) == [*TABLES, "(log)"]
     scores = found[SCORES]
     assert (scores["rows"], scores["fragments"], scores["last_compaction"]) == (3, 3, None)
     files = [path for path in (folder / f"{SCORES}.lance").rglob("*") if path.is_file()]
     assert scores["files"] == len(files)
     assert scores["bytes"] == sum(path.stat().st_size for path in files)
-    assert scores["versions"] == 4  # one of the empty table, one a row
+    assert scores["versions"] == 4  # one of the empty table, and one per row
     assert found[RUNS]["rows"] == 0
     assert found["(log)"]["rows"] is None
-    assert said(capsys, "compact")
-    (row,) = (row for row in map(json.loads, said(capsys, "stats")) if row["table"] == SCORES)
+    assert lines_of(capsys, "compact")
+    (row,) = (row for row in map(json.loads, lines_of(capsys, "stats")) if row["table"] == SCORES)
     age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(
         row["last_compaction"]
     )
@@ -827,27 +835,27 @@ def test_stats_are_a_table_on_a_terminal(
 ) -> None:
     fill_in_pieces(folder, 1)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    header, *lines = said(capsys, "stats")
+    header, *lines = lines_of(capsys, "stats")
     assert header.split()[:4] == ["table", "rows", "fragments", "versions"]
     assert [line.split()[0] for line in lines] == [*TABLES, "(log)"]
     assert lines[TABLES.index(SCORES)].split()[1:3] == ["1", "1"]
-    assert all(json.loads(line) for line in said(capsys, "stats", "--json"))
+    assert all(json.loads(line) for line in lines_of(capsys, "stats", "--json"))
 
 
-def test_compact_joins_fragments_and_says_so(
+def test_compact_merges_fragments_and_reports_it(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill_in_pieces(folder, 4)
-    lines = said(capsys, "compact")
+    lines = lines_of(capsys, "compact")
     assert f"{SCORES}: 4 fragments before, 1 after" in lines
     assert lines[-1].startswith("Compacted in ")
     assert (
         lancedb.connect(folder).open_table(SCORES).stats()["fragment_stats"]["num_fragments"] == 1
     )
-    assert sorted(ids(said(capsys, "query-runs", "--table", SCORES))) == list("0123")
+    assert sorted(ids(lines_of(capsys, "query-runs", "--table", SCORES))) == list("0123")
 
 
-def test_compact_leaves_it_to_another_process_that_is_at_it(
+def test_compact_fails_while_another_process_compacts(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill_in_pieces(folder, 1)
@@ -858,20 +866,18 @@ def test_compact_leaves_it_to_another_process_that_is_at_it(
     assert output.err == "Another process is compacting this database.\n"
 
 
-def test_verify_of_a_sound_database_counts_its_rows(
+def test_verify_counts_the_rows_of_a_sound_database(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill_in_pieces(folder, 2)
-    assert said(capsys, "verify") == [
+    assert lines_of(capsys, "verify") == [
         f"{table}: {2 if table == SCORES else 0} of {2 if table == SCORES else 0} rows are "
         "readable, ids are unique"
         for table in TABLES
     ]
 
 
-def test_verify_finds_a_row_that_is_there_twice(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_finds_a_duplicate_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fill_in_pieces(folder, 2)
     table = lancedb.connect(folder).open_table(SCORES)
     table.add(table.to_arrow())
@@ -881,7 +887,7 @@ def test_verify_finds_a_row_that_is_there_twice(
     assert f"{RUNS}: 0 of 0 rows are readable, ids are unique" in lines
 
 
-def test_verify_fails_where_rows_cannot_be_read(
+def test_verify_fails_if_rows_cannot_be_read(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill_in_pieces(folder, 1)
@@ -895,18 +901,18 @@ def test_verify_fails_where_rows_cannot_be_read(
 
 
 class Terminal(io.StringIO):
-    """Standard output and standard error of somebody who sits before them."""
+    """Standard output and standard error of a terminal."""
 
     def isatty(self) -> bool:
         return True
 
     def screen(self) -> list[str]:
-        """What is to be seen in the end: a line that was erased begins anew."""
+        """The lines on the screen, without erased text."""
         return [line.rpartition("\r\x1b[K")[2] for line in self.getvalue().split("\n")[:-1]]
 
 
 def on_terminal(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, Terminal]:
-    """The exit status of a command that is run on a terminal, and the terminal."""
+    """Runs a command on a terminal; returns its exit status and the terminal."""
     terminal = Terminal()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)
@@ -914,7 +920,7 @@ def on_terminal(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, 
         return cli_main(arguments), terminal
 
 
-def test_progress_is_shown_on_a_terminal_and_gone_when_the_result_comes(
+def test_progress_is_shown_on_a_terminal_and_erased_before_the_result(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill_in_pieces(folder, 2)
@@ -924,7 +930,7 @@ def test_progress_is_shown_on_a_terminal_and_gone_when_the_result_comes(
     assert [line.split(":")[0] for line in terminal.screen()] == list(TABLES)
 
 
-def test_progress_does_not_run_into_the_rows_of_an_export(
+def test_progress_is_erased_before_the_rows_of_an_export(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "_AT_ONCE", 1)
@@ -945,9 +951,7 @@ def test_progress_does_not_run_into_the_rows_of_an_export(
     assert count == "2 rows"
 
 
-def test_progress_is_gone_when_a_failure_is_told(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_is_erased_before_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = [{"run_id": str(number), "score": 0.5} for number in range(3)]
     lancedb.connect(folder).create_table(SCORES, pa.Table.from_pylist(old))
     (folder / "_log").mkdir()
@@ -958,9 +962,7 @@ def test_progress_is_gone_when_a_failure_is_told(
     assert terminal.screen()[-1].startswith("The database cannot be used: ")
 
 
-def test_no_progress_is_written_into_a_file(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_progress_is_written_to_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fill_in_pieces(folder, 2)
     for arguments in (["verify"], ["migrate"], ["export", "--format", "jsonl"]):
         capsys.readouterr()
@@ -975,14 +977,14 @@ def test_no_progress_is_written_into_a_file(
 
 @contextlib.contextmanager
 def interrupting_store(monkeypatch: pytest.MonkeyPatch, logs: Path) -> Iterator[None]:
-    """An object store that never answers; who asks it gets Ctrl-C."""
+    """An object store that never responds; a request to it triggers Ctrl-C."""
     held: list[Any] = []
 
     def interrupt() -> None:
         with contextlib.suppress(OSError):
             held.append(server.accept()[0])
-            # To this thread, not the one that waits: a signal that comes to another one, or just
-            # before the wait, does not wake it by itself.
+            # Sent to this thread. A signal to a thread that does not wait, or just before the wait,
+            # does not end the wait.
             signal.pthread_kill(threading.get_ident(), signal.SIGINT)
 
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -1004,10 +1006,10 @@ def interrupting_store(monkeypatch: pytest.MonkeyPatch, logs: Path) -> Iterator[
         connection.close()
 
 
-def test_ctrl_c_exits_130_without_a_word(
+def test_ctrl_c_exits_with_130_and_no_output(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Tests that a script runs in the background ignore it.
+    # If a script runs the tests in the background, they ignore it.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with interrupting_store(monkeypatch, tmp_path):
@@ -1018,7 +1020,7 @@ def test_ctrl_c_exits_130_without_a_word(
     assert (output.out, output.err) == ("", "")
 
 
-def test_ctrl_c_ends_a_script_that_waits_for_its_database(
+def test_ctrl_c_ends_a_script_that_waits_for_the_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -1028,5 +1030,5 @@ def test_ctrl_c_ends_a_script_that_waits_for_its_database(
             db.init_db()
     finally:
         signal.signal(signal.SIGINT, before)
-    # The store is given up only after half a minute.
+    # The command itself would give up only after half a minute.
     assert time.monotonic() - began < 15

@@ -1,4 +1,4 @@
-"""`export`: training data from feedback."""
+"""The command `export`: feedback, and training data from it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def fill(folder: Path, *rows: AnyRow) -> None:
     async def append() -> None:
         store = await Store.open(folder)
         await asyncio.gather(*map(store.append, rows))
-        # A question moves what waits at once; closing takes its time.
+        # A query moves the logged rows at once; closing takes longer.
         await store.last("proposals", 1)
         await store.close()
 
@@ -79,23 +79,23 @@ def corrected(
 def exported(
     capsys: pytest.CaptureFixture[str], kind: str, *arguments: str
 ) -> tuple[list[dict[str, Any]], str]:
-    """What a successful export gave on standard output, and what it said."""
+    """Runs an export; returns the lines on standard output, and standard error."""
     capsys.readouterr()
     assert cli_main(["export", "--format", kind, *arguments]) == 0
     output = capsys.readouterr()
-    # Not splitlines: a hostile text may hold what Unicode takes for the end of a line.
+    # Not splitlines: a hostile text may contain line separators of Unicode.
     return [json.loads(line) for line in output.out.split("\n")[:-1]], output.err
 
 
-def said(rows: list[dict[str, Any]], column: str = "completion") -> list[Any]:
+def replies(rows: list[dict[str, Any]], column: str = "completion") -> list[Any]:
     return [json.loads(row[column][0]["content"]) for row in rows]
 
 
-def test_sft_gives_conversational_prompts_and_completions(
+def test_sft_writes_conversational_prompts_and_completions(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(folder, proposed(), corrected())
-    rows, told = exported(capsys, "sft")
+    rows, message = exported(capsys, "sft")
     assert rows == [
         {
             "prompt": [
@@ -105,14 +105,14 @@ def test_sft_gives_conversational_prompts_and_completions(
             "completion": [{"role": "assistant", "content": CORRECTED_TEXT}],
         }
     ]
-    assert told == "1 rows\n"
+    assert message == "1 rows\n"
 
 
-def test_dpo_gives_conversational_preferences_with_an_explicit_prompt(
+def test_dpo_writes_conversational_preferences_with_an_explicit_prompt(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(folder, proposed(), corrected())
-    (row,), told = exported(capsys, "dpo")
+    (row,), message = exported(capsys, "dpo")
     assert row == {
         "prompt": [
             {"role": "system", "content": proposals.SYSTEM_PROMPT},
@@ -121,13 +121,13 @@ def test_dpo_gives_conversational_preferences_with_an_explicit_prompt(
         "chosen": [{"role": "assistant", "content": CORRECTED_TEXT}],
         "rejected": [{"role": "assistant", "content": proposals.dumps(PROPOSED)}],
     }
-    assert told == "1 rows\n"
+    assert message == "1 rows\n"
 
 
-def test_a_completion_is_written_as_the_guidance_lets_phi3_write_it(
+def test_a_completion_is_written_as_the_guidance_requires(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whoever corrects leaves out what does not change, and keeps no order."""
+    """A correction may omit fields and have them in any order."""
     short = {key: CORRECTED[key] for key in ("rationale", "confidence", "action", "ticker")}
     fill(folder, proposed(), corrected(proposal=short))
     (row,), _ = exported(capsys, "sft")
@@ -137,7 +137,7 @@ def test_a_completion_is_written_as_the_guidance_lets_phi3_write_it(
     )
 
 
-def test_jsonl_gives_all_feedback_oldest_first_with_what_it_is_about(
+def test_jsonl_writes_all_feedback_oldest_first_with_its_transaction(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(
@@ -145,7 +145,7 @@ def test_jsonl_gives_all_feedback_oldest_first_with_what_it_is_about(
         proposed(),
         corrected(minutes=2).written_by("desk"),
         feedback(),
-        feedback(transaction_id="nobody's", timestamp=NOW + datetime.timedelta(minutes=1)),
+        feedback(transaction_id="unknown", timestamp=NOW + datetime.timedelta(minutes=1)),
     )
     rows, _ = exported(capsys, "jsonl")
     rating = {
@@ -163,7 +163,7 @@ def test_jsonl_gives_all_feedback_oldest_first_with_what_it_is_about(
     unknown = {"prompt": None, "proposal": None, "assessment": None, "score": None}
     assert rows[0] == rating
     assert rows[1] == rating | unknown | {
-        "transaction_id": "nobody's",
+        "transaction_id": "unknown",
         "timestamp": "2026-01-02T03:05:05.678901+00:00",
     }
     assert rows[2] == rating | {
@@ -175,17 +175,17 @@ def test_jsonl_gives_all_feedback_oldest_first_with_what_it_is_about(
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_the_latest_correction_of_a_transaction_wins(
+def test_the_latest_correction_of_a_transaction_is_exported(
     folder: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     fill(folder, proposed(), corrected(proposal=CORRECTED | {"confidence": 0.5}, minutes=9))
     fill(folder, corrected(minutes=1), feedback(timestamp=NOW + datetime.timedelta(hours=1)))
     rows, _ = exported(capsys, kind)
     column = "completion" if kind == "sft" else "chosen"
-    assert [proposal["confidence"] for proposal in said(rows, column)] == [0.5]
+    assert [proposal["confidence"] for proposal in replies(rows, column)] == [0.5]
 
 
-def test_examples_come_in_the_order_of_the_corrections_that_won(
+def test_examples_are_in_the_order_of_the_latest_corrections(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(folder, proposed("a"), proposed("b"), corrected("a"), corrected("b", minutes=1))
@@ -194,14 +194,14 @@ def test_examples_come_in_the_order_of_the_corrections_that_won(
     assert [row["prompt"][-1]["content"] for row in rows] == ["Prompt of b", "Prompt of a"]
 
 
-def test_what_makes_no_example_is_left_out_and_counted(
+def test_corrections_without_an_example_are_counted_by_reason(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reordered = dict(reversed(PROPOSED.items()))
     fill(
         folder,
-        corrected("nobody's-1"),
-        corrected("nobody's-2"),
+        corrected("unknown-1"),
+        corrected("unknown-2"),
         proposed("invalid"),
         corrected("invalid", {"ticker": "ABC"}),
         proposed("equal"),
@@ -211,18 +211,18 @@ def test_what_makes_no_example_is_left_out_and_counted(
         proposed("good"),
         corrected("good", minutes=1),
     )
-    rows, told = exported(capsys, "sft")
+    rows, message = exported(capsys, "sft")
     assert len(rows) == 3
-    assert told == "3 rows; left out: 2 of an unknown transaction, 1 no valid proposal\n"
-    rows, told = exported(capsys, "dpo")
+    assert message == "3 rows; left out: 2 of an unknown transaction, 1 no valid proposal\n"
+    rows, message = exported(capsys, "dpo")
     assert [row["prompt"][-1]["content"] for row in rows] == ["Prompt of good"]
-    assert told == (
+    assert message == (
         "1 rows; left out: 2 of an unknown transaction, 1 no valid proposal, "
         "2 without another proposal to reject\n"
     )
 
 
-def test_withdrawn_feedback_is_in_no_export_and_counted(
+def test_withdrawn_feedback_is_left_out_and_counted(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     better = CORRECTED | {"confidence": 0.5}
@@ -239,14 +239,14 @@ def test_withdrawn_feedback_is_in_no_export_and_counted(
             for name in ("newer", "only", "rating")
         ),
     )
-    rows, told = exported(capsys, "sft")
-    assert said(rows) == [CORRECTED]
-    assert told == "1 rows; left out: 3 withdrawn\n"
-    assert said(exported(capsys, "dpo")[0], "chosen") == [CORRECTED]
+    rows, message = exported(capsys, "sft")
+    assert replies(rows) == [CORRECTED]
+    assert message == "1 rows; left out: 3 withdrawn\n"
+    assert replies(exported(capsys, "dpo")[0], "chosen") == [CORRECTED]
     assert [row["corrected_proposal"] for row in exported(capsys, "jsonl")[0]] == [CORRECTED]
 
 
-def test_a_correction_that_leaves_out_what_the_proposal_has_as_null_is_equal_to_it(
+def test_a_correction_that_omits_a_null_of_the_proposal_is_equal_to_it(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = {key: value for key, value in CORRECTED.items() if value is not None}
@@ -254,7 +254,7 @@ def test_a_correction_that_leaves_out_what_the_proposal_has_as_null_is_equal_to_
     assert exported(capsys, "dpo")[0] == []
 
 
-def test_runs_of_before_there_was_a_table_of_proposals_are_found_by_their_output(
+def test_the_proposal_of_a_run_without_a_stored_proposal_is_read_from_its_output(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = {"proposal": PROPOSED, "assessment": "Bold.", "score": 0.25}
@@ -270,17 +270,17 @@ def test_runs_of_before_there_was_a_table_of_proposals_are_found_by_their_output
     )
     (row,), _ = exported(capsys, "dpo")
     assert row["prompt"][-1]["content"] == "Old prompt"
-    assert said([row], "rejected") == [PROPOSED]
+    assert replies([row], "rejected") == [PROPOSED]
     (row,), _ = exported(capsys, "jsonl")
     assert (row["prompt"], row["assessment"], row["score"]) == ("Old prompt", "Bold.", 0.25)
 
 
 @pytest.mark.parametrize("output", ["", "[]", "{", '{"proposal":"none"}', "null"])
-def test_a_run_whose_output_holds_no_proposal_gives_sft_alone(
+def test_a_run_without_a_proposal_is_exported_for_sft_only(
     folder: Path, capsys: pytest.CaptureFixture[str], output: str
 ) -> None:
     fill(folder, run(final_output=output), corrected("r-1"))
-    assert said(exported(capsys, "sft")[0]) == [CORRECTED]
+    assert replies(exported(capsys, "sft")[0]) == [CORRECTED]
     assert exported(capsys, "dpo")[0] == []
 
 
@@ -292,7 +292,7 @@ def test_a_run_whose_output_holds_no_proposal_gives_sft_alone(
         ("24h", ["now"]),
     ],
 )
-def test_since_takes_only_later_feedback(
+def test_since_excludes_earlier_feedback(
     folder: Path, capsys: pytest.CaptureFixture[str], since: str, names: list[str]
 ) -> None:
     now = datetime.datetime.now(datetime.UTC)
@@ -305,7 +305,9 @@ def test_since_takes_only_later_feedback(
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "jsonl"])
-def test_hostile_texts_survive(folder: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+def test_hostile_texts_are_exported_unchanged(
+    folder: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
     texts = [*HOSTILE, "\u2028 and \u2029 end lines for some"]
     corrections = [CORRECTED | {"rationale": text, "ticker": text} for text in texts]
     fill(
@@ -320,15 +322,15 @@ def test_hostile_texts_survive(folder: Path, capsys: pytest.CaptureFixture[str],
         assert [row["corrected_proposal"]["rationale"] for row in rows] == texts
     else:
         assert [row["prompt"][-1]["content"] for row in rows] == texts
-        chosen = said(rows, "completion" if kind == "sft" else "chosen")
+        chosen = replies(rows, "completion" if kind == "sft" else "chosen")
         assert [proposal["rationale"] for proposal in chosen] == texts
 
 
 @pytest.mark.parametrize("text", ["\ud800", "\x00 and \x0b and \u0085"])
-def test_what_is_no_text_in_a_correction_spoils_no_export(
+def test_an_invalid_text_in_a_correction_does_not_break_an_export(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
-    """As versions that took every string have stored it; JSON can hold it."""
+    """Older versions stored such strings, and JSON can contain them."""
     spoiled = CORRECTED | {"rationale": text}
     fill(folder, proposed(), corrected().model_copy(update={"corrected_proposal": spoiled}))
     out = tmp_path / "out.jsonl"
@@ -338,7 +340,7 @@ def test_what_is_no_text_in_a_correction_spoils_no_export(
     assert exported(capsys, "sft")[1] == "0 rows; left out: 1 no valid proposal\n"
 
 
-def test_transactions_are_looked_up_in_as_many_turns_as_it_takes(
+def test_transactions_are_read_in_several_queries(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "_AT_ONCE", 3)
@@ -349,14 +351,14 @@ def test_transactions_are_looked_up_in_as_many_turns_as_it_takes(
     assert [row["prompt"][-1]["content"] for row in rows] == [f"Prompt of {n}" for n in names]
 
 
-def test_a_database_without_feedback_gives_no_lines(
+def test_a_database_without_feedback_has_an_empty_export(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(folder, proposed())
     assert exported(capsys, "sft") == ([], "0 rows\n")
 
 
-def test_datasets_loads_what_was_exported(
+def test_datasets_loads_an_export(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
@@ -381,23 +383,23 @@ def test_datasets_loads_what_was_exported(
             assert {key for message in loaded[0][name] for key in message} == {"role", "content"}
 
 
-# Into a file
+# Files
 
 
-def test_a_file_takes_the_place_of_an_older_one_and_nothing_else_is_left(
+def test_a_file_replaces_an_older_one_and_no_other_file_is_left(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(folder, proposed(), corrected())
     out = tmp_path / "out" / "train.jsonl"
     out.parent.mkdir()
     out.write_text("old")
-    rows, told = exported(capsys, "sft", "--out", str(out))
-    assert (rows, told) == ([], "1 rows\n")
+    rows, message = exported(capsys, "sft", "--out", str(out))
+    assert (rows, message) == ([], "1 rows\n")
     assert json.loads(out.read_text())["completion"]
     assert list(out.parent.iterdir()) == [out]
 
 
-def test_a_file_is_readable_by_whom_the_umask_says(folder: Path, tmp_path: Path) -> None:
+def test_a_file_has_the_permissions_of_the_umask(folder: Path, tmp_path: Path) -> None:
     fill(folder, proposed())
     before = os.umask(0o027)
     try:
@@ -415,7 +417,7 @@ def test_a_file_is_readable_by_whom_the_umask_says(folder: Path, tmp_path: Path)
         ("folder", "Is a directory"),
     ],
 )
-def test_what_cannot_be_written_is_one_line(
+def test_an_unwritable_path_is_reported_on_one_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str, why: str
 ) -> None:
     fill(folder, proposed(), corrected())
@@ -431,10 +433,10 @@ def test_what_cannot_be_written_is_one_line(
     assert (tmp_path / "file").read_text() == "as it was"
 
 
-def test_a_full_disk_is_one_line(
+def test_a_full_disk_is_reported_on_one_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # A device of our own: were the real /dev/full ever replaced, the machine would lack it.
+    # A device of this test, so that a defect cannot replace the real /dev/full.
     full = tmp_path / "full"
     try:
         os.mknod(full, stat.S_IFCHR | 0o600, os.makedev(1, 7))
@@ -449,7 +451,7 @@ def test_a_full_disk_is_one_line(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_may_not_be_written_to_is_one_line(
+def test_a_folder_without_write_permission_is_reported_on_one_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(folder, proposed())
@@ -460,7 +462,7 @@ def test_a_folder_that_may_not_be_written_to_is_one_line(
     assert "Permission denied" in capsys.readouterr().err
 
 
-def test_a_file_stays_as_it_was_where_the_database_fails_halfway(
+def test_a_file_is_unchanged_if_the_database_fails_halfway(
     folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -483,7 +485,7 @@ def test_a_file_stays_as_it_was_where_the_database_fails_halfway(
     assert list(out.parent.iterdir()) == [out]
 
 
-def test_a_link_stays_one_and_its_target_is_replaced(folder: Path, tmp_path: Path) -> None:
+def test_the_target_of_a_link_is_replaced(folder: Path, tmp_path: Path) -> None:
     fill(folder, proposed(), corrected())
     (tmp_path / "link").symlink_to(tmp_path / "target")
     assert cli_main(["export", "--format", "sft", "--out", str(tmp_path / "link")]) == 0
@@ -491,7 +493,7 @@ def test_a_link_stays_one_and_its_target_is_replaced(folder: Path, tmp_path: Pat
     assert json.loads((tmp_path / "target").read_text())["prompt"]
 
 
-def test_a_pipe_is_written_to_and_not_replaced(folder: Path, tmp_path: Path) -> None:
+def test_a_pipe_is_written_to_directly(folder: Path, tmp_path: Path) -> None:
     fill(folder, proposed(), corrected())
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -504,6 +506,6 @@ def test_a_pipe_is_written_to_and_not_replaced(folder: Path, tmp_path: Path) -> 
     assert json.loads(got[0])["prompt"]
 
 
-def test_without_a_database_no_file_is_made(folder: Path, tmp_path: Path) -> None:
+def test_without_a_database_no_file_is_created(folder: Path, tmp_path: Path) -> None:
     assert cli_main(["export", "--format", "sft", "--out", str(tmp_path / "out")]) == 1
     assert list(tmp_path.iterdir()) == []

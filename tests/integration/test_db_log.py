@@ -1,4 +1,4 @@
-"""The write-ahead log: what it keeps, what it steps over, and whose it is."""
+"""The write-ahead log: its records, damage, and abandoned logs."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def log(tmp_path: Path) -> Iterator[Log]:
 
 
 @pytest.mark.parametrize("text", ["", "\x00\x1b\"'\\\n", "🚀\u202e", "\xf5ROW", "x" * 1_000_000])
-def test_a_row_comes_back_as_it_went_in(log: Log, tmp_path: Path, text: str) -> None:
+def test_a_row_is_read_as_it_was_written(log: Log, tmp_path: Path, text: str) -> None:
     log.append([encode(row(text, latencies={"score": None}))])
     assert read_segment(segment_of(tmp_path)).rows == [row(text, latencies={"score": None})]
 
 
-def test_what_a_crash_cut_off_is_no_row_and_no_damage(log: Log, tmp_path: Path) -> None:
+def test_a_truncated_record_is_neither_a_row_nor_damage(log: Log, tmp_path: Path) -> None:
     log.append([encode(row("whole"))])
     path, cut = segment_of(tmp_path), encode(row("cut"))
     whole = path.read_bytes()
@@ -60,7 +60,7 @@ def test_what_a_crash_cut_off_is_no_row_and_no_damage(log: Log, tmp_path: Path) 
         assert (found.rows, found.damaged, found.torn) == ([row("whole")], 0, length)
 
 
-def test_zeros_after_the_last_row_are_no_damage(log: Log, tmp_path: Path) -> None:
+def test_zeros_after_the_last_row_are_not_damage(log: Log, tmp_path: Path) -> None:
     log.append([encode(row())])
     with segment_of(tmp_path).open("ab") as file:
         file.write(b"\0" * 5000)
@@ -68,7 +68,7 @@ def test_zeros_after_the_last_row_are_no_damage(log: Log, tmp_path: Path) -> Non
     assert (found.rows, found.damaged, found.torn) == ([row()], 0, 5000)
 
 
-def test_rows_behind_a_damaged_one_are_still_found(log: Log, tmp_path: Path) -> None:
+def test_rows_after_a_damaged_one_are_read(log: Log, tmp_path: Path) -> None:
     records = [encode(row(name)) for name in ("first", "second", "third")]
     log.append(records)
     data = bytearray(segment_of(tmp_path).read_bytes())
@@ -79,9 +79,7 @@ def test_rows_behind_a_damaged_one_are_still_found(log: Log, tmp_path: Path) -> 
     assert found.damaged == len(records[1])
 
 
-def test_a_write_that_fails_leaves_nothing_behind_and_the_next_one_works(
-    log: Log, tmp_path: Path
-) -> None:
+def test_a_failed_write_leaves_no_bytes_and_the_next_one_succeeds(log: Log, tmp_path: Path) -> None:
     log.append([encode(row("before"))])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (segment_of(tmp_path).stat().st_size + 30, hard))
@@ -96,7 +94,7 @@ def test_a_write_that_fails_leaves_nothing_behind_and_the_next_one_works(
     assert all(segment.damaged == segment.torn == 0 for segment in found)
 
 
-def test_writes_that_fail_leave_no_empty_segments(log: Log, tmp_path: Path) -> None:
+def test_failed_writes_leave_no_empty_segments(log: Log, tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))
     try:
@@ -120,17 +118,17 @@ def test_sealing_starts_a_new_segment(log: Log, tmp_path: Path) -> None:
     assert len(log.seal()) == 1
 
 
-def test_a_log_in_use_is_nobody_elses(log: Log, tmp_path: Path) -> None:
+def test_a_log_in_use_is_not_abandoned(log: Log, tmp_path: Path) -> None:
     log.append([encode(row())])
     assert abandoned_logs(tmp_path) == []
 
 
-def test_who_looks_for_logs_waits_for_nobody(tmp_path: Path) -> None:
+def test_a_search_for_abandoned_logs_does_not_wait(tmp_path: Path) -> None:
     with locked(tmp_path / "lock"):
         assert abandoned_logs(tmp_path) is None
 
 
-def test_the_log_of_a_killed_process_can_be_taken_over_once(tmp_path: Path) -> None:
+def test_the_log_of_a_killed_process_is_replayed_once(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys; from pathlib import Path\n"
         "from tests.integration.test_db_log import *\n"
@@ -145,7 +143,7 @@ def test_the_log_of_a_killed_process_can_be_taken_over_once(tmp_path: Path) -> N
     (log,) = abandoned_logs(tmp_path) or []
     (path,) = segments(log.folder)
     assert read_segment(path).rows == [row("of the dead")]
-    # While one has it, nobody else gets it.
+    # It is locked until it is released.
     assert abandoned_logs(tmp_path) == []
     log.remove()
     log.release()
@@ -153,7 +151,7 @@ def test_the_log_of_a_killed_process_can_be_taken_over_once(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
-def test_a_log_that_nobody_dealt_with_waits_for_the_next(tmp_path: Path) -> None:
+def test_a_released_log_is_found_again(tmp_path: Path) -> None:
     log = Log(tmp_path)
     log.append([encode(row())])
     log.close()
@@ -162,7 +160,7 @@ def test_a_log_that_nobody_dealt_with_waits_for_the_next(tmp_path: Path) -> None
         found.release()
 
 
-def test_a_log_without_rows_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_log_without_rows_leaves_no_files(tmp_path: Path) -> None:
     Log(tmp_path).close()
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 

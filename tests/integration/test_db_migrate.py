@@ -1,4 +1,4 @@
-"""`migrate`, of tables in the shapes that they had before."""
+"""The command `migrate`, on tables of every older shape."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from llm_sidecar.db import (
     cli_main,
 )
 from llm_sidecar.db.log import Log, Row, encode
-from llm_sidecar.db.schema import KEYS, VERSION, arrow_schemas
+from llm_sidecar.db.rows import KEYS
+from llm_sidecar.db.schema import VERSION, arrow_schemas
 from llm_sidecar.errors import DatabaseUnavailable
 from tests.test_db import NOW
 
@@ -55,7 +56,7 @@ OF_VERSION_2: Final = {
     "adapter": None,
     "latencies": {"proposal": 0.25, "assessment": 0.5, "score": None},
 }
-"""A proposal, before it said whether it is grounded."""
+"""A proposal without the column `grounded`."""
 OLD_SCORE: Final = {"run_id": "r-1", "timestamp": WRITTEN, "score": 0.5, "rationale": "Fine."}
 
 
@@ -66,7 +67,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write(folder: Path, table: str, rows: pa.Table | list[dict[str, Any]]) -> None:
-    """A table as an older version wrote it: of whatever shape its rows have."""
+    """Creates a table with the shape of its rows, as an older version did."""
     data = pa.Table.from_pylist(rows) if isinstance(rows, list) else rows
     lancedb.connect(folder).create_table(table, data=data, mode="overwrite")
 
@@ -77,7 +78,7 @@ def read(folder: Path, table: str) -> list[dict[str, Any]]:
 
 
 def opened(folder: Path, table: str) -> list[dict[str, Any]]:
-    """The rows as the sidecar gives them, which opens nothing but tables of today's shape."""
+    """The rows that the sidecar returns; it opens only tables of the current shape."""
 
     async def ask() -> list[dict[str, Any]]:
         store = await Store.open(folder, create=False)
@@ -147,7 +148,7 @@ SECOND: Final = NOW.replace(microsecond=0)
         (pa.array([TICKS // 1000]), MILLISECOND),
         (pa.array([TICKS // 10**6]), SECOND),
         (pa.array([f"{TICKS / 1e6}", str(TICKS)]), NOW),
-        # Its digits would also make a time of the year 1711.
+        # Its digits are also an ISO 8601 time of the year 1711.
         (
             pa.array(["1711111141234"]),
             datetime.datetime(2024, 3, 22, 12, 39, 1, 234_000, datetime.UTC),
@@ -161,7 +162,7 @@ SECOND: Final = NOW.replace(microsecond=0)
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("in_tokyo")
-def test_every_way_to_write_a_time_becomes_the_same_time(
+def test_every_format_of_a_time_is_converted_to_the_same_time(
     folder: Path, times: pa.Array, expected: datetime.datetime
 ) -> None:
     write(folder, SCORES, scored_at(times))
@@ -179,7 +180,7 @@ def test_every_way_to_write_a_time_becomes_the_same_time(
     ],
     ids=["text", "number", "year"],
 )
-def test_a_row_whose_time_cannot_be_read_stays_and_is_told_of(
+def test_a_row_with_an_unreadable_time_is_kept_and_reported(
     folder: Path, times: pa.Array, capsys: pytest.CaptureFixture[str]
 ) -> None:
     readable = sum(value == 9e15 for value in times.to_pylist()) if len(times) > 1 else 0
@@ -187,11 +188,11 @@ def test_a_row_whose_time_cannot_be_read_stays_and_is_told_of(
     assert cli_main(["migrate"]) == 0
     found = [row["timestamp"].year for row in opened(folder, SCORES)]
     assert found.count(1970) == len(times) - readable
-    told = f"{len(times) - readable} of them, without a readable time, now of 1970"
-    assert told in capsys.readouterr().out
+    message = f"{len(times) - readable} of them, without a readable time, now of 1970"
+    assert message in capsys.readouterr().out
 
 
-def test_the_first_shape_of_all_becomes_todays(
+def test_the_first_shape_is_migrated_to_the_current_one(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(folder, FEEDBACK, [OLD_FEEDBACK])
@@ -214,9 +215,9 @@ def test_the_first_shape_of_all_becomes_todays(
     assert lines[3:] == [
         f"{table}: created, as it was not there." for table in ("proposals", "feedback_withdrawals")
     ]
-    (said,) = opened(folder, FEEDBACK)
-    assert len(said.pop("feedback_id")) == 64
-    assert said == OLD_FEEDBACK | {
+    (stored,) = opened(folder, FEEDBACK)
+    assert len(stored.pop("feedback_id")) == 64
+    assert stored == OLD_FEEDBACK | {
         "timestamp": NOW,
         "schema_version": "1.0",
         "corrected_proposal": None,
@@ -229,7 +230,7 @@ def test_the_first_shape_of_all_becomes_todays(
 
 
 def write_version_2(folder: Path) -> None:
-    """The proposals of a database as version 2 wrote them."""
+    """The proposals of version 2."""
     today = arrow_schemas()[PROPOSALS]
     schema = pa.schema(
         [field for field in today if field.name != "grounded"],
@@ -239,20 +240,20 @@ def write_version_2(folder: Path) -> None:
     write(folder, PROPOSALS, pa.Table.from_pylist(rows, schema=schema))
 
 
-def test_a_proposal_of_version_2_keeps_all_that_it_had(
+def test_a_proposal_of_version_2_keeps_all_values(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_version_2(folder)
     with pytest.raises(DatabaseUnavailable, match=r"proposals has the shape of an older version"):
         asyncio.run(Store.open(folder))
     assert cli_main(["migrate"]) == 0
-    told = f"proposals: 1 rows brought to version {VERSION}, with grounded added; the old table"
-    assert told in capsys.readouterr().out
+    message = f"proposals: 1 rows brought to version {VERSION}, with grounded added; the old table"
+    assert message in capsys.readouterr().out
     assert read(folder, PROPOSALS) == [OF_VERSION_2 | {"row_id": "key", "grounded": None}]
     assert opened(folder, PROPOSALS) == [OF_VERSION_2 | {"grounded": None}]
 
 
-def test_rows_that_version_2_left_in_its_log_arrive_after_migration(folder: Path) -> None:
+def test_rows_in_a_log_of_version_2_are_replayed_after_migration(folder: Path) -> None:
     write_version_2(folder)
     log = Log(folder / "_log")
     log.append([encode(Row(PROPOSALS, OF_VERSION_2 | {"prompt": "late", "row_id": "late"}))])
@@ -265,7 +266,7 @@ def test_rows_that_version_2_left_in_its_log_arrive_after_migration(folder: Path
     ]
 
 
-def test_a_migrated_database_can_be_looked_at_and_is_sound(
+def test_a_migrated_database_is_readable_and_sound(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(folder, RUNS, [OLD_RUN])
@@ -278,11 +279,11 @@ def test_a_migrated_database_can_be_looked_at_and_is_sound(
 
 
 @pytest.mark.parametrize("create", [False, True])
-def test_an_old_table_is_not_opened_but_says_what_to_do(folder: Path, create: bool) -> None:
+def test_opening_an_old_table_fails_with_instructions(folder: Path, create: bool) -> None:
     write(folder, RUNS, [OLD_RUN])
     write(folder, FEEDBACK, [OLD_FEEDBACK])
-    told = r"phi3_feedback has the shape of an older .*llm_sidecar\.db migrate"
-    with pytest.raises(DatabaseUnavailable, match=told):
+    message = r"phi3_feedback has the shape of an older .*llm_sidecar\.db migrate"
+    with pytest.raises(DatabaseUnavailable, match=message):
         asyncio.run(Store.open(folder, create=create))
     assert read(folder, RUNS) == [OLD_RUN]
 
@@ -304,7 +305,7 @@ def test_a_table_of_a_later_version_is_neither_opened_nor_migrated(
     assert "update the sidecar" in capsys.readouterr().err
 
 
-def test_feedback_ids_stay_and_rows_get_the_key_they_lacked(folder: Path) -> None:
+def test_feedback_ids_are_kept_and_missing_keys_added(folder: Path) -> None:
     at = {"timestamp": NOW}
     last = {"schema_version": "1.0", "corrected_proposal": '{"n":1}', "feedback_id": "mine"}
     write(folder, FEEDBACK, [OLD_FEEDBACK | at | last])
@@ -323,8 +324,8 @@ def test_feedback_ids_stay_and_rows_get_the_key_they_lacked(folder: Path) -> Non
 
 @pytest.fixture
 def version_2(folder: Path) -> Path:
-    """A database as version 2 left it, with one feedback that claims to be of the future, and a log
-    of a process that has died with another."""
+    """A database of version 2 with feedback from the future, and more feedback in the log of a dead
+    process."""
     schemas = {
         FEEDBACK: without(FEEDBACK, "received", "source", "author", "row_id"),
         RUNS: without(RUNS),
@@ -350,7 +351,7 @@ def version_2(folder: Path) -> Path:
 
 
 def without(table: str, *columns: str, version: str = "2") -> pa.Schema:
-    """The shape of a table before it had these columns."""
+    """The schema of a table without these columns."""
     schema = arrow_schemas()[table]
     kept = [field for field in schema if field.name not in columns]
     return pa.schema(kept, metadata={"osiris_schema_version": version})
@@ -375,15 +376,17 @@ def test_version_3_loses_no_row_of_its_tables_and_logs(
     with pytest.raises(DatabaseUnavailable, match=r"llm_sidecar\.db migrate"):
         asyncio.run(Store.open(folder))
     assert cli_main(["migrate"]) == 0
-    told = f"phi3_feedback: 1 rows brought to version {VERSION}, with author added; the old table"
-    assert told in capsys.readouterr().out
-    # Opening the database moves the row of the log into its table.
+    message = (
+        f"phi3_feedback: 1 rows brought to version {VERSION}, with author added; the old table"
+    )
+    assert message in capsys.readouterr().out
+    # Opening the database moves the logged row to its table.
     assert len(opened(folder, FEEDBACK)) == 2
     rows = sorted(read(folder, FEEDBACK), key=lambda row: str(row["feedback_id"]))
     assert rows == [stored | {"author": None}, logged | {"author": None}]
 
 
-def test_version_2_is_not_opened_but_says_what_to_do(version_2: Path) -> None:
+def test_opening_version_2_fails_with_instructions(version_2: Path) -> None:
     with pytest.raises(DatabaseUnavailable, match=r"llm_sidecar\.db migrate"):
         asyncio.run(Store.open(version_2))
     assert [row["feedback_id"] for row in read(version_2, FEEDBACK)] == ["f-1", "f-2"]
@@ -396,7 +399,7 @@ def test_version_2_loses_no_row_of_its_tables_and_logs(version_2: Path) -> None:
     assert sorted(rows) == ["f-1", "f-2", "f-3"]
     assert [row["source"] for row in rows.values()] == ["direct"] * 3
     assert rows["f-1"]["received"] == rows["f-3"]["received"] == NOW
-    # It must not stay the newest for decades.
+    # It must not remain the newest for decades.
     assert rows["f-2"]["timestamp"].year == 2099
     assert before <= rows["f-2"]["received"] <= datetime.datetime.now(datetime.UTC)
     assert [row["run_id"] for row in opened(version_2, RUNS)] == ["r-1"]
@@ -404,7 +407,7 @@ def test_version_2_loses_no_row_of_its_tables_and_logs(version_2: Path) -> None:
     assert [path.suffix for path in (version_2 / "_log" / "set_aside").iterdir()] == [".lance"] * 4
 
 
-def test_feedback_that_is_delivered_again_after_migration_is_one_row(folder: Path) -> None:
+def test_feedback_that_is_delivered_again_after_migration_is_stored_once(folder: Path) -> None:
     write(folder, FEEDBACK, [OLD_FEEDBACK])
     assert cli_main(["migrate"]) == 0
     append(folder, Phi3FeedbackSchema.model_validate(OLD_FEEDBACK))
@@ -412,16 +415,14 @@ def test_feedback_that_is_delivered_again_after_migration_is_one_row(folder: Pat
 
 
 @pytest.mark.parametrize("key", [{}, {"feedback_id": "same"}, {"feedback_id": ""}])
-def test_rows_that_are_there_twice_stay_and_get_keys_of_their_own(
-    folder: Path, key: dict[str, str]
-) -> None:
+def test_duplicate_rows_are_kept_with_new_keys(folder: Path, key: dict[str, str]) -> None:
     write(folder, FEEDBACK, [OLD_FEEDBACK | key] * 3)
     assert cli_main(["migrate"]) == 0
     rows = opened(folder, FEEDBACK)
     assert len({row["feedback_id"] for row in rows}) == len(rows) == 3
 
 
-def test_objects_in_struct_columns_become_the_json_that_was_meant(folder: Path) -> None:
+def test_objects_in_struct_columns_become_their_original_json(folder: Path) -> None:
     proposal = {"ticker": "ABC", "new_stop_pct": 2.5, "legs": [{"size": 1}]}
     contents = [{"stars": 5}, {"why": {"market": "thin"}}, {"stars": 0}, {"stars": 1}]
     corrected = [proposal, {"ticker": "X", "side": "LONG", "new_stop_pct": float("nan")}, {}, None]
@@ -434,12 +435,12 @@ def test_objects_in_struct_columns_become_the_json_that_was_meant(folder: Path) 
     found = {row["transaction_id"]: row for row in opened(folder, FEEDBACK)}
     assert [json.loads(found[str(n)]["feedback_content"]) for n in range(4)] == contents
     assert json.loads(found["0"]["corrected_proposal"]) == proposal
-    # Of a missing number pandas makes NaN, which JSON does not have.
+    # pandas writes a missing number as NaN, which JSON does not have.
     assert json.loads(found["1"]["corrected_proposal"]) == {"ticker": "X", "side": "LONG"}
     assert [found[n]["corrected_proposal"] for n in "23"] == [None, None]
 
 
-def test_what_is_null_gets_a_value_where_todays_shape_demands_one(folder: Path) -> None:
+def test_null_becomes_a_default_in_a_required_column(folder: Path) -> None:
     write(
         folder,
         FEEDBACK,
@@ -465,7 +466,7 @@ def test_what_is_null_gets_a_value_where_todays_shape_demands_one(folder: Path) 
     assert sorted(row["score"] for row in opened(folder, SCORES)) == [-1.0, -1.0, 0.5]
 
 
-def test_a_correction_that_is_no_json_hinders_no_other(folder: Path) -> None:
+def test_an_invalid_correction_does_not_affect_others(folder: Path) -> None:
     texts = ["{'ticker': 'ABC'}", "null", "", "[" * 100_000, '{"ticker":"ABC"}']
     rows = [
         OLD_FEEDBACK
@@ -486,13 +487,13 @@ def test_a_correction_that_is_no_json_hinders_no_other(folder: Path) -> None:
     assert asyncio.run(ask()) == [("Long ABC", {"ticker": "ABC"}, "4", "f-4")]
 
 
-def test_numbers_and_texts_in_each_others_columns_are_read_as_what_they_mean(folder: Path) -> None:
+def test_numbers_and_texts_in_swapped_columns_are_converted(folder: Path) -> None:
     write(folder, SCORES, [OLD_SCORE | {"run_id": 7, "score": "0.25"}])
     assert cli_main(["migrate"]) == 0
     assert opened(folder, SCORES) == [OLD_SCORE | {"run_id": "7", "score": 0.25, "timestamp": NOW}]
 
 
-def test_a_column_that_nobody_knows_goes_and_is_named_and_kept_aside(
+def test_an_unknown_column_is_dropped_reported_and_kept_in_the_copy(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = pa.Table.from_pylist([OLD_SCORE])
@@ -512,7 +513,7 @@ def test_a_column_that_nobody_knows_goes_and_is_named_and_kept_aside(
     )
 
 
-def test_every_row_of_a_large_table_arrives(folder: Path) -> None:
+def test_every_row_of_a_large_table_is_migrated(folder: Path) -> None:
     write(folder, SCORES, [OLD_SCORE | {"run_id": str(number)} for number in range(10_000)])
     assert cli_main(["migrate"]) == 0
     assert {int(row["run_id"]) for row in read(folder, SCORES)} == set(range(10_000))
@@ -525,7 +526,7 @@ def test_an_empty_table_is_migrated(folder: Path) -> None:
     assert [row["run_id"] for row in opened(folder, SCORES)] == ["new"]
 
 
-def test_migrating_again_finds_nothing_to_do(
+def test_a_second_migration_changes_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(folder, SCORES, [OLD_SCORE] * 3)
@@ -554,20 +555,20 @@ def test_the_key_of_every_table_is_marked_so_that_equal_inserts_conflict(folder:
         assert field.metadata == {b"lance-schema:unenforced-primary-key": b"true"}
 
 
-def test_rows_that_came_while_the_table_was_old_arrive_after_migration(folder: Path) -> None:
+def test_rows_that_arrived_before_migration_are_stored_after_it(folder: Path) -> None:
     write(folder, SCORES, [OLD_SCORE])
-    append(folder, HermesScoreSchema(run_id="meanwhile", timestamp=NOW, score=0.25))
+    append(folder, HermesScoreSchema(run_id="early", timestamp=NOW, score=0.25))
     assert len(read(folder, SCORES)) == 1
     assert cli_main(["migrate"]) == 0
-    assert sorted(row["run_id"] for row in opened(folder, SCORES)) == ["meanwhile", "r-1"]
+    assert sorted(row["run_id"] for row in opened(folder, SCORES)) == ["early", "r-1"]
 
 
 def written(folder: Path) -> dict[Path, int]:
-    """When each file of a table was last written."""
+    """The modification time of each file of a table."""
     return {path: path.stat().st_mtime_ns for path in folder.glob("*.lance/**/*")}
 
 
-async def test_a_database_that_is_in_use_is_not_touched(
+async def test_a_database_in_use_is_not_migrated(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = await Store.open(folder)
@@ -584,7 +585,7 @@ async def test_a_database_that_is_in_use_is_not_touched(
     assert await asyncio.to_thread(cli_main, ["migrate"]) == 0
 
 
-def test_what_was_done_is_told_even_where_a_later_table_fails(
+def test_finished_tables_are_reported_even_if_a_later_one_fails(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(folder, FEEDBACK, [OLD_FEEDBACK])
@@ -602,7 +603,7 @@ def test_what_was_done_is_told_even_where_a_later_table_fails(
     ]
 
 
-def test_a_table_that_cannot_be_kept_aside_stays_as_it_is(
+def test_a_table_that_cannot_be_copied_is_unchanged(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(folder, SCORES, [OLD_SCORE])
@@ -613,7 +614,7 @@ def test_a_table_that_cannot_be_kept_aside_stays_as_it_is(
     assert read(folder, SCORES) == [OLD_SCORE]
 
 
-def test_without_a_database_there_is_nothing_to_migrate_and_nothing_is_made(
+def test_without_a_database_migration_fails_and_creates_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli_main(["migrate"]) == 1

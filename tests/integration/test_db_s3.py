@@ -1,4 +1,4 @@
-"""The database on an object store: a local server that speaks S3."""
+"""The database on an object store: a local S3 server."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def score(name: str) -> HermesScoreSchema:
 
 
 class S3Server:
-    """A server of its own process, so that it can be stopped and killed."""
+    """A server in a separate process, so that it can be stopped and killed."""
 
     def __init__(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -67,7 +67,7 @@ def running() -> Iterator[S3Server]:
 async def uri(
     running: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[str]:
-    """An address in an empty bucket, reached by the usual variables."""
+    """An address in an empty bucket, with the usual variables set."""
     await running.wait()
     environ = {
         "AWS_ENDPOINT_URL": running.url,
@@ -84,7 +84,7 @@ async def uri(
     running.send(signal.SIGCONT)
 
 
-async def test_rows_are_stored_asked_for_and_compacted(uri: str, tmp_path: Path) -> None:
+async def test_rows_are_stored_queried_and_compacted(uri: str, tmp_path: Path) -> None:
     store = await Store.open(uri)
     for number in range(3):
         await store.append(score(str(number)))
@@ -98,11 +98,11 @@ async def test_rows_are_stored_asked_for_and_compacted(uri: str, tmp_path: Path)
     assert store.status()["fragments"][SCORES] == 1
     assert len(await store.last(SCORES, 0)) == 3
     await store.close()
-    # The log of an object store lies on this machine, and is empty when all is stored.
+    # The log of an object store is on this machine, and empty when all rows are stored.
     assert not list((tmp_path / "log").glob("*/*/*.log"))
 
 
-async def test_two_writers_at_once_lose_and_double_nothing(
+async def test_two_concurrent_writers_lose_and_duplicate_no_row(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = await Store.open(uri)
@@ -122,28 +122,28 @@ async def test_two_writers_at_once_lose_and_double_nothing(
     await other.close()
 
 
-async def test_a_server_that_hangs_and_comes_back_loses_and_doubles_nothing(
+async def test_a_server_that_hangs_and_recovers_loses_and_duplicates_no_row(
     uri: str, running: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "_ASK_SECONDS", 1.0)
+    monkeypatch.setattr(store, "_QUERY_SECONDS", 1.0)
     monkeypatch.setattr(writer, "_STALLED_SECONDS", 1.0)
     opened = await Store.open(uri)
     running.send(signal.SIGSTOP)
-    # Acknowledged all the same: the log has it.
+    # The row is acknowledged, because it is in the log.
     async with asyncio.timeout(2):
-        await opened.append(score("meanwhile"))
+        await opened.append(score("logged"))
     with pytest.raises(DatabaseUnavailable, match="longer than 1 s"):
         await opened.last(SCORES, 1)
     await until(lambda: opened.status()["state"] == "away")
     running.send(signal.SIGCONT)
-    monkeypatch.setattr(store, "_ASK_SECONDS", 30.0)
+    monkeypatch.setattr(store, "_QUERY_SECONDS", 30.0)
     await until(lambda: not opened.status()["rows_waiting"], 60)
-    assert [row["run_id"] for row in await opened.last(SCORES, 0)] == ["meanwhile"]
+    assert [row["run_id"] for row in await opened.last(SCORES, 0)] == ["logged"]
     assert opened.status()["state"] == "open"
     await opened.close()
 
 
-async def test_what_could_not_be_moved_at_the_end_is_moved_by_the_next(
+async def test_rows_left_in_the_log_are_moved_by_the_next_process(
     uri: str, running: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "_CLOSE_SECONDS", 0.5)

@@ -1,4 +1,4 @@
-"""The way of a row while the disk is full, LanceDB away, or a table broken."""
+"""The writer while the disk is full, LanceDB is unavailable, or a table is damaged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_sidecar.db import HermesScoreSchema, Store, compaction, tables, writer
+from llm_sidecar.db import HermesScoreSchema, Store, compaction, repair, writer
 from llm_sidecar.db.log import Log, Row, encode, locked, read_segment
 from llm_sidecar.errors import DatabaseUnavailable
 from tests.integration.test_db_crash import crash
@@ -41,7 +41,7 @@ async def names(folder: Path) -> list[str]:
 
 
 async def row_names(store: Store) -> list[str]:
-    """The name that its writer gave each row of any table."""
+    """The key of each row of every table."""
     columns = {"phi3_feedback": "transaction_id", "orchestrator_runs": "run_id", SCORES: "run_id"}
     return [
         str(row[column]) for table, column in columns.items() for row in await store.last(table, 0)
@@ -53,14 +53,14 @@ def newest_segment(folder: Path) -> Path:
 
 
 def killed(folder: Path) -> list[str]:
-    """The keys of the rows that a process, killed since, was told to be stored."""
+    """Kills a writing process; returns the keys of its acknowledged rows."""
     found = crash("once", folder, 1.5)
     return [str(key) for key in found["keys"]]
 
 
 @pytest.fixture(scope="module")
 def dead(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """What a killed process left, for copies, and what `killed` returned."""
+    """The database of a killed process, to be copied, and the keys of its acknowledged rows."""
     folder = tmp_path_factory.mktemp("dead") / "db"
     return folder, killed(folder)
 
@@ -86,7 +86,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-async def test_a_full_disk_refuses_rows_and_goes_on_when_there_is_space(small_disk: Path) -> None:
+async def test_rows_are_refused_while_the_disk_is_full_and_accepted_after(small_disk: Path) -> None:
     store = await Store.open(small_disk / "db")
     await store.append(score("before"))
     ballast = small_disk / "ballast"
@@ -118,7 +118,7 @@ async def test_a_full_disk_refuses_rows_and_goes_on_when_there_is_space(small_di
     assert await names(small_disk / "db") == sorted(accepted)
 
 
-async def test_a_full_disk_is_noticed_without_a_row(
+async def test_a_full_disk_is_detected_without_a_row(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "_CHECK_SECONDS", 0.02)
@@ -142,14 +142,14 @@ async def test_a_full_disk_is_noticed_without_a_row(
     assert await names(small_disk / "db") == ["after"]
 
 
-async def test_a_database_that_somebody_removes_is_made_anew(
+async def test_a_removed_database_is_created_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "_CHECK_SECONDS", 0.02)
     folder = tmp_path / "db"
     store = await Store.open(folder)
     folder.rename(tmp_path / "removed")
-    # A server that is not ready gets no row, so this needs none.
+    # A server that is not ready receives no rows, so this must work without one.
     await until((folder / "_log").is_dir)
     await until(lambda: store.refusal() is None)
     await store.append(score("after"))
@@ -157,7 +157,7 @@ async def test_a_database_that_somebody_removes_is_made_anew(
     assert await names(folder) == ["after"]
 
 
-async def test_the_log_takes_rows_while_a_table_is_away(tmp_path: Path) -> None:
+async def test_the_log_accepts_rows_while_a_table_is_missing(tmp_path: Path) -> None:
     store = await Store.open(tmp_path)
     table, hidden = tmp_path / f"{SCORES}.lance", tmp_path / "hidden"
     table.rename(hidden)
@@ -177,7 +177,7 @@ async def test_the_log_takes_rows_while_a_table_is_away(tmp_path: Path) -> None:
     await store.close()
 
 
-async def test_a_database_that_is_away_takes_rows_up_to_a_bound(
+async def test_an_unavailable_database_accepts_rows_up_to_a_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "_LOG_BYTES", 2000)
@@ -202,7 +202,7 @@ async def test_a_database_that_is_away_takes_rows_up_to_a_bound(
     assert await names(tmp_path) == [*accepted, "after"]
 
 
-async def test_what_is_left_in_the_log_at_the_end_is_there_at_the_next_start(
+async def test_rows_left_in_the_log_are_replayed_at_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "_BACKOFF_FIRST", 0.05)
@@ -217,7 +217,7 @@ async def test_what_is_left_in_the_log_at_the_end_is_there_at_the_next_start(
     assert await names(tmp_path) == ["left"]
 
 
-async def test_rows_are_taken_before_the_database_is_open(tmp_path: Path) -> None:
+async def test_rows_are_accepted_before_the_database_is_open(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.start()
     await store.append(score("early"))
@@ -246,7 +246,7 @@ async def test_an_unreadable_newest_version_is_set_aside_and_its_rows_replayed(
     assert aside.read_bytes() == damaged
 
 
-async def test_a_table_without_a_readable_version_is_set_aside_as_a_whole(tmp_path: Path) -> None:
+async def test_a_table_without_a_readable_version_is_set_aside(tmp_path: Path) -> None:
     await (await Store.open(tmp_path)).close()
     for manifest in manifests(tmp_path):
         manifest.write_bytes(b"")
@@ -257,7 +257,7 @@ async def test_a_table_without_a_readable_version_is_set_aside_as_a_whole(tmp_pa
     assert await names(tmp_path) == ["new"]
 
 
-async def test_a_table_that_may_not_be_read_is_not_set_aside(tmp_path: Path) -> None:
+async def test_a_table_without_read_permission_is_not_set_aside(tmp_path: Path) -> None:
     await (await Store.open(tmp_path)).close()
     for manifest in manifests(tmp_path):
         manifest.unlink()
@@ -267,21 +267,20 @@ async def test_a_table_that_may_not_be_read_is_not_set_aside(tmp_path: Path) -> 
     assert all(manifest.is_dir() for manifest in manifests(tmp_path))
 
 
-async def test_a_damaged_log_is_kept_and_what_is_readable_replayed(tmp_path: Path) -> None:
-    for number in range(5):
-        folder = tmp_path / str(number)
-        keys = killed(folder)
-        segment = newest_segment(folder)
-        # It has nothing yet, if the end came as the log went on in a new file.
-        if data := bytearray(segment.read_bytes()):
-            break
+async def test_a_damaged_log_is_kept_and_its_readable_rows_are_replayed(
+    dead: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    folder, keys = shutil.copytree(dead[0], tmp_path / "db"), dead[1]
+    # Damage is noticed if an intact record follows.
+    segment = max(path for path in folder.glob("_log/*/*.log") if len(read_segment(path).rows) > 2)
+    data = bytearray(segment.read_bytes())
     data[len(data) // 2] ^= 1
     segment.write_bytes(data)
     store = await Store.open(folder)
     found = await row_names(store)
     (repair,) = [text for text in store.status()["repairs"] if "damaged" in text]
     await store.close()
-    # At most the row that is damaged is missing, and none is there twice.
+    # At most the damaged row is missing, and no row is there twice.
     assert len(set(keys) - set(found)) <= 1
     assert len(found) == len(set(found))
     (aside,) = (folder / "_log" / "set_aside").iterdir()
@@ -292,32 +291,38 @@ async def test_a_damaged_log_is_kept_and_what_is_readable_replayed(tmp_path: Pat
 async def test_fragments_and_files_stay_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(compaction, "FRAGMENTS", 8)
     monkeypatch.setattr(compaction, "_PAUSE", 0.0)
     monkeypatch.setattr(compaction, "_SHARE", 0.0)
     store = await Store.open(tmp_path)
-    for number in range(100):
+    for number in range(30):
         await store.append(score(str(number)))
-        # Each question has everything moved first, so each row is a commit.
+        # Each query first moves the row to its table, so each row is a commit.
         await store.last(SCORES, 1)
-    await until(lambda: store.status()["fragments"][SCORES] < 40)
+    await until(lambda: store.status()["fragments"][SCORES] < 10)
     assert store.status()["last_compaction"]
-    assert len(await store.last(SCORES, 0)) == 100
+    assert len(await store.last(SCORES, 0)) == 30
     await store.close()
 
 
-async def test_scripts_that_write_a_row_each_are_tidied_up_after(tmp_path: Path) -> None:
-    for number in range(40):
+async def test_processes_that_write_one_row_each_compact_when_they_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compaction, "FRAGMENTS", 4)
+    fragments = []
+    for number in range(6):
         store = Store(tmp_path)
         store.start()
         await store.append(score(str(number)))
         await store.close()
+        fragments.append(store.status()["fragments"][SCORES])
+    assert fragments == [1, 2, 3, 1, 2, 3]
     store = await Store.open(tmp_path)
-    assert store.status()["fragments"][SCORES] < 35
-    assert len(await store.last(SCORES, 0)) == 40
+    assert len(await store.last(SCORES, 0)) == 6
     await store.close()
 
 
-async def test_one_process_at_a_time_compacts(tmp_path: Path) -> None:
+async def test_only_one_process_compacts_at_a_time(tmp_path: Path) -> None:
     store = await Store.open(tmp_path)
     await store.append(score())
     with locked(tmp_path / "_log" / "compact.lock"):
@@ -328,7 +333,7 @@ async def test_one_process_at_a_time_compacts(tmp_path: Path) -> None:
     await store.close()
 
 
-async def test_a_caller_that_goes_away_costs_nobody_else_a_row(tmp_path: Path) -> None:
+async def test_a_cancelled_caller_loses_no_other_row(tmp_path: Path) -> None:
     store = await Store.open(tmp_path)
     appending = [asyncio.create_task(store.append(score(str(n)))) for n in range(20)]
     await asyncio.sleep(0)
@@ -336,23 +341,23 @@ async def test_a_caller_that_goes_away_costs_nobody_else_a_row(tmp_path: Path) -
     await asyncio.gather(*appending, return_exceptions=True)
     found = [row["run_id"] for row in await store.last(SCORES, 0)]
     await store.close()
-    # Whether its own row is stored is not known.
+    # The row of the cancelled caller may be stored or not.
     others = [name for name in found if name != "3"]
     assert sorted(others, key=int) == [str(n) for n in range(20) if n != 3]
 
 
-async def test_the_same_object_stored_again_is_one_row(tmp_path: Path) -> None:
+async def test_the_same_object_is_stored_once(tmp_path: Path) -> None:
     store, row = await Store.open(tmp_path), score("once")
     await store.append(row)
     await store.last(SCORES, 1)
-    # As after an outcome that is not known.
+    # As after a failure with an unknown result.
     store._writer._certain = False
     await store.append(row)
     assert len(await store.last(SCORES, 0)) == 1
     await store.close()
 
 
-async def test_a_machine_that_lacks_something_costs_no_version(
+async def test_a_machine_error_sets_no_version_aside(
     dead: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, keys = shutil.copytree(dead[0], tmp_path / "db"), dead[1]
@@ -362,7 +367,7 @@ async def test_a_machine_that_lacks_something_costs_no_version(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(tables, "_read_whole", fail)
+        patch.setattr(repair, "_read_whole", fail)
         with pytest.raises(DatabaseUnavailable, match="No space left"):
             await Store.open(folder)
     store = await Store.open(folder)
@@ -373,7 +378,7 @@ async def test_a_machine_that_lacks_something_costs_no_version(
     assert len(found) == len(set(found))
 
 
-async def test_rows_of_another_version_are_kept_and_hold_up_nobody(tmp_path: Path) -> None:
+async def test_rows_of_another_version_are_kept_and_block_no_other(tmp_path: Path) -> None:
     await (await Store.open(tmp_path)).close()
     log = Log(tmp_path / "_log")
     log.append([encode(Row(SCORES, score("ours").as_row()))])
@@ -392,7 +397,7 @@ async def test_rows_of_another_version_are_kept_and_hold_up_nobody(tmp_path: Pat
     assert len(read_segment(aside).rows) == 4
 
 
-async def test_a_disk_that_hangs_refuses_rows_for_certain_and_within_the_deadline(
+async def test_a_hanging_disk_refuses_rows_within_the_deadline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "_LOG_SECONDS", 0.3)
@@ -414,7 +419,7 @@ async def test_a_disk_that_hangs_refuses_rows_for_certain_and_within_the_deadlin
     assert sorted(row["run_id"] for row in rows) == ["after", "begun"]
 
 
-async def test_another_process_that_holds_a_lock_holds_up_no_request(
+async def test_a_lock_of_another_process_blocks_no_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "_SWEEP_SECONDS", 0.0)
@@ -428,11 +433,11 @@ async def test_another_process_that_holds_a_lock_holds_up_no_request(
     await store.close()
 
 
-async def test_nobody_counts_as_alone_while_a_given_up_write_runs(tmp_path: Path) -> None:
+async def test_the_database_stays_locked_while_an_abandoned_write_runs(tmp_path: Path) -> None:
     store = await Store.open(tmp_path)
     opened = await store.opened()
     end = asyncio.Event()
-    writing = asyncio.create_task(opened._to_its_end(end.wait()))
+    writing = asyncio.create_task(opened._complete(end.wait()))
     await asyncio.sleep(0)
     writing.cancel()
     await store.close()

@@ -1,4 +1,4 @@
-"""Which rows a filter is for, and which match."""
+"""Which tables a filter applies to, and which rows match."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llm_sidecar.db.filters import Filters
-from llm_sidecar.db.schema import FEEDBACK, PROPOSALS, RUNS, SCORES, WITHDRAWALS
+from llm_sidecar.db.rows import FEEDBACK, PROPOSALS, RUNS, SCORES, WITHDRAWALS
 
 WITH_PROPOSALS = (RUNS, FEEDBACK, PROPOSALS)
 PROPOSAL = {"ticker": "ABC", "action": "pass", "nested": {"ticker": "XYZ"}}
@@ -33,13 +33,13 @@ ROWS: dict[str, dict[str, Any]] = {
         (Filters(min_score=0.0), (RUNS, SCORES, PROPOSALS)),
     ],
 )
-def test_a_filter_is_for_some_tables(filters: Filters, tables: tuple[str, ...]) -> None:
+def test_a_filter_applies_to_some_tables(filters: Filters, tables: tuple[str, ...]) -> None:
     (name,) = filters.names()
     for table in (RUNS, FEEDBACK, PROPOSALS, SCORES, WITHDRAWALS):
         assert filters.misplaced(table) == (None if table in tables else (name, tables))
 
 
-def test_no_filter_is_set_unless_it_is_given() -> None:
+def test_filters_are_unset_by_default() -> None:
     assert Filters().names() == []
     assert Filters("", "", "", "", 0.0).names() == [
         "status",
@@ -65,7 +65,7 @@ def test_no_filter_is_set_unless_it_is_given() -> None:
         (Filters(ticker="XYZ", action="pass"), False),
     ],
 )
-def test_ticker_and_action_are_those_of_the_proposal(
+def test_ticker_and_action_are_compared_with_the_proposal(
     table: str, filters: Filters, found: bool
 ) -> None:
     assert filters.matches(table, ROWS[table]) is found

@@ -1,4 +1,4 @@
-"""Which text columns hold objects, and what is read from them."""
+"""Which text columns contain objects, and how they are decoded."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from llm_sidecar.db.nested import JSON_COLUMNS, with_objects
-from llm_sidecar.db.schema import FEEDBACK, PROPOSALS, RUNS, SCORES, TABLES
+from llm_sidecar.db.nested import JSON_COLUMNS, json_object, with_objects
+from llm_sidecar.db.rows import FEEDBACK, PROPOSALS, RUNS, SCORES, TABLES
 
 TEXT = ' {"a": [1, {"b": null}]}'
 OBJECT = {"a": [1, {"b": None}]}
@@ -22,7 +22,7 @@ def test_a_json_column_becomes_an_object(table: str, column: str) -> None:
     assert list(with_objects(table, row)) == list(row)
 
 
-def test_the_json_columns_are_those_that_callers_give_objects_for() -> None:
+def test_the_json_columns_are_those_with_objects() -> None:
     assert JSON_COLUMNS == {
         FEEDBACK: ("feedback_content", "corrected_proposal"),
         RUNS: ("final_output",),
@@ -60,3 +60,23 @@ def test_other_values_stay_unchanged(text: str | None) -> None:
 def test_a_struct_stays_as_it_is() -> None:
     row: dict[str, Any] = {"latencies": {"proposal": 0.5}, "score": 0.5}
     assert with_objects(SCORES, row) == row
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('{"a": [1, null]}', {"a": [1, None]}),
+        ("{}", {}),
+        ("", None),
+        (None, None),
+        ("null", None),
+        ("[1]", None),
+        ('"a"', None),
+        ("7", None),
+        ("{", None),
+        ("plain words", None),
+        ("[" * 100_000, None),
+    ],
+)
+def test_only_an_object_is_decoded(text: str | None, found: object) -> None:
+    assert json_object(text) == found

@@ -1,358 +1,60 @@
-"""What a row is: its columns, its key, and what it refuses."""
+"""The Arrow schemas: columns, versions, and the id of a database."""
 
 from __future__ import annotations
 
 import datetime
-import hashlib
 from typing import Any
 
 import pyarrow as pa
 import pytest
-from pydantic import BaseModel, ValidationError
 
-from llm_sidecar.db import schema
-from llm_sidecar.db.schema import (
+from llm_sidecar.db import rows, schema
+from llm_sidecar.db.rows import (
     FeedbackWithdrawalSchema,
     HermesScoreSchema,
-    Latencies,
     OrchestratorRunSchema,
-    Phi3FeedbackSchema,
     ProposalSchema,
-    PublishedFeedback,
 )
 from llm_sidecar.errors import DatabaseUnavailable
-
-NOW = datetime.datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=datetime.UTC)
-FEEDBACK: dict[str, Any] = {
-    "transaction_id": "t-1",
-    "timestamp": NOW,
-    "feedback_type": "rating",
-    "feedback_content": "good",
-}
-RUN: dict[str, Any] = {
-    "run_id": "r-1",
-    "timestamp": NOW,
-    "input_query": "Long ABC",
-    "final_output": "{}",
-    "status": "success",
-}
-SCORE: dict[str, Any] = {"run_id": "r-1", "timestamp": NOW, "score": 0.5}
-PROPOSAL: dict[str, Any] = {
-    "transaction_id": "r-1",
-    "timestamp": NOW,
-    "prompt": "Long ABC",
-    "proposal": {"ticker": "ABC"},
-    "model": "phi3",
-}
-
-
-def feedback(**changes: Any) -> Phi3FeedbackSchema:
-    return Phi3FeedbackSchema(**FEEDBACK | changes)
-
-
-def published(**changes: Any) -> PublishedFeedback:
-    return PublishedFeedback(**FEEDBACK | changes)
-
-
-def columns(row: BaseModel, *left_out: str) -> dict[str, Any]:
-    made: dict[str, Any] = row.as_row()  # type: ignore[attr-defined]
-    return {name: value for name, value in made.items() if name not in left_out}
-
-
-# Columns
-
-
-def test_feedback_has_these_columns() -> None:
-    row = columns(feedback(feedback_id="f-1"))
-    expected = FEEDBACK | {
-        "feedback_id": "f-1",
-        "schema_version": "1.0",
-        "corrected_proposal": None,
-    }
-    assert {name: row[name] for name in expected} == expected
-
-
-def test_an_object_becomes_compact_json() -> None:
-    row = feedback(
-        feedback_content={"stars": 5, "why": ["ä", None, 1.5]},
-        corrected_proposal={"ticker": "ABC", "new_stop_pct": None},
-    ).as_row()
-    assert row["feedback_content"] == '{"stars":5,"why":["\\u00e4",null,1.5]}'
-    assert row["corrected_proposal"] == '{"ticker":"ABC","new_stop_pct":null}'
-    assert feedback(feedback_content='{"a": 1}').as_row()["feedback_content"] == '{"a": 1}'
-
-
-def test_a_run_a_score_and_a_proposal_have_these_columns() -> None:
-    assert columns(OrchestratorRunSchema(**RUN), "row_id") == RUN | {"error_message": None}
-    assert columns(HermesScoreSchema(**SCORE), "row_id") == SCORE | {"rationale": ""}
-    row = columns(ProposalSchema(**PROPOSAL), "row_id")
-    expected = PROPOSAL | {
-        "proposal": '{"ticker":"ABC"}',
-        "assessment": "",
-        "score": None,
-        "adapter": None,
-        "latencies": {"proposal": None, "assessment": None, "score": None},
-        "grounded": None,
-    }
-    assert row == expected
-
-
-def test_a_withdrawal_has_these_columns() -> None:
-    values = {"feedback_id": "f-1", "transaction_id": "t-1", "timestamp": NOW}
-    assert FeedbackWithdrawalSchema(**values).as_row() == values
-    for name in ("feedback_id", "transaction_id"):
-        with pytest.raises(ValidationError):
-            FeedbackWithdrawalSchema(**values | {name: ""})
-
-
-@pytest.mark.parametrize(
-    ("model", "values"),
-    [(OrchestratorRunSchema, RUN), (HermesScoreSchema, SCORE), (ProposalSchema, PROPOSAL)],
-)
-def test_each_row_has_an_id_of_its_own_and_keeps_it(model: Any, values: dict[str, Any]) -> None:
-    one, other = model(**values), model(**values)
-    assert one.as_row()["row_id"] == one.as_row()["row_id"]
-    assert one.as_row()["row_id"] != other.as_row()["row_id"]
-    assert len(one.as_row()["row_id"]) == 32
-
-
-# The key of feedback
-
-
-def test_a_feedback_id_that_is_given_is_kept() -> None:
-    assert feedback(feedback_id="f-1").as_row()["feedback_id"] == "f-1"
-
-
-def test_a_missing_feedback_id_follows_from_transaction_time_type_and_content() -> None:
-    key = '["t-1", "2026-01-02 03:04:05.678901+00:00", "rating", "good"]'
-    assert feedback().as_row()["feedback_id"] == hashlib.sha256(key.encode()).hexdigest()
-
-
-def test_a_correction_is_part_of_it() -> None:
-    key = (
-        '["t-1", "2026-01-02 03:04:05.678901+00:00", "rating", "good", "{\\"ticker\\":\\"ABC\\"}"]'
-    )
-    made = feedback(corrected_proposal={"ticker": "ABC"}).as_row()["feedback_id"]
-    assert made == hashlib.sha256(key.encode()).hexdigest()
-
-
-def test_what_others_publish_takes_no_row_of_ours() -> None:
-    ours, theirs = feedback(feedback_id="f-1").as_row(), published(feedback_id="f-1").as_row()
-    assert ours["feedback_id"] == theirs["feedback_id"] == "f-1"
-    assert (ours["row_id"], ours["source"]) == ("f-1", "direct")
-    assert (theirs["row_id"], theirs["source"]) == ("bus:f-1", "bus")
-    # Where it is stored already is no column.
-    assert published(stored_in="d-1").as_row().keys() == theirs.keys() == ours.keys()
-
-
-def test_the_order_of_arrival_is_that_of_making() -> None:
-    before = datetime.datetime.now(datetime.UTC)
-    first, second = feedback(), feedback(timestamp=NOW - datetime.timedelta(days=1))
-    received = [row.as_row()["received"] for row in (first, second)]
-    assert before <= received[0] <= received[1] <= datetime.datetime.now(datetime.UTC)
-    assert first.as_row()["received"] == received[0]
-    with pytest.raises(ValidationError):
-        feedback(received=NOW)
-    with pytest.raises(ValidationError):
-        feedback(source="bus")
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"transaction_id": "t-2"},
-        {"timestamp": NOW + datetime.timedelta(microseconds=1)},
-        {"feedback_type": "human_edit"},
-        {"feedback_content": "Good"},
-        {"feedback_content": {"good": 1}},
-        {"corrected_proposal": {"ticker": "ABC"}},
-        {"corrected_proposal": {}},
-    ],
-)
-def test_other_feedback_has_another_id(changes: dict[str, Any]) -> None:
-    assert feedback(**changes).as_row()["feedback_id"] != feedback().as_row()["feedback_id"]
-
-
-def test_the_same_feedback_has_the_same_id() -> None:
-    elsewhere = NOW.astimezone(datetime.timezone(datetime.timedelta(hours=9)))
-    ids = {row.as_row()["feedback_id"] for row in (feedback(), feedback(timestamp=elsewhere))}
-    assert len(ids) == 1
-
-
-# Timestamps
-
-
-@pytest.mark.parametrize(
-    "written",
-    [
-        NOW.replace(tzinfo=None),
-        NOW.astimezone(datetime.timezone(datetime.timedelta(hours=5))),
-        "2026-01-02T03:04:05.678901",
-        "2026-01-02T03:04:05.678901Z",
-        "2026-01-02T05:04:05.678901+02:00",
-    ],
-)
-def test_a_timestamp_is_kept_as_utc(written: Any) -> None:
-    kept = HermesScoreSchema(**SCORE | {"timestamp": written}).timestamp
-    assert (kept, kept.tzinfo) == (NOW, datetime.UTC)
-
-
-@pytest.mark.parametrize("given", [{}, {"timestamp": None}])
-def test_a_row_without_a_timestamp_is_of_now(given: dict[str, Any]) -> None:
-    before = datetime.datetime.now(datetime.UTC)
-    made = HermesScoreSchema(run_id="r", score=1.0, **given).timestamp
-    assert before <= made <= datetime.datetime.now(datetime.UTC)
-    assert made.tzinfo is datetime.UTC
-
-
-@pytest.mark.parametrize("written", ["0001-01-01T00:00:00+05:00", "9999-12-31T23:59:59-05:00"])
-def test_a_time_that_utc_cannot_hold_is_refused(written: str) -> None:
-    with pytest.raises(ValidationError) as caught:
-        HermesScoreSchema(**SCORE | {"timestamp": written})
-    (error,) = caught.value.errors()
-    assert error["msg"] == "Value error, in UTC it lies outside the years 1 to 9999"
-
-
-# What is refused
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"feedback_type": "shout"},
-        {"transaction_id": ""},
-        {"feedback_id": ""},
-        {"feedback_id": "x" * 129},
-        {"timestamp": "noon"},
-        {"feedback_content": 3},
-        {"feedback_content": None},
-        {"corrected_proposal": "pass"},
-        {"corrected_proposal": []},
-        {"other": 1},
-    ],
-)
-def test_feedback_that_is_none_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
-        feedback(**changes)
-
-
-@pytest.mark.parametrize("kind", ["correction", "rating", "qualitative_comment", "human_edit"])
-def test_these_are_the_types_of_feedback(kind: str) -> None:
-    assert feedback(feedback_type=kind, feedback_id="x" * 128).feedback_type == kind
-
-
-@pytest.mark.parametrize("field", ["feedback_content", "corrected_proposal"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), NOW, {1, 2}, b"x"])
-def test_what_is_no_json_is_refused_at_any_depth(field: str, value: object) -> None:
-    for nested in ({"a": value}, {"a": [{"b": [value]}]}):
-        with pytest.raises(ValidationError):
-            feedback(**{field: nested})
-
-
-def nest(levels: int, *, in_lists: bool) -> dict[str, Any]:
-    """An object of so many levels."""
-    inner: Any = 1
-    for _ in range(levels - 1):
-        inner = [inner] if in_lists else {"a": inner}
-    return {"a": inner}
-
-
-@pytest.mark.parametrize("in_lists", [False, True])
-def test_an_object_may_be_64_deep(in_lists: bool) -> None:
-    deepest = nest(64, in_lists=in_lists)
-    assert feedback(corrected_proposal=deepest).corrected_proposal == deepest
-    for levels in (65, 100_000):
-        with pytest.raises(ValidationError):
-            feedback(corrected_proposal=nest(levels, in_lists=in_lists))
-
-
-def test_breadth_is_no_depth() -> None:
-    wide: dict[str, Any] = {str(n): {"a": [n]} for n in range(1000)}
-    assert feedback(corrected_proposal=wide).corrected_proposal == wide
-    with pytest.raises(ValidationError):
-        feedback(corrected_proposal=wide | {"deep": nest(64, in_lists=False)})
-
-
-@pytest.mark.parametrize(
-    ("model", "values"),
-    [
-        (OrchestratorRunSchema, RUN | {"run_id": ""}),
-        (OrchestratorRunSchema, RUN | {"status": ""}),
-        (OrchestratorRunSchema, RUN | {"input_query": "\ud800"}),
-        (OrchestratorRunSchema, RUN | {"other": 1}),
-        (HermesScoreSchema, SCORE | {"run_id": ""}),
-        (HermesScoreSchema, SCORE | {"score": -0.01}),
-        (HermesScoreSchema, SCORE | {"score": 1.01}),
-        (HermesScoreSchema, SCORE | {"score": float("nan")}),
-        (HermesScoreSchema, SCORE | {"score": None}),
-        (HermesScoreSchema, SCORE | {"score": True}),
-        (HermesScoreSchema, SCORE | {"score": "0.5"}),
-        (ProposalSchema, PROPOSAL | {"score": "0.5"}),
-        (ProposalSchema, PROPOSAL | {"latencies": {"score": True}}),
-        (ProposalSchema, PROPOSAL | {"transaction_id": ""}),
-        (ProposalSchema, PROPOSAL | {"score": 1.01}),
-        (ProposalSchema, PROPOSAL | {"score": -0.01}),
-        (ProposalSchema, PROPOSAL | {"proposal": "pass"}),
-        (ProposalSchema, PROPOSAL | {"model": None}),
-        (Latencies, {"proposal": -0.1}),
-        (Latencies, {"assessment": float("inf")}),
-        (Latencies, {"score": float("nan")}),
-        (Latencies, {"other": 1.0}),
-    ],
-)
-def test_a_row_that_is_none_is_refused(model: type[BaseModel], values: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
-        model(**values)
-
-
-@pytest.mark.parametrize("score", [0.0, 1.0])
-def test_a_score_may_be_its_bounds(score: float) -> None:
-    assert HermesScoreSchema(**SCORE | {"score": score}).score == score
-    assert ProposalSchema(**PROPOSAL | {"score": score}).score == score
-
-
-def test_a_row_is_frozen() -> None:
-    with pytest.raises(ValidationError):
-        HermesScoreSchema(**SCORE).score = 0.7  # type: ignore[misc]
-
+from tests.unit.test_db_rows import FEEDBACK, NOW, PROPOSAL, RUN, SCORE, feedback, published
 
 # The tables
 
 
 def test_each_table_has_the_columns_of_its_rows() -> None:
-    rows: dict[str, Any] = {
+    made: dict[str, Any] = {
         "phi3_feedback": published(),
         "feedback_withdrawals": FeedbackWithdrawalSchema(feedback_id="f", transaction_id="t"),
         "orchestrator_runs": OrchestratorRunSchema(**RUN),
         "hermes_scores": HermesScoreSchema(**SCORE),
         "proposals": ProposalSchema(**PROPOSAL),
     }
-    made = schema.arrow_schemas()
-    assert set(rows) == set(made) == set(schema.SCHEMAS)
-    assert tuple(made) == schema.TABLES
-    for table, row in rows.items():
-        assert set(row.as_row()) == set(made[table].names)
-        # Arrow takes the row as it is.
-        read = pa.Table.from_pylist([row.as_row()], schema=made[table]).to_pylist()
+    schemas = schema.arrow_schemas()
+    assert set(made) == set(schemas) == set(rows.SCHEMAS)
+    assert tuple(schemas) == rows.TABLES
+    for table, row in made.items():
+        assert set(row.as_row()) == set(schemas[table].names)
+        # Arrow accepts the row unchanged.
+        read = pa.Table.from_pylist([row.as_row()], schema=schemas[table]).to_pylist()
         assert read == [row.as_row()]
 
 
-def test_the_names_of_the_tables_are_the_contracts() -> None:
-    names: list[str] = [*schema.TABLES]
+def test_the_table_names_are_those_of_the_contract() -> None:
+    names: list[str] = [*rows.TABLES]
     assert names == [
         *("phi3_feedback", "orchestrator_runs", "hermes_scores", "proposals"),
         "feedback_withdrawals",
     ]
-    assert {table: schema.KEYS[table] for table in names} == {
+    assert {table: rows.KEYS[table] for table in names} == {
         **dict.fromkeys(names, "row_id"),
         "feedback_withdrawals": "feedback_id",
     }
-    assert [schema.TRANSACTION[table] for table in names] == [
+    assert [rows.TRANSACTION[table] for table in names] == [
         *("transaction_id", "run_id", "run_id", "transaction_id", "transaction_id")
     ]
 
 
-def test_todays_schema_is_current_and_no_other_is() -> None:
+def test_only_the_current_schema_is_current() -> None:
     today = schema.arrow_schemas()["hermes_scores"]
     assert schema.is_current("hermes_scores", today) is True
     assert schema.is_current("proposals", today) is False
@@ -374,7 +76,7 @@ def test_a_table_of_an_earlier_version_can_be_read() -> None:
 
 
 @pytest.mark.parametrize("text", [str(int(schema.VERSION) + 1), "99", "two", "", "-1"])
-def test_a_table_of_a_later_version_is_left_alone(text: str) -> None:
+def test_a_table_of_a_later_version_is_refused(text: str) -> None:
     with pytest.raises(DatabaseUnavailable) as caught:
         schema.require_not_newer("hermes_scores", version(text.encode()))
     assert caught.value.detail == (
@@ -394,7 +96,7 @@ V2_FEEDBACK: dict[str, Any] = FEEDBACK | {
 }
 
 
-def test_a_row_of_version_2_is_given_the_columns_of_today() -> None:
+def test_a_row_of_version_2_gets_the_current_columns() -> None:
     assert schema.upgraded("phi3_feedback", V2_FEEDBACK) == V2_FEEDBACK | {
         "received": NOW,
         "source": "direct",
@@ -412,19 +114,8 @@ def test_a_row_of_version_3_has_no_author() -> None:
     assert schema.upgraded("phi3_feedback", older) == older | {"author": None}
 
 
-def test_an_author_is_set_by_the_server_alone() -> None:
-    written = feedback(feedback_id="f-1")
-    signed = written.written_by("desk")
-    assert signed.as_row() == written.as_row() | {"author": "desk"}
-    assert written.as_row()["author"] is None
-    with pytest.raises(ValidationError):
-        feedback(author="desk")
-    # A message may have one, as our own events do, and it is ignored.
-    assert published(author="desk").as_row()["author"] is None
-
-
-def test_feedback_of_the_future_arrived_no_later_than_now() -> None:
-    """A time in the future would keep it the newest for as long."""
+def test_feedback_from_the_future_arrived_no_later_than_now() -> None:
+    """Otherwise it would remain the newest until then."""
     ahead = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1)
     found = schema.upgraded("phi3_feedback", V2_FEEDBACK | {"timestamp": ahead})
     assert found is not None
@@ -432,7 +123,7 @@ def test_feedback_of_the_future_arrived_no_later_than_now() -> None:
     assert found["received"] <= datetime.datetime.now(datetime.UTC)
 
 
-def test_a_row_of_today_stays_as_it_is() -> None:
+def test_a_current_row_is_unchanged() -> None:
     for table, row in (
         ("phi3_feedback", published(corrected_proposal={"a": 1}).as_row()),
         ("proposals", ProposalSchema(**PROPOSAL | {"grounded": "true"}).as_row()),
@@ -441,23 +132,23 @@ def test_a_row_of_today_stays_as_it_is() -> None:
         assert schema.upgraded(table, row) == row
 
 
-def test_any_other_row_is_none() -> None:
+def test_any_other_row_is_not_upgraded() -> None:
     score = HermesScoreSchema(**SCORE).as_row()
     assert schema.upgraded("hermes_scores", score | {"mood": "good"}) is None
     assert schema.upgraded("hermes_scores", {"run_id": "r-1"}) is None
     assert schema.upgraded("moods", score) is None
 
 
-def test_upgrading_leaves_the_row_itself_as_it_is() -> None:
+def test_upgrading_does_not_change_the_given_row() -> None:
     row = dict(V2_FEEDBACK)
     schema.upgraded("phi3_feedback", row)
     assert row == V2_FEEDBACK
 
 
-# The database's name
+# The id of the database
 
 
-def test_a_database_is_named_with_its_feedback_table() -> None:
+def test_a_new_feedback_table_has_a_new_database_id() -> None:
     one, other = (schema.new_table_schema("phi3_feedback") for _ in range(2))
     name = schema.database_id(one)
     assert name is not None
@@ -467,8 +158,8 @@ def test_a_database_is_named_with_its_feedback_table() -> None:
     assert one.metadata[b"osiris_schema_version"] == b"4"
 
 
-def test_a_table_without_a_name_has_none() -> None:
-    for table in schema.TABLES:
+def test_a_table_without_a_database_id_has_none() -> None:
+    for table in rows.TABLES:
         assert schema.database_id(schema.arrow_schemas()[table]) is None
     assert schema.database_id(pa.schema([])) is None
     assert schema.new_table_schema("proposals") is schema.arrow_schemas()["proposals"]

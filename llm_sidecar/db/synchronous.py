@@ -1,4 +1,4 @@
-"""The database for scripts: each call opens it, does one thing, and closes it again.
+"""The database for synchronous code: each call opens it, does one thing and closes it again.
 
 Async code uses `Store`, which stays open.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llm_sidecar.db.place import default_uri
-from llm_sidecar.db.run import run
-from llm_sidecar.db.schema import HermesScoreSchema, OrchestratorRunSchema, Phi3FeedbackSchema
+from llm_sidecar.db.interruptible import run
+from llm_sidecar.db.location import default_uri
+from llm_sidecar.db.rows import HermesScoreSchema, OrchestratorRunSchema, Phi3FeedbackSchema
 from llm_sidecar.db.store import AnyRow, Store
 from llm_sidecar.input_model import check_length
 from llm_sidecar.settings import default_max_chars
@@ -26,18 +26,19 @@ def init_db(uri: str | None = None) -> None:
         DatabaseUnavailable: it cannot be opened.
     """
 
-    async def once() -> None:
+    async def create() -> None:
         await (await Store.open(uri or default_uri())).close()
 
-    run(once())
+    run(create())
 
 
 def append_feedback(row: Phi3FeedbackSchema | Mapping[str, Any], *, uri: str | None = None) -> None:
-    """Stores feedback, once however often it comes; returns when it would survive a power loss.
+    """Stores feedback and returns when it would survive a power loss. Repeated feedback is stored
+    once.
 
     Raises:
         pydantic.ValidationError: it is not valid feedback, or a text in it is longer than
-            MAX_PROMPT_CHARS; names the field, and quotes nothing.
+            MAX_PROMPT_CHARS. The error names the field and does not quote it.
         SettingsError: MAX_PROMPT_CHARS is not valid.
         DatabaseUnavailable: it is not certain that the row is stored. Storing the same model object
             again is safe; a dict becomes a new row each time, unless it is feedback with a
@@ -59,7 +60,7 @@ def log_hermes_score(row: HermesScoreSchema | Mapping[str, Any], *, uri: str | N
 def _append(row: AnyRow, uri: str | None) -> None:
     check_length(row, default_max_chars())
 
-    async def once() -> None:
+    async def append() -> None:
         store = Store(uri or default_uri())
         store.start()
         try:
@@ -67,4 +68,4 @@ def _append(row: AnyRow, uri: str | None) -> None:
         finally:
             await store.close()
 
-    run(once())
+    run(append())

@@ -1,4 +1,4 @@
-"""Rows that a process which has died left in its log, and their way into the tables."""
+"""Replay: moves the rows in the logs of dead processes to the tables."""
 
 from __future__ import annotations
 
@@ -8,44 +8,49 @@ from pathlib import Path
 from typing import Final
 
 from llm_sidecar.db import log as wal
+from llm_sidecar.db.location import Location
 from llm_sidecar.db.log import Row
-from llm_sidecar.db.place import Place
 from llm_sidecar.db.schema import upgraded
 from llm_sidecar.db.tables import Tables
 
-_LOOK_AGAIN: Final = 0.02
+_RETRY_SECONDS: Final = 0.02
 
 Insert = Callable[[Sequence[Row]], Awaitable[None]]
-"""Stores rows of which some may be in their tables already."""
+"""Stores rows, some of which may already be in their tables."""
 
 
-async def take_over(
-    place: Place, tables: Tables, insert: Insert, note: Callable[[str], None], *, wait: bool
+async def replay(
+    location: Location,
+    tables: Tables,
+    insert: Insert,
+    note: Callable[[str], None],
+    *,
+    wait: bool,
 ) -> None:
-    """Stores the rows of processes that have died.
+    """Stores the rows of dead processes.
 
-    Rows of older versions get the columns that they lack. Rows that no version knows, and damaged
-    ones, are set aside.
+    Rows of older versions get the columns that they lack. A log with damaged rows, or with rows of
+    an unknown version, is set aside.
 
     Args:
-        insert: into these tables.
-        note: is told what was done, in words.
-        wait: False to leave it, this time, to another process that is just looking too.
+        insert: stores rows in `tables`.
+        note: called with each result, in words.
+        wait: False to return at once if another process is replaying.
     """
-    while (found := await asyncio.to_thread(wal.abandoned_logs, place.log_folder)) is None:
+    while (found := await asyncio.to_thread(wal.abandoned_logs, location.log_folder)) is None:
         if not wait:
             return
-        await asyncio.sleep(_LOOK_AGAIN)
+        await asyncio.sleep(_RETRY_SECONDS)
     try:
         for abandoned in found:
-            await _take_over(place, tables, insert, note, abandoned)
+            await _replay_log(location, tables, insert, note, abandoned)
     finally:
         for abandoned in found:
             abandoned.release()
 
 
-async def _take_over(
-    place: Place,
+async def _replay_log(
+    location: Location,
     tables: Tables,
     insert: Insert,
     note: Callable[[str], None],
@@ -62,12 +67,12 @@ async def _take_over(
         await insert(rows)
         count += len(rows)
         if unknown := len(segment.rows) - len(rows):
-            kept = await asyncio.to_thread(_set_aside, path, place.set_aside)
+            kept = await asyncio.to_thread(_set_aside, path, location.set_aside)
             note(
                 f"a log has {unknown} rows of another version of the sidecar; it is kept as {kept}"
             )
         elif segment.damaged:
-            kept = await asyncio.to_thread(_set_aside, path, place.set_aside)
+            kept = await asyncio.to_thread(_set_aside, path, location.set_aside)
             note(f"{segment.damaged} bytes of a log are damaged; it is kept as {kept}")
     if count:
         await tables.sync()

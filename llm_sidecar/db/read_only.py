@@ -1,4 +1,4 @@
-"""Reading a database without permission to write to it: no locks, no repairs, no replay of logs.
+"""Opens a database without write permission: no locks, no repair, no replay of logs.
 
 Rows that are still in a write-ahead log are read from the log.
 """
@@ -12,10 +12,12 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from llm_sidecar.db.lance import one_line
+from llm_sidecar.db.location import Location
 from llm_sidecar.db.log import Row, read_segment, segments
-from llm_sidecar.db.place import Place
-from llm_sidecar.db.schema import KEYS, ROW_ID, arrow_schemas, upgraded
-from llm_sidecar.db.tables import Tables, one_line, open_tables_to_read
+from llm_sidecar.db.rows import KEYS, ROW_ID
+from llm_sidecar.db.schema import arrow_schemas, upgraded
+from llm_sidecar.db.tables import Tables, open_tables
 from llm_sidecar.errors import DatabaseUnavailable
 
 _OPEN_SECONDS: Final = 60.0
@@ -23,7 +25,7 @@ _KEYS_PER_QUERY: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
+class LoggedRows:
     """Rows that are still in write-ahead logs.
 
     Attributes:
@@ -40,7 +42,7 @@ class Waiting:
 
 
 @contextlib.asynccontextmanager
-async def reading(place: Place) -> AsyncIterator[tuple[Tables, Waiting]]:
+async def opened_read_only(location: Location) -> AsyncIterator[tuple[Tables, LoggedRows]]:
     """The tables, and the rows that are not in them yet.
 
     Raises:
@@ -48,39 +50,39 @@ async def reading(place: Place) -> AsyncIterator[tuple[Tables, Waiting]]:
     """
     try:
         async with asyncio.timeout(_OPEN_SECONDS):
-            # Read the logs first: a row that moves to its table meanwhile is then found there.
-            logged, unreadable = await asyncio.to_thread(_logged, place)
-            tables = await open_tables_to_read(place)
+            # The logs first: a row that moves to its table in the meantime is then found there.
+            logged, unreadable = await asyncio.to_thread(_read_logs, location)
+            tables = await open_tables(location, create=False, write=False)
     except DatabaseUnavailable:
         raise
     except TimeoutError:
-        raise _unavailable(place, f"it took longer than {_OPEN_SECONDS:g} s") from None
+        raise _unavailable(location, f"it took longer than {_OPEN_SECONDS:g} s") from None
     except Exception as error:  # noqa: BLE001 lancedb raises many types
-        raise _unavailable(place, getattr(error, "strerror", None) or one_line(error)) from None
+        raise _unavailable(location, getattr(error, "strerror", None) or one_line(error)) from None
     try:
-        yield tables, Waiting(await _not_stored(tables, logged), unreadable)
+        yield tables, LoggedRows(await _not_stored(tables, logged), unreadable)
     finally:
         await tables.close()
 
 
-def _unavailable(place: Place, why: str) -> DatabaseUnavailable:
+def _unavailable(location: Location, why: str) -> DatabaseUnavailable:
     return DatabaseUnavailable(
-        f"The database at {place.shown} cannot be opened: {why}; check LANCEDB_URI."
+        f"The database at {location.shown} cannot be opened: {why}; check LANCEDB_URI."
     )
 
 
-def _logged(place: Place) -> tuple[list[Row], bool]:
+def _read_logs(location: Location) -> tuple[list[Row], bool]:
     """The rows of all logs, and whether some log could not be read."""
     rows: list[Row] = []
     unreadable = False
     try:
-        folders = [path for path in sorted(place.log_folder.iterdir()) if path.is_dir()]
+        folders = [path for path in sorted(location.log_folder.iterdir()) if path.is_dir()]
     except FileNotFoundError:
         return [], False
     except OSError:
         return [], True
     for folder in folders:
-        if folder == place.set_aside:
+        if folder == location.set_aside:
             continue
         try:
             for segment in segments(folder):

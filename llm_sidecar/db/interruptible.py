@@ -1,4 +1,4 @@
-"""Runs async work to its end, or to Ctrl-C."""
+"""Runs async work from synchronous code, until it ends or Ctrl-C cancels it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ T = TypeVar("T")
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Runs `work`, which Ctrl-C cancels; a second one does not wait for what it tidies up.
+    """Runs `work`. Ctrl-C cancels it; a second Ctrl-C also cancels its cleanup.
 
-    By itself asyncio sees a signal when the main thread next does something. That may be never, if
-    the signal came to another thread, or just before this one began to wait for a database that is
-    silent.
+    asyncio alone handles a signal when the main thread next runs Python code. That may be never: if
+    another thread receives the signal, or just before the main thread starts to wait for a database
+    that does not respond.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C came.
+        KeyboardInterrupt: after Ctrl-C.
         Exception: whatever the work raises.
     """
-    # Another handler is the program's own; and who starts a command in the background of a script
-    # has it ignore Ctrl-C.
+    # The program may have a handler of its own, and a shell makes background commands ignore
+    # Ctrl-C.
     default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not default or threading.current_thread() is not threading.main_thread():
         return asyncio.run(work)

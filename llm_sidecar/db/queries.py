@@ -1,17 +1,18 @@
-"""What is asked of the tables: newest rows, one transaction, scores of a time, corrections.
+"""The queries: newest rows, rows of a transaction, mean score, latest corrections.
 
-A value never becomes part of a query's text: filters are built as expressions.
+A value is never part of the text of a query: filters are built as expressions.
 """
 
 from __future__ import annotations
 
 import datetime
 import functools
-import json
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from llm_sidecar.db.schema import (
+from llm_sidecar.db.filters import Filters
+from llm_sidecar.db.nested import json_object
+from llm_sidecar.db.rows import (
     FEEDBACK,
     FEEDBACK_ID,
     ROW_ID,
@@ -24,21 +25,18 @@ from llm_sidecar.db.schema import (
 )
 from llm_sidecar.db.tables import Tables
 
-if TYPE_CHECKING:
-    from llm_sidecar.db.filters import Filters
-
 _SMALL: Final = 20_000
-"""Rows up to which a whole scan is the quickest way to the newest."""
+"""In tables of up to this many rows, a full scan finds the newest rows fastest."""
 _FIRST_WINDOW: Final = datetime.timedelta(minutes=15)
 _WIDER: Final = 4
 _MOST_ROWS: Final = 2**31 - 1
-"""The greatest limit that lancedb takes."""
-_EPOCH: Final = datetime.datetime(1, 1, 1, tzinfo=datetime.UTC)
+"""The maximum limit of lancedb."""
+EARLIEST: Final = datetime.datetime(1, 1, 1, tzinfo=datetime.UTC)
 _CORRECTIONS: Final = 64
 _MOST_CORRECTIONS: Final = 4096
 """How many of the latest corrections the search for usable ones reads at first, and at most."""
 _AT_ONCE: Final = 500
-"""Ids in one filter."""
+"""The number of ids in one filter."""
 
 
 class Correction(NamedTuple):
@@ -55,17 +53,17 @@ async def newest(
     table: str,
     count: int,
     *,
-    since: datetime.datetime = _EPOCH,
+    since: datetime.datetime = EARLIEST,
     filters: Filters | None = None,
 ) -> list[dict[str, Any]]:
     """The newest rows of a table, newest first.
 
-    The database applies the filters as far as it can. Python checks the rest, inside JSON text. If
-    too few rows are left, more rows are read.
+    The database applies the filters as far as it can. Python then checks values inside JSON text.
+    If too few rows remain, more rows are read.
 
     Args:
-        count: how many; all of them for 0 or less.
-        since: an aware time; older rows do not count.
+        count: the number of rows; 0 or less for all.
+        since: an aware time; older rows are excluded.
         filters: what the rows must match.
     """
     conditions = [] if filters is None else filters.conditions(table)
@@ -83,9 +81,11 @@ async def newest(
 async def _newest(
     tables: Tables, table: str, count: int, since: datetime.datetime, conditions: Sequence[Any]
 ) -> list[dict[str, Any]]:
-    """The newest rows. Sorting reads all rows that it sorts, so from a large table only the rows of
-    the
-    last 15 minutes are read, then of the last hour, and so on, until there are enough."""
+    """The newest rows.
+
+    Sorting reads all rows that it sorts. So a query of a large table first covers the last 15
+    minutes, then the last hour, and so on, until there are enough rows.
+    """
     if count > 0 and await tables[table].count_rows() > _SMALL:
         window, start = _FIRST_WINDOW, datetime.datetime.now(datetime.UTC)
         while start > since:
@@ -109,7 +109,7 @@ def _filtered(
     from lancedb.expr import col, lit
 
     query = tables[table].query()
-    every = [col("timestamp").gte(lit(since))] if since > _EPOCH else []
+    every = [col("timestamp").gte(lit(since))] if since > EARLIEST else []
     every += conditions
     return query.where(functools.reduce(lambda a, b: a.and_(b), every)) if every else query
 
@@ -133,18 +133,18 @@ async def transaction(tables: Tables, transaction_id: str) -> dict[str, list[dic
 
     return {
         name: await _ordered(
-            _filtered(tables, name, _EPOCH, [col(TRANSACTION[name]).eq(lit(transaction_id))]), 0
+            _filtered(tables, name, EARLIEST, [col(TRANSACTION[name]).eq(lit(transaction_id))]), 0
         )
         for name in TABLES
     }
 
 
 async def mean_score(tables: Tables, since: datetime.datetime) -> tuple[float | None, int]:
-    """Mean (None of none) and number of the scores since an aware time."""
+    """The mean (None without scores) and the number of the scores since an aware time."""
     total, count = 0.0, 0
     batches = await _filtered(tables, SCORES, since).select(["score"]).to_batches()
     async for batch in batches:
-        # Arrow's own sum: a day may hold a million of them.
+        # A day may have a million scores, so Arrow adds them.
         total += batch.column("score").sum().as_py() or 0.0
         count += len(batch)
     return (total / count if count else None), count
@@ -159,16 +159,16 @@ async def recent_corrections(
     prompt_bytes: int,
     from_bus: bool,
 ) -> list[Correction]:
-    """The latest usable correction of each run, in the order of arrival, newest first.
+    """The latest usable correction of each run, in order of arrival, newest first.
 
-    A correction that is withdrawn, not usable or without a stored run is skipped, so that an
-    earlier one takes its place.
+    A correction is skipped if it is withdrawn, not usable or without a stored run. Then an earlier
+    correction of the same run may replace it.
 
     Args:
-        count: the greatest number of corrections.
+        count: the maximum number of corrections.
         usable: whether a correction can be used.
-        proposal_bytes, prompt_bytes: longer ones (in UTF-8) are not read.
-        from_bus: whether feedback that another service published counts.
+        proposal_bytes, prompt_bytes: the maximum size in UTF-8; larger ones are not read.
+        from_bus: whether to include feedback that another service published.
     """
     from lancedb.expr import col, func, lit
 
@@ -193,7 +193,7 @@ async def recent_corrections(
 async def _corrections(
     tables: Tables, rows: Iterable[Mapping[str, Any]], prompt_bytes: int
 ) -> list[Correction]:
-    """The corrections in rows of feedback that are not withdrawn and whose run is stored."""
+    """The corrections in the rows of feedback that is not withdrawn and has a stored run."""
     gone = await withdrawn(tables, [row[FEEDBACK_ID] for row in rows])
     left = [row for row in rows if row[FEEDBACK_ID] not in gone]
     prompts = await _prompts(tables, {row["transaction_id"] for row in left}, prompt_bytes)
@@ -208,11 +208,11 @@ async def _corrections(
 async def _prompts(
     tables: Tables, run_ids: Iterable[str], most_bytes: int | None = None
 ) -> dict[str, str]:
-    """The prompt of each run that is stored and whose prompt has at most `most_bytes`."""
+    """The prompts of the stored runs; only those of at most `most_bytes`, if given."""
     from lancedb.expr import col, func
 
     prompts: dict[str, str] = {}
-    for some in _parts(run_ids):
+    for some in _batches(run_ids):
         condition = col("run_id").isin(some)
         if most_bytes is not None:
             condition = condition.and_(func("octet_length", col("input_query")).lte(most_bytes))
@@ -222,23 +222,23 @@ async def _prompts(
 
 
 async def prompt(tables: Tables, run_id: str) -> str | None:
-    """The prompt of a run; None where the run is not stored."""
+    """The prompt of a run; None if the run is not stored."""
     return (await _prompts(tables, [run_id])).get(run_id)
 
 
 async def withdrawn(tables: Tables, feedback_ids: Iterable[str]) -> set[str]:
-    """Those of the ids whose feedback is withdrawn."""
+    """The ids in `feedback_ids` whose feedback is withdrawn."""
     from lancedb.expr import col
 
     found: set[str] = set()
-    for some in _parts(feedback_ids):
+    for some in _batches(feedback_ids):
         query = tables[WITHDRAWALS].query().where(col(FEEDBACK_ID).isin(some))
         found |= {row[FEEDBACK_ID] for row in await query.select([FEEDBACK_ID]).to_list()}
     return found
 
 
 async def feedback_transaction(tables: Tables, feedback_id: str) -> str | None:
-    """The transaction_id of feedback; None where there is no such feedback."""
+    """The transaction_id of feedback; None if it is not stored."""
     from lancedb.expr import col, lit
 
     query = tables[FEEDBACK].query().where(col(FEEDBACK_ID).eq(lit(feedback_id)))
@@ -246,22 +246,13 @@ async def feedback_transaction(tables: Tables, feedback_id: str) -> str | None:
     return rows[0]["transaction_id"] if rows else None
 
 
-def _parts(ids: Iterable[str]) -> list[list[str]]:
+def _batches(ids: Iterable[str]) -> list[list[str]]:
     distinct = list(dict.fromkeys(ids))
     return [distinct[start : start + _AT_ONCE] for start in range(0, len(distinct), _AT_ONCE)]
 
 
-def json_object(text: str | None) -> dict[str, Any] | None:
-    """The object that a text holds, or None: what older versions wrote need not be JSON."""
-    try:
-        value = json.loads(text or "null")
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 async def stream(
-    tables: Tables, table: str, *, since: datetime.datetime = _EPOCH, columns: list[str]
+    tables: Tables, table: str, *, since: datetime.datetime = EARLIEST, columns: list[str]
 ) -> AsyncIterator[dict[str, list[Any]]]:
     """The columns of a table, batch by batch, in no particular order."""
     async for batch in await _filtered(tables, table, since).select(columns).to_batches():

@@ -1,4 +1,4 @@
-"""Where a database is, and where the files beside it go."""
+"""Where a database is, and where its logs and locks are."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _LOCKS: Final = ("lock", "opening.lock", "alive.lock", "compact.lock")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """One database's place.
+class Location:
+    """The location of one database.
 
     Attributes:
-        uri: what lancedb is given: an absolute folder, or an `s3://` address.
-        shown: the address as it was given, without credentials and query.
+        uri: for lancedb: an absolute folder, or an `s3://` address.
+        shown: for people: the address as it was given, without credentials and query.
         folder: the local folder; None for an object store.
-        log_folder: local folder of the write-ahead logs and the locks of every process that uses
-            the database on this machine.
-        storage_options: what lancedb is told of an object store.
+        log_folder: the local folder of write-ahead logs and locks, for all processes of this
+            machine that use the database.
+        storage_options: lancedb's options for an object store.
     """
 
     uri: str
@@ -37,13 +37,11 @@ class Place:
 
     @property
     def set_aside(self) -> Path:
-        """Where unreadable files go."""
+        """The folder for unreadable files."""
         return self.log_folder / "set_aside"
 
     def may_write(self) -> bool:
-        """Whether this user has permission to write what opening the database writes: tables, locks
-        and
-        logs."""
+        """Whether this user may write what opening the database writes: tables, locks, logs."""
         needed = [_nearest(self.log_folder)]
         try:
             if self.log_folder.exists():
@@ -63,11 +61,11 @@ def _nearest(folder: Path) -> Path:
     return folder
 
 
-def place_of(uri: str | Path, log_dir: Path | None = None) -> Place:
-    """The place that a folder or an address means.
+def location_of(uri: str | Path, log_dir: Path | None = None) -> Location:
+    """The location of the database at a folder or an address.
 
-    The log of a local database lies inside it; that of an object store, which takes no appends,
-    below `log_dir`, which should outlive the container.
+    The log of a local database is inside its folder. An object store does not support appending, so
+    its log is below `log_dir`, which should outlive the container.
 
     Args:
         uri: a folder, or an `s3://` address.
@@ -75,9 +73,9 @@ def place_of(uri: str | Path, log_dir: Path | None = None) -> Place:
     """
     text = str(uri)
     if "://" not in text:
-        # Absolute, as lancedb takes a relative one that begins with "db" for its cloud.
+        # Absolute, because lancedb takes a relative path that begins with "db" for its cloud.
         folder = Path(text).absolute()
-        return Place(str(folder), text, folder, folder / _LOG, {})
+        return Location(str(folder), text, folder, folder / _LOG, {})
     configured = Database.from_environ()
     logs = log_dir or configured.log_dir
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -87,7 +85,7 @@ def place_of(uri: str | Path, log_dir: Path | None = None) -> Place:
         options["allow_http"] = "true"
     scheme, _, rest = text.partition("://")
     shown = f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"
-    return Place(text, shown, None, logs.absolute() / name, options)
+    return Location(text, shown, None, logs.absolute() / name, options)
 
 
 def default_uri() -> str:

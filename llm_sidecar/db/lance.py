@@ -1,0 +1,71 @@
+"""What several modules need of lancedb: a connection, indices, and its errors in words."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import importlib
+import os
+from typing import Any, Final
+
+from llm_sidecar.db.location import TABLE_SUFFIX, Location
+from llm_sidecar.db.rows import TRANSACTION
+from llm_sidecar.text import cleaned
+
+KEEP_VERSIONS: Final = datetime.timedelta(minutes=2)
+"""Old versions of a table are kept for this long, because a reader may still use them."""
+_CACHE_BYTES: Final = 16 << 20
+_LINE_CHARS: Final = 200
+
+
+async def connect(location: Location, *, create: bool, write: bool = True) -> Any:
+    """An asynchronous lancedb connection.
+
+    Args:
+        create: whether the database may be missing.
+        write: whether to create the folder for logs and locks.
+
+    Raises:
+        FileNotFoundError: there is no database, and `create` is False.
+        Exception: whatever lancedb raises.
+    """
+    # The import takes seconds and must not block the event loop.
+    lancedb = await asyncio.to_thread(importlib.import_module, "lancedb")
+    if not create:
+        await asyncio.to_thread(_require_tables, location)
+    if write:
+        await asyncio.to_thread(location.log_folder.mkdir, parents=True, exist_ok=True)
+    return await lancedb.connect_async(
+        location.uri,
+        read_consistency_interval=datetime.timedelta(0),
+        storage_options=location.storage_options,
+        session=lancedb.Session(
+            index_cache_size_bytes=_CACHE_BYTES, metadata_cache_size_bytes=_CACHE_BYTES
+        ),
+    )
+
+
+async def build_indices(table: Any, *, again: bool = False) -> None:
+    """Creates the missing indices of a table, or with `again` rebuilds the existing ones."""
+    from lancedb.index import BTree
+
+    present = {index.columns[0] for index in await table.list_indices()}
+    for column in ("timestamp", TRANSACTION[table.name]):
+        if (column in present) is again:
+            await table.create_index(column, config=BTree(), replace=again)
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error, on one line of at most 200 characters."""
+    return cleaned(" ".join(str(error).split())[:_LINE_CHARS]) or type(error).__name__
+
+
+def _require_tables(location: Location) -> None:
+    if location.folder is None:
+        return
+    try:
+        names = os.listdir(location.folder)  # noqa: PTH208 glob hides that a folder may not be read
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
+    if not any(name.endswith(TABLE_SUFFIX) for name in names):
+        raise FileNotFoundError("There is no database")

@@ -1,0 +1,125 @@
+"""Repair of a local database after a crash: sets aside the versions of tables that cannot be read.
+
+Their rows are not lost: rows that are not synced to the tables are still in a write-ahead log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+from pathlib import Path
+from typing import Any, Final
+
+from llm_sidecar.db.disk import Disk
+from llm_sidecar.db.lance import KEEP_VERSIONS, build_indices, one_line
+from llm_sidecar.db.log import locked, sweep
+
+log = logging.getLogger(__name__)
+
+COMPACTING: Final = "compact.lock"
+"""The lock file of the process that compacts."""
+_MACHINE_ERRORS: Final = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EACCES,
+    errno.EROFS,
+)
+
+
+class Repair:
+    """One repair, while no other process has the database open.
+
+    Attributes:
+        done: what was done, in words.
+    """
+
+    def __init__(self, disk: Disk, log_folder: Path, connection: Any) -> None:
+        self.done: list[str] = []
+        self._disk = disk
+        self._log_folder = log_folder
+        self._connection = connection
+
+    async def run(self) -> None:
+        """Repairs every table.
+
+        Raises:
+            Exception: an error of the machine, such as a full disk; no version is set aside for it.
+        """
+        await asyncio.to_thread(sweep, self._log_folder)
+        tables = await asyncio.to_thread(self._disk.tables)
+        synced = await asyncio.to_thread(self._disk.synced_versions)
+        newest: dict[str, int] = {}
+        for name in tables:
+            version = await self._first_readable(name, synced)
+            if version:
+                newest[name] = version
+        await asyncio.to_thread(self._disk.adopt, newest)
+
+    async def _first_readable(self, name: str, synced: dict[str, int] | None) -> int:
+        """Sets unreadable versions aside until one is readable; 0 if none is left.
+
+        Only a version that may not be synced is read completely.
+        """
+        intact = True
+        while name in await asyncio.to_thread(self._disk.tables):
+            try:
+                expected = await asyncio.to_thread(self._disk.newest_version, name)
+                table = await self._connection.open_table(name)
+                version = int(await table.version())
+                if version != expected:
+                    # lancedb reads a manifest of zeros as an empty one of version 0.
+                    raise ValueError(f"it says that it is version {version}")
+                unclean = synced is not None and version > synced.get(name, 0)
+                if unclean:
+                    await _read_whole(table)
+            except Exception as error:
+                if _is_of_the_machine(error):
+                    raise
+                done = await asyncio.to_thread(self._disk.set_newest_aside, name)
+                log.error("%s (%s)", done, one_line(error))
+                self.done.append(done)
+                intact = False
+            else:
+                if unclean:
+                    await self._set_torn_aside(name)
+                    await self._tidy(table, intact)
+                return int(await table.version())
+        return 0
+
+    async def _set_torn_aside(self, name: str) -> None:
+        """Sets truncated older versions aside, because each would make cleanup fail."""
+        for done in await asyncio.to_thread(self._disk.set_torn_aside, name):
+            log.error("%s", done)
+            self.done.append(done)
+
+    async def _tidy(self, table: Any, intact: bool) -> None:
+        """Rebuilds the indices of a table, which may be torn, and deletes half-written files.
+
+        Args:
+            intact: whether no version was set aside. Otherwise the files of that version are kept.
+        """
+        try:
+            await build_indices(table, again=True)
+            with locked(self._log_folder / COMPACTING, wait=False) as mine:
+                if mine and intact:
+                    await table.optimize(cleanup_older_than=KEEP_VERSIONS, delete_unverified=True)
+        except Exception as error:  # noqa: BLE001 the rows are readable, and that is what counts
+            failed = f"{table.name}: tidying up after a crash failed: {one_line(error)}"
+            log.error("%s", failed)
+            self.done.append(failed)
+
+
+async def _read_whole(table: Any) -> None:
+    async for _ in await table.query().to_batches():
+        pass
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """Whether the machine lacks something, so that the error says nothing about the file."""
+    text = str(error)
+    return any(os.strerror(number) in text for number in _MACHINE_ERRORS)
