@@ -138,8 +138,9 @@ class ModelStatus:
         pid: the process id of its worker, or None.
         restarts: how many times it had to be loaded again after a failure.
         completion_tokens_total: tokens that it has generated.
-        requests: those it has admitted and not yet answered; running: those among them that it
-            generates now; queue_length: how many it admits.
+        requests: those it has admitted and not yet answered.
+        queue_length: how many it admits.
+        running: those among its requests that it generates now.
     """
 
     state: State = "ready"
@@ -153,8 +154,8 @@ class ModelStatus:
     restarts: int = 0
     completion_tokens_total: int = 0
     requests: int = 0
-    running: int = 0
     queue_length: int = 0
+    running: int = 0
 
 
 class ChatModel(Protocol):
