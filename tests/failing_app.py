@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from fastapi import Body, FastAPI
@@ -15,5 +16,6 @@ app: FastAPI = served
 @app.post("/fail/{what}")
 async def fail(what: str, sidecar: CurrentSidecar, prompt: str = Body(embed=True)) -> Any:
     """Asks a model, then raises an error whose text and variables quote the prompt."""
-    completion = await sidecar.generate_hermes(prompt, 4)
-    raise RuntimeError(f"defect after {completion.text} on {prompt}")
+    async with contextlib.aclosing(sidecar.chat.answer(prompt, 4)) as stream:
+        text = "".join([delta.text async for delta in stream])
+    raise RuntimeError(f"defect after {text} on {prompt}")

@@ -116,11 +116,16 @@ class FakeBus:
 
     Attributes:
         subscribers: by channel.
+        connected: whether Redis can be reached.
     """
 
     def __init__(self, happened: Happened | None = None) -> None:
         self._happened = happened or Happened()
         self.subscribers: dict[str, Any] = {}
+        self.connected = True
+
+    def status(self) -> dict[str, Any]:
+        return {"state": "fake"}
 
     async def publish(self, channel: str, payload: str) -> bool:
         self._happened.log.append(("event", channel, json.loads(payload)))
