@@ -14,6 +14,7 @@ from llm_sidecar.models.adapter_state import AdapterState
 from llm_sidecar.models.base import Models
 from llm_sidecar.models.registry import create_models
 from llm_sidecar.services.adapters import Adapters
+from llm_sidecar.services.chat import Chat
 from llm_sidecar.services.feedback import Feedback
 from llm_sidecar.services.few_shot import FewShotExamples
 from llm_sidecar.services.health import Health
@@ -39,7 +40,7 @@ class Sidecar:
     Attributes:
         settings: of all parts.
         models: phi3 and hermes.
-        proposer, judge, orchestrator, feedback, few_shot, adapters, health: the services.
+        chat, proposer, judge, orchestrator, feedback, few_shot, adapters, health: the services.
         speaker, listeners: the voice, and who listens to it.
     """
 
@@ -97,6 +98,7 @@ class Sidecar:
             timeout=settings.limits.request_timeout,
             retry=settings.proposals.grounding == "retry",
         )
+        self.chat = Chat(self.models.hermes, settings.models.hermes_temperature)
         self.judge = Judge(
             self.models.hermes, self._rows, self._tasks, metrics, settings.models.hermes_temperature
         )

@@ -27,8 +27,9 @@ from pydantic_core import PydanticUndefined
 from llm_sidecar.db import rows as db_rows
 from llm_sidecar.db import schema
 from llm_sidecar.proposals import Proposal
+from llm_sidecar.services.events import FEEDBACK_SUBMITTED, PROPOSAL_ASSESSED, PROPOSAL_CREATED
 from llm_sidecar.settings import Settings
-from llm_sidecar.sidecar import FEEDBACK_SUBMITTED, PROPOSAL_ASSESSED, PROPOSAL_CREATED, Sidecar
+from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.tts.voice import AUDIO_BYTES
 from osiris.middleware.metrics import sidecar_metrics
 
@@ -225,7 +226,7 @@ def _metric_group(name: str) -> str:
 
 def _some_health() -> dict[str, Any]:
     """The health of a sidecar with every part in use, so that each metric is there."""
-    health = Sidecar(Settings.from_environ({"REDIS_URL": "memory://"})).health()
+    health = Sidecar(Settings.from_environ({"REDIS_URL": "memory://"})).health.report()
     now = datetime.datetime.now(datetime.UTC).isoformat()
     health["mean_hermes_score_last_24h"] = 0.5
     health["database"] |= {"last_compaction": now, "fragments": dict.fromkeys(db_rows.TABLES, 1)}

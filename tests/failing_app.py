@@ -15,6 +15,6 @@ app: FastAPI = served
 
 @app.post("/fail/{what}")
 async def fail(what: str, sidecar: CurrentSidecar, prompt: str = Body(embed=True)) -> Any:
-    """Calls a model, then raises an error whose text and variables quote the prompt."""
-    completion = await completed(sidecar.judge.chat(prompt, 4))
+    """Asks a model, then raises an error whose text and variables quote the prompt."""
+    completion = await completed(sidecar.chat.answer(prompt, 4))
     raise RuntimeError(f"defect after {completion.text} on {prompt}")

@@ -138,8 +138,9 @@ class ModelStatus:
         pid: the process id of its worker, or None.
         restarts: how many times it had to be loaded again after a failure.
         completion_tokens_total: tokens that it has generated.
-        requests: those it has admitted and not yet answered; running: those among them that it
-            generates now; queue_length: how many it admits.
+        requests: those it has admitted and not yet answered.
+        queue_length: how many it admits.
+        running: those among its requests that it generates now.
     """
 
     state: State = "ready"
@@ -153,8 +154,8 @@ class ModelStatus:
     restarts: int = 0
     completion_tokens_total: int = 0
     requests: int = 0
-    running: int = 0
     queue_length: int = 0
+    running: int = 0
 
 
 class ChatModel(Protocol):
@@ -208,6 +209,7 @@ class ChatModel(Protocol):
 
         Returns once the prefix is in the model's cache, and at once if the model is not loaded.
         """
+        return
 
     async def use_adapter(self, adapter: Adapter | None) -> None:
         """Answers the next requests with another adapter, or with none.
@@ -224,12 +226,15 @@ class ChatModel(Protocol):
 
     async def start(self, adapter: Adapter | None = None) -> None:
         """Begins to serve, with this adapter; a model that is loaded lazily loads nothing yet."""
+        return
 
     def drain(self) -> None:
         """Refuses requests that wait for the model to load, from now on."""
+        return
 
     async def close(self, grace: float = 0.0) -> None:
         """Refuses new requests, lets running ones end within `grace` seconds, then stops."""
+        return
 
 
 class Models(NamedTuple):

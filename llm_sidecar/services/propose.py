@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 
 from llm_sidecar import grounding, proposals
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Proposer:
-    """Phi-3, asked for proposals."""
+    """Asks Phi-3 for proposals."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Proposer:
         Args:
             prompt: the market context.
             max_tokens: at least `proposals.MAX_COMPLETION_TOKENS`.
-            deadline: of the request that this belongs to, the retry included.
+            deadline: of the whole request, the retry included.
 
         Yields:
             Deltas as they are generated, those of a retry too; last the valid proposal, the first
@@ -69,51 +69,47 @@ class Proposer:
         proposals.check_budget(max_tokens)
         deadline = deadline or Deadline.after(self._timeout)
         examples = self._examples()
-        request = self._request(prompt, max_tokens, examples)
-        deltas: list[Delta] = []
-        try:
-            async with self._ask(request, deadline, deltas) as stream:
-                async for delta in stream:
-                    yield delta
-        except InvalidRequest:
-            if not examples:
-                raise
-            log.warning("the few-shot examples do not fit the context beside a long prompt")
-            request = self._request(prompt, max_tokens)
-            async with self._ask(request, deadline, deltas) as stream:
-                async for delta in stream:
-                    yield delta
-        proposed = await _proposed(Completion.of(deltas), prompt)
-        if again := await self._retry_request(prompt, request, proposed):
-            # The other half of the time is for the assessment: a slow retry must not cause a 504.
-            half = Deadline.after(deadline.remaining() / 2)
+        while True:
+            messages = proposals.build_messages(prompt, examples)
+            request = GenerationRequest(messages, max_tokens, proposals.GUIDANCE, self._temperature)
             try:
-                async with self._ask(again, half, deltas) as stream:
+                async with contextlib.aclosing(self._attempt(request, prompt, deadline)) as items:
+                    async for item in items:
+                        yield item
+                return
+            except InvalidRequest:
+                # The model raises it before the first delta.
+                if not examples:
+                    raise
+                log.warning("the few-shot examples do not fit the context beside a long prompt")
+                examples = ()
+
+    async def _attempt(
+        self, request: GenerationRequest, prompt: str, deadline: Deadline
+    ) -> AsyncGenerator[Delta | Proposed, None]:
+        """One request, and its retry where one is due."""
+        deltas: list[Delta] = []
+        async with contextlib.aclosing(self._phi3.stream(request, deadline)) as stream:
+            async for delta in stream:
+                deltas.append(delta)
+                yield delta
+        proposed = await _proposed(deltas, prompt)
+        if again := await self._retry_request(request, prompt, proposed):
+            # The other half of the time is for the assessment: a slow retry must not cause a 504.
+            half, deltas = Deadline.after(deadline.remaining() / 2), []
+            try:
+                async with contextlib.aclosing(self._phi3.stream(again, half)) as stream:
                     async for delta in stream:
+                        deltas.append(delta)
                         yield delta
-                proposed = await _proposed(Completion.of(deltas), prompt)
+                proposed = await _proposed(deltas, prompt)
             except SidecarError as error:
                 log.warning("the retry of an ungrounded proposal failed: %s", type(error).__name__)
         self._metrics.proposed(proposed.proposal["action"], proposed.ungrounded)
         yield proposed
 
-    @contextlib.asynccontextmanager
-    async def _ask(
-        self, request: GenerationRequest, deadline: Deadline, deltas: list[Delta]
-    ) -> AsyncIterator[AsyncIterator[Delta]]:
-        """The deltas of one generation, which are also collected in `deltas`."""
-
-        async def collect() -> AsyncIterator[Delta]:
-            async for delta in stream:
-                deltas.append(delta)
-                yield delta
-
-        deltas.clear()
-        async with contextlib.aclosing(self._phi3.stream(request, deadline)) as stream:
-            yield collect()
-
     async def _retry_request(
-        self, prompt: str, request: GenerationRequest, first: Proposed
+        self, request: GenerationRequest, prompt: str, first: Proposed
     ) -> GenerationRequest | None:
         """The request under the guidance of the context; None where no retry is due."""
         if not self._retry or not first.ungrounded:
@@ -124,19 +120,14 @@ class Proposer:
         # With a seed, a runtime that keeps a cache for each guidance does not keep one for this.
         return None if guidance is None else replace(request, guidance=guidance, seed=0)
 
-    def _request(
-        self, prompt: str, max_tokens: int, examples: Sequence[Example] = ()
-    ) -> GenerationRequest:
-        messages = proposals.build_messages(prompt, examples)
-        return GenerationRequest(messages, max_tokens, proposals.GUIDANCE, self._temperature)
 
-
-async def _proposed(completion: Completion, prompt: str) -> Proposed:
-    """The valid proposal in a completion.
+async def _proposed(deltas: Sequence[Delta], prompt: str) -> Proposed:
+    """The valid proposal of a finished generation.
 
     Raises:
         ModelUnavailable: there is none.
     """
+    completion = Completion.of(deltas)
     try:
         proposal = proposals.parse(completion.text)
     except ValueError as error:

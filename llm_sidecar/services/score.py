@@ -27,7 +27,7 @@ class ScoredProposal:
 
 
 class Judge:
-    """Hermes, asked about proposals."""
+    """Asks Hermes about proposals."""
 
     def __init__(
         self,
@@ -51,16 +51,6 @@ class Judge:
         self._tasks = tasks
         self._metrics = metrics
         self._temperature = temperature
-
-    def chat(self, prompt: str, max_tokens: int) -> AsyncGenerator[Delta, None]:
-        """Hermes' answer to a free question; at the deadline it ends with the text so far.
-
-        Raises:
-            InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
-        """
-        messages = hermes_plugin.chat_messages(prompt)
-        request = GenerationRequest(messages, max_tokens, temperature=self._temperature)
-        return self._hermes.stream(request, allow_partial=True)
 
     def assess(
         self, proposal: Mapping[str, Any], context: str, *, max_tokens: int, deadline: Deadline

@@ -77,7 +77,7 @@ async def generate_hermes(
     is none.
     """
     check_length(sidecar, body)
-    answering = completed(sidecar.judge.chat(body.prompt, body.max_length))
+    answering = completed(sidecar.chat.answer(body.prompt, body.max_length))
     completion = await cancel_on_disconnect(request, answering)
     return JSONResponse({"generated_text": completion.text}, headers=generation_headers(completion))
 

@@ -10,12 +10,14 @@ import pytest
 import yaml
 
 from llm_sidecar.db import Phi3FeedbackSchema
+from llm_sidecar.models.base import ChoiceScores
+from llm_sidecar.services.orchestrate import AssessedProposal
 from llm_sidecar.settings import Settings
 from osiris.server import create_app
 from tests.docs_pages import PAGES, anchors
 from tests.docs_tables import COMMAND, DOCS, GENERATED, PAYLOADS, current
 from tests.live_server import ROOT
-from tests.unit.fakes import FakeParts, completion
+from tests.unit.fakes import FakeParts, completion, last_of
 
 SITE = re.search(r"^site_url: (\S+)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
 WIDTH = 100
@@ -67,9 +69,9 @@ async def test_every_event_has_the_keys_that_its_row_says() -> None:
     proposal |= {"new_stop_pct": 1.0, "new_target_pct": 2.0, "rationale": "So."}
     parts = FakeParts()
     parts.phi3.answers = [completion(json.dumps(proposal))]
-    parts.hermes.answers = [completion("Fine."), {str(n): 0.1 for n in range(11)}]
-    await parts.sidecar.propose("Long A.", 256)
-    await parts.sidecar.submit_feedback(
+    parts.hermes.answers = [completion("Fine."), ChoiceScores({str(n): 0.1 for n in range(11)})]
+    await last_of(parts.sidecar.orchestrator.propose("Long A.", 256), AssessedProposal)
+    await parts.sidecar.feedback.submit(
         Phi3FeedbackSchema(transaction_id="t", feedback_type="rating", feedback_content="5")
     )
     published = {channel: set(payload) for channel, payload in parts.happened.of("event")}

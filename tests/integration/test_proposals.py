@@ -1,25 +1,21 @@
-"""The proposal: its guidance, its retry, and that nothing else can be generated."""
+"""The proposal's guidance, and that nothing else can be generated under it."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import llguidance
 import pytest
 
 from llm_sidecar import proposals
-from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import Engine, GenerationRequest, load_engine
-from llm_sidecar.errors import DeadlineExceeded, InvalidRequest, ModelUnavailable, QueueFull
 from llm_sidecar.grounding import ungrounded_fields
-from llm_sidecar.models.local.model import Completion, ModelHost
-from llm_sidecar.proposals import Example, Proposal, Proposed
+from llm_sidecar.proposals import Example, Proposal
 
 VALID: dict[str, Any] = {
     "ticker": "ABC",
@@ -191,130 +187,6 @@ def test_the_guidance_of_the_richest_context_stays_small() -> None:
     ):
         changes = {"ticker": ticker, "rationale": f"Seen at {number} once."}
         assert accepts(proposals.dumps(VALID | changes), guidance) is offered
-
-
-# Asking again
-
-
-class Host:
-    """Answers what it is given, and keeps what it was asked and by when."""
-
-    def __init__(self, *answers: dict[str, Any] | Exception) -> None:
-        self.asked: list[GenerationRequest] = []
-        self.deadlines: list[Deadline | None] = []
-        self._answers = list(answers)
-
-    async def generate(
-        self, request: GenerationRequest, deadline: Deadline | None = None
-    ) -> Completion:
-        self.asked.append(request)
-        self.deadlines.append(deadline)
-        answer = self._answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        number = len(self.asked)
-        return Completion(json.dumps(answer), "phi3/fake", None, "stop", number, number)
-
-
-PROMPT = "Long ABC from 182.40, RSI 78."
-GROUNDED = VALID | {"rationale": "RSI is at 78."}
-OTHER_TICKER = VALID | {"ticker": "XYZ"}
-OTHER_NUMBER = VALID | {"rationale": "RSI is at 4711."}
-
-
-async def propose(host: Host, prompt: str = PROMPT, **options: Any) -> Proposed:
-    return await proposals.propose(cast(ModelHost, host), prompt, **options)
-
-
-async def test_a_grounded_proposal_is_asked_for_once() -> None:
-    host = Host(GROUNDED)
-    proposed = await propose(host, retry=True)
-    assert (proposed.proposal, proposed.grounded) == (GROUNDED, "true")
-    assert [request.guidance for request in host.asked] == [proposals.GUIDANCE]
-
-
-async def test_an_ungrounded_proposal_is_reported_unless_a_retry_is_asked_for() -> None:
-    host = Host(OTHER_NUMBER | {"ticker": "XYZ"})
-    proposed = await propose(host)
-    assert proposed.grounded == "ticker,rationale"
-    assert len(host.asked) == 1
-
-
-@pytest.mark.parametrize("first", [OTHER_TICKER, OTHER_NUMBER])
-async def test_a_retry_has_the_guidance_of_its_context(
-    first: dict[str, Any],
-) -> None:
-    host = Host(first, GROUNDED)
-    example = Example("then", VALID)
-    proposed = await propose(host, examples=[example], retry=True, max_tokens=300)
-    assert (proposed.proposal, proposed.grounded) == (GROUNDED, "true")
-    assert proposed.completion.completion_tokens == 2
-    once, again = host.asked
-    assert again.guidance == proposals.grounded_guidance(PROMPT)
-    assert again.messages == once.messages == proposals.build_messages(PROMPT, [example])
-    assert again.max_tokens == once.max_tokens == 300
-    # So that onnxruntime-genai keeps no cache for a guidance that does not come again.
-    assert (once.seed, again.seed) == (None, 0)
-
-
-async def test_a_grounded_ticker_stays_a_choice_however_many_the_context_has() -> None:
-    prompt = " ".join(f"AB{number}" for number in range(1000))
-    host = Host(OTHER_NUMBER | {"ticker": "AB999"}, VALID | {"ticker": "AB999"})
-    proposed = await propose(host, prompt, retry=True)
-    assert proposed.grounded == "true"
-    assert host.asked[1].guidance == proposals.grounded_guidance(prompt, ["AB999"])
-
-
-async def test_a_retry_that_is_ungrounded_too_is_reported() -> None:
-    proposed = await propose(Host(OTHER_TICKER, OTHER_NUMBER), retry=True)
-    assert (proposed.proposal, proposed.grounded) == (OTHER_NUMBER, "rationale")
-
-
-@pytest.mark.parametrize(
-    "failure",
-    [
-        ModelUnavailable("gone"),
-        QueueFull("full"),
-        DeadlineExceeded("late"),
-        InvalidRequest("no"),
-        {"not": "a proposal"},
-    ],
-)
-async def test_the_first_proposal_is_kept_where_the_retry_fails(
-    failure: Exception | dict[str, Any],
-) -> None:
-    proposed = await propose(Host(OTHER_NUMBER, failure), retry=True)
-    assert (proposed.proposal, proposed.grounded) == (OTHER_NUMBER, "rationale")
-    assert proposed.completion.completion_tokens == 1
-
-
-async def test_the_retry_takes_at_most_half_of_the_time_that_is_left() -> None:
-    host, deadline = Host(OTHER_NUMBER, GROUNDED), Deadline(time.monotonic() - 40, 60)
-    await propose(host, retry=True, deadline=deadline)
-    first, again = host.deadlines
-    assert first is deadline
-    assert again is not None
-    assert again.seconds == pytest.approx(10, abs=1)
-
-
-async def test_without_a_deadline_the_retry_has_the_hosts_own() -> None:
-    host = Host(OTHER_NUMBER, GROUNDED)
-    await propose(host, retry=True)
-    assert host.deadlines == [None, None]
-
-
-async def test_a_context_without_a_ticker_is_asked_once() -> None:
-    host = Host(OTHER_TICKER)
-    proposed = await propose(host, "182.40, 78", retry=True)
-    assert proposed.grounded == "ticker"
-    assert len(host.asked) == 1
-
-
-async def test_examples_that_do_not_fit_are_left_out_of_the_retry_too() -> None:
-    host = Host(InvalidRequest("long"), OTHER_NUMBER, GROUNDED)
-    proposed = await propose(host, examples=[Example("then", VALID)], retry=True)
-    assert proposed.grounded == "true"
-    assert host.asked[2].messages == proposals.build_messages(PROMPT)
 
 
 # Random weights at a high temperature may write anything that they are allowed to.

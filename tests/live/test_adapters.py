@@ -19,7 +19,6 @@ import pytest
 from llm_sidecar import loader
 from llm_sidecar.engines.lora_graph import ADAPTER_FILE
 from llm_sidecar.errors import AdapterRejected
-from llm_sidecar.models.adapter_state import RememberedAdapter
 from llm_sidecar.models.lora import convert_adapter
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
@@ -183,55 +182,18 @@ async def test_a_swap_whose_caller_is_cancelled_is_carried_through_and_remembere
     sidecar = Sidecar(settings)
     await sidecar.start()
     try:
-        asking = asyncio.create_task(sidecar.swap_adapter("20260101"))
+        asking = asyncio.create_task(sidecar.adapters.swap("20260101"))
         await asyncio.sleep(0)
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
-        assert sidecar.adapter_date() is None
+        assert sidecar.adapters.date() is None
         async with asyncio.timeout(30):
             while not is_remembered(tmp_path):
                 await asyncio.sleep(0.02)
-        assert str(sidecar.adapter_date()) == "2026-01-01"
+        assert str(sidecar.adapters.date()) == "2026-01-01"
     finally:
         await sidecar.close()
-
-
-def test_an_adapter_that_has_gone_is_said_to_have_gone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = tmp_path / "adapters" / "20260101"
-    folder.mkdir(parents=True)
-    (folder / "adapter_config.json").touch()
-    remembered = RememberedAdapter(tmp_path / "log", folder.parent)
-    assert remembered.load() is None
-    assert caplog.messages == []
-    remembered.save(folder)
-    assert remembered.load() == folder
-    shutil.rmtree(folder)
-    assert remembered.load() is None
-    assert "20260101" in caplog.text
-    remembered.save(None)
-    caplog.clear()
-    assert remembered.load() is None
-    assert caplog.messages == []
-
-
-@pytest.mark.parametrize("name", ["../adapters/20260101", "/", "20260101\0", "x" * 5000, "é"])
-def test_a_name_that_is_none_leads_nowhere(tmp_path: Path, name: str) -> None:
-    folder = tmp_path / "adapters" / "20260101"
-    folder.mkdir(parents=True)
-    (folder / "adapter_config.json").touch()
-    (tmp_path / "phi3_adapter").write_bytes(name.encode("latin-1"))
-    assert RememberedAdapter(tmp_path, folder.parent).load() is None
-
-
-def test_a_file_that_cannot_be_written_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "file").touch()
-    RememberedAdapter(tmp_path / "file", tmp_path).save(tmp_path / "20260101")
-    assert "not remembered" in caplog.text
 
 
 def test_an_adapter_may_be_a_link_to_another_place(tmp_path: Path) -> None:

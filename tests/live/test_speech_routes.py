@@ -304,7 +304,7 @@ async def test_a_silent_stream_has_comments(
     scope = {"type": "http", "method": "GET", "path": "/stream/audio", "query_string": b""}
     await asyncio.wait_for(app({**scope, "headers": []}, receive, send), 5)
     assert sidecar.listeners.count == 0
-    await sidecar.bus.close()
+    await sidecar._bus.close()
 
 
 @pytest.mark.parametrize("reads", [True, False])

@@ -1,26 +1,32 @@
-"""Stand-ins at the seams: a model that answers what a test tells it to, a module's fresh copy."""
+"""Fakes at the seams: the database, the event bus, metrics; and a module's fresh copy.
+
+The fake of a model is `llm_sidecar.models.fake.FakeModel`.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import datetime
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-from llm_sidecar.services.archive import Archive
-from llm_sidecar.services.examples import Outcome
-
-from llm_sidecar.db import Correction
+from llm_sidecar import hermes_plugin
+from llm_sidecar.db import Correction, Store
 from llm_sidecar.deadline import Deadline
-from llm_sidecar.engines import GenerationRequest, Message
+from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.event_bus import EventBus
-from llm_sidecar.models.local.model import Completion, ModelHost
-from llm_sidecar.proposals import Example
+from llm_sidecar.models.base import ChoiceScores, Completion, Delta, GenerationRequest, Models
+from llm_sidecar.models.fake import FakeModel
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.telemetry.metrics import NoMetrics
+
+T = TypeVar("T")
 
 
 def completion(text: str, **changes: object) -> Completion:
@@ -35,57 +41,58 @@ def completion(text: str, **changes: object) -> Completion:
     return Completion(text=text, **(values | changes))  # type: ignore[arg-type]
 
 
-class FakeHost:
-    """A model that answers in order what it was given, and keeps what it was asked.
+def scores(**found: float) -> ChoiceScores:
+    """Of Hermes' eleven answers: `_7=0.5` is that of 7, and those without a name have none."""
+    none = dict.fromkeys(hermes_plugin.SCORE_ANSWERS, 0.0)
+    return ChoiceScores(none | {name[1:]: value for name, value in found.items()})
+
+
+async def last_of(items: AsyncGenerator[Any, None], kind: type[T]) -> T:
+    """The last item of a stream, which is of this kind."""
+    *_, last = [item async for item in items]
+    assert isinstance(last, kind)
+    return last
+
+
+async def text_of(stream: AsyncGenerator[Delta, None]) -> Completion:
+    """The whole of a generation."""
+    return Completion.of([delta async for delta in stream])
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Returns once the condition holds."""
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+class PausedModel(FakeModel):
+    """Generates one delta, and the next only once `resumed` is set.
 
     Attributes:
-        answers: completions, probabilities, or errors to raise; the first is for the next request.
-        asked: generation requests, and the (messages, answers) of scores.
-        deadlines: of the requests; None for one without.
-        partial: whether part of an answer would do, of each generation request.
-        before_answer: is called before each answer.
+        resumed: lets the generation end with its second delta.
+        closed: how many streams have ended in any way.
     """
 
-    def __init__(self, *answers: object) -> None:
-        self.answers = list(answers)
-        self.asked: list[object] = []
-        self.deadlines: list[Deadline | None] = []
-        self.partial: list[bool] = []
-        self.before_answer: Callable[[], None] = lambda: None
+    def __init__(self, first: str = "{", rest: str = "}") -> None:
+        super().__init__()
+        self.resumed = asyncio.Event()
+        self.closed = 0
+        self._first, self._rest = first, rest
 
-    async def generate(
+    async def stream(
         self,
         request: GenerationRequest,
         deadline: Deadline | None = None,
         *,
         allow_partial: bool = False,
-    ) -> Completion:
-        self.asked.append(request)
-        self.deadlines.append(deadline)
-        self.partial.append(allow_partial)
-        return cast(Completion, self._next())
-
-    async def answer_probabilities(
-        self,
-        messages: Sequence[Message],
-        answers: Sequence[str],
-        deadline: Deadline | None = None,
-    ) -> dict[str, float]:
-        self.asked.append((messages, answers))
-        self.deadlines.append(deadline)
-        return cast(dict[str, float], self._next())
-
-    def _next(self) -> object:
-        self.before_answer()
-        answer = self.answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    @property
-    def host(self) -> ModelHost:
-        """Itself, as those that ask models know one."""
-        return cast(ModelHost, self)
+    ) -> AsyncGenerator[Delta, None]:
+        try:
+            yield Delta(self._first, "paused/fake")
+            await self.resumed.wait()
+            yield Delta(self._rest, "paused/fake", completion_tokens=2, finish_reason="stop")
+        finally:
+            self.closed += 1
 
 
 class Happened:
@@ -93,8 +100,7 @@ class Happened:
 
     Attributes:
         log: (`row`, the name of its class, its columns), (`event`, its channel, its payload),
-            (`refusal`, a channel, the reason), (`metric`, its name, its value) and
-            (`archive`, what was asked of it, of what).
+            (`refusal`, a channel, the reason) and (`metric`, its name, its value).
     """
 
     def __init__(self) -> None:
@@ -106,58 +112,126 @@ class Happened:
 
 
 class FakeBus:
-    """Takes every event."""
+    """Takes every event.
 
-    def __init__(self, happened: Happened) -> None:
-        self._happened = happened
+    Attributes:
+        subscribers: by channel.
+        connected: whether Redis can be reached.
+    """
+
+    def __init__(self, happened: Happened | None = None) -> None:
+        self._happened = happened or Happened()
+        self.subscribers: dict[str, Any] = {}
+        self.connected = True
+
+    def status(self) -> dict[str, Any]:
+        return {"state": "fake"}
 
     async def publish(self, channel: str, payload: str) -> bool:
         self._happened.log.append(("event", channel, json.loads(payload)))
         return True
 
+    async def subscribe(self, channel: str, receive: Any) -> None:
+        self.subscribers[channel] = receive
+
     def refuse(self, channel: str, reason: str) -> None:
         self._happened.log.append(("refusal", channel, reason))
 
+    @property
+    def bus(self) -> EventBus:
+        """Itself, as the services know it."""
+        return cast(EventBus, self)
 
-class FakeArchive:
-    """Takes every row, or refuses all.
+
+class FakeStore:
+    """A database in memory, which answers what a test puts into it.
 
     Attributes:
-        corrections: the few-shot examples in use, oldest first.
-        examples: as a prompt has them.
-        failure: raised instead of taking a row.
-        outcome: what is said of feedback.
-        known: feedback that can be withdrawn.
-        database_id: the database's own name, once that is known.
+        rows: that were appended.
+        corrections: newest first.
+        prompts: of the runs, by transaction_id.
+        withdrawn: feedback that is.
+        transactions: of feedback that is stored, by feedback_id.
+        mean: of the scores, and their number.
+        since: the times from which on scores were read.
+        patience: the seconds of each wait until it is open.
+        asked: the options of each read of corrections.
+        failure: raised by every read.
+        full: raised instead of taking a row.
+        reading: unless it is set, corrections do not come.
+        is_away: whether it is not open.
+        database_id: the database's own id, once that is known.
     """
 
-    def __init__(self, happened: Happened) -> None:
-        self._happened = happened
-        self.corrections: tuple[Correction, ...] = ()
-        self.examples: tuple[Example, ...] = ()
+    def __init__(self, happened: Happened | None = None) -> None:
+        self._happened = happened or Happened()
+        self.rows: list[Any] = []
+        self.corrections: list[Correction] = []
+        self.prompts: dict[str, str] = {}
+        self.withdrawn: set[str] = set()
+        self.transactions: dict[str, str] = {}
+        self.mean: tuple[float | None, int] = (None, 0)
+        self.since: list[datetime.datetime] = []
+        self.patience: list[float] = []
+        self.asked: list[dict[str, Any]] = []
         self.failure: Exception | None = None
-        self.outcome = Outcome.NO_CORRECTION
-        self.known: set[str] = set()
+        self.full: DatabaseUnavailable | None = None
+        self.reading = asyncio.Event()
+        self.reading.set()
+        self.is_away = False
+        self.log_folder = Path("/log")
         self.database_id: str | None = None
 
+    @property
+    def store(self) -> Store:
+        """Itself, as the services know it."""
+        return cast(Store, self)
+
+    async def opened(self, timeout: float) -> None:
+        self.patience.append(timeout)
+        self._fail()
+
+    def is_open(self) -> bool:
+        return not self.is_away
+
+    def refusal(self) -> str | None:
+        return None if self.full is None else self.full.detail
+
+    def status(self) -> dict[str, Any]:
+        return {"state": "fake"}
+
     async def append(self, row: Any) -> None:
-        if self.failure is not None:
-            raise self.failure
+        if self.full is not None:
+            raise self.full
+        self.rows.append(row)
         self._happened.log.append(("row", type(row).__name__, row.as_row()))
 
-    async def append_feedback(self, row: Any) -> Outcome:
-        await self.append(row)
-        return self.outcome
+    async def recent_corrections(
+        self, count: int, usable: Callable[[Correction], bool], **options: Any
+    ) -> list[Correction]:
+        self.asked.append({"count": count, **options})
+        await self.reading.wait()
+        self._fail()
+        return [one for one in self.corrections if usable(one)][:count]
 
-    async def append_published(self, row: Any) -> None:
-        await self.append(row)
+    async def prompt(self, run_id: str) -> str | None:
+        return self.prompts.get(run_id)
 
-    async def withdraw(self, feedback_id: str) -> bool:
-        self._happened.log.append(("archive", "withdraw", feedback_id))
-        return feedback_id in self.known
+    async def is_withdrawn(self, feedback_id: str) -> bool:
+        return feedback_id in self.withdrawn
 
-    def refresh_soon(self) -> None:
-        self._happened.log.append(("archive", "refresh_soon", None))
+    async def feedback_transaction(self, feedback_id: str) -> str | None:
+        self._fail()
+        return self.transactions.get(feedback_id)
+
+    async def mean_score_since(self, since: datetime.datetime) -> tuple[float | None, int]:
+        self.since.append(since)
+        self._fail()
+        return self.mean
+
+    def _fail(self) -> None:
+        if self.failure is not None:
+            raise self.failure
 
 
 class FakeMetrics(NoMetrics):
@@ -177,24 +251,31 @@ class FakeMetrics(NoMetrics):
 
 
 class FakeParts:
-    """A sidecar whose models, database and event bus are fakes.
+    """A sidecar whose models, database and event bus are fakes; its services are the real ones.
 
     Attributes:
         sidecar: the real one.
         phi3, hermes: its models.
-        archive: its database.
+        store: its database.
+        bus: its event bus.
         happened: rows, events and metrics, in order.
     """
 
-    def __init__(self, settings: Settings | None = None) -> None:
-        self.happened = Happened()
-        self.phi3, self.hermes = FakeHost(), FakeHost()
-        self.archive = FakeArchive(self.happened)
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        phi3: FakeModel | None = None,
+        hermes: FakeModel | None = None,
+    ) -> None:
         settings = settings or Settings.from_environ({"REDIS_URL": "memory://"})
-        self.sidecar = Sidecar(settings, FakeMetrics(self.happened))
-        self.sidecar.phi3, self.sidecar.hermes = self.phi3.host, self.hermes.host
-        self.sidecar.bus = cast(EventBus, FakeBus(self.happened))
-        self.sidecar.archive = cast(Archive, self.archive)
+        self.happened = Happened()
+        self.phi3, self.hermes = phi3 or FakeModel(), hermes or FakeModel()
+        self.store, self.bus = FakeStore(self.happened), FakeBus(self.happened)
+        metrics = FakeMetrics(self.happened)
+        self.sidecar = Sidecar(settings, models=Models(self.phi3, self.hermes), metrics=metrics)
+        # Builds the services once more, over the fakes.
+        self.sidecar._store, self.sidecar._bus = self.store.store, self.bus.bus
+        self.sidecar._build_services(settings, metrics)
 
 
 def fresh(module: ModuleType) -> ModuleType:

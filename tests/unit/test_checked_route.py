@@ -146,11 +146,11 @@ async def test_the_newest_adapter_is_the_default(
 ) -> None:
     asked = []
 
-    async def swap_adapter(name: str | None) -> datetime.date:
+    async def swap(name: str | None) -> datetime.date:
         asked.append(name)
         return datetime.date(2026, 1, 2)
 
-    monkeypatch.setattr(parts.sidecar, "swap_adapter", swap_adapter)
+    monkeypatch.setattr(parts.sidecar.adapters, "swap", swap)
     response = await asking.post("/adapters/swap", **options)
     assert response.json() == {"status": "ok", "phi3_adapter_date": "2026-01-02"}
     assert asked == [named]

@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 
 from llm_sidecar import hermes_plugin, loader
-from llm_sidecar.deadline import Deadline
-from llm_sidecar.engines import GenerationRequest, Message
-from llm_sidecar.errors import ModelUnavailable, QueueFull
-from tests.unit.fakes import FakeHost, completion
+from llm_sidecar.errors import ModelUnavailable
+from llm_sidecar.models.base import GenerationRequest, Message
 
 PROPOSAL = {"ticker": "ABC", "action": "adjust", "new_stop_pct": 1.5, "rationale": "Größe zählt."}
 CONTEXT = "Long ABC from 100,\nnow 112.5."
@@ -64,66 +62,19 @@ def test_a_free_question_stands_alone() -> None:
     assert asked == [SYSTEM, {"role": "user", "content": "What now?"}]
 
 
+def test_the_tasks_are_these() -> None:
+    assert (hermes_plugin.CRITIQUE_TASK, hermes_plugin.SCORE_TASK) == (CRITICISE, SCORE)
+
+
 def test_the_answers_are_the_numbers_from_0_to_10() -> None:
     assert hermes_plugin.SCORE_ANSWERS == ANSWERS
 
 
-# What is asked of the model
-
-
-async def test_a_free_question_is_generated_without_guidance() -> None:
-    answer = completion("Sell.")
-    fake = FakeHost(answer)
-    assert await hermes_plugin.chat(fake.host, "What now?", max_tokens=12) is answer
-    messages = [SYSTEM, {"role": "user", "content": "What now?"}]
-    assert fake.asked == [GenerationRequest(messages, 12, None, 0.0, None)]
-    # At the deadline, what there is of an answer is better than none.
-    assert fake.partial == [True]
-
-
-async def test_a_free_questions_temperature_is_the_callers() -> None:
-    fake = FakeHost(completion("Sell."))
-    await hermes_plugin.chat(fake.host, "What now?", max_tokens=12, temperature=0.7)
-    messages = [SYSTEM, {"role": "user", "content": "What now?"}]
-    assert fake.asked == [GenerationRequest(messages, 12, None, 0.7, None)]
-
-
-async def test_a_critique_is_asked_in_its_context() -> None:
-    answer = completion("Thin.")
-    fake = FakeHost(answer, answer)
-    assert await hermes_plugin.assess(fake.host, PROPOSAL, CONTEXT, max_tokens=30) is answer
-    deadline = Deadline.after(60)
-    await hermes_plugin.assess(
-        fake.host, PROPOSAL, max_tokens=31, temperature=0.5, deadline=deadline
-    )
-    # Half a critique is none.
-    assert fake.partial == [False, False]
-    assert fake.deadlines == [None, deadline]
-    assert fake.asked == [
-        GenerationRequest(in_context(CRITICISE), 30, None, 0.0, None),
-        GenerationRequest(alone(CRITICISE), 31, None, 0.5, None),
-    ]
-
-
-async def test_a_score_is_read_from_the_probabilities_of_the_answers() -> None:
-    fake = FakeHost(probabilities(_0=0.1, _10=0.9), probabilities(_5=1.0))
-    assert await hermes_plugin.score(fake.host, PROPOSAL, CONTEXT) == pytest.approx(0.9)
-    deadline = Deadline.after(60)
-    scored = await hermes_plugin.score(fake.host, PROPOSAL, deadline=deadline)
-    assert scored == pytest.approx(0.5)
-    assert fake.deadlines == [None, deadline]
-    assert fake.asked == [(in_context(SCORE), ANSWERS), (alone(SCORE), ANSWERS)]
-
-
-async def test_an_error_of_the_model_reaches_the_caller() -> None:
-    fake = FakeHost(*[QueueFull("full", retry_after=3) for _ in range(3)])
-    for asking in (
-        hermes_plugin.chat(fake.host, "What now?", max_tokens=12),
-        hermes_plugin.assess(fake.host, PROPOSAL, max_tokens=12),
-        hermes_plugin.score(fake.host, PROPOSAL),
-    ):
-        with pytest.raises(QueueFull, match="full"):
-            await asking
+def test_the_prefix_is_what_every_question_begins_with() -> None:
+    prefix = hermes_plugin.prefix()
+    assert prefix == GenerationRequest([SYSTEM], 1, None, 0.0, None)
+    assert hermes_plugin.chat_messages("What now?")[:1] == prefix.messages
+    assert hermes_plugin.build_messages("Do it.", PROPOSAL, CONTEXT)[:1] == prefix.messages
 
 
 # The score
@@ -157,25 +108,23 @@ def test_without_any_probability_there_is_no_score(nothing: float) -> None:
         hermes_plugin.expected_score(dict.fromkeys(ANSWERS, nothing))
 
 
-async def test_a_model_that_gives_no_answer_any_probability_is_unavailable() -> None:
-    fake = FakeHost(probabilities())
+def test_a_model_that_gives_no_answer_any_probability_is_unavailable() -> None:
     with pytest.raises(ModelUnavailable) as caught:
-        await hermes_plugin.score(fake.host, PROPOSAL)
+        hermes_plugin.read_score(probabilities())
     assert caught.value.detail == (
         "hermes gave no score: none of the answers 0 to 10 has any probability"
     )
     assert caught.value.retry_after == 1
 
 
-async def test_a_score_of_little_mass_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    fake = FakeHost(probabilities(_4=0.3, _5=0.1), probabilities(_4=0.25, _5=0.25))
-    await hermes_plugin.score(fake.host, PROPOSAL)
+def test_a_score_of_little_mass_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    assert hermes_plugin.read_score(probabilities(_4=0.3, _5=0.1)) == pytest.approx(0.425)
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("WARNING", "hermes gives the answers 0 to 10 a probability of only 0.400")
     ]
     caplog.clear()
     # From a half on it is enough.
-    await hermes_plugin.score(fake.host, PROPOSAL)
+    assert hermes_plugin.read_score(probabilities(_4=0.25, _5=0.25)) == pytest.approx(0.45)
     assert caplog.messages == []
 
 

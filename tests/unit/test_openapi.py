@@ -14,7 +14,6 @@ from llm_sidecar import __version__
 from llm_sidecar.errors import DatabaseUnavailable, DeadlineExceeded, InvalidRequest, QueueFull
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
-from llm_sidecar.telemetry.metrics import NoMetrics
 from osiris.schemas.health import Health
 from osiris.server import create_app
 from tests.unit.asgi import client
@@ -215,7 +214,7 @@ def test_answers_declare_their_headers(document: dict[str, Any]) -> None:
 
 def test_health_has_the_documented_keys_before_the_parts_start() -> None:
     """`tests/live/test_documentation.py` compares a running server's."""
-    health = Sidecar(Settings.from_environ(ENVIRON), NoMetrics()).health()
+    health = Sidecar(Settings.from_environ(ENVIRON)).health.report()
     assert Health.model_validate(health, strict=True).model_dump(mode="json") == health
 
 
@@ -281,7 +280,7 @@ async def test_an_error_is_as_documented(
 ) -> None:
     parts = FakeParts()
     parts.phi3.answers, parts.hermes.answers = list(phi3), list(hermes)
-    parts.archive.failure = AWAY if path == "/feedback/phi3/" else None
+    parts.store.full = AWAY if path == "/feedback/phi3/" else None
     app = create_app(Settings.from_environ(ENVIRON))
     app.state.sidecar = parts.sidecar
     async with client(app) as asking:

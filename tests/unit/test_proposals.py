@@ -1,4 +1,4 @@
-"""The proposal's schemas, its prompt, and how it is asked for: to the letter.
+"""The proposal's schemas and its prompt: to the letter.
 
 `tests/integration/test_proposals.py` shows that a decoder under guidance writes nothing else.
 """
@@ -6,19 +6,16 @@
 from __future__ import annotations
 
 import json
-import time
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from llm_sidecar import proposals
-from llm_sidecar.deadline import Deadline
-from llm_sidecar.engines import GenerationRequest
-from llm_sidecar.errors import DeadlineExceeded, InvalidRequest, ModelUnavailable
+from llm_sidecar.errors import InvalidRequest
+from llm_sidecar.models.base import GenerationRequest
 from llm_sidecar.proposals import Example, Proposal
-from tests.unit.fakes import FakeHost, completion, fresh
+from tests.unit.fakes import fresh
 
 VALID: dict[str, Any] = {
     "ticker": "ABC",
@@ -231,192 +228,10 @@ def test_what_every_prompt_begins_with_is_all_but_the_context() -> None:
     )
 
 
-# Asking
-
-
-def request(
-    examples: list[Example], max_tokens: int, temperature: float, prompt: str = "now"
-) -> GenerationRequest:
-    messages = proposals.build_messages(prompt, examples)
-    return GenerationRequest(messages, max_tokens, proposals.GUIDANCE, temperature, None)
-
-
-async def test_phi3_is_asked_under_guidance_with_the_examples() -> None:
-    answer = completion(WRITTEN)
-    fake = FakeHost(answer)
-    deadline = Deadline.after(60)
-    made = await proposals.propose(
-        fake.host, "now", EXAMPLES, max_tokens=300, temperature=0.5, deadline=deadline
-    )
-    assert (made.proposal, made.completion) == (VALID, answer)
-    assert fake.asked == [request(EXAMPLES, 300, 0.5)]
-    assert (fake.deadlines, fake.partial) == ([deadline], [False])
-
-
-async def test_unless_told_otherwise_it_is_greedy_and_takes_256_tokens() -> None:
-    fake = FakeHost(completion(WRITTEN))
-    await proposals.propose(fake.host, "now")
-    assert fake.asked == [request([], 256, 0.0)]
-
-
-async def test_too_small_a_budget_is_refused_before_the_model_is_asked() -> None:
-    fake = FakeHost()
-    with pytest.raises(InvalidRequest, match="max_length"):
-        await proposals.propose(fake.host, "now", max_tokens=LEAST - 1)
-    assert fake.asked == []
-
-
-async def test_examples_that_do_not_fit_beside_a_prompt_are_left_out(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    answer = completion(WRITTEN)
-    fake = FakeHost(InvalidRequest("too long"), answer)
-    deadline = Deadline.after(60)
-    made = await proposals.propose(
-        fake.host, "now", EXAMPLES, max_tokens=300, temperature=0.5, deadline=deadline
-    )
-    assert (made.proposal, made.completion) == (VALID, answer)
-    assert fake.asked == [request(EXAMPLES, 300, 0.5), request([], 300, 0.5)]
-    assert fake.deadlines == [deadline, deadline]
-    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("WARNING", "the few-shot examples do not fit the context beside a long prompt")
-    ]
-
-
-async def test_a_prompt_that_does_not_fit_alone_is_refused() -> None:
-    fake = FakeHost(InvalidRequest("too long"), InvalidRequest("still too long"))
-    with pytest.raises(InvalidRequest, match=r"^too long$"):
-        await proposals.propose(fake.host, "now")
-    fake = FakeHost(InvalidRequest("too long"), InvalidRequest("still too long"))
-    with pytest.raises(InvalidRequest, match=r"^still too long$"):
-        await proposals.propose(fake.host, "now", EXAMPLES)
-    assert len(fake.asked) == 2
-
-
-async def test_another_error_is_not_tried_again_without_the_examples() -> None:
-    fake = FakeHost(DeadlineExceeded("late"))
-    with pytest.raises(DeadlineExceeded, match=r"^late$"):
-        await proposals.propose(fake.host, "now", EXAMPLES)
-    assert len(fake.asked) == 1
-
-
-@pytest.mark.parametrize("text", [WRITTEN[:-1], "Buy it.", "", WRITTEN.replace("adjust", "buy")])
-async def test_what_is_no_valid_proposal_never_comes_back(
-    text: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    fake = FakeHost(completion(text))
-    with pytest.raises(ModelUnavailable) as caught:
-        await proposals.propose(fake.host, "now")
-    assert caught.value.detail == (
-        "phi3 wrote something that is no valid proposal, so nothing is returned; "
-        "check the model with another prompt."
-    )
-    assert caught.value.retry_after == 1
-    # Neither the error's cause nor the log quotes what it wrote.
-    assert caught.value.__suppress_context__
-    assert caplog.messages == ["phi3 broke the proposal schema under guidance: ValidationError"]
-
-
 # Grounding
 
 
 CONTEXT = "Long ABC from 100, now 112.5; XYZ is quiet."
-GROUNDED = VALID | {"rationale": "ABC is at 112.5."}
-MADE_UP = VALID | {"ticker": "NEW", "rationale": "RSI is at 78."}
-
-
-async def test_what_is_not_grounded_is_named() -> None:
-    fake = FakeHost(completion(json.dumps(GROUNDED)), completion(json.dumps(MADE_UP)))
-    made = await proposals.propose(fake.host, CONTEXT)
-    assert (made.ungrounded, made.grounded) == ((), "true")
-    made = await proposals.propose(fake.host, CONTEXT)
-    assert (made.ungrounded, made.grounded) == (("ticker", "rationale"), "ticker,rationale")
-    assert len(fake.asked) == 2
-
-
-def retried(tickers: list[str]) -> GenerationRequest:
-    first = request(EXAMPLES, 300, 0.5, CONTEXT)
-    guidance = proposals.grounded_guidance(CONTEXT, tickers)
-    return replace(first, guidance=guidance, seed=0)
-
-
-async def propose_again(fake: FakeHost, deadline: Deadline | None = None) -> proposals.Proposed:
-    return await proposals.propose(
-        fake.host,
-        CONTEXT,
-        EXAMPLES,
-        max_tokens=300,
-        temperature=0.5,
-        deadline=deadline,
-        retry=True,
-    )
-
-
-async def test_an_ungrounded_proposal_is_retried_under_the_guidance_of_its_context() -> None:
-    better = completion(json.dumps(GROUNDED))
-    fake = FakeHost(completion(json.dumps(MADE_UP)), better)
-    made = await propose_again(fake)
-    assert (made.proposal, made.completion, made.grounded) == (GROUNDED, better, "true")
-    # The ticker is none of the context's, so it is no choice.
-    assert fake.asked == [request(EXAMPLES, 300, 0.5, CONTEXT), retried([])]
-    assert fake.deadlines == [None, None]
-
-
-async def test_a_ticker_that_the_context_has_stays_a_choice() -> None:
-    written = VALID | {"ticker": "quiet", "rationale": "RSI is at 78."}
-    fake = FakeHost(completion(json.dumps(written)), completion(json.dumps(MADE_UP)))
-    made = await propose_again(fake)
-    assert fake.asked[1] == retried(["quiet"])
-    # It is asked for once more, and then reported.
-    assert made.ungrounded == ("ticker", "rationale")
-    assert len(fake.asked) == 2
-
-
-async def test_what_is_grounded_is_not_asked_for_again() -> None:
-    fake = FakeHost(completion(json.dumps(GROUNDED)))
-    assert (await propose_again(fake)).grounded == "true"
-    assert len(fake.asked) == 1
-
-
-async def test_a_context_without_a_ticker_has_no_guidance_to_ask_with() -> None:
-    fake = FakeHost(completion(json.dumps(MADE_UP)))
-    made = await proposals.propose(fake.host, "12,5 %", retry=True)
-    assert made.proposal == MADE_UP
-    assert len(fake.asked) == 1
-
-
-async def test_a_retry_has_half_of_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    fake = FakeHost(completion(json.dumps(MADE_UP)), completion(json.dumps(GROUNDED)))
-    deadline = Deadline(now - 20.0, 60.0)
-    await propose_again(fake, deadline)
-    assert fake.deadlines == [deadline, Deadline(now, 20.0)]
-
-
-@pytest.mark.parametrize("failure", [DeadlineExceeded("late"), InvalidRequest("too long"), "{"])
-async def test_a_retry_that_fails_leaves_the_first_proposal(
-    failure: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    second = completion(failure) if isinstance(failure, str) else failure
-    kind = "ModelUnavailable" if isinstance(failure, str) else type(failure).__name__
-    fake = FakeHost(completion(json.dumps(MADE_UP)), second)
-    made = await propose_again(fake)
-    assert (made.proposal, made.grounded) == (MADE_UP, "ticker,rationale")
-    assert caplog.messages[-1] == f"the retry of an ungrounded proposal failed: {kind}"
-
-
-async def test_a_retry_beside_a_long_prompt_has_no_examples_either() -> None:
-    fake = FakeHost(
-        InvalidRequest("too long"),
-        completion(json.dumps(MADE_UP)),
-        completion(json.dumps(GROUNDED)),
-    )
-    assert (await propose_again(fake)).proposal == GROUNDED
-    messages = proposals.build_messages(CONTEXT)
-    again = fake.asked[2]
-    assert isinstance(again, GenerationRequest)
-    assert again.messages == messages
 
 
 def test_a_contexts_guidance_offers_its_tickers_and_numbers() -> None:

@@ -8,17 +8,17 @@ from typing import Any
 
 import httpx
 import pytest
-from llm_sidecar.services.examples import Outcome
 
 from llm_sidecar import hermes_plugin
-from llm_sidecar.db import Correction
+from llm_sidecar.db import Correction, Phi3FeedbackSchema
 from llm_sidecar.errors import DatabaseUnavailable, QueueFull
+from llm_sidecar.services.example_rules import Outcome
 from llm_sidecar.settings import Settings
 from osiris.server import create_app
 from tests.unit.asgi import client
-from tests.unit.fakes import FakeParts
+from tests.unit.fakes import FakeParts, scores
 
-SURE = dict.fromkeys(hermes_plugin.SCORE_ANSWERS, 0.0) | {"0": 0.25, "10": 0.75}
+SURE = scores(_0=0.25, _10=0.75)
 CORRECTED: dict[str, Any] = {
     "ticker": "ABC",
     "action": "pass",
@@ -86,7 +86,7 @@ async def test_a_score_that_is_not_stored_has_x_stored_false(
     parts.hermes.answers = [SURE, SURE]
     response = await asking.post("/score/hermes/", json={"proposal": CORRECTED})
     assert "X-Stored" not in response.headers
-    parts.archive.failure = DatabaseUnavailable("The disk is full.")
+    parts.store.full = DatabaseUnavailable("The disk is full.")
     response = await asking.post("/score/hermes/", json={"proposal": CORRECTED})
     assert (response.status_code, response.json()["score"]) == (200, 0.75)
     assert response.headers["X-Stored"] == "false"
@@ -156,11 +156,20 @@ MESSAGES = {
 }
 
 
+def outcome_is(parts: FakeParts, outcome: Outcome) -> None:
+    """Every feedback has this outcome."""
+
+    async def given(feedback: Phi3FeedbackSchema) -> Outcome:
+        return outcome
+
+    parts.sidecar.few_shot.outcome = given  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize("outcome", MESSAGES)
 async def test_the_answer_says_whether_a_correction_is_an_example(
     asking: httpx.AsyncClient, parts: FakeParts, outcome: Outcome
 ) -> None:
-    parts.archive.outcome = outcome
+    outcome_is(parts, outcome)
     sent = FEEDBACK | {"corrected_proposal": CORRECTED}
     response = await asking.post("/feedback/phi3/", json=sent)
     assert response.json() == {"message": MESSAGES[outcome], "transaction_id": "t-1"}
@@ -178,7 +187,6 @@ async def test_the_answer_says_whether_a_correction_is_an_example(
 async def test_the_answer_names_the_invalid_fields_of_a_correction(
     asking: httpx.AsyncClient, parts: FakeParts, corrected: dict[str, Any], fields: str
 ) -> None:
-    parts.archive.outcome = Outcome.INVALID
     sent = FEEDBACK | {"corrected_proposal": corrected}
     response = await asking.post("/feedback/phi3/", json=sent)
     assert response.json()["message"] == (
@@ -194,7 +202,7 @@ def test_every_outcome_has_its_message() -> None:
 async def test_feedback_that_cannot_be_stored_is_503(
     asking: httpx.AsyncClient, parts: FakeParts
 ) -> None:
-    parts.archive.failure = DatabaseUnavailable("The disk is full.", retry_after=5)
+    parts.store.full = DatabaseUnavailable("The disk is full.", retry_after=5)
     response = await asking.post("/feedback/phi3/", json=FEEDBACK)
     assert response.status_code == 503
     assert response.headers["Retry-After"] == "5"
@@ -206,7 +214,7 @@ async def test_feedback_that_cannot_be_stored_is_503(
 async def test_feedback_is_withdrawn_by_its_id(
     asking: httpx.AsyncClient, parts: FakeParts, feedback_id: str
 ) -> None:
-    parts.archive.known = {feedback_id}
+    parts.store.transactions = {feedback_id: "t-1"}
     for _ in range(2):
         response = await asking.delete(f"/feedback/{feedback_id}")
         assert response.status_code == 200
@@ -250,13 +258,13 @@ async def test_the_examples_in_use_are_listed_oldest_first_in_pages(
     numbers: list[int],
     following: str | None,
 ) -> None:
-    parts.archive.corrections = used(3)
+    parts.sidecar.few_shot.corrections = used(3)
     response = await asking.get(f"/examples/{query}")
     assert response.json() == {"items": [item(n) for n in numbers], "next": following}
 
 
 async def test_an_unknown_page_is_422(asking: httpx.AsyncClient, parts: FakeParts) -> None:
-    parts.archive.corrections = used(3)
+    parts.sidecar.few_shot.corrections = used(3)
     response = await asking.get("/examples/?before=f-9")
     assert response.status_code == 422
     assert response.json() == {

@@ -78,9 +78,9 @@ async def test_head_has_the_status_and_the_headers_of_get(
     path: str,
     slash: str,
 ) -> None:
-    monkeypatch.setattr(parts.sidecar, "health", lambda: {"status": "ok"})
-    monkeypatch.setattr(parts.sidecar, "missing", lambda: {"phi3": "It is loading."})
-    parts.archive.corrections = (Correction("prompt", {"n": 1}, "t-1", "f-1"),)
+    monkeypatch.setattr(parts.sidecar.health, "report", lambda: {"status": "ok"})
+    monkeypatch.setattr(parts.sidecar.health, "missing", lambda: {"phi3": "It is loading."})
+    parts.sidecar.few_shot.corrections = (Correction("prompt", {"n": 1}, "t-1", "f-1"),)
     get = await asking.get(path + slash, headers=DESK)
     head = await asking.head(path + slash, headers=DESK)
     expected = {"/health/ready": 503, "/debug/prof": 404}.get(path, 200)

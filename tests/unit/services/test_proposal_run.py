@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from llm_sidecar.db import HermesScoreSchema, OrchestratorRunSchema, ProposalSchema
-from llm_sidecar.models.local.model import Completion
+from llm_sidecar.models.base import Completion
 from llm_sidecar.proposals import Proposed
-from llm_sidecar.services.proposal_run import ProposalRun, Row
+from llm_sidecar.services.proposal_run import ProposalRun
+from llm_sidecar.services.rows import Row
 
 PROPOSAL = {"ticker": "ABC", "action": "pass", "confidence": 0.5, "rationale": "Nothing to do."}
 

@@ -6,11 +6,17 @@ import json
 from typing import Any, Final
 
 import pytest
-from llm_sidecar.services.examples import Outcome, choose, proposal_refusal, refusal, token_bound
 
 from llm_sidecar.db import Correction
 from llm_sidecar.proposals import Example
-from llm_sidecar.services import examples
+from llm_sidecar.services import example_rules
+from llm_sidecar.services.example_rules import (
+    Outcome,
+    proposal_refusal,
+    refusal,
+    select,
+    token_bound,
+)
 
 GOOD: Final[dict[str, Any]] = {
     "ticker": "ABC",
@@ -42,10 +48,10 @@ def rationale(characters: int) -> str:
 
 def test_the_bounds_are_the_documented_ones() -> None:
     bounds: list[float] = [
-        examples.EXAMPLE_PROMPT_CHARS,
-        examples.MAX_PROPOSAL_CHARS,
-        examples.MAX_TOKENS,
-        examples.CONTEXT_SHARE,
+        example_rules.EXAMPLE_PROMPT_CHARS,
+        example_rules.MAX_PROPOSAL_CHARS,
+        example_rules.MAX_TOKENS,
+        example_rules.CONTEXT_SHARE,
     ]
     assert bounds == [2000, 500, 3000, 0.5]
 
@@ -109,12 +115,12 @@ def test_an_example_takes_at_most_half_of_the_context() -> None:
 
 
 def chosen(newest_first: list[Correction], count: int, context_length: int) -> list[str]:
-    return [used.feedback_id for used in choose(newest_first, count, context_length)]
+    return [used.feedback_id for used in select(newest_first, count, context_length)]
 
 
 def test_the_newest_come_oldest_first() -> None:
     newest_first = [correction(number=number) for number in (4, 3, 2, 1)]
-    assert choose(newest_first, 3, PLENTY) == tuple(reversed(newest_first[:3]))
+    assert select(newest_first, 3, PLENTY) == tuple(reversed(newest_first[:3]))
     assert chosen(newest_first, 3, PLENTY) == ["f-2", "f-3", "f-4"]
     assert chosen(newest_first, 0, PLENTY) == []
     assert chosen(newest_first, 9, PLENTY) == ["f-1", "f-2", "f-3", "f-4"]

@@ -1,0 +1,277 @@
+"""Feedback: stored, published, withdrawn; and feedback that another service publishes."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from typing import Any
+
+import pytest
+
+from llm_sidecar.db import Correction, Phi3FeedbackSchema
+from llm_sidecar.errors import DatabaseUnavailable, NotFound
+from llm_sidecar.input_model import longest_payload
+from llm_sidecar.services.example_rules import Outcome
+from tests.unit.fakes import FakeParts
+from tests.unit.services.samples import PROPOSAL, parts, without
+
+
+def feedback() -> Phi3FeedbackSchema:
+    return Phi3FeedbackSchema(
+        transaction_id="t-1",
+        timestamp="2026-01-02T03:04:05Z",
+        feedback_type="correction",
+        feedback_content={"why": "too tight"},
+        corrected_proposal=PROPOSAL,
+    )
+
+
+async def test_feedback_is_stored_and_then_published() -> None:
+    made = parts()
+    made.store.corrections = [Correction("Long ABC.", PROPOSAL, "t-1", "f-1")]
+    sent = feedback().model_copy(update={"feedback_id": "f-1"})
+    feedback_id, outcome = await made.sidecar.feedback.submit(sent)
+    assert (feedback_id, outcome) == ("f-1", Outcome.EXAMPLE)
+    assert [(kind, name) for kind, name, _ in made.happened.log] == [
+        ("row", "Phi3FeedbackSchema"),
+        ("event", "phi3.feedback.submitted"),
+    ]
+    ((_, row),), ((_, event),) = made.happened.of("row"), made.happened.of("event")
+    expected = {
+        "feedback_id": feedback_id,
+        "transaction_id": "t-1",
+        "timestamp": "2026-01-02T03:04:05Z",
+        "feedback_type": "correction",
+        "feedback_content": {"why": "too tight"},
+        "corrected_proposal": PROPOSAL,
+        "schema_version": "1.0",
+    }
+    assert row["feedback_id"] == feedback_id
+    assert without(event, "stored_in") == expected
+
+
+async def test_the_author_is_stored_and_published() -> None:
+    made = parts()
+    await made.sidecar.feedback.submit(feedback(), "desk")
+    ((_, row),), ((_, event),) = made.happened.of("row"), made.happened.of("event")
+    assert (row["author"], event["author"]) == ("desk", "desk")
+
+
+async def test_the_event_names_the_database_that_stores_the_feedback() -> None:
+    made = parts()
+    await made.sidecar.feedback.submit(feedback())
+    await made.sidecar.feedback.submit(feedback())
+    made.store.database_id = "d-1"
+    await made.sidecar.feedback.submit(feedback())
+    one, again, known = (event["stored_in"] for _, event in made.happened.of("event"))
+    # Until the database's id is known, the sidecar's own stands for it.
+    assert one == again
+    assert len(one) == 32
+    assert known == "d-1"
+
+
+async def test_feedback_that_is_not_stored_is_not_published() -> None:
+    made = parts()
+    made.store.full = DatabaseUnavailable("The disk is full.")
+    with pytest.raises(DatabaseUnavailable, match=r"The disk is full\."):
+        await made.sidecar.feedback.submit(feedback())
+    assert made.happened.log == []
+
+
+# Withdrawing
+
+
+async def test_feedback_can_be_withdrawn() -> None:
+    made = parts()
+    made.store.transactions = {"f-1": "t-1"}
+    await made.sidecar.feedback.withdraw("f-1")
+    ((name, row),) = made.happened.of("row")
+    assert name == "FeedbackWithdrawalSchema"
+    assert (row["feedback_id"], row["transaction_id"]) == ("f-1", "t-1")
+    with pytest.raises(NotFound) as caught:
+        await made.sidecar.feedback.withdraw("f-2")
+    assert caught.value.detail == "There is no feedback with this feedback_id."
+    assert len(made.store.rows) == 1
+    assert made.happened.of("event") == []
+
+
+def in_use(made: FakeParts, *names: str) -> None:
+    """These are the few-shot examples."""
+    made.store.corrections = [Correction("Long ABC.", PROPOSAL, f"t-{n}", f"f-{n}") for n in names]
+    made.sidecar.few_shot.corrections = tuple(reversed(made.store.corrections))
+
+
+def used(made: FakeParts) -> list[str]:
+    return [correction.feedback_id for correction in made.sidecar.few_shot.corrections]
+
+
+async def test_another_correction_replaces_a_withdrawn_example() -> None:
+    made = parts()
+    in_use(made, "B", "A")
+    made.store.corrections = [Correction("x", PROPOSAL, f"t-{n}", f"f-{n}") for n in ("A", "0")]
+    await made.sidecar.feedback.withdraw("f-B")
+    assert used(made) == ["f-0", "f-A"]
+    ((_, row),) = made.happened.of("row")
+    assert (row["feedback_id"], row["transaction_id"]) == ("f-B", "t-B")
+
+
+async def test_an_example_can_be_withdrawn_while_the_database_is_away() -> None:
+    made = parts()
+    in_use(made, "B", "A")
+    made.store.failure = DatabaseUnavailable("It cannot be read.")
+    await made.sidecar.feedback.withdraw("f-B")
+    assert used(made) == ["f-A"]
+    assert [name for name, _ in made.happened.of("row")] == ["FeedbackWithdrawalSchema"]
+    with pytest.raises(DatabaseUnavailable, match=r"It cannot be read\."):
+        await made.sidecar.feedback.withdraw("f-R")
+    assert len(made.store.rows) == 1
+
+
+async def test_a_withdrawal_that_is_not_stored_changes_nothing() -> None:
+    made = parts()
+    in_use(made, "A")
+    made.store.full = DatabaseUnavailable("The disk is full.")
+    with pytest.raises(DatabaseUnavailable, match=r"The disk is full\."):
+        await made.sidecar.feedback.withdraw("f-A")
+    assert used(made) == ["f-A"]
+
+
+# Feedback that another service publishes
+
+PUBLISHED: dict[str, Any] = {
+    "transaction_id": "t-1",
+    "feedback_type": "rating",
+    "feedback_content": "good",
+}
+
+
+async def receive(made: FakeParts, payload: str) -> None:
+    """As the event bus does it."""
+    await made.sidecar.feedback.subscribe()
+    await made.bus.subscribers["phi3.feedback.submitted"](payload)
+
+
+async def test_a_publisher_cannot_write_in_the_name_of_an_api_key() -> None:
+    made = parts()
+    await receive(made, json.dumps(PUBLISHED | {"author": "desk"}))
+    ((_, row),) = made.happened.of("row")
+    assert row["author"] is None
+    assert made.happened.of("refusal") == []
+
+
+@pytest.mark.parametrize(
+    "given", [{"timestamp": "2026-01-02T03:04:05Z"}, {"feedback_id": "f-1"}, {}]
+)
+async def test_what_another_service_publishes_is_stored(given: dict[str, Any]) -> None:
+    made = parts()
+    await receive(made, json.dumps(PUBLISHED | given))
+    ((_, row),) = made.happened.of("row")
+    assert {name: row[name] for name in PUBLISHED} == PUBLISHED
+    assert row["feedback_id"] == given.get("feedback_id", row["feedback_id"])
+    # It is out already.
+    assert made.happened.of("event") == []
+
+
+@pytest.mark.parametrize("given", [{}, {"timestamp": None}])
+async def test_without_a_time_its_id_follows_from_the_message(given: dict[str, Any]) -> None:
+    """Each sidecar that receives it gives it a time of its own, and all of them the same id."""
+    made, payload = parts(), json.dumps(PUBLISHED | given)
+    await receive(made, payload)
+    ((_, row),) = made.happened.of("row")
+    assert row["feedback_id"] == hashlib.sha256(payload.encode()).hexdigest()
+
+
+async def test_with_a_time_its_id_follows_from_what_it_says() -> None:
+    made = parts()
+    timed = PUBLISHED | {"timestamp": "2026-01-02T03:04:05Z"}
+    await receive(made, json.dumps(timed))
+    await receive(made, json.dumps(timed, indent=1))
+    (_, one), (_, other) = made.happened.of("row")
+    assert one["feedback_id"] == other["feedback_id"]
+
+
+@pytest.mark.parametrize("stored_in", ["ours", "d-1"])
+async def test_feedback_of_the_same_database_is_not_stored_and_refreshes_the_examples(
+    stored_in: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = parts()
+    await made.sidecar.feedback.submit(feedback())
+    ((_, event),) = made.happened.of("event")
+    made.store.database_id = "d-1"
+    made.happened.log.clear()
+    refreshes: list[bool] = []
+    monkeypatch.setattr(made.sidecar.few_shot, "refresh_soon", lambda: refreshes.append(True))
+    name = event["stored_in"] if stored_in == "ours" else stored_in
+    await receive(made, json.dumps(event | {"stored_in": name}))
+    assert (made.happened.log, refreshes) == ([], [True])
+
+
+@pytest.mark.parametrize("stored_in", ["d-2", "", None])
+async def test_what_is_in_another_database_is_stored(stored_in: str | None) -> None:
+    made = parts()
+    await receive(made, json.dumps(PUBLISHED | {"stored_in": stored_in}))
+    assert [kind for kind, *_ in made.happened.log] == ["row"]
+
+
+@pytest.mark.parametrize("counts", [False, True])
+async def test_the_examples_are_read_again_where_published_feedback_can_be_one(
+    counts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = parts(proposals={"examples_from_bus": counts})
+    refreshes: list[bool] = []
+    monkeypatch.setattr(made.sidecar.few_shot, "refresh_soon", lambda: refreshes.append(True))
+    await receive(made, json.dumps(PUBLISHED))
+    assert len(made.happened.of("row")) == 1
+    assert refreshes == [True] * counts
+
+
+REFUSED = {
+    "": ": Invalid JSON: EOF while parsing a value at line 1 column 0",
+    "[]": ": Input should be a valid dictionary or instance of PublishedFeedback",
+    '{"transaction_id": "t"}': "feedback_type: Field required; feedback_content: Field required",
+}
+
+
+@pytest.mark.parametrize("payload", REFUSED)
+async def test_what_is_no_feedback_is_refused_with_the_reason(payload: str) -> None:
+    made = parts()
+    await receive(made, payload)
+    reason = REFUSED[payload].removeprefix(": ")
+    assert made.happened.log == [("refusal", "phi3.feedback.submitted", reason)]
+
+
+async def test_feedback_that_is_too_long_is_refused() -> None:
+    made = parts(limits={"max_prompt_chars": 100})
+    await receive(made, json.dumps(PUBLISHED | {"feedback_content": "x" * 101}))
+    await receive(made, json.dumps(PUBLISHED | {"feedback_content": "x" * 100}))
+    longest = longest_payload(100)
+    await receive(made, " " * longest + json.dumps(PUBLISHED))
+    padding = " " * (longest - len(json.dumps(PUBLISHED)))
+    await receive(made, padding + json.dumps(PUBLISHED))
+    reason = "feedback_content: Text is too long; MAX_PROMPT_CHARS takes 100 characters"
+    assert [(kind, name) for kind, name, _ in made.happened.log] == [
+        ("refusal", "phi3.feedback.submitted"),
+        ("row", "PublishedFeedback"),
+        ("refusal", "phi3.feedback.submitted"),
+        ("row", "PublishedFeedback"),
+    ]
+    assert [reason for _, reason in made.happened.of("refusal")] == [reason, "it is too long"]
+
+
+async def test_feedback_waits_for_a_database_that_is_away_and_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, pauses = parts(), []
+    made.store.full = DatabaseUnavailable("The disk is full.")
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            made.store.full = None
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    await receive(made, json.dumps(PUBLISHED))
+    assert pauses == [1.0, 1.0, 1.0]
+    assert caplog.messages == ["feedback of another service waits: The disk is full."]
+    assert len(made.happened.of("row")) == 1

@@ -1,0 +1,112 @@
+"""The state of the sidecar, from the states of its parts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.models.base import Adapter, ModelStatus
+from tests.unit.fakes import FakeParts
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> FakeParts:
+    """A sidecar of which every part works."""
+    made = FakeParts()
+    monkeypatch.setattr(made.sidecar.speaker, "available", lambda: True)
+    return made
+
+
+def lose(parts: FakeParts, *names: str) -> None:
+    for name in names:
+        if name == "database":
+            parts.store.full = DatabaseUnavailable("The disk is full.")
+        elif name == "closed database":
+            parts.store.is_away = True
+        elif name == "redis":
+            parts.bus.connected = False
+        else:
+            model = getattr(parts, name)
+            model.state = replace(model.state, not_ready=f"{name} is loading.")
+
+
+@pytest.mark.parametrize(
+    ("lost", "status", "missing"),
+    [
+        ((), "ok", {}),
+        (("phi3",), "partial_error", {"phi3": "phi3 is loading."}),
+        (("hermes",), "partial_error", {"hermes": "hermes is loading."}),
+        (
+            ("phi3", "hermes"),
+            "error",
+            {"phi3": "phi3 is loading.", "hermes": "hermes is loading."},
+        ),
+        (("database",), "partial_error", {"database": "The disk is full."}),
+        # Rows and events wait for these.
+        (("closed database",), "partial_error", {}),
+        (("redis",), "partial_error", {}),
+    ],
+)
+def test_the_status_follows_from_what_is_missing(
+    parts: FakeParts, lost: tuple[str, ...], status: str, missing: dict[str, str]
+) -> None:
+    lose(parts, *lost)
+    health = parts.sidecar.health
+    assert (health.status(), health.missing()) == (status, missing)
+    assert health.report()["status"] == status
+
+
+def test_without_a_voice_it_is_partial(parts: FakeParts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts.sidecar.speaker, "available", lambda: False)
+    assert (parts.sidecar.health.status(), parts.sidecar.health.missing()) == ("partial_error", {})
+
+
+def test_the_report_shows_each_model_without_its_readiness(parts: FakeParts) -> None:
+    parts.phi3.state = ModelStatus(
+        model="phi3/fake",
+        adapter=Adapter(Path("/adapters/20260102")),
+        runtime="fake",
+        device="cuda",
+        pid=7,
+        restarts=1,
+        completion_tokens_total=40,
+        requests=3,
+        queue_length=8,
+        running=2,
+    )
+    parts.hermes.state = ModelStatus("failed", "it is not there", "it is not there")
+    report = parts.sidecar.health.report()
+    assert (report["phi3_loaded"], report["hermes_loaded"]) == (True, False)
+    assert (report["device"], report["phi3_adapter_date"]) == ("cuda", "2026-01-02")
+    expected: dict[str, Any] = {
+        "state": "ready",
+        "reason": None,
+        "model": "phi3/fake",
+        "adapter": "20260102",
+        "runtime": "fake",
+        "device": "cuda",
+        "pid": 7,
+        "restarts": 1,
+        "completion_tokens_total": 40,
+        "requests": 3,
+        "queue_length": 8,
+        "running": 2,
+    }
+    shown = report["models"]
+    assert (shown["phi3"], list(shown["phi3"])) == (expected, list(expected))
+    assert (shown["hermes"]["state"], shown["hermes"]["reason"]) == ("failed", "it is not there")
+    assert list(shown["hermes"]) == list(expected)
+
+
+def test_the_report_has_the_mean_score_and_the_states_of_the_parts(parts: FakeParts) -> None:
+    rows = parts.sidecar._rows
+    rows.mean_score, rows.num_scores = 0.25, 4
+    report = parts.sidecar.health.report()
+    assert report["mean_hermes_score_last_24h"] == 0.25
+    assert report["num_hermes_scores_last_24h"] == 4
+    assert (report["database"], report["event_bus"]) == ({"state": "fake"}, {"state": "fake"})
+    assert (report["device"], report["phi3_adapter_date"]) == ("auto", None)

@@ -1,0 +1,374 @@
+"""A run: which model is asked what, which rows and events follow, and how it ends early."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from typing import Any
+
+import pytest
+
+from llm_sidecar import hermes_plugin, proposals
+from llm_sidecar.db import Correction
+from llm_sidecar.deadline import Deadline
+from llm_sidecar.errors import (
+    DatabaseUnavailable,
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelUnavailable,
+    QueueFull,
+    SidecarError,
+)
+from llm_sidecar.models.base import Delta, GenerationRequest
+from llm_sidecar.proposals import Proposed
+from llm_sidecar.services.orchestrate import AssessedProposal
+from tests.unit.fakes import FakeParts, PausedModel, last_of, until
+from tests.unit.services.samples import (
+    CRITIQUE,
+    PROMPT,
+    PROPOSAL,
+    UNGROUNDED,
+    WRITTEN,
+    parts,
+    without,
+)
+
+
+async def propose(made: FakeParts) -> AssessedProposal:
+    return await last_of(made.sidecar.orchestrator.propose(PROMPT, 300), AssessedProposal)
+
+
+async def test_phi3_is_asked_with_the_examples_oldest_first() -> None:
+    made = parts(models={"phi3_temperature": 0.4})
+    made.sidecar.few_shot.corrections = (
+        Correction("older", {"ticker": "A"}, "t-1", "f-1"),
+        Correction("newer", {"ticker": "B"}, "t-2", "f-2"),
+    )
+    await propose(made)
+    messages = proposals.build_messages(PROMPT, made.sidecar.few_shot.examples)
+    assert [turn["content"] for turn in messages[1:]] == [
+        *("older", '{"ticker":"A"}', "newer", '{"ticker":"B"}', PROMPT)
+    ]
+    assert made.phi3.asked == [GenerationRequest(messages, 300, proposals.GUIDANCE, 0.4)]
+
+
+async def test_hermes_is_asked_for_a_critique_and_then_for_a_score() -> None:
+    made = parts(models={"hermes_temperature": 0.6})
+    await propose(made)
+    critique = hermes_plugin.build_messages(hermes_plugin.CRITIQUE_TASK, PROPOSAL, PROMPT)
+    score = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, PROPOSAL, PROMPT)
+    assert made.hermes.asked == [
+        GenerationRequest(critique, 300, None, 0.6),
+        (score, hermes_plugin.SCORE_ANSWERS),
+    ]
+
+
+async def test_the_result_is_what_the_models_gave() -> None:
+    result = await propose(parts())
+    assert isinstance(result.transaction_id, uuid.UUID)
+    assert (result.proposal, result.completion) == (PROPOSAL, WRITTEN)
+    assert (result.assessment, result.score) == (CRITIQUE, 0.75)
+    assert (result.grounded, result.stored) == ("true", True)
+
+
+async def test_it_leaves_a_run_a_score_and_a_proposal() -> None:
+    made = parts()
+    name = str((await propose(made)).transaction_id)
+    rows = dict(made.happened.of("row"))
+    assert len(made.happened.of("row")) == len(rows) == 3
+    run = rows["OrchestratorRunSchema"]
+    assert json.loads(run["final_output"]) == {
+        "proposal": PROPOSAL,
+        "assessment": "The target is thin.",
+        "score": 0.75,
+    }
+    assert without(run, "timestamp", "row_id", "final_output") == {
+        "run_id": name,
+        "input_query": PROMPT,
+        "status": "success",
+        "error_message": None,
+    }
+    assert without(rows["HermesScoreSchema"], "timestamp", "row_id") == {
+        "run_id": name,
+        "score": 0.75,
+        "rationale": "The target is thin.",
+    }
+    expected = {
+        "transaction_id": name,
+        "prompt": PROMPT,
+        "proposal": proposals.dumps(PROPOSAL),
+        "assessment": "The target is thin.",
+        "score": 0.75,
+        "model": "phi3/fake",
+        "adapter": "20260102",
+        "grounded": "true",
+    }
+    assert {column: rows["ProposalSchema"][column] for column in expected} == expected
+
+
+async def test_its_latencies_are_those_of_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead = 0.0
+    real = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: real() + ahead)
+
+    def take(*seconds: float) -> Any:
+        left = list(seconds)
+
+        def pass_time() -> None:
+            nonlocal ahead
+            ahead += left.pop(0)
+
+        return pass_time
+
+    made = parts()
+    made.phi3.before_answer, made.hermes.before_answer = take(10), take(5, 20)
+    await propose(made)
+    latencies = dict(made.happened.of("row"))["ProposalSchema"]["latencies"]
+    assert latencies == {
+        "proposal": pytest.approx(10, abs=2),
+        "assessment": pytest.approx(5, abs=2),
+        "score": pytest.approx(20, abs=2),
+    }
+
+
+async def test_a_proposal_is_published_at_once_and_its_assessment_once_it_is_stored() -> None:
+    made = parts()
+    published: list[int] = []
+    made.hermes.before_answer = lambda: published.append(len(made.happened.of("event")))
+    name = str((await propose(made)).transaction_id)
+    # It was published before Hermes was asked for anything.
+    assert published == [1, 1]
+    assert [kind for kind, *_ in made.happened.log if kind != "metric"] == [
+        *("event", "row", "row", "row", "event")
+    ]
+    (created, assessed) = made.happened.of("event")
+    assert created == ("phi3.proposal.created", PROPOSAL | {"transaction_id": name})
+    channel, payload = assessed
+    assert channel == "phi3.proposal.assessed"
+    assert payload["timestamp"].endswith("+00:00")
+    assert without(payload, "timestamp") == {
+        "proposal_transaction_id": name,
+        "assessment_text": "The target is thin.",
+    }
+
+
+async def test_proposal_and_score_are_counted() -> None:
+    made = parts()
+    await propose(made)
+    assert made.happened.of("metric") == [("proposed", ("adjust",)), ("scored", 0.75)]
+
+
+async def test_what_is_not_grounded_is_reported_everywhere() -> None:
+    made = parts()
+    made.phi3.answers = [UNGROUNDED]
+    result = await propose(made)
+    assert result.grounded == "ticker,rationale"
+    assert dict(made.happened.of("row"))["ProposalSchema"]["grounded"] == "ticker,rationale"
+    assert made.happened.of("metric")[0] == ("proposed", ("adjust", "ticker", "rationale"))
+
+
+async def test_with_grounding_retry_it_is_asked_for_once_more() -> None:
+    made = parts(proposals={"grounding": "retry"})
+    made.phi3.answers = [UNGROUNDED, WRITTEN]
+    result = await propose(made)
+    assert (result.proposal, result.grounded) == (PROPOSAL, "true")
+    assert len(made.phi3.asked) == 2
+    assert made.happened.of("metric")[0] == ("proposed", ("adjust",))
+
+
+async def test_all_calls_of_a_request_share_its_deadline() -> None:
+    made = parts(limits={"request_timeout": 7.0})
+    before = time.monotonic()
+    await propose(made)
+    (deadline,) = [call.deadline for call in made.phi3.calls]
+    assert isinstance(deadline, Deadline)
+    assert deadline.seconds == 7.0
+    assert before <= deadline.began <= time.monotonic()
+    assert [call.deadline for call in made.hermes.calls] == [deadline, deadline]
+
+
+@pytest.mark.parametrize("failure", [ModelUnavailable("gone"), DeadlineExceeded("too late")])
+async def test_a_run_that_fails_leaves_a_row_that_says_why(failure: SidecarError) -> None:
+    made = parts()
+    made.phi3.answers = [failure]
+    with pytest.raises(type(failure), match=failure.detail):
+        await propose(made)
+    ((name, row),) = made.happened.of("row")
+    assert name == "OrchestratorRunSchema"
+    assert uuid.UUID(row["run_id"])
+    assert without(row, "timestamp", "row_id", "run_id") == {
+        "input_query": PROMPT,
+        "final_output": "",
+        "status": "error",
+        "error_message": failure.detail,
+    }
+    assert made.happened.of("event") == made.hermes.asked == []
+
+
+async def test_a_proposal_that_hermes_does_not_assess_is_stored_as_partial() -> None:
+    made = parts()
+    made.hermes.answers = [DeadlineExceeded("hermes is late", retry_after=3)]
+    with pytest.raises(DeadlineExceeded, match="hermes is late") as caught:
+        await propose(made)
+    rows = dict(made.happened.of("row"))
+    assert set(rows) == {"OrchestratorRunSchema", "ProposalSchema"}
+    run, proposal = rows["OrchestratorRunSchema"], rows["ProposalSchema"]
+    assert (run["status"], run["error_message"]) == ("partial", "hermes is late")
+    assert json.loads(run["final_output"]) == {
+        "proposal": PROPOSAL,
+        "assessment": None,
+        "score": None,
+    }
+    assert (proposal["proposal"], proposal["score"]) == (proposals.dumps(PROPOSAL), None)
+    ((channel, created),) = made.happened.of("event")
+    assert channel == "phi3.proposal.created"
+    assert run["run_id"] == proposal["transaction_id"] == created["transaction_id"]
+    # The error says where the proposal is.
+    assert str(caught.value.transaction_id) == run["run_id"]
+    assert (caught.value.stored, caught.value.retry_after) == (True, 3)
+
+
+async def test_a_score_that_fails_leaves_proposal_and_critique() -> None:
+    made = parts()
+    made.hermes.answers = [CRITIQUE, ModelUnavailable("hermes is gone")]
+    with pytest.raises(ModelUnavailable, match="hermes is gone"):
+        await propose(made)
+    rows = dict(made.happened.of("row"))
+    assert set(rows) == {"OrchestratorRunSchema", "ProposalSchema"}
+    assert rows["ProposalSchema"]["assessment"] == "The target is thin."
+
+
+async def test_a_failed_run_that_is_not_stored_says_so() -> None:
+    made = parts()
+    made.hermes.answers = [ModelUnavailable("hermes is gone")]
+    made.store.full = DatabaseUnavailable("The disk is full.")
+    with pytest.raises(ModelUnavailable, match="hermes is gone") as caught:
+        await propose(made)
+    assert (caught.value.transaction_id, caught.value.stored) == (None, False)
+
+
+@pytest.mark.parametrize("failure", [InvalidRequest("prompt: too long"), QueueFull("full")])
+async def test_a_refused_request_leaves_no_row(failure: SidecarError) -> None:
+    made = parts()
+    made.phi3.answers = [failure]
+    with pytest.raises(type(failure)) as caught:
+        await propose(made)
+    assert made.happened.log == []
+    assert (caught.value.transaction_id, caught.value.stored) == (None, True)
+
+
+@pytest.mark.parametrize("failure", [InvalidRequest("prompt: too long"), QueueFull("full")])
+async def test_a_proposal_that_hermes_refuses_is_stored_all_the_same(failure: SidecarError) -> None:
+    made = parts()
+    made.hermes.answers = [failure]
+    with pytest.raises(type(failure)) as caught:
+        await propose(made)
+    assert set(dict(made.happened.of("row"))) == {"OrchestratorRunSchema", "ProposalSchema"}
+    assert caught.value.transaction_id is not None
+
+
+async def stored_after(made: FakeParts, count: int) -> dict[str, dict[str, Any]]:
+    """The rows, once there are so many; they are stored in the background."""
+    await until(lambda: len(made.happened.of("row")) >= count)
+    return dict(made.happened.of("row"))
+
+
+@pytest.mark.parametrize("end", ["cancel", "close"])
+async def test_a_client_that_leaves_after_the_proposal_loses_nothing(end: str) -> None:
+    hermes = PausedModel()
+    made = FakeParts(hermes=hermes)
+    made.phi3.answers = [WRITTEN]
+    running = made.sidecar.orchestrator.propose(PROMPT, 300)
+    while getattr(item := await anext(running), "model", None) != "paused/fake":
+        assert isinstance(item, Delta | Proposed)
+    if end == "close":
+        await running.aclose()
+    else:
+        asking = asyncio.ensure_future(anext(running))
+        await asyncio.sleep(0)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+    assert hermes.closed == 1
+    rows = await stored_after(made, 2)
+    run = rows["OrchestratorRunSchema"]
+    assert (run["status"], run["error_message"]) == (
+        "partial",
+        "The client disconnected, or the server ended, before Hermes had finished.",
+    )
+    assert rows["ProposalSchema"]["transaction_id"] == run["run_id"]
+    assert rows["ProposalSchema"]["assessment"] == ""
+
+
+async def test_a_client_that_leaves_with_the_proposal_loses_nothing() -> None:
+    made = parts()
+    running = made.sidecar.orchestrator.propose(PROMPT, 300)
+    while not isinstance(await anext(running), Proposed):
+        pass
+    await running.aclose()
+    rows = await stored_after(made, 2)
+    assert rows["OrchestratorRunSchema"]["status"] == "partial"
+    assert rows["ProposalSchema"]["proposal"] == proposals.dumps(PROPOSAL)
+    assert made.hermes.asked == []
+
+
+async def test_a_client_that_leaves_before_the_proposal_stops_phi3_and_leaves_no_row() -> None:
+    phi3 = PausedModel()
+    made = FakeParts(phi3=phi3)
+    running = made.sidecar.orchestrator.propose(PROMPT, 300)
+    assert await anext(running) == Delta("{", "paused/fake")
+    await running.aclose()
+    assert phi3.closed == 1
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert made.happened.log == []
+
+
+async def test_a_run_streams_the_proposal_the_critique_and_the_result() -> None:
+    made = parts()
+    items = [item async for item in made.sidecar.orchestrator.propose(PROMPT, 300)]
+    kinds = [type(item).__name__ for item in items]
+    assert kinds == ["Delta", "Delta", "Proposed", "Delta", "Delta", "AssessedProposal"]
+    texts = [item.text for item in items if isinstance(item, Delta)]
+    assert "".join(texts[:2]) == WRITTEN.text
+    assert "".join(texts[2:]) == CRITIQUE.text
+
+
+async def test_an_unexpected_failure_after_the_proposal_loses_nothing() -> None:
+    made = parts()
+    made.hermes.answers = [KeyError("a secret")]
+    with pytest.raises(KeyError):
+        await propose(made)
+    run = (await stored_after(made, 2))["OrchestratorRunSchema"]
+    assert (run["status"], run["error_message"]) == (
+        "partial",
+        "It failed unexpectedly: KeyError.",
+    )
+
+
+async def test_an_unexpected_failure_before_it_leaves_no_row() -> None:
+    made = parts()
+    made.phi3.answers = [KeyError("a secret")]
+    with pytest.raises(KeyError):
+        await propose(made)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert made.happened.log == []
+
+
+async def test_a_database_that_is_away_costs_no_answer(caplog: pytest.LogCaptureFixture) -> None:
+    made = parts()
+    made.store.full = DatabaseUnavailable("The disk is full.")
+    result = await propose(made)
+    assert (result.proposal, result.score, result.stored) == (PROPOSAL, 0.75, False)
+    assert [channel for channel, _ in made.happened.of("event")] == [
+        *("phi3.proposal.created", "phi3.proposal.assessed")
+    ]
+    tables = ["hermes_scores", "orchestrator_runs", "proposals"]
+    assert sorted(caplog.messages) == [
+        f"a row of {table} is not stored: The disk is full." for table in tables
+    ]
+    lost = [table for name, table in made.happened.of("metric") if name == "row_lost"]
+    assert sorted(lost) == tables

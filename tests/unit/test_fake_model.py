@@ -1,0 +1,87 @@
+"""The fake model answers as a real one does, so that the tests over it mean something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llm_sidecar.deadline import Deadline
+from llm_sidecar.errors import AdapterRejected, QueueFull
+from llm_sidecar.models.base import (
+    Adapter,
+    ChatModel,
+    ChoiceScores,
+    Completion,
+    Delta,
+    GenerationRequest,
+    ModelStatus,
+)
+from llm_sidecar.models.fake import Asked, FakeModel
+from tests.unit.fakes import completion, text_of
+
+REQUEST = GenerationRequest([{"role": "user", "content": "Hello."}], 8)
+
+
+async def test_a_completion_streams_as_two_deltas_of_which_the_last_one_ends_it() -> None:
+    answer = completion("Hold.", adapter="20260102", cached_tokens=3)
+    deltas = [delta async for delta in FakeModel(answer).stream(REQUEST)]
+    assert [delta.text for delta in deltas] == ["Ho", "ld."]
+    assert [delta.finish_reason for delta in deltas] == [None, "stop"]
+    assert Completion.of(deltas) == answer
+
+
+async def test_deltas_stream_as_they_are() -> None:
+    deltas = [Delta("a", "m"), Delta("b", "m"), Delta("", "m", finish_reason="length")]
+    assert [delta async for delta in FakeModel(deltas).stream(REQUEST)] == deltas
+
+
+@pytest.mark.parametrize("deltas", [[], [Delta("a", "m")]])
+def test_a_generation_without_its_end_is_no_completion(deltas: list[Delta]) -> None:
+    with pytest.raises(ValueError, match=r"^the generation has not finished$"):
+        Completion.of(deltas)
+
+
+async def test_it_keeps_what_it_was_asked() -> None:
+    scores, deadline = ChoiceScores({"0": 0.25, "1": 0.5}), Deadline.after(60)
+    model = FakeModel(completion("Hold."), scores, QueueFull("full"))
+    await text_of(model.stream(REQUEST, deadline, allow_partial=True))
+    assert await model.score_choices(REQUEST.messages, ("0", "1")) is scores
+    with pytest.raises(QueueFull, match="full"):
+        await text_of(model.stream(REQUEST))
+    choices = (REQUEST.messages, ("0", "1"))
+    assert model.calls == [Asked(REQUEST, deadline, True), Asked(choices), Asked(REQUEST)]
+    assert model.asked == [REQUEST, choices, REQUEST]
+    assert (scores.mass, model.answers) == (0.75, [])
+
+
+async def test_it_has_the_adapter_that_it_is_given() -> None:
+    model, adapter = FakeModel(), Adapter(Path("/adapters/20260102"))
+    await model.start(adapter)
+    assert model.status() == ModelStatus(adapter=adapter)
+    await model.use_adapter(None)
+    assert model.status().adapter is None
+
+
+class Smallest(ChatModel):
+    """The least that a model has to write."""
+
+    async def stream(self, request, deadline=None, *, allow_partial=False):  # type: ignore[no-untyped-def]
+        yield Delta("", "smallest", finish_reason="stop")
+
+    async def score_choices(self, messages, choices, deadline=None):  # type: ignore[no-untyped-def]
+        return ChoiceScores({})
+
+    def status(self) -> ModelStatus:
+        return ModelStatus()
+
+
+async def test_a_model_need_not_write_the_other_methods() -> None:
+    model = Smallest()
+    await model.start()
+    await model.prefill(REQUEST)
+    await model.use_adapter(None)
+    with pytest.raises(AdapterRejected, match=r"^This model takes no adapters\.$"):
+        await model.use_adapter(Adapter(Path("20260102")))
+    model.drain()
+    await model.close()

@@ -1,0 +1,64 @@
+"""Tasks that outlive the request that starts them."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from llm_sidecar.tasks import TaskSet
+from tests.unit.fakes import until
+
+
+async def answer(gate: asyncio.Event, done: list[str]) -> str:
+    await gate.wait()
+    done.append("done")
+    return "answer"
+
+
+async def test_finish_returns_the_result() -> None:
+    gate = asyncio.Event()
+    gate.set()
+    assert await TaskSet().finish(answer(gate, [])) == "answer"
+
+
+async def test_finish_raises_the_error_of_the_work() -> None:
+    async def fail() -> None:
+        raise KeyError("odd")
+
+    with pytest.raises(KeyError, match="odd"):
+        await TaskSet().finish(fail())
+
+
+async def test_the_work_goes_on_after_its_caller_is_cancelled() -> None:
+    tasks, gate, done = TaskSet(), asyncio.Event(), list[str]()
+    asking = asyncio.create_task(tasks.finish(answer(gate, done)))
+    await asyncio.sleep(0)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert done == []
+    gate.set()
+    await until(lambda: done)
+    assert done == ["done"]
+
+
+async def test_join_waits_for_all_work_that_which_starts_meanwhile_included() -> None:
+    tasks, gate, done = TaskSet(), asyncio.Event(), list[str]()
+
+    async def first() -> None:
+        await gate.wait()
+        tasks.start(answer(gate, done))
+
+    tasks.start(first())
+    joining = asyncio.create_task(tasks.join())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not joining.done()
+    gate.set()
+    await joining
+    assert done == ["done"]
+
+
+async def test_join_returns_at_once_without_work() -> None:
+    await TaskSet().join()
