@@ -56,12 +56,12 @@ def one_score(rounds: int) -> Iterator[Row]:
         proposal = models.examples(1)[0].proposal
         score = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, proposal, prompt)
         with _timed(seconds["cold score"]):
-            first = engine.answer_probabilities(score, hermes_plugin.SCORE_ANSWERS)
+            first = engine.score_choices(score, hermes_plugin.SCORE_ANSWERS)
         critique = hermes_plugin.build_messages(hermes_plugin.CRITIQUE_TASK, proposal, prompt)
         # As in the service: the proposal has just been criticised.
         _write(engine, critique, 30)
         with _timed(seconds["score"]):
-            again = engine.answer_probabilities(score, hermes_plugin.SCORE_ANSWERS)
+            again = engine.score_choices(score, hermes_plugin.SCORE_ANSWERS)
         differences.append(
             abs(hermes_plugin.expected_score(first) - hermes_plugin.expected_score(again))
         )

@@ -30,16 +30,16 @@ class FakeEngine:
 
     def stream(self, request: GenerationRequest) -> Generator[Delta]:
         """One delta a word."""
-        together = FakeTogether()
-        together.add(0, request)
-        while together:
-            yield from (delta for _, delta in together.step())
+        batch = FakeBatch()
+        batch.add(0, request)
+        while batch:
+            yield from (delta for _, delta in batch.step())
 
-    def together(self) -> FakeTogether:
-        """None yet."""
-        return FakeTogether()
+    def batch(self) -> FakeBatch:
+        """An empty one."""
+        return FakeBatch()
 
-    def prepare(self, request: GenerationRequest) -> Generator[None]:
+    def prefill(self, request: GenerationRequest) -> Generator[None]:
         """Two steps, unless it fails."""
         yield
         if _text(request) == "fail":
@@ -52,23 +52,23 @@ class FakeEngine:
             raise AdapterRejected("it is for another model")
         self._adapter = folder
 
-    def answer_probabilities(
-        self, messages: Sequence[Message], answers: Sequence[str], *_: object
+    def score_choices(
+        self, messages: Sequence[Message], choices: Sequence[str], *_: object
     ) -> dict[str, float]:
         """The same for each."""
         if messages[-1]["content"] == "fail":
             raise RuntimeError(messages[-1]["content"])
-        return dict.fromkeys(answers, 1 / len(answers))
+        return dict.fromkeys(choices, 1 / len(choices))
 
     def tokenize(self, request: GenerationRequest, *_: object) -> list[int]:
         """A token a word."""
         return list(range(len(_text(request).split())))
 
 
-class FakeTogether:
+class FakeBatch:
     """At most two requests at a time."""
 
-    most = 2
+    capacity = 2
 
     def __init__(self) -> None:
         self._requests: dict[int, tuple[GenerationRequest, int]] = {}
@@ -113,9 +113,7 @@ def _text(request: GenerationRequest) -> str:
     return request.messages[-1]["content"]
 
 
-def load_engine(
-    folder: Path, *, device: str, threads: int, adapter: Path | None, guided: bool
-) -> FakeEngine:
+def load_engine(folder: Path, *, device: str, threads: int, adapter: Path | None) -> FakeEngine:
     """Loads nothing; fails for a folder named `missing`."""
     if folder.name == "missing":
         raise ModelUnavailable("it holds no model")

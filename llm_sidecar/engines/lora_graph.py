@@ -138,8 +138,10 @@ def write_adapter(file: Path, matrices: Mapping[str, tuple[npt.NDArray[Any], ...
     adapter.export_adapter(str(file))
 
 
-def checked_adapter(folder: Path, projections: Mapping[str, Projection]) -> Path:
-    """The adapter file in `folder`, after checking that it fits the graph.
+def read_adapter(
+    folder: Path, projections: Mapping[str, Projection]
+) -> dict[str, npt.NDArray[Any]]:
+    """The matrices of the adapter in `folder`, by the names of the graph's inputs.
 
     Raises:
         AdapterRejected: it is missing or does not fit; says why.
@@ -181,7 +183,7 @@ def checked_adapter(folder: Path, projections: Mapping[str, Projection]) -> Path
     ]
     if incomplete or not found:
         raise AdapterRejected(f"the two matrices of {next(iter(incomplete), 'anything')} differ")
-    return file
+    return found
 
 
 def _bytes(projection: Projection) -> int:

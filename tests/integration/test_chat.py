@@ -264,16 +264,14 @@ def test_a_transformers_folder_may_hold_an_older_format_of_tokenizer(
             load_engine(folder, device="cpu")
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime-genai", "onnxruntime", "transformers"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "transformers"])
 def test_a_model_without_a_usable_template_is_not_loaded(
     runtime: str,
-    random_phi3_onnx: Path,
     random_hermes_onnx: Path,
     random_hermes_torch: Path,
     tmp_path: Path,
 ) -> None:
     source = {
-        "onnxruntime-genai": random_phi3_onnx,
         "onnxruntime": random_hermes_onnx,
         "transformers": random_hermes_torch,
     }[runtime]
@@ -281,10 +279,10 @@ def test_a_model_without_a_usable_template_is_not_loaded(
     template = folder / "chat_template.jinja"
     template.write_text("{{ raise_exception('no') }}")
     with pytest.raises(ModelUnavailable, match="refuses a chat with the roles"):
-        load_engine(folder, device="cpu", guided=False)
+        load_engine(folder, device="cpu")
     template.unlink()
     with pytest.raises(ModelUnavailable, match="has no chat template"):
-        load_engine(folder, device="cpu", guided=False)
+        load_engine(folder, device="cpu")
 
 
 def test_a_template_that_takes_too_long_is_refused_when_it_is_loaded(

@@ -97,7 +97,7 @@ DOORS = {
     "llm_sidecar.engines.ort": "onnx",
     "llm_sidecar.engines.lora_graph": "onnx",
     "llm_sidecar.engines.torch": "torch",
-    "llm_sidecar.engines.torch_rows": "torch",
+    "llm_sidecar.engines.torch_states": "torch",
     "llm_sidecar.telemetry.traces": "server otel",
     "llm_sidecar.telemetry.sentry": "server sentry",
     "llm_sidecar.telemetry.profiling": "server profiling",

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from llm_sidecar.engines import Engine, GenerationRequest, load_engine
-from llm_sidecar.engines.base import ANSWER_TOKENS, Together, one_line
-from llm_sidecar.errors import InvalidRequest, SidecarError
+from llm_sidecar.engines.base import ANSWER_TOKENS, Batch
+from llm_sidecar.errors import InvalidRequest, SidecarError, one_line
 from llm_sidecar.logs import log_to_stderr
 from llm_sidecar.models.local.out_of_memory import ended_first
 from llm_sidecar.text import cleaned
@@ -96,7 +96,7 @@ class Worker:
                 "runtime": engine.runtime,
                 "device": engine.device,
                 "context_length": engine.context_length,
-                "together": engine.together().most,
+                "together": engine.batch().capacity,
             }
         )
         for received in (self._short, self._long):
@@ -144,14 +144,14 @@ class Worker:
     def _serve_all(self, engine: Engine) -> None:
         """Takes requests in order, has them generated together, and prepares a prefix step by step
         while there are none."""
-        together = engine.together()
+        batch = engine.batch()
         preparing: tuple[int, Generator[None]] | None = None
         while True:
             try:
-                message = self._requests.get(block=not together and preparing is None)
+                message = self._requests.get(block=not batch and preparing is None)
             except queue.Empty:
-                if together:
-                    self._step(together)
+                if batch:
+                    self._step(batch)
                 elif preparing is not None and self._prepared(*preparing):
                     preparing = None
                 continue
@@ -162,11 +162,11 @@ class Worker:
                 preparing = None
             match message["op"]:
                 case "generate":
-                    self._begin(together, message)
+                    self._begin(batch, message)
                 case "choose":
                     self._choose(engine, message)
                 case "prepare":
-                    steps = engine.prepare(GenerationRequest(**message["request"]))
+                    steps = engine.prefill(GenerationRequest(**message["request"]))
                     preparing = message["id"], steps
 
     def _prepared(self, number: int, steps: Generator[None]) -> bool:
@@ -183,21 +183,21 @@ class Worker:
             return False
         return True
 
-    def _begin(self, together: Together, message: dict[str, Any]) -> None:
-        while len(together) >= together.most:
-            self._step(together)
+    def _begin(self, batch: Batch, message: dict[str, Any]) -> None:
+        while len(batch) >= batch.capacity:
+            self._step(batch)
         number = message["id"]
         try:
-            together.add(number, GenerationRequest(**message["request"]))
+            batch.add(number, GenerationRequest(**message["request"]))
         except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
             self._fail(number, error)
         else:
             self._replies[number] = _Reply()
 
-    def _step(self, together: Together) -> None:
+    def _step(self, batch: Batch) -> None:
         """Has each request go on by one step, and sends what is due."""
         try:
-            deltas = together.step()
+            deltas = batch.step()
         except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
             for number in tuple(self._replies):
                 del self._replies[number]
@@ -211,7 +211,7 @@ class Worker:
             reply.tokens = delta.completion_tokens
             cancelled = number in self._cancelled
             if cancelled and delta.finish_reason is None:
-                together.remove(number)
+                batch.remove(number)
             over = delta.finish_reason is not None or cancelled
             if over or (reply.tokens and now - reply.flushed >= _FLUSH_SECONDS):
                 self._write(
@@ -238,7 +238,7 @@ class Worker:
         probabilities: dict[str, float] = {}
         try:
             if number not in self._cancelled:
-                probabilities = engine.answer_probabilities(
+                probabilities = engine.score_choices(
                     message["messages"], message["answers"], message["tokens"]
                 )
         except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
@@ -276,8 +276,6 @@ def _loaded(spec: dict[str, Any]) -> Engine:
         device=spec["device"],
         threads=spec["threads"],
         adapter=None if spec["adapter"] is None else Path(spec["adapter"]),
-        # The warm-up has guidance if the requests have.
-        guided=spec["warm_up"]["guidance"] is not None,
     )
     for _ in engine.stream(GenerationRequest(**spec["warm_up"])):
         pass
@@ -289,7 +287,7 @@ def _loaded(spec: dict[str, Any]) -> Engine:
 def _read_prefix(engine: Engine, request: GenerationRequest) -> None:
     """Reads the prefix of prompts ahead; a failure is logged, as the model can serve without it."""
     try:
-        for _ in engine.prepare(request):
+        for _ in engine.prefill(request):
             pass
     except InvalidRequest:
         log.warning("the few-shot examples do not fit the context, so they are not read ahead")
