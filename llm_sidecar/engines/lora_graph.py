@@ -155,7 +155,8 @@ def read_adapter(
         raise AdapterRejected(f"its {ADAPTER_FILE} is larger than the weights that it may change")
     try:
         adapter = onnxruntime.AdapterFormat.read_adapter(str(file))
-        found = {name: value.numpy() for name, value in adapter.get_parameters().items()}
+        # Copies: the values may be views of a mapping that ends with `adapter`.
+        found = {name: value.numpy().copy() for name, value in adapter.get_parameters().items()}
     except Exception:  # noqa: BLE001 - the runtime raises bare ones
         raise AdapterRejected(f"{file.name} is no adapter, or only a part of one") from None
     ranks: dict[str, set[int]] = {}

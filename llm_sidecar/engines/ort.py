@@ -34,6 +34,8 @@ _SIZE_STEP: Final = 128
 """Tokens by which memory for states grows."""
 _INPUTS: Final = {"input_ids", "attention_mask", "position_ids"}
 _WEIGHTS_FOLDER: Final = "session.model_external_initializers_file_folder_path"
+_ERROR: Final = 3
+"""The level of onnxruntime's log that follows that of warnings."""
 _NO_LOGITS: Final = np.zeros((1, 0, 0), np.float32)
 _DTYPES: Final = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _ARCHITECTURES: Final = {"llama", "mistral", "phi3", "qwen2", "qwen3"}
@@ -149,6 +151,8 @@ class OrtModel:
             to_value = onnxruntime.OrtValue.ortvalue_from_numpy
             self._adapter = {name: to_value(matrix) for name, matrix in matrices.items()}
             options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
+            # It warns of each matrix, that it is no constant.
+            options.log_severity_level = _ERROR
             graph = lora.serialized
         self.session = onnxruntime.InferenceSession(
             graph, options, providers=["CPUExecutionProvider"]

@@ -316,7 +316,7 @@ def test_a_long_prompt_is_computed_with_the_rotary_embeddings_of_long_context(
 ) -> None:
     engine = load_engine(long_phi3_onnx, device="cpu")
     reference = AutoModelForCausalLM.from_pretrained(long_phi3_torch, dtype=torch.float32)
-    short, long = "Long ABC. " * 30, "Long ABC. " * 500
+    short, long = "Long ABC. " * 30, "Long ABC. " * 800
     for text in (short, long, short):
         tokens, probabilities = engine.next_token(request(text).messages)
         with torch.inference_mode():

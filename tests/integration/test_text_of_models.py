@@ -28,7 +28,7 @@ class Odd:
     def __getattr__(self, name):
         return getattr(self._engine, name)
 
-    def prepare(self, request):
+    def prefill(self, request):
         raise RuntimeError(f"cannot read {request}")
 
     def batch(self):
