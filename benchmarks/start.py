@@ -93,8 +93,8 @@ def memory_and_start(rounds: int) -> Iterator[Row]:
         unit=" MB",
         missed="90 MB are its own; the rest is code of libraries in the page cache, lancedb's 60 "
         "MB of it, and how much of that is mapped depends on how the cache holds it (14 MB more or "
-        "less for two copies on one machine); letting go of code that only the start ran saves 25 "
-        "MB, and leaving out the REST client that lancedb imports 13; another memory pool of "
+        "less for two copies on one machine); "
+        "leaving out the REST client that lancedb imports saves 13 MB; another memory pool of "
         "Arrow's saved 4, fewer arenas of malloc's and a trim of its heap none",
     )
     yield Row(

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from llm_sidecar import command_line
-from llm_sidecar.db.tables import one_line
-from llm_sidecar.errors import SidecarError
+from llm_sidecar.errors import SidecarError, one_line
 
 Write = Callable[[str | bytes], None]
 

@@ -8,7 +8,8 @@ import time
 from typing import Final
 
 from llm_sidecar.db.schema import TABLES
-from llm_sidecar.db.tables import FRAGMENTS, Tables, one_line
+from llm_sidecar.db.tables import FRAGMENTS, Tables
+from llm_sidecar.errors import one_line
 
 log = logging.getLogger(__name__)
 

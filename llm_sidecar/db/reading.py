@@ -15,8 +15,8 @@ from typing import Any, Final
 from llm_sidecar.db.log import Row, read_segment, segments
 from llm_sidecar.db.place import Place
 from llm_sidecar.db.schema import KEYS, ROW_ID, arrow_schemas, upgraded
-from llm_sidecar.db.tables import Tables, one_line, open_tables_to_read
-from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.db.tables import Tables, open_tables_to_read
+from llm_sidecar.errors import DatabaseUnavailable, one_line
 
 _OPEN_SECONDS: Final = 60.0
 _KEYS_PER_QUERY: Final = 500

@@ -25,9 +25,9 @@ from llm_sidecar.db.schema import (
     ProposalSchema,
     PublishedFeedback,
 )
-from llm_sidecar.db.tables import Tables, one_line
+from llm_sidecar.db.tables import Tables
 from llm_sidecar.db.writer import Writer
-from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.errors import DatabaseUnavailable, one_line
 
 T = TypeVar("T")
 

@@ -29,8 +29,7 @@ from llm_sidecar.db.schema import (
     new_table_schema,
     require_not_newer,
 )
-from llm_sidecar.errors import DatabaseUnavailable
-from llm_sidecar.text import cleaned
+from llm_sidecar.errors import DatabaseUnavailable, one_line
 
 log = logging.getLogger(__name__)
 
@@ -452,8 +451,3 @@ def _is_of_the_machine(error: Exception) -> bool:
     """Whether an error says that the machine lacks something, and nothing of the file."""
     text = str(error)
     return any(os.strerror(number) in text for number in _OF_THE_MACHINE)
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, on one line of bounded length."""
-    return cleaned(" ".join(str(error).split())[:200]) or type(error).__name__

@@ -18,11 +18,10 @@ from llm_sidecar.db.compaction import Compactor
 from llm_sidecar.db.log import Row
 from llm_sidecar.db.place import Place
 from llm_sidecar.db.schema import FEEDBACK, TABLES, WITHDRAWALS
-from llm_sidecar.db.tables import Tables, one_line, open_tables
+from llm_sidecar.db.tables import Tables, open_tables
 from llm_sidecar.db.takeover import take_over
-from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.errors import DatabaseUnavailable, one_line
 from llm_sidecar.logs import start_detached
-from llm_sidecar.memory_trim import release_code
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -395,8 +394,6 @@ class Writer:
         await self.compactor.look(tables)
         self.tables = tables
         self.database_id = tables.database_id
-        # By now nearly all has been imported, and most of what that ran is not run again.
-        await asyncio.to_thread(release_code)
         await self._set_open()
 
     async def _set_open(self) -> None:

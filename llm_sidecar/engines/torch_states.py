@@ -2,6 +2,11 @@
 
 Rows of different lengths are padded on the left and masked. All rows are copied when one joins or
 leaves.
+
+transformers' own continuous batching (5.23) cannot replace this: its logits processors get one
+number per request, not a mask of the vocabulary; `do_sample` and the random numbers belong to the
+whole batch, so greedy, sampled and seeded requests cannot share one; it appends no forced tokens in
+one pass; and it returns no logits, from which scores are computed.
 """
 
 from __future__ import annotations
