@@ -44,7 +44,7 @@ def load_engine(
         adapter: folder of a LoRA adapter in the runtime's own format.
 
     Raises:
-        ModelUnavailable: the folder holds no model, or the device is not there.
+        ModelUnavailable: the folder holds no model, or the device is missing.
         AdapterRejected: the adapter does not fit, or its folder lacks files.
     """
     if (folder / "genai_config.json").is_file():

@@ -1,6 +1,6 @@
 """The interface of engines, and what their modules share.
 
-An engine is synchronous and lives in a worker process of its own.
+An engine is synchronous and runs in its own worker process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class GenerationRequest:
         messages: the chat so far.
         max_tokens: greatest number of completion tokens.
         guidance: JSON schema text (llguidance dialect) that the completion must follow, or None.
-        temperature: 0 is greedy; otherwise the logits are divided by it and sampled from.
+        temperature: 0 is greedy; otherwise it divides the logits before sampling.
         seed: makes sampling repeatable.
         tokens: of the messages, as `Engine.tokenize` returns them; None to tokenize them later.
     """

@@ -249,12 +249,12 @@ class TextDecoder:
         try:
             text: str = self._stream.step(self._tokenizer, token) or ""
         except Exception:  # noqa: BLE001 - the package raises bare ones
-            # A byte-level decoder fails on bytes that are no valid text, and cannot go on.
+            # A byte-level decoder fails on invalid UTF-8, and cannot continue.
             self._begin()
             return "\N{REPLACEMENT CHARACTER}"
         self._pending.append(token)
         if not text and len(self._pending) == _LONGEST_CHARACTER:
-            # These bytes are no valid text. The stream would decode all of them at every step.
+            # Invalid UTF-8: the stream would decode all of it at every step.
             text = self._tokenizer.decode(self._pending, skip_special_tokens=True)
             self._begin()
         elif text:
@@ -263,7 +263,7 @@ class TextDecoder:
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:
-    """What `work` returns; raises TimeoutError where it takes longer.
+    """Returns what `work` returns; raises TimeoutError if it takes longer.
 
     In that case it continues in a daemon thread.
     """

@@ -89,7 +89,7 @@ class OnnxEngine(Decoder[GeneratorStates]):
 
         Raises:
             ModelUnavailable: `cuda` is requested, and the runtime has none.
-            AdapterRejected: says why the adapter does not fit.
+            AdapterRejected: the adapter does not fit.
         """
         if device == "cuda" and not has_cuda():
             raise ModelUnavailable(

@@ -36,7 +36,8 @@ _INPUTS: Final = {"input_ids", "attention_mask", "position_ids"}
 _WEIGHTS_FOLDER: Final = "session.model_external_initializers_file_folder_path"
 _ERROR: Final = 3
 """The level of onnxruntime's log that follows that of warnings."""
-_NO_LOGITS: Final = np.zeros((1, 0, 0), np.float32)
+_SHRINK_TOKENS: Final = 32
+"""After longer steps the session returns its scratch memory, many times that of a decode step."""
 _DTYPES: Final = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _ARCHITECTURES: Final = {"llama", "mistral", "phi3", "qwen2", "qwen3"}
 _LONG_ROPE: Final = b"cos_cache_large"
@@ -44,9 +45,9 @@ _LONG_ROPE: Final = b"cos_cache_large"
 
 
 class States:
-    """Attention states of some rows, each of a length of its own.
+    """Attention states of several rows of different lengths.
 
-    Each array is an anonymous memory mapping. Pages without a token take no memory, and the others
+    Each array is an anonymous memory mapping. Unused pages take no memory, and the others
     return to the system as soon as the array is dropped; the C library's heap would keep them.
 
     Attributes:
@@ -134,7 +135,7 @@ class OrtModel:
 
         Raises:
             ModelUnavailable: it is not made for a CPU.
-            AdapterRejected: says why the adapter does not fit.
+            AdapterRejected: the adapter does not fit.
         """
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -151,7 +152,7 @@ class OrtModel:
             to_value = onnxruntime.OrtValue.ortvalue_from_numpy
             self._adapter = {name: to_value(matrix) for name, matrix in matrices.items()}
             options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
-            # It warns of each matrix, that it is no constant.
+            # It would warn that each matrix is no constant.
             options.log_severity_level = _ERROR
             graph = lora.serialized
         self.session = onnxruntime.InferenceSession(
@@ -173,7 +174,8 @@ class OrtModel:
         self.arrays = len(self._names)
         self.heads, self.width = decoder["num_key_value_heads"], decoder["head_size"]
         self._takes_positions = "position_ids" in inputs
-        # Prefill takes many times the scratch memory of a decode step, so it is returned.
+        (logits,) = (taken for taken in self.session.get_outputs() if taken.name == "logits")
+        self._vocabulary, self._logits_dtype = logits.shape[-1], _DTYPES[logits.type]
         self._shrinking = onnxruntime.RunOptions()
         self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
@@ -187,7 +189,7 @@ class OrtModel:
             first: index of the first of these rows in `states`.
 
         Returns:
-            logits of the last positions, (rows, keep, vocabulary); nothing if `keep` is 0.
+            logits of the last positions, (rows, keep, vocabulary).
         """
         rows, tokens = ids.shape
         before = np.array(states.lengths[first : first + rows])[:, None]
@@ -198,13 +200,12 @@ class OrtModel:
         binding.bind_cpu_input("attention_mask", mask)
         if self._takes_positions:
             binding.bind_cpu_input("position_ids", before + np.arange(tokens))
-        binding.bind_output("logits", "cpu")
-        self.session.run_with_iobinding(binding, self._shrinking if tokens > 1 else None)
+        logits = np.empty((rows, tokens, self._vocabulary), self._logits_dtype)
+        binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
+        shrinks = tokens > _SHRINK_TOKENS
+        self.session.run_with_iobinding(binding, self._shrinking if shrinks else None)
         states.lengths[first : first + rows] = after[:, 0].tolist()
-        if keep == 0:
-            return _NO_LOGITS
-        logits: Logits = binding.get_outputs()[-1].numpy()[:, -keep:]
-        return logits.astype(np.float32, copy=False)
+        return logits[:, tokens - keep :].astype(np.float32, copy=False)
 
     def _bind(self, states: States, first: int, rows: int) -> Any:
         """Binds some rows of the states, and the adapter; the rest changes with every run."""
@@ -283,7 +284,7 @@ class OrtEngine(Decoder[States]):
 
         Raises:
             ModelUnavailable: it is not made for a CPU.
-            AdapterRejected: says why the adapter does not fit.
+            AdapterRejected: the adapter does not fit.
         """
         config = json.loads((folder / "genai_config.json").read_bytes())["model"]
         self._model = OrtModel(folder, config["decoder"], threads, adapter)

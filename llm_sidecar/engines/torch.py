@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-# Nothing here is compiled, yet loading a model makes this folder where none is named.
+# Loading a model creates this folder, although nothing is compiled.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
 
 import torch
@@ -68,14 +68,14 @@ class TorchEngine(Decoder[TorchStates]):
 
         Args:
             folder: config.json, *.safetensors and the tokenizer with its chat template.
-            device: `auto` takes CUDA where torch finds it.
+            device: `auto` takes CUDA if torch finds it.
             threads: of torch's operators, on CPU.
             adapter: folder of a PEFT LoRA adapter, in safetensors.
 
         Raises:
-            ModelUnavailable: `cuda` is asked for and torch has none, or the tokenizer or its chat
+            ModelUnavailable: `cuda` is requested and torch has none, or the tokenizer or its chat
                 template is missing or broken.
-            AdapterRejected: says why the adapter does not fit.
+            AdapterRejected: the adapter does not fit.
         """
         if device == "cuda" and not torch.cuda.is_available():
             raise ModelUnavailable("DEVICE=cuda, but torch finds no CUDA here; set DEVICE=cpu")
@@ -110,7 +110,7 @@ class TorchEngine(Decoder[TorchStates]):
             raise AdapterRejected(f"it does not fit the model: {one_line(error)}") from None
 
     def _stored(self, folder: Path) -> set[tuple[str, str]]:
-        """The matrices in an adapter's files; what is not one would be written over the model."""
+        """The matrices in an adapter's files; other tensors would replace weights of the model."""
         read_config(folder)
         if (folder / WEIGHTS_FILE).stat().st_size > self.model.get_memory_footprint():
             raise AdapterRejected(f"its {WEIGHTS_FILE} is larger than the model")

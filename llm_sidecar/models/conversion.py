@@ -63,7 +63,7 @@ def convert(
         report: receives a line for every step.
 
     Raises:
-        ConversionFailed: says why.
+        ConversionFailed: the model cannot be converted, or the result does not agree with it.
         ModelUnavailable: `source` holds no model that an engine loads.
     """
     if not (source / "config.json").is_file():
@@ -81,8 +81,8 @@ def convert(
         if not agreement.mean <= MAX_DISTANCE[precision]:
             raise ConversionFailed(
                 f"the converted model answers otherwise than {source}: their next tokens are "
-                f"{agreement.mean:.2f} apart, and {MAX_DISTANCE[precision]} is the most for "
-                f"{precision}; try a higher precision"
+                f"{agreement.mean:.2f} apart, and at most "
+                f"{MAX_DISTANCE[precision]} is accepted for {precision}; try a higher precision"
             )
         built.rename(out)
     return agreement
@@ -125,7 +125,7 @@ def build(
                 raise
     if process.returncode != 0:
         # The last line of a traceback says what is wrong.
-        raise ConversionFailed(f"the model builder failed: {last_line or 'it said nothing'}")
+        raise ConversionFailed(f"the model builder failed: {last_line or 'without any output'}")
 
 
 def compare(first: Path, second: Path, adapter: Path | None = None) -> Agreement:

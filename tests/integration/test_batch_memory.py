@@ -1,4 +1,4 @@
-"""Memory of rows on plain onnxruntime: each takes what it needs, and gives it back."""
+"""Memory of batches on plain onnxruntime: it returns to the system."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Completions that are generated together, on torch and on plain onnxruntime."""
+"""Batches on torch and on plain onnxruntime."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def alone(engine: Engine, one: GenerationRequest) -> tuple[str, int, str | None]
 
 
 class Written:
-    """What a batch has written so far, by number."""
+    """The text of a batch's requests so far, by number."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch

@@ -141,7 +141,7 @@ def test_ten_takes_its_probability_from_one(random_phi3_torch: Path) -> None:
     messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, {"ticker": "ABC"})
     found = torch_engine.score_choices(messages, ("1", "10", "7"))
     whole = torch_engine.score_choices(messages, ("1",))
-    # "1" alone is every continuation of the digit; beside "10" it loses that one's share.
+    # Alone, "1" includes all that begins with it; beside "10" it loses the share of that.
     assert found["1"] + found["10"] == pytest.approx(whole["1"], rel=1e-5)
 
 

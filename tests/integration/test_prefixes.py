@@ -1,4 +1,4 @@
-"""Prefix reuse: the same answers, for less reading."""
+"""Prefix reuse: the same completions for less prefill."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llm_sidecar.engines.prefixes import MAX_KEPT, Prefix, PrefixCache, shared_t
 
 
 class States:
-    """Counts to which lengths it is cut."""
+    """Records the lengths to which it is cut."""
 
     def __init__(self, capacity: int, rewinds: bool = True) -> None:
         self.capacity = capacity

@@ -1,4 +1,4 @@
-"""What an engine need not read again: a shared prefix, and a critique before its score."""
+"""Reuse of attention states: a shared prefix, and a critique before its score."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def first_token(rounds: int) -> Iterator[Row]:
         shots += models.examples(1)
         tokens = len(engine.next_token(proposals.build_messages("", shots)[:-1])[0])
     for number, prompt in enumerate(models.prompts(rounds + 1)):
-        # Other examples, so that nothing of them is known yet.
+        # Other examples, which are not cached yet.
         unknown = proposals.Example(f"{number}", shots[0].proposal)
         cold.append(_until_first(engine, proposals.build_messages(prompt, [unknown, *shots])))
         again = proposals.build_messages(prompt + " Now?", [unknown, *shots])
