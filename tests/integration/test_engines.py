@@ -13,7 +13,6 @@ from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.engines import Engine, GenerationRequest, load_engine
 from llm_sidecar.engines.base import softmax
 from llm_sidecar.engines.choice_tree import ChoiceTree
-from llm_sidecar.engines.onnx import OnnxEngine
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 
 PROMPT = "Long ABC from 100, now 112.5, RSI 81."
@@ -26,7 +25,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     elif request.param == "onnxruntime":
         yield load_engine(request.getfixturevalue("random_phi3_onnx"), device="cpu")
     else:
-        yield OnnxEngine(request.getfixturevalue("random_phi3_onnx"), device="cpu")
+        yield load_engine(request.getfixturevalue("serial_phi3_onnx"), device="cpu")
 
 
 def complete(engine: Engine, request: GenerationRequest) -> str:

@@ -80,7 +80,7 @@ async def make_host(random_phi3_onnx: Path) -> AsyncIterator[HostFactory]:
 def onnx_adapters(
     random_phi3_torch: Path, random_phi3_onnx: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Path]:
-    """Two adapters for the random Phi-3 on onnxruntime-genai: 20260101 and 20260102."""
+    """Two adapters for the random Phi-3 on onnxruntime: 20260101 and 20260102."""
     folder = tmp_path_factory.mktemp("adapters")
     adapters = [folder / "20260101", folder / "20260102"]
     for day, adapter in enumerate(adapters, 1):
@@ -189,8 +189,10 @@ async def test_probabilities_come_from_the_worker(make_host: HostFactory) -> Non
     assert list(found) == list(hermes_plugin.SCORE_ANSWERS)
 
 
-async def test_requests_are_served_first_come_first_served(make_host: HostFactory) -> None:
-    host, order = make_host(), []
+async def test_requests_are_served_first_come_first_served(
+    make_host: HostFactory, serial_phi3_onnx: Path
+) -> None:
+    host, order = make_host(serial_phi3_onnx), []
 
     async def one(number: int) -> None:
         await host.generate(SHORT)
@@ -298,8 +300,10 @@ async def test_a_killed_worker_fails_its_request_and_the_next_one_succeeds(
     assert tokens(host) > before
 
 
-async def test_waiting_requests_survive_the_death_of_the_worker(make_host: HostFactory) -> None:
-    host = make_host()
+async def test_waiting_requests_survive_the_death_of_the_worker(
+    make_host: HostFactory, serial_phi3_onnx: Path
+) -> None:
+    host = make_host(serial_phi3_onnx)
     first = asyncio.create_task(host.generate(ENDLESS))
     await until(lambda: tokens(host) > 0)
     waiting = [asyncio.create_task(host.generate(SHORT)) for _ in range(3)]

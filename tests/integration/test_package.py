@@ -95,6 +95,7 @@ DOORS = {
     "llm_sidecar.tts.__main__": "speech",
     "llm_sidecar.engines.onnx": "onnx",
     "llm_sidecar.engines.ort": "onnx",
+    "llm_sidecar.engines.ort_model": "onnx",
     "llm_sidecar.engines.lora_graph": "onnx",
     "llm_sidecar.engines.torch": "torch",
     "llm_sidecar.engines.torch_states": "torch",
