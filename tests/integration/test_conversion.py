@@ -1,4 +1,4 @@
-"""Conversion of a transformers folder for onnxruntime-genai."""
+"""Conversion of a transformers folder for onnxruntime."""
 
 from __future__ import annotations
 
