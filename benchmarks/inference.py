@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from benchmarks import adapters, proposing, reading, start, throughput
+from benchmarks import adapters, prefill, proposing, start, throughput
 from benchmarks.table import Row, machine
 
 RESULTS: Final = Path(__file__).with_name("RESULTS.md")
 MEASURES: Final[dict[str, Callable[[int], Iterator[Row]]]] = {
     "proposals": proposing.proposals_over_http,
-    "prefix": reading.first_token,
-    "score": reading.one_score,
+    "prefix": prefill.first_token,
+    "score": prefill.one_score,
     "transformers": throughput.against_transformers_serve,
     "sixteen": proposing.sixteen_at_once,
     "threads": throughput.threads_of_two_models,

@@ -1,4 +1,4 @@
-"""The table of `make bench`: its rows, and what is said above it."""
+"""The rows of the table of `make bench`, and the text above it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Row:
     """One measured promise.
 
     Attributes:
-        wanted: the greatest value there may be; None where nothing is promised.
-        detail: what it was reckoned from.
-        missed: what holds it back, where it is more.
+        wanted: the greatest acceptable value, or None.
+        detail: the measured values behind it.
+        missed: why the value may be greater.
     """
 
     name: str

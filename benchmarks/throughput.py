@@ -1,4 +1,4 @@
-"""Tokens per second over HTTP: against the server that one would use otherwise, and by threads."""
+"""Tokens per second over HTTP: against `transformers serve`, and by threads."""
 
 from __future__ import annotations
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 import copy
 import uuid
 from dataclasses import dataclass
-from typing import Self
+from typing import Final, Self
+
+_LONGEST_LINE: Final = 400
+"""Characters of an error message that are shown."""
 
 
 class SidecarError(Exception):
@@ -108,3 +111,11 @@ class DeadlineExceeded(SidecarError):
     ) -> None:
         super().__init__(detail, retry_after=retry_after)
         self.spent = spent
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, on one line of at most 400 characters without control characters."""
+    text = error.detail if isinstance(error, SidecarError) else f"{type(error).__name__}: {error}"
+    # An error may quote a name from a file.
+    printable = (char if char.isprintable() else " " for char in text[:_LONGEST_LINE])
+    return " ".join("".join(printable).split())

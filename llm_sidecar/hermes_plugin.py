@@ -94,7 +94,7 @@ def score_with_hermes(proposal: dict[str, Any], context: str | None = None) -> f
         require_text(default_max_chars(), proposal=proposal, context=context)
         engine = loader.get_hermes_engine()
         messages = build_messages(SCORE_TASK, proposal, context)
-        return read_score(engine.answer_probabilities(messages, SCORE_ANSWERS))
+        return read_score(engine.score_choices(messages, SCORE_ANSWERS))
     except SidecarError as error:
         log.error("scoring failed: %s", error.detail)
     except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,16 @@ def random_phi3_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def random_phi3_onnx(random_phi3_torch: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model, converted to onnxruntime-genai in int4."""
     return convert_to_onnx(random_phi3_torch, tmp_path_factory.mktemp("phi3-onnx"))
+
+
+@pytest.fixture(scope="session")
+def serial_phi3_onnx(random_phi3_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as an architecture that onnxruntime-genai runs, one request at a time."""
+    folder = shutil.copytree(random_phi3_onnx, tmp_path_factory.mktemp("phi3-serial") / "model")
+    config = json.loads((folder / "genai_config.json").read_bytes())
+    config["model"]["type"] = "phi"
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.fixture(scope="session")

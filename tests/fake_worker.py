@@ -32,23 +32,23 @@ class FakeEngine:
         """One delta a word; fails if the folder is `damaged`."""
         if self._folder.name == "damaged":
             raise RuntimeError("fail")
-        together = FakeTogether()
-        together.add(0, request)
-        while together:
-            yield from (delta for _, delta in together.step())
+        batch = FakeBatch()
+        batch.add(0, request)
+        while batch:
+            yield from (delta for _, delta in batch.step())
 
-    def together(self) -> FakeTogether:
+    def batch(self) -> FakeBatch:
         """An empty one."""
-        return FakeTogether()
+        return FakeBatch()
 
-    def prepare(self, request: GenerationRequest) -> Generator[None]:
+    def prefill(self, request: GenerationRequest) -> Generator[None]:
         """Two steps, unless it fails."""
         yield
         if _text(request) == "fail":
             raise RuntimeError(_text(request))
         yield
 
-    def answer_probabilities(
+    def score_choices(
         self, messages: Sequence[Message], answers: Sequence[str], *_: object
     ) -> dict[str, float]:
         """The same for each."""
@@ -61,10 +61,10 @@ class FakeEngine:
         return list(range(len(_text(request).split())))
 
 
-class FakeTogether:
+class FakeBatch:
     """At most two requests at a time."""
 
-    most = 2
+    capacity = 2
 
     def __init__(self) -> None:
         self._requests: dict[int, tuple[GenerationRequest, int]] = {}
@@ -109,9 +109,7 @@ def _text(request: GenerationRequest) -> str:
     return request.messages[-1]["content"]
 
 
-def load_engine(
-    folder: Path, *, device: str, threads: int, adapter: Path | None, guided: bool
-) -> FakeEngine:
+def load_engine(folder: Path, *, device: str, threads: int, adapter: Path | None) -> FakeEngine:
     """Loads nothing; fails if the folder is `missing`."""
     if folder.name == "missing":
         raise ModelUnavailable("it holds no model")

@@ -21,9 +21,18 @@ CONTEXT_LENGTH = 8192
 
 
 def write_transformers_folder(
-    folder: Path, *, architecture: str = "phi3", seed: int = 0, hidden_size: int = 64
+    folder: Path,
+    *,
+    architecture: str = "phi3",
+    seed: int = 0,
+    hidden_size: int = 64,
+    original_context_length: int = CONTEXT_LENGTH,
 ) -> Path:
-    """A 0.3M-parameter model with random weights and a byte-level tokenizer, Phi-3 or Llama."""
+    """A 0.3M-parameter model with random weights and a byte-level tokenizer, Phi-3 or Llama.
+
+    Args:
+        original_context_length: of a Phi-3, which has other rotary embeddings beyond it.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import (
@@ -55,7 +64,7 @@ def write_transformers_folder(
         model_max_length=CONTEXT_LENGTH,
     )
     torch.manual_seed(seed)
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden_size,
         "intermediate_size": 128,
@@ -69,7 +78,16 @@ def write_transformers_folder(
         "initializer_range": 0.5,
     }
     if architecture == "phi3":
-        config = Phi3Config(original_max_position_embeddings=CONTEXT_LENGTH, **shape)
+        if original_context_length < CONTEXT_LENGTH:
+            factors = {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
+            shape["rope_parameters"] = {
+                "rope_type": "longrope",
+                # As the builder expects it.
+                "type": "longrope",
+                "rope_theta": 1e4,
+                **factors,
+            }
+        config = Phi3Config(original_max_position_embeddings=original_context_length, **shape)
         model = Phi3ForCausalLM(config)
     else:
         model = LlamaForCausalLM(LlamaConfig(**shape))

@@ -169,7 +169,7 @@ def _scores(engine: Engine) -> list[Figure]:
         if not (stop and target):
             continue
         messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, proposal, row["prompt"])
-        found = engine.answer_probabilities(messages, hermes_plugin.SCORE_ANSWERS)
+        found = engine.score_choices(messages, hermes_plugin.SCORE_ANSWERS)
         ratios.append(target / stop)
         scores.append(hermes_plugin.expected_score(found))
     correlation = rank_correlation(ratios, scores)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Read when the library loads. Without it onnxruntime and onnxruntime-genai write a device id and
-# events under ~/.cache and send them; `disable_telemetry_events` comes too late for that.
+# Without it onnxruntime and onnxruntime-genai write a device id and events under ~/.cache and send
+# them. They read it when they load, so `disable_telemetry_events` comes too late.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 from llm_sidecar.engines.base import (
@@ -30,34 +30,25 @@ def load_engine(
     device: str = "auto",
     threads: int = 1,
     adapter: Path | None = None,
-    guided: bool = True,
 ) -> Engine:
     """Loads the model in `folder` into this process.
 
     Args:
-        folder: with a genai_config.json it runs on onnxruntime-genai, with a config.json on torch.
-            On a CPU, without guidance and an adapter, most architectures of the first kind run on
-            onnxruntime alone, which generates several at once.
+        folder: a config.json alone means torch. A genai_config.json means onnxruntime on a CPU, and
+            onnxruntime-genai on CUDA and for models that onnxruntime alone cannot run here: other
+            architectures than Llama, Mistral, Phi-3 and Qwen 2 and 3, a Phi-3 of long context (its
+            rotary embeddings change with the length), sliding windows and pruned logits that the
+            runtime manages, and models whose attention does not update its states in place.
         device: `auto`, `cpu` or `cuda`.
         threads: of the runtime, on CPU.
         adapter: folder of a LoRA adapter in the runtime's own format.
-        guided: whether requests may come with guidance.
 
     Raises:
-        ModelUnavailable: the folder holds no model, or the device is not there.
-        AdapterRejected: the adapter's folder lacks what the runtime loads.
+        ModelUnavailable: the folder holds no model, or the device is missing.
+        AdapterRejected: the adapter does not fit, or its folder lacks files.
     """
     if (folder / "genai_config.json").is_file():
-        from llm_sidecar.engines.onnx import OnnxEngine, has_cuda
-
-        on_cpu = device == "cpu" or (device == "auto" and not has_cuda())
-        if on_cpu and adapter is None and not guided:
-            # It takes tens of megabytes, which a guided model's worker does without.
-            from llm_sidecar.engines.ort import OrtEngine, runs_here
-
-            if runs_here(folder):
-                return OrtEngine(folder, threads=threads)
-        return OnnxEngine(folder, device=device, threads=threads, adapter=adapter)
+        return _load_onnx(folder, device, threads, adapter)
     if (folder / "config.json").is_file():
         from llm_sidecar.engines.torch import TorchEngine
 
@@ -66,3 +57,18 @@ def load_engine(
         f"{folder} holds no model: it needs a genai_config.json (onnxruntime-genai) "
         "or a config.json (transformers)"
     )
+
+
+def _load_onnx(folder: Path, device: str, threads: int, adapter: Path | None) -> Engine:
+    from llm_sidecar.engines.ort import OrtEngine, can_run
+
+    if device != "cuda" and can_run(folder):
+        if device == "auto":
+            from llm_sidecar.engines.onnx import has_cuda
+
+            device = "cuda" if has_cuda() else "cpu"
+        if device == "cpu":
+            return OrtEngine(folder, threads=threads, adapter=adapter)
+    from llm_sidecar.engines.onnx import OnnxEngine
+
+    return OnnxEngine(folder, device=device, threads=threads, adapter=adapter)

@@ -1,30 +1,28 @@
-"""What every engine can do, and the text handling that engines share.
+"""The interface of engines, and what their modules share.
 
-An engine is synchronous and lives in a worker process of its own.
+An engine is synchronous and runs in its own worker process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from llm_sidecar.errors import InvalidRequest, SidecarError
+from llm_sidecar.errors import InvalidRequest
 
 Message = dict[str, str]
 """One chat turn: `{"role": "system" | "user" | "assistant", "content": text}`."""
 FinishReason = Literal["stop", "length"]
 
 PROBE: Final[Sequence[Message]] = ({"role": "user", "content": "Long ABC. What now?"},)
-"""What a model has to answer before an adapter is taken into use."""
+"""A model has to answer this before an adapter is used."""
 
-_LONGEST_LINE: Final = 400
-"""Characters of an error message that are shown."""
 ANSWER_TOKENS: Final = 2
-"""The longest answer that `answer_probabilities` can read."""
+"""Tokens of the longest choice that `score_choices` supports."""
 
 PREFILL_CHUNK: Final = 256
 """Prompt tokens processed between two chances to cancel."""
@@ -38,7 +36,7 @@ class GenerationRequest:
         messages: the chat so far.
         max_tokens: greatest number of completion tokens.
         guidance: JSON schema text (llguidance dialect) that the completion must follow, or None.
-        temperature: 0 is greedy; otherwise the logits are divided by it and sampled from.
+        temperature: 0 is greedy; otherwise it divides the logits before sampling.
         seed: makes sampling repeatable.
         tokens: of the messages, as `Engine.tokenize` returns them; None to tokenize them later.
     """
@@ -56,8 +54,8 @@ class Delta:
     """One step of a generation: new text, and the counts so far.
 
     Attributes:
-        cached_tokens: of the prompt, that were read for an earlier one.
-        finish_reason: of the last delta, and of it alone.
+        cached_tokens: prompt tokens whose states were cached.
+        finish_reason: set in the last delta only.
     """
 
     text: str
@@ -73,7 +71,7 @@ class Engine(Protocol):
     Attributes:
         runtime: package that runs it.
         device: `cpu` or `cuda`.
-        context_length: greatest number of prompt and completion tokens together.
+        context_length: greatest number of prompt and completion tokens of a request.
     """
 
     runtime: str
@@ -86,7 +84,7 @@ class Engine(Protocol):
         It may be called from another thread while the engine generates.
 
         Args:
-            header: whether the header of the assistant's turn follows; `prepare` takes tokens
+            header: whether the header of the assistant's turn follows; `prefill` takes tokens
                 without it.
 
         Raises:
@@ -99,25 +97,25 @@ class Engine(Protocol):
     def stream(self, request: GenerationRequest) -> Generator[Delta]:
         """Generates step by step; closing the iterator stops the generation.
 
-        What the prompt shares with an earlier one is not read again.
+        Tokens that the prompt shares with an earlier one are not processed again.
 
         Raises:
-            InvalidRequest, ModelUnavailable: as of `tokenize`.
+            InvalidRequest, ModelUnavailable: as in `tokenize`.
         """
         ...
 
-    def together(self) -> Together:
-        """An empty set of requests to generate at the same time."""
+    def batch(self) -> Batch:
+        """An empty batch. An engine runs one batch at a time."""
         ...
 
-    def prepare(self, request: GenerationRequest) -> Generator[None]:
-        """Reads `messages`, which prompts to come begin with, step by step, beside what is kept.
+    def prefill(self, request: GenerationRequest) -> Generator[None]:
+        """Processes messages that later prompts begin with, step by step, and keeps their states.
 
         Args:
-            request: with the turns that come first, and all else as it will be.
+            request: its messages are the first turns; the rest is as in the later requests.
 
         Raises:
-            InvalidRequest, ModelUnavailable: as of `tokenize`.
+            InvalidRequest, ModelUnavailable: as in `tokenize`.
         """
         ...
 
@@ -125,61 +123,60 @@ class Engine(Protocol):
         """The prompt's tokens, and the probability of each token, (vocabulary,), to come next.
 
         Raises:
-            InvalidRequest, ModelUnavailable: as of `tokenize`.
+            InvalidRequest, ModelUnavailable: as in `tokenize`.
         """
         ...
 
-    def answer_probabilities(
+    def score_choices(
         self,
         messages: Sequence[Message],
-        answers: Sequence[str],
+        choices: Sequence[str],
         tokens: Sequence[int] | None = None,
     ) -> dict[str, float]:
-        """Probability that the assistant's turn is each of `answers`, from one prefill.
+        """Probability that the assistant's turn is each of `choices`, from one prefill.
 
         Args:
             tokens: of the messages, as `tokenize` returns them for `ANSWER_TOKENS` new tokens;
                 None to tokenize them here.
 
         Raises:
-            InvalidRequest, ModelUnavailable: as of `tokenize`.
+            InvalidRequest, ModelUnavailable: as in `tokenize`.
         """
         ...
 
 
-class Together(Protocol):
+class Batch(Protocol):
     """Requests that are generated at the same time, by number.
 
-    A worker adds and removes them between two steps, so that a late one need not wait until those
-    before it are answered (continuous batching: Yu et al. 2022, "Orca: A Distributed Serving System
-    for Transformer-Based Generative Models").
+    Requests join and leave between two steps, so a late one does not wait until the others are done
+    (continuous batching: Yu et al. 2022, "Orca: A Distributed Serving System for Transformer-Based
+    Generative Models").
 
     Attributes:
-        most: how many there may be.
+        capacity: greatest number of requests.
     """
 
-    most: int
+    capacity: int
 
     def __len__(self) -> int: ...
 
     def add(self, number: int, request: GenerationRequest) -> None:
-        """Takes in one more; there is room for it.
+        """Adds a request; the batch must be below its capacity.
 
         Raises:
-            InvalidRequest, ModelUnavailable: as of `Engine.tokenize`, if the request has no tokens;
-                the next step may raise them instead.
+            InvalidRequest, ModelUnavailable: as in `Engine.tokenize`, if the request has no tokens.
         """
         ...
 
     def remove(self, number: int) -> None:
-        """Gives one up."""
+        """Cancels a request."""
         ...
 
     def step(self) -> list[tuple[int, Delta]]:
-        """What each of them wrote, be it nothing; those with a finish reason are gone afterwards.
+        """One delta per active request; requests with a finish reason leave the batch.
 
         Raises:
-            Exception: the runtime failed, and all of them with it; none is left.
+            Exception: the runtime failed; all requests have failed, and the batch is empty.
         """
         ...
 
@@ -201,11 +198,10 @@ def check_context(prompt_tokens: int, max_tokens: int, context_length: int) -> N
 
 
 def prefill_steps(begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """The slices in which a prompt's tokens are read.
+    """The slices in which the tokens of a prompt are processed.
 
-    None is of one token where there are more: runtimes reckon a single token otherwise than
-    several, with results that differ in the last digits, and an answer should not depend on what
-    was read before.
+    Avoids one-token slices: kernels differ numerically for length 1, and a completion should not
+    depend on which part of its prompt was cached.
     """
     while begin < end:
         stop = min(begin + PREFILL_CHUNK, end)
@@ -213,48 +209,6 @@ def prefill_steps(begin: int, end: int) -> Iterator[tuple[int, int]]:
             stop -= 1
         yield begin, stop
         begin = stop
-
-
-class AnswerTree:
-    """The answers as token sequences of one or two tokens, the second after one shared first.
-
-    `0` to `10` with a tokenizer that splits digits is such a tree: `10` is `1`, then `0`. So all
-    probabilities can be read after two positions, the prompt's last and that of `branch`.
-    """
-
-    def __init__(self, encoded: Mapping[str, Sequence[int]]) -> None:
-        branches = {tokens[0] for tokens in encoded.values() if len(tokens) == 2}
-        if len(branches) > 1 or any(len(tokens) not in (1, 2) for tokens in encoded.values()):
-            raise ValueError("the tokenizer splits the answers into more than one branch")
-        self._encoded = dict(encoded)
-        self.branch: int | None = branches.pop() if branches else None
-
-    def read(self, first: npt.NDArray[Any], second: npt.NDArray[Any] | None) -> dict[str, float]:
-        """Probability of each answer.
-
-        Args:
-            first: (vocabulary,) logits after the prompt.
-            second: (vocabulary,) logits after the prompt and `branch`; None without a branch.
-        """
-        p_first = softmax(first)
-        p_second = None if second is None else softmax(second)
-        longer = [tokens[1] for tokens in self._encoded.values() if len(tokens) == 2]
-        result = {}
-        for answer, tokens in self._encoded.items():
-            probability = float(p_first[tokens[0]])
-            if p_second is not None and tokens[0] == self.branch:
-                ends_here = 1.0 - float(p_second[longer].sum())
-                probability *= float(p_second[tokens[1]]) if len(tokens) == 2 else ends_here
-            result[answer] = probability
-        return result
-
-
-def one_line(error: Exception) -> str:
-    """What went wrong while a model or an adapter was loaded, for the log and for `/health`."""
-    said = error.detail if isinstance(error, SidecarError) else f"{type(error).__name__}: {error}"
-    # An error may quote a name from a file, which may be long or have control characters.
-    printable = (char if char.isprintable() else " " for char in said[:_LONGEST_LINE])
-    return " ".join("".join(printable).split())
 
 
 def softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

@@ -19,8 +19,9 @@ from typing import Any, Final, TypeVar
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from llm_sidecar.engines.base import AnswerTree, GenerationRequest, Message, check_context
+from llm_sidecar.engines.base import GenerationRequest, Message, check_context
 from llm_sidecar.engines.chat_template import ChatTemplate, read_special_tokens, read_template
+from llm_sidecar.engines.choice_tree import ChoiceTree
 from llm_sidecar.engines.control_tokens import ControlTokens
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 
@@ -39,7 +40,7 @@ _SLICE: Final = 1 << 15
 """Characters of a long text whose tokens are counted at a time."""
 _CUT_TOKENS: Final = 64
 """An upper bound of the tokens that cutting a text in two adds."""
-_KEPT_FRAMES: Final = 64
+_CACHED_CHATS: Final = 64
 _LONGEST_CHARACTER: Final = 8
 """More tokens than one character takes: it has at most four bytes in UTF-8."""
 _KNOWN_CHATS: Final = (
@@ -88,8 +89,8 @@ class ChatTokenizer:
         tokenizer.encode_special_tokens = False
         self.tokenizer = tokenizer
         self.ends = ends
-        self._frame = functools.lru_cache(_KEPT_FRAMES)(self._control_tokens_of)
-        self._answer_tree = functools.lru_cache(_KEPT_FRAMES)(self._new_answer_tree)
+        self._frame = functools.lru_cache(_CACHED_CHATS)(self._control_tokens_of)
+        self._choice_tree = functools.lru_cache(_CACHED_CHATS)(self._new_choice_tree)
         try:
             self._template, written = _within(
                 _TEMPLATE_SECONDS, lambda: self._try(template, special_tokens)
@@ -123,25 +124,25 @@ class ChatTokenizer:
         return cls(tokenizer, read_template(folder), read_special_tokens(folder), ends)
 
     def encode(
-        self, messages: Sequence[Message], header: bool = True, most: int | None = None
+        self, messages: Sequence[Message], header: bool = True, limit: int | None = None
     ) -> list[int]:
         """The chat's tokens, with the header of the assistant's turn or without.
 
         Args:
-            most: about the greatest number of tokens: a text that has far more is refused early.
+            limit: about the greatest number of tokens; a text with far more is refused early.
 
         Raises:
             InvalidRequest: the text has too many tokens, or a message holds control tokens that
                 cannot be broken, or half a surrogate pair.
             ModelUnavailable: the template refuses the chat.
         """
-        shape = tuple((one["role"], _stand_in(one["content"])) for one in messages)
+        shape = tuple((one["role"], _placeholder(one["content"])) for one in messages)
         for _ in range(_ATTEMPTS):
-            tokens = self._tokens(self._template.render(messages, header), most)
+            tokens = self._tokens(self._template.render(messages, header), limit)
             if self._control.among(tokens) == self._frame(shape, header):
                 return tokens
-            if most is not None and len(tokens) > most:
-                raise _too_long(most)
+            if limit is not None and len(tokens) > limit:
+                raise _too_long(limit)
             broken = [{**one, "content": self._control.broken(one["content"])} for one in messages]
             if broken == list(messages):
                 break
@@ -164,14 +165,14 @@ class ChatTokenizer:
         """A new decoder, for one completion."""
         return TextDecoder(self.tokenizer)
 
-    def answer_tree(self, answers: tuple[str, ...]) -> AnswerTree:
-        """The answers as the assistant's turn would begin with them."""
-        return self._answer_tree(answers)
+    def choice_tree(self, choices: tuple[str, ...]) -> ChoiceTree:
+        """The tokens of each choice at the start of the assistant's turn."""
+        return self._choice_tree(choices)
 
-    def _new_answer_tree(self, answers: tuple[str, ...]) -> AnswerTree:
+    def _new_choice_tree(self, choices: tuple[str, ...]) -> ChoiceTree:
         chat = self._template.render([{"role": "user", "content": "?"}])
         skip = len(self._tokens(chat))
-        return AnswerTree({answer: self._tokens(chat + answer)[skip:] for answer in answers})
+        return ChoiceTree({choice: self._tokens(chat + choice)[skip:] for choice in choices})
 
     def _try(self, source: str, special_tokens: Mapping[str, str]) -> tuple[ChatTemplate, set[int]]:
         """Compiles the template; also returns the tokens that it writes for the known chats."""
@@ -189,14 +190,14 @@ class ChatTokenizer:
             raise refused
         return template, written
 
-    def _tokens(self, text: str, most: int | None = None) -> list[int]:
-        if most is not None and len(text) > 2 * _SLICE:
+    def _tokens(self, text: str, limit: int | None = None) -> list[int]:
+        if limit is not None and len(text) > 2 * _SLICE:
             # Stops as soon as the text cannot fit the context, however long it is.
             counted = 0
             for start in range(0, len(text), _SLICE):
                 counted += len(self._ids(text[start : start + _SLICE])) - _CUT_TOKENS
-                if counted > most:
-                    raise _too_long(most)
+                if counted > limit:
+                    raise _too_long(limit)
         return self._ids(text)
 
     def _ids(self, text: str) -> list[int]:
@@ -216,13 +217,13 @@ class ChatTokenizer:
         return self._control.among(self._tokens(self._template.render(messages, header)))
 
 
-def _stand_in(content: str) -> str:
+def _placeholder(content: str) -> str:
     return "x" if content.strip() else content[:1]
 
 
-def _too_long(most: int) -> InvalidRequest:
+def _too_long(limit: int) -> InvalidRequest:
     return InvalidRequest(
-        f"prompt: it takes more tokens than the model's context of {most}; shorten it"
+        f"prompt: it takes more tokens than the model's context of {limit}; shorten it"
     )
 
 
@@ -248,12 +249,12 @@ class TextDecoder:
         try:
             text: str = self._stream.step(self._tokenizer, token) or ""
         except Exception:  # noqa: BLE001 - the package raises bare ones
-            # A byte-level decoder fails on bytes that are no valid text, and cannot go on.
+            # A byte-level decoder fails on invalid UTF-8, and cannot continue.
             self._begin()
             return "\N{REPLACEMENT CHARACTER}"
         self._pending.append(token)
         if not text and len(self._pending) == _LONGEST_CHARACTER:
-            # These bytes are no valid text. The stream would decode all of them at every step.
+            # Invalid UTF-8: the stream would decode all of it at every step.
             text = self._tokenizer.decode(self._pending, skip_special_tokens=True)
             self._begin()
         elif text:
@@ -262,7 +263,7 @@ class TextDecoder:
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:
-    """What `work` returns; raises TimeoutError where it takes longer.
+    """Returns what `work` returns; raises TimeoutError if it takes longer.
 
     In that case it continues in a daemon thread.
     """

@@ -37,7 +37,7 @@ class ControlTokens:
         self._numbers = {
             number
             for number, token in tokenizer.get_added_tokens_decoder().items()
-            # A line break is no control token, and a single character cannot be broken.
+            # A line break is not a control token, and a single character cannot be split.
             if len(token.content.strip()) > 1
             and number not in unknown
             and _BYTE.fullmatch(token.content) is None

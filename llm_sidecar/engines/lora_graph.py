@@ -1,11 +1,11 @@
-"""A model's ONNX graph with room for a LoRA adapter.
+"""Adds inputs for a LoRA adapter to a model's ONNX graph.
 
     output = weight(input) + (input @ A) @ B
 
 for every projection of every layer (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language
-Models", arXiv:2106.09685), with B scaled already. All A and B are inputs of a rank that is left
-open and zero where no adapter gives them, so that one graph takes an adapter of any rank for any
-of the projections, and without one answers as before to the last bit.
+Models", arXiv:2106.09685), with B scaled already. All A and B are inputs of any
+rank, and zero by default. So one graph takes adapters of any rank for any projections, and without
+an adapter its outputs are exactly those of the original.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ADAPTER_FILE: Final = "adapter.onnx_adapter"
 """onnxruntime's AdapterFormat, in an adapter's folder."""
 
 _PROJECTION: Final = re.compile(r"/(model/layers\.\d+/(?:attn|mlp)/\w+_proj)/MatMul\w*")
-_MOST_OVERHEAD: Final = 1 << 20
+_MAX_OVERHEAD: Final = 1 << 20
 """Greatest number of bytes of an adapter file that are names and padding."""
 _TYPES: Final[dict[int, type[np.floating[Any]]]] = {
     TensorProto.FLOAT: np.float32,
@@ -36,11 +36,11 @@ _TYPES: Final[dict[int, type[np.floating[Any]]]] = {
 
 
 class Projection(NamedTuple):
-    """A linear map of the graph that an adapter may change.
+    """A linear map of the graph that an adapter can change.
 
     Attributes:
         inputs, outputs: its widths.
-        dtype: of what goes in and comes out.
+        dtype: of its input and output.
     """
 
     inputs: int
@@ -49,7 +49,7 @@ class Projection(NamedTuple):
 
 
 class LoraGraph(NamedTuple):
-    """The graph, and what in it adapters may change.
+    """A graph with inputs for adapters, and the projections that they can change.
 
     Attributes:
         serialized: the ONNX model; weights that it keeps in other files stay there.
@@ -65,7 +65,7 @@ def read_lora_graph(file: Path) -> LoraGraph:
     """The graph in `file`, as onnxruntime-genai's builder writes it, with inputs for adapters.
 
     Raises:
-        AdapterRejected: nothing in it can be changed.
+        AdapterRejected: it has no projections that an adapter can change.
     """
     model = onnx.load(str(file), load_external_data=False)
     graph = model.graph
@@ -102,14 +102,14 @@ def _projection(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) -
 def _added(
     graph: onnx.GraphProto, node: onnx.NodeProto, name: str, projection: Projection
 ) -> list[onnx.NodeProto]:
-    """Three nodes behind `node`, whose output is the sum from now on."""
+    """Three nodes after `node` that add A and B to its output, under the same name."""
     first, second, rank = f"{name}.lora_A", f"{name}.lora_B", f"{name}.rank"
     shapes: dict[str, tuple[list[int | str], tuple[int, int]]] = {
         first: ([projection.inputs, rank], (projection.inputs, 1)),
         second: ([rank, projection.outputs], (1, projection.outputs)),
     }
-    for tensor, (shape, at_rest) in shapes.items():
-        zero = numpy_helper.from_array(np.zeros(at_rest, projection.dtype), tensor)
+    for tensor, (shape, default) in shapes.items():
+        zero = numpy_helper.from_array(np.zeros(default, projection.dtype), tensor)
         graph.input.append(helper.make_tensor_value_info(tensor, zero.data_type, shape))
         graph.initializer.append(zero)
     output = node.output[0]
@@ -124,7 +124,7 @@ def _added(
 
 
 def write_adapter(file: Path, matrices: Mapping[str, tuple[npt.NDArray[Any], ...]]) -> None:
-    """Writes the A and B of projections, by their names."""
+    """Writes A and B of projections, by the projections' names."""
     adapter = onnxruntime.AdapterFormat()
     adapter.set_adapter_version(1)
     adapter.set_model_version(1)
@@ -138,22 +138,25 @@ def write_adapter(file: Path, matrices: Mapping[str, tuple[npt.NDArray[Any], ...
     adapter.export_adapter(str(file))
 
 
-def checked_adapter(folder: Path, projections: Mapping[str, Projection]) -> Path:
-    """The adapter file in `folder`, after checking that it fits the graph.
+def read_adapter(
+    folder: Path, projections: Mapping[str, Projection]
+) -> dict[str, npt.NDArray[Any]]:
+    """The matrices of the adapter in `folder`, by the names of the graph's inputs.
 
     Raises:
-        AdapterRejected: it is missing or does not fit; says why.
+        AdapterRejected: it is missing or does not fit.
     """
     file = folder / ADAPTER_FILE
     if not file.is_file():
         raise AdapterRejected(
             f"it holds no {ADAPTER_FILE}; make one with python -m llm_sidecar.loader adapter"
         )
-    if file.stat().st_size > _MOST_OVERHEAD + sum(map(_bytes, projections.values())):
+    if file.stat().st_size > _MAX_OVERHEAD + sum(map(_bytes, projections.values())):
         raise AdapterRejected(f"its {ADAPTER_FILE} is larger than the weights that it may change")
     try:
         adapter = onnxruntime.AdapterFormat.read_adapter(str(file))
-        found = {name: value.numpy() for name, value in adapter.get_parameters().items()}
+        # Copies: the values may be views of a mapping that ends with `adapter`.
+        found = {name: value.numpy().copy() for name, value in adapter.get_parameters().items()}
     except Exception:  # noqa: BLE001 - the runtime raises bare ones
         raise AdapterRejected(f"{file.name} is no adapter, or only a part of one") from None
     ranks: dict[str, set[int]] = {}
@@ -169,10 +172,10 @@ def checked_adapter(folder: Path, projections: Mapping[str, Projection]) -> Path
             raise AdapterRejected(f"{name} is {width} wide, which is not the model's width there")
         if matrix.dtype != expected.dtype:
             raise AdapterRejected(
-                f"{name} is {matrix.dtype}, and the model reckons in {np.dtype(expected.dtype)}"
+                f"{name} is {matrix.dtype}, and the model computes in {np.dtype(expected.dtype)}"
             )
         if not np.isfinite(matrix).all():
-            raise AdapterRejected(f"{name} holds infinities or what is no number")
+            raise AdapterRejected(f"{name} holds infinities or NaN")
         ranks.setdefault(projection, set()).add(rank)
     incomplete = [
         name
@@ -181,7 +184,7 @@ def checked_adapter(folder: Path, projections: Mapping[str, Projection]) -> Path
     ]
     if incomplete or not found:
         raise AdapterRejected(f"the two matrices of {next(iter(incomplete), 'anything')} differ")
-    return file
+    return found
 
 
 def _bytes(projection: Projection) -> int:

@@ -1,4 +1,4 @@
-"""The files of a PEFT adapter, and whether they are a LoRA that adds to a model as it is."""
+"""The files of a PEFT adapter, and checks that it is a plain LoRA."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 """PEFT's other formats are pickles."""
 
-_MOST_CONFIG: Final = 1 << 20
+_MAX_CONFIG: Final = 1 << 20
 """Greatest size of a configuration in bytes; PEFT writes a few thousand."""
 _MATRIX: Final = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")
-_PLAIN_BEGINNINGS: Final = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-"""`init_lora_weights` with which the matrices belong to the model as it is; with all others, such
-as `pissa`, to one whose own weights were changed before the training."""
-_UNKNOWN: Final = (
+_PLAIN_INITIALIZATIONS: Final = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+"""Values of `init_lora_weights` that leave the model's own weights alone. All others, such as
+`pissa`, change them before training."""
+_UNSUPPORTED: Final = (
     "use_dora",
     "modules_to_save",
     "layer_replication",
@@ -35,7 +35,7 @@ _UNKNOWN: Final = (
     "monteclora_config",
     "megatron_config",
 )
-"""Settings with which an adapter does otherwise than adding the product of two matrices."""
+"""Settings of adapters that do more than add the product of two matrices."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -47,18 +47,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise AdapterRejected(f"it holds no {name}")
-    if (folder / CONFIG_FILE).stat().st_size > _MOST_CONFIG:
-        raise AdapterRejected(f"its {CONFIG_FILE} is larger than {_MOST_CONFIG >> 20} MB")
+    if (folder / CONFIG_FILE).stat().st_size > _MAX_CONFIG:
+        raise AdapterRejected(f"its {CONFIG_FILE} is larger than {_MAX_CONFIG >> 20} MB")
     try:
         config = json.loads((folder / CONFIG_FILE).read_bytes())
     except (ValueError, RecursionError):
         raise AdapterRejected(f"its {CONFIG_FILE} is no JSON") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise AdapterRejected(f"its {CONFIG_FILE} is not that of a LoRA adapter")
-    for setting in _UNKNOWN:
+    for setting in _UNSUPPORTED:
         if config.get(setting):
             raise AdapterRejected(f"it is trained with {setting}, which is not supported")
-    if config.get("init_lora_weights") not in _PLAIN_BEGINNINGS:
+    if config.get("init_lora_weights") not in _PLAIN_INITIALIZATIONS:
         raise AdapterRejected(
             f"it begins with init_lora_weights={config['init_lora_weights']!r} and so belongs to "
             "changed weights; have PEFT convert it to plain LoRA (path_initial_model_for_weight_"

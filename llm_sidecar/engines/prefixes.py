@@ -1,111 +1,107 @@
-"""Prefix reuse: a prompt that begins like an earlier one is read from where they part.
+"""Prefix cache: attention states of earlier prompts, reused by prompts that begin alike.
 
-The system prompt and the few-shot examples of a proposal, and all but the last line of a critique
-and its score, are the same each time, and reading a prompt is what takes longest on a CPU.
+The system prompt and the few-shot examples of all proposals are the same, and so is a critique's
+prompt but for its last line. Prefill dominates on a CPU.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Generic, Protocol, TypeVar
 
-MOST_KEPT: Final = 3
-"""Caches kept at once, each as large as its longest prompt and answer: one for proposals, one for
-the examples that are about to replace theirs, one for everything else."""
+MAX_KEPT: Final = 3
+"""Prefixes kept at once, each as large as its longest prompt and completion: one for proposals, one
+for the few-shot examples that will replace theirs, and one for everything else."""
+_UNSHARED: Final = 2
+"""Tokens of a prompt that are always processed."""
 
 
-_LEFT: Final = 2
-"""Tokens of a prompt that are always read."""
-
-
-class Cache(Protocol):
+class States(Protocol):
     """Attention states of a token sequence.
 
     Attributes:
-        room: greatest number of tokens that it takes.
-        rewinds: whether it can forget its last tokens.
+        capacity: greatest number of tokens.
+        rewinds: whether they can be cut to fewer tokens.
     """
 
-    room: int
+    capacity: int
 
     @property
     def rewinds(self) -> bool: ...
 
     def rewind(self, length: int) -> None:
-        """Forgets all but the first `length` tokens, of which there is at least one."""
+        """Keeps the first `length` tokens, at least one."""
         ...
 
 
-K = TypeVar("K", bound=Hashable)
-C = TypeVar("C", bound=Cache)
+S = TypeVar("S", bound=States)
 
 
-class Kept(Generic[C]):
-    """A cache and the prompt tokens that it begins with; who reads more appends to both."""
+class Prefix(Generic[S]):
+    """Prompt tokens, and the states that begin with them; whoever extends one extends both."""
 
-    def __init__(self, cache: C) -> None:
-        self.cache = cache
+    def __init__(self, states: S) -> None:
+        self.states = states
         self.tokens: list[int] = []
 
 
-class Prefixes(Generic[K, C]):
-    """The latest caches, each for prompts of one kind."""
+class PrefixCache(Generic[S]):
+    """The latest prefixes."""
 
-    def __init__(self, make: Callable[[K, int], C]) -> None:
-        """Keeps nothing yet.
+    def __init__(self, new_states: Callable[[int], S]) -> None:
+        """Creates an empty cache.
 
         Args:
-            make: an empty cache for prompts of a kind, with at least so much room.
+            new_states: returns empty states with at least the given capacity.
         """
-        self._make = make
-        self._kept: list[tuple[K, Kept[C]]] = []
+        self._new_states = new_states
+        self._kept: list[Prefix[S]] = []
 
     @contextlib.contextmanager
-    def borrowed(self, kind: K, prompt: Sequence[int], room: int) -> Iterator[Kept[C]]:
-        """The cache that shares most with `prompt`, cut to what they share, or an empty one.
+    def borrow(self, prompt: Sequence[int], capacity: int) -> Iterator[Prefix[S]]:
+        """The prefix that shares most with `prompt`, cut to the shared tokens, or an empty one.
 
-        It is kept for the next prompt, also where its user is cancelled, and not where it fails.
+        It returns to the cache afterwards, also on cancellation, but not after an error.
 
         Args:
-            kind: only caches of the same one are shared.
-            prompt: its tokens. The last two are always left to be read: the logits of the last one
-                are wanted, and one token alone would be reckoned otherwise (see `prefill_steps`).
-            room: tokens that the cache must take.
+            prompt: its tokens. The last two are never shared: the last one's logits are needed, and
+                a single token would be computed differently (see `prefill_steps`).
+            capacity: tokens that the states must hold.
         """
-        kept = self._take(kind, prompt, room) or Kept(self._make(kind, room))
+        prefix = self._take(prompt, capacity) or Prefix(self._new_states(capacity))
         try:
-            yield kept
+            yield prefix
         except Exception:
             raise
         except BaseException:
-            self._keep(kind, kept)
+            self._keep(prefix)
             raise
-        self._keep(kind, kept)
+        self._keep(prefix)
 
-    def _take(self, kind: K, prompt: Sequence[int], room: int) -> Kept[C] | None:
-        suited = [
-            (shared_prefix(kept.tokens, prompt), index)
-            for index, (its_kind, kept) in enumerate(self._kept)
-            if its_kind == kind and kept.cache.room >= room and kept.cache.rewinds
+    def _take(self, prompt: Sequence[int], capacity: int) -> Prefix[S] | None:
+        usable = [
+            (shared_tokens(prefix.tokens, prompt), index)
+            for index, prefix in enumerate(self._kept)
+            if prefix.states.capacity >= capacity and prefix.states.rewinds
         ]
-        length, index = max(suited, default=(0, 0))
+        length, index = max(usable, default=(0, 0))
         if length < 1:
             return None
-        _, kept = self._kept.pop(index)
-        kept.cache.rewind(length)
-        del kept.tokens[length:]
-        return kept
+        prefix = self._kept.pop(index)
+        prefix.states.rewind(length)
+        del prefix.tokens[length:]
+        return prefix
 
-    def _keep(self, kind: K, kept: Kept[C]) -> None:
-        self._kept = [*self._kept[1 - MOST_KEPT :], (kind, kept)]
+    def _keep(self, prefix: Prefix[S]) -> None:
+        self._kept = [*self._kept[1 - MAX_KEPT :], prefix]
 
 
-def shared_prefix(read: Sequence[int], prompt: Sequence[int]) -> int:
-    """How many of the tokens that were read need not be read for `prompt`, or less than 1."""
-    same = min(len(read), len(prompt))
-    for index, (one, other) in enumerate(zip(read, prompt, strict=False)):
+def shared_tokens(cached: Sequence[int], prompt: Sequence[int]) -> int:
+    """The number of cached tokens that `prompt` can reuse; it may be negative."""
+    same = min(len(cached), len(prompt))
+    for index, (one, other) in enumerate(zip(cached, prompt, strict=False)):
         if one != other:
             same = index
             break
-    return min(same, len(prompt) - _LEFT)
+    return min(same, len(prompt) - _UNSHARED)

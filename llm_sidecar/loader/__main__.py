@@ -38,7 +38,7 @@ def _convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder; it must not exist.")],
     precision: Annotated[Precision, typer.Option(help="The precision of the weights.")] = "int4",
 ) -> None:
-    """Convert a transformers folder for onnxruntime-genai."""
+    """Convert a transformers folder for onnxruntime."""
     agreement = convert(source, out, precision, command_line.say)
     distances = ", ".join(f"{distance:.3f}" for distance in agreement.distances)
     typer.echo(
@@ -68,7 +68,7 @@ def _adapter(
         ),
     ] = None,
 ) -> None:
-    """Convert a PEFT adapter for Phi-3 on onnxruntime-genai."""
+    """Convert a PEFT adapter for Phi-3 on onnxruntime."""
     base = _base_model(model)
     moved = convert_adapter(source, base.folder, out)
     typer.echo(

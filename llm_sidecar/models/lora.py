@@ -1,9 +1,9 @@
-"""A PEFT LoRA adapter as the one that the sidecar's Phi-3 loads on onnxruntime-genai.
+"""Converts a PEFT LoRA adapter for a model on onnxruntime.
 
     python -m llm_sidecar.loader adapter PEFT_DIR OUT_DIR
 
-PEFT names its matrices after the modules of transformers, and the graph has projections of its
-own: some packed, some apart. What comes out is kept only if the model runs with it.
+PEFT names its matrices after the modules of transformers, whereas some projections of the graph are
+packed. The result is kept only if the model runs with it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _Pair = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 
 
 class _Piece(NamedTuple):
-    """Rows of a module's output, and where they are in a projection's."""
+    """Rows of a module's output, and their position in a projection's output."""
 
     module: str
     rows: slice
@@ -45,27 +45,26 @@ class _Piece(NamedTuple):
 
 
 def convert_adapter(source: Path, base: Path, out: Path) -> float:
-    """Converts the adapter in `source`; `out` is there as a whole or not at all.
+    """Converts the adapter in `source`; `out` appears only on success.
 
     Args:
         source: adapter_config.json and adapter_model.safetensors, as PEFT writes them.
-        base: the onnxruntime-genai folder of the model that it is for.
-        out: a folder that is not there yet, as a rule `YYYYMMDD`.
+        base: folder of the model that it is for, as onnxruntime-genai's builder writes it.
+        out: a folder that does not exist yet, usually `YYYYMMDD`.
 
     Returns:
-        How far it moves the model's next tokens: the mean total variation distance on a few
-        prompts, from 0 to 1.
+        How much it changes the probabilities of next tokens: the mean total variation distance on a
+        few prompts, from 0 to 1.
 
     Raises:
-        ConversionFailed: says why.
+        ConversionFailed: the adapter cannot be converted for the model.
         AdapterRejected: the model does not run with it.
     """
     if out.exists():
         raise ConversionFailed(f"{out} is there already; name another folder or remove it")
     if not (base / "genai_config.json").is_file():
         raise ConversionFailed(
-            f"{base} is no model for onnxruntime-genai; on torch the sidecar takes a PEFT folder "
-            "as it is"
+            f"{base} is no model for onnxruntime; on torch the sidecar takes a PEFT folder as it is"
         )
     written = json.loads((base / "genai_config.json").read_bytes())["model"]["decoder"]
     graph = read_lora_graph(base / written["filename"])
@@ -83,7 +82,7 @@ def convert_adapter(source: Path, base: Path, out: Path) -> float:
 
 def _read(source: Path) -> dict[str, _Pair]:
     """A (inputs, rank) and scaled B (rank, outputs) of each module, in float32."""
-    # Read by what writes them.
+    # PEFT brings it, and only this command needs it.
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -121,7 +120,7 @@ def _read(source: Path) -> dict[str, _Pair]:
 
 
 def _alphas(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
-    """The alpha of each module, as the configuration has it."""
+    """The alpha of each module, by the configuration."""
     own = config.get("alpha_pattern") or {}
     if not isinstance(own, dict):
         raise PatternsFailed("is not an object")
@@ -133,7 +132,7 @@ def _alphas(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]
 
 
 def _attention_rows(decoder: Mapping[str, Any]) -> dict[str, slice]:
-    """Where queries, keys and values are in the output of a packed projection."""
+    """The rows of queries, keys and values in the output of a packed projection."""
     size = decoder["head_size"]
     queries, others = decoder["num_attention_heads"] * size, decoder["num_key_value_heads"] * size
     ends = (queries, queries + others, queries + 2 * others)
@@ -149,7 +148,11 @@ def _fitted(
     projections: Mapping[str, Projection],
     attention: Mapping[str, slice],
 ) -> dict[str, _Pair]:
-    """The matrices of each projection that the modules change; all modules are used up."""
+    """The matrices of each projection that the modules change.
+
+    Raises:
+        ConversionFailed: a module has no projection, or another width.
+    """
     used: set[str] = set()
     fitted: dict[str, _Pair] = {}
     for name, projection in projections.items():
@@ -179,7 +182,7 @@ def _fitted(
 
 
 def _pieces(name: str, projection: Projection, attention: Mapping[str, slice]) -> Iterator[_Piece]:
-    """Modules of transformers that may be a projection, or a part of one, or have it as a part."""
+    """Modules of transformers that may equal a projection, be part of it or contain it."""
     layer, part, projected = name.rsplit(".", 2)
     module = f"{layer}.{'self_attn' if part == 'attn' else part}"
     yield _Piece(f"{module}.{projected}", slice(None), 0)

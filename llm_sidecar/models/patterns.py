@@ -17,7 +17,7 @@ SECONDS = 10.0
 
 
 class PatternsFailed(Exception):
-    """The message says why; it follows the name of the setting."""
+    """Its message completes a sentence that begins with the name of the setting."""
 
 
 def first_matches(patterns: Sequence[str], names: Sequence[str]) -> list[int | None]:

@@ -76,7 +76,7 @@ def _models(models: Mapping[str, Health]) -> Iterator[Metric]:
     by_model = ["model"]
     running = GaugeMetricFamily(
         "sidecar_requests_running",
-        "Calls that a worker is running: 1 on onnxruntime-genai, elsewhere up to 8.",
+        "Calls that a worker is running: up to 8, on onnxruntime-genai 1.",
         labels=by_model,
     )
     waiting = GaugeMetricFamily(

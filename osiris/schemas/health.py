@@ -15,7 +15,7 @@ _MODEL: Final[dict[str, Any]] = {
     "reason": None,
     "model": "phi3/Phi-3-mini-4k-instruct",
     "adapter": "20260131-dpo",
-    "runtime": "onnxruntime-genai",
+    "runtime": "onnxruntime",
     "device": "cpu",
     "pid": 4711,
     "restarts": 0,

@@ -1,4 +1,4 @@
-"""Memory of rows on plain onnxruntime: each takes what it needs, and gives it back."""
+"""Memory of batches on plain onnxruntime: it returns to the system."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llm_sidecar.engines import GenerationRequest, load_engine
-from llm_sidecar.engines.base import Message, Together
+from llm_sidecar.engines.base import Batch, Message
 from tests.live_server import ROOT
 from tests.random_models import convert_to_onnx, write_transformers_folder
 
@@ -31,13 +31,13 @@ def request(text: str) -> GenerationRequest:
     return GenerationRequest([SYSTEM, Message(role="user", content=text)], 16)
 
 
-def run(together: Together, requests: list[GenerationRequest]) -> int:
+def run(batch: Batch, requests: list[GenerationRequest]) -> int:
     """Answers all at once; returns the prompt tokens of the first."""
     for number, one in enumerate(requests):
-        together.add(number, one)
+        batch.add(number, one)
     prompt_tokens = {}
-    while together:
-        prompt_tokens.update({number: delta.prompt_tokens for number, delta in together.step()})
+    while batch:
+        prompt_tokens.update({number: delta.prompt_tokens for number, delta in batch.step()})
     return prompt_tokens[0]
 
 
@@ -49,18 +49,18 @@ def resident() -> float:
 
 def measure(folder: Path) -> dict[str, float]:
     """MB that eight short questions need before and after a long one, each alone or among them."""
-    engine = load_engine(folder, device="cpu", guided=False)
-    together = engine.together()
+    engine = load_engine(folder, device="cpu")
+    batch = engine.batch()
     loaded = resident()
     short = [request(f"Question {number}: what now?") for number in range(8)]
     found = {}
-    run(together, short)
+    run(batch, short)
     found["before"] = resident() - loaded
-    found["long prompt"] = run(together, [request(LONG)])
-    run(together, short)
+    found["long prompt"] = run(batch, [request(LONG)])
+    run(batch, short)
     found["after a long one"] = resident() - loaded
-    run(together, [request(LONG), *short[:7]])
-    run(together, short)
+    run(batch, [request(LONG), *short[:7]])
+    run(batch, short)
     found["after a long one among others"] = resident() - loaded
     return found
 

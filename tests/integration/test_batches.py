@@ -1,4 +1,4 @@
-"""Completions that are generated together, on torch and on plain onnxruntime."""
+"""Batches on torch and on plain onnxruntime."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
-from transformers import DynamicCache, LlamaConfig, MistralConfig, Phi3Config
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig, Phi3Config
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
-from llm_sidecar.engines.base import Delta, Together
-from llm_sidecar.engines.batches import MOST
+from llm_sidecar.engines.base import Batch, Delta
+from llm_sidecar.engines.batch import MAX_ROWS
 from llm_sidecar.engines.chat import TextDecoder
 from llm_sidecar.engines.generation import Generation
+from llm_sidecar.engines.onnx import OnnxEngine
 from llm_sidecar.engines.ort import OrtEngine
 from llm_sidecar.engines.torch import TorchEngine
-from llm_sidecar.engines.torch_rows import empty_cache, most_together
+from llm_sidecar.engines.torch_states import batch_capacity, empty_cache
 from llm_sidecar.errors import InvalidRequest
 from tests.live_server import ROOT
+from tests.random_models import convert_to_onnx, write_transformers_folder
 
 AnyEngine = TorchEngine | OrtEngine
 
 
 def load(folder: Path) -> AnyEngine:
-    engine = load_engine(folder, device="cpu", guided=False)
+    engine = load_engine(folder, device="cpu")
     assert isinstance(engine, TorchEngine | OrtEngine)
     return engine
 
@@ -56,6 +58,19 @@ def ort_engine(random_hermes_onnx: Path) -> OrtEngine:
     return OrtEngine(random_hermes_onnx)
 
 
+@pytest.fixture(scope="module")
+def long_phi3_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Phi-3 with other rotary embeddings beyond 4,096 tokens."""
+    return write_transformers_folder(
+        tmp_path_factory.mktemp("long-torch"), original_context_length=4096
+    )
+
+
+@pytest.fixture(scope="module")
+def long_phi3_onnx(long_phi3_torch: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert_to_onnx(long_phi3_torch, tmp_path_factory.mktemp("long-onnx"), "fp32")
+
+
 def request(text: str, tokens: int = 12, **settings: Any) -> GenerationRequest:
     return GenerationRequest([Message(role="user", content=text)], tokens, **settings)
 
@@ -67,9 +82,9 @@ def alone(engine: Engine, one: GenerationRequest) -> tuple[str, int, str | None]
 
 
 class Written:
-    """What a batch has written so far, by number."""
+    """The text of a batch's requests so far, by number."""
 
-    def __init__(self, batch: Together) -> None:
+    def __init__(self, batch: Batch) -> None:
         self.batch = batch
         self.text: dict[int, str] = {}
         self.ended: dict[int, tuple[str, int, str | None]] = {}
@@ -102,7 +117,7 @@ def test_answers_are_those_that_each_request_gets_alone(engine: AnyEngine) -> No
         request("Long ABC from 100.", 20),
     ]
     expected = [alone(engine, one) for one in requests]
-    written = Written(engine.together())
+    written = Written(engine.batch())
     for number, one in enumerate(requests):
         written.batch.add(number, one)
         # Each joins while the others write.
@@ -116,7 +131,7 @@ def test_answers_are_those_that_each_request_gets_alone(engine: AnyEngine) -> No
 def test_one_that_stays_behind_and_one_that_follows_go_on(engine: AnyEngine) -> None:
     first, second, third = request("Long ABC", 40), request("Short QX", 6), request("Long Z", 9)
     expected = [alone(engine, one) for one in (first, second, third)]
-    written = Written(engine.together())
+    written = Written(engine.batch())
     written.batch.add(1, first)
     written.batch.add(2, second)
     while 2 not in written.ended:
@@ -130,7 +145,7 @@ def test_one_that_stays_behind_and_one_that_follows_go_on(engine: AnyEngine) -> 
 def test_a_request_that_is_given_up_leaves_the_others_alone(engine: AnyEngine) -> None:
     first, second = request("Long ABC", 30), request("Short QX", 30)
     expected = alone(engine, second)
-    written = Written(engine.together())
+    written = Written(engine.batch())
     written.batch.add(1, first)
     written.batch.add(2, second)
     for _ in range(5):
@@ -144,7 +159,7 @@ def test_what_was_read_in_a_batch_is_not_read_again(engine: AnyEngine, folder: P
     one, other = request("Long ABC from 100, now 112.5.", 10), request("Short QX from 30.", 10)
     expected = alone(engine, one)
     fresh = load(folder)
-    written = Written(fresh.together())
+    written = Written(fresh.batch())
     written.batch.add(1, one)
     written.batch.add(2, other)
     written.to_the_end()
@@ -154,7 +169,7 @@ def test_what_was_read_in_a_batch_is_not_read_again(engine: AnyEngine, folder: P
 
 
 def test_a_prompt_that_does_not_fit_is_refused_and_the_others_go_on(engine: AnyEngine) -> None:
-    batch = engine.together()
+    batch = engine.batch()
     batch.add(1, request("Long ABC", 5))
     with pytest.raises(InvalidRequest):
         batch.add(2, request("Long ABC", 9000))
@@ -167,13 +182,15 @@ def test_a_failure_ends_all_and_leaves_the_engine_fit(
     engine: AnyEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = alone(engine, request("Long ABC", 5))
-    batch = engine.together()
+    batch = engine.batch()
     for number in (1, 2):
         batch.add(number, request("Long ABC", 5))
     batch.step()
     with monkeypatch.context() as patched:
-        run = "forward" if isinstance(engine, TorchEngine) else "run"
-        patched.setattr(engine.model, run, lambda *_, **arguments: torch.zeros(0)[1])
+        model, run = (
+            (engine.model, "forward") if isinstance(engine, TorchEngine) else (engine._model, "run")
+        )
+        patched.setattr(model, run, lambda *_, **arguments: torch.zeros(0)[1])
         with pytest.raises(IndexError):
             while batch:
                 batch.step()
@@ -182,28 +199,28 @@ def test_a_failure_ends_all_and_leaves_the_engine_fit(
 
 
 def test_states_grow_in_place_and_are_those_of_the_usual_cache(torch_engine: TorchEngine) -> None:
-    roomy, usual = (
+    growing, usual = (
         empty_cache(torch_engine.model.config),
         DynamicCache(config=torch_engine.model.config),
     )
     ids = torch.randint(5, 200, (1, 300), generator=torch.Generator().manual_seed(0))
     logits = []
     with torch.inference_mode():
-        for cache in (roomy, usual):
+        for cache in (growing, usual):
             torch_engine.model(input_ids=ids[:, :280], past_key_values=cache)
             cache.crop(-30)
             out = torch_engine.model(input_ids=ids[:, 250:], past_key_values=cache)
             logits.append(out.logits)
     assert torch.equal(*logits)
-    before = roomy.layers[0].keys.data_ptr()
+    before = growing.layers[0].keys.data_ptr()
     with torch.inference_mode():
-        torch_engine.model(input_ids=ids[:, :1], past_key_values=roomy)
-    assert roomy.layers[0].keys.data_ptr() == before
+        torch_engine.model(input_ids=ids[:, :1], past_key_values=growing)
+    assert growing.layers[0].keys.data_ptr() == before
 
 
 def test_what_all_begin_with_is_read_once(ort_engine: OrtEngine) -> None:
     prompts = [f"{'The same beginning of all. ' * 8}Long {name}" for name in ("ABC", "QX", "Z")]
-    written = Written(ort_engine.together())
+    written = Written(ort_engine.batch())
     cached: dict[int, int] = {}
     for number, prompt in enumerate(prompts):
         written.batch.add(number, request(prompt, 4))
@@ -219,7 +236,7 @@ def test_states_take_as_much_memory_as_they_need(ort_engine: OrtEngine) -> None:
     *_, last = ort_engine.stream(long)
     assert last.prompt_tokens > 300
     expected = alone(ort_engine, long)
-    written = Written(ort_engine.together())
+    written = Written(ort_engine.batch())
     written.batch.add(1, request("Short QX", 30))
     written.batch.add(2, request("Short Z", 30))
     for _ in range(6):
@@ -241,15 +258,15 @@ def test_rows_for_which_there_is_no_memory_wait_their_turn(
     longest = max(next(engine.stream(one)).prompt_tokens + one.max_tokens for one in requests)
     # Memory for two of them.
     monkeypatch.setattr(engine, "context_length", longest)
-    joined = engine.joined
-    together: list[set[int]] = []
+    join = engine.join
+    joined: list[set[int]] = []
 
-    def noting(caches: Any, size: int, former: Any) -> Any:
-        together.append(set(caches))
-        return joined(caches, size, former)
+    def noting(states: Any, size: int, former: Any) -> Any:
+        joined.append(set(states))
+        return join(states, size, former)
 
-    monkeypatch.setattr(engine, "joined", noting)
-    written = Written(engine.together())
+    monkeypatch.setattr(engine, "join", noting)
+    written = Written(engine.batch())
     for number, one in enumerate(requests):
         written.batch.add(number, one)
     while written.batch:
@@ -257,12 +274,12 @@ def test_rows_for_which_there_is_no_memory_wait_their_turn(
         assert len(written.step()) == count
     assert [written.ended[number] for number in range(len(requests))] == expected
     # The short ones take less.
-    assert {0, 2, 3} in together
-    assert all(len(numbers) <= 2 for numbers in together if 1 in numbers)
+    assert {0, 2, 3} in joined
+    assert all(len(numbers) <= 2 for numbers in joined if 1 in numbers)
 
 
 def test_both_onnx_engines_agree(ort_engine: OrtEngine, random_hermes_onnx: Path) -> None:
-    other = load_engine(random_hermes_onnx, device="cpu")
+    other = OnnxEngine(random_hermes_onnx, device="cpu")
     assert other.runtime == "onnxruntime-genai"
     proposal = {"ticker": "ABC", "action": "pass", "confidence": 0.5, "rationale": "None."}
     critique, task = (
@@ -272,8 +289,7 @@ def test_both_onnx_engines_agree(ort_engine: OrtEngine, random_hermes_onnx: Path
     one = GenerationRequest(critique, 30)
     assert alone(ort_engine, one)[0] == alone(other, one)[0]
     found, expected = (
-        engine.answer_probabilities(task, hermes_plugin.SCORE_ANSWERS)
-        for engine in (ort_engine, other)
+        engine.score_choices(task, hermes_plugin.SCORE_ANSWERS) for engine in (ort_engine, other)
     )
     assert found == pytest.approx(expected, abs=1e-6)
     tokens, probabilities = ort_engine.next_token(critique)
@@ -282,22 +298,31 @@ def test_both_onnx_engines_agree(ort_engine: OrtEngine, random_hermes_onnx: Path
     np.testing.assert_allclose(probabilities, its_probabilities, atol=1e-6)
 
 
-def test_a_guided_models_worker_does_without_plain_onnxruntime(random_phi3_onnx: Path) -> None:
+def test_a_worker_on_a_cpu_loads_one_runtime(random_phi3_onnx: Path) -> None:
     code = (
         "import pathlib, sys; from llm_sidecar.engines import load_engine; "
         "load_engine(pathlib.Path(sys.argv[1]), device='cpu'); "
-        "sys.exit('onnxruntime' in sys.modules)"
+        "sys.exit(not {'onnxruntime_genai', 'torch', 'transformers'}.isdisjoint(sys.modules))"
     )
     subprocess.run([sys.executable, "-c", code, str(random_phi3_onnx)], cwd=ROOT, check=True)
 
 
-def test_what_needs_more_runs_on_the_whole_runtime(
-    random_hermes_onnx: Path, random_phi3_onnx: Path, ort_engine: OrtEngine
+def test_a_phi3_of_long_context_runs_on_onnxruntime_genai(long_phi3_onnx: Path) -> None:
+    assert load_engine(long_phi3_onnx, device="cpu").runtime == "onnxruntime-genai"
+
+
+def test_a_long_prompt_is_computed_with_the_rotary_embeddings_of_long_context(
+    long_phi3_onnx: Path, long_phi3_torch: Path
 ) -> None:
-    assert load_engine(random_hermes_onnx, device="cpu", guided=False).runtime == "onnxruntime"
-    assert load_engine(random_phi3_onnx, device="cpu", guided=False).runtime == "onnxruntime-genai"
-    with pytest.raises(ValueError, match="without guidance"):
-        ort_engine.begin(request("Long ABC", 50, guidance=proposals.GUIDANCE))
+    engine = load_engine(long_phi3_onnx, device="cpu")
+    reference = AutoModelForCausalLM.from_pretrained(long_phi3_torch, dtype=torch.float32)
+    short, long = "Long ABC. " * 30, "Long ABC. " * 800
+    for text in (short, long, short):
+        tokens, probabilities = engine.next_token(request(text).messages)
+        with torch.inference_mode():
+            logits = reference(torch.tensor([tokens])).logits[0, -1]
+        np.testing.assert_allclose(probabilities, torch.softmax(logits, -1), atol=1e-4)
+    assert len(engine.tokenize(request(long))) > 4096 + 256
 
 
 def test_bytes_that_are_no_text_end_nothing() -> None:
@@ -325,21 +350,42 @@ def test_bytes_that_are_no_text_end_nothing() -> None:
 
 
 def test_models_whose_rows_depend_on_each_other_get_no_batches() -> None:
-    assert most_together(LlamaConfig()) == MOST
-    assert most_together(MistralConfig(sliding_window=64)) == 1
+    assert batch_capacity(LlamaConfig()) == MAX_ROWS
+    assert batch_capacity(MistralConfig(sliding_window=64)) == 1
     factors = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
     scaled = Phi3Config(rope_parameters={**factors, "rope_theta": 1e4}, sliding_window=None)
-    assert most_together(scaled) == 1
+    assert batch_capacity(scaled) == 1
 
 
-def test_proposals_of_a_batch_are_valid(torch_engine: TorchEngine) -> None:
-    written = Written(torch_engine.together())
+@pytest.fixture(params=["random_phi3_torch", "random_phi3_onnx"])
+def phi3(request: pytest.FixtureRequest) -> AnyEngine:
+    return load(request.getfixturevalue(request.param))
+
+
+def test_proposals_of_a_batch_are_valid(phi3: AnyEngine) -> None:
+    written = Written(phi3.batch())
     for number in range(3):
         prompt = proposals.build_messages(f"Long ABC, {number}")
-        asked = GenerationRequest(prompt, 256, proposals.GUIDANCE, temperature=1.0, seed=number)
-        written.batch.add(number, asked)
+        guided = GenerationRequest(prompt, 256, proposals.GUIDANCE, temperature=1.0, seed=number)
+        written.batch.add(number, guided)
     written.to_the_end()
     for text, _, reason in written.ended.values():
         assert reason == "stop"
         proposals.parse(text)
         json.loads(text)
+
+
+def test_guided_rows_beside_free_ones_get_what_they_get_alone(phi3: AnyEngine) -> None:
+    requests = [
+        GenerationRequest(proposals.build_messages("Long ABC"), 256, proposals.GUIDANCE),
+        request("Long ABC from 100.", 30),
+        GenerationRequest(proposals.build_messages("Short QX"), 256, proposals.GUIDANCE),
+    ]
+    expected = [alone(phi3, one) for one in requests]
+    written = Written(phi3.batch())
+    for number, one in enumerate(requests):
+        written.batch.add(number, one)
+        written.step()
+        written.step()
+    written.to_the_end()
+    assert [written.ended[number] for number in range(len(requests))] == expected

@@ -113,7 +113,7 @@ def test_the_shipped_hermes_prefers_more_reward_for_the_risk() -> None:
         proposal = answer("winner", "ABC", "LONG", None, None)
         proposal |= {"new_stop_pct": 2.0, "new_target_pct": target}
         messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, proposal)
-        found = hermes.answer_probabilities(messages, hermes_plugin.SCORE_ANSWERS)
+        found = hermes.score_choices(messages, hermes_plugin.SCORE_ANSWERS)
         assert sum(found.values()) > 0.9
         scores.append(hermes_plugin.expected_score(found))
     assert scores == sorted(scores)

@@ -11,15 +11,21 @@ import pytest
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.engines import Engine, GenerationRequest, load_engine
-from llm_sidecar.engines.base import AnswerTree, one_line, softmax
-from llm_sidecar.errors import AdapterRejected, InvalidRequest, ModelUnavailable
+from llm_sidecar.engines.base import softmax
+from llm_sidecar.engines.choice_tree import ChoiceTree
+from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 
 PROMPT = "Long ABC from 100, now 112.5, RSI 81."
 
 
-@pytest.fixture(scope="module", params=["random_phi3_onnx", "random_phi3_torch"])
+@pytest.fixture(scope="module", params=["onnxruntime", "onnxruntime-genai", "transformers"])
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    yield load_engine(request.getfixturevalue(request.param), device="cpu")
+    if request.param == "transformers":
+        yield load_engine(request.getfixturevalue("random_phi3_torch"), device="cpu")
+    elif request.param == "onnxruntime":
+        yield load_engine(request.getfixturevalue("random_phi3_onnx"), device="cpu")
+    else:
+        yield load_engine(request.getfixturevalue("serial_phi3_onnx"), device="cpu")
 
 
 def complete(engine: Engine, request: GenerationRequest) -> str:
@@ -89,7 +95,7 @@ def test_a_prompt_that_exceeds_the_context_is_refused(engine: Engine) -> None:
     with pytest.raises(InvalidRequest, match="context of 8"):
         list(engine.stream(GenerationRequest(messages, 10)))
     with pytest.raises(InvalidRequest, match="context of 8"):
-        engine.answer_probabilities(messages, hermes_plugin.SCORE_ANSWERS)
+        engine.score_choices(messages, hermes_plugin.SCORE_ANSWERS)
 
 
 def test_an_answer_that_is_cut_did_not_stop(engine: Engine) -> None:
@@ -119,12 +125,12 @@ def test_a_prompt_that_just_fits_the_context_is_served(
     assert deltas[-1].prompt_tokens > 7500
 
 
-def test_answer_probabilities_are_those_of_the_answers_written_out(engine: Engine) -> None:
+def test_score_choices_returns_the_probabilities_of_the_answers_written_out(engine: Engine) -> None:
     messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, {"ticker": "ABC"})
-    found = engine.answer_probabilities(messages, hermes_plugin.SCORE_ANSWERS)
+    found = engine.score_choices(messages, hermes_plugin.SCORE_ANSWERS)
     assert list(found) == list(hermes_plugin.SCORE_ANSWERS)
     assert 0.0 < sum(found.values()) <= 1.0
-    assert engine.answer_probabilities(messages, hermes_plugin.SCORE_ANSWERS) == pytest.approx(
+    assert engine.score_choices(messages, hermes_plugin.SCORE_ANSWERS) == pytest.approx(
         found, rel=0, abs=1e-6
     )
 
@@ -132,9 +138,9 @@ def test_answer_probabilities_are_those_of_the_answers_written_out(engine: Engin
 def test_ten_takes_its_probability_from_one(random_phi3_torch: Path) -> None:
     torch_engine = load_engine(random_phi3_torch, device="cpu")
     messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, {"ticker": "ABC"})
-    found = torch_engine.answer_probabilities(messages, ("1", "10", "7"))
-    whole = torch_engine.answer_probabilities(messages, ("1",))
-    # "1" alone is every continuation of the digit; beside "10" it loses that one's share.
+    found = torch_engine.score_choices(messages, ("1", "10", "7"))
+    whole = torch_engine.score_choices(messages, ("1",))
+    # Alone, "1" includes all that begins with it; beside "10" it loses the share of that.
     assert found["1"] + found["10"] == pytest.approx(whole["1"], rel=1e-5)
 
 
@@ -180,33 +186,27 @@ def test_softmax_adds_up_and_survives_large_logits() -> None:
     assert found.tolist() == pytest.approx([0.5, 0.5, 0.0])
 
 
-def test_answer_tree_shares_a_digit_between_one_and_ten() -> None:
-    tree = AnswerTree({"0": [0], "1": [1], "10": [1, 0]})
+def test_choice_tree_shares_a_digit_between_one_and_ten() -> None:
+    tree = ChoiceTree({"0": [0], "1": [1], "10": [1, 0]})
     first = np.log(np.array([0.2, 0.6, 0.2]))
     second = np.log(np.array([0.25, 0.5, 0.25]))
     assert tree.branch == 1
     assert tree.read(first, second) == pytest.approx({"0": 0.2, "1": 0.45, "10": 0.15})
 
 
-def test_answer_tree_of_single_tokens_needs_no_second_position() -> None:
-    tree = AnswerTree({"0": [0], "10": [2]})
+def test_choice_tree_of_single_tokens_needs_no_second_position() -> None:
+    tree = ChoiceTree({"0": [0], "10": [2]})
     assert tree.branch is None
     found = tree.read(np.zeros(4), None)
     assert found == pytest.approx({"0": 0.25, "10": 0.25})
 
 
-def test_answer_tree_refuses_answers_it_cannot_read() -> None:
+def test_choice_tree_refuses_answers_it_cannot_read() -> None:
     with pytest.raises(ValueError, match="more than one branch"):
-        AnswerTree({"10": [1, 0], "20": [2, 0]})
+        ChoiceTree({"10": [1, 0], "20": [2, 0]})
     with pytest.raises(ValueError, match="more than one branch"):
-        AnswerTree({"100": [1, 0, 0]})
+        ChoiceTree({"100": [1, 0, 0]})
 
 
 def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
-
-
-def test_what_went_wrong_is_one_short_line() -> None:
-    error = AdapterRejected("it holds \x1b[31m\n" + "x" * 1000)
-    assert one_line(error) == "it holds [31m " + "x" * 385
-    assert one_line(ValueError("a\tb")) == "ValueError: a b"

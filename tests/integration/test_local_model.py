@@ -85,7 +85,7 @@ async def make_host(random_phi3_onnx: Path) -> AsyncIterator[HostFactory]:
 def onnx_adapters(
     random_phi3_torch: Path, random_phi3_onnx: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Adapter]:
-    """Two adapters for the random Phi-3 on onnxruntime-genai: 20260101 and 20260102."""
+    """Two adapters for the random Phi-3 on onnxruntime: 20260101 and 20260102."""
     folder = tmp_path_factory.mktemp("adapters")
     adapters = [folder / "20260101", folder / "20260102"]
     for day, adapter in enumerate(adapters, 1):
@@ -194,8 +194,10 @@ async def test_the_worker_scores_choices(make_host: HostFactory) -> None:
     assert list(found.probabilities) == list(hermes_plugin.SCORE_ANSWERS)
 
 
-async def test_requests_are_served_first_come_first_served(make_host: HostFactory) -> None:
-    host, order = await make_host(), []
+async def test_requests_are_served_first_come_first_served(
+    make_host: HostFactory, serial_phi3_onnx: Path
+) -> None:
+    host, order = await make_host(serial_phi3_onnx), []
 
     async def one(number: int) -> None:
         await complete(host, SHORT)
@@ -244,7 +246,7 @@ async def test_all_calls_of_a_request_share_its_deadline(
         assert error.retry_after == 1
         assert error.spent is not None
         assert error.spent.before >= 100.0
-        assert error.spent.prompt == error.spent.writing == 0.0
+        assert error.spent.prefill == error.spent.decode == 0.0
     assert time.monotonic() - deadline.began < 110.0
     os.kill(pid_of(host), signal.SIGCONT)
     await complete(host, SHORT)
@@ -305,8 +307,10 @@ async def test_a_killed_worker_fails_its_request_and_the_next_one_succeeds(
     assert tokens(host) > before
 
 
-async def test_waiting_requests_survive_the_death_of_the_worker(make_host: HostFactory) -> None:
-    host = await make_host()
+async def test_waiting_requests_survive_the_death_of_the_worker(
+    make_host: HostFactory, serial_phi3_onnx: Path
+) -> None:
+    host = await make_host(serial_phi3_onnx)
     first = asyncio.create_task(complete(host, ENDLESS))
     await until(lambda: tokens(host) > 0)
     waiting = [asyncio.create_task(complete(host, SHORT)) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""LoRA adapters on onnxruntime-genai: made of PEFT's, swapped, refused."""
+"""LoRA adapters on onnxruntime: converted from PEFT, swapped, refused."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 def models(
     random_phi3_torch: Path, random_hermes_torch: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, Path]]:
-    """A Phi-3 and a Llama: for transformers, and for onnxruntime-genai in float32."""
+    """A Phi-3 and a Llama: for transformers, and for onnxruntime in float32."""
     folder = tmp_path_factory.mktemp("models")
     sources = {"phi3": random_phi3_torch, "llama": random_hermes_torch}
     return {

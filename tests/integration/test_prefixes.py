@@ -1,4 +1,4 @@
-"""Prefix reuse: the same answers, for less reading."""
+"""Prefix reuse: the same completions for less prefill."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import pytest
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
 from llm_sidecar.engines.base import PREFILL_CHUNK, prefill_steps
-from llm_sidecar.engines.prefixes import MOST_KEPT, Kept, Prefixes, shared_prefix
+from llm_sidecar.engines.prefixes import MAX_KEPT, Prefix, PrefixCache, shared_tokens
 from training.demo_models import market
 
 
-class Cache:
-    """Remembers what it was told to forget."""
+class States:
+    """Records the lengths to which it is cut."""
 
-    def __init__(self, room: int, rewinds: bool = True) -> None:
-        self.room = room
+    def __init__(self, capacity: int, rewinds: bool = True) -> None:
+        self.capacity = capacity
         self.rewinds = rewinds
         self.rewound: list[int] = []
 
@@ -28,15 +28,15 @@ class Cache:
         self.rewound.append(length)
 
 
-def prefixes(**options: Any) -> Prefixes[str, Cache]:
-    return Prefixes(lambda kind, room: Cache(room, **options))
+def prefixes(**options: Any) -> PrefixCache[States]:
+    return PrefixCache(lambda capacity: States(capacity, **options))
 
 
-def read(kept: Prefixes[str, Cache], prompt: Sequence[int], kind: str = "", room: int = 9) -> int:
-    """How many tokens of a prompt had to be read."""
-    with kept.borrowed(kind, prompt, room) as cache:
-        rest = list(prompt[len(cache.tokens) :])
-        cache.tokens += rest
+def read(kept: PrefixCache[States], prompt: Sequence[int], capacity: int = 9) -> int:
+    """How many tokens of a prompt had to be processed."""
+    with kept.borrow(prompt, capacity) as prefix:
+        rest = list(prompt[len(prefix.tokens) :])
+        prefix.tokens += rest
     return len(rest)
 
 
@@ -55,12 +55,11 @@ def test_the_last_two_tokens_are_always_read() -> None:
     assert read(kept, [1]) == 1
 
 
-def test_another_kind_or_too_little_room_shares_nothing() -> None:
+def test_too_little_capacity_shares_nothing() -> None:
     kept = prefixes()
-    assert read(kept, [1, 2, 3], room=9) == 3
-    assert read(kept, [1, 2, 3], kind="other") == 3
-    assert read(kept, [1, 2, 3], room=10) == 3
-    assert read(kept, [1, 2, 3], room=9) == 2
+    assert read(kept, [1, 2, 3], capacity=9) == 3
+    assert read(kept, [1, 2, 3], capacity=10) == 3
+    assert read(kept, [1, 2, 3], capacity=9) == 2
 
 
 def test_a_cache_that_cannot_forget_is_not_shared() -> None:
@@ -71,18 +70,18 @@ def test_a_cache_that_cannot_forget_is_not_shared() -> None:
 
 def test_the_longest_beginning_is_taken_and_few_caches_are_kept() -> None:
     kept = prefixes()
-    for number in range(MOST_KEPT + 1):
+    for number in range(MAX_KEPT + 1):
         assert read(kept, [number, number, number]) == 3
     assert read(kept, [0, 0, 0]) == 3  # the oldest is gone
-    assert read(kept, [MOST_KEPT, MOST_KEPT, 9]) == 2
+    assert read(kept, [MAX_KEPT, MAX_KEPT, 9]) == 2
 
 
 def test_a_cache_survives_a_cancellation_and_no_failure() -> None:
     kept = prefixes()
 
     def stop(error: type[BaseException]) -> None:
-        with pytest.raises(error), kept.borrowed("", [1, 2, 3], 9) as cache:
-            cache.tokens[:] = [1, 2]
+        with pytest.raises(error), kept.borrow([1, 2, 3], 9) as prefix:
+            prefix.tokens[:] = [1, 2]
             raise error
 
     stop(GeneratorExit)
@@ -102,11 +101,11 @@ def test_no_token_is_read_alone(count: int) -> None:
 
 
 def test_what_is_shared_counts_from_the_beginning_and_leaves_two_to_read() -> None:
-    assert shared_prefix([1, 2, 3], [1, 2, 4, 5]) == 2
-    assert shared_prefix([1, 2], [1, 2, 4, 5]) == 2
-    assert shared_prefix([1, 2, 4, 5], [1, 2, 4, 5]) == 2
-    assert shared_prefix([], [1, 2, 3]) == 0
-    assert shared_prefix([1], [1]) < 1
+    assert shared_tokens([1, 2, 3], [1, 2, 4, 5]) == 2
+    assert shared_tokens([1, 2], [1, 2, 4, 5]) == 2
+    assert shared_tokens([1, 2, 4, 5], [1, 2, 4, 5]) == 2
+    assert shared_tokens([], [1, 2, 3]) == 0
+    assert shared_tokens([1], [1]) < 1
 
 
 # On real runtimes
@@ -166,7 +165,7 @@ def test_a_score_is_the_same_whatever_was_read_before(folder: Path) -> None:
 
     def score() -> dict[str, float]:
         messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, proposal, "Long ABC.")
-        return engine.answer_probabilities(messages, hermes_plugin.SCORE_ANSWERS)
+        return engine.score_choices(messages, hermes_plugin.SCORE_ANSWERS)
 
     first = score()
     critique = hermes_plugin.build_messages(hermes_plugin.CRITIQUE_TASK, proposal, "Long ABC.")
@@ -178,19 +177,19 @@ def test_a_score_is_the_same_whatever_was_read_before(folder: Path) -> None:
 def test_what_is_prepared_is_not_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine: Any = load_engine(folder, device="cpu")
     chat = chats(1)[0]
-    for _ in engine.prepare(GenerationRequest(chat[:-1], 200, proposals.GUIDANCE)):
+    for _ in engine.prefill(GenerationRequest(chat[:-1], 200, proposals.GUIDANCE)):
         pass
     taken: list[int] = []
-    borrowed = engine._prefixes.borrowed
+    borrow = engine._prefixes.borrow
 
-    def noting(kind: Any, prompt: Sequence[int], room: int) -> Any:
-        context = borrowed(kind, prompt, room)
-        kept: Kept[Any] = context.__enter__()
-        taken.append(len(prompt) - len(kept.tokens))
+    def noting(prompt: Sequence[int], capacity: int) -> Any:
+        context = borrow(prompt, capacity)
+        prefix: Prefix[Any] = context.__enter__()
+        taken.append(len(prompt) - len(prefix.tokens))
         context.__exit__(None, None, None)
-        return borrowed(kind, prompt, room)
+        return borrow(prompt, capacity)
 
-    monkeypatch.setattr(engine._prefixes, "borrowed", noting)
+    monkeypatch.setattr(engine._prefixes, "borrow", noting)
     complete(engine, GenerationRequest(chat, 200, proposals.GUIDANCE))
     assert len(taken) == 1
     prefix = sum(len(turn["content"]) for turn in chat[:-1])

@@ -231,7 +231,7 @@ def written(engine: Engine, prompt: str, guidance: str, seed: int) -> dict[str, 
 def test_random_weights_write_nothing_but_what_their_context_has(engine: Engine) -> None:
     rng = random.Random(6)
     # On torch each takes longer.
-    for seed in range(20 if engine.runtime == "onnxruntime-genai" else 4):
+    for seed in range(20 if engine.runtime == "onnxruntime" else 4):
         numbers = [f"{rng.uniform(1, 10 ** rng.randrange(1, 7)):,.{seed % 4}f}" for _ in range(9)]
         prompt = f"Long TK{seed}.X and ^IX{seed}, levels {' '.join(numbers)}; $TK{seed} at -.{seed}"
         guidance = proposals.grounded_guidance(prompt)
@@ -246,7 +246,7 @@ def test_random_weights_write_nothing_but_what_their_context_has(engine: Engine)
 @pytest.mark.parametrize("part", range(10))
 def test_random_weights_write_nothing_but_valid_proposals(engine: Engine, part: int) -> None:
     # A thousand in all, and a hundred on torch, of which each takes longer.
-    count = 100 if engine.runtime == "onnxruntime-genai" else 10
+    count = 100 if engine.runtime == "onnxruntime" else 10
     seeded = itertools.islice(enumerate(prompts()), part * count, (part + 1) * count)
     for seed, prompt in seeded:
         request = GenerationRequest(

@@ -29,21 +29,21 @@ class Odd:
     def __getattr__(self, name):
         return getattr(self._engine, name)
 
-    def prepare(self, request):
+    def prefill(self, request):
         raise RuntimeError(f"cannot read {request}")
 
-    def together(self):
-        together = self._engine.together()
+    def batch(self):
+        batch = self._engine.batch()
 
-        class OddTogether(type(together)):
+        class OddBatch(type(batch)):
             def step(self):
                 return [
                     (number, dataclasses.replace(delta, text=delta.text + "\\0\\x1b\\x85"))
                     for number, delta in super().step()
                 ]
 
-        together.__class__ = OddTogether
-        return together
+        batch.__class__ = OddBatch
+        return batch
 
 engines.load_engine = lambda *args, **options: Odd(load_engine(*args, **options))
 """

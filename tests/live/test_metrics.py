@@ -11,7 +11,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from llm_sidecar.engines.batches import MOST
+from llm_sidecar.engines.batch import MAX_ROWS
 from llm_sidecar.settings import Settings
 from llm_sidecar.telemetry.calls import ModelCall
 from osiris.middleware.metrics import sidecar_metrics
@@ -250,10 +250,10 @@ def test_running_and_waiting_calls_are_counted_and_a_disconnect_is_not_a_success
         async with httpx.AsyncClient(base_url=measured.url, timeout=60) as client:
             asking = [
                 asyncio.create_task(client.post("/generate/hermes", json=long))
-                for _ in range(MOST + 2)
+                for _ in range(MAX_ROWS + 2)
             ]
             seen = (0.0, 0.0)
-            while seen != (MOST, 2.0):
+            while seen != (MAX_ROWS, 2.0):
                 text = MetricsText((await client.get("/metrics")).text)
                 seen = (
                     text.value("sidecar_requests_running", model="hermes"),
@@ -266,11 +266,13 @@ def test_running_and_waiting_calls_are_counted_and_a_disconnect_is_not_a_success
     before = scrape(measured)
     asyncio.run(asyncio.wait_for(hang_up_midway(), 60))
     errors = "sidecar_request_errors_total"
-    measured.wait_until(lambda: rise(before, scrape(measured), errors, **cancelled) == MOST + 2)
+    measured.wait_until(lambda: rise(before, scrape(measured), errors, **cancelled) == MAX_ROWS + 2)
     after = scrape(measured)
     assert rise(before, after, "sidecar_request_success_total", model="hermes") == 0
     assert after.value("sidecar_requests_waiting", model="hermes") == 0
-    assert after.value("http_requests_total", handler="/generate/hermes", status="4xx") == MOST + 2
+    assert (
+        after.value("http_requests_total", handler="/generate/hermes", status="4xx") == MAX_ROWS + 2
+    )
 
 
 def test_a_worker_that_dies_is_counted_as_a_restart(measured: LiveServer) -> None:

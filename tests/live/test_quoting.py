@@ -66,18 +66,18 @@ class Failing:
     def __getattr__(self, name):
         return getattr(self._engine, name)
 
-    def answer_probabilities(self, messages, answers):
+    def score_choices(self, messages, choices):
         raise RuntimeError(f"cannot read {messages}")
 
-    def together(self):
-        together = self._engine.together()
+    def batch(self):
+        batch = self._engine.batch()
 
-        class FailingTogether(type(together)):
+        class FailingBatch(type(batch)):
             def add(self, number, request):
                 raise RuntimeError(f"cannot read {request}")
 
-        together.__class__ = FailingTogether
-        return together
+        batch.__class__ = FailingBatch
+        return batch
 
 engines.load_engine = lambda *args, **options: Failing(load_engine(*args, **options))
 """

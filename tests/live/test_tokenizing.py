@@ -71,7 +71,7 @@ async def failure(work: Awaitable[Any]) -> BaseException:
     return caught.value
 
 
-@pytest.fixture(params=["random_phi3_onnx", "random_hermes_onnx", "random_hermes_torch"])
+@pytest.fixture(params=["serial_phi3_onnx", "random_hermes_onnx", "random_hermes_torch"])
 def folder(request: pytest.FixtureRequest) -> Path:
     found: Path = request.getfixturevalue(request.param)
     return found
@@ -95,9 +95,9 @@ async def test_a_long_run_is_refused_or_answered_and_ends_no_worker(
 
 
 async def test_what_does_not_fit_is_refused_while_others_wait_for_their_turn(
-    make_host: HostFactory, random_phi3_onnx: Path
+    make_host: HostFactory, serial_phi3_onnx: Path
 ) -> None:
-    host = make_host(random_phi3_onnx)
+    host = make_host(serial_phi3_onnx)
     running = asyncio.create_task(complete(host, GenerationRequest(user("go"), 7000)))
     await until(lambda: host.status().completion_tokens_total > 50)
     waiting = asyncio.create_task(complete(host, GenerationRequest(user("go"), 2)))

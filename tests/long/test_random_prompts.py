@@ -30,11 +30,10 @@ PROPOSALS: Final = 21
 PROMPT: Final = "Long AAPL from 182.40, now 191.10, RSI 78 and overbought."
 
 MODELS: Final = {
-    "phi3 on onnxruntime-genai": ("phi3", "demo", "demo"),
+    "phi3 on onnxruntime": ("phi3", "demo", "demo"),
     "phi3 on transformers": ("phi3", "random_phi3_torch", "demo"),
     "hermes on transformers": ("hermes", "demo", "demo"),
     "hermes on onnxruntime": ("hermes", "demo", "random_hermes_onnx"),
-    "hermes on onnxruntime-genai": ("hermes", "demo", "random_phi3_onnx"),
 }
 
 

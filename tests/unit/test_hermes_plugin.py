@@ -138,7 +138,7 @@ class FakeEngine:
         self._answer = answer
         self.asked: list[tuple[Sequence[Message], Sequence[str]]] = []
 
-    def answer_probabilities(
+    def score_choices(
         self, messages: Sequence[Message], answers: Sequence[str]
     ) -> dict[str, float]:
         self.asked.append((messages, answers))

@@ -29,7 +29,6 @@ def load_warm(load: Load) -> Engine:
         device=load.device,
         threads=load.threads,
         adapter=None if load.adapter is None else Path(load.adapter),
-        guided=guidance is not None,
     )
     prefilled = load.prefix is not None and _prefill(engine, load.prefix)
     messages = load.prefix.messages if load.prefix is not None and prefilled else []
@@ -41,7 +40,7 @@ def load_warm(load: Load) -> Engine:
 def _prefill(engine: Engine, prefix: GenerationRequest) -> bool:
     """Prefills a prefix; logs a failure, because the model can serve without it."""
     try:
-        for _ in engine.prepare(prefix):
+        for _ in engine.prefill(prefix):
             pass
     except InvalidRequest:
         log.warning("the few-shot examples do not fit the context, so they are not prefilled")

@@ -25,8 +25,8 @@ from typing import IO, Final
 import msgspec
 
 from llm_sidecar.engines import Delta, Engine
-from llm_sidecar.engines.base import Together, one_line
-from llm_sidecar.errors import InvalidRequest, SidecarError
+from llm_sidecar.engines.base import Batch
+from llm_sidecar.errors import InvalidRequest, SidecarError, one_line
 from llm_sidecar.logs import log_to_stderr
 from llm_sidecar.models.local.cpu_limit import CpuLimit
 from llm_sidecar.models.local.out_of_memory import ended_first
@@ -109,8 +109,8 @@ class Worker:
             log.error("the model could not be loaded: %s", one_line(error), exc_info=not expected)
             self._send(LoadFailed(one_line(error)))
             return
-        batch = engine.together()
-        self._send(Ready(engine.runtime, engine.device, engine.context_length, batch.most))
+        batch = engine.batch()
+        self._send(Ready(engine.runtime, engine.device, engine.context_length, batch.capacity))
         for received in (self._short, self._long):
             arguments = (engine, received)
             threading.Thread(target=self._tokenize_all, args=arguments, daemon=True).start()
@@ -152,7 +152,7 @@ class Worker:
                     request = replace(job.request, tokens=tokens)
                     self._tokenized.put(msgspec.structs.replace(job, request=request))
 
-    def _serve_all(self, engine: Engine, batch: Together) -> None:
+    def _serve_all(self, engine: Engine, batch: Batch) -> None:
         """Takes jobs in order, generates in a batch, and prefills while there is nothing else."""
         while True:
             try:
@@ -177,7 +177,7 @@ class Worker:
             number, steps = self._prefill
             steps.close()
             self._send(Done(id=number))
-        self._prefill = job.id, engine.prepare(job.request)
+        self._prefill = job.id, engine.prefill(job.request)
 
     def _continue_prefill(self) -> None:
         if self._prefill is None:
@@ -195,8 +195,8 @@ class Worker:
             return
         self._prefill = None
 
-    def _generate(self, batch: Together, job: Job) -> None:
-        while len(batch) >= batch.most:
+    def _generate(self, batch: Batch, job: Job) -> None:
+        while len(batch) >= batch.capacity:
             self._step(batch)
         try:
             batch.add(job.id, job.request)
@@ -205,7 +205,7 @@ class Worker:
         else:
             self._completions[job.id] = _Completion()
 
-    def _step(self, batch: Together) -> None:
+    def _step(self, batch: Batch) -> None:
         """Generates one step of each completion in the batch, and sends text that is due."""
         try:
             deltas = batch.step()
@@ -254,9 +254,7 @@ class Worker:
             return
         request = job.request
         try:
-            probabilities = engine.answer_probabilities(
-                request.messages, job.choices, request.tokens
-            )
+            probabilities = engine.score_choices(request.messages, job.choices, request.tokens)
         except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
             self._fail(job.id, error)
         else:

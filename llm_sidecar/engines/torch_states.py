@@ -1,8 +1,12 @@
-"""Attention states of several completions on torch, side by side.
+"""Attention states of several completions on torch, in one batch.
 
-States of different lengths stand each at the right of its row, and a mask keeps each row from what
-is not its own. Where rows join or leave, all are put together anew, which costs as much as copying
-them.
+Rows of different lengths are padded on the left and masked. All rows are copied when one joins or
+leaves.
+
+transformers' own continuous batching (5.23) cannot replace this: its logits processors get one
+number per request, not a mask of the vocabulary; `do_sample` and the random numbers belong to the
+whole batch, so greedy, sampled and seeded requests cannot share one; it appends no forced tokens in
+one pass; and it returns no logits, from which scores are computed.
 """
 
 from __future__ import annotations
@@ -14,19 +18,19 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from llm_sidecar.engines.batches import MOST
+from llm_sidecar.engines.batch import MAX_ROWS
 from llm_sidecar.engines.generation import Logits
 
-_ROOM_STEP: Final = 256
+_CAPACITY_STEP: Final = 256
 _States = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values of each layer, (rows, heads, tokens, width)."""
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-    """Has room beyond its states, so that not all of them are copied for each token.
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """Writes states into larger buffers, so that a new token copies none of the others.
 
     Attributes:
-        keys, values: (rows, heads, tokens, width), the beginning of that room.
+        keys, values: (rows, heads, tokens, width), views of these buffers.
     """
 
     keys: torch.Tensor
@@ -35,60 +39,59 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes in new states and returns all, as the base class does."""
+        """See the base class: adds new states, and returns all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self._rooms: list[torch.Tensor] = []
+            self._buffers: list[torch.Tensor] = []
         start: int = self.get_seq_length()
         end = start + key_states.shape[-2]
-        if not self._rooms or end > self._rooms[0].shape[-2]:
-            room = -(-end // _ROOM_STEP) * _ROOM_STEP
+        if not self._buffers or end > self._buffers[0].shape[-2]:
+            capacity = -(-end // _CAPACITY_STEP) * _CAPACITY_STEP
             old: Sequence[torch.Tensor] = (self.keys, self.values) if start else ()
-            self._rooms = [
-                new.new_empty((*new.shape[:2], room, new.shape[3]))
+            self._buffers = [
+                new.new_empty((*new.shape[:2], capacity, new.shape[3]))
                 for new in (key_states, value_states)
             ]
-            for larger, states in zip(self._rooms, old, strict=False):
+            for larger, states in zip(self._buffers, old, strict=False):
                 larger[:, :, :start] = states
-        for roomy, new in zip(self._rooms, (key_states, value_states), strict=True):
-            roomy[:, :, start:end] = new
-        self.keys, self.values = (roomy[:, :, :end] for roomy in self._rooms)
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
         return self.keys, self.values
 
 
 def empty_cache(config: Any) -> DynamicCache:
-    """A cache for a model, roomy where its layers keep all they have read."""
+    """A cache for a model; layers that keep all states are growing ones."""
     cache = DynamicCache(config=config)
     cache.layers = [
-        RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+        GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
     ]
     return cache
 
 
-def most_together(config: Any) -> int:
-    """How many rows a batch of a model may have: more than one only where no row's positions and
-    states depend on the others'."""
+def batch_capacity(config: Any) -> int:
+    """Greatest number of rows in a model's batch: 1 if a row depends on the others' lengths."""
     rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
     plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-    return MOST if plain and rope.get("rope_type", "default") in ("default", "llama3") else 1
+    return MAX_ROWS if plain and rope.get("rope_type", "default") in ("default", "llama3") else 1
 
 
 class TorchRows:
     """Rows in one cache.
 
     Attributes:
-        numbers: of its rows, in order.
+        numbers: of the rows, in order.
     """
 
     def __init__(
         self, model: Any, caches: Mapping[int, DynamicCache], former: TorchRows | None
     ) -> None:
-        """Puts rows together.
+        """Joins rows.
 
         Args:
             model: transformers' model.
             caches: by number.
-            former: has the states of some of them.
+            former: the rows joined before, which hold the states of some of these.
         """
         self._model = model
         self.numbers = list(caches)
@@ -106,17 +109,17 @@ class TorchRows:
             self._mask[row, longest - length :] = True
         self._cache = DynamicCache()
         for layers in zip(*found, strict=True):
-            roomy = RoomyLayer()
-            roomy.update(
+            layer = GrowingLayer()
+            layer.update(
                 *(
-                    torch.cat([_at_the_right(states[which], longest) for states in layers])
+                    torch.cat([_padded_left(states[which], longest) for states in layers])
                     for which in (0, 1)
                 )
             )
-            self._cache.layers.append(roomy)
+            self._cache.layers.append(layer)
 
     def states(self, number: int) -> _States:
-        """A row's own, without the gaps."""
+        """The states of one row, without padding."""
         row = self.numbers.index(number)
         own = self._mask[row]
         return [
@@ -146,5 +149,5 @@ class TorchRows:
         return dict(zip(self.numbers, logits[:, -1].float().cpu().numpy(), strict=True))
 
 
-def _at_the_right(states: torch.Tensor, length: int) -> torch.Tensor:
+def _padded_left(states: torch.Tensor, length: int) -> torch.Tensor:
     return torch.nn.functional.pad(states, (0, 0, length - states.shape[-2], 0))

@@ -1,4 +1,4 @@
-"""What an engine need not read again: a shared prefix, and a critique before its score."""
+"""Reuse of attention states: a shared prefix, and a critique before its score."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def first_token(rounds: int) -> Iterator[Row]:
         shots += models.examples(1)
         tokens = len(engine.next_token(proposals.build_messages("", shots)[:-1])[0])
     for number, prompt in enumerate(models.prompts(rounds + 1)):
-        # Other examples, so that nothing of them is known yet.
+        # Other examples, which are not cached yet.
         unknown = proposals.Example(f"{number}", shots[0].proposal)
         cold.append(_until_first(engine, proposals.build_messages(prompt, [unknown, *shots])))
         again = proposals.build_messages(prompt + " Now?", [unknown, *shots])
@@ -56,12 +56,12 @@ def one_score(rounds: int) -> Iterator[Row]:
         proposal = models.examples(1)[0].proposal
         score = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, proposal, prompt)
         with _timed(seconds["cold score"]):
-            first = engine.answer_probabilities(score, hermes_plugin.SCORE_ANSWERS)
+            first = engine.score_choices(score, hermes_plugin.SCORE_ANSWERS)
         critique = hermes_plugin.build_messages(hermes_plugin.CRITIQUE_TASK, proposal, prompt)
         # As in the service: the proposal has just been criticised.
         _write(engine, critique, 30)
         with _timed(seconds["score"]):
-            again = engine.answer_probabilities(score, hermes_plugin.SCORE_ANSWERS)
+            again = engine.score_choices(score, hermes_plugin.SCORE_ANSWERS)
         differences.append(
             abs(hermes_plugin.expected_score(first) - hermes_plugin.expected_score(again))
         )
