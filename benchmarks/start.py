@@ -91,9 +91,9 @@ def memory_and_start(rounds: int) -> Iterator[Row]:
         220,
         "demo models",
         unit=" MB",
-        missed="110 MB are its own; the rest is code of libraries in the page cache, of which "
+        missed="95 MB are its own; the rest is code of libraries in the page cache, of which "
         "lancedb has 60 MB; how much of it is mapped varies by 14 MB between two copies on one "
-        "machine. Not importing the REST client that lancedb imports would save 13",
+        "machine",
     )
     yield Row(
         "from the start of the server to the first proposal", first, 6, "demo models", unit=" s"

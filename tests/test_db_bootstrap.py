@@ -94,3 +94,23 @@ def test_importing_the_package_imports_neither_lancedb_nor_pyarrow() -> None:
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     printed = subprocess.check_output([sys.executable, "-c", script], env=environ)
     assert not {"lancedb", "pyarrow"} & set(json.loads(printed))
+
+
+def test_opening_a_database_imports_no_rest_client(tmp_path: Path) -> None:
+    script = """
+import asyncio, json, sys
+from llm_sidecar.db.store import Store
+
+async def main():
+    store = await Store.open(sys.argv[1])
+    await store.close()
+
+asyncio.run(main())
+print(json.dumps(list(sys.modules)))
+"""
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "LANCEDB_LOG_DIR": str(tmp_path / "log")}
+    command = [sys.executable, "-c", script, str(tmp_path / "db")]
+    modules = set(json.loads(subprocess.check_output(command, env=environ)))
+    assert "lancedb" in modules
+    package = "lance_namespace_urllib3_client."
+    assert all(name.startswith(f"{package}models") for name in modules if name.startswith(package))

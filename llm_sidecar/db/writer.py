@@ -23,7 +23,6 @@ from llm_sidecar.db.rows import FEEDBACK, TABLES, WITHDRAWALS
 from llm_sidecar.db.tables import Tables, open_tables
 from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.logs import start_detached
-from llm_sidecar.memory_trim import release_code
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -399,8 +398,6 @@ class Writer:
         await self.compactor.count(tables)
         self.tables = tables
         self.database_id = tables.database_id
-        # Nearly all imports are done, and most of the code that they ran does not run again.
-        await asyncio.to_thread(release_code)
         await self._set_open()
 
     async def _set_open(self) -> None:
