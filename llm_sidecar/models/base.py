@@ -165,6 +165,8 @@ class ChatModel(Protocol):
     other methods do nothing until it overrides them.
     """
 
+    # These methods return explicitly, because mypy treats an empty body as an abstract method.
+
     def stream(
         self,
         request: GenerationRequest,
@@ -209,6 +211,7 @@ class ChatModel(Protocol):
 
         Returns once the prefix is in the model's cache, and at once if the model is not loaded.
         """
+        return
 
     async def use_adapter(self, adapter: Adapter | None) -> None:
         """Answers the next requests with another adapter, or with none.
@@ -225,12 +228,15 @@ class ChatModel(Protocol):
 
     async def start(self, adapter: Adapter | None = None) -> None:
         """Begins to serve, with this adapter; a model that is loaded lazily loads nothing yet."""
+        return
 
     def drain(self) -> None:
         """Refuses requests that wait for the model to load, from now on."""
+        return
 
     async def close(self, grace: float = 0.0) -> None:
         """Refuses new requests, lets running ones end within `grace` seconds, then stops."""
+        return
 
 
 class Models(NamedTuple):
