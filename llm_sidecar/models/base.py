@@ -165,6 +165,8 @@ class ChatModel(Protocol):
     other methods do nothing until it overrides them.
     """
 
+    # These methods return explicitly, because mypy treats an empty body as an abstract method.
+
     def stream(
         self,
         request: GenerationRequest,

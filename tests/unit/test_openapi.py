@@ -12,6 +12,7 @@ from openapi_spec_validator import validate
 
 from llm_sidecar import __version__
 from llm_sidecar.errors import DatabaseUnavailable, DeadlineExceeded, InvalidRequest, QueueFull
+from llm_sidecar.models.base import Completion
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from osiris.schemas.health import Health
@@ -242,7 +243,8 @@ PROMPTED = {"json": {"prompt": "Long ABC."}}
 SCORED = {"json": {"proposal": {"ticker": "ABC"}}}
 FEEDBACK = {"json": {"transaction_id": "t", "feedback_type": "rating", "feedback_content": "Good."}}
 PROPOSE = "/propose_trade_adjustments/"
-ERRORS: list[tuple[str, str, dict[str, Any], list[object], list[object], int]] = [
+Answers = list[Completion | Exception]
+ERRORS: list[tuple[str, str, dict[str, Any], Answers, Answers, int]] = [
     ("POST", "/generate/", PROMPTED, [], [FULL], 429),
     ("POST", "/generate/", {"content": b"{", "headers": JSON}, [], [], 422),
     ("POST", "/generate/hermes/", PROMPTED, [], [LATE], 504),
@@ -274,8 +276,8 @@ async def test_an_error_is_as_documented(
     method: str,
     path: str,
     sent: dict[str, Any],
-    phi3: list[object],
-    hermes: list[object],
+    phi3: Answers,
+    hermes: Answers,
     status: int,
 ) -> None:
     parts = FakeParts()

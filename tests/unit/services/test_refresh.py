@@ -77,15 +77,15 @@ async def test_a_burst_is_read_once_after_a_pause(monkeypatch: pytest.MonkeyPatc
         await never.wait()
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.asyncio, "sleep", sleep)
+        patch.setattr(asyncio, "sleep", sleep)
         made = Made()
         made.refresher.start()
-        await made_until(lambda: pauses)
+        await until_without_sleep(lambda: pauses)
         await made.refresher.close()
     assert (pauses, made.reads) == ([0.5], 1)
 
 
-async def made_until(condition: Callable[[], object]) -> None:
+async def until_without_sleep(condition: Callable[[], object]) -> None:
     """As `until`, while `asyncio.sleep` is replaced."""
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(5):
