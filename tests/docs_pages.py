@@ -55,6 +55,7 @@ NOT_RUN: Final = {
     ),
     "SIDECAR_TAG=0.3.0 docker-compose build": "needs Docker",
     "python3.11 -m venv .venv-chatterbox": "downloads 6 GB",
+    ".venv/bin/python -m llm_sidecar.loader convert \\": "takes ten seconds; tests/long runs it",
     ".venv/bin/python -m llm_sidecar.loader adapter PEFT_DIR .data/adapters/20260102": (
         "needs a PEFT adapter"
     ),

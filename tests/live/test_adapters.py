@@ -119,7 +119,7 @@ def test_an_adapter_whose_files_cannot_be_read_is_refused_while_others_ask(
     folder = shutil.copytree(file.parent, tmp_path / "model")
     environ = random_models | {
         "MICRO_LLM_MODEL_PATH": str(folder),
-        "MODEL_LOAD_TIMEOUT_SECONDS": "8",
+        "MODEL_LOAD_TIMEOUT_SECONDS": "4",
         "SHUTDOWN_GRACE_SECONDS": "0",
     }
     with running(tmp_path, adapters, environ) as server, ThreadPoolExecutor() as threads:
@@ -132,7 +132,7 @@ def test_an_adapter_whose_files_cannot_be_read_is_refused_while_others_ask(
             assert proposal(server) == expected
         refused = (
             409,
-            "The adapter 20260101 is refused: it did not load within 8 s "
+            "The adapter 20260101 is refused: it did not load within 4 s "
             "(MODEL_LOAD_TIMEOUT_SECONDS)",
         )
         # The other one was asked for before this one had failed, and does not load again.
@@ -141,7 +141,8 @@ def test_an_adapter_whose_files_cannot_be_read_is_refused_while_others_ask(
         last = threads.submit(swap, server, "20260102")
         server.wait_until(lambda: len(children(server)) == 3)
         workers = children(server)
-        assert server.stop() == 0
+        server.process.terminate()
+        assert server.process.wait(30) == 0
         assert last.result() == (503, "The server is shutting down; try again.")
         assert not any(map(is_running, workers))
 
