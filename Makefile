@@ -28,7 +28,7 @@ test-unit: $(VENV)/.test
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
-# Tests that are too long for CI. In one process, because they measure time.
+# Tests that take too long for every change. In one process, because some measure time.
 test-long: $(VENV)/.test
 	$(BIN)/python -m pytest tests/long -v -s -o faulthandler_timeout=3000
 

@@ -18,7 +18,7 @@ from tests.redis_server import RedisServer
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts tests/unit at the end: short files, so that both processes end at about the same time."""
+    """Puts tests/unit last: its files are short, so both processes end at about the same time."""
     unit = Path(__file__).parent / "unit"
     items.sort(key=lambda item: unit in item.path.parents)
 

@@ -61,7 +61,7 @@ NOT_RUN: Final = {
     ),
     "pip install .": "installs into the environment of the tests; tests/long does it elsewhere",
     ".venv/bin/python -m tests.docs_tables": "writes into the checkout",
-    "make test": "runs this test",
+    "make test-unit   # tests/unit: less than half a minute": "runs this test",
     "pip install -r requirements-tests.txt": "downloads",
     "make bench": "takes minutes",
     "make train": "takes an hour",
