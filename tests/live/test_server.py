@@ -122,13 +122,6 @@ def test_ctrl_c_lets_a_running_request_end_and_leaves_no_worker(
         assert "Traceback" not in server.log.read_text()
 
 
-def test_a_killed_server_leaves_no_worker(random_models: dict[str, str], tmp_path: Path) -> None:
-    with serve(tmp_path, **random_models) as server:
-        workers = load_both(server)
-        server.stop(signal.SIGKILL)
-        gone(server, workers)
-
-
 def test_a_killed_worker_is_503_and_the_next_request_succeeds(server: LiveServer) -> None:
     restarts = server.client.get("/health").json()["models"]["hermes"]["restarts"]
 
@@ -253,7 +246,9 @@ async def test_feedback_is_stored_once_whoever_publishes_it(
         await bus.close()
     async with stored(server, database) as store:
         rows = await store.last("phi3_feedback", 0)
-    assert sorted(row["transaction_id"] for row in rows) == ["last", "ours", "theirs"]
+    # This server has received what other tests published, too.
+    found = [row["transaction_id"] for row in rows if row["transaction_id"] in ("ours", "theirs")]
+    assert sorted(found) == ["ours", "theirs"]
 
 
 async def test_feedback_that_is_heard_before_the_database_is_there_is_stored(
@@ -265,10 +260,13 @@ async def test_feedback_that_is_heard_before_the_database_is_there_is_stored(
     bus, _ = await collect(redis_url, "phi3.feedback.submitted")
     try:
         with serve(tmp_path, **(random_models | {"REDIS_URL": redis_url})) as server:
-            await asyncio.to_thread(
-                server.wait_until,
-                lambda: server.client.get("/health").json()["database"]["state"] == "away",
-            )
+
+            def has_only_the_bus() -> bool:
+                health = server.client.get("/health").json()
+                connected = bool(health["event_bus"]["connected"])
+                return connected and health["database"]["state"] == "away"
+
+            await asyncio.to_thread(server.wait_until, has_only_the_bus)
             await bus.publish("phi3.feedback.submitted", json.dumps(feedback))
             await asyncio.to_thread(
                 server.wait_until, lambda: "feedback of another service" in server.log.read_text()
@@ -309,14 +307,16 @@ async def test_feedback_that_several_sidecars_hear_is_stored_once(
     assert sorted(row["transaction_id"] for row in rows) == [f"t-{n}" for n in range(10)]
 
 
-async def test_what_a_killed_server_had_acknowledged_is_there_at_the_next_start(
+async def test_a_killed_server_leaves_no_worker_and_loses_nothing_that_it_acknowledged(
     random_models: dict[str, str], tmp_path: Path
 ) -> None:
     feedback = {"transaction_id": "t", "feedback_type": "rating", "feedback_content": "5"}
     with serve(tmp_path, **random_models) as server:
+        workers = load_both(server)
         # At once, so that most likely nothing has left the log yet.
         responses = [server.client.post("/feedback/phi3", json=feedback) for _ in range(3)]
         server.stop(signal.SIGKILL)
+        gone(server, workers)
     assert [response.status_code for response in responses] == [200] * 3
     with serve(tmp_path, **random_models) as server:
         server.wait_until_database_is_open()
