@@ -1,4 +1,4 @@
-"""Who may ask, how much at once, and what every answer carries."""
+"""API keys, limits on requests, and the headers of every answer."""
 
 from __future__ import annotations
 
@@ -58,29 +58,29 @@ def all_of(connection: socket.socket) -> bytes:
 @pytest.mark.parametrize(
     "path", ["/redoc", "/stream/audio", "/nothing", "/health/%2e%2e/docs", "/docsX"]
 )
-def test_every_other_path_is_closed(closed: LiveServer, path: str) -> None:
+def test_every_other_path_needs_a_key(closed: LiveServer, path: str) -> None:
     assert closed.client.get(path).status_code == 401
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
 @pytest.mark.parametrize("path", ["/docs", "/openapi.json"])
-def test_the_documentation_is_open(closed: LiveServer, path: str, slash: str) -> None:
+def test_the_documentation_needs_no_key(closed: LiveServer, path: str, slash: str) -> None:
     assert closed.client.get(path + slash).status_code == 200
 
 
-# Without models it is alive and not ready.
+# Without models, the server is alive and not ready.
 @pytest.mark.parametrize("slash", ["", "/"])
 @pytest.mark.parametrize(
     ("path", "status"), [("/health", 200), ("/health/live", 200), ("/health/ready", 503)]
 )
-def test_probes_are_open(closed: LiveServer, path: str, status: int, slash: str) -> None:
+def test_probes_need_no_key(closed: LiveServer, path: str, status: int, slash: str) -> None:
     response = closed.client.get(path + slash)
     assert response.status_code == status
     assert "WWW-Authenticate" not in response.headers
 
 
 @pytest.mark.parametrize(("needed", "status"), [("false", 200), ("true", 401)])
-async def test_metrics_are_open_unless_closed(needed: str, status: int) -> None:
+async def test_metrics_need_a_key_only_if_configured(needed: str, status: int) -> None:
     environ = {"ENABLE_METRICS": "true", "SIDECAR_API_KEYS": KEYS[0], "METRICS_NEED_KEY": needed}
     app = create_app(Settings.from_environ(environ))
     transport = httpx.ASGITransport(app=app)
@@ -112,7 +112,7 @@ def test_a_weak_key_stops_the_start_without_being_shown(tmp_path: Path) -> None:
     assert KEYS[0] not in done.stderr
 
 
-def test_the_client_sends_the_environments_key(
+def test_the_client_sends_the_key_of_the_environment(
     closed: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SIDECAR_API_KEY", KEYS[1])
@@ -120,7 +120,7 @@ def test_the_client_sends_the_environments_key(
         assert client.speak("Filled.").startswith(b"RIFF")
 
 
-def test_keys_are_in_no_log(closed: LiveServer) -> None:
+def test_no_log_contains_a_key(closed: LiveServer) -> None:
     closed.client.get(f"/docs?key={KEYS[0]}", headers=BEARER)
     assert KEYS[0] not in closed.log.read_text()
 
@@ -152,7 +152,7 @@ def test_a_long_text_is_422_with_field_and_limit(
     assert "xxx" not in response.text
 
 
-def test_more_requests_than_may_be_at_work_are_429(closed: LiveServer) -> None:
+def test_requests_beyond_the_maximum_are_429(closed: LiveServer) -> None:
     def listen() -> Any:
         return httpx.stream("GET", f"{closed.url}/stream/audio", headers=BEARER, timeout=30)
 
@@ -169,7 +169,7 @@ def test_more_requests_than_may_be_at_work_are_429(closed: LiveServer) -> None:
     closed.wait_until(lambda: speak().status_code == 200, 10)
 
 
-def test_half_a_body_is_408_and_the_server_goes_on(closed: LiveServer) -> None:
+def test_an_incomplete_body_is_408_and_the_server_still_answers(closed: LiveServer) -> None:
     head = (
         b"POST /speak HTTP/1.1\r\nHost: x\r\nX-API-Key: %s\r\nContent-Type: application/json\r\n"
         b'Content-Length: 1000\r\n\r\n{"text":' % KEYS[0].encode()
@@ -200,7 +200,7 @@ def test_every_answer_has_security_headers(
     assert scripts == (path == "/docs")
 
 
-async def test_other_origins_may_ask_where_configured_only(
+async def test_other_origins_are_allowed_only_if_configured(
     closed: LiveServer, tmp_path: Path
 ) -> None:
     asked = {

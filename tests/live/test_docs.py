@@ -197,7 +197,7 @@ def test_a_correction_puts_none_of_its_numbers_into_the_next_proposals(
         assert numbers(again["phi3_proposal"]["rationale"]) <= numbers(prompt)
 
 
-def test_nothing_is_written_outside_the_configured_places(
+def test_nothing_is_written_outside_the_configured_folders(
     demo_server: LiveServer, files_before: set[Path]
 ) -> None:
     """Looks at what all tests above have left."""

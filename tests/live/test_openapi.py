@@ -1,4 +1,4 @@
-"""The server against its own OpenAPI document, and against what is not HTTP at all."""
+"""The server compared with its OpenAPI document, and malformed requests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEY = "a-key-of-the-tests-0123"
 def strict(
     random_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveServer]:
-    """A server that answers, with a key and short deadlines."""
+    """A server with loaded models, a key and short deadlines."""
     limits = {"REQUEST_TIMEOUT_SECONDS": "1", "BODY_TIMEOUT_SECONDS": "1"}
     with serve(
         tmp_path_factory.mktemp("strict"),
@@ -41,7 +41,7 @@ def document(strict: LiveServer) -> dict[str, Any]:
     return made
 
 
-def test_the_document_says_how_to_get_in(document: dict[str, Any]) -> None:
+def test_the_document_describes_the_api_keys(document: dict[str, Any]) -> None:
     schemes = document["components"]["securitySchemes"]
     assert schemes["bearer"]["scheme"] == "bearer"
     assert schemes["apiKey"]["name"] == "X-API-Key"
@@ -57,10 +57,10 @@ def test_the_document_has_the_configured_limit(document: dict[str, Any]) -> None
     assert prompt["maxLength"] == 32_768
 
 
-def test_no_answer_is_undocumented_and_nothing_invalid_is_taken(
+def test_every_answer_is_documented_and_invalid_input_is_refused(
     strict: LiveServer, tmp_path: Path
 ) -> None:
-    """tests/long sends random requests too."""
+    """`tests/long` sends random requests too."""
     faults = find_faults(strict.url, KEY, tmp_path)
     assert not faults, faults
     assert strict.client.get("/health/ready").status_code == 200
@@ -107,14 +107,14 @@ STATUSES = {
 
 
 def is_whole(answer: bytes) -> bool:
-    """Whether a response says its length and has come to its end, be the connection kept or not."""
+    """Whether a response declares its length and is complete."""
     head, _, body = answer.partition(b"\r\n\r\n")
     length = re.search(rb"\r\ncontent-length: (\d+)", head, re.IGNORECASE)
     return length is not None and len(body) >= int(length[1])
 
 
 @pytest.mark.parametrize("kind", MALFORMED)
-def test_what_is_no_good_request_leaves_it_serving(strict: LiveServer, kind: str) -> None:
+def test_malformed_requests_leave_the_server_serving(strict: LiveServer, kind: str) -> None:
     host, port = strict.url.removeprefix("http://").split(":")
     answer = b""
     with socket.create_connection((host, int(port)), timeout=30) as connection:
@@ -126,7 +126,7 @@ def test_what_is_no_good_request_leaves_it_serving(strict: LiveServer, kind: str
     assert strict.client.get("/health/live").status_code == 200
 
 
-def test_slow_requests_leave_it_serving(strict: LiveServer) -> None:
+def test_slow_requests_leave_the_server_serving(strict: LiveServer) -> None:
     host, port = strict.url.removeprefix("http://").split(":")
     slow = [socket.create_connection((host, int(port)), timeout=30) for _ in range(100)]
     try:

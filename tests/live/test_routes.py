@@ -82,7 +82,7 @@ def test_every_path_answers_directly(
 # Generation
 
 
-def test_generate_goes_to_hermes_unless_told(server: LiveServer) -> None:
+def test_generate_uses_hermes_by_default(server: LiveServer) -> None:
     response = post(server, "/generate/", {**PROMPT, "max_length": 5})
     assert list(response.json()) == ["generated_text"]
     assert response.headers["X-Model"].startswith("hermes/")
@@ -94,7 +94,7 @@ def test_generate_goes_to_hermes_unless_told(server: LiveServer) -> None:
     ("query", "body"),
     [("", {"model_id": "phi3"}), ("?model_id=phi3", {}), ("?model_id=phi3", {"model_id": "phi3"})],
 )
-def test_generate_with_phi3_answers_the_proposal_itself(
+def test_generate_with_phi3_returns_the_proposal(
     server: LiveServer, query: str, body: dict[str, str]
 ) -> None:
     response = post(server, f"/generate/{query}", PROMPT | body)
@@ -104,7 +104,7 @@ def test_generate_with_phi3_answers_the_proposal_itself(
     assert int(response.headers["X-Prompt-Tokens"]) > 0
     assert 0 < int(response.headers["X-Completion-Tokens"]) <= MAX_COMPLETION_TOKENS
     missing = ungrounded_fields(response.json(), PROMPT["prompt"])
-    # Random weights name no ticker of anybody's.
+    # Random weights do not name the ticker of the prompt.
     assert missing[0] == "ticker"
     assert response.headers["X-Grounded"] == ",".join(missing)
 
@@ -155,7 +155,7 @@ def test_a_correction_is_an_example_for_the_next_proposal(server: LiveServer) ->
     assert after > before + 20
 
 
-def test_a_corrected_proposal_that_is_none_is_stored_and_said_to_be_no_example(
+def test_an_invalid_correction_is_stored_and_is_not_an_example(
     server: LiveServer,
 ) -> None:
     response = post(server, "/feedback/phi3/", FEEDBACK | {"corrected_proposal": {"ticker": "A"}})
@@ -163,7 +163,7 @@ def test_a_corrected_proposal_that_is_none_is_stored_and_said_to_be_no_example(
     assert "not a valid proposal (action, confidence, rationale)" in response.json()["message"]
 
 
-def test_the_message_says_that_a_correction_of_an_unknown_run_is_no_example(
+def test_the_message_says_that_a_correction_of_an_unknown_run_is_not_an_example(
     server: LiveServer,
 ) -> None:
     response = post(server, "/feedback/phi3/", FEEDBACK | {"corrected_proposal": CORRECTED})
@@ -226,7 +226,7 @@ def test_bad_input_is_422_and_names_the_field(
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b'{"prompt":"\xff"}', b'{"prompt":"\\ud800"}', b"[1]"])
-def test_a_body_that_is_no_json_object_is_422(server: LiveServer, body: bytes) -> None:
+def test_a_body_that_is_not_a_json_object_is_422(server: LiveServer, body: bytes) -> None:
     headers = {"Content-Type": "application/json"}
     response = server.client.post("/generate/phi3/", content=body, headers=headers)
     assert response.status_code == 422
@@ -344,11 +344,11 @@ def test_unknown_paths_and_methods_keep_the_shape_of_errors(server: LiveServer) 
 # Adapters
 
 
-def test_swapping_without_adapters_is_fine(server: LiveServer) -> None:
+def test_swapping_without_adapters_succeeds(server: LiveServer) -> None:
     assert post(server, "/adapters/swap/").json() == {"status": "ok", "phi3_adapter_date": None}
 
 
-async def test_a_broken_adapter_is_refused_and_the_model_goes_on(
+async def test_a_broken_adapter_is_refused_and_the_model_still_answers(
     random_models: dict[str, str], tmp_path: Path
 ) -> None:
     adapter = tmp_path / "adapters" / "20260102"
@@ -366,7 +366,7 @@ async def test_a_broken_adapter_is_refused_and_the_model_goes_on(
 # Hanging up
 
 
-def test_a_client_that_hangs_up_stops_its_generation(server: LiveServer) -> None:
+def test_a_client_that_disconnects_stops_its_generation(server: LiveServer) -> None:
     def tokens() -> int:
         models = server.client.get("/health").json()["models"]
         count: int = models["hermes"]["completion_tokens_total"]

@@ -1,4 +1,4 @@
-"""The server as a process: how it starts, what it loads, what it leaves behind."""
+"""The server as a process: its start, what it imports, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def load_both(server: LiveServer) -> list[int]:
     return [server.worker("phi3"), server.worker("hermes")]
 
 
-def gone(server: LiveServer, pids: list[int], seconds: float = 5.0) -> None:
+def wait_until_gone(server: LiveServer, pids: list[int], seconds: float = 5.0) -> None:
     until = time.monotonic() + seconds
     while any(map(is_running, pids)):
         assert time.monotonic() < until, server.log.read_text()
@@ -152,12 +152,12 @@ def test_reloading_leaves_no_worker(random_models: dict[str, str], tmp_path: Pat
     with serve(tmp_path, *options, **random_models) as server:
         workers = load_both(server)
         (watched / "module.py").write_text("changed = True")
-        gone(server, workers, 15.0)
+        wait_until_gone(server, workers, 15.0)
         server.wait_until(lambda: server.client.get("/health/live").status_code == 200)
         assert server.client.post("/generate/phi3/", json=PROMPT).status_code == 200
         workers = [server.worker("phi3")]
         server.stop(signal.SIGINT)
-        gone(server, workers)
+        wait_until_gone(server, workers)
 
 
 # With a real Redis
@@ -220,7 +220,7 @@ async def test_a_proposal_and_its_assessment_go_out_on_redis(
     assert assessed["assessment_text"] == body["hermes_assessment"]
 
 
-async def test_feedback_is_stored_once_whoever_publishes_it(
+async def test_feedback_is_stored_once_from_http_and_from_the_bus(
     redis_url: str, on_redis: tuple[LiveServer, Path]
 ) -> None:
     server, database = on_redis
@@ -251,7 +251,7 @@ async def test_feedback_is_stored_once_whoever_publishes_it(
     assert sorted(found) == ["ours", "theirs"]
 
 
-async def test_feedback_that_is_heard_before_the_database_is_there_is_stored(
+async def test_feedback_received_before_the_database_opens_is_stored(
     redis_url: str, random_models: dict[str, str], tmp_path: Path
 ) -> None:
     feedback = {"transaction_id": "t", "feedback_type": "rating", "feedback_content": "5"}
@@ -281,7 +281,7 @@ async def test_feedback_that_is_heard_before_the_database_is_there_is_stored(
     assert [{name: row[name] for name in feedback} for row in rows] == [feedback]
 
 
-async def test_feedback_that_several_sidecars_hear_is_stored_once(
+async def test_feedback_received_by_several_sidecars_is_stored_once(
     redis_url: str, random_models: dict[str, str], tmp_path: Path
 ) -> None:
     environ = random_models | {"REDIS_URL": redis_url}
@@ -307,7 +307,7 @@ async def test_feedback_that_several_sidecars_hear_is_stored_once(
     assert sorted(row["transaction_id"] for row in rows) == [f"t-{n}" for n in range(10)]
 
 
-async def test_a_killed_server_leaves_no_worker_and_loses_nothing_that_it_acknowledged(
+async def test_a_killed_server_leaves_no_worker_and_loses_no_acknowledged_row(
     random_models: dict[str, str], tmp_path: Path
 ) -> None:
     feedback = {"transaction_id": "t", "feedback_type": "rating", "feedback_content": "5"}
@@ -316,7 +316,7 @@ async def test_a_killed_server_leaves_no_worker_and_loses_nothing_that_it_acknow
         # At once, so that most likely nothing has left the log yet.
         responses = [server.client.post("/feedback/phi3", json=feedback) for _ in range(3)]
         server.stop(signal.SIGKILL)
-        gone(server, workers)
+        wait_until_gone(server, workers)
     assert [response.status_code for response in responses] == [200] * 3
     with serve(tmp_path, **random_models) as server:
         server.wait_until_database_is_open()
@@ -336,7 +336,7 @@ def wait_for_rows(server: LiveServer, count: int) -> None:
     server.wait_until(lambda: rows_written(server) >= count)
 
 
-async def test_a_walk_leaves_a_run_and_a_score(on_redis: tuple[LiveServer, Path]) -> None:
+async def test_a_proposal_stores_a_run_and_a_score(on_redis: tuple[LiveServer, Path]) -> None:
     server, database = on_redis
     response = server.client.post("/propose_trade_adjustments", json=PROMPT)
     async with stored(server, database) as store:
@@ -355,7 +355,7 @@ async def test_a_walk_leaves_a_run_and_a_score(on_redis: tuple[LiveServer, Path]
     assert proposal["model"] == response.headers["X-Model"]
     assert proposal["adapter"] is None
     missing = ungrounded_fields(response.json()["phi3_proposal"], PROMPT["prompt"])
-    # Random weights name no ticker of anybody's.
+    # Random weights do not name the ticker of the prompt.
     assert missing[0] == "ticker"
     assert proposal["grounded"] == response.headers["X-Grounded"] == ",".join(missing)
     assert all(seconds > 0 for seconds in proposal["latencies"].values())

@@ -86,7 +86,7 @@ def traced(
 
 
 def trace_of(server: LiveServer, receiver: Receiver, trace_id: str) -> list[Span]:
-    """The spans of a trace, once the last one to end, the request's, is there."""
+    """The spans of a trace, once the span of the request, which ends last, is there."""
 
     def whole() -> list[Span]:
         found = [span for span in spans(receiver) if span.trace_id.hex() == trace_id]
@@ -128,7 +128,7 @@ def test_a_model_call_has_the_attributes_of_the_conventions_and_its_phases(
     trace_id = answer.headers["traceresponse"].split("-")[1]
     (span,) = named(trace_of(traced, receiver, trace_id), "chat hermes")
     found = attributes(span)
-    # The prompt begins like those of other tests.
+    # The prompt shares its beginning with those of other tests.
     cached = found.pop("gen_ai.usage.cache_read.input_tokens", 0)
     assert 0 <= cached < found["gen_ai.usage.input_tokens"]
     assert found == {
@@ -172,20 +172,22 @@ def test_a_call_that_fails_names_its_error(traced: LiveServer, receiver: Receive
         assert span.status.code == span.status.STATUS_CODE_ERROR
 
 
-def test_a_callers_decision_not_to_sample_holds(traced: LiveServer, receiver: Receiver) -> None:
+def test_the_callers_decision_not_to_sample_is_respected(
+    traced: LiveServer, receiver: Receiver
+) -> None:
     unsampled = "1" * 32
     header = {"traceparent": f"00-{unsampled}-{CALLER}-00"}
     assert traced.client.post("/score/hermes", json=SCORED, headers=header).is_success
     answer = traced.client.post("/score/hermes", json=SCORED)
-    # What was asked later has been delivered, so the first one never will be.
+    # Spans of a later request have been delivered, so those of the first never will be.
     trace_of(traced, receiver, answer.headers["traceresponse"].split("-")[1])
     assert unsampled not in {span.trace_id.hex() for span in spans(receiver)}
 
 
-def test_probes_are_not_traced_and_no_prompt_is_in_any_byte(
+def test_probes_are_not_traced_and_no_span_contains_a_prompt(
     traced: LiveServer, receiver: Receiver
 ) -> None:
-    """Reads what all tests above have sent."""
+    """Reads the spans of all tests above."""
     trace_id = traced.client.post("/generate/phi3", json=PROMPT).headers["traceresponse"]
     trace_of(traced, receiver, trace_id.split("-")[1])
     for path, name in ((f"/feedback/{SECRET}", "/feedback/{feedback_id"), (f"/{SECRET}", None)):
@@ -197,7 +199,7 @@ def test_probes_are_not_traced_and_no_prompt_is_in_any_byte(
     assert not [span.name for span in spans(receiver) if "/health" in span.name]
 
 
-def test_an_error_that_nobody_expected_leaves_its_text_out(
+def test_an_unexpected_error_is_recorded_without_its_text(
     random_models: dict[str, str], tmp_path: Path
 ) -> None:
     with Receiver() as receiver:
@@ -209,7 +211,7 @@ def test_an_error_that_nobody_expected_leaves_its_text_out(
         }
         with serve(tmp_path, app="tests.failing_app:app", **environ) as server:
             assert server.client.post("/fail/x", json={"prompt": SECRET}).status_code == 500
-            # Without a wait: the shutdown delivers what is left.
+            # No wait: the shutdown delivers the remaining spans.
             server.stop()
         (request,) = named(spans(receiver), "POST /fail/{what}")
         assert [event.name for event in request.events] == ["exception"]
@@ -219,7 +221,7 @@ def test_an_error_that_nobody_expected_leaves_its_text_out(
 
 
 @pytest.mark.parametrize("hanging", [True, False], ids=["hanging", "down"])
-def test_an_endpoint_that_is_away_costs_one_warning_and_no_time(
+def test_an_unreachable_endpoint_costs_one_warning_and_no_time(
     tmp_path: Path, hanging: bool
 ) -> None:
     with Receiver(hanging=True) as receiver:
@@ -239,7 +241,7 @@ def test_an_endpoint_that_is_away_costs_one_warning_and_no_time(
             assert ask().is_success
             began = time.monotonic()
             server.stop()
-            # The database ends within this time too.
+            # This includes the end of the database.
             assert time.monotonic() - began < 15
     said = server.log.read_text()
     assert said.count("traces are lost") == 1
@@ -250,7 +252,7 @@ def test_an_endpoint_that_is_away_costs_one_warning_and_no_time(
     assert "Traceback" not in said
 
 
-def test_a_log_record_within_a_trace_carries_its_id() -> None:
+def test_a_log_record_within_a_trace_has_its_id() -> None:
     record = logging.LogRecord("x", logging.INFO, "x", 1, "x", None, None)
     tracer = TracerProvider(shutdown_on_exit=False).get_tracer("x")
     with tracer.start_as_current_span("x") as span:
@@ -261,8 +263,8 @@ def test_a_log_record_within_a_trace_carries_its_id() -> None:
     assert "trace_id" not in outside.__dict__
 
 
-def test_a_log_record_after_the_end_of_a_span_carries_no_id() -> None:
-    # A connection that a request has opened keeps the request's span as its current one.
+def test_a_log_record_after_the_end_of_a_span_has_no_id() -> None:
+    # In the context of a connection, the span of the request that opened it stays current.
     span = TracerProvider(shutdown_on_exit=False).get_tracer("x").start_span("x")
     record = logging.LogRecord("x", logging.INFO, "x", 1, "x", None, None)
     with use_span(span):
@@ -288,7 +290,7 @@ print(json.dumps([name for name in sys.modules]))
     environ = {"REDIS_URL": "memory://", "LANCEDB_URI": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
-    # FastAPI and redis-py import some of OpenTelemetry by themselves, but nothing that acts.
+    # FastAPI and redis-py import parts of OpenTelemetry, but no part that is active.
     costly = ("opentelemetry.sdk.trace", "opentelemetry.exporter", "opentelemetry.instrumentation")
     loaded = json.loads(done.stdout)
     assert not [n for n in loaded if n.startswith((*costly, "sentry_sdk", "pyinstrument"))]
