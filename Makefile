@@ -9,7 +9,7 @@ BENCH_VENV := .venv-bench
 CHATTERBOX_VENV := .venv-chatterbox
 STAND_IN := .data/chatterbox-stand-in
 
-.PHONY: serve test test-long test-chatterbox mutants lint docs bench train evaluate clean
+.PHONY: serve test-unit test test-long test-chatterbox mutants lint docs bench train evaluate clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve
@@ -19,11 +19,16 @@ serve: $(VENV)/.serve
 	ALLOWED_HOSTS=$${ALLOWED_HOSTS-localhost,127.0.0.1,[::1],$(HOST)} \
 	exec $(BIN)/python -m osiris --host $(HOST) --port $(PORT)
 
-# A process that dies is not replaced: pytest-xdist 3.8 would wait for the new one for ever.
-test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0
+# One module over fakes, in seconds.
+test-unit: $(VENV)/.test
+	$(BIN)/python -m pytest tests/unit
 
-# Tests that are too long for CI. In one process, because they measure time.
+# All tests in minutes. Files are run in the order of tests/conftest.py. A process that dies is not
+# replaced: pytest-xdist 3.8 would wait for the new one for ever.
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
+
+# Tests that take too long for every change. In one process, because some measure time.
 test-long: $(VENV)/.test
 	$(BIN)/python -m pytest tests/long -v -s -o faulthandler_timeout=3000
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import json
+import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,16 +18,41 @@ from tests.random_models import convert_to_onnx, write_transformers_folder
 from tests.redis_server import RedisServer
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts tests/unit last: its files are short, so both processes end at about the same time."""
+    unit = Path(__file__).parent / "unit"
+    items.sort(key=lambda item: unit in item.path.parents)
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills. The processes of a run share it: the first one makes it."""
+    base = factory.getbasetemp()
+    # pytest-xdist gives each process a folder of its own in the folder of the run.
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = shared / name, shared / f"{name}.done"
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            # What a process that failed has left.
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def random_phi3_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A transformers folder of a Phi-3 with random weights."""
-    return write_transformers_folder(tmp_path_factory.mktemp("phi3-torch"))
+    return made_once(tmp_path_factory, "phi3-torch", write_transformers_folder)
 
 
 @pytest.fixture(scope="session")
 def random_phi3_onnx(random_phi3_torch: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model, converted to onnxruntime-genai in int4."""
-    return convert_to_onnx(random_phi3_torch, tmp_path_factory.mktemp("phi3-onnx"))
+    return made_once(
+        tmp_path_factory, "phi3-onnx", functools.partial(convert_to_onnx, random_phi3_torch)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -40,13 +68,16 @@ def serial_phi3_onnx(random_phi3_onnx: Path, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="session")
 def random_hermes_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A transformers folder of a Llama with random weights."""
-    return write_transformers_folder(tmp_path_factory.mktemp("hermes-torch"), architecture="llama")
+    make = functools.partial(write_transformers_folder, architecture="llama")
+    return made_once(tmp_path_factory, "hermes-torch", make)
 
 
 @pytest.fixture(scope="session")
 def random_hermes_onnx(random_hermes_torch: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model, converted to onnxruntime-genai: it loads in no time."""
-    return convert_to_onnx(random_hermes_torch, tmp_path_factory.mktemp("hermes-onnx"))
+    return made_once(
+        tmp_path_factory, "hermes-onnx", functools.partial(convert_to_onnx, random_hermes_torch)
+    )
 
 
 @pytest.fixture(scope="session")

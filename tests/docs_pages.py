@@ -55,12 +55,13 @@ NOT_RUN: Final = {
     ),
     "SIDECAR_TAG=0.3.0 docker-compose build": "needs Docker",
     "python3.11 -m venv .venv-chatterbox": "downloads 6 GB",
+    ".venv/bin/python -m llm_sidecar.loader convert \\": "takes ten seconds; tests/long runs it",
     ".venv/bin/python -m llm_sidecar.loader adapter PEFT_DIR .data/adapters/20260102": (
         "needs a PEFT adapter"
     ),
     "pip install .": "installs into the environment of the tests; tests/long does it elsewhere",
     ".venv/bin/python -m tests.docs_tables": "writes into the checkout",
-    "make test": "runs this test",
+    "make test-unit   # tests/unit: less than half a minute": "runs this test",
     "pip install -r requirements-tests.txt": "downloads",
     "make bench": "takes minutes",
     "make train": "takes an hour",

@@ -62,7 +62,11 @@ class LiveServer:
         return pid
 
     def stop(self, signal_number: int = signal.SIGTERM) -> int:
-        """Sends a signal and returns the exit status."""
+        """Sends a signal and returns the exit status.
+
+        The client's idle connections are closed first: the server would wait for them.
+        """
+        self.client.close()
         if self.process.poll() is None:
             self.process.send_signal(signal_number)
         return self.process.wait(30)

@@ -11,19 +11,23 @@ _COMMAND: Final = Path(sys.executable).parent / "schemathesis"
 _OPTIONS: Final = Path(__file__).with_name("schemathesis.toml")
 
 
-def find_faults(url: str, key: str, folder: Path, examples: int) -> str:
+def find_faults(url: str, key: str, folder: Path, random_requests: int = 0) -> str:
     """The report of a run in which a check failed, or an empty text.
 
     Args:
         url: of the server.
         key: one of its API keys.
         folder: for what schemathesis writes.
-        examples: the most random requests of each operation and each kind.
+        random_requests: at most that many of each operation and each kind, beside those that the
+            document's examples and limits make.
     """
+    phases = ["--phases", "examples,coverage"]
+    if random_requests:
+        phases = ["--max-examples", str(random_requests)]
     command = [
         *(str(_COMMAND), "--config-file", str(_OPTIONS), "run", f"{url}/openapi.json"),
         *("--header", f"Authorization: Bearer {key}", "--checks", "all"),
-        *("--seed", "1", "--max-examples", str(examples), "--request-timeout", "20"),
+        *("--seed", "1", *phases, "--request-timeout", "20"),
         # Several workers at once crash in CPython 3.11: "AST constructor recursion depth mismatch".
         *("--workers", "1", "--no-color"),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from typing import Final
 
 import pytest
@@ -82,13 +84,19 @@ def check_compose(words: list[str], environ: dict[str, str]) -> None:
             pytest.fail(reason)
         pytest.skip(reason)
     index = next(i for i, word in enumerate(words) if word in COMPOSE_COMMANDS)
-    # An empty file in place of a developer's own .env.
-    with tempfile.NamedTemporaryFile(suffix=".env") as empty:
-        options = ["docker-compose", "--env-file", empty.name, *words[1:index]]
-        config = yaml.safe_load(run_quietly([*options, "config"], environ))
+    services = compose_services(tuple(words[1:index]), tuple(environ.items()))
     if words[index] in ("exec", "run", "stop", "start"):
         service = next(word for word in words[index + 1 :] if not word.startswith("-"))
-        assert service in config["services"]
+        assert service in services
+
+
+@functools.cache
+def compose_services(options: Sequence[str], environ: Sequence[tuple[str, str]]) -> set[str]:
+    """The services that docker-compose reads from its files with these options."""
+    # An empty file in place of a developer's own .env.
+    with tempfile.NamedTemporaryFile(suffix=".env") as empty:
+        command = ["docker-compose", "--env-file", empty.name, *options, "config"]
+        return set(yaml.safe_load(run_quietly(command, dict(environ)))["services"])
 
 
 def run_quietly(command: list[str], environ: dict[str, str]) -> str:

@@ -243,7 +243,7 @@ def test_random_weights_write_nothing_but_what_their_context_has(engine: Engine)
         assert again["ticker"] in {f"TK{seed}.X", f"^IX{seed}", f"TK{seed}"}
 
 
-@pytest.mark.parametrize("part", range(10))
+@pytest.mark.parametrize("part", range(2))  # tests/long/test_proposals.py runs the other eight
 def test_random_weights_write_nothing_but_valid_proposals(engine: Engine, part: int) -> None:
     # A thousand in all, and a hundred on torch, of which each takes longer.
     count = 100 if engine.runtime == "onnxruntime" else 10

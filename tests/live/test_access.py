@@ -16,6 +16,7 @@ import pytest
 from llm_sidecar.settings import Settings
 from osiris.llm_client import LLMClient
 from osiris.server import create_app
+from tests.in_process import in_process
 from tests.live_server import ROOT, LiveServer, free_port, serve
 
 KEYS = ("first-key-0123456789", "second-key-012345678")
@@ -199,7 +200,9 @@ def test_every_answer_has_security_headers(
     assert scripts == (path == "/docs")
 
 
-def test_other_origins_are_allowed_only_if_configured(closed: LiveServer, tmp_path: Path) -> None:
+async def test_other_origins_are_allowed_only_if_configured(
+    closed: LiveServer, tmp_path: Path
+) -> None:
     asked = {
         "Origin": "https://desk.example",
         "Access-Control-Request-Method": "POST",
@@ -215,7 +218,8 @@ def test_other_origins_are_allowed_only_if_configured(closed: LiveServer, tmp_pa
     assert closed.client.options("/feedback/some-id", headers=withdrawing).status_code == 200
     other = closed.client.options("/generate/", headers=asked | {"Origin": "https://evil.example"})
     assert "Access-Control-Allow-Origin" not in other.headers
-    with serve(tmp_path) as server:
-        assert server.client.options("/generate/", headers=asked).status_code == 405
-        answer = server.client.get("/health", headers={"Origin": "https://desk.example"})
+    async with in_process(tmp_path) as client:
+        assert (await client.options("/generate/", headers=asked)).status_code == 405
+        answer = await client.get("/health", headers={"Origin": "https://desk.example"})
+        assert answer.status_code == 200
         assert "Access-Control-Allow-Origin" not in answer.headers

@@ -25,9 +25,28 @@ from tests.live_server import ROOT, LiveServer, serve
 
 
 @pytest.fixture(scope="module")
-def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+def files_before() -> set[Path]:
+    """The files of the project before the server starts."""
+    return files_of_the_project()
+
+
+def files_of_the_project() -> set[Path]:
+    """All files but Python's and the tools' caches."""
+    hidden = {".git", ".venv", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
+    return {path for path in ROOT.rglob("*") if not hidden & set(path.parts)}
+
+
+@pytest.fixture(scope="module")
+def demo_server(
+    files_before: set[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveServer]:
+    """A server with the demo models, which run on both runtimes, and empty folders as its HOME and
+    TMPDIR."""
     folder = tmp_path_factory.mktemp("demo")
     environ = {"SIDECAR_DEMO": "true", "PRELOAD_MODELS": "true", "ENABLE_METRICS": "true"}
+    for variable in ("HOME", "TMPDIR"):
+        environ[variable] = str(folder / variable)
+        (folder / variable).mkdir()
     with serve(folder, **environ) as running:
         running.wait_until_ready()
         # The example of `/health` shows a mean score, whichever page has run before it.
@@ -61,7 +80,11 @@ def checkout(demo_server: LiveServer, tmp_path: Path) -> Path:
 def test_the_commands_of_a_page_answer_as_shown(
     demo_server: LiveServer, checkout: Path, page: Path
 ) -> None:
-    run = [block for block in blocks(page) if is_run(block)]
+    check_answers([block for block in blocks(page) if is_run(block)], demo_server, checkout)
+
+
+def check_answers(run: list[Block], demo_server: LiveServer, checkout: Path) -> None:
+    """Runs blocks in one shell; each must succeed, and answer as its page shows."""
     files = checkout.parent
     script = "".join(
         f"{{\n{as_run(block, demo_server, files / f'{number}.py')}}} "
@@ -172,3 +195,13 @@ def test_a_correction_puts_none_of_its_numbers_into_the_next_proposals(
         assert again["phi3_proposal"] == answer["phi3_proposal"]
         assert tokens_again == tokens
         assert numbers(again["phi3_proposal"]["rationale"]) <= numbers(prompt)
+
+
+def test_nothing_is_written_outside_the_configured_folders(
+    demo_server: LiveServer, files_before: set[Path]
+) -> None:
+    """Looks at what all tests above have left."""
+    folder = demo_server.log.parent
+    assert list((folder / "HOME").iterdir()) == []
+    assert list((folder / "TMPDIR").iterdir()) == []
+    assert files_of_the_project() == files_before

@@ -85,15 +85,14 @@ class Prometheus:
 def measured(
     random_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveServer]:
-    """A server under load, on a database that was compacted before."""
+    """A server on a database that was compacted before."""
     folder = tmp_path_factory.mktemp("observed")
     asyncio.run(compacted(folder / "lancedb"))
     # Healthy, which random weights are of themselves not.
     environ = {"PRELOAD_MODELS": "true", "ENABLE_METRICS": "true", "GROUNDING": "retry"}
     with serve(folder, **environ, **random_models) as running:
         running.wait_until_ready()
-        with under_load(running):
-            yield running
+        yield running
 
 
 async def compacted(uri: Path) -> None:
@@ -128,6 +127,7 @@ def under_load(server: LiveServer) -> Iterator[None]:
 def prometheus(
     measured: LiveServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Prometheus]:
+    """Prometheus and a server under load."""
     folder = tmp_path_factory.mktemp("prometheus")
     config = yaml.safe_load((DEPLOYED / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
@@ -145,7 +145,9 @@ def prometheus(
             running = Prometheus(client)
             measured.wait_until(running.is_ready)
             measured.wait_until(lambda: running.query('up{job="llm-sidecar"} == 1'))
-            yield running
+            # Not before: Prometheus first looks for its targets for five seconds.
+            with under_load(measured):
+                yield running
     finally:
         process.terminate()
         process.wait(30)
@@ -202,6 +204,7 @@ def test_grafana_finds_the_datasource_and_the_dashboard() -> None:
 # With a server, and Prometheus
 
 
+@pytest.mark.usefixtures("prometheus")
 def test_promtool_finds_nothing_to_complain_of_in_the_metrics(measured: LiveServer) -> None:
     promtool("check", "metrics", given=measured.client.get("/metrics").content)
 
@@ -211,6 +214,7 @@ def test_every_metric_that_a_rule_or_the_dashboard_names_exists(prometheus: Prom
     wait(lambda: names <= set(prometheus.get("/label/__name__/values")))
 
 
+@pytest.mark.usefixtures("prometheus")
 def test_every_metric_of_the_sidecar_is_documented(measured: LiveServer) -> None:
     text = (ROOT / "docs/metrics.md").read_text()
     documented = set(re.findall(r"^\| `((?:sidecar|http)_\w+)", text, re.MULTILINE))

@@ -16,6 +16,7 @@ import pytest
 
 from llm_sidecar.grounding import ungrounded_fields
 from llm_sidecar.proposals import MAX_COMPLETION_TOKENS, Proposal
+from tests.in_process import in_process
 from tests.live_server import LiveServer, serve
 
 PROMPT = {"prompt": "Long ABC from 100, now 112.5, RSI 81."}
@@ -347,18 +348,19 @@ def test_swapping_without_adapters_succeeds(server: LiveServer) -> None:
     assert post(server, "/adapters/swap/").json() == {"status": "ok", "phi3_adapter_date": None}
 
 
-def test_a_broken_adapter_is_refused_and_the_model_still_answers(
+async def test_a_broken_adapter_is_refused_and_the_model_still_answers(
     random_models: dict[str, str], tmp_path: Path
 ) -> None:
     adapter = tmp_path / "adapters" / "20260102"
     adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text("{}")
-    with serve(tmp_path, PHI3_ADAPTER_DIR=str(adapter.parent), **random_models) as running:
-        response = post(running, "/adapters/swap/")
+    environ = random_models | {"PHI3_ADAPTER_DIR": str(adapter.parent)}
+    async with in_process(tmp_path, **environ) as client:
+        response = await client.post("/adapters/swap/")
         assert response.status_code == 409
         assert "20260102" in response.json()["detail"]
-        assert post(running, "/generate/phi3/", PROMPT).status_code == 200
-        assert running.client.get("/health").json()["phi3_adapter_date"] is None
+        assert (await client.post("/generate/phi3/", json=PROMPT)).status_code == 200
+        assert (await client.get("/health")).json()["phi3_adapter_date"] is None
 
 
 # Hanging up

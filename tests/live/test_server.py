@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import httpx
@@ -96,20 +98,12 @@ def test_a_bad_variable_stops_the_start_with_one_line(tmp_path: Path, command: l
     ]
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_server_and_workers(
-    random_models: dict[str, str], tmp_path: Path, signal_number: int
+def test_ctrl_c_lets_a_running_request_end_and_leaves_no_worker(
+    random_models: dict[str, str], tmp_path: Path
 ) -> None:
+    """test_shutdown.py has SIGTERM and SIGHUP."""
     with serve(tmp_path, **random_models) as server:
         workers = load_both(server)
-        server.stop(signal_number)
-        assert not any(map(is_running, workers))
-        assert "Traceback" not in server.log.read_text()
-
-
-def test_ctrl_c_lets_a_running_request_end(random_models: dict[str, str], tmp_path: Path) -> None:
-    with serve(tmp_path, **random_models) as server:
-        load_both(server)
 
         async def interrupted() -> httpx.Response:
             async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
@@ -124,13 +118,8 @@ def test_ctrl_c_lets_a_running_request_end(random_models: dict[str, str], tmp_pa
         response = asyncio.run(interrupted())
         assert response.status_code == 200
         assert server.process.wait(30) is not None
-
-
-def test_a_killed_server_leaves_no_worker(random_models: dict[str, str], tmp_path: Path) -> None:
-    with serve(tmp_path, **random_models) as server:
-        workers = load_both(server)
-        server.stop(signal.SIGKILL)
-        wait_until_gone(server, workers)
+        assert not any(map(is_running, workers))
+        assert "Traceback" not in server.log.read_text()
 
 
 def test_a_killed_worker_is_503_and_the_next_request_succeeds(server: LiveServer) -> None:
@@ -165,31 +154,10 @@ def test_reloading_leaves_no_worker(random_models: dict[str, str], tmp_path: Pat
         (watched / "module.py").write_text("changed = True")
         wait_until_gone(server, workers, 15.0)
         server.wait_until(lambda: server.client.get("/health/live").status_code == 200)
-        workers = load_both(server)
+        assert server.client.post("/generate/phi3/", json=PROMPT).status_code == 200
+        workers = [server.worker("phi3")]
         server.stop(signal.SIGINT)
         wait_until_gone(server, workers)
-
-
-def test_nothing_is_written_outside_the_configured_folders(tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    temporary = tmp_path / "tmp"
-    for folder in (home, temporary):
-        folder.mkdir()
-    before = tracked_and_not()
-    # The demo's models run on both runtimes.
-    environ = {"HOME": str(home), "TMPDIR": str(temporary), "SIDECAR_DEMO": "true"}
-    environ["MODEL_LOAD_WAIT_SECONDS"] = "60"
-    with serve(tmp_path, **environ) as server:
-        load_both(server)
-    assert list(home.iterdir()) == []
-    assert list(temporary.iterdir()) == []
-    assert tracked_and_not() == before
-
-
-def tracked_and_not() -> set[Path]:
-    """Every file of the project but Python's and the tools' caches."""
-    hidden = {".git", ".venv", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
-    return {path for path in ROOT.rglob("*") if not hidden & set(path.parts)}
 
 
 # With a real Redis
@@ -205,19 +173,45 @@ async def collect(url: str, *channels: str) -> tuple[EventBus, dict[str, asyncio
     return bus, queues
 
 
+@pytest.fixture(scope="module")
+def on_redis(
+    redis_url: str, random_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[LiveServer, Path]]:
+    """A server whose bus is a real Redis, and the folder of its database."""
+    folder = tmp_path_factory.mktemp("on-redis")
+    with serve(folder, **(random_models | {"REDIS_URL": redis_url})) as server:
+        server.wait_until_database_is_open()
+        yield server, folder / "lancedb"
+
+
+@contextlib.asynccontextmanager
+async def stored(server: LiveServer, database: Path) -> AsyncIterator[Store]:
+    """The tables, once every row is in them."""
+
+    def is_empty() -> bool:
+        return bool(server.client.get("/health").json()["database"]["rows_waiting"] == 0)
+
+    await asyncio.to_thread(server.wait_until, is_empty)
+    store = await Store.open(database, create=False)
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
 async def test_a_proposal_and_its_assessment_go_out_on_redis(
-    redis_url: str, random_models: dict[str, str], tmp_path: Path
+    redis_url: str, on_redis: tuple[LiveServer, Path]
 ) -> None:
+    server, _ = on_redis
     bus, queues = await collect(redis_url, "phi3.proposal.created", "phi3.proposal.assessed")
     try:
-        with serve(tmp_path, **(random_models | {"REDIS_URL": redis_url})) as server:
-            response = await asyncio.to_thread(
-                server.client.post, "/propose_trade_adjustments", json=PROMPT
-            )
-            body = response.json()
-            async with asyncio.timeout(10):
-                created = json.loads(await queues["phi3.proposal.created"].get())
-                assessed = json.loads(await queues["phi3.proposal.assessed"].get())
+        response = await asyncio.to_thread(
+            server.client.post, "/propose_trade_adjustments", json=PROMPT
+        )
+        body = response.json()
+        async with asyncio.timeout(10):
+            created = json.loads(await queues["phi3.proposal.created"].get())
+            assessed = json.loads(await queues["phi3.proposal.assessed"].get())
     finally:
         await bus.close()
     assert created == body["phi3_proposal"] | {"transaction_id": body["transaction_id"]}
@@ -227,29 +221,34 @@ async def test_a_proposal_and_its_assessment_go_out_on_redis(
 
 
 async def test_feedback_is_stored_once_from_http_and_from_the_bus(
-    redis_url: str, random_models: dict[str, str], tmp_path: Path
+    redis_url: str, on_redis: tuple[LiveServer, Path]
 ) -> None:
+    server, database = on_redis
     ours = {"transaction_id": "ours", "feedback_type": "rating", "feedback_content": "5"}
     theirs = ours | {"transaction_id": "theirs", "timestamp": "2026-01-02T03:04:05Z"}
+    written = rows_written(server)
     bus, queues = await collect(redis_url, "phi3.feedback.submitted")
     try:
-        with serve(tmp_path, **(random_models | {"REDIS_URL": redis_url})) as server:
-            response = await asyncio.to_thread(server.client.post, "/feedback/phi3", json=ours)
-            assert response.status_code == 200
-            async with asyncio.timeout(10):
-                published = json.loads(await queues["phi3.feedback.submitted"].get())
-            assert published["transaction_id"] == "ours"
-            assert published["schema_version"] == "1.0"
-            await bus.publish("phi3.feedback.submitted", "not even json")
-            for _ in range(2):
-                await bus.publish("phi3.feedback.submitted", json.dumps(theirs))
-            await asyncio.to_thread(wait_for_rows, server, 2)
+        response = await asyncio.to_thread(server.client.post, "/feedback/phi3", json=ours)
+        assert response.status_code == 200
+        async with asyncio.timeout(10):
+            published = json.loads(await queues["phi3.feedback.submitted"].get())
+        assert published["transaction_id"] == "ours"
+        assert published["schema_version"] == "1.0"
+        await bus.publish("phi3.feedback.submitted", "not even json")
+        for _ in range(2):
+            await bus.publish("phi3.feedback.submitted", json.dumps(theirs))
+        # The row of another message comes after any second row of these.
+        last = json.dumps(theirs | {"transaction_id": "last"})
+        await bus.publish("phi3.feedback.submitted", last)
+        await asyncio.to_thread(wait_for_rows, server, written + 3)
     finally:
         await bus.close()
-    store = await Store.open(tmp_path / "lancedb")
-    rows = await store.last("phi3_feedback", 0)
-    await store.close()
-    assert sorted(row["transaction_id"] for row in rows) == ["ours", "theirs"]
+    async with stored(server, database) as store:
+        rows = await store.last("phi3_feedback", 0)
+    # This server has received what other tests published, too.
+    found = [row["transaction_id"] for row in rows if row["transaction_id"] in ("ours", "theirs")]
+    assert sorted(found) == ["ours", "theirs"]
 
 
 async def test_feedback_received_before_the_database_opens_is_stored(
@@ -261,10 +260,13 @@ async def test_feedback_received_before_the_database_opens_is_stored(
     bus, _ = await collect(redis_url, "phi3.feedback.submitted")
     try:
         with serve(tmp_path, **(random_models | {"REDIS_URL": redis_url})) as server:
-            await asyncio.to_thread(
-                server.wait_until,
-                lambda: server.client.get("/health").json()["database"]["state"] == "away",
-            )
+
+            def has_only_the_bus() -> bool:
+                health = server.client.get("/health").json()
+                connected = bool(health["event_bus"]["connected"])
+                return connected and health["database"]["state"] == "away"
+
+            await asyncio.to_thread(server.wait_until, has_only_the_bus)
             await bus.publish("phi3.feedback.submitted", json.dumps(feedback))
             await asyncio.to_thread(
                 server.wait_until, lambda: "feedback of another service" in server.log.read_text()
@@ -305,14 +307,16 @@ async def test_feedback_received_by_several_sidecars_is_stored_once(
     assert sorted(row["transaction_id"] for row in rows) == [f"t-{n}" for n in range(10)]
 
 
-async def test_rows_acknowledged_by_a_killed_server_are_there_at_the_next_start(
+async def test_a_killed_server_leaves_no_worker_and_loses_no_acknowledged_row(
     random_models: dict[str, str], tmp_path: Path
 ) -> None:
     feedback = {"transaction_id": "t", "feedback_type": "rating", "feedback_content": "5"}
     with serve(tmp_path, **random_models) as server:
+        workers = load_both(server)
         # At once, so that most likely nothing has left the log yet.
         responses = [server.client.post("/feedback/phi3", json=feedback) for _ in range(3)]
         server.stop(signal.SIGKILL)
+        wait_until_gone(server, workers)
     assert [response.status_code for response in responses] == [200] * 3
     with serve(tmp_path, **random_models) as server:
         server.wait_until_database_is_open()
@@ -323,21 +327,20 @@ async def test_rows_acknowledged_by_a_killed_server_are_there_at_the_next_start(
     await store.close()
 
 
+def rows_written(server: LiveServer) -> int:
+    count: int = server.client.get("/health").json()["database"].get("rows_written", 0)
+    return count
+
+
 def wait_for_rows(server: LiveServer, count: int) -> None:
-    server.wait_until(
-        lambda: server.client.get("/health").json()["database"].get("rows_written", 0) >= count
-    )
+    server.wait_until(lambda: rows_written(server) >= count)
 
 
-async def test_a_proposal_stores_a_run_and_a_score(
-    random_models: dict[str, str], tmp_path: Path
-) -> None:
-    with serve(tmp_path, **random_models) as server:
-        response = server.client.post("/propose_trade_adjustments", json=PROMPT)
-    transaction = response.json()["transaction_id"]
-    store = await Store.open(tmp_path / "lancedb")
-    found = await store.transaction(transaction)
-    await store.close()
+async def test_a_proposal_stores_a_run_and_a_score(on_redis: tuple[LiveServer, Path]) -> None:
+    server, database = on_redis
+    response = server.client.post("/propose_trade_adjustments", json=PROMPT)
+    async with stored(server, database) as store:
+        found = await store.transaction(response.json()["transaction_id"])
     assert found.pop("phi3_feedback") == found.pop("feedback_withdrawals") == []
     run, score, proposal = (rows[0] for rows in found.values())
     assert run["status"] == "success"

@@ -217,7 +217,7 @@ def test_a_client_that_reads_slowly_gets_its_whole_answer(tmp_path: Path) -> Non
         server.process.send_signal(signal.SIGTERM)
         while data := client.recv(1 << 18):
             received += data
-            time.sleep(0.02)  # the client's, which takes longer than a second for all of it
+            time.sleep(0.01)  # the client's, which takes longer than a second for all of it
         head, _, body = received.partition(b"\r\n\r\n")
         length = re.search(rb"content-length: (\d+)", head)
         assert length is not None

@@ -28,6 +28,7 @@ from llm_sidecar.tts.voice import Wav
 from osiris.llm_client import LLMClient
 from osiris.routes import speech
 from osiris.server import create_app
+from tests.in_process import in_process
 from tests.integration.test_tts import BAD_REFERENCES, GOOD, LONG
 from tests.live_server import LiveServer, serve
 
@@ -188,29 +189,29 @@ def test_fifty_at_once_each_get_their_own_speech(voice: LiveServer) -> None:
         assert int(np.argmin(differences)) == n, texts[n]
 
 
-def test_a_full_queue_is_429_and_a_deadline_504(tmp_path: Path) -> None:
+async def test_a_full_queue_is_429_and_a_deadline_504(tmp_path: Path) -> None:
     limits = {"TTS_QUEUE_LENGTH": "2", "TTS_TIMEOUT_SECONDS": "0.02"}
-    with serve(tmp_path, **limits) as server, ThreadPoolExecutor(8) as pool:
-        responses = list(
-            pool.map(lambda _: httpx.post(f"{server.url}/speak", json={"text": LONG}), range(8))
-        )
-        assert {response.status_code for response in responses} == {429, 504}
-        late = r"The text was not spoken within 0.02 s: \d\.\d s waiting, \d\.\d s speaking; .*\."
-        for response in responses:
-            if response.status_code == 429:
-                assert "speech queue is full" in response.json()["detail"]
-            else:
-                assert re.fullmatch(late, response.json()["detail"])
-            assert int(response.headers["Retry-After"]) >= 1
+    async with in_process(tmp_path, **limits) as client:
+        asking = [client.post("/speak", json={"text": LONG}) for _ in range(8)]
+        responses = await asyncio.gather(*asking)
+    assert {response.status_code for response in responses} == {429, 504}
+    late = r"The text was not spoken within 0.02 s: \d\.\d s waiting, \d\.\d s speaking; .*\."
+    for response in responses:
+        if response.status_code == 429:
+            assert "speech queue is full" in response.json()["detail"]
+        else:
+            assert re.fullmatch(late, response.json()["detail"])
+        assert int(response.headers["Retry-After"]) >= 1
 
 
-def test_a_voice_that_is_not_there_is_503_and_says_what_to_do(tmp_path: Path) -> None:
-    with serve(tmp_path, TTS_VOICE="chatterbox") as server:
-        response = say(server, "Hello.")
+async def test_a_voice_that_is_not_there_is_503_and_says_what_to_do(tmp_path: Path) -> None:
+    async with in_process(tmp_path, TTS_VOICE="chatterbox") as client:
+        response = await client.post("/speak", json={"text": "Hello."})
         assert response.status_code == 503
         assert int(response.headers["Retry-After"]) >= 1
         assert "TTS_VOICE" in response.json()["detail"]
-        assert server.client.get("/health").json()["speech"]["state"] == "unavailable"
+        health = (await client.get("/health")).json()
+        assert health["speech"]["state"] == "unavailable"
 
 
 def test_a_client_that_hangs_up_stops_its_speech(voice: LiveServer) -> None:
@@ -232,17 +233,13 @@ def test_every_listener_gets_every_wav(voice: LiveServer) -> None:
     voice.wait_until(lambda: listening(voice) == 0, 2)
 
 
-def test_a_listener_hears_what_other_sidecars_speak(redis_url: str, tmp_path: Path) -> None:
-    folders = [tmp_path / "one", tmp_path / "other"]
-    for folder in folders:
-        folder.mkdir()
-    with (
-        serve(folders[0], REDIS_URL=redis_url) as one,
-        serve(folders[1], REDIS_URL=redis_url) as other,
-        listener(one) as lines,
-    ):
-        spoken = say(other, "Said next door.").content
-        assert event(lines) == spoken
+async def test_a_listener_hears_what_other_sidecars_speak(redis_url: str, tmp_path: Path) -> None:
+    async with in_process(tmp_path / "other", REDIS_URL=redis_url) as other:
+        while not (await other.get("/health")).json()["event_bus"]["connected"]:
+            await asyncio.sleep(0.02)
+        with serve(tmp_path, REDIS_URL=redis_url) as one, listener(one) as lines:
+            spoken = await other.post("/speak", json={"text": "Said next door."})
+            assert await asyncio.to_thread(event, lines) == spoken.content
 
 
 def test_a_long_texts_first_part_arrives_before_the_response(voice: LiveServer) -> None:

@@ -1,1 +1,1 @@
-"""Tests that take minutes: `make test-long`."""
+"""Tests that take too long for every change, or that measure: `make test-long`."""

@@ -1,4 +1,4 @@
-"""The server against its own OpenAPI document, with many requests."""
+"""The server against its own OpenAPI document, with many random requests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_many_requests_find_no_undocumented_answer(
         **random_models,
     ) as server:
         server.wait_until_ready()
-        faults = find_faults(server.url, KEY, tmp_path, examples=100)
+        faults = find_faults(server.url, KEY, tmp_path, random_requests=100)
         assert not faults, faults
         assert server.client.get("/health/ready").status_code == 200
         assert "Traceback" not in server.log.read_text()
