@@ -106,9 +106,9 @@ async def test_only_what_can_be_an_example_is_read(made: Made) -> None:
     assert made.used == ["f-A", "f-C"]
     bounds = {"proposal_bytes": 500, "prompt_bytes": 3000}
     assert made.store.asked == [{"count": 3, "from_bus": False, **bounds}]
-    heard = Made(count=2, from_bus=True)
-    await heard.correct("A")
-    assert heard.store.asked == [{"count": 2, "from_bus": True, **bounds}]
+    published = Made(count=2, from_bus=True)
+    await published.correct("A")
+    assert published.store.asked == [{"count": 2, "from_bus": True, **bounds}]
 
 
 async def test_they_take_at_most_half_of_the_context() -> None:
@@ -176,7 +176,7 @@ async def test_reading_them_has_a_deadline(
     assert await made.correct("A") is Outcome.EXAMPLE
 
 
-# What is said of a correction
+# The outcome of a correction
 
 
 async def test_feedback_without_a_correction_asks_for_no_examples(made: Made) -> None:
