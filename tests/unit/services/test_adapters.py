@@ -90,6 +90,7 @@ async def test_a_rejected_adapter_changes_nothing(
 ) -> None:
     made = Made(tmp_path, "20260102")
     await made.adapters.swap("20260101")
+    caplog.clear()
     with pytest.raises(AdapterRejected, match=r"^20260102 is broken\.$"):
         await made.adapters.swap()
     assert (made.kept, made.adapters.date()) == ("20260101", datetime.date(2026, 1, 1))
