@@ -117,8 +117,7 @@ class Proposer:
         # A grounded ticker is always offered, even if the context has too many others.
         tickers = [] if "ticker" in first.ungrounded else [first.proposal["ticker"]]
         guidance = await asyncio.to_thread(proposals.grounded_guidance, prompt, tickers)
-        # With a seed, a runtime that keeps a cache for each guidance does not keep one for this.
-        return None if guidance is None else replace(request, guidance=guidance, seed=0)
+        return None if guidance is None else replace(request, guidance=guidance)
 
 
 async def _proposed(deltas: Sequence[Delta], prompt: str) -> Proposed:

@@ -10,7 +10,6 @@ import pytest
 
 from llm_sidecar.errors import ModelUnavailable
 from llm_sidecar.models import files
-from llm_sidecar.models import files as model_files
 from llm_sidecar.settings import Settings
 from tests.live_server import ROOT
 
@@ -100,7 +99,7 @@ def test_phi3s_context_is_what_its_configuration_says_or_that_of_the_smallest(
 ) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert model_files.phi3_context_length(Settings(models={"phi3_path": tmp_path})) == expected
+    assert files.phi3_context_length(Settings(models={"phi3_path": tmp_path})) == expected
 
 
 def test_getters_load_once_and_keep_a_tokenizer_that_no_text_ends(

@@ -31,7 +31,7 @@ from llm_sidecar.errors import (
 )
 from llm_sidecar.models.base import Adapter
 from llm_sidecar.models.files import ModelFiles
-from llm_sidecar.models.local import process as worker_process
+from llm_sidecar.models.local import process
 from llm_sidecar.models.local.model import HostLimits, LocalModel
 from llm_sidecar.models.local.protocol import Load, Ready
 from llm_sidecar.models.lora import convert_adapter
@@ -833,7 +833,7 @@ def replace_worker(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
             [sys.executable, "-c", script], stdin=end.fileno(), stdout=end.fileno()
         )
 
-    monkeypatch.setattr(worker_process, "_spawn", spawn)
+    monkeypatch.setattr(process, "_spawn", spawn)
 
 
 @pytest.mark.parametrize(
@@ -850,7 +850,7 @@ async def test_a_worker_that_writes_no_valid_message_is_killed(
     monkeypatch: pytest.MonkeyPatch, script: str
 ) -> None:
     replace_worker(monkeypatch, script)
-    worker = await worker_process.WorkerProcess.start("phi3/fake")
+    worker = await process.WorkerProcess.start("phi3/fake")
     async with asyncio.timeout(10):
         assert isinstance(
             await failure(worker.load(Load("/models/phi3", "cpu", 1))), ModelUnavailable
@@ -862,7 +862,7 @@ async def test_a_worker_that_writes_no_valid_message_is_killed(
 async def test_a_worker_that_is_ready_too_late_still_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     # It answers with what it is sent second.
     replace_worker(monkeypatch, "input(); print(input(), flush=True)")
-    worker = await worker_process.WorkerProcess.start("phi3/fake")
+    worker = await process.WorkerProcess.start("phi3/fake")
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
             await worker.load(Load("/models/phi3", "cpu", 1))

@@ -19,7 +19,7 @@ import pytest
 from llm_sidecar.engines import GenerationRequest, Message
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 from llm_sidecar.models.files import ModelFiles
-from llm_sidecar.models.local import process as worker_process
+from llm_sidecar.models.local import process
 from llm_sidecar.models.local.model import HostLimits, LocalModel
 from tests.completions import complete
 from tests.live_server import LiveServer
@@ -142,7 +142,7 @@ async def test_a_chat_whose_template_never_ends_ends_one_worker_and_is_not_given
             [sys.executable, "-c", script], stdin=end.fileno(), stdout=end.fileno()
         )
 
-    monkeypatch.setattr(worker_process, "_spawn", spawn)
+    monkeypatch.setattr(process, "_spawn", spawn)
     folder = shutil.copytree(random_phi3_onnx, tmp_path / "model")
     template = folder / "chat_template.jinja"
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

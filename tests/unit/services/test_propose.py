@@ -186,7 +186,7 @@ async def test_what_is_not_grounded_is_named() -> None:
 def retried(tickers: list[str]) -> GenerationRequest:
     first = request(EXAMPLES, 300, 0.5, CONTEXT)
     guidance = proposals.grounded_guidance(CONTEXT, tickers)
-    return replace(first, guidance=guidance, seed=0)
+    return replace(first, guidance=guidance)
 
 
 async def propose_again(fake: FakeModel, deadline: Deadline | None = None) -> Proposed:
