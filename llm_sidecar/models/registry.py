@@ -40,6 +40,7 @@ def create_models(
             threads=threads,
             limits=limits,
             preload=settings.models.preload,
+            log_format=settings.telemetry.log_format,
             observer=observer,
             on_death=on_death,
         )

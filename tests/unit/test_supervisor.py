@@ -103,7 +103,7 @@ class FakeWorker:
         inbox.put_nowait(Begun(id=number, at=0.0))
         inbox.put_nowait(progress(number, f"from {self.process.pid}", 2, "stop"))
 
-    def cancel(self, number: int) -> None:
+    def cancel(self, number: int, inbox: Inbox) -> None:
         """Ends a job."""
         if number in self.inboxes:
             self.answer(number)

@@ -4,10 +4,34 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 
 from llm_sidecar.errors import ModelUnavailable
 from llm_sidecar.models.base import State
-from llm_sidecar.models.local.limits import HostLimits
+
+
+@dataclass(frozen=True, slots=True)
+class HostLimits:
+    """Bounds of a model on this machine; times in seconds.
+
+    Attributes:
+        queue_length: requests that may run and wait at once.
+        request_timeout: from admission to the answer, for a call without a deadline of its own.
+        load_wait: how long a request waits for a loading model; None: until its deadline.
+        load_timeout: how long a model may load.
+    """
+
+    queue_length: int = 64
+    request_timeout: float = 60.0
+    load_wait: float | None = None
+    load_timeout: float = 300.0
+
+    @property
+    def patience(self) -> float:
+        """How long a request waits for a loading model, if its deadline is not earlier."""
+        if self.load_wait is None:
+            return self.request_timeout
+        return min(self.load_wait, self.request_timeout)
 
 
 class LoadState:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import replace
 
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines.base import ANSWER_TOKENS
-from llm_sidecar.errors import ModelUnavailable, SidecarError
+from llm_sidecar.errors import InvalidRequest, ModelUnavailable, SidecarError
+from llm_sidecar.logs import LogFormat
 from llm_sidecar.models.base import (
     Adapter,
     ChatModel,
@@ -26,11 +28,24 @@ from llm_sidecar.models.base import (
     ModelStatus,
 )
 from llm_sidecar.models.files import ModelFiles
-from llm_sidecar.models.local.job_runner import JobRunner
-from llm_sidecar.models.local.limits import HostLimits
+from llm_sidecar.models.local.load_state import HostLimits
 from llm_sidecar.models.local.loader import WorkerLoader
 from llm_sidecar.models.local.process import WorkerProcess
-from llm_sidecar.models.local.protocol import Generate, Prefill, Progress, ScoreChoices, Scores
+from llm_sidecar.models.local.protocol import (
+    Answer,
+    Begun,
+    Check,
+    Died,
+    Failed,
+    Generate,
+    Job,
+    Prefill,
+    Progress,
+    ScoreChoices,
+    Scores,
+    error_of,
+    is_final,
+)
 from llm_sidecar.models.local.request_queue import RequestQueue
 from llm_sidecar.models.local.supervisor import Supervisor
 from llm_sidecar.telemetry.calls import (
@@ -59,6 +74,7 @@ class LocalModel(ChatModel):
         threads: int = 1,
         limits: HostLimits | None = None,
         preload: bool = False,
+        log_format: LogFormat = "auto",
         observer: CallObserver | None = None,
         on_death: Callable[[WorkerDeath], None] = lambda death: None,
     ) -> None:
@@ -72,6 +88,7 @@ class LocalModel(ChatModel):
             limits: bounds of queue and time.
             preload: `start` loads the model, which is not ready until then; otherwise the first
                 request loads it.
+            log_format: of the worker's log lines.
             observer: observes every call.
             on_death: is called with each unexpected end of a worker.
         """
@@ -79,12 +96,13 @@ class LocalModel(ChatModel):
         self._preload = preload
         self._observer = observer or Observers()
         self._on_death = on_death
-        self._loader = WorkerLoader(name, locate, device, threads, self._limits.load_timeout)
+        self._loader = WorkerLoader(
+            name, locate, device, threads, self._limits.load_timeout, log_format
+        )
         self._supervisor = Supervisor(
             self._loader, self._limits, preload=preload, on_death=self._report_death
         )
         self._queue = RequestQueue(name, self._limits.queue_length)
-        self._jobs = JobRunner(self._supervisor, self._queue, self._limits.load_wait)
 
     async def stream(
         self,
@@ -96,7 +114,7 @@ class LocalModel(ChatModel):
         """Generates; see `ChatModel.stream`."""
         deadline = deadline or Deadline.after(self._limits.request_timeout)
         with self._call("generate") as call:
-            answers = self._jobs.run(call, Generate(request=request), deadline)
+            answers = self._run(call, Generate(request=request), deadline)
             try:
                 async with contextlib.aclosing(answers):
                     async for answer in answers:
@@ -119,7 +137,7 @@ class LocalModel(ChatModel):
         job = ScoreChoices(request=GenerationRequest(messages, ANSWER_TOKENS), choices=choices)
         with self._call("score_choices") as call:
             try:
-                async with contextlib.aclosing(self._jobs.run(call, job, deadline)) as answers:
+                async with contextlib.aclosing(self._run(call, job, deadline)) as answers:
                     async for answer in answers:
                         if isinstance(answer, Scores):
                             probabilities = answer.probabilities
@@ -171,7 +189,6 @@ class LocalModel(ChatModel):
             async with asyncio.timeout(grace):
                 await self._queue.idle.wait()
         await self._supervisor.close()
-        self._jobs.close()
 
     @contextlib.contextmanager
     def _call(self, operation: Operation) -> Iterator[ModelCall]:
@@ -181,6 +198,69 @@ class LocalModel(ChatModel):
             with self._queue.admit():
                 self._supervisor.start()
                 yield call
+
+    async def _run(
+        self, call: ModelCall, job: Job, deadline: Deadline
+    ) -> AsyncGenerator[Answer, None]:
+        """Yields the answers to a job and records them in the call; closing it cancels the job.
+
+        A job whose worker dies before it begins goes to the next worker.
+
+        Raises:
+            InvalidRequest, ModelUnavailable
+            TimeoutError: the deadline passes first.
+        """
+        ready_by = time.monotonic() + deadline.remaining()
+        if self._limits.load_wait is not None:
+            ready_by = min(ready_by, time.monotonic() + self._limits.load_wait)
+        self._supervisor.check_waiting(ready_by)
+        if self._queue.busy:
+            async with deadline.timeout():
+                await self._check(job.request, ready_by)
+        async with self._queue.turn(deadline):
+            answered = False
+            while not answered:
+                async with deadline.timeout():
+                    worker = await self._supervisor.ready(ready_by)
+                async with contextlib.aclosing(self._serve(worker, call, job, deadline)) as answers:
+                    async for answer in answers:
+                        answered = is_final(answer)
+                        yield answer
+
+    async def _check(self, request: GenerationRequest, ready_by: float) -> None:
+        """Refuses a prompt that does not fit the context before it waits for its turn."""
+        worker = await self._supervisor.ready(ready_by)
+        _, inbox = worker.send(Check(request=request))
+        answer = await inbox.get()
+        if isinstance(answer, Failed) and answer.invalid:
+            raise InvalidRequest(answer.detail)
+
+    async def _serve(
+        self, worker: WorkerProcess, call: ModelCall, job: Job, deadline: Deadline
+    ) -> AsyncGenerator[Answer, None]:
+        """Sends a job to one worker and yields its answers: none if it dies before it begins."""
+        assert worker.ready is not None
+        self._queue.grow(worker.ready.capacity)
+        call.served_by, call.adapter = worker.label, worker.adapter
+        number, inbox = worker.send(job)
+        worker.calls[number] = call
+        answer: Answer | None = None
+        self._queue.running += 1
+        try:
+            while answer is None or not is_final(answer):
+                async with deadline.timeout():
+                    answer = await inbox.get()
+                _note(call, answer)
+                if not isinstance(answer, Failed | Died):
+                    yield answer
+        finally:
+            self._queue.running -= 1
+            if not isinstance(answer, Died):
+                del worker.calls[number]
+            if answer is None or not is_final(answer):
+                worker.cancel(number, inbox)
+        if isinstance(answer, Failed) or (isinstance(answer, Died) and call.begun is not None):
+            raise error_of(answer, call.model)
 
     def _missed(self, call: ModelCall, deadline: Deadline) -> SidecarError:
         """The error of a call whose deadline has passed."""
@@ -206,3 +286,17 @@ def _delta(call: ModelCall, text: str) -> Delta:
         call.cached_tokens,
         call.finish_reason,
     )
+
+
+def _note(call: ModelCall, answer: Answer) -> None:
+    """Records the times and counts of an answer."""
+    if isinstance(answer, Begun):
+        call.begun = answer.at
+    elif isinstance(answer, Progress):
+        call.progressed(
+            answer.at,
+            prompt_tokens=answer.prompt_tokens,
+            completion_tokens=answer.completion_tokens,
+            cached_tokens=answer.cached_tokens,
+            finish_reason=answer.finish_reason,
+        )

@@ -19,6 +19,8 @@ from typing import Final
 import msgspec
 
 from llm_sidecar.engines.base import FinishReason, GenerationRequest
+from llm_sidecar.errors import InvalidRequest, ModelUnavailable, SidecarError
+from llm_sidecar.logs import LogFormat
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
@@ -30,6 +32,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
         threads: of the runtime, on CPU.
         adapter: folder of the adapter, or None.
         prefix: what most requests begin with; it is prefilled before the worker is ready.
+        log_format: of the worker's log lines.
     """
 
     folder: str
@@ -37,6 +40,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     threads: int
     adapter: str | None = None
     prefix: GenerationRequest | None = None
+    log_format: LogFormat = "auto"
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -171,6 +175,19 @@ def is_final(answer: Answer) -> bool:
     if isinstance(answer, Progress):
         return answer.finish_reason is not None
     return not isinstance(answer, Begun)
+
+
+def error_of(answer: Failed | Died, name: str) -> SidecarError:
+    """The error of a job of this model that has failed."""
+    if isinstance(answer, Died):
+        return ModelUnavailable(
+            f"The {name} worker ended while it answered ({answer.how}); try again.", retry_after=1
+        )
+    if answer.invalid:
+        return InvalidRequest(answer.detail)
+    return ModelUnavailable(
+        f"The {name} model failed on this request ({answer.detail}); see the log.", retry_after=1
+    )
 
 
 def encode(message: msgspec.Struct) -> bytes:

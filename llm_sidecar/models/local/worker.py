@@ -98,6 +98,7 @@ class Worker:
             # The server has ended, or does not need this worker any more.
             return
         load = LOAD.decode(first)
+        log_to_stderr(load.log_format)
         # Before loading: the server may end meanwhile.
         threading.Thread(target=self._read, daemon=True).start()
         try:
@@ -301,7 +302,6 @@ def _ending_without_server() -> Iterator[None]:
 
 def main() -> None:
     """Runs a worker on the standard streams; whatever prints goes to standard error instead."""
-    log_to_stderr(os.environ.get("LOG_FORMAT", "auto"))
     outbox = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     with _ending_without_server():
