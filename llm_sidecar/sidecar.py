@@ -18,8 +18,7 @@ from llm_sidecar.services.chat import Chat
 from llm_sidecar.services.feedback import Feedback
 from llm_sidecar.services.few_shot import FewShotExamples
 from llm_sidecar.services.health import Health
-from llm_sidecar.services.orchestrate import Orchestrator
-from llm_sidecar.services.propose import Proposer
+from llm_sidecar.services.propose import Orchestrator, Proposer
 from llm_sidecar.services.rows import Rows
 from llm_sidecar.services.score import Judge
 from llm_sidecar.settings import Settings
