@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines.base import ANSWER_TOKENS
-from llm_sidecar.errors import InvalidRequest, ModelUnavailable, SidecarError
+from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 from llm_sidecar.logs import LogFormat
 from llm_sidecar.models.base import (
     Adapter,
@@ -113,7 +113,7 @@ class LocalModel(ChatModel):
     ) -> AsyncGenerator[Delta, None]:
         """Generates; see `ChatModel.stream`."""
         deadline = deadline or Deadline.after(self._limits.request_timeout)
-        with self._call("generate") as call:
+        with self._call("generate", deadline) as call:
             answers = self._run(call, Generate(request=request), deadline)
             try:
                 async with contextlib.aclosing(answers):
@@ -122,7 +122,7 @@ class LocalModel(ChatModel):
                             yield _delta(call, answer.text)
             except TimeoutError:
                 if not (allow_partial and call.completion_tokens):
-                    raise self._missed(call, deadline) from None
+                    raise
                 call.finish_reason = "deadline"
                 yield _delta(call, "")
 
@@ -135,14 +135,11 @@ class LocalModel(ChatModel):
         """Scores; see `ChatModel.score_choices`."""
         deadline = deadline or Deadline.after(self._limits.request_timeout)
         job = ScoreChoices(request=GenerationRequest(messages, ANSWER_TOKENS), choices=choices)
-        with self._call("score_choices") as call:
-            try:
-                async with contextlib.aclosing(self._run(call, job, deadline)) as answers:
-                    async for answer in answers:
-                        if isinstance(answer, Scores):
-                            probabilities = answer.probabilities
-            except TimeoutError:
-                raise self._missed(call, deadline) from None
+        with self._call("score_choices", deadline) as call:
+            async with contextlib.aclosing(self._run(call, job, deadline)) as answers:
+                async for answer in answers:
+                    if isinstance(answer, Scores):
+                        probabilities = answer.probabilities
         return ChoiceScores(probabilities)
 
     async def prefill(self, prefix: GenerationRequest) -> None:
@@ -191,13 +188,18 @@ class LocalModel(ChatModel):
         await self._supervisor.close()
 
     @contextlib.contextmanager
-    def _call(self, operation: Operation) -> Iterator[ModelCall]:
-        """Admits a request and observes it."""
+    def _call(self, operation: Operation, deadline: Deadline) -> Iterator[ModelCall]:
+        """Admits a request and observes it; a TimeoutError becomes the error that says why."""
         with observed(self._observer, ModelCall(self._loader.name, operation)) as call:
             self._supervisor.check_open()
             with self._queue.admit():
                 self._supervisor.start()
-                yield call
+                try:
+                    yield call
+                except TimeoutError:
+                    if call.begun is None and not self._supervisor.load_state.is_ready:
+                        raise self._supervisor.load_state.error() from None
+                    raise deadline.exceeded(call, self._queue.retry_after()) from None
 
     async def _run(
         self, call: ModelCall, job: Job, deadline: Deadline
@@ -261,12 +263,6 @@ class LocalModel(ChatModel):
                 worker.cancel(number, inbox)
         if isinstance(answer, Failed) or (isinstance(answer, Died) and call.begun is not None):
             raise error_of(answer, call.model)
-
-    def _missed(self, call: ModelCall, deadline: Deadline) -> SidecarError:
-        """The error of a call whose deadline has passed."""
-        if call.begun is None and not self._supervisor.load_state.is_ready:
-            return self._supervisor.load_state.error()
-        return deadline.exceeded(call, self._queue.retry_after())
 
     def _report_death(self, worker: WorkerProcess) -> None:
         call = next(iter(worker.calls.values()), None)
