@@ -22,7 +22,8 @@ from llm_sidecar.logs import log_context
 from llm_sidecar.models.base import Adapter, ModelStatus
 from llm_sidecar.models.files import ModelFiles
 from llm_sidecar.models.local import loader
-from llm_sidecar.models.local.model import HostLimits, LocalModel
+from llm_sidecar.models.local.load_state import ModelLimits
+from llm_sidecar.models.local.model import LocalModel
 from llm_sidecar.models.local.process import Inbox
 from llm_sidecar.models.local.protocol import (
     Begun,
@@ -211,7 +212,7 @@ class Made:
             self._locate,
             device="cpu",
             threads=3,
-            limits=HostLimits(**limits),  # type: ignore[arg-type]
+            limits=ModelLimits(**limits),  # type: ignore[arg-type]
             preload=preload,
             on_death=self.deaths.append,
         )

@@ -11,7 +11,7 @@ from llm_sidecar.models.base import State
 
 
 @dataclass(frozen=True, slots=True)
-class HostLimits:
+class ModelLimits:
     """Bounds of a model on this machine; times in seconds.
 
     Attributes:
@@ -43,7 +43,7 @@ class LoadState:
         restarts: failures after which the model is loaded again.
     """
 
-    def __init__(self, name: str, limits: HostLimits, *, preload: bool) -> None:
+    def __init__(self, name: str, limits: ModelLimits, *, preload: bool) -> None:
         """An unloaded model.
 
         Args:

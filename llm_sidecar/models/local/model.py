@@ -28,7 +28,7 @@ from llm_sidecar.models.base import (
     ModelStatus,
 )
 from llm_sidecar.models.files import ModelFiles
-from llm_sidecar.models.local.load_state import HostLimits
+from llm_sidecar.models.local.load_state import ModelLimits
 from llm_sidecar.models.local.loader import WorkerLoader
 from llm_sidecar.models.local.process import WorkerProcess
 from llm_sidecar.models.local.protocol import (
@@ -57,8 +57,6 @@ from llm_sidecar.telemetry.calls import (
     observed,
 )
 
-__all__ = ["HostLimits", "LocalModel"]
-
 log = logging.getLogger(__name__)
 
 
@@ -72,7 +70,7 @@ class LocalModel(ChatModel):
         *,
         device: str = "auto",
         threads: int = 1,
-        limits: HostLimits | None = None,
+        limits: ModelLimits | None = None,
         preload: bool = False,
         log_format: LogFormat = "auto",
         observer: CallObserver | None = None,
@@ -92,7 +90,7 @@ class LocalModel(ChatModel):
             observer: observes every call.
             on_death: is called with each unexpected end of a worker.
         """
-        self._limits = limits or HostLimits()
+        self._limits = limits or ModelLimits()
         self._preload = preload
         self._observer = observer or Observers()
         self._on_death = on_death

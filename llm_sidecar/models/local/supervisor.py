@@ -14,7 +14,7 @@ from llm_sidecar.errors import AdapterRejected, ModelUnavailable
 from llm_sidecar.logs import start_detached
 from llm_sidecar.models.base import Adapter, ModelStatus
 from llm_sidecar.models.local.backoff import Backoff
-from llm_sidecar.models.local.load_state import HostLimits, LoadState
+from llm_sidecar.models.local.load_state import LoadState, ModelLimits
 from llm_sidecar.models.local.loader import WorkerLoader
 from llm_sidecar.models.local.process import WorkerEnded, WorkerProcess
 from llm_sidecar.models.local.slot import WorkerSlot
@@ -38,7 +38,7 @@ class Supervisor:
     def __init__(
         self,
         loader: WorkerLoader,
-        limits: HostLimits,
+        limits: ModelLimits,
         *,
         preload: bool,
         on_death: Callable[[WorkerProcess], None],
