@@ -25,7 +25,7 @@ from llm_sidecar.settings import Settings
 from llm_sidecar.tasks import TaskSet
 from llm_sidecar.telemetry.base import Instrument
 from llm_sidecar.telemetry.calls import Observers
-from llm_sidecar.telemetry.metrics import MetricsSink, NoMetrics
+from llm_sidecar.telemetry.metrics import MetricsSink
 from llm_sidecar.tts.listeners import AudioListeners
 from llm_sidecar.tts.remote import RemoteVoice
 from llm_sidecar.tts.speaker import Speaker
@@ -59,7 +59,7 @@ class Sidecar:
             telemetry: observes calls and failures of models; its owner starts and stops it.
         """
         self.settings = settings
-        metrics, telemetry = metrics or NoMetrics(), telemetry or Instrument()
+        metrics, telemetry = metrics or MetricsSink(), telemetry or Instrument()
         observers = Observers(metrics, telemetry)
         self.models = models or create_models(settings, observers, telemetry.worker_died)
         self._bus = EventBus(settings.events.url.get_secret_value())

@@ -24,7 +24,7 @@ from llm_sidecar.models.base import ChoiceScores, Completion, Delta, GenerationR
 from llm_sidecar.models.fake import FakeModel
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
-from llm_sidecar.telemetry.metrics import NoMetrics
+from llm_sidecar.telemetry.metrics import MetricsSink
 
 T = TypeVar("T")
 
@@ -234,7 +234,7 @@ class FakeStore:
             raise self.failure
 
 
-class FakeMetrics(NoMetrics):
+class FakeMetrics(MetricsSink):
     """Notes proposals, scores and lost rows."""
 
     def __init__(self, happened: Happened) -> None:

@@ -17,7 +17,7 @@ from llm_sidecar.models.base import Delta, GenerationRequest
 from llm_sidecar.models.fake import FakeModel
 from llm_sidecar.proposals import Example, Proposed
 from llm_sidecar.services.propose import Proposer
-from llm_sidecar.telemetry.metrics import NoMetrics
+from llm_sidecar.telemetry.metrics import MetricsSink
 from tests.unit.fakes import PausedModel, completion, last_of
 from tests.unit.services.samples import PROMPT, PROPOSAL, UNGROUNDED, parts
 from tests.unit.services.samples import WRITTEN as WRITTEN_OF_ABC
@@ -45,7 +45,7 @@ def proposer(
     retry: bool = False,
 ) -> Proposer:
     return Proposer(
-        fake, lambda: examples, NoMetrics(), temperature=temperature, timeout=timeout, retry=retry
+        fake, lambda: examples, MetricsSink(), temperature=temperature, timeout=timeout, retry=retry
     )
 
 
