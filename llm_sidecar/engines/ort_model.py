@@ -116,7 +116,7 @@ class OrtModel:
     """
 
     def __init__(
-        self, folder: Path, decoder: Mapping[str, Any], threads: int, adapter: Path | None = None
+        self, folder: Path, decoder: Mapping[str, Any], threads: int, adapter: Path | None
     ) -> None:
         """Loads `decoder`, as genai_config.json describes it.
 

@@ -15,7 +15,7 @@ from llm_sidecar.telemetry.calls import CallObserver, WorkerDeath
 def create_models(
     settings: Settings,
     observer: CallObserver,
-    on_death: Callable[[WorkerDeath], None] = lambda death: None,
+    on_death: Callable[[WorkerDeath], None],
 ) -> Models:
     """The models that the settings ask for; starts nothing.
 
