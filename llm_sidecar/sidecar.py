@@ -67,6 +67,7 @@ class Sidecar:
         self._tasks = TaskSet()
         self._connecting: asyncio.Task[None] | None = None
         self._build_speech(settings)
+        self._build_memory(settings, metrics)
         self._build_services(settings, metrics)
 
     def _build_speech(self, settings: Settings) -> None:
@@ -80,7 +81,7 @@ class Sidecar:
         )
         self.listeners = AudioListeners(self._bus, settings.speech.max_listeners)
 
-    def _build_services(self, settings: Settings, metrics: MetricsSink) -> None:
+    def _build_memory(self, settings: Settings, metrics: MetricsSink) -> None:
         self._rows = Rows(self._store, metrics)
         self.few_shot = FewShotExamples(
             self._store,
@@ -89,6 +90,19 @@ class Sidecar:
             context_length=lambda: files.phi3_context_length(settings),
             on_change=self._prefill_examples,
         )
+        self.feedback = Feedback(
+            self._store,
+            self._bus,
+            self.few_shot,
+            max_chars=settings.limits.max_prompt_chars,
+            examples_from_bus=settings.proposals.examples_from_bus,
+        )
+        self._adapter_state = AdapterState(self._store.log_folder, settings.models.adapter_dir)
+        self.adapters = Adapters(
+            self.models.phi3, settings.models.adapter_dir, self._adapter_state, self._tasks
+        )
+
+    def _build_services(self, settings: Settings, metrics: MetricsSink) -> None:
         self.proposer = Proposer(
             self.models.phi3,
             lambda: self.few_shot.examples,
@@ -108,17 +122,6 @@ class Sidecar:
             self._bus,
             self._tasks,
             settings.limits.request_timeout,
-        )
-        self.feedback = Feedback(
-            self._store,
-            self._bus,
-            self.few_shot,
-            max_chars=settings.limits.max_prompt_chars,
-            examples_from_bus=settings.proposals.examples_from_bus,
-        )
-        self._adapter_state = AdapterState(self._store.log_folder, settings.models.adapter_dir)
-        self.adapters = Adapters(
-            self.models.phi3, settings.models.adapter_dir, self._adapter_state, self._tasks
         )
         self.health = Health(
             settings,

@@ -275,6 +275,7 @@ class FakeParts:
         self.sidecar = Sidecar(settings, models=Models(self.phi3, self.hermes), metrics=metrics)
         # Builds the services once more, over the fakes.
         self.sidecar._store, self.sidecar._bus = self.store.store, self.bus.bus
+        self.sidecar._build_memory(settings, metrics)
         self.sidecar._build_services(settings, metrics)
 
 
