@@ -19,9 +19,9 @@ class AssessedProposal:
     """The result of a run.
 
     Attributes:
-        transaction_id: names the run everywhere.
+        transaction_id: identifies the run in rows, events and answers.
         proposal: as JSON types.
-        completion: in which Phi-3 wrote the proposal.
+        completion: of Phi-3, with the proposal.
         assessment: Hermes' critique.
         score: Hermes' score in [0, 1].
         grounded: `true`, or the ungrounded fields separated by commas.

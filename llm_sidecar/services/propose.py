@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Proposer:
-    """Asks Phi-3 for proposals."""
+    """Generates proposals with Phi-3."""
 
     def __init__(
         self,
@@ -37,12 +37,12 @@ class Proposer:
         timeout: float,
         retry: bool,
     ) -> None:
-        """Asks nothing.
+        """Calls no model yet.
 
         Args:
             phi3: the model.
             examples: returns the few-shot examples in use, oldest first.
-            metrics: observes every proposal.
+            metrics: receives every proposal.
             temperature: 0 is greedy.
             timeout: seconds that a proposal without a deadline may take.
             retry: whether an ungrounded proposal is generated once more, under the guidance of its
@@ -66,8 +66,8 @@ class Proposer:
             deadline: of the whole request, the retry included.
 
         Yields:
-            Deltas as they are generated, those of a retry too; last the valid proposal, the first
-            one if the retry fails.
+            Deltas as they are generated, including a retry's; finally the valid proposal, which is
+            the first one if the retry fails.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
@@ -84,7 +84,7 @@ class Proposer:
                         yield item
                 return
             except InvalidRequest:
-                # The model raises it before the first delta.
+                # The model raises this before the first delta.
                 if not examples:
                     raise
                 log.warning("the few-shot examples do not fit the context beside a long prompt")
@@ -93,7 +93,7 @@ class Proposer:
     async def _attempt(
         self, request: GenerationRequest, prompt: str, deadline: Deadline
     ) -> AsyncGenerator[Delta | Proposed, None]:
-        """One request, and its retry where one is due."""
+        """One request, and a retry if the proposal is ungrounded."""
         deltas: list[Delta] = []
         async with contextlib.aclosing(self._phi3.stream(request, deadline)) as stream:
             async for delta in stream:
@@ -117,7 +117,7 @@ class Proposer:
     async def _retry_request(
         self, request: GenerationRequest, prompt: str, first: Proposed
     ) -> GenerationRequest | None:
-        """The request under the guidance of the context; None where no retry is due."""
+        """The request with guidance limited to the context; None if no retry is needed."""
         if not self._retry or not first.ungrounded:
             return None
         # A grounded ticker is always offered, even if the context has too many others.
@@ -127,7 +127,7 @@ class Proposer:
 
 
 class Orchestrator:
-    """Has proposals made and judged, and remembers them."""
+    """Generates, assesses, stores and publishes proposals."""
 
     def __init__(
         self,
@@ -138,10 +138,10 @@ class Orchestrator:
         tasks: TaskSet,
         timeout: float,
     ) -> None:
-        """Asks nothing.
+        """Calls no model yet.
 
         Args:
-            proposer, judge: make and judge the proposal.
+            proposer, judge: generate and assess the proposal.
             rows: stores runs.
             bus: gets the events of a run.
             tasks: run to completion even if the client disconnects.
@@ -165,11 +165,11 @@ class Orchestrator:
                 `proposals.MAX_COMPLETION_TOKENS`.
 
         Yields:
-            Deltas of Phi-3, the proposal, deltas of Hermes, and last the result.
+            Deltas of Phi-3, the proposal, deltas of Hermes, and finally the result.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded: if Phi-3 had finished,
-                the proposal is stored under the error's `transaction_id`.
+                the proposal is stored, and the error has its `transaction_id`.
         """
         run = ProposalRun(prompt)
         try:
@@ -178,20 +178,20 @@ class Orchestrator:
                     yield item
         except SidecarError as error:
             if run.made is None and isinstance(error, InvalidRequest | QueueFull):
-                # Refused before anything was generated.
+                # Refused before the generation.
                 raise
             raise await self._store_failed(run, error) from error
         except BaseException as error:
             if run.made is not None:
-                # In the background: nobody waits for a cancelled request.
-                self._tasks.start(self._rows.store(run.rows(_why_it_ended(error))))
+                # In the background, because a cancelled request cannot wait.
+                self._tasks.start(self._rows.store(run.rows(_end_reason(error))))
             raise
         yield await self._tasks.finish(self._finish(run))
 
     async def _run(
         self, run: ProposalRun, max_tokens: int
     ) -> AsyncGenerator[Delta | Proposed, None]:
-        """Makes the proposal, the critique and the score, and notes each in the run."""
+        """Generates the proposal, the critique and the score, and records each in the run."""
         deadline = Deadline.after(self._timeout)
         generating = self._proposer.generate(run.prompt, max_tokens, deadline)
         async with contextlib.aclosing(generating) as items:
@@ -254,8 +254,8 @@ async def _proposed(deltas: Sequence[Delta], prompt: str) -> Proposed:
     return Proposed(proposal, completion, ungrounded)
 
 
-def _why_it_ended(error: BaseException) -> str:
-    """The error message for a run that ended with another exception than a `SidecarError`."""
+def _end_reason(error: BaseException) -> str:
+    """The error message for a run that an exception other than a `SidecarError` ended."""
     if isinstance(error, asyncio.CancelledError | GeneratorExit):
         return "The client disconnected, or the server ended, before Hermes had finished."
     return f"It failed unexpectedly: {type(error).__name__}."

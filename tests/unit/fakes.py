@@ -235,7 +235,7 @@ class FakeStore:
 
 
 class FakeMetrics(MetricsSink):
-    """Notes proposals, scores and lost rows."""
+    """Records proposals, scores and lost rows."""
 
     def __init__(self, happened: Happened) -> None:
         self._happened = happened

@@ -35,7 +35,7 @@ class WorkerLoader:
         threads: of the runtime, on CPU.
         timeout: seconds that a model may load.
         log_format: of the workers' log lines.
-        prefix: what most requests begin with at present.
+        prefix: the messages that most requests begin with at present.
         tokens: completion tokens that all workers have generated.
     """
 

@@ -31,7 +31,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
         device: `auto`, `cpu` or `cuda`.
         threads: of the runtime, on CPU.
         adapter: folder of the adapter, or None.
-        prefix: what most requests begin with; it is prefilled before the worker is ready.
+        prefix: the messages that most requests begin with; prefilled before the worker is ready.
         log_format: of the worker's log lines.
     """
 
@@ -55,7 +55,7 @@ class Generate(Job, frozen=True):
 
 
 class ScoreChoices(Job, frozen=True, kw_only=True):
-    """Computes how probable each of these answers is."""
+    """Computes the probability of each of these answers."""
 
     choices: Sequence[str]
 
@@ -80,7 +80,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     Attributes:
         runtime: package that runs it.
         device: `cpu` or `cuda`.
-        context_length: greatest number of prompt and completion tokens in one request.
+        context_length: maximum number of prompt and completion tokens of a request.
         capacity: requests that are generated at the same time.
     """
 
@@ -116,7 +116,7 @@ class Progress(Answer, frozen=True, kw_only=True):
     """New text of a completion.
 
     Attributes:
-        text: what was generated since the last message.
+        text: generated since the last message.
         prompt_tokens, completion_tokens: so far.
         cached_tokens: prompt tokens whose prefill was reused from an earlier prompt.
         new_tokens: completion tokens since the last message.
@@ -138,7 +138,7 @@ class Scores(Answer, frozen=True, kw_only=True):
 
 
 class Done(Answer, frozen=True):
-    """The job has ended and has no result."""
+    """The job has ended without a result."""
 
 
 class Died(Answer, frozen=True, kw_only=True):
