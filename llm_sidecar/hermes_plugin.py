@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from llm_sidecar import loader
 from llm_sidecar.errors import ModelUnavailable, SidecarError
-from llm_sidecar.models.base import GenerationRequest, Message
+from llm_sidecar.models.base import ChoiceScores, GenerationRequest, Message
 from llm_sidecar.settings import default_max_chars
 from llm_sidecar.text import require_text
 
@@ -94,7 +94,7 @@ def score_with_hermes(proposal: dict[str, Any], context: str | None = None) -> f
         require_text(default_max_chars(), proposal=proposal, context=context)
         engine = loader.get_hermes_engine()
         messages = build_messages(SCORE_TASK, proposal, context)
-        return read_score(engine.score_choices(messages, SCORE_ANSWERS))
+        return read_score(ChoiceScores(engine.score_choices(messages, SCORE_ANSWERS)))
     except SidecarError as error:
         log.error("scoring failed: %s", error.detail)
     except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
@@ -103,16 +103,15 @@ def score_with_hermes(proposal: dict[str, Any], context: str | None = None) -> f
     return -1.0
 
 
-def read_score(probabilities: Mapping[str, float]) -> float:
+def read_score(scores: ChoiceScores) -> float:
     """The score in [0, 1] that the probabilities of `SCORE_ANSWERS` give.
 
     Raises:
         ModelUnavailable: no answer has any probability.
     """
-    mass = sum(probabilities.values())
-    if mass < _LOW_MASS:
-        log.warning("hermes gives the answers 0 to 10 a probability of only %.3f", mass)
+    if scores.mass < _LOW_MASS:
+        log.warning("hermes gives the answers 0 to 10 a probability of only %.3f", scores.mass)
     try:
-        return expected_score(probabilities)
+        return expected_score(scores.probabilities)
     except ValueError as error:
         raise ModelUnavailable(f"hermes gave no score: {error}", retry_after=1) from error

@@ -46,12 +46,12 @@ def start_detached(work: Coroutine[Any, Any, T], name: str | None = None) -> asy
     return asyncio.create_task(work, name=name, context=contextvars.Context())
 
 
-def start_owned(work: Coroutine[Any, Any, T], name: str | None = None) -> asyncio.Task[T]:
+def start_owned(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     """Starts a task of the current request that may outlive it: its log lines keep the request's
     id."""
     context, fields = contextvars.copy_context(), dict(log_context.get())
     context.run(log_context.set, fields)
-    task = asyncio.create_task(work, name=name, context=context)
+    task = asyncio.create_task(work, context=context)
     # Connections that the work has opened may outlive it and still hold the fields.
     task.add_done_callback(lambda _: fields.clear())
     return task

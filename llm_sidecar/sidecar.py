@@ -18,15 +18,14 @@ from llm_sidecar.services.chat import Chat
 from llm_sidecar.services.feedback import Feedback
 from llm_sidecar.services.few_shot import FewShotExamples
 from llm_sidecar.services.health import Health
-from llm_sidecar.services.orchestrate import Orchestrator
-from llm_sidecar.services.propose import Proposer
+from llm_sidecar.services.propose import Orchestrator, Proposer
 from llm_sidecar.services.rows import Rows
 from llm_sidecar.services.score import Judge
 from llm_sidecar.settings import Settings
 from llm_sidecar.tasks import TaskSet
 from llm_sidecar.telemetry.base import Instrument
 from llm_sidecar.telemetry.calls import Observers
-from llm_sidecar.telemetry.metrics import MetricsSink, NoMetrics
+from llm_sidecar.telemetry.metrics import MetricsSink
 from llm_sidecar.tts.listeners import AudioListeners
 from llm_sidecar.tts.remote import RemoteVoice
 from llm_sidecar.tts.speaker import Speaker
@@ -60,7 +59,7 @@ class Sidecar:
             telemetry: observes calls and failures of models; its owner starts and stops it.
         """
         self.settings = settings
-        metrics, telemetry = metrics or NoMetrics(), telemetry or Instrument()
+        metrics, telemetry = metrics or MetricsSink(), telemetry or Instrument()
         observers = Observers(metrics, telemetry)
         self.models = models or create_models(settings, observers, telemetry.worker_died)
         self._bus = EventBus(settings.events.url.get_secret_value())
@@ -68,6 +67,7 @@ class Sidecar:
         self._tasks = TaskSet()
         self._connecting: asyncio.Task[None] | None = None
         self._build_speech(settings)
+        self._build_memory(settings, metrics)
         self._build_services(settings, metrics)
 
     def _build_speech(self, settings: Settings) -> None:
@@ -81,7 +81,7 @@ class Sidecar:
         )
         self.listeners = AudioListeners(self._bus, settings.speech.max_listeners)
 
-    def _build_services(self, settings: Settings, metrics: MetricsSink) -> None:
+    def _build_memory(self, settings: Settings, metrics: MetricsSink) -> None:
         self._rows = Rows(self._store, metrics)
         self.few_shot = FewShotExamples(
             self._store,
@@ -90,6 +90,19 @@ class Sidecar:
             context_length=lambda: files.phi3_context_length(settings),
             on_change=self._prefill_examples,
         )
+        self.feedback = Feedback(
+            self._store,
+            self._bus,
+            self.few_shot,
+            max_chars=settings.limits.max_prompt_chars,
+            examples_from_bus=settings.proposals.examples_from_bus,
+        )
+        self._adapter_state = AdapterState(self._store.log_folder, settings.models.adapter_dir)
+        self.adapters = Adapters(
+            self.models.phi3, settings.models.adapter_dir, self._adapter_state, self._tasks
+        )
+
+    def _build_services(self, settings: Settings, metrics: MetricsSink) -> None:
         self.proposer = Proposer(
             self.models.phi3,
             lambda: self.few_shot.examples,
@@ -109,17 +122,6 @@ class Sidecar:
             self._bus,
             self._tasks,
             settings.limits.request_timeout,
-        )
-        self.feedback = Feedback(
-            self._store,
-            self._bus,
-            self.few_shot,
-            max_chars=settings.limits.max_prompt_chars,
-            examples_from_bus=settings.proposals.examples_from_bus,
-        )
-        self._adapter_state = AdapterState(self._store.log_folder, settings.models.adapter_dir)
-        self.adapters = Adapters(
-            self.models.phi3, settings.models.adapter_dir, self._adapter_state, self._tasks
         )
         self.health = Health(
             settings,

@@ -22,7 +22,7 @@ from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.telemetry import instruments
 from llm_sidecar.telemetry.base import Instrument
-from llm_sidecar.telemetry.metrics import MetricsSink, NoMetrics
+from llm_sidecar.telemetry.metrics import MetricsSink
 from osiris import docs_page, errors, logs, openapi
 from osiris.connection import limit_connections
 from osiris.middleware.access import ApiKeys
@@ -108,7 +108,7 @@ def create_app(settings: Settings, models: Models | None = None) -> FastAPI:
     metrics = sidecar_metrics() if settings.telemetry.metrics else None
     app = _App(
         version=__version__,
-        lifespan=_lifespan(settings, models, metrics or NoMetrics(), telemetry, shutdown),
+        lifespan=_lifespan(settings, models, metrics or MetricsSink(), telemetry, shutdown),
         redirect_slashes=False,
         # `docs_page` has the routes of the page and the document.
         openapi_url=None,

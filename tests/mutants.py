@@ -50,7 +50,6 @@ SCOPE: Final = (
     "llm_sidecar.services.example_rules.*",
     "llm_sidecar.services.feedback.*",
     "llm_sidecar.services.few_shot.*",
-    "llm_sidecar.services.orchestrate.*",
     "llm_sidecar.services.proposal_run.*",
     "llm_sidecar.services.propose.*",
     "llm_sidecar.services.refresh.*",

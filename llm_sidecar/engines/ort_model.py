@@ -116,7 +116,7 @@ class OrtModel:
     """
 
     def __init__(
-        self, folder: Path, decoder: Mapping[str, Any], threads: int, adapter: Path | None = None
+        self, folder: Path, decoder: Mapping[str, Any], threads: int, adapter: Path | None
     ) -> None:
         """Loads `decoder`, as genai_config.json describes it.
 
@@ -131,17 +131,10 @@ class OrtModel:
         graph: Path | bytes = folder / decoder["filename"]
         self._adapter: dict[str, Any] = {}
         if adapter is not None:
-            # It takes 30 MB, which most workers do not need.
-            from llm_sidecar.engines.lora_graph import read_adapter, read_lora_graph
-
-            lora = read_lora_graph(folder / decoder["filename"])
-            matrices = read_adapter(adapter, lora.projections)
-            to_value = onnxruntime.OrtValue.ortvalue_from_numpy
-            self._adapter = {name: to_value(matrix) for name, matrix in matrices.items()}
+            graph, self._adapter = _with_adapter(folder / decoder["filename"], adapter)
             options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
             # It would warn that each matrix is no constant.
             options.log_severity_level = _ERROR
-            graph = lora.serialized
         self.session = onnxruntime.InferenceSession(
             graph, options, providers=["CPUExecutionProvider"]
         )
@@ -206,3 +199,18 @@ class OrtModel:
             binding.bind_ortvalue_input(name, matrix)
         states.bindings[first, rows] = binding
         return binding
+
+
+def _with_adapter(graph: Path, adapter: Path) -> tuple[bytes, dict[str, Any]]:
+    """The graph with an adapter's projections, and the adapter's matrices, which are its inputs.
+
+    Raises:
+        AdapterRejected: the adapter does not fit.
+    """
+    # It takes 30 MB, which most workers do not need.
+    from llm_sidecar.engines.lora_graph import read_adapter, read_lora_graph
+
+    lora = read_lora_graph(graph)
+    matrices = read_adapter(adapter, lora.projections)
+    to_value = onnxruntime.OrtValue.ortvalue_from_numpy
+    return lora.serialized, {name: to_value(matrix) for name, matrix in matrices.items()}

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from llm_sidecar.models import files
 from llm_sidecar.models.base import Models
-from llm_sidecar.models.local.model import HostLimits, LocalModel
+from llm_sidecar.models.local.load_state import ModelLimits
+from llm_sidecar.models.local.model import LocalModel
 from llm_sidecar.settings import Settings
 from llm_sidecar.telemetry.calls import CallObserver, WorkerDeath
 
@@ -14,7 +15,7 @@ from llm_sidecar.telemetry.calls import CallObserver, WorkerDeath
 def create_models(
     settings: Settings,
     observer: CallObserver,
-    on_death: Callable[[WorkerDeath], None] = lambda death: None,
+    on_death: Callable[[WorkerDeath], None],
 ) -> Models:
     """The models that the settings ask for; starts nothing.
 
@@ -23,7 +24,7 @@ def create_models(
         observer: observes every call of a model.
         on_death: is called when a worker process ends unexpectedly.
     """
-    limits = HostLimits(
+    limits = ModelLimits(
         queue_length=settings.limits.queue_length,
         request_timeout=settings.limits.request_timeout,
         load_wait=settings.models.load_wait,
@@ -40,6 +41,7 @@ def create_models(
             threads=threads,
             limits=limits,
             preload=settings.models.preload,
+            log_format=settings.telemetry.log_format,
             observer=observer,
             on_death=on_death,
         )

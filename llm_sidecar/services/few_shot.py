@@ -38,9 +38,9 @@ class FewShotExamples:
         store: Store,
         *,
         count: int,
-        from_bus: bool = False,
+        from_bus: bool,
         context_length: Callable[[], int],
-        on_change: Callable[[], None] = lambda: None,
+        on_change: Callable[[], None],
     ) -> None:
         """Reads nothing.
 

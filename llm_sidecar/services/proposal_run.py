@@ -14,6 +14,29 @@ from llm_sidecar.proposals import Proposed
 from llm_sidecar.services.rows import Row
 
 
+@dataclass(frozen=True, slots=True)
+class AssessedProposal:
+    """The result of a run.
+
+    Attributes:
+        transaction_id: identifies the run in rows, events and answers.
+        proposal: as JSON types.
+        completion: of Phi-3, with the proposal.
+        assessment: Hermes' critique.
+        score: Hermes' score in [0, 1].
+        grounded: `true`, or the ungrounded fields separated by commas.
+        stored: whether each of its rows is stored.
+    """
+
+    transaction_id: uuid.UUID
+    proposal: dict[str, Any]
+    completion: Completion
+    assessment: Completion
+    score: float
+    grounded: str
+    stored: bool
+
+
 @dataclass(slots=True)
 class ProposalRun:
     """A run; results that it does not have yet are None.
@@ -53,6 +76,21 @@ class ProposalRun:
         """Notes Hermes' score."""
         self.score = score
         self._lap("score")
+
+    def result(self, *, stored: bool) -> AssessedProposal:
+        """The result of a finished run."""
+        assert self.made is not None
+        assert self.assessment is not None
+        assert self.score is not None
+        return AssessedProposal(
+            self.transaction_id,
+            self.made.proposal,
+            self.made.completion,
+            self.assessment,
+            self.score,
+            self.made.grounded,
+            stored,
+        )
 
     def rows(self, error: str | None = None) -> list[Row]:
         """The rows to store.

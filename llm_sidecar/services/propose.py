@@ -1,4 +1,4 @@
-"""A proposal: Phi-3 writes it under guidance, and it is checked before it leaves."""
+"""A proposal: Phi-3 writes it under guidance, Hermes judges it, and it is stored and published."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 
-from llm_sidecar import grounding, proposals
+from llm_sidecar import grounding, proposals, timestamps
 from llm_sidecar.deadline import Deadline
-from llm_sidecar.errors import InvalidRequest, ModelUnavailable, SidecarError
+from llm_sidecar.errors import InvalidRequest, ModelUnavailable, QueueFull, SidecarError
+from llm_sidecar.event_bus import EventBus
 from llm_sidecar.models.base import ChatModel, Completion, Delta, GenerationRequest
 from llm_sidecar.proposals import Example, Proposed
+from llm_sidecar.services.events import PROPOSAL_ASSESSED, PROPOSAL_CREATED, publish
+from llm_sidecar.services.proposal_run import AssessedProposal, ProposalRun
+from llm_sidecar.services.rows import Rows
+from llm_sidecar.services.score import Judge
+from llm_sidecar.tasks import TaskSet
 from llm_sidecar.telemetry.metrics import MetricsSink
 
 log = logging.getLogger(__name__)
 
 
 class Proposer:
-    """Asks Phi-3 for proposals."""
+    """Generates proposals with Phi-3."""
 
     def __init__(
         self,
@@ -31,12 +37,12 @@ class Proposer:
         timeout: float,
         retry: bool,
     ) -> None:
-        """Asks nothing.
+        """Calls no model yet.
 
         Args:
             phi3: the model.
             examples: returns the few-shot examples in use, oldest first.
-            metrics: observes every proposal.
+            metrics: receives every proposal.
             temperature: 0 is greedy.
             timeout: seconds that a proposal without a deadline may take.
             retry: whether an ungrounded proposal is generated once more, under the guidance of its
@@ -60,8 +66,8 @@ class Proposer:
             deadline: of the whole request, the retry included.
 
         Yields:
-            Deltas as they are generated, those of a retry too; last the valid proposal, the first
-            one if the retry fails.
+            Deltas as they are generated, including a retry's; finally the valid proposal, which is
+            the first one if the retry fails.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
@@ -78,7 +84,7 @@ class Proposer:
                         yield item
                 return
             except InvalidRequest:
-                # The model raises it before the first delta.
+                # The model raises this before the first delta.
                 if not examples:
                     raise
                 log.warning("the few-shot examples do not fit the context beside a long prompt")
@@ -87,7 +93,7 @@ class Proposer:
     async def _attempt(
         self, request: GenerationRequest, prompt: str, deadline: Deadline
     ) -> AsyncGenerator[Delta | Proposed, None]:
-        """One request, and its retry where one is due."""
+        """One request, and a retry if the proposal is ungrounded."""
         deltas: list[Delta] = []
         async with contextlib.aclosing(self._phi3.stream(request, deadline)) as stream:
             async for delta in stream:
@@ -111,14 +117,120 @@ class Proposer:
     async def _retry_request(
         self, request: GenerationRequest, prompt: str, first: Proposed
     ) -> GenerationRequest | None:
-        """The request under the guidance of the context; None where no retry is due."""
+        """The request with guidance limited to the context; None if no retry is needed."""
         if not self._retry or not first.ungrounded:
             return None
         # A grounded ticker is always offered, even if the context has too many others.
         tickers = [] if "ticker" in first.ungrounded else [first.proposal["ticker"]]
         guidance = await asyncio.to_thread(proposals.grounded_guidance, prompt, tickers)
-        # With a seed, a runtime that keeps a cache for each guidance does not keep one for this.
-        return None if guidance is None else replace(request, guidance=guidance, seed=0)
+        return None if guidance is None else replace(request, guidance=guidance)
+
+
+class Orchestrator:
+    """Generates, assesses, stores and publishes proposals."""
+
+    def __init__(
+        self,
+        proposer: Proposer,
+        judge: Judge,
+        rows: Rows,
+        bus: EventBus,
+        tasks: TaskSet,
+        timeout: float,
+    ) -> None:
+        """Calls no model yet.
+
+        Args:
+            proposer, judge: generate and assess the proposal.
+            rows: stores runs.
+            bus: gets the events of a run.
+            tasks: run to completion even if the client disconnects.
+            timeout: seconds that a run may take.
+        """
+        self._proposer = proposer
+        self._judge = judge
+        self._rows = rows
+        self._bus = bus
+        self._tasks = tasks
+        self._timeout = timeout
+
+    async def propose(
+        self, prompt: str, max_tokens: int
+    ) -> AsyncGenerator[Delta | Proposed | AssessedProposal, None]:
+        """One run.
+
+        Args:
+            prompt: the market context.
+            max_tokens: of the proposal, and of the critique; at least
+                `proposals.MAX_COMPLETION_TOKENS`.
+
+        Yields:
+            Deltas of Phi-3, the proposal, deltas of Hermes, and finally the result.
+
+        Raises:
+            InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded: if Phi-3 had finished,
+                the proposal is stored, and the error has its `transaction_id`.
+        """
+        run = ProposalRun(prompt)
+        try:
+            async with contextlib.aclosing(self._run(run, max_tokens)) as items:
+                async for item in items:
+                    yield item
+        except SidecarError as error:
+            if run.made is None and isinstance(error, InvalidRequest | QueueFull):
+                # Refused before the generation.
+                raise
+            raise await self._store_failed(run, error) from error
+        except BaseException as error:
+            if run.made is not None:
+                # In the background, because a cancelled request cannot wait.
+                self._tasks.start(self._rows.store(run.rows(_end_reason(error))))
+            raise
+        yield await self._tasks.finish(self._finish(run))
+
+    async def _run(
+        self, run: ProposalRun, max_tokens: int
+    ) -> AsyncGenerator[Delta | Proposed, None]:
+        """Generates the proposal, the critique and the score, and records each in the run."""
+        deadline = Deadline.after(self._timeout)
+        generating = self._proposer.generate(run.prompt, max_tokens, deadline)
+        async with contextlib.aclosing(generating) as items:
+            async for item in items:
+                if isinstance(item, Proposed):
+                    run.proposed(item)
+                    created = {**item.proposal, "transaction_id": str(run.transaction_id)}
+                    await self._tasks.finish(publish(self._bus, PROPOSAL_CREATED, created))
+                yield item
+        proposal = run.proposal
+        assert proposal is not None
+        deltas: list[Delta] = []
+        assessing = self._judge.assess(
+            proposal, run.prompt, max_tokens=max_tokens, deadline=deadline
+        )
+        async with contextlib.aclosing(assessing) as stream:
+            async for delta in stream:
+                deltas.append(delta)
+                yield delta
+        run.assessed(Completion.of(deltas))
+        run.scored(await self._judge.rate(proposal, run.prompt, deadline))
+
+    async def _finish(self, run: ProposalRun) -> AssessedProposal:
+        """Stores a finished run, and publishes its assessment."""
+        assert run.assessment is not None
+        stored = await self._rows.store(run.rows())
+        event = {
+            "proposal_transaction_id": str(run.transaction_id),
+            "assessment_text": run.assessment.text,
+            "timestamp": timestamps.now().isoformat(),
+        }
+        await publish(self._bus, PROPOSAL_ASSESSED, event)
+        return run.result(stored=stored)
+
+    async def _store_failed(self, run: ProposalRun, error: SidecarError) -> SidecarError:
+        """Stores a failed run; returns the error, with what is stored."""
+        stored = await self._tasks.finish(self._rows.store(run.rows(error.detail)))
+        has_proposal = stored and run.made is not None
+        return error.of_request(run.transaction_id if has_proposal else None, stored=stored)
 
 
 async def _proposed(deltas: Sequence[Delta], prompt: str) -> Proposed:
@@ -140,3 +252,10 @@ async def _proposed(deltas: Sequence[Delta], prompt: str) -> Proposed:
     # In a thread, because a long context would block the event loop.
     ungrounded = await asyncio.to_thread(grounding.ungrounded_fields, proposal, prompt)
     return Proposed(proposal, completion, ungrounded)
+
+
+def _end_reason(error: BaseException) -> str:
+    """The error message for a run that an exception other than a `SidecarError` ended."""
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        return "The client disconnected, or the server ended, before Hermes had finished."
+    return f"It failed unexpectedly: {type(error).__name__}."

@@ -74,8 +74,8 @@ class Judge:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
         """
         messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, proposal, context)
-        choices = await self._hermes.score_choices(messages, hermes_plugin.SCORE_ANSWERS, deadline)
-        score = hermes_plugin.read_score(choices.probabilities)
+        scores = await self._hermes.score_choices(messages, hermes_plugin.SCORE_ANSWERS, deadline)
+        score = hermes_plugin.read_score(scores)
         self._metrics.scored(score)
         return score
 

@@ -71,10 +71,6 @@ class MetricsSink(Observers):
         """A row of a run, a proposal or a score could not be stored."""
 
 
-class NoMetrics(MetricsSink):
-    """Counts nothing."""
-
-
 class Metrics(MetricsSink):
     """The metrics of one sidecar."""
 

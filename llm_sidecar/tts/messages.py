@@ -130,20 +130,18 @@ class Failure(_Message):
 
     Attributes:
         error: the reason, in one sentence.
-        status: the kind of error, as an HTTP status.
+        kind: the name of the error's class; see `KINDS`.
     """
 
     request_id: Id
     error: str = Field(max_length=1000)
-    status: int = 503
+    kind: str = Field("VoiceUnavailable", max_length=64)
 
 
-STATUSES: Final[dict[type[SidecarError], int]] = {
-    InvalidRequest: 422,
-    QueueFull: 429,
-    DeadlineExceeded: 504,
+KINDS: Final[dict[str, type[SidecarError]]] = {
+    kind.__name__: kind for kind in (InvalidRequest, QueueFull, DeadlineExceeded)
 }
-"""`Failure.status` of each kind of error; 503 of all others."""
+"""The errors that a `Failure` keeps the class of; all others become `VoiceUnavailable`."""
 
 Answer = Part | End | Failure
 

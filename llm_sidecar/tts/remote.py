@@ -28,9 +28,9 @@ from llm_sidecar.tts import wav as wavs
 from llm_sidecar.tts.messages import (
     ANNOUNCED,
     ANSWER,
+    KINDS,
     LONGEST_ANNOUNCEMENT,
     LONGEST_ANSWER,
-    STATUSES,
     Announcement,
     Answer,
     Cancellation,
@@ -313,8 +313,7 @@ class RemoteVoice:
 
 
 def _error(failure: Failure) -> SidecarError:
-    kinds = {status: kind for kind, status in STATUSES.items()}
-    kind = kinds.get(failure.status, VoiceUnavailable)
+    kind = KINDS.get(failure.kind, VoiceUnavailable)
     return kind(failure.error, retry_after=None if kind is InvalidRequest else RETRY_AFTER)
 
 

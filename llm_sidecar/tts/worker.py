@@ -21,7 +21,6 @@ from llm_sidecar.tts.messages import (
     ANNOUNCED,
     INCOMING,
     LONGEST_REQUEST,
-    STATUSES,
     Announcement,
     Answer,
     Cancellation,
@@ -203,7 +202,7 @@ class SpeechWorker:
         failure = Failure(
             request_id=request.request_id,
             error=error.detail[:1000],
-            status=STATUSES.get(type(error), 503),
+            kind=type(error).__name__,
         )
         with contextlib.suppress(_NotSent):
             await self._send(request, failure)

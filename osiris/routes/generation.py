@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from llm_sidecar.errors import InvalidRequest
 from llm_sidecar.proposals import Proposal, Proposed
-from llm_sidecar.services.orchestrate import AssessedProposal
+from llm_sidecar.services.proposal_run import AssessedProposal
 from llm_sidecar.sidecar import Sidecar
 from osiris.dependencies import CurrentSidecar, check_length
 from osiris.disconnects import cancel_on_disconnect

@@ -12,7 +12,8 @@ from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.engines import GenerationRequest
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable, QueueFull
 from llm_sidecar.models.files import ModelFiles
-from llm_sidecar.models.local.model import HostLimits, LocalModel
+from llm_sidecar.models.local.load_state import ModelLimits
+from llm_sidecar.models.local.model import LocalModel
 from llm_sidecar.telemetry.calls import (
     CANCELLED,
     UNEXPECTED,
@@ -49,12 +50,12 @@ def recorder() -> Recorder:
 
 
 @pytest.fixture
-async def host(random_phi3_onnx: Path, recorder: Recorder) -> AsyncIterator[LocalModel]:
+async def model(random_phi3_onnx: Path, recorder: Recorder) -> AsyncIterator[LocalModel]:
     made = LocalModel(
         "hermes",
         lambda: ModelFiles("hermes/random", random_phi3_onnx),
         device="cpu",
-        limits=HostLimits(load_wait=60.0, queue_length=2),
+        limits=ModelLimits(load_wait=60.0, queue_length=2),
         observer=recorder,
     )
     yield made
@@ -62,9 +63,9 @@ async def host(random_phi3_onnx: Path, recorder: Recorder) -> AsyncIterator[Loca
 
 
 async def test_a_generation_is_observed_with_its_times_in_order_and_its_tokens(
-    host: LocalModel, recorder: Recorder
+    model: LocalModel, recorder: Recorder
 ) -> None:
-    completion = await complete(host, SHORT)
+    completion = await complete(model, SHORT)
     (call,) = recorder.finished
     assert recorder.started == [call]
     assert (call.model, call.operation, call.served_by) == ("hermes", "generate", "hermes/random")
@@ -79,9 +80,9 @@ async def test_a_generation_is_observed_with_its_times_in_order_and_its_tokens(
     assert (call.finish_reason, call.error, call.adapter) == ("length", None, None)
 
 
-async def test_scores_are_a_call_without_tokens(host: LocalModel, recorder: Recorder) -> None:
+async def test_scores_are_a_call_without_tokens(model: LocalModel, recorder: Recorder) -> None:
     messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, {"ticker": "ABC"})
-    await host.score_choices(messages, hermes_plugin.SCORE_ANSWERS)
+    await model.score_choices(messages, hermes_plugin.SCORE_ANSWERS)
     (call,) = recorder.finished
     assert call.operation == "score_choices"
     assert call.begun is not None
@@ -89,22 +90,22 @@ async def test_scores_are_a_call_without_tokens(host: LocalModel, recorder: Reco
 
 
 async def test_each_refused_failed_and_abandoned_call_has_its_error(
-    host: LocalModel, recorder: Recorder
+    model: LocalModel, recorder: Recorder
 ) -> None:
     too_long = GenerationRequest(proposals.build_messages("ABC " * 9000), 20)
     with pytest.raises(InvalidRequest):
-        await complete(host, too_long)
-    running = [asyncio.create_task(complete(host, LONG)) for _ in range(2)]
+        await complete(model, too_long)
+    running = [asyncio.create_task(complete(model, LONG)) for _ in range(2)]
     async with asyncio.timeout(30):
-        while not host.status().running:
+        while not model.status().running:
             await asyncio.sleep(0.005)
-    assert host.status().requests == 2
+    assert model.status().requests == 2
     with pytest.raises(QueueFull):
-        await complete(host, SHORT)
+        await complete(model, SHORT)
     for task in running:
         task.cancel()
     await asyncio.wait(running)
-    assert host.status().running == 0
+    assert model.status().running == 0
     errors = [call.error for call in recorder.finished]
     assert errors == ["InvalidRequest", "QueueFull", CANCELLED, CANCELLED]
     assert len(recorder.started) == 4

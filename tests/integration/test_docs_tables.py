@@ -11,7 +11,7 @@ import yaml
 
 from llm_sidecar.db import Phi3FeedbackSchema
 from llm_sidecar.models.base import ChoiceScores
-from llm_sidecar.services.orchestrate import AssessedProposal
+from llm_sidecar.services.proposal_run import AssessedProposal
 from llm_sidecar.settings import Settings
 from osiris.server import create_app
 from tests.docs_pages import PAGES, anchors

@@ -19,9 +19,6 @@ ALLOWED = {
     ("llm_sidecar/models/conversion.py", "**os.environ"): CHILD,
     ("llm_sidecar/models/local/process.py", "**os.environ"): CHILD,
     ("llm_sidecar/models/local/process.py", "os.environ.get('PYTHONPATH')"): CHILD,
-    ("llm_sidecar/models/local/worker.py", "os.environ.get('LOG_FORMAT', 'auto')"): (
-        "the server has validated the value that its worker inherits"
-    ),
     ("osiris/__main__.py", "os.environ.get('WEB_CONCURRENCY')"): "uvicorn's own variable",
     ("osiris/llm_client/core.py", "os.environ.get('OSIRIS_SIDECAR_URL')"): CLIENT,
     ("osiris/llm_client/core.py", "os.environ.get('SIDECAR_API_KEY')"): CLIENT,

@@ -10,7 +10,6 @@ import pytest
 
 from llm_sidecar.errors import ModelUnavailable
 from llm_sidecar.models import files
-from llm_sidecar.models import files as model_files
 from llm_sidecar.settings import Settings
 from tests.live_server import ROOT
 
@@ -82,7 +81,7 @@ def test_an_empty_mount_point_is_no_model_but_a_folder_with_anything_in_it_is(
 
 
 @pytest.mark.parametrize(
-    ("files", "expected"),
+    ("written", "expected"),
     [
         (
             {"genai_config.json": '{"model": {"context_length": 131072}}', "config.json": "{"},
@@ -96,11 +95,11 @@ def test_an_empty_mount_point_is_no_model_but_a_folder_with_anything_in_it_is(
     ],
 )
 def test_phi3s_context_is_what_its_configuration_says_or_that_of_the_smallest(
-    tmp_path: Path, files: dict[str, str], expected: int
+    tmp_path: Path, written: dict[str, str], expected: int
 ) -> None:
-    for name, text in files.items():
+    for name, text in written.items():
         (tmp_path / name).write_text(text)
-    assert model_files.phi3_context_length(Settings(models={"phi3_path": tmp_path})) == expected
+    assert files.phi3_context_length(Settings(models={"phi3_path": tmp_path})) == expected
 
 
 def test_getters_load_once_and_keep_a_tokenizer_that_no_text_ends(

@@ -31,8 +31,9 @@ from llm_sidecar.errors import (
 )
 from llm_sidecar.models.base import Adapter
 from llm_sidecar.models.files import ModelFiles
-from llm_sidecar.models.local import process as worker_process
-from llm_sidecar.models.local.model import HostLimits, LocalModel
+from llm_sidecar.models.local import process
+from llm_sidecar.models.local.load_state import ModelLimits
+from llm_sidecar.models.local.model import LocalModel
 from llm_sidecar.models.local.protocol import Load, Ready
 from llm_sidecar.models.lora import convert_adapter
 from llm_sidecar.telemetry.calls import WorkerDeath
@@ -50,12 +51,12 @@ ENDLESS = GenerationRequest(hermes_plugin.chat_messages("count"), 7000, ITEMS % 
 HANGS = "import time; time.sleep(600)  # llm_sidecar.models.local.worker"
 CRASHES = "import os; input(); os.abort()  # llm_sidecar.models.local.worker"
 
-HostFactory = Callable[..., Awaitable[LocalModel]]
+ModelFactory = Callable[..., Awaitable[LocalModel]]
 
 
 @pytest.fixture
-async def make_host(random_phi3_onnx: Path) -> AsyncIterator[HostFactory]:
-    hosts = []
+async def make_model(random_phi3_onnx: Path) -> AsyncIterator[ModelFactory]:
+    models = []
 
     async def make(
         folder: Path = random_phi3_onnx,
@@ -64,21 +65,21 @@ async def make_host(random_phi3_onnx: Path) -> AsyncIterator[HostFactory]:
         on_death: Callable[[WorkerDeath], None] = lambda death: None,
         **limits: Any,
     ) -> LocalModel:
-        host = LocalModel(
+        model = LocalModel(
             "phi3",
             lambda: ModelFiles("phi3/random", folder),
             device="cpu",
-            limits=HostLimits(**{"load_wait": 60.0, **limits}),
+            limits=ModelLimits(**{"load_wait": 60.0, **limits}),
             preload=True,
             on_death=on_death,
         )
         if prefix is not None:
-            await host.prefill(prefix)
-        hosts.append(host)
-        return host
+            await model.prefill(prefix)
+        models.append(model)
+        return model
 
     yield make
-    await asyncio.gather(*(host.close() for host in hosts))
+    await asyncio.gather(*(model.close() for model in models))
 
 
 @pytest.fixture(scope="module")
@@ -106,25 +107,25 @@ async def failure(work: Awaitable[Any]) -> BaseException:
     return caught.value
 
 
-def tokens(host: LocalModel) -> int:
-    return host.status().completion_tokens_total
+def tokens(model: LocalModel) -> int:
+    return model.status().completion_tokens_total
 
 
-def pid_of(host: LocalModel) -> int:
-    pid = host.status().pid
+def pid_of(model: LocalModel) -> int:
+    pid = model.status().pid
     assert pid is not None
     return pid
 
 
-async def test_nothing_runs_before_the_first_request(make_host: HostFactory) -> None:
-    host = await make_host()
-    assert host.status().state == "unloaded"
-    assert host.status().pid is None
-    assert host.status().not_ready is None
+async def test_nothing_runs_before_the_first_request(make_model: ModelFactory) -> None:
+    model = await make_model()
+    assert model.status().state == "unloaded"
+    assert model.status().pid is None
+    assert model.status().not_ready is None
 
 
-async def test_a_completion_comes_with_its_counts(make_host: HostFactory) -> None:
-    completion = await complete(await make_host(), SHORT)
+async def test_a_completion_comes_with_its_counts(make_model: ModelFactory) -> None:
+    completion = await complete(await make_model(), SHORT)
     proposals.parse(completion.text)
     assert completion.model == "phi3/random"
     assert completion.finish_reason == "stop"
@@ -133,12 +134,12 @@ async def test_a_completion_comes_with_its_counts(make_host: HostFactory) -> Non
 
 
 async def test_a_prompt_reuses_the_prefill_of_an_earlier_one(
-    make_host: HostFactory,
+    make_model: ModelFactory,
 ) -> None:
-    host = await make_host()
-    first = await complete(host, SHORT)
+    model = await make_model()
+    first = await complete(model, SHORT)
     assert first.cached_tokens < first.prompt_tokens - 2
-    again = await complete(host, SHORT)
+    again = await complete(model, SHORT)
     assert again.text == first.text
     assert again.cached_tokens == again.prompt_tokens - 2
 
@@ -152,55 +153,55 @@ def after(prefix: GenerationRequest) -> GenerationRequest:
 
 
 async def test_a_worker_has_prefilled_the_prefix_before_its_first_request(
-    make_host: HostFactory,
+    make_model: ModelFactory,
 ) -> None:
     prefix = prefix_of(200 * "word ")
-    host = await make_host(prefix=prefix)
-    completion = await complete(host, after(prefix))
+    model = await make_model(prefix=prefix)
+    completion = await complete(model, after(prefix))
     assert completion.prompt_tokens > 500
     assert completion.prompt_tokens - completion.cached_tokens < 50
 
 
-async def test_a_new_prefix_is_prefilled_and_the_old_one_stays(make_host: HostFactory) -> None:
+async def test_a_new_prefix_is_prefilled_and_the_old_one_stays(make_model: ModelFactory) -> None:
     old, new = prefix_of(200 * "old "), prefix_of(200 * "new ")
-    host = await make_host(prefix=old)
-    await complete(host, after(old))
-    await host.prefill(new)
+    model = await make_model(prefix=old)
+    await complete(model, after(old))
+    await model.prefill(new)
     for prefix in (new, old):
-        completion = await complete(host, after(prefix))
+        completion = await complete(model, after(prefix))
         assert completion.prompt_tokens - completion.cached_tokens < 50
 
 
-async def test_requests_run_before_a_prefix_is_prefilled(make_host: HostFactory) -> None:
+async def test_requests_run_before_a_prefix_is_prefilled(make_model: ModelFactory) -> None:
     prefixes = [prefix_of("short"), prefix_of(3000 * "x "), prefix_of(2500 * "y ")]
-    host = await make_host(prefix=prefixes[0])
-    await complete(host, SHORT)
-    replaced = asyncio.create_task(host.prefill(prefixes[1]))
+    model = await make_model(prefix=prefixes[0])
+    await complete(model, SHORT)
+    replaced = asyncio.create_task(model.prefill(prefixes[1]))
     await asyncio.sleep(0)
-    prefilling = asyncio.create_task(host.prefill(prefixes[2]))
-    await complete(host, SHORT)
+    prefilling = asyncio.create_task(model.prefill(prefixes[2]))
+    await complete(model, SHORT)
     assert not prefilling.done()
     async with asyncio.timeout(60):
         await replaced
         await prefilling
-    completion = await complete(host, after(prefixes[2]))
+    completion = await complete(model, after(prefixes[2]))
     assert completion.prompt_tokens - completion.cached_tokens < 50
 
 
-async def test_the_worker_scores_choices(make_host: HostFactory) -> None:
+async def test_the_worker_scores_choices(make_model: ModelFactory) -> None:
     messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, {"ticker": "ABC"})
-    host = await make_host(prefix=None)
-    found = await host.score_choices(messages, hermes_plugin.SCORE_ANSWERS)
+    model = await make_model(prefix=None)
+    found = await model.score_choices(messages, hermes_plugin.SCORE_ANSWERS)
     assert list(found.probabilities) == list(hermes_plugin.SCORE_ANSWERS)
 
 
 async def test_requests_are_served_first_come_first_served(
-    make_host: HostFactory, serial_phi3_onnx: Path
+    make_model: ModelFactory, serial_phi3_onnx: Path
 ) -> None:
-    host, order = await make_host(serial_phi3_onnx), []
+    model, order = await make_model(serial_phi3_onnx), []
 
     async def one(number: int) -> None:
-        await complete(host, SHORT)
+        await complete(model, SHORT)
         order.append(number)
 
     await asyncio.gather(*(one(number) for number in range(8)))
@@ -208,39 +209,39 @@ async def test_requests_are_served_first_come_first_served(
 
 
 async def test_a_full_queue_refuses_at_once_and_names_the_time_to_retry(
-    make_host: HostFactory,
+    make_model: ModelFactory,
 ) -> None:
-    host = await make_host(queue_length=2)
-    running = [asyncio.create_task(complete(host, ENDLESS)) for _ in range(2)]
-    await until(lambda: tokens(host) > 0)
-    error = await failure(complete(host, SHORT))
+    model = await make_model(queue_length=2)
+    running = [asyncio.create_task(complete(model, ENDLESS)) for _ in range(2)]
+    await until(lambda: tokens(model) > 0)
+    error = await failure(complete(model, SHORT))
     assert isinstance(error, QueueFull)
     assert error.retry_after is not None
     assert error.retry_after >= 1
     for task in running:
         task.cancel()
     await asyncio.wait(running)
-    await complete(host, SHORT)
+    await complete(model, SHORT)
 
 
-async def test_a_deadline_ends_the_generation(make_host: HostFactory) -> None:
-    host = await make_host(request_timeout=1.5)
+async def test_a_deadline_ends_the_generation(make_model: ModelFactory) -> None:
+    model = await make_model(request_timeout=1.5)
     # The first builds the grammar, which can take a second; the second only generates.
     for _ in range(2):
-        assert isinstance(await failure(complete(host, ENDLESS)), DeadlineExceeded)
-    await stops(host)
+        assert isinstance(await failure(complete(model, ENDLESS)), DeadlineExceeded)
+    await stops(model)
 
 
 async def test_all_calls_of_a_request_share_its_deadline(
-    make_host: HostFactory,
+    make_model: ModelFactory,
 ) -> None:
-    host = await make_host()
-    await complete(host, SHORT)
-    os.kill(pid_of(host), signal.SIGSTOP)
+    model = await make_model()
+    await complete(model, SHORT)
+    os.kill(pid_of(model), signal.SIGSTOP)
     # Earlier calls have used 100 of its 100.3 s.
     deadline = Deadline(time.monotonic() - 100.0, 100.3)
-    score = host.score_choices(SHORT.messages, ("0", "1"), deadline)
-    for work in (complete(host, SHORT, deadline), score):
+    score = model.score_choices(SHORT.messages, ("0", "1"), deadline)
+    for work in (complete(model, SHORT, deadline), score):
         error = await failure(work)
         assert isinstance(error, DeadlineExceeded)
         assert error.retry_after == 1
@@ -248,268 +249,268 @@ async def test_all_calls_of_a_request_share_its_deadline(
         assert error.spent.before >= 100.0
         assert error.spent.prefill == error.spent.decode == 0.0
     assert time.monotonic() - deadline.began < 110.0
-    os.kill(pid_of(host), signal.SIGCONT)
-    await complete(host, SHORT)
-    assert host.status().restarts == 0
+    os.kill(pid_of(model), signal.SIGCONT)
+    await complete(model, SHORT)
+    assert model.status().restarts == 0
 
 
-async def test_partial_text_is_returned_at_the_deadline(make_host: HostFactory) -> None:
-    host = await make_host()
-    await complete(host, SHORT)
-    free, before = replace(ENDLESS, guidance=None), tokens(host)
-    part = asyncio.create_task(complete(host, free, Deadline.after(2.0), allow_partial=True))
-    await until(lambda: tokens(host) > before + 100)
-    os.kill(pid_of(host), signal.SIGSTOP)
+async def test_partial_text_is_returned_at_the_deadline(make_model: ModelFactory) -> None:
+    model = await make_model()
+    await complete(model, SHORT)
+    free, before = replace(ENDLESS, guidance=None), tokens(model)
+    part = asyncio.create_task(complete(model, free, Deadline.after(2.0), allow_partial=True))
+    await until(lambda: tokens(model) > before + 100)
+    os.kill(pid_of(model), signal.SIGSTOP)
     completion = await part
-    os.kill(pid_of(host), signal.SIGCONT)
+    os.kill(pid_of(model), signal.SIGCONT)
     assert completion.finish_reason == "deadline"
     assert completion.text
     assert 0 < completion.completion_tokens < free.max_tokens
-    await complete(host, SHORT)
-    assert host.status().restarts == 0
+    await complete(model, SHORT)
+    assert model.status().restarts == 0
 
 
-async def test_cancelling_stops_the_worker_within_a_second(make_host: HostFactory) -> None:
-    host = await make_host()
-    task = asyncio.create_task(complete(host, ENDLESS))
-    await until(lambda: tokens(host) > 0)
+async def test_cancelling_stops_the_worker_within_a_second(make_model: ModelFactory) -> None:
+    model = await make_model()
+    task = asyncio.create_task(complete(model, ENDLESS))
+    await until(lambda: tokens(model) > 0)
     task.cancel()
     await asyncio.wait([task])
-    await stops(host)
-    await complete(host, SHORT)
+    await stops(model)
+    await complete(model, SHORT)
 
 
-async def stops(host: LocalModel) -> None:
+async def stops(model: LocalModel) -> None:
     """Passes when the worker's token counter stands still before a second is over."""
     began = time.monotonic()
-    seen, since = tokens(host), began
+    seen, since = tokens(model), began
     while time.monotonic() - since < 0.25:
         await asyncio.sleep(0.01)
-        if tokens(host) != seen:
-            seen, since = tokens(host), time.monotonic()
+        if tokens(model) != seen:
+            seen, since = tokens(model), time.monotonic()
     assert since - began < 1.0
 
 
 async def test_a_killed_worker_fails_its_request_and_the_next_one_succeeds(
-    make_host: HostFactory,
+    make_model: ModelFactory,
 ) -> None:
-    host = await make_host()
-    task = asyncio.create_task(complete(host, ENDLESS))
-    await until(lambda: tokens(host) > 0)
-    os.kill(pid_of(host), signal.SIGKILL)
+    model = await make_model()
+    task = asyncio.create_task(complete(model, ENDLESS))
+    await until(lambda: tokens(model) > 0)
+    os.kill(pid_of(model), signal.SIGKILL)
     error = await failure(task)
     assert isinstance(error, ModelUnavailable)
     assert error.retry_after == 1
     assert "SIGKILL" in error.detail
-    before = tokens(host)
-    await complete(host, SHORT)
-    assert host.status().restarts == 1
-    assert tokens(host) > before
+    before = tokens(model)
+    await complete(model, SHORT)
+    assert model.status().restarts == 1
+    assert tokens(model) > before
 
 
 async def test_waiting_requests_survive_the_death_of_the_worker(
-    make_host: HostFactory, serial_phi3_onnx: Path
+    make_model: ModelFactory, serial_phi3_onnx: Path
 ) -> None:
-    host = await make_host(serial_phi3_onnx)
-    first = asyncio.create_task(complete(host, ENDLESS))
-    await until(lambda: tokens(host) > 0)
-    waiting = [asyncio.create_task(complete(host, SHORT)) for _ in range(3)]
+    model = await make_model(serial_phi3_onnx)
+    first = asyncio.create_task(complete(model, ENDLESS))
+    await until(lambda: tokens(model) > 0)
+    waiting = [asyncio.create_task(complete(model, SHORT)) for _ in range(3)]
     await asyncio.sleep(0)
-    os.kill(pid_of(host), signal.SIGKILL)
+    os.kill(pid_of(model), signal.SIGKILL)
     assert isinstance(await failure(first), ModelUnavailable)
     assert len(await asyncio.gather(*waiting)) == 3
 
 
 async def test_a_worker_that_died_while_idle_is_not_noticed_by_the_next_request(
-    make_host: HostFactory,
+    make_model: ModelFactory,
 ) -> None:
-    host = await make_host()
-    await complete(host, SHORT)
-    os.kill(pid_of(host), signal.SIGKILL)
-    await complete(host, SHORT)
+    model = await make_model()
+    await complete(model, SHORT)
+    os.kill(pid_of(model), signal.SIGKILL)
+    await complete(model, SHORT)
 
 
 async def test_a_request_that_does_not_fit_is_invalid_and_the_worker_continues(
-    make_host: HostFactory,
+    make_model: ModelFactory,
 ) -> None:
-    host = await make_host()
+    model = await make_model()
     too_long = GenerationRequest(hermes_plugin.chat_messages("A" * 9000), 5)
-    assert isinstance(await failure(complete(host, too_long)), InvalidRequest)
-    await complete(host, SHORT)
-    assert host.status().restarts == 0
+    assert isinstance(await failure(complete(model, too_long)), InvalidRequest)
+    await complete(model, SHORT)
+    assert model.status().restarts == 0
 
 
-async def test_a_loading_model_is_waited_for_only_so_long(make_host: HostFactory) -> None:
-    host = await make_host(load_wait=0.0)
-    error = await failure(complete(host, SHORT))
+async def test_a_loading_model_is_waited_for_only_so_long(make_model: ModelFactory) -> None:
+    model = await make_model(load_wait=0.0)
+    error = await failure(complete(model, SHORT))
     assert isinstance(error, ModelUnavailable)
     assert "still loading" in error.detail
     assert error.retry_after
-    await until(lambda: host.status().not_ready is None)
-    await complete(host, SHORT)
+    await until(lambda: model.status().not_ready is None)
+    await complete(model, SHORT)
 
 
 async def test_a_model_that_does_not_load_reports_the_reason(
-    make_host: HostFactory, tmp_path: Path
+    make_model: ModelFactory, tmp_path: Path
 ) -> None:
     (tmp_path / "genai_config.json").write_text("{")
-    host = await make_host(tmp_path)
-    error = await failure(complete(host, SHORT))
+    model = await make_model(tmp_path)
+    error = await failure(complete(model, SHORT))
     assert isinstance(error, ModelUnavailable)
     assert "could not be loaded" in error.detail
-    assert host.status().state == "failed"
-    assert host.status().reason
-    assert host.status().not_ready == host.status().reason
+    assert model.status().state == "failed"
+    assert model.status().reason
+    assert model.status().not_ready == model.status().reason
 
 
 async def test_missing_files_are_found_without_starting_anything() -> None:
     def locate() -> ModelFiles:
         raise ModelUnavailable("set THE_VARIABLE", retry_after=30)
 
-    host = LocalModel("phi3", locate)
-    error = await failure(complete(host, SHORT))
+    model = LocalModel("phi3", locate)
+    error = await failure(complete(model, SHORT))
     assert isinstance(error, ModelUnavailable)
     assert error.detail == "set THE_VARIABLE"
-    assert host.status().reason == "set THE_VARIABLE"
-    await host.close()
+    assert model.status().reason == "set THE_VARIABLE"
+    await model.close()
 
 
 async def test_closing_lets_running_requests_end_and_refuses_new_ones(
-    make_host: HostFactory,
+    make_model: ModelFactory,
 ) -> None:
-    host = await make_host()
-    running = [asyncio.create_task(complete(host, SHORT)) for _ in range(3)]
-    await until(lambda: tokens(host) > 0)
-    pid = pid_of(host)
-    closing = asyncio.create_task(host.close(grace=30.0))
+    model = await make_model()
+    running = [asyncio.create_task(complete(model, SHORT)) for _ in range(3)]
+    await until(lambda: tokens(model) > 0)
+    pid = pid_of(model)
+    closing = asyncio.create_task(model.close(grace=30.0))
     await asyncio.sleep(0)
-    assert isinstance(await failure(complete(host, SHORT)), ModelUnavailable)
+    assert isinstance(await failure(complete(model, SHORT)), ModelUnavailable)
     assert len(await asyncio.gather(*running)) == 3
     await closing
     assert not is_running(pid)
 
 
-async def test_closing_ends_a_request_that_outlasts_its_grace(make_host: HostFactory) -> None:
-    host = await make_host()
-    running = asyncio.create_task(complete(host, ENDLESS))
-    await until(lambda: tokens(host) > 0)
-    pid = pid_of(host)
-    await host.close(grace=0.05)
+async def test_closing_ends_a_request_that_outlasts_its_grace(make_model: ModelFactory) -> None:
+    model = await make_model()
+    running = asyncio.create_task(complete(model, ENDLESS))
+    await until(lambda: tokens(model) > 0)
+    pid = pid_of(model)
+    await model.close(grace=0.05)
     assert isinstance(await failure(running), ModelUnavailable)
     assert not is_running(pid)
 
 
 async def test_torch_generates_a_batch_and_a_cancelled_request_ends_alone(
-    make_host: HostFactory, random_phi3_torch: Path
+    make_model: ModelFactory, random_phi3_torch: Path
 ) -> None:
-    host = await make_host(random_phi3_torch)
-    expected = await complete(host, SHORT)
-    endless = asyncio.create_task(complete(host, ENDLESS))
-    await until(lambda: tokens(host) > 100)
-    texts = [answer.text for answer in await asyncio.gather(*(complete(host, SHORT),) * 3)]
+    model = await make_model(random_phi3_torch)
+    expected = await complete(model, SHORT)
+    endless = asyncio.create_task(complete(model, ENDLESS))
+    await until(lambda: tokens(model) > 100)
+    texts = [answer.text for answer in await asyncio.gather(*(complete(model, SHORT),) * 3)]
     assert texts == [expected.text] * 3
     # They did not wait for it.
     assert not endless.done()
-    assert host.status().running == 1
+    assert model.status().running == 1
     endless.cancel()
     await asyncio.wait([endless])
-    assert (await complete(host, SHORT)).text == expected.text
-    assert host.status().restarts == 0
+    assert (await complete(model, SHORT)).text == expected.text
+    assert model.status().restarts == 0
 
 
 async def test_a_worker_that_dies_fails_its_whole_batch(
-    make_host: HostFactory, random_hermes_onnx: Path
+    make_model: ModelFactory, random_hermes_onnx: Path
 ) -> None:
     # Plain onnxruntime runs a Llama without guidance, in batches.
-    host = await make_host(random_hermes_onnx, prefix=None)
+    model = await make_model(random_hermes_onnx, prefix=None)
     endless, short = replace(ENDLESS, guidance=None), GenerationRequest(ENDLESS.messages, 5)
-    await complete(host, short)
-    running = [asyncio.create_task(complete(host, endless)) for _ in range(3)]
-    await until(lambda: host.status().running == 3)
-    before = tokens(host)
-    await until(lambda: tokens(host) > before + 200)
-    os.kill(pid_of(host), signal.SIGKILL)
+    await complete(model, short)
+    running = [asyncio.create_task(complete(model, endless)) for _ in range(3)]
+    await until(lambda: model.status().running == 3)
+    before = tokens(model)
+    await until(lambda: tokens(model) > before + 200)
+    os.kill(pid_of(model), signal.SIGKILL)
     errors = [await failure(task) for task in running]
     assert all(isinstance(error, ModelUnavailable) for error in errors)
-    assert (await complete(host, short)).completion_tokens == 5
-    assert host.status().restarts == 1
+    assert (await complete(model, short)).completion_tokens == 5
+    assert model.status().restarts == 1
 
 
 async def test_an_adapter_that_does_not_load_is_refused_and_requests_continue(
-    make_host: HostFactory, tmp_path: Path
+    make_model: ModelFactory, tmp_path: Path
 ) -> None:
-    host = await make_host()
-    await complete(host, SHORT)
-    pid = pid_of(host)
+    model = await make_model()
+    await complete(model, SHORT)
+    pid = pid_of(model)
     adapter = tmp_path / "20260101"
     adapter.mkdir()
-    error = await failure(host.use_adapter(Adapter(adapter)))
+    error = await failure(model.use_adapter(Adapter(adapter)))
     assert isinstance(error, AdapterRejected)
     assert "20260101" in error.detail
-    assert host.status().adapter is None
-    assert pid_of(host) == pid
-    await complete(host, SHORT)
+    assert model.status().adapter is None
+    assert pid_of(model) == pid
+    await complete(model, SHORT)
 
 
 async def test_swapping_adapters_under_load_loses_no_request(
-    make_host: HostFactory, onnx_adapters: list[Adapter]
+    make_model: ModelFactory, onnx_adapters: list[Adapter]
 ) -> None:
     first, second = onnx_adapters
-    host = await make_host()
-    first_answer = await complete(host, SHORT)
+    model = await make_model()
+    first_answer = await complete(model, SHORT)
     alone: dict[str | None, str] = {None: first_answer.text}
-    pids = {pid_of(host)}
+    pids = {pid_of(model)}
     generated = first_answer.completion_tokens
     for adapter in (first, second, first, None):
-        running = [asyncio.create_task(complete(host, SHORT)) for _ in range(8)]
-        await host.use_adapter(adapter)
-        assert host.status().adapter == adapter
+        running = [asyncio.create_task(complete(model, SHORT)) for _ in range(8)]
+        await model.use_adapter(adapter)
+        assert model.status().adapter == adapter
         answers = await asyncio.gather(*running)
         name = None if adapter is None else adapter.name
-        after = await complete(host, SHORT)
+        after = await complete(model, SHORT)
         assert after.adapter == name
         assert alone.setdefault(name, after.text) == after.text
         assert all(answer.text == alone[answer.adapter] for answer in answers)
         generated += sum(answer.completion_tokens for answer in (*answers, after))
-        pids.add(pid_of(host))
+        pids.add(pid_of(model))
     assert len(set(alone.values())) == 3
     assert len(pids) == 5
-    assert host.status().restarts == 0
+    assert model.status().restarts == 0
     # The count goes on from one worker to the next.
-    assert tokens(host) == generated
-    await until(lambda: workers() == {pid_of(host)})
+    assert tokens(model) == generated
+    await until(lambda: workers() == {pid_of(model)})
 
 
 async def test_a_swap_waits_for_no_request_and_running_ones_finish(
-    make_host: HostFactory, onnx_adapters: list[Adapter]
+    make_model: ModelFactory, onnx_adapters: list[Adapter]
 ) -> None:
-    host = await make_host()
-    await until_loaded(host)
+    model = await make_model()
+    await until_loaded(model)
     long = replace(ENDLESS, guidance=ITEMS % 4900, max_tokens=5000)
-    running = asyncio.create_task(complete(host, long))
-    await until(lambda: tokens(host) > 0)
-    former = pid_of(host)
-    await host.use_adapter(onnx_adapters[0])
+    running = asyncio.create_task(complete(model, long))
+    await until(lambda: tokens(model) > 0)
+    former = pid_of(model)
+    await model.use_adapter(onnx_adapters[0])
     assert not running.done()
-    assert workers() == {former, pid_of(host)}
+    assert workers() == {former, pid_of(model)}
     answer = await running
     assert answer.adapter is None
     assert answer.completion_tokens == 5000
-    assert (await complete(host, SHORT)).adapter == "20260101"
+    assert (await complete(model, SHORT)).adapter == "20260101"
     await until(lambda: not is_running(former))
 
 
 async def test_on_torch_new_requests_go_to_the_new_worker_while_old_ones_run(
-    make_host: HostFactory, random_phi3_torch: Path, tmp_path: Path
+    make_model: ModelFactory, random_phi3_torch: Path, tmp_path: Path
 ) -> None:
     adapter = write_adapter(random_phi3_torch, tmp_path / "20260101")
-    host = await make_host(random_phi3_torch)
-    former_answer = await complete(host, SHORT)
-    former = pid_of(host)
-    running = asyncio.create_task(complete(host, ENDLESS))
-    await until(lambda: host.status().running == 1)
-    await host.use_adapter(Adapter(adapter))
-    answer = await complete(host, SHORT)
+    model = await make_model(random_phi3_torch)
+    former_answer = await complete(model, SHORT)
+    former = pid_of(model)
+    running = asyncio.create_task(complete(model, ENDLESS))
+    await until(lambda: model.status().running == 1)
+    await model.use_adapter(Adapter(adapter))
+    answer = await complete(model, SHORT)
     assert answer.adapter == "20260101"
     assert answer.text != former_answer.text
     assert not running.done()
@@ -519,52 +520,52 @@ async def test_on_torch_new_requests_go_to_the_new_worker_while_old_ones_run(
 
 
 async def test_an_adapter_can_replace_one_with_which_the_model_does_not_load(
-    make_host: HostFactory, random_phi3_torch: Path, random_phi3_onnx: Path, tmp_path: Path
+    make_model: ModelFactory, random_phi3_torch: Path, random_phi3_onnx: Path, tmp_path: Path
 ) -> None:
     good, bad = tmp_path / "20260101", tmp_path / "20260102"
     convert_adapter(write_adapter(random_phi3_torch, tmp_path / "peft"), random_phi3_onnx, good)
     bad.mkdir()
-    host = await make_host(random_phi3_onnx, load_wait=5.0)
-    await host.start(Adapter(bad))
-    assert isinstance(await failure(complete(host, SHORT)), ModelUnavailable)
+    model = await make_model(random_phi3_onnx, load_wait=5.0)
+    await model.start(Adapter(bad))
+    assert isinstance(await failure(complete(model, SHORT)), ModelUnavailable)
     assert isinstance(
-        await failure(host.use_adapter(Adapter(tmp_path / "nowhere"))), AdapterRejected
+        await failure(model.use_adapter(Adapter(tmp_path / "nowhere"))), AdapterRejected
     )
-    assert host.status().adapter == Adapter(bad)
-    await host.use_adapter(Adapter(good))
-    assert (await complete(host, SHORT)).adapter == good.name
+    assert model.status().adapter == Adapter(bad)
+    await model.use_adapter(Adapter(good))
+    assert (await complete(model, SHORT)).adapter == good.name
 
 
 async def test_a_swap_continues_if_the_serving_worker_dies(
-    make_host: HostFactory, onnx_adapters: list[Adapter]
+    make_model: ModelFactory, onnx_adapters: list[Adapter]
 ) -> None:
-    host = await make_host()
-    await host.use_adapter(onnx_adapters[0])
-    pid = pid_of(host)
-    swapping = asyncio.create_task(host.use_adapter(onnx_adapters[1]))
+    model = await make_model()
+    await model.use_adapter(onnx_adapters[0])
+    pid = pid_of(model)
+    swapping = asyncio.create_task(model.use_adapter(onnx_adapters[1]))
     await until(lambda: len(workers()) == 2)
     os.kill(pid, signal.SIGKILL)
-    assert (await complete(host, SHORT)).adapter in ("20260101", "20260102")
+    assert (await complete(model, SHORT)).adapter in ("20260101", "20260102")
     await swapping
-    assert (await complete(host, SHORT)).adapter == "20260102"
-    assert host.status().restarts == 1
-    await until(lambda: workers() == {pid_of(host)})
+    assert (await complete(model, SHORT)).adapter == "20260102"
+    assert model.status().restarts == 1
+    await until(lambda: workers() == {pid_of(model)})
 
 
 async def test_a_replaced_worker_that_dies_fails_its_request_and_counts_as_no_restart(
-    make_host: HostFactory, onnx_adapters: list[Adapter]
+    make_model: ModelFactory, onnx_adapters: list[Adapter]
 ) -> None:
     deaths: list[WorkerDeath] = []
-    host = await make_host(on_death=deaths.append)
-    await host.use_adapter(onnx_adapters[0])
-    running = asyncio.create_task(complete(host, ENDLESS))
-    await until(lambda: tokens(host) > 0)
-    former = pid_of(host)
-    await host.use_adapter(onnx_adapters[1])
+    model = await make_model(on_death=deaths.append)
+    await model.use_adapter(onnx_adapters[0])
+    running = asyncio.create_task(complete(model, ENDLESS))
+    await until(lambda: tokens(model) > 0)
+    former = pid_of(model)
+    await model.use_adapter(onnx_adapters[1])
     os.kill(former, signal.SIGKILL)
     assert isinstance(await failure(running), ModelUnavailable)
-    assert (await complete(host, SHORT)).adapter == "20260102"
-    assert host.status().restarts == 0
+    assert (await complete(model, SHORT)).adapter == "20260102"
+    assert model.status().restarts == 0
     ((name, adapter, how, call),) = (
         (death.model, death.adapter, death.how, death.call) for death in deaths
     )
@@ -574,56 +575,56 @@ async def test_a_replaced_worker_that_dies_fails_its_request_and_counts_as_no_re
 
 
 async def test_a_replaced_worker_that_hangs_is_ended(
-    make_host: HostFactory, onnx_adapters: list[Adapter]
+    make_model: ModelFactory, onnx_adapters: list[Adapter]
 ) -> None:
-    host = await make_host(request_timeout=3.0)
-    await until_loaded(host)
-    running = asyncio.create_task(complete(host, ENDLESS))
-    await until(lambda: tokens(host) > 0)
-    former = pid_of(host)
+    model = await make_model(request_timeout=3.0)
+    await until_loaded(model)
+    running = asyncio.create_task(complete(model, ENDLESS))
+    await until(lambda: tokens(model) > 0)
+    former = pid_of(model)
     os.kill(former, signal.SIGSTOP)
-    await host.use_adapter(onnx_adapters[0])
+    await model.use_adapter(onnx_adapters[0])
     assert isinstance(await failure(running), DeadlineExceeded | ModelUnavailable)
-    await until(lambda: workers() == {pid_of(host)})
-    assert (await complete(host, SHORT)).adapter == "20260101"
+    await until(lambda: workers() == {pid_of(model)})
+    assert (await complete(model, SHORT)).adapter == "20260101"
 
 
 async def test_a_worker_that_dies_is_replaced_with_the_adapter_in_use(
-    make_host: HostFactory, onnx_adapters: list[Adapter]
+    make_model: ModelFactory, onnx_adapters: list[Adapter]
 ) -> None:
-    host = await make_host()
+    model = await make_model()
     # Nothing is loaded before the swap, so only the adapter is.
-    await host.use_adapter(onnx_adapters[0])
-    assert workers() == {pid_of(host)}
-    assert host.status().restarts == 0
-    os.kill(pid_of(host), signal.SIGKILL)
-    assert (await complete(host, SHORT)).adapter == "20260101"
-    assert host.status().restarts == 1
+    await model.use_adapter(onnx_adapters[0])
+    assert workers() == {pid_of(model)}
+    assert model.status().restarts == 0
+    os.kill(pid_of(model), signal.SIGKILL)
+    assert (await complete(model, SHORT)).adapter == "20260101"
+    assert model.status().restarts == 1
 
 
 async def test_a_swap_serves_requests_that_wait_for_the_first_load(
-    make_host: HostFactory, onnx_adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
+    make_model: ModelFactory, onnx_adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    host = await make_host()
+    model = await make_model()
     replace_worker(monkeypatch, HANGS)
-    waiting = asyncio.create_task(complete(host, SHORT))
+    waiting = asyncio.create_task(complete(model, SHORT))
     await until(lambda: len(workers()) == 1)
     monkeypatch.undo()
-    await host.use_adapter(onnx_adapters[0])
+    await model.use_adapter(onnx_adapters[0])
     assert (await waiting).adapter == "20260101"
-    assert host.status().restarts == 0
-    await until(lambda: workers() == {pid_of(host)})
+    assert model.status().restarts == 0
+    await until(lambda: workers() == {pid_of(model)})
 
 
 async def test_concurrent_swaps_run_in_order_with_two_workers_at_most(
-    make_host: HostFactory, onnx_adapters: list[Adapter]
+    make_model: ModelFactory, onnx_adapters: list[Adapter]
 ) -> None:
-    host = await make_host()
-    await until_loaded(host)
-    running = asyncio.create_task(complete(host, ENDLESS))
-    await until(lambda: tokens(host) > 0)
+    model = await make_model()
+    await until_loaded(model)
+    running = asyncio.create_task(complete(model, ENDLESS))
+    await until(lambda: tokens(model) > 0)
     swaps = [
-        asyncio.create_task(host.use_adapter(adapter))
+        asyncio.create_task(model.use_adapter(adapter))
         for adapter in (onnx_adapters[0], None, onnx_adapters[1])
     ]
     most = 0
@@ -632,9 +633,9 @@ async def test_concurrent_swaps_run_in_order_with_two_workers_at_most(
     def swapped() -> bool:
         nonlocal most
         most = max(most, len(workers()))
-        if host.status().adapter not in seen[-1:]:
-            seen.append(host.status().adapter)
-        if host.status().adapter == onnx_adapters[0]:
+        if model.status().adapter not in seen[-1:]:
+            seen.append(model.status().adapter)
+        if model.status().adapter == onnx_adapters[0]:
             # The second swap waits for the worker that still has a request.
             running.cancel()
         return all(swap.done() for swap in swaps)
@@ -642,36 +643,36 @@ async def test_concurrent_swaps_run_in_order_with_two_workers_at_most(
     await until(swapped)
     assert seen == [None, onnx_adapters[0], None, onnx_adapters[1]]
     assert most == 2
-    assert (await complete(host, SHORT)).adapter == "20260102"
+    assert (await complete(model, SHORT)).adapter == "20260102"
 
 
 async def test_the_prefix_is_prefilled_before_a_new_worker_serves(
-    make_host: HostFactory, onnx_adapters: list[Adapter]
+    make_model: ModelFactory, onnx_adapters: list[Adapter]
 ) -> None:
     prefix = prefix_of(200 * "word ")
-    host = await make_host(prefix=prefix)
-    await complete(host, after(prefix))
-    await host.use_adapter(onnx_adapters[0])
-    completion = await complete(host, after(prefix))
+    model = await make_model(prefix=prefix)
+    await complete(model, after(prefix))
+    await model.use_adapter(onnx_adapters[0])
+    completion = await complete(model, after(prefix))
     assert completion.adapter == "20260101"
     assert completion.prompt_tokens > 500
     assert completion.prompt_tokens - completion.cached_tokens < 50
 
 
 async def test_a_worker_that_loads_prefills_a_prefix_that_changes_meanwhile(
-    make_host: HostFactory, onnx_adapters: list[Adapter]
+    make_model: ModelFactory, onnx_adapters: list[Adapter]
 ) -> None:
     old, new = prefix_of(200 * "old "), prefix_of(200 * "new ")
-    host = await make_host(prefix=old)
-    await complete(host, after(old))
-    swapping = asyncio.create_task(host.use_adapter(onnx_adapters[0]))
+    model = await make_model(prefix=old)
+    await complete(model, after(old))
+    swapping = asyncio.create_task(model.use_adapter(onnx_adapters[0]))
     await until(lambda: len(workers()) == 2)
-    await host.prefill(new)
+    await model.prefill(new)
     await swapping
-    worker = await host._supervisor.ready(0.0)
+    worker = await model._supervisor.ready(0.0)
     await worker.idle.wait()
     for prefix in (new, old):
-        completion = await complete(host, after(prefix))
+        completion = await complete(model, after(prefix))
         assert completion.adapter == "20260101"
         assert completion.prompt_tokens - completion.cached_tokens < 50
 
@@ -686,44 +687,44 @@ async def test_a_worker_that_loads_prefills_a_prefix_that_changes_meanwhile(
 async def test_an_adapter_that_hangs_or_crashes_its_worker_fails_no_request(
     script: str,
     why: str,
-    make_host: HostFactory,
+    make_model: ModelFactory,
     onnx_adapters: list[Adapter],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     deaths: list[WorkerDeath] = []
-    host = await make_host(on_death=deaths.append, load_timeout=60.0)
-    await complete(host, SHORT)
-    pid = pid_of(host)
+    model = await make_model(on_death=deaths.append, load_timeout=60.0)
+    await complete(model, SHORT)
+    pid = pid_of(model)
     replace_worker(monkeypatch, script)
-    monkeypatch.setattr(host._loader, "timeout", 2.0)
-    swapping = asyncio.create_task(host.use_adapter(onnx_adapters[0]))
+    monkeypatch.setattr(model._loader, "timeout", 2.0)
+    swapping = asyncio.create_task(model.use_adapter(onnx_adapters[0]))
     longest = 0.0
     while not swapping.done():
         began = time.monotonic()
-        assert (await complete(host, SHORT)).adapter is None
+        assert (await complete(model, SHORT)).adapter is None
         longest = max(longest, time.monotonic() - began)
     error = await failure(swapping)
     assert isinstance(error, AdapterRejected)
     assert error.detail == f"The adapter 20260101 is refused: {why}"
     assert longest < 1.0
     assert workers() == {pid}
-    assert (pid_of(host), host.status().restarts, deaths) == (pid, 0, [])
+    assert (pid_of(model), model.status().restarts, deaths) == (pid, 0, [])
 
 
 async def test_closing_cancels_a_swap_that_loads(
-    make_host: HostFactory, onnx_adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
+    make_model: ModelFactory, onnx_adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    host = await make_host()
-    running = asyncio.create_task(complete(host, ENDLESS))
-    await until(lambda: tokens(host) > 0)
+    model = await make_model()
+    running = asyncio.create_task(complete(model, ENDLESS))
+    await until(lambda: tokens(model) > 0)
     replace_worker(monkeypatch, HANGS)
-    swaps = [asyncio.create_task(host.use_adapter(adapter)) for adapter in onnx_adapters]
+    swaps = [asyncio.create_task(model.use_adapter(adapter)) for adapter in onnx_adapters]
     await until(lambda: len(workers()) == 2)
-    closing = asyncio.create_task(host.close(grace=60.0))
+    closing = asyncio.create_task(model.close(grace=60.0))
     for swap in swaps:
         with pytest.raises(ModelUnavailable, match="shutting down"):
             await swap
-    await until(lambda: workers() == {pid_of(host)})
+    await until(lambda: workers() == {pid_of(model)})
     # The request that runs still has its time.
     assert not closing.done()
     running.cancel()
@@ -732,7 +733,7 @@ async def test_closing_cancels_a_swap_that_loads(
 
 
 async def test_a_damaged_adapter_is_refused_and_the_old_one_stays(
-    make_host: HostFactory, random_phi3_torch: Path, random_phi3_onnx: Path, tmp_path: Path
+    make_model: ModelFactory, random_phi3_torch: Path, random_phi3_onnx: Path, tmp_path: Path
 ) -> None:
     peft = write_adapter(random_phi3_torch, tmp_path / "peft")
     good, bad = tmp_path / "20260101", tmp_path / "20260102"
@@ -740,61 +741,61 @@ async def test_a_damaged_adapter_is_refused_and_the_old_one_stays(
     shutil.copytree(good, bad)
     content = (bad / ADAPTER_FILE).read_bytes()
     (bad / ADAPTER_FILE).write_bytes(content[:-100])
-    host = await make_host(random_phi3_onnx)
-    await host.use_adapter(Adapter(good))
-    expected, pid = await complete(host, SHORT), pid_of(host)
-    error = await failure(host.use_adapter(Adapter(bad)))
+    model = await make_model(random_phi3_onnx)
+    await model.use_adapter(Adapter(good))
+    expected, pid = await complete(model, SHORT), pid_of(model)
+    error = await failure(model.use_adapter(Adapter(bad)))
     assert isinstance(error, AdapterRejected)
     assert error.detail == (
         "The adapter 20260102 is refused: adapter.onnx_adapter is no adapter, or only a part of one"
     )
-    assert host.status().adapter == Adapter(good)
-    assert await complete(host, SHORT) == replace(expected, cached_tokens=ANY)
-    assert pid_of(host) == pid
+    assert model.status().adapter == Adapter(good)
+    assert await complete(model, SHORT) == replace(expected, cached_tokens=ANY)
+    assert pid_of(model) == pid
 
 
 async def test_a_request_that_has_queued_longer_than_a_load_may_take_gets_the_next_worker(
-    make_host: HostFactory,
+    make_model: ModelFactory,
 ) -> None:
-    host = await make_host(load_wait=2.0)
-    await until_loaded(host)
-    running = asyncio.create_task(complete(host, ENDLESS))
-    await until(lambda: tokens(host) > 0)
+    model = await make_model(load_wait=2.0)
+    await until_loaded(model)
+    running = asyncio.create_task(complete(model, ENDLESS))
+    await until(lambda: tokens(model) > 0)
     # However fast the machine is, it does not end by itself.
-    os.kill(pid_of(host), signal.SIGSTOP)
-    waiting = asyncio.create_task(complete(host, SHORT))
+    os.kill(pid_of(model), signal.SIGSTOP)
+    waiting = asyncio.create_task(complete(model, SHORT))
     began = time.monotonic()
     await until(lambda: time.monotonic() > began + 2.1)
-    os.kill(pid_of(host), signal.SIGKILL)
+    os.kill(pid_of(model), signal.SIGKILL)
     assert isinstance(await failure(running), ModelUnavailable)
     proposals.parse((await waiting).text)
 
 
-async def test_closing_fails_requests_that_wait(make_host: HostFactory) -> None:
-    host = await make_host()
-    await complete(host, SHORT)
-    running = [asyncio.create_task(complete(host, ENDLESS)) for _ in range(3)]
-    await until(lambda: tokens(host) > 200)
-    await host.close(grace=0.05)
+async def test_closing_fails_requests_that_wait(make_model: ModelFactory) -> None:
+    model = await make_model()
+    await complete(model, SHORT)
+    running = [asyncio.create_task(complete(model, ENDLESS)) for _ in range(3)]
+    await until(lambda: tokens(model) > 200)
+    await model.close(grace=0.05)
     async with asyncio.timeout(2):
         errors = [await failure(task) for task in running]
     assert all(isinstance(error, ModelUnavailable) for error in errors)
     with pytest.raises(ModelUnavailable, match="shutting down"):
-        await complete(host, SHORT)
+        await complete(model, SHORT)
 
 
 @pytest.mark.parametrize("workers_there", [1, 2])
 async def test_a_swap_that_is_cancelled_leaves_no_process(
     workers_there: int,
-    make_host: HostFactory,
+    make_model: ModelFactory,
     onnx_adapters: list[Adapter],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    host = await make_host()
-    await complete(host, SHORT)
-    pid = pid_of(host)
+    model = await make_model()
+    await complete(model, SHORT)
+    pid = pid_of(model)
     replace_worker(monkeypatch, HANGS)
-    swapping = asyncio.create_task(host.use_adapter(onnx_adapters[0]))
+    swapping = asyncio.create_task(model.use_adapter(onnx_adapters[0]))
     # Before its process is there, and when it loads.
     await asyncio.sleep(0)
     await until(lambda: len(workers()) == workers_there)
@@ -802,7 +803,7 @@ async def test_a_swap_that_is_cancelled_leaves_no_process(
     await asyncio.wait([swapping])
     assert swapping.cancelled()
     assert workers() == {pid}
-    assert (await complete(host, SHORT)).adapter is None
+    assert (await complete(model, SHORT)).adapter is None
 
 
 def workers() -> set[int]:
@@ -820,9 +821,9 @@ def command_line(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
 
-async def until_loaded(host: LocalModel) -> None:
-    await host.start()
-    await until(lambda: host.status().state == "ready")
+async def until_loaded(model: LocalModel) -> None:
+    await model.start()
+    await until(lambda: model.status().state == "ready")
 
 
 def replace_worker(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
@@ -833,7 +834,7 @@ def replace_worker(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
             [sys.executable, "-c", script], stdin=end.fileno(), stdout=end.fileno()
         )
 
-    monkeypatch.setattr(worker_process, "_spawn", spawn)
+    monkeypatch.setattr(process, "_spawn", spawn)
 
 
 @pytest.mark.parametrize(
@@ -850,7 +851,7 @@ async def test_a_worker_that_writes_no_valid_message_is_killed(
     monkeypatch: pytest.MonkeyPatch, script: str
 ) -> None:
     replace_worker(monkeypatch, script)
-    worker = await worker_process.WorkerProcess.start("phi3/fake")
+    worker = await process.WorkerProcess.start("phi3/fake")
     async with asyncio.timeout(10):
         assert isinstance(
             await failure(worker.load(Load("/models/phi3", "cpu", 1))), ModelUnavailable
@@ -862,7 +863,7 @@ async def test_a_worker_that_writes_no_valid_message_is_killed(
 async def test_a_worker_that_is_ready_too_late_still_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     # It answers with what it is sent second.
     replace_worker(monkeypatch, "input(); print(input(), flush=True)")
-    worker = await worker_process.WorkerProcess.start("phi3/fake")
+    worker = await process.WorkerProcess.start("phi3/fake")
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
             await worker.load(Load("/models/phi3", "cpu", 1))

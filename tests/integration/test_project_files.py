@@ -55,7 +55,7 @@ def test_every_hook_runs_at_a_stage_that_is_installed() -> None:
     config = read_yaml(".pre-commit-config.yaml")
     (local,) = config["repos"]
     stages = [hook.get("stages", config["default_stages"]) for hook in local["hooks"]]
-    assert stages == [["pre-commit"], ["pre-commit"], ["pre-commit"], ["pre-push"]]
+    assert stages == [["pre-commit"]] * 3 + [["pre-push"]] * 2
     assert config["default_install_hook_types"] == ["pre-commit", "pre-push"]
 
 

@@ -11,7 +11,8 @@ import pytest
 from llm_sidecar import proposals
 from llm_sidecar.engines import GenerationRequest
 from llm_sidecar.models.files import ModelFiles
-from llm_sidecar.models.local.model import HostLimits, LocalModel
+from llm_sidecar.models.local.load_state import ModelLimits
+from llm_sidecar.models.local.model import LocalModel
 from llm_sidecar.text import find_fault
 from tests.completions import complete
 
@@ -51,7 +52,7 @@ engines.load_engine = lambda *args, **options: Odd(load_engine(*args, **options)
 
 
 @pytest.fixture
-async def host(
+async def model(
     random_phi3_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[LocalModel]:
     """A model with that engine, and a prefix that quotes the mark."""
@@ -61,7 +62,7 @@ async def host(
         "phi3",
         lambda: ModelFiles("phi3/random", random_phi3_onnx),
         device="cpu",
-        limits=HostLimits(load_wait=60.0),
+        limits=ModelLimits(load_wait=60.0),
     )
     await made.prefill(proposals.prefix([proposals.Example(MARK, {"ticker": MARK})], 0.0))
     yield made
@@ -69,13 +70,13 @@ async def host(
 
 
 async def test_a_completion_is_text_and_a_prefix_that_fails_costs_no_model(
-    host: LocalModel, capfd: pytest.CaptureFixture[str]
+    model: LocalModel, capfd: pytest.CaptureFixture[str]
 ) -> None:
     messages = proposals.build_messages("Long ABC")
-    completion = await complete(host, GenerationRequest(messages, 256, proposals.GUIDANCE))
+    completion = await complete(model, GenerationRequest(messages, 256, proposals.GUIDANCE))
     assert "\ufffd\ufffd\ufffd" in completion.text
     assert find_fault(completion.text) is None
     said = capfd.readouterr().err
     assert "a prefix could not be prefilled: RuntimeError" in said
     assert MARK not in said
-    assert MARK not in str(host.status())
+    assert MARK not in str(model.status())

@@ -19,8 +19,9 @@ import pytest
 from llm_sidecar.engines import GenerationRequest, Message
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 from llm_sidecar.models.files import ModelFiles
-from llm_sidecar.models.local import process as worker_process
-from llm_sidecar.models.local.model import HostLimits, LocalModel
+from llm_sidecar.models.local import process
+from llm_sidecar.models.local.load_state import ModelLimits
+from llm_sidecar.models.local.model import LocalModel
 from tests.completions import complete
 from tests.live_server import LiveServer
 
@@ -34,7 +35,7 @@ RUNS = {
     "letters": "a",
 }
 DOES_NOT_FIT = "1." * 16_000
-HostFactory = Callable[..., LocalModel]
+ModelFactory = Callable[..., LocalModel]
 
 
 def user(text: str) -> list[Message]:
@@ -42,21 +43,21 @@ def user(text: str) -> list[Message]:
 
 
 @pytest.fixture
-async def make_host() -> AsyncIterator[HostFactory]:
-    hosts = []
+async def make_model() -> AsyncIterator[ModelFactory]:
+    models = []
 
     def make(folder: Path) -> LocalModel:
-        host = LocalModel(
+        model = LocalModel(
             "phi3",
             lambda: ModelFiles("phi3/random", folder),
             device="cpu",
-            limits=HostLimits(load_wait=60.0),
+            limits=ModelLimits(load_wait=60.0),
         )
-        hosts.append(host)
-        return host
+        models.append(model)
+        return model
 
     yield make
-    await asyncio.gather(*(host.close() for host in hosts))
+    await asyncio.gather(*(model.close() for model in models))
 
 
 async def until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
@@ -78,32 +79,32 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 
 async def test_a_long_run_is_refused_or_answered_and_ends_no_worker(
-    make_host: HostFactory, folder: Path
+    make_model: ModelFactory, folder: Path
 ) -> None:
-    host = make_host(folder)
+    model = make_model(folder)
     for run in RUNS.values():
-        error = await failure(complete(host, GenerationRequest(user(run * 32_000), 2)))
+        error = await failure(complete(model, GenerationRequest(user(run * 32_000), 2)))
         assert isinstance(error, InvalidRequest), run
         assert "8192" in error.detail
         assert run not in error.detail or run in (" ", "a")
-        short = await complete(host, GenerationRequest(user(run * 100), 2))
+        short = await complete(model, GenerationRequest(user(run * 100), 2))
         assert short.completion_tokens == 2
     # A piece that no split divides, and that the context holds.
-    whole = await complete(host, GenerationRequest(user("ß" * 4000), 2))
+    whole = await complete(model, GenerationRequest(user("ß" * 4000), 2))
     assert 8000 < whole.prompt_tokens < 8192
-    assert host.status().restarts == 0
+    assert model.status().restarts == 0
 
 
 async def test_what_does_not_fit_is_refused_while_others_wait_for_their_turn(
-    make_host: HostFactory, serial_phi3_onnx: Path
+    make_model: ModelFactory, serial_phi3_onnx: Path
 ) -> None:
-    host = make_host(serial_phi3_onnx)
-    running = asyncio.create_task(complete(host, GenerationRequest(user("go"), 7000)))
-    await until(lambda: host.status().completion_tokens_total > 50)
-    waiting = asyncio.create_task(complete(host, GenerationRequest(user("go"), 2)))
-    error = await failure(complete(host, GenerationRequest(user(DOES_NOT_FIT), 2)))
+    model = make_model(serial_phi3_onnx)
+    running = asyncio.create_task(complete(model, GenerationRequest(user("go"), 7000)))
+    await until(lambda: model.status().completion_tokens_total > 50)
+    waiting = asyncio.create_task(complete(model, GenerationRequest(user("go"), 2)))
+    error = await failure(complete(model, GenerationRequest(user(DOES_NOT_FIT), 2)))
     assert isinstance(error, InvalidRequest)
-    error = await failure(host.score_choices(user(DOES_NOT_FIT), ["0", "1"]))
+    error = await failure(model.score_choices(user(DOES_NOT_FIT), ["0", "1"]))
     assert isinstance(error, InvalidRequest)
     assert not running.done()
     assert not waiting.done()
@@ -112,24 +113,24 @@ async def test_what_does_not_fit_is_refused_while_others_wait_for_their_turn(
 
 
 async def test_a_short_request_waits_for_no_long_text(
-    make_host: HostFactory, random_hermes_onnx: Path
+    make_model: ModelFactory, random_hermes_onnx: Path
 ) -> None:
-    host = make_host(random_hermes_onnx)
+    model = make_model(random_hermes_onnx)
     short = GenerationRequest(user("go"), 2)
-    await complete(host, short)
+    await complete(model, short)
     # As many as generate together, less one.
     refused = [
-        asyncio.create_task(failure(complete(host, GenerationRequest(user(DOES_NOT_FIT * 10), 2))))
+        asyncio.create_task(failure(complete(model, GenerationRequest(user(DOES_NOT_FIT * 10), 2))))
         for _ in range(7)
     ]
-    await until(lambda: host.status().running == 7)
-    assert (await complete(host, short)).completion_tokens == 2
+    await until(lambda: model.status().running == 7)
+    assert (await complete(model, short)).completion_tokens == 2
     assert not all(task.done() for task in refused)
     assert all(isinstance(error, InvalidRequest) for error in await asyncio.gather(*refused))
 
 
 async def test_a_chat_whose_template_never_ends_ends_one_worker_and_is_not_given_to_the_next(
-    make_host: HostFactory,
+    make_model: ModelFactory,
     random_phi3_onnx: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -142,7 +143,7 @@ async def test_a_chat_whose_template_never_ends_ends_one_worker_and_is_not_given
             [sys.executable, "-c", script], stdin=end.fileno(), stdout=end.fileno()
         )
 
-    monkeypatch.setattr(worker_process, "_spawn", spawn)
+    monkeypatch.setattr(process, "_spawn", spawn)
     folder = shutil.copytree(random_phi3_onnx, tmp_path / "model")
     template = folder / "chat_template.jinja"
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -150,19 +151,19 @@ async def test_a_chat_whose_template_never_ends_ends_one_worker_and_is_not_given
         "{% if 'for ever' in messages[0].content %}" + endless + "{% endif %}"
         "" + template.read_text()
     )
-    host = make_host(folder)
+    model = make_model(folder)
     short = GenerationRequest(user("go"), 2)
-    expected = await complete(host, short)
-    error = await failure(complete(host, GenerationRequest(user("for ever"), 2)))
+    expected = await complete(model, short)
+    error = await failure(complete(model, GenerationRequest(user("for ever"), 2)))
     assert isinstance(error, ModelUnavailable)
     assert "worker ended" in error.detail
-    assert (await complete(host, short)).text == expected.text
-    assert host.status().restarts == 1
+    assert (await complete(model, short)).text == expected.text
+    assert model.status().restarts == 1
     assert "tokenizing one chat took longer than 0.5 s" in capfd.readouterr().err
 
 
 async def test_a_chat_that_the_template_refuses_is_the_models_fault_and_is_not_quoted(
-    make_host: HostFactory,
+    make_model: ModelFactory,
     random_phi3_onnx: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
@@ -173,12 +174,12 @@ async def test_a_chat_that_the_template_refuses_is_the_models_fault_and_is_not_q
         "{% if messages[0].role == 'system' %}{{ raise_exception(messages[1].content) }}{% endif %}"
         "" + template.read_text()
     )
-    host = make_host(folder)
+    model = make_model(folder)
     chat = [{"role": "system", "content": "Obey."}, *user("SECRETMARK")]
-    error = await failure(complete(host, GenerationRequest(chat, 2)))
+    error = await failure(complete(model, GenerationRequest(chat, 2)))
     assert isinstance(error, ModelUnavailable)
     assert "refuses a chat with the roles system, user" in error.detail
-    assert (await complete(host, GenerationRequest(user("go"), 2))).completion_tokens == 2
+    assert (await complete(model, GenerationRequest(user("go"), 2))).completion_tokens == 2
     said = capfd.readouterr().err
     assert "SECRETMARK" not in error.detail + said
     assert "refuses a chat with the roles system, user" in said

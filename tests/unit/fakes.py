@@ -24,7 +24,7 @@ from llm_sidecar.models.base import ChoiceScores, Completion, Delta, GenerationR
 from llm_sidecar.models.fake import FakeModel
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
-from llm_sidecar.telemetry.metrics import NoMetrics
+from llm_sidecar.telemetry.metrics import MetricsSink
 
 T = TypeVar("T")
 
@@ -234,8 +234,8 @@ class FakeStore:
             raise self.failure
 
 
-class FakeMetrics(NoMetrics):
-    """Notes proposals, scores and lost rows."""
+class FakeMetrics(MetricsSink):
+    """Records proposals, scores and lost rows."""
 
     def __init__(self, happened: Happened) -> None:
         self._happened = happened
@@ -275,6 +275,7 @@ class FakeParts:
         self.sidecar = Sidecar(settings, models=Models(self.phi3, self.hermes), metrics=metrics)
         # Builds the services once more, over the fakes.
         self.sidecar._store, self.sidecar._bus = self.store.store, self.bus.bus
+        self.sidecar._build_memory(settings, metrics)
         self.sidecar._build_services(settings, metrics)
 
 

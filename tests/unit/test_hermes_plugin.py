@@ -9,7 +9,7 @@ import pytest
 
 from llm_sidecar import hermes_plugin, loader
 from llm_sidecar.errors import ModelUnavailable
-from llm_sidecar.models.base import GenerationRequest, Message
+from llm_sidecar.models.base import ChoiceScores, GenerationRequest, Message
 
 PROPOSAL = {"ticker": "ABC", "action": "adjust", "new_stop_pct": 1.5, "rationale": "Größe zählt."}
 CONTEXT = "Long ABC from 100,\nnow 112.5."
@@ -110,7 +110,7 @@ def test_without_any_probability_there_is_no_score(nothing: float) -> None:
 
 def test_a_model_that_gives_no_answer_any_probability_is_unavailable() -> None:
     with pytest.raises(ModelUnavailable) as caught:
-        hermes_plugin.read_score(probabilities())
+        hermes_plugin.read_score(ChoiceScores(probabilities()))
     assert caught.value.detail == (
         "hermes gave no score: none of the answers 0 to 10 has any probability"
     )
@@ -118,13 +118,17 @@ def test_a_model_that_gives_no_answer_any_probability_is_unavailable() -> None:
 
 
 def test_a_score_of_little_mass_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    assert hermes_plugin.read_score(probabilities(_4=0.3, _5=0.1)) == pytest.approx(0.425)
+    assert hermes_plugin.read_score(ChoiceScores(probabilities(_4=0.3, _5=0.1))) == pytest.approx(
+        0.425
+    )
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("WARNING", "hermes gives the answers 0 to 10 a probability of only 0.400")
     ]
     caplog.clear()
     # From a half on it is enough.
-    assert hermes_plugin.read_score(probabilities(_4=0.25, _5=0.25)) == pytest.approx(0.45)
+    assert hermes_plugin.read_score(ChoiceScores(probabilities(_4=0.25, _5=0.25))) == pytest.approx(
+        0.45
+    )
     assert caplog.messages == []
 
 

@@ -22,7 +22,8 @@ from llm_sidecar.logs import log_context
 from llm_sidecar.models.base import Adapter, ModelStatus
 from llm_sidecar.models.files import ModelFiles
 from llm_sidecar.models.local import loader
-from llm_sidecar.models.local.model import HostLimits, LocalModel
+from llm_sidecar.models.local.load_state import ModelLimits
+from llm_sidecar.models.local.model import LocalModel
 from llm_sidecar.models.local.process import Inbox
 from llm_sidecar.models.local.protocol import (
     Begun,
@@ -103,7 +104,7 @@ class FakeWorker:
         inbox.put_nowait(Begun(id=number, at=0.0))
         inbox.put_nowait(progress(number, f"from {self.process.pid}", 2, "stop"))
 
-    def cancel(self, number: int) -> None:
+    def cancel(self, number: int, inbox: Inbox) -> None:
         """Ends a job."""
         if number in self.inboxes:
             self.answer(number)
@@ -211,7 +212,7 @@ class Made:
             self._locate,
             device="cpu",
             threads=3,
-            limits=HostLimits(**limits),  # type: ignore[arg-type]
+            limits=ModelLimits(**limits),  # type: ignore[arg-type]
             preload=preload,
             on_death=self.deaths.append,
         )

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from llm_sidecar.engines.base import GenerationRequest
 from llm_sidecar.errors import ModelUnavailable
+from llm_sidecar.logs import LogFormat
 from llm_sidecar.models.base import Adapter
 from llm_sidecar.models.files import ModelFiles
 from llm_sidecar.models.local.process import WorkerProcess
 from llm_sidecar.models.local.protocol import Load, Prefill
 
 log = logging.getLogger(__name__)
+
+_CHECK_SECONDS: Final = 0.2
+"""How long it is known whether the files exist; every health probe asks."""
 
 
 @dataclass(slots=True)
@@ -28,7 +34,8 @@ class WorkerLoader:
         device: `auto`, `cpu` or `cuda`.
         threads: of the runtime, on CPU.
         timeout: seconds that a model may load.
-        prefix: what most requests begin with at present.
+        log_format: of the workers' log lines.
+        prefix: the messages that most requests begin with at present.
         tokens: completion tokens that all workers have generated.
     """
 
@@ -37,8 +44,11 @@ class WorkerLoader:
     device: str
     threads: int
     timeout: float
+    log_format: LogFormat = "auto"
     prefix: GenerationRequest | None = None
     tokens: int = 0
+    _checked: float = -math.inf
+    _missing: str | None = None
 
     async def load(self, adapter: Adapter | None) -> WorkerProcess:
         """Starts a worker that is ready; stops it if the load fails or is cancelled.
@@ -49,7 +59,7 @@ class WorkerLoader:
         """
         files, prefix, began = self.locate(), self.prefix, time.monotonic()
         folder = None if adapter is None else str(adapter.folder)
-        load = Load(str(files.folder), self.device, self.threads, folder, prefix)
+        load = Load(str(files.folder), self.device, self.threads, folder, prefix, self.log_format)
         worker = await WorkerProcess.start(
             files.label, None if adapter is None else adapter.name, self._count_tokens
         )
@@ -76,6 +86,17 @@ class WorkerLoader:
             ready.device,
         )
         return worker
+
+    def missing(self) -> str | None:
+        """Why the model cannot be loaded; None if its files exist."""
+        now = time.monotonic()
+        if now >= self._checked + _CHECK_SECONDS:
+            self._checked, self._missing = now, None
+            try:
+                self.locate()
+            except ModelUnavailable as error:
+                self._missing = error.detail
+        return self._missing
 
     def _count_tokens(self, tokens: int) -> None:
         self.tokens += tokens

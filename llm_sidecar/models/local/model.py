@@ -1,7 +1,7 @@
 """A language model on this machine: `ChatModel` over a worker process that holds it.
 
-Requests are served first come, first served, as many at a time as the worker generates together,
-each within its deadline. Closing a stream stops the generation in the worker, which a `Supervisor`
+Requests are served in FIFO order, up to the worker's batch capacity at a time, each within its
+deadline. Closing a stream stops the generation in the worker, which a `Supervisor`
 keeps running.
 """
 
@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import replace
 
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines.base import ANSWER_TOKENS
-from llm_sidecar.errors import ModelUnavailable, SidecarError
+from llm_sidecar.errors import InvalidRequest, ModelUnavailable
+from llm_sidecar.logs import LogFormat
 from llm_sidecar.models.base import (
     Adapter,
     ChatModel,
@@ -26,11 +28,24 @@ from llm_sidecar.models.base import (
     ModelStatus,
 )
 from llm_sidecar.models.files import ModelFiles
-from llm_sidecar.models.local.job_runner import JobRunner
-from llm_sidecar.models.local.limits import HostLimits
+from llm_sidecar.models.local.load_state import ModelLimits
 from llm_sidecar.models.local.loader import WorkerLoader
 from llm_sidecar.models.local.process import WorkerProcess
-from llm_sidecar.models.local.protocol import Generate, Prefill, Progress, ScoreChoices, Scores
+from llm_sidecar.models.local.protocol import (
+    Answer,
+    Begun,
+    Check,
+    Died,
+    Failed,
+    Generate,
+    Job,
+    Prefill,
+    Progress,
+    ScoreChoices,
+    Scores,
+    error_of,
+    is_final,
+)
 from llm_sidecar.models.local.request_queue import RequestQueue
 from llm_sidecar.models.local.supervisor import Supervisor
 from llm_sidecar.telemetry.calls import (
@@ -41,8 +56,6 @@ from llm_sidecar.telemetry.calls import (
     WorkerDeath,
     observed,
 )
-
-__all__ = ["HostLimits", "LocalModel"]
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +70,9 @@ class LocalModel(ChatModel):
         *,
         device: str = "auto",
         threads: int = 1,
-        limits: HostLimits | None = None,
+        limits: ModelLimits | None = None,
         preload: bool = False,
+        log_format: LogFormat = "auto",
         observer: CallObserver | None = None,
         on_death: Callable[[WorkerDeath], None] = lambda death: None,
     ) -> None:
@@ -70,21 +84,23 @@ class LocalModel(ChatModel):
             device: `auto`, `cpu` or `cuda`.
             threads: of the runtime, on CPU.
             limits: bounds of queue and time.
-            preload: `start` loads the model, which is not ready until then; otherwise the first
-                request loads it.
-            observer: observes every call.
+            preload: whether `start` loads the model, which is not ready until then; otherwise the
+                first request loads it.
+            log_format: of the worker's log lines.
+            observer: receives the start and the end of each call.
             on_death: is called with each unexpected end of a worker.
         """
-        self._limits = limits or HostLimits()
+        self._limits = limits or ModelLimits()
         self._preload = preload
         self._observer = observer or Observers()
         self._on_death = on_death
-        self._loader = WorkerLoader(name, locate, device, threads, self._limits.load_timeout)
+        self._loader = WorkerLoader(
+            name, locate, device, threads, self._limits.load_timeout, log_format
+        )
         self._supervisor = Supervisor(
             self._loader, self._limits, preload=preload, on_death=self._report_death
         )
         self._queue = RequestQueue(name, self._limits.queue_length)
-        self._jobs = JobRunner(self._supervisor, self._queue, self._limits.load_wait)
 
     async def stream(
         self,
@@ -95,8 +111,8 @@ class LocalModel(ChatModel):
     ) -> AsyncGenerator[Delta, None]:
         """Generates; see `ChatModel.stream`."""
         deadline = deadline or Deadline.after(self._limits.request_timeout)
-        with self._call("generate") as call:
-            answers = self._jobs.run(call, Generate(request=request), deadline)
+        with self._call("generate", deadline) as call:
+            answers = self._run(call, Generate(request=request), deadline)
             try:
                 async with contextlib.aclosing(answers):
                     async for answer in answers:
@@ -104,7 +120,7 @@ class LocalModel(ChatModel):
                             yield _delta(call, answer.text)
             except TimeoutError:
                 if not (allow_partial and call.completion_tokens):
-                    raise self._missed(call, deadline) from None
+                    raise
                 call.finish_reason = "deadline"
                 yield _delta(call, "")
 
@@ -117,33 +133,30 @@ class LocalModel(ChatModel):
         """Scores; see `ChatModel.score_choices`."""
         deadline = deadline or Deadline.after(self._limits.request_timeout)
         job = ScoreChoices(request=GenerationRequest(messages, ANSWER_TOKENS), choices=choices)
-        with self._call("score_choices") as call:
-            try:
-                async with contextlib.aclosing(self._jobs.run(call, job, deadline)) as answers:
-                    async for answer in answers:
-                        if isinstance(answer, Scores):
-                            probabilities = answer.probabilities
-            except TimeoutError:
-                raise self._missed(call, deadline) from None
+        with self._call("score_choices", deadline) as call:
+            async with contextlib.aclosing(self._run(call, job, deadline)) as answers:
+                async for answer in answers:
+                    if isinstance(answer, Scores):
+                        probabilities = answer.probabilities
         return ChoiceScores(probabilities)
 
     async def prefill(self, prefix: GenerationRequest) -> None:
-        """Prefills this prefix, now and at each load; requests go first."""
+        """Prefills this prefix, now and at each load; requests have priority."""
         self._loader.prefix = prefix
         if (worker := self._supervisor.slot.live_worker) is not None:
             _, inbox = worker.send(Prefill(request=prefix))
             await inbox.get()
 
     async def use_adapter(self, adapter: Adapter | None) -> None:
-        """Answers the next requests with another adapter; see `ChatModel.use_adapter`.
+        """Switches the adapter; see `ChatModel.use_adapter`.
 
-        A second worker loads the model with it, so no request waits. Cancelling this call cancels
-        the change.
+        A second worker loads the model with the adapter, so no request waits. Cancelling this call
+        cancels the switch.
         """
         await self._supervisor.use_adapter(adapter)
 
     async def start(self, adapter: Adapter | None = None) -> None:
-        """Begins to serve with this adapter; loads the model now if it is preloaded."""
+        """Starts to serve with this adapter; loads the model now if it is preloaded."""
         self._supervisor.adapter = adapter
         if self._preload:
             try:
@@ -165,28 +178,90 @@ class LocalModel(ChatModel):
         self._supervisor.drain()
 
     async def close(self, grace: float = 0.0) -> None:
-        """Refuses new requests, lets running ones end within `grace` seconds, ends all workers."""
+        """Refuses new requests, gives running ones `grace` seconds to finish, then ends all
+        workers."""
         self._supervisor.refuse()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
                 await self._queue.idle.wait()
         await self._supervisor.close()
-        self._jobs.close()
 
     @contextlib.contextmanager
-    def _call(self, operation: Operation) -> Iterator[ModelCall]:
-        """Admits a request and observes it."""
+    def _call(self, operation: Operation, deadline: Deadline) -> Iterator[ModelCall]:
+        """Admits a request and observes it; a TimeoutError becomes the error that says why."""
         with observed(self._observer, ModelCall(self._loader.name, operation)) as call:
             self._supervisor.check_open()
             with self._queue.admit():
                 self._supervisor.start()
-                yield call
+                try:
+                    yield call
+                except TimeoutError:
+                    if call.begun is None and not self._supervisor.load_state.is_ready:
+                        raise self._supervisor.load_state.error() from None
+                    raise deadline.exceeded(call, self._queue.retry_after()) from None
 
-    def _missed(self, call: ModelCall, deadline: Deadline) -> SidecarError:
-        """The error of a call whose deadline has passed."""
-        if call.begun is None and not self._supervisor.load_state.is_ready:
-            return self._supervisor.load_state.error()
-        return deadline.exceeded(call, self._queue.retry_after())
+    async def _run(
+        self, call: ModelCall, job: Job, deadline: Deadline
+    ) -> AsyncGenerator[Answer, None]:
+        """Yields the answers to a job and records them in the call; closing it cancels the job.
+
+        A job whose worker dies before it begins goes to the next worker.
+
+        Raises:
+            InvalidRequest, ModelUnavailable
+            TimeoutError: the deadline passes first.
+        """
+        ready_by = time.monotonic() + deadline.remaining()
+        if self._limits.load_wait is not None:
+            ready_by = min(ready_by, time.monotonic() + self._limits.load_wait)
+        self._supervisor.check_waiting(ready_by)
+        if self._queue.busy:
+            async with deadline.timeout():
+                await self._check(job.request, ready_by)
+        async with self._queue.turn(deadline):
+            answered = False
+            while not answered:
+                async with deadline.timeout():
+                    worker = await self._supervisor.ready(ready_by)
+                async with contextlib.aclosing(self._serve(worker, call, job, deadline)) as answers:
+                    async for answer in answers:
+                        answered = is_final(answer)
+                        yield answer
+
+    async def _check(self, request: GenerationRequest, ready_by: float) -> None:
+        """Refuses a prompt that does not fit the context before it waits for its turn."""
+        worker = await self._supervisor.ready(ready_by)
+        _, inbox = worker.send(Check(request=request))
+        answer = await inbox.get()
+        if isinstance(answer, Failed) and answer.invalid:
+            raise InvalidRequest(answer.detail)
+
+    async def _serve(
+        self, worker: WorkerProcess, call: ModelCall, job: Job, deadline: Deadline
+    ) -> AsyncGenerator[Answer, None]:
+        """Sends a job to one worker and yields its answers: none if it dies before it begins."""
+        assert worker.ready is not None
+        self._queue.grow(worker.ready.capacity)
+        call.served_by, call.adapter = worker.label, worker.adapter
+        number, inbox = worker.send(job)
+        worker.calls[number] = call
+        answer: Answer | None = None
+        self._queue.running += 1
+        try:
+            while answer is None or not is_final(answer):
+                async with deadline.timeout():
+                    answer = await inbox.get()
+                _note(call, answer)
+                if not isinstance(answer, Failed | Died):
+                    yield answer
+        finally:
+            self._queue.running -= 1
+            if not isinstance(answer, Died):
+                del worker.calls[number]
+            if answer is None or not is_final(answer):
+                worker.cancel(number, inbox)
+        if isinstance(answer, Failed) or (isinstance(answer, Died) and call.begun is not None):
+            raise error_of(answer, call.model)
 
     def _report_death(self, worker: WorkerProcess) -> None:
         call = next(iter(worker.calls.values()), None)
@@ -206,3 +281,17 @@ def _delta(call: ModelCall, text: str) -> Delta:
         call.cached_tokens,
         call.finish_reason,
     )
+
+
+def _note(call: ModelCall, answer: Answer) -> None:
+    """Records the times and counts of an answer in the call."""
+    if isinstance(answer, Begun):
+        call.begun = answer.at
+    elif isinstance(answer, Progress):
+        call.progressed(
+            answer.at,
+            prompt_tokens=answer.prompt_tokens,
+            completion_tokens=answer.completion_tokens,
+            cached_tokens=answer.cached_tokens,
+            finish_reason=answer.finish_reason,
+        )

@@ -32,6 +32,7 @@ from llm_sidecar.models.local.protocol import (
     encode,
     is_final,
 )
+from llm_sidecar.tasks import TaskSet
 from llm_sidecar.telemetry.calls import ModelCall
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ _LINE_LIMIT: Final = 64 << 20
 """Bytes of one line from the worker."""
 _EXIT_GRACE: Final = 3.0
 """Seconds a worker has to end after its input was closed."""
-
+_CANCEL_GRACE: Final = 30.0
+"""Seconds a worker has to end a cancelled job; then it counts as hung and is killed."""
 
 Inbox = asyncio.Queue[Answer]
 """The answers to one job."""
@@ -98,6 +100,7 @@ class WorkerProcess:
         self._numbers = itertools.count(1)
         self._inboxes: dict[int, Inbox] = {}
         self._loaded: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._watchdogs = TaskSet()
         self._reader = asyncio.create_task(self._read(stdout))
 
     @classmethod
@@ -165,10 +168,11 @@ class WorkerProcess:
         self.idle.clear()
         return number, inbox
 
-    def cancel(self, number: int) -> None:
-        """Cancels a job, if the worker still has it."""
+    def cancel(self, number: int, inbox: Inbox) -> None:
+        """Cancels a job, if the worker still has it; kills a worker that does not end it soon."""
         if number in self._inboxes:
             self._write(Cancel(number))
+            self._watchdogs.start(self._kill_if_hung(inbox))
 
     async def stop(self) -> None:
         """Closes the worker's input, so that it ends; kills it if it does not."""
@@ -193,6 +197,15 @@ class WorkerProcess:
         if code is not None and code < 0:
             return f"signal {signal.Signals(-code).name}"
         return f"exit status {code}"
+
+    async def _kill_if_hung(self, inbox: Inbox) -> None:
+        try:
+            async with asyncio.timeout(_CANCEL_GRACE):
+                while not is_final(await inbox.get()):
+                    pass
+        except TimeoutError:
+            log.error("%s does not end a cancelled request; killing it", self.label)
+            self.process.kill()
 
     def _write(self, message: msgspec.Struct) -> None:
         line = encode(message)

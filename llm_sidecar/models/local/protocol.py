@@ -19,6 +19,8 @@ from typing import Final
 import msgspec
 
 from llm_sidecar.engines.base import FinishReason, GenerationRequest
+from llm_sidecar.errors import InvalidRequest, ModelUnavailable, SidecarError
+from llm_sidecar.logs import LogFormat
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
@@ -29,7 +31,8 @@ class Load(msgspec.Struct, frozen=True, tag=True):
         device: `auto`, `cpu` or `cuda`.
         threads: of the runtime, on CPU.
         adapter: folder of the adapter, or None.
-        prefix: what most requests begin with; it is prefilled before the worker is ready.
+        prefix: the messages that most requests begin with; prefilled before the worker is ready.
+        log_format: of the worker's log lines.
     """
 
     folder: str
@@ -37,6 +40,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     threads: int
     adapter: str | None = None
     prefix: GenerationRequest | None = None
+    log_format: LogFormat = "auto"
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -51,7 +55,7 @@ class Generate(Job, frozen=True):
 
 
 class ScoreChoices(Job, frozen=True, kw_only=True):
-    """Computes how probable each of these answers is."""
+    """Computes the probability of each of these answers."""
 
     choices: Sequence[str]
 
@@ -76,7 +80,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     Attributes:
         runtime: package that runs it.
         device: `cpu` or `cuda`.
-        context_length: greatest number of prompt and completion tokens in one request.
+        context_length: maximum number of prompt and completion tokens of a request.
         capacity: requests that are generated at the same time.
     """
 
@@ -112,7 +116,7 @@ class Progress(Answer, frozen=True, kw_only=True):
     """New text of a completion.
 
     Attributes:
-        text: what was generated since the last message.
+        text: generated since the last message.
         prompt_tokens, completion_tokens: so far.
         cached_tokens: prompt tokens whose prefill was reused from an earlier prompt.
         new_tokens: completion tokens since the last message.
@@ -134,7 +138,7 @@ class Scores(Answer, frozen=True, kw_only=True):
 
 
 class Done(Answer, frozen=True):
-    """The job has ended and has no result."""
+    """The job has ended without a result."""
 
 
 class Died(Answer, frozen=True, kw_only=True):
@@ -171,6 +175,19 @@ def is_final(answer: Answer) -> bool:
     if isinstance(answer, Progress):
         return answer.finish_reason is not None
     return not isinstance(answer, Begun)
+
+
+def error_of(answer: Failed | Died, name: str) -> SidecarError:
+    """The error of a job of this model that has failed."""
+    if isinstance(answer, Died):
+        return ModelUnavailable(
+            f"The {name} worker ended while it answered ({answer.how}); try again.", retry_after=1
+        )
+    if answer.invalid:
+        return InvalidRequest(answer.detail)
+    return ModelUnavailable(
+        f"The {name} model failed on this request ({answer.detail}); see the log.", retry_after=1
+    )
 
 
 def encode(message: msgspec.Struct) -> bytes:

@@ -14,9 +14,7 @@ from llm_sidecar.errors import AdapterRejected, ModelUnavailable
 from llm_sidecar.logs import start_detached
 from llm_sidecar.models.base import Adapter, ModelStatus
 from llm_sidecar.models.local.backoff import Backoff
-from llm_sidecar.models.local.file_check import FileCheck
-from llm_sidecar.models.local.limits import HostLimits
-from llm_sidecar.models.local.load_state import LoadState
+from llm_sidecar.models.local.load_state import LoadState, ModelLimits
 from llm_sidecar.models.local.loader import WorkerLoader
 from llm_sidecar.models.local.process import WorkerEnded, WorkerProcess
 from llm_sidecar.models.local.slot import WorkerSlot
@@ -40,7 +38,7 @@ class Supervisor:
     def __init__(
         self,
         loader: WorkerLoader,
-        limits: HostLimits,
+        limits: ModelLimits,
         *,
         preload: bool,
         on_death: Callable[[WorkerProcess], None],
@@ -59,7 +57,6 @@ class Supervisor:
         self._loader = loader
         self._limits = limits
         self._on_death = on_death
-        self._files = FileCheck(loader.locate)
         self._backoff = Backoff()
         self._supervision: asyncio.Task[None] | None = None
         self._swap: asyncio.Task[None] | None = None
@@ -153,7 +150,7 @@ class Supervisor:
         """The state, without the counts of requests."""
         load = self.load_state
         unloaded = load.state == "unloaded"
-        missing = self._files.missing() if unloaded else None
+        missing = self._loader.missing() if unloaded else None
         worker = self.slot.live_worker
         info = worker.ready if worker else None
         return ModelStatus(

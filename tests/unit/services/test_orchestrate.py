@@ -23,7 +23,7 @@ from llm_sidecar.errors import (
 )
 from llm_sidecar.models.base import Delta, GenerationRequest
 from llm_sidecar.proposals import Proposed
-from llm_sidecar.services.orchestrate import AssessedProposal
+from llm_sidecar.services.proposal_run import AssessedProposal
 from tests.unit.fakes import FakeParts, PausedModel, last_of, until
 from tests.unit.services.samples import (
     CRITIQUE,

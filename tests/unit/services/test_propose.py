@@ -17,7 +17,7 @@ from llm_sidecar.models.base import Delta, GenerationRequest
 from llm_sidecar.models.fake import FakeModel
 from llm_sidecar.proposals import Example, Proposed
 from llm_sidecar.services.propose import Proposer
-from llm_sidecar.telemetry.metrics import NoMetrics
+from llm_sidecar.telemetry.metrics import MetricsSink
 from tests.unit.fakes import PausedModel, completion, last_of
 from tests.unit.services.samples import PROMPT, PROPOSAL, UNGROUNDED, parts
 from tests.unit.services.samples import WRITTEN as WRITTEN_OF_ABC
@@ -45,7 +45,7 @@ def proposer(
     retry: bool = False,
 ) -> Proposer:
     return Proposer(
-        fake, lambda: examples, NoMetrics(), temperature=temperature, timeout=timeout, retry=retry
+        fake, lambda: examples, MetricsSink(), temperature=temperature, timeout=timeout, retry=retry
     )
 
 
@@ -186,7 +186,7 @@ async def test_what_is_not_grounded_is_named() -> None:
 def retried(tickers: list[str]) -> GenerationRequest:
     first = request(EXAMPLES, 300, 0.5, CONTEXT)
     guidance = proposals.grounded_guidance(CONTEXT, tickers)
-    return replace(first, guidance=guidance, seed=0)
+    return replace(first, guidance=guidance)
 
 
 async def propose_again(fake: FakeModel, deadline: Deadline | None = None) -> Proposed:
