@@ -32,7 +32,7 @@ class CheckedRoute(APIRoute):
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's own handler, after the checks."""
+        """Wraps FastAPI's handler in the checks."""
         handle = super().get_route_handler()
 
         async def check_and_handle(request: Request) -> Response:

@@ -63,7 +63,7 @@ def block_new(listener: socket.socket) -> bool:
 
 
 def waiting(listener: socket.socket) -> int:
-    """How many connections wait to be accepted; 0 if the system does not report it."""
+    """The number of connections that wait to be accepted; 0 if the system does not report it."""
     if sys.platform != "linux" or listener.family == socket.AF_UNIX:
         return 0
     try:

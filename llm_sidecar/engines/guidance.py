@@ -30,7 +30,7 @@ class Grammars:
         self._compiled = functools.lru_cache(_KEPT)(self._compile)
 
     def matcher(self, schema: str) -> Any:
-        """A new matcher, which decides token by token what may follow.
+        """Creates a matcher, which masks the next token at each step.
 
         Raises:
             ValueError: llguidance refuses the schema.

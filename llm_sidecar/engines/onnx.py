@@ -30,11 +30,11 @@ def has_cuda() -> bool:
 
 
 class GeneratorStates:
-    """A generator, of which only the attention states are used.
+    """The attention states of an onnxruntime-genai generator; its sampling is not used.
 
     Attributes:
-        capacity: greatest number of tokens.
-        switch: number of tokens from which on all states are others.
+        capacity: maximum number of tokens.
+        switch: number of tokens beyond which the rotary embeddings, and so all states, differ.
     """
 
     def __init__(self, generator: Any, capacity: int, switch: int) -> None:
@@ -44,12 +44,12 @@ class GeneratorStates:
 
     @property
     def length(self) -> int:
-        """Tokens so far."""
+        """The number of tokens so far."""
         return int(self.generator.token_count())
 
     @property
     def rewinds(self) -> bool:
-        """False beyond the switch: shorter prompts need other states."""
+        """False beyond `switch`: shorter prompts need states of the other embeddings."""
         return self.length <= self.switch
 
     def rewind(self, length: int) -> None:
@@ -57,7 +57,7 @@ class GeneratorStates:
         self.generator.rewind_to(length)
 
     def append(self, tokens: Sequence[int]) -> None:
-        """Processes tokens; beyond the switch also all before them."""
+        """Processes tokens; processes all earlier ones again when the length passes `switch`."""
         length = self.length
         if length <= self.switch < length + len(tokens) and length > 0:
             tokens = [*self.generator.get_sequence(0).tolist(), *tokens]

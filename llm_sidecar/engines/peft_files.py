@@ -42,7 +42,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The adapter's configuration.
 
     Raises:
-        AdapterRejected: it is missing or broken, or the adapter is more than LoRA.
+        AdapterRejected: it is missing or invalid, or the adapter is not a plain LoRA.
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
@@ -52,7 +52,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG_FILE).read_bytes())
     except (ValueError, RecursionError):
-        raise AdapterRejected(f"its {CONFIG_FILE} is no JSON") from None
+        raise AdapterRejected(f"its {CONFIG_FILE} is not JSON") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise AdapterRejected(f"its {CONFIG_FILE} is not that of a LoRA adapter")
     for setting in _UNSUPPORTED:
@@ -71,9 +71,9 @@ def matrix_of(key: str) -> tuple[str, str]:
     """(module, `A` or `B`) of a tensor of the adapter.
 
     Raises:
-        AdapterRejected: it is no matrix of LoRA, and would replace a weight of the model.
+        AdapterRejected: it is not a LoRA matrix, and would replace a weight of the model.
     """
     match = _MATRIX.fullmatch(key)
     if match is None:
-        raise AdapterRejected(f"it holds {key}, which is no matrix of LoRA")
+        raise AdapterRejected(f"it holds {key}, which is not a LoRA matrix")
     return match[1], match[2]

@@ -171,7 +171,7 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
         return self._json("POST", "/adapters/swap", body)
 
     def health(self) -> JSONAnswer:
-        """The state of the sidecar and of each of its parts."""
+        """The state of the sidecar and of each of its components."""
         return self._json("GET", "/health")
 
     def live(self) -> Flag:

@@ -81,7 +81,7 @@ async def speak(body: SpeakRequest, request: Request, sidecar: CurrentSidecar) -
 
 
 async def _speak(sidecar: Sidecar, body: SpeakRequest) -> Spoken:
-    # Before the reference is decoded, which is wasted on a request that is refused.
+    # Checked first, because decoding the reference is wasted on a request that is refused.
     sidecar.speaker.check_capacity()
     reference = None
     if body.ref_wav_b64 is not None:

@@ -13,7 +13,7 @@ _CACHE_SECONDS: Final = 0.2
 
 
 class FileCheck:
-    """Looks for a model's files; every health probe asks."""
+    """Looks for a model's files; cached, because every health probe calls it."""
 
     def __init__(self, locate: Callable[[], ModelFiles]) -> None:
         self._locate = locate

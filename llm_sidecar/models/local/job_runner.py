@@ -35,7 +35,7 @@ _CANCEL_GRACE: Final = 30.0
 
 
 class JobRunner:
-    """Runs the jobs of one model, as many at a time as the worker has capacity for."""
+    """Runs the jobs of one model, up to the worker's capacity at a time."""
 
     def __init__(
         self, supervisor: Supervisor, queue: RequestQueue, load_wait: float | None
@@ -44,7 +44,7 @@ class JobRunner:
 
         Args:
             supervisor: provides the worker.
-            queue: decides which job is next.
+            queue: determines which job runs next.
             load_wait: seconds that a job waits for a loading model; None: until its deadline.
         """
         self._supervisor = supervisor
@@ -138,7 +138,7 @@ class JobRunner:
 
 
 def _note(call: ModelCall, answer: Answer) -> None:
-    """Records the times and counts of an answer."""
+    """Records the times and counts of an answer in the call."""
     if isinstance(answer, Begun):
         call.begun = answer.at
     elif isinstance(answer, Progress):

@@ -11,7 +11,7 @@ class HostLimits:
 
     Attributes:
         queue_length: requests that may run and wait at once.
-        request_timeout: from admission to the answer, for a call without a deadline of its own.
+        request_timeout: from admission to the answer, for a call without a deadline.
         load_wait: how long a request waits for a loading model; None: until its deadline.
         load_timeout: how long a model may load.
     """
@@ -23,7 +23,8 @@ class HostLimits:
 
     @property
     def patience(self) -> float:
-        """How long a request waits for a loading model, if its deadline is not earlier."""
+        """Seconds that a request waits for a loading model; its deadline may end the wait
+        earlier."""
         if self.load_wait is None:
             return self.request_timeout
         return min(self.load_wait, self.request_timeout)

@@ -1,4 +1,4 @@
-"""Whether a model is loaded, and how long a request should wait until it is."""
+"""Whether a model is loaded, and how long a request waits for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class LoadState:
     Attributes:
         state: see `ModelStatus`.
         reason: of the last failure, until the model is ready again.
-        restarts: failures after which the model is loaded again.
+        restarts: the number of failures so far, each followed by another load.
     """
 
     def __init__(self, name: str, limits: HostLimits, *, preload: bool) -> None:
@@ -25,7 +25,7 @@ class LoadState:
         Args:
             name: `phi3` or `hermes`.
             limits: how long a request waits for the model.
-            preload: requests should not have to wait for the first load.
+            preload: whether the model loads at the start, before any request.
         """
         self.state: State = "unloaded"
         self.reason: str | None = None
@@ -39,22 +39,22 @@ class LoadState:
         self._load_failed = False
 
     def begin(self) -> None:
-        """The first load begins."""
+        """Records that the first load begins."""
         self.state, self.reason, self._began = "loading", None, time.monotonic()
 
     def retry(self) -> None:
-        """The next load after a failure begins."""
+        """Records that the next load after a failure begins."""
         self.state = "loading"
 
     def ready(self) -> None:
-        """A worker serves requests."""
+        """Records that a worker serves requests."""
         self.state, self.reason = "ready", None
 
     def fail(self, reason: str, delay: float, *, served: bool) -> None:
-        """The model is loaded again after this delay.
+        """Records a failure; the model is loaded again after `delay` seconds.
 
         Args:
-            served: whether a worker has died that served requests; otherwise the load failed.
+            served: True if a worker that served requests has died, False if a load has failed.
         """
         now = time.monotonic()
         self.state, self.reason, self._next_load = "failed", reason, now + delay
@@ -69,15 +69,16 @@ class LoadState:
         return self.state == "ready"
 
     def wait_until(self, by: float) -> float:
-        """When a request stops waiting: at `by`, or later if a worker died during the wait."""
+        """The time at which a request stops waiting: `by`, or later if a worker died during the
+        wait."""
         load_wait = self._limits.load_wait
         return by if load_wait is None else max(by, self._died + load_wait)
 
     def is_hopeless(self, by: float) -> bool:
-        """Whether the model will most likely not be ready before a request stops waiting.
+        """Whether the model is unlikely to be ready before a request stops waiting.
 
-        After a failed load the next one most likely fails too. But a worker that has served before
-        it died is replaced soon.
+        After a failed load the next one is likely to fail too. A worker that died after it had
+        served is replaced soon.
         """
         if self.state != "failed":
             return False

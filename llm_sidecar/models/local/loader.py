@@ -28,7 +28,7 @@ class WorkerLoader:
         device: `auto`, `cpu` or `cuda`.
         threads: of the runtime, on CPU.
         timeout: seconds that a model may load.
-        prefix: what most requests begin with at present.
+        prefix: the messages that most requests begin with at present.
         tokens: completion tokens that all workers have generated.
     """
 

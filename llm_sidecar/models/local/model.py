@@ -1,7 +1,7 @@
 """A language model on this machine: `ChatModel` over a worker process that holds it.
 
-Requests are served first come, first served, as many at a time as the worker generates together,
-each within its deadline. Closing a stream stops the generation in the worker, which a `Supervisor`
+Requests are served in FIFO order, up to the worker's batch capacity at a time, each within its
+deadline. Closing a stream stops the generation in the worker, which a `Supervisor`
 keeps running.
 """
 
@@ -70,9 +70,9 @@ class LocalModel(ChatModel):
             device: `auto`, `cpu` or `cuda`.
             threads: of the runtime, on CPU.
             limits: bounds of queue and time.
-            preload: `start` loads the model, which is not ready until then; otherwise the first
-                request loads it.
-            observer: observes every call.
+            preload: whether `start` loads the model, which is not ready until then; otherwise the
+                first request loads it.
+            observer: receives the start and the end of each call.
             on_death: is called with each unexpected end of a worker.
         """
         self._limits = limits or HostLimits()
@@ -128,22 +128,22 @@ class LocalModel(ChatModel):
         return ChoiceScores(probabilities)
 
     async def prefill(self, prefix: GenerationRequest) -> None:
-        """Prefills this prefix, now and at each load; requests go first."""
+        """Prefills this prefix, now and at each load; requests have priority."""
         self._loader.prefix = prefix
         if (worker := self._supervisor.slot.live_worker) is not None:
             _, inbox = worker.send(Prefill(request=prefix))
             await inbox.get()
 
     async def use_adapter(self, adapter: Adapter | None) -> None:
-        """Answers the next requests with another adapter; see `ChatModel.use_adapter`.
+        """Switches the adapter; see `ChatModel.use_adapter`.
 
-        A second worker loads the model with it, so no request waits. Cancelling this call cancels
-        the change.
+        A second worker loads the model with the adapter, so no request waits. Cancelling this call
+        cancels the switch.
         """
         await self._supervisor.use_adapter(adapter)
 
     async def start(self, adapter: Adapter | None = None) -> None:
-        """Begins to serve with this adapter; loads the model now if it is preloaded."""
+        """Starts to serve with this adapter; loads the model now if it is preloaded."""
         self._supervisor.adapter = adapter
         if self._preload:
             try:
@@ -165,7 +165,8 @@ class LocalModel(ChatModel):
         self._supervisor.drain()
 
     async def close(self, grace: float = 0.0) -> None:
-        """Refuses new requests, lets running ones end within `grace` seconds, ends all workers."""
+        """Refuses new requests, gives running ones `grace` seconds to finish, then ends all
+        workers."""
         self._supervisor.refuse()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):

@@ -29,7 +29,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
         device: `auto`, `cpu` or `cuda`.
         threads: of the runtime, on CPU.
         adapter: folder of the adapter, or None.
-        prefix: what most requests begin with; it is prefilled before the worker is ready.
+        prefix: the messages that most requests begin with; prefilled before the worker is ready.
     """
 
     folder: str
@@ -51,7 +51,7 @@ class Generate(Job, frozen=True):
 
 
 class ScoreChoices(Job, frozen=True, kw_only=True):
-    """Computes how probable each of these answers is."""
+    """Computes the probability of each of these answers."""
 
     choices: Sequence[str]
 
@@ -112,7 +112,7 @@ class Progress(Answer, frozen=True, kw_only=True):
     """New text of a completion.
 
     Attributes:
-        text: what was generated since the last message.
+        text: generated since the last message.
         prompt_tokens, completion_tokens: so far.
         cached_tokens: prompt tokens whose prefill was reused from an earlier prompt.
         new_tokens: completion tokens since the last message.
@@ -134,7 +134,7 @@ class Scores(Answer, frozen=True, kw_only=True):
 
 
 class Done(Answer, frozen=True):
-    """The job has ended and has no result."""
+    """The job has ended without a result."""
 
 
 class Died(Answer, frozen=True, kw_only=True):

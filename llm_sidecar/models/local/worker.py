@@ -4,8 +4,8 @@ It reads messages of `protocol` from standard input and writes the answers to th
 output. It ends when its input ends, so that no worker outlives its server.
 
 A job passes through three threads: one reads it, one tokenizes its text, and the main thread
-generates. Long texts have a tokenizing thread of their own. So generation never waits for
-tokenizing, and a short text never waits for a long one.
+generates. Long texts have a tokenizing thread of their own. So generation never waits for the
+tokenizer, and a short text never waits for a long one.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _TOKENIZING_SECONDS: Final = 10.0
 
 @dataclass(slots=True)
 class _Completion:
-    """What was generated for a job, and what of it was sent.
+    """The text generated for a job, and how much of it was sent.
 
     Attributes:
         unsent: text that has not been sent.
@@ -79,7 +79,7 @@ class _Completion:
 
 
 class Worker:
-    """Serves one engine: jobs in order, as many generations at a time as it has capacity for."""
+    """Serves one engine: jobs in order, up to its batch capacity at a time."""
 
     def __init__(self, inbox: IO[bytes], outbox: IO[bytes]) -> None:
         self._inbox = inbox
@@ -120,7 +120,7 @@ class Worker:
         for line in self._inbox:
             message = FROM_SERVER.decode(line)
             if isinstance(message, Cancel):
-                # The id of a job that has ended stays here and does no harm.
+                # The id of a finished job stays in the set, which is harmless.
                 self._cancelled.add(message.id)
             else:
                 is_long = isinstance(message, Prefill) or len(line) > _LONG_LINE
@@ -136,12 +136,12 @@ class Worker:
                 if self._drop_cancelled(job.id):
                     continue
                 if isinstance(job, Generate | ScoreChoices):
-                    # First: a job that has begun is not given to the next worker if this one
-                    # crashes on it.
+                    # Sent first, so that the server does not pass the job to the next worker if
+                    # this one crashes on it.
                     self._send(Begun(id=job.id))
                 try:
                     with limit:
-                        # The header of the assistant's turn does not belong to a prefix.
+                        # A prefix does not include the header of the assistant's turn.
                         tokens = engine.tokenize(job.request, not isinstance(job, Prefill))
                 except Exception as error:  # noqa: BLE001 - the packages raise bare ones
                     self._fail(job.id, error)
@@ -224,7 +224,7 @@ class Worker:
             if finished:
                 del self._completions[number]
                 self._cancelled.discard(number)
-        # All at once: the server reads them in one go.
+        # In one write, so that the server reads them all at once.
         self._outbox.flush()
 
     def _progress(self, number: int, delta: Delta, now: float) -> bool:
@@ -277,7 +277,7 @@ class Worker:
                 log.error("a request failed: %s", error.detail)
             self._send(Failed(id=number, detail=error.detail, invalid=invalid))
             return
-        # Where and of which type only: a runtime's message may quote the prompt.
+        # Only the type and the location: a runtime's message may quote the prompt.
         where = "".join(traceback.format_tb(error.__traceback__))
         log.error("a request failed in the engine: %s\n%s", type(error).__name__, where)
         self._send(Failed(id=number, detail=type(error).__name__))
@@ -300,7 +300,7 @@ def _ending_without_server() -> Iterator[None]:
 
 
 def main() -> None:
-    """Runs a worker on the standard streams; whatever prints goes to standard error instead."""
+    """Runs a worker on the standard streams; output of `print` goes to standard error instead."""
     log_to_stderr(os.environ.get("LOG_FORMAT", "auto"))
     outbox = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
