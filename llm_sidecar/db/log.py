@@ -151,7 +151,7 @@ class Log:
                 written += os.write(self._file, data[written:])
             os.fdatasync(self._file)
         except OSError:
-            self._take_back()
+            self._roll_back()
             raise
         self._size += len(data)
 
@@ -200,7 +200,7 @@ class Log:
         self._file, self._path, self._size = file, path, 0
         self._unsealed.append(path)
 
-    def _take_back(self) -> None:
+    def _roll_back(self) -> None:
         """Truncates the file to its state before a failed write, and ends the segment.
 
         After a failed sync the state of a file is unknown, and the kernel reports the failure only

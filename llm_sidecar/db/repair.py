@@ -78,7 +78,7 @@ class Repair:
                 if unclean:
                     await _read_whole(table)
             except Exception as error:
-                if _is_of_the_machine(error):
+                if _is_machine_error(error):
                     raise
                 done = await asyncio.to_thread(self._disk.set_newest_aside, name)
                 log.error("%s (%s)", done, one_line(error))
@@ -119,7 +119,7 @@ async def _read_whole(table: Any) -> None:
         pass
 
 
-def _is_of_the_machine(error: Exception) -> bool:
+def _is_machine_error(error: Exception) -> bool:
     """Whether the machine lacks something, so that the error says nothing about the file."""
     text = str(error)
     return any(os.strerror(number) in text for number in _MACHINE_ERRORS)

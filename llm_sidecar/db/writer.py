@@ -367,7 +367,7 @@ class Writer:
                     await self._open()
                 await self._sweep()
                 await self._move()
-                await self._forget_old_segments()
+                await self._delete_old_segments()
             except Exception as error:  # noqa: BLE001 lancedb raises many types
                 await self._set_away(error)
                 if self._end.is_set():
@@ -493,7 +493,7 @@ class Writer:
             await asyncio.wait([self._in_flight])
         self._in_flight.result()
 
-    async def _forget_old_segments(self) -> None:
+    async def _delete_old_segments(self) -> None:
         """Deletes segments of the log that are no longer needed."""
         size = sum(kept.size for kept in self._kept)
         while self._kept and (

@@ -108,8 +108,8 @@ class ContinuousBatch(Generic[S]):
         return self._take(number, row, logits[-1])
 
     def _take(self, number: int, row: _Row[S], logits: Logits) -> Delta:
-        delta = row.generation.take(logits)
-        if row.generation.over:
+        delta = row.generation.sample(logits)
+        if row.generation.finished:
             self.remove(number)
         return delta
 

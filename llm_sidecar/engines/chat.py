@@ -144,9 +144,9 @@ class ChatTokenizer:
             if limit is not None and len(tokens) > limit:
                 raise _too_long(limit)
             escaped = [{**one, "content": self._control.escape(one["content"])} for one in messages]
-            if broken == list(messages):
+            if escaped == list(messages):
                 break
-            messages = broken
+            messages = escaped
         raise InvalidRequest(
             "prompt: it holds control tokens of the model that cannot be read as text; remove them"
         )

@@ -59,18 +59,18 @@ class Generation:
         return len(self.prompt) + self.limit
 
     @property
-    def over(self) -> bool:
+    def finished(self) -> bool:
         """Whether the completion is finished."""
         return self._ended or self._count >= self.limit
 
     def delta(self, text: str = "") -> Delta:
         """The new text, and the counts so far."""
         reason: FinishReason | None = None
-        if self.over:
+        if self.finished:
             reason = "stop" if self._ended else "length"
         return Delta(text, len(self.prompt), self._count, self.cached, reason)
 
-    def take(self, logits: Logits) -> Delta:
+    def sample(self, logits: Logits) -> Delta:
         """Samples a token from logits, (vocabulary,), and appends it with the tokens that must
         follow it."""
         token = self._sample(logits)

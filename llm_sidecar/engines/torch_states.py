@@ -61,7 +61,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def empty_cache(config: Any) -> DynamicCache:
-    """A cache for a model; layers that keep all states are growing ones."""
+    """Creates an empty cache for a model; layers that keep all states are `GrowingLayer`s."""
     cache = DynamicCache(config=config)
     cache.layers = [
         GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers

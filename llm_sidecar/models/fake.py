@@ -19,7 +19,7 @@ from llm_sidecar.models.base import (
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Call:
     """One call of a fake model.
 
     Attributes:
@@ -28,7 +28,7 @@ class Asked:
         allow_partial: as passed to `stream`.
     """
 
-    what: object
+    request: object
     deadline: Deadline | None = None
     allow_partial: bool = False
 
@@ -48,15 +48,15 @@ class FakeModel(ChatModel):
 
     def __init__(self, *answers: Completion | Sequence[Delta] | ChoiceScores | Exception) -> None:
         self.answers = list(answers)
-        self.calls: list[Asked] = []
+        self.calls: list[Call] = []
         self.prefixes: list[GenerationRequest] = []
         self.state = ModelStatus()
         self.before_answer: Callable[[], None] = lambda: None
 
     @property
-    def asked(self) -> list[object]:
+    def requests(self) -> list[object]:
         """The request of each call, without its deadline."""
-        return [call.what for call in self.calls]
+        return [call.request for call in self.calls]
 
     async def stream(
         self,
@@ -66,7 +66,7 @@ class FakeModel(ChatModel):
         allow_partial: bool = False,
     ) -> AsyncGenerator[Delta, None]:
         """Streams the next answer: prepared deltas, or a completion as two deltas."""
-        self.calls.append(Asked(request, deadline, allow_partial))
+        self.calls.append(Call(request, deadline, allow_partial))
         answer = self._next()
         if isinstance(answer, Completion):
             answer = _deltas(answer)
@@ -81,7 +81,7 @@ class FakeModel(ChatModel):
         deadline: Deadline | None = None,
     ) -> ChoiceScores:
         """Returns the next answer."""
-        self.calls.append(Asked((messages, choices), deadline))
+        self.calls.append(Call((messages, choices), deadline))
         answer = self._next()
         assert isinstance(answer, ChoiceScores), "the next answer is not scores"
         return answer

@@ -135,11 +135,11 @@ class Feedback:
             # Every sidecar that receives it gives it a time of its own, but all the same id.
             feedback_id = hashlib.sha256(payload.encode()).hexdigest()
             feedback = feedback.model_copy(update={"feedback_id": feedback_id})
-        await self._append_at_last(feedback)
+        await self._append_with_retries(feedback)
         if self._examples_from_bus:
             self._few_shot.refresh_soon()
 
-    async def _append_at_last(self, feedback: PublishedFeedback) -> None:
+    async def _append_with_retries(self, feedback: PublishedFeedback) -> None:
         """Stores feedback that nobody would send again: tries until the database takes it.
 
         Messages that follow it wait in the queue of the bus.

@@ -104,7 +104,7 @@ class Orchestrator:
         except BaseException as error:
             if run.made is not None:
                 # In the background: nobody waits for a cancelled request.
-                self._tasks.start(self._rows.store(run.rows(_why_it_ended(error))))
+                self._tasks.start(self._rows.store(run.rows(_end_reason(error))))
             raise
         yield await self._tasks.finish(self._finish(run))
 
@@ -163,7 +163,7 @@ class Orchestrator:
         return error.of_request(run.transaction_id if has_proposal else None, stored=stored)
 
 
-def _why_it_ended(error: BaseException) -> str:
+def _end_reason(error: BaseException) -> str:
     """The error message for a run that ended with another exception than a `SidecarError`."""
     if isinstance(error, asyncio.CancelledError | GeneratorExit):
         return "The client disconnected, or the server ended, before Hermes had finished."

@@ -70,26 +70,26 @@ class _Worker:
     """A worker that has announced itself.
 
     Attributes:
-        asked: this sidecar's requests to it; for each, since when its announcements lack it, or
+        sent: this sidecar's requests to it; for each, since when its announcements lack it, or
             None.
     """
 
     announcement: Announcement
     seen: float
-    asked: dict[str, float | None] = field(default_factory=dict)
+    sent: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def load(self) -> int:
-        return max(self.announcement.waiting, len(self.asked))
+        return max(self.announcement.waiting, len(self.sent))
 
     def lost(self, now: float, patience: float) -> list[str]:
         """The requests that its announcements have lacked for `patience` seconds."""
-        for request_id, since in self.asked.items():
+        for request_id, since in self.sent.items():
             here = request_id in self.announcement.requests
-            self.asked[request_id] = None if here else since or now
+            self.sent[request_id] = None if here else since or now
         return [
             request_id
-            for request_id, since in self.asked.items()
+            for request_id, since in self.sent.items()
             if since is not None and now - since >= patience
         ]
 
@@ -177,7 +177,7 @@ class RemoteVoice:
         worker_id = worker.announcement.worker_id
         request_id = uuid.uuid4().hex
         answers = self._waiting[request_id] = asyncio.Queue(PARTS_AHEAD)
-        worker.asked[request_id] = None
+        worker.sent[request_id] = None
         ended = False
         try:
             payload = await asyncio.to_thread(
@@ -201,7 +201,7 @@ class RemoteVoice:
                 else:
                     raise VoiceUnavailable(_LOST, retry_after=RETRY_AFTER)
         finally:
-            del worker.asked[request_id]
+            del worker.sent[request_id]
             del self._waiting[request_id]
             if not ended:
                 cancellation = Cancellation(request_id=request_id)

@@ -17,7 +17,7 @@ from llm_sidecar.models.base import (
     GenerationRequest,
     ModelStatus,
 )
-from llm_sidecar.models.fake import Asked, FakeModel
+from llm_sidecar.models.fake import Call, FakeModel
 from tests.unit.fakes import completion, text_of
 
 REQUEST = GenerationRequest([{"role": "user", "content": "Hello."}], 8)
@@ -50,8 +50,8 @@ async def test_it_keeps_what_it_was_asked() -> None:
     with pytest.raises(QueueFull, match="full"):
         await text_of(model.stream(REQUEST))
     choices = (REQUEST.messages, ("0", "1"))
-    assert model.calls == [Asked(REQUEST, deadline, True), Asked(choices), Asked(REQUEST)]
-    assert model.asked == [REQUEST, choices, REQUEST]
+    assert model.calls == [Call(REQUEST, deadline, True), Call(choices), Call(REQUEST)]
+    assert model.requests == [REQUEST, choices, REQUEST]
     assert (scores.mass, model.answers) == (0.75, [])
 
 

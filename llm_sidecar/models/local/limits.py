@@ -22,7 +22,7 @@ class HostLimits:
     load_timeout: float = 300.0
 
     @property
-    def patience(self) -> float:
+    def max_load_wait(self) -> float:
         """Seconds that a request waits for a loading model; its deadline may end the wait
         earlier."""
         if self.load_wait is None:

@@ -89,7 +89,7 @@ class LoadState:
         if self.is_ready:
             return None
         lazy_load = self.state == "loading" and self.reason is None and not self._preload
-        if lazy_load and time.monotonic() < self._began + self._limits.patience:
+        if lazy_load and time.monotonic() < self._began + self._limits.max_load_wait:
             return None
         return self.reason or f"The {self._name} model is loading."
 

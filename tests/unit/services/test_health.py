@@ -1,4 +1,4 @@
-"""The state of the sidecar, from the states of its parts."""
+"""The state of the sidecar, from the states of its faked."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import pytest
 
 from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.models.base import Adapter, ModelStatus
-from tests.unit.fakes import FakeParts
+from tests.unit.fakes import FakeSidecar
 
 
 @pytest.fixture
-def parts(monkeypatch: pytest.MonkeyPatch) -> FakeParts:
+def faked(monkeypatch: pytest.MonkeyPatch) -> FakeSidecar:
     """A sidecar of which every part works."""
-    made = FakeParts()
+    made = FakeSidecar()
     monkeypatch.setattr(made.sidecar.speaker, "available", lambda: True)
     return made
 
 
-def lose(parts: FakeParts, *names: str) -> None:
+def lose(faked: FakeSidecar, *names: str) -> None:
     for name in names:
         if name == "database":
-            parts.store.full = DatabaseUnavailable("The disk is full.")
+            faked.store.full = DatabaseUnavailable("The disk is full.")
         elif name == "closed database":
-            parts.store.is_away = True
+            faked.store.is_away = True
         elif name == "redis":
-            parts.bus.connected = False
+            faked.bus.connected = False
         else:
-            model = getattr(parts, name)
+            model = getattr(faked, name)
             model.state = replace(model.state, not_ready=f"{name} is loading.")
 
 
@@ -52,21 +52,21 @@ def lose(parts: FakeParts, *names: str) -> None:
     ],
 )
 def test_the_status_follows_from_what_is_missing(
-    parts: FakeParts, lost: tuple[str, ...], status: str, missing: dict[str, str]
+    faked: FakeSidecar, lost: tuple[str, ...], status: str, missing: dict[str, str]
 ) -> None:
-    lose(parts, *lost)
-    health = parts.sidecar.health
+    lose(faked, *lost)
+    health = faked.sidecar.health
     assert (health.status(), health.missing()) == (status, missing)
     assert health.report()["status"] == status
 
 
-def test_without_a_voice_it_is_partial(parts: FakeParts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts.sidecar.speaker, "available", lambda: False)
-    assert (parts.sidecar.health.status(), parts.sidecar.health.missing()) == ("partial_error", {})
+def test_without_a_voice_it_is_partial(faked: FakeSidecar, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faked.sidecar.speaker, "available", lambda: False)
+    assert (faked.sidecar.health.status(), faked.sidecar.health.missing()) == ("partial_error", {})
 
 
-def test_the_report_shows_each_model_without_its_readiness(parts: FakeParts) -> None:
-    parts.phi3.state = ModelStatus(
+def test_the_report_shows_each_model_without_its_readiness(faked: FakeSidecar) -> None:
+    faked.phi3.state = ModelStatus(
         model="phi3/fake",
         adapter=Adapter(Path("/adapters/20260102")),
         runtime="fake",
@@ -78,8 +78,8 @@ def test_the_report_shows_each_model_without_its_readiness(parts: FakeParts) -> 
         queue_length=8,
         running=2,
     )
-    parts.hermes.state = ModelStatus("failed", "it is not there", "it is not there")
-    report = parts.sidecar.health.report()
+    faked.hermes.state = ModelStatus("failed", "it is not there", "it is not there")
+    report = faked.sidecar.health.report()
     assert (report["phi3_loaded"], report["hermes_loaded"]) == (True, False)
     assert (report["device"], report["phi3_adapter_date"]) == ("cuda", "2026-01-02")
     expected: dict[str, Any] = {
@@ -102,10 +102,10 @@ def test_the_report_shows_each_model_without_its_readiness(parts: FakeParts) -> 
     assert list(shown["hermes"]) == list(expected)
 
 
-def test_the_report_has_the_mean_score_and_the_states_of_the_parts(parts: FakeParts) -> None:
-    rows = parts.sidecar._rows
+def test_the_report_has_the_mean_score_and_the_states_of_the_parts(faked: FakeSidecar) -> None:
+    rows = faked.sidecar._rows
     rows.mean_score, rows.num_scores = 0.25, 4
-    report = parts.sidecar.health.report()
+    report = faked.sidecar.health.report()
     assert report["mean_hermes_score_last_24h"] == 0.25
     assert report["num_hermes_scores_last_24h"] == 4
     assert (report["database"], report["event_bus"]) == ({"state": "fake"}, {"state": "fake"})
