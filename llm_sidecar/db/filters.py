@@ -52,7 +52,7 @@ class Filters:
         return [name for name in _FILTERS if getattr(self, name) is not None]
 
     def misplaced(self, table: str) -> tuple[str, tuple[str, ...]] | None:
-        """The first filter that does not apply to the table, and the tables that it applies to."""
+        """The first filter that does not apply to the table, and the tables to which it applies."""
         for name in self.names():
             if table not in _FILTERS[name]:
                 return name, _FILTERS[name]

@@ -116,7 +116,8 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder / uuid.uuid4().hex
         with locked(folder / _LOCK):
-            # The outer lock is held until the new folder is locked, so it never looks abandoned.
+            # Holds the outer lock until the new folder is locked, so that the folder never looks
+            # abandoned.
             self._folder.mkdir()
             try:
                 self._lock = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
@@ -266,10 +267,10 @@ class AbandonedLog:
 
 
 def abandoned_logs(folder: Path) -> list[AbandonedLog] | None:
-    """Locks the logs of ended processes in `folder`, the database's log folder; never waits.
+    """Locks the logs of ended processes in `folder`, the database's log folder; does not wait.
 
     Returns:
-        The logs, which the caller has to release; None if another process is doing the same.
+        The logs, which the caller must release; None if another process is locking them.
 
     Raises:
         OSError

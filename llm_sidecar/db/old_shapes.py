@@ -48,7 +48,7 @@ class Converter:
         """Converts an Arrow record batch of an older shape to the current schema."""
         import pyarrow as pa
 
-        # Columns that are dropped may have types that Python lacks, so they are not read.
+        # Dropped columns are not read, because Python may lack their types.
         columns = {
             name: _values(batch.column(name))
             for name in self._schema.names

@@ -28,9 +28,9 @@ class AssessedProposal:
     """The result of a run.
 
     Attributes:
-        transaction_id: names the run everywhere.
+        transaction_id: identifies the run in rows, events and answers.
         proposal: as JSON types.
-        completion: in which Phi-3 wrote the proposal.
+        completion: of Phi-3, with the proposal.
         assessment: Hermes' critique.
         score: Hermes' score in [0, 1].
         grounded: `true`, or the ungrounded fields separated by commas.
@@ -47,7 +47,7 @@ class AssessedProposal:
 
 
 class Orchestrator:
-    """Has proposals made and judged, and remembers them."""
+    """Generates, assesses, stores and publishes proposals."""
 
     def __init__(
         self,
@@ -58,10 +58,10 @@ class Orchestrator:
         tasks: TaskSet,
         timeout: float,
     ) -> None:
-        """Asks nothing.
+        """Calls no model yet.
 
         Args:
-            proposer, judge: make and judge the proposal.
+            proposer, judge: generate and assess the proposal.
             rows: stores runs.
             bus: gets the events of a run.
             tasks: run to completion even if the client disconnects.
@@ -85,11 +85,11 @@ class Orchestrator:
                 `proposals.MAX_COMPLETION_TOKENS`.
 
         Yields:
-            Deltas of Phi-3, the proposal, deltas of Hermes, and last the result.
+            Deltas of Phi-3, the proposal, deltas of Hermes, and finally the result.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded: if Phi-3 had finished,
-                the proposal is stored under the error's `transaction_id`.
+                the proposal is stored, and the error has its `transaction_id`.
         """
         run = ProposalRun(prompt)
         try:
@@ -98,12 +98,12 @@ class Orchestrator:
                     yield item
         except SidecarError as error:
             if run.made is None and isinstance(error, InvalidRequest | QueueFull):
-                # Refused before anything was generated.
+                # Refused before the generation.
                 raise
             raise await self._store_failed(run, error) from error
         except BaseException as error:
             if run.made is not None:
-                # In the background: nobody waits for a cancelled request.
+                # In the background, because a cancelled request cannot wait.
                 self._tasks.start(self._rows.store(run.rows(_end_reason(error))))
             raise
         yield await self._tasks.finish(self._finish(run))
@@ -111,7 +111,7 @@ class Orchestrator:
     async def _run(
         self, run: ProposalRun, max_tokens: int
     ) -> AsyncGenerator[Delta | Proposed, None]:
-        """Makes the proposal, the critique and the score, and notes each in the run."""
+        """Generates the proposal, the critique and the score, and records each in the run."""
         deadline = Deadline.after(self._timeout)
         generating = self._proposer.generate(run.prompt, max_tokens, deadline)
         async with contextlib.aclosing(generating) as items:
@@ -164,7 +164,7 @@ class Orchestrator:
 
 
 def _end_reason(error: BaseException) -> str:
-    """The error message for a run that ended with another exception than a `SidecarError`."""
+    """The error message for a run that an exception other than a `SidecarError` ended."""
     if isinstance(error, asyncio.CancelledError | GeneratorExit):
         return "The client disconnected, or the server ended, before Hermes had finished."
     return f"It failed unexpectedly: {type(error).__name__}."

@@ -1,4 +1,4 @@
-"""A proposal: Phi-3 writes it under guidance, and it is checked before it leaves."""
+"""Proposals: Phi-3 generates them under guidance, and each is validated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Proposer:
-    """Asks Phi-3 for proposals."""
+    """Generates proposals with Phi-3."""
 
     def __init__(
         self,
@@ -31,12 +31,12 @@ class Proposer:
         timeout: float,
         retry: bool,
     ) -> None:
-        """Asks nothing.
+        """Calls no model yet.
 
         Args:
             phi3: the model.
             examples: returns the few-shot examples in use, oldest first.
-            metrics: observes every proposal.
+            metrics: receives every proposal.
             temperature: 0 is greedy.
             timeout: seconds that a proposal without a deadline may take.
             retry: whether an ungrounded proposal is generated once more, under the guidance of its
@@ -60,8 +60,8 @@ class Proposer:
             deadline: of the whole request, the retry included.
 
         Yields:
-            Deltas as they are generated, those of a retry too; last the valid proposal, the first
-            one if the retry fails.
+            Deltas as they are generated, including a retry's; finally the valid proposal, which is
+            the first one if the retry fails.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
@@ -78,7 +78,7 @@ class Proposer:
                         yield item
                 return
             except InvalidRequest:
-                # The model raises it before the first delta.
+                # The model raises this before the first delta.
                 if not examples:
                     raise
                 log.warning("the few-shot examples do not fit the context beside a long prompt")
@@ -87,7 +87,7 @@ class Proposer:
     async def _attempt(
         self, request: GenerationRequest, prompt: str, deadline: Deadline
     ) -> AsyncGenerator[Delta | Proposed, None]:
-        """One request, and its retry where one is due."""
+        """One request, and a retry if the proposal is ungrounded."""
         deltas: list[Delta] = []
         async with contextlib.aclosing(self._phi3.stream(request, deadline)) as stream:
             async for delta in stream:
@@ -111,7 +111,7 @@ class Proposer:
     async def _retry_request(
         self, request: GenerationRequest, prompt: str, first: Proposed
     ) -> GenerationRequest | None:
-        """The request under the guidance of the context; None where no retry is due."""
+        """The request with guidance limited to the context; None if no retry is needed."""
         if not self._retry or not first.ungrounded:
             return None
         # A grounded ticker is always offered, even if the context has too many others.
@@ -133,7 +133,7 @@ async def _proposed(deltas: Sequence[Delta], prompt: str) -> Proposed:
     except ValueError as error:
         log.error("phi3 broke the proposal schema under guidance: %s", type(error).__name__)
         raise ModelUnavailable(
-            "phi3 wrote something that is no valid proposal, so nothing is returned; "
+            "phi3 did not write a valid proposal, so nothing is returned; "
             "check the model with another prompt.",
             retry_after=1,
         ) from None

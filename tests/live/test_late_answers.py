@@ -31,9 +31,7 @@ WALK = "/propose_trade_adjustments/"
 QUEUE = 4
 DEADLINE = 4
 """Seconds in which Phi-3 writes a proposal, however busy the machine is."""
-PHASES = (
-    r"\d\.\d s in earlier model calls, \d\.\d s waiting, 0\.0 s reading the prompt, 0\.0 s writing"
-)
+PHASES = r"\d\.\d s in earlier model calls, \d\.\d s waiting, 0\.0 s in prefill, 0\.0 s in decode"
 
 
 class Server:

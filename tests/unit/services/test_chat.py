@@ -1,4 +1,4 @@
-"""Free questions to Hermes."""
+"""Free-text chat with Hermes."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ async def test_what_is_no_valid_proposal_never_comes_back(
     with pytest.raises(ModelUnavailable) as caught:
         await propose(fake, "now")
     assert caught.value.detail == (
-        "phi3 wrote something that is no valid proposal, so nothing is returned; "
+        "phi3 did not write a valid proposal, so nothing is returned; "
         "check the model with another prompt."
     )
     assert caught.value.retry_after == 1
