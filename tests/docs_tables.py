@@ -225,7 +225,7 @@ def _metric_group(name: str) -> str:
 
 
 def _some_health() -> dict[str, Any]:
-    """The health of a sidecar with every part in use, so that each metric is there."""
+    """The health of a sidecar with every component in use, so that each metric exists."""
     health = Sidecar(Settings.from_environ({"REDIS_URL": "memory://"})).health.report()
     now = datetime.datetime.now(datetime.UTC).isoformat()
     health["mean_hermes_score_last_24h"] = 0.5

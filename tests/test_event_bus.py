@@ -372,13 +372,13 @@ async def test_a_kill_in_the_middle_of_ten_thousand_messages_loses_and_reorders_
 ) -> None:
     mortal.start()
     bus = EventBus(mortal.url)
-    heard: list[int] = []
+    received: list[int] = []
 
-    async def hear(payload: str) -> None:
-        heard.append(int(payload))
+    async def receive(payload: str) -> None:
+        received.append(int(payload))
 
     await bus.connect()
-    await bus.subscribe("c", hear)
+    await bus.subscribe("c", receive)
     sent = []
     for number in range(10_000):
         if number == 5_000:
@@ -387,8 +387,8 @@ async def test_a_kill_in_the_middle_of_ten_thousand_messages_loses_and_reorders_
             mortal.start()
             await until(lambda: bus.status()["connected"] and not bus.status()["waiting"])
         sent.append(await bus.publish("c", str(number)))
-    await until(lambda: len(heard) >= 10_000)
-    assert heard == list(range(10_000))
+    await until(lambda: len(received) >= 10_000)
+    assert received == list(range(10_000))
     assert sent == [not 5_000 <= number < 5_500 for number in range(10_000)]
     status = bus.status()
     assert (status["published"], status["published_late"]) == (10_000, 500)
@@ -633,12 +633,12 @@ async def test_a_kill_under_concurrent_publishers_loses_nothing_and_keeps_each_o
 ) -> None:
     mortal.start()
     bus = EventBus(mortal.url)
-    heard: list[tuple[int, int]] = []
+    received: list[tuple[int, int]] = []
     published: list[tuple[int, int]] = []
 
-    async def hear(payload: str) -> None:
+    async def receive(payload: str) -> None:
         publisher, number = payload.split()
-        heard.append((int(publisher), int(number)))
+        received.append((int(publisher), int(number)))
 
     async def publish(publisher: int) -> None:
         for number in range(300):
@@ -646,7 +646,7 @@ async def test_a_kill_under_concurrent_publishers_loses_nothing_and_keeps_each_o
                 published.append((publisher, number))
 
     await bus.connect()
-    await bus.subscribe("c", hear)
+    await bus.subscribe("c", receive)
     publishing = [asyncio.create_task(publish(publisher)) for publisher in range(20)]
     await until(lambda: len(published) > 1000)
     await asyncio.to_thread(mortal.kill)
@@ -657,13 +657,13 @@ async def test_a_kill_under_concurrent_publishers_loses_nothing_and_keeps_each_o
     status = bus.status()
     # One that Redis took and could not confirm is sent again; one that it took as it died, and
     # confirmed, may not have reached us.
-    unheard = set(published) - set(heard)
-    assert len(unheard) <= 20
-    assert len(heard) - len(set(heard)) <= 1
+    missing = set(published) - set(received)
+    assert len(missing) <= 20
+    assert len(received) - len(set(received)) <= 1
     for publisher in range(20):
-        numbers = list(dict.fromkeys(n for p, n in heard if p == publisher))
+        numbers = list(dict.fromkeys(n for p, n in received if p == publisher))
         assert numbers == sorted(numbers)
-    assert len(set(heard)) + len(unheard) + status["unpublished"] == 20 * 300
+    assert len(set(received)) + len(missing) + status["unpublished"] == 20 * 300
     await bus.close()
 
 
@@ -775,8 +775,8 @@ async def test_a_password_is_used_and_never_logged(caplog: pytest.LogCaptureFixt
     require_redis()
     caplog.set_level(logging.DEBUG)
     with RedisServer("--requirepass", "hunter2") as guarded:
-        place = f"127.0.0.1:{guarded.port}/0"
-        bus, inbox = EventBus(f"redis://:hunter2@{place}"), Inbox()
+        address = f"127.0.0.1:{guarded.port}/0"
+        bus, inbox = EventBus(f"redis://:hunter2@{address}"), Inbox()
         await bus.connect()
         await bus.subscribe("c", inbox)
         await flows(bus, "c", inbox)

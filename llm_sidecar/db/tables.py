@@ -85,7 +85,7 @@ class Tables:
                 repair = Repair(self._disk, self._location.log_folder, self._connection)
                 self.repairs = repair.done
                 await repair.run()
-        # From here on no other process can repair the database.
+        # While this holds the shared lock, no other process can repair the database.
         while not self._alive.enter_context(locked(alive, wait=False, shared=True)):
             self._alive.close()
             await asyncio.sleep(_LOCK_PAUSE)

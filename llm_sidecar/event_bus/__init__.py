@@ -84,7 +84,7 @@ class EventBus:
             raise RedisTimeoutError("Redis does not confirm the subscriptions") from None
 
     async def start(self) -> None:
-        """Connect; while Redis is away, keep trying in the background and do not raise.
+        """Connect; while Redis is unavailable, keep trying in the background and do not raise.
 
         Returns after the first attempt, so that the next publish is sent if Redis is there.
         """
@@ -98,7 +98,7 @@ class EventBus:
         await self._subscriber.wait_attempted()
 
     async def publish(self, event_type: str, payload: str) -> bool:
-        """Send a payload to a channel, in the order of the calls, and say whether Redis took it.
+        """Send a payload to a channel, in the order of the calls; return whether Redis accepted it.
 
         While Redis is away, the message waits, within the bounds of `publisher.OUTBOX_MESSAGES`,
         and is sent when Redis is back. A message on `audio.bytes` does not wait. The first of
@@ -133,7 +133,8 @@ class EventBus:
         await self._subscriber.add(event_type, queue)
 
     async def register_listener_queue(self, channel: str, queue: asyncio.Queue[str]) -> None:
-        """Put each payload of a channel into the queue; a full one loses its oldest, counted.
+        """Put each payload of a channel into the queue; a full queue loses its oldest, which is
+        counted.
 
         Returns when Redis has confirmed the subscription, or at once while it is away.
         """

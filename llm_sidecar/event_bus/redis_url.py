@@ -26,7 +26,7 @@ def make_client(url: str) -> Redis:
     """A client that is not connected yet and tries every command once.
 
     By default redis-py reconnects and resubscribes silently. Without retries it raises at once, so
-    that its user sees every gap.
+    that the caller notices every gap.
 
     Raises:
         ValueError: the URL cannot be read; the message does not repeat it, for its password.
@@ -63,7 +63,7 @@ def masked(url: str) -> str:
     if url.startswith(MEMORY):
         return url
     parts = urlsplit(url)
-    credentials, at, place = parts.netloc.rpartition("@")
+    credentials, at, address = parts.netloc.rpartition("@")
     user, colon, _ = credentials.partition(":")
     secret = ":***" if colon else ""
-    return urlunsplit((parts.scheme, f"{user}{secret}{at}{place}", parts.path, "", ""))
+    return urlunsplit((parts.scheme, f"{user}{secret}{at}{address}", parts.path, "", ""))

@@ -1,4 +1,5 @@
-"""Models and adapters for scripts: where they are, and getters that load a model into this process.
+"""Models and adapters for scripts: their locations, and getters that load a model into this
+process.
 
 The server runs each model in a worker process of its own (`llm_sidecar.models.local`). As a
 program, `python -m llm_sidecar.loader`, it converts models and adapters.

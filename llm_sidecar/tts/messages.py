@@ -44,7 +44,7 @@ def spoken(sidecar_id: str) -> str:
 
 
 def base64_length(size: int) -> int:
-    """The length in characters of so many bytes in base64."""
+    """The number of base64 characters for this many bytes."""
     return -(-size // 3) * 4
 
 

@@ -70,8 +70,8 @@ class _Worker:
     """A worker that has announced itself.
 
     Attributes:
-        sent: this sidecar's requests to it; for each, since when its announcements lack it, or
-            None.
+        sent: this sidecar's requests to it; for each, the time since which announcements lack it,
+            or None.
     """
 
     announcement: Announcement
@@ -83,7 +83,7 @@ class _Worker:
         return max(self.announcement.waiting, len(self.sent))
 
     def lost(self, now: float, patience: float) -> list[str]:
-        """The requests that its announcements have lacked for `patience` seconds."""
+        """The requests that its announcements have lacked for `patience` seconds or more."""
         for request_id, since in self.sent.items():
             here = request_id in self.announcement.requests
             self.sent[request_id] = None if here else since or now
@@ -268,7 +268,7 @@ class RemoteVoice:
             try:
                 announcement = Announcement.model_validate_json(payload)
             except ValidationError as error:
-                self._bus.refuse(ANNOUNCED, f"it is no announcement: {summary(error)}")
+                self._bus.refuse(ANNOUNCED, f"it is not an announcement: {summary(error)}")
                 continue
             self._update(announcement)
 
@@ -303,7 +303,7 @@ class RemoteVoice:
             try:
                 answer = await asyncio.to_thread(ANSWER.validate_json, payload)
             except ValidationError:
-                self._bus.refuse(self._replies, "it is no answer")
+                self._bus.refuse(self._replies, "it is not an answer")
                 continue
             answers = self._waiting.get(answer.request_id)
             # A cancelled request has no queue. An answer that is dropped here leaves a gap in the
@@ -322,4 +322,6 @@ def _decode(part: Part) -> Wav:
     try:
         return wavs.decode(base64.b64decode(part.wav_b64, validate=True))
     except ValueError:
-        raise VoiceUnavailable("a part of the speech is no WAV", retry_after=RETRY_AFTER) from None
+        raise VoiceUnavailable(
+            "a part of the speech is not a WAV", retry_after=RETRY_AFTER
+        ) from None

@@ -140,7 +140,7 @@ class Speaker:
                 raise self._too_late(asked, begun or time.monotonic()) from None
 
     def _too_late(self, asked: float, begun: float) -> DeadlineExceeded:
-        """The error when the deadline passes; it says what took the time."""
+        """The error for a missed deadline, with the duration of each phase."""
         waiting, speaking = begun - asked, time.monotonic() - begun
         remedy = "try again later" if waiting > speaking else "send less text"
         return DeadlineExceeded(

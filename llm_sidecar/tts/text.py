@@ -100,7 +100,7 @@ def _ends_clause(words: list[str], i: int) -> bool:
 def _ends_sentence(words: list[str], i: int) -> bool:
     """Whether a sentence ends with the word at `i`, which has one after it."""
     word, following = words[i].rstrip(_CLOSING), words[i + 1]
-    # A dot before a small letter, or a dash, is no end whatever the word is.
+    # A dot before a small letter, or a dash, never ends a sentence.
     if not word.endswith(_SENTENCE_ENDS) or following[0].islower() or following in _DASHES:
         return False
     if not word.endswith(".") or word.endswith(".."):

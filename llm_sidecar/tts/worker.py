@@ -86,7 +86,7 @@ class SpeechWorker:
         self._tasks = [asyncio.create_task(job(), name=job.__name__) for job in jobs]
 
     async def close(self) -> None:
-        """Accepts no more requests and answers those that it has with an error."""
+        """Accepts no more requests, and answers the waiting ones with an error."""
         for channel in self._channels():
             await self._bus.unregister_listener_queue(channel, self._inbox)
         await cancel(*self._tasks, patience=CANCEL_TIMEOUT)
@@ -145,7 +145,7 @@ class SpeechWorker:
         try:
             request = ReplyTo.model_validate_json(payload)
         except ValidationError:
-            self._bus.refuse(requested(self.worker_id), f"it is no request: {first['msg']}")
+            self._bus.refuse(requested(self.worker_id), f"it is not a request: {first['msg']}")
             return
         await self._fail(request, InvalidRequest(f"{first['loc'][-1]}: {first['msg']}"))
 
@@ -175,7 +175,7 @@ class SpeechWorker:
         except SidecarError as error:
             await self._fail(request, error)
         except Exception as error:  # noqa: BLE001 - a voice's package raises anything
-            # Where and of which type only: its message may quote the text.
+            # Only the type and the location: its message may quote the text.
             where = "".join(traceback.format_tb(error.__traceback__))
             log.error("the voice failed: %s\n%s", type(error).__name__, where)
             await self._fail(request, VoiceUnavailable("the voice failed: see the worker's log"))

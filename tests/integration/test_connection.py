@@ -25,7 +25,7 @@ from osiris.http_parser import MAX_HEAD_BYTES
 GET = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"
 POST = b"POST /speak HTTP/1.1\r\nHost: x\r\n"
 LARGE = 24 << 20
-"""Bytes of an answer that no kernel keeps for a client."""
+"""Bytes of an answer that exceed any kernel's buffers."""
 
 
 def on_uvloop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
@@ -207,14 +207,12 @@ async def test_an_upgrade_header_does_not_lose_the_body_or_the_connection(offer:
 
 
 def head_of(size: int) -> bytes:
-    """A request's head of so many bytes, as the server counts them."""
+    """A request's head of this many bytes, as the server counts them."""
     fixed = len(b"GET / HTTP/1.1\r\nHost: x\r\nX: \r\n\r\n") - len("\r\n\r\n") + len("\r\n")
     return b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * (size - fixed) + b"\r\n\r\n"
 
 
-TOO_LONG = {
-    "detail": "The request line and the headers are longer than 65536 bytes together; send less."
-}
+TOO_LONG = {"detail": "The request line and the headers exceed 65536 bytes in total; send less."}
 
 
 @on_uvloop
@@ -450,7 +448,7 @@ def test_a_reserved_connection_has_less_time_to_send(monkeypatch: pytest.MonkeyP
 
 
 @on_uvloop
-async def test_an_answer_that_nobody_reads_is_aborted() -> None:
+async def test_an_answer_that_the_client_does_not_read_is_aborted() -> None:
     async with serve(limits={"send_timeout": 0.4}) as served:
         await held(served, b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
         async with asyncio.timeout(5):
@@ -460,7 +458,7 @@ async def test_an_answer_that_nobody_reads_is_aborted() -> None:
 
 
 @on_uvloop
-async def test_a_stream_that_nobody_reads_is_aborted() -> None:
+async def test_a_stream_that_the_client_does_not_read_is_aborted() -> None:
     async with serve(limits={"send_timeout": 0.4}) as served:
         await held(served, b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
         async with asyncio.timeout(10):

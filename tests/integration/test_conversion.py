@@ -9,7 +9,7 @@ import pytest
 
 from llm_sidecar import command_line
 from llm_sidecar.engines import GenerationRequest, load_engine
-from llm_sidecar.loader import __main__ as preparing
+from llm_sidecar.loader import __main__ as loader_cli
 from llm_sidecar.models import conversion
 from llm_sidecar.models.conversion import ConversionFailed, compare, convert
 from tests.random_models import convert_to_onnx, write_transformers_folder
@@ -68,7 +68,7 @@ def test_an_interrupted_conversion_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command_line, "say", interrupted)
-    assert preparing.main(["convert", str(llama), str(tmp_path / "converted")]) == 130
+    assert loader_cli.main(["convert", str(llama), str(tmp_path / "converted")]) == 130
     assert list(tmp_path.iterdir()) == []
 
 
@@ -76,7 +76,7 @@ def test_what_cannot_be_converted_is_said_in_a_line(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(source: Path, out: Path) -> str:
-        assert preparing.main(["convert", str(source), str(out)]) == 1
+        assert loader_cli.main(["convert", str(source), str(out)]) == 1
         said = capsys.readouterr().err
         assert said.count("\n") == 1
         return said

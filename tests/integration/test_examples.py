@@ -1,4 +1,4 @@
-"""Few-shot examples: which corrections become one, which do not, and what is said of it."""
+"""Few-shot examples: which corrections become one, and the message about the others."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Running:
                     run_id=run_id, input_query=prompt, final_output="", status="success"
                 )
             )
-        # A question moves what waits.
+        # A query first moves the logged rows to the tables.
         await store.last("orchestrator_runs", 1)
         await store.close()
 
@@ -278,7 +278,7 @@ async def test_examples_that_are_too_much_for_the_model_give_way_from_the_oldest
         assert await sidecar.examples() == ["t-1", "t-2"]
 
 
-async def test_useless_corrections_crowd_out_nobody(sidecar: Running) -> None:
+async def test_useless_corrections_displace_no_example(sidecar: Running) -> None:
     await sidecar.log_runs("t")
     await sidecar.correct("t")
     # More than are read at once.
@@ -349,7 +349,7 @@ async def test_feedback_of_another_service_is_withdrawn_whatever_its_id(
         feedback_content="5",
     )
     await store.append(row)
-    # A question moves what waits.
+    # A query first moves the logged rows to the tables.
     await store.last("phi3_feedback", 1)
     await store.close()
     path = urllib.parse.quote(feedback_id, safe="")
@@ -432,8 +432,8 @@ async def test_an_example_in_use_can_be_withdrawn_while_the_database_cannot_be_r
     async def fail(*_: object, **__: object) -> None:
         raise DatabaseUnavailable("The database cannot be read.", retry_after=5)
 
-    for question in ("recent_corrections", "feedback_transaction"):
-        monkeypatch.setattr(Store, question, fail)
+    for query in ("recent_corrections", "feedback_transaction"):
+        monkeypatch.setattr(Store, query, fail)
     assert (await sidecar.client.delete("/feedback/nobody's")).status_code == 503
     assert (await sidecar.client.delete(f"/feedback/{feedback_id}")).status_code == 200
     assert await sidecar.examples() == ["other"]

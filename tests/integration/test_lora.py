@@ -20,7 +20,7 @@ from llm_sidecar.engines.lora_graph import ADAPTER_FILE, read_lora_graph
 from llm_sidecar.engines.lora_graph import write_adapter as write_matrices
 from llm_sidecar.engines.peft_files import CONFIG_FILE, WEIGHTS_FILE
 from llm_sidecar.errors import AdapterRejected
-from llm_sidecar.loader import __main__ as preparing
+from llm_sidecar.loader import __main__ as loader_cli
 from llm_sidecar.models import files, patterns
 from llm_sidecar.models.conversion import ConversionFailed
 from llm_sidecar.models.lora import convert_adapter
@@ -423,7 +423,7 @@ def test_the_command_converts_for_the_demo_where_no_model_is_named(
         command += ["--model", missing]
     elif variable is not None:
         monkeypatch.setenv(variable, missing)
-    status = preparing.main(command)
+    status = loader_cli.main(command)
     output = capsys.readouterr()
     assert output.err.count("\n") == 1
     if variable is None:

@@ -101,10 +101,10 @@ def check_answers(run: list[Block], demo_server: LiveServer, checkout: Path) -> 
         status, answer, errors = (
             (files / f"{number}.{kind}").read_text() for kind in ("status", "out", "err")
         )
-        assert status == "0\n", f"{block.place} fails:\n{answer}{errors}"
+        assert status == "0\n", f"{block.location} fails:\n{answer}{errors}"
         if block.shown is not None:
             language, shown = block.shown
-            assert comparable(language, answer) == comparable(language, shown), block.place
+            assert comparable(language, answer) == comparable(language, shown), block.location
 
 
 def as_run(block: Block, server: LiveServer, python_file: Path) -> str:

@@ -182,8 +182,8 @@ def test_fifty_at_once_each_get_their_own_speech(voice: LiveServer) -> None:
     began = time.monotonic()
     responses = asyncio.run(all_at_once())
     assert time.monotonic() - began < 20
-    together = [outline(samples(response)) for response in responses]
-    for n, spoken in enumerate(together):
+    concurrent = [outline(samples(response)) for response in responses]
+    for n, spoken in enumerate(concurrent):
         differences = [difference(spoken, other) for other in alone]
         assert differences[n] < 0.15
         assert int(np.argmin(differences)) == n, texts[n]

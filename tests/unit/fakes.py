@@ -48,14 +48,14 @@ def scores(**found: float) -> ChoiceScores:
 
 
 async def last_of(items: AsyncGenerator[Any, None], kind: type[T]) -> T:
-    """The last item of a stream, which is of this kind."""
+    """The last item of a stream; `kind` is its type."""
     *_, last = [item async for item in items]
     assert isinstance(last, kind)
     return last
 
 
 async def text_of(stream: AsyncGenerator[Delta, None]) -> Completion:
-    """The whole of a generation."""
+    """The completion that the deltas of a generation form."""
     return Completion.of([delta async for delta in stream])
 
 
@@ -112,7 +112,7 @@ class Happened:
 
 
 class FakeBus:
-    """Takes every event.
+    """An event bus that accepts every event.
 
     Attributes:
         subscribers: by channel.
@@ -139,7 +139,7 @@ class FakeBus:
 
     @property
     def bus(self) -> EventBus:
-        """Itself, as the services know it."""
+        """Itself, with the type that services expect."""
         return cast(EventBus, self)
 
 
@@ -184,7 +184,7 @@ class FakeStore:
 
     @property
     def store(self) -> Store:
-        """Itself, as the services know it."""
+        """Itself, with the type that services expect."""
         return cast(Store, self)
 
     async def opened(self, timeout: float) -> None:
@@ -235,7 +235,7 @@ class FakeStore:
 
 
 class FakeMetrics(NoMetrics):
-    """Notes proposals, scores and lost rows."""
+    """Records proposals, scores and lost rows."""
 
     def __init__(self, happened: Happened) -> None:
         self._happened = happened
@@ -279,7 +279,7 @@ class FakeSidecar:
 
 
 def fresh(module: ModuleType) -> ModuleType:
-    """The module executed once more: what it computes while it is imported is computed now.
+    """Executes the module again, so that the work of its import runs now.
 
     The one that everybody imports stays as it is.
     """

@@ -15,7 +15,7 @@ from llm_sidecar.errors import SidecarError
 
 
 class Failing(io.StringIO):
-    """A stream that takes nothing: what is written comes to nothing when it is flushed."""
+    """A stream that fails when it is flushed."""
 
     def __init__(self, number: int) -> None:
         super().__init__()

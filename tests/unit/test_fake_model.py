@@ -1,4 +1,4 @@
-"""The fake model answers as a real one does, so that the tests over it mean something."""
+"""The fake model behaves as a real one does, so that tests with it are valid."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def test_it_has_the_adapter_that_it_is_given() -> None:
 
 
 class Smallest(ChatModel):
-    """The least that a model has to write."""
+    """The minimum that a model class must define."""
 
     async def stream(self, request, deadline=None, *, allow_partial=False):  # type: ignore[no-untyped-def]
         yield Delta("", "smallest", finish_reason="stop")

@@ -1,4 +1,4 @@
-"""How Hermes is asked for a critique and a score, and how its answer is read: to the letter."""
+"""The exact prompts for a critique and a score, and the score in Hermes' answer."""
 
 from __future__ import annotations
 

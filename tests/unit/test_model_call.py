@@ -1,4 +1,4 @@
-"""The times and counts that a call records while it is served."""
+"""The times and counts that a call records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A request, and what the fake models answer to it."""
+"""A request, and the answers of the fake models."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UNGROUNDED = completion(proposals.dumps(PROPOSAL | {"ticker": "NEW", "rationale"
 """A proposal whose ticker and rationale are not grounded in the prompt."""
 
 
-def faked(**settings: Any) -> FakeSidecar:
+def fake_sidecar(**settings: Any) -> FakeSidecar:
     """A sidecar whose models have one proposal, one critique and one score to give."""
     made = FakeSidecar(Settings(events={"url": "memory://"}, **settings))
     made.phi3.answers = [WRITTEN]

@@ -8,12 +8,12 @@ from llm_sidecar import hermes_plugin
 from llm_sidecar.errors import QueueFull
 from llm_sidecar.models.base import Delta, GenerationRequest
 from tests.unit.fakes import FakeSidecar, PausedModel, text_of
-from tests.unit.services.samples import CRITIQUE, faked
+from tests.unit.services.samples import CRITIQUE, fake_sidecar
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.6])
 async def test_a_free_question_is_neither_stored_nor_published(temperature: float) -> None:
-    made = faked(models={"hermes_temperature": temperature})
+    made = fake_sidecar(models={"hermes_temperature": temperature})
     assert await text_of(made.sidecar.chat.answer("What now?", 12)) == CRITIQUE
     messages = hermes_plugin.chat_messages("What now?")
     (call,) = made.hermes.calls
@@ -32,7 +32,7 @@ async def test_its_answer_streams_and_closing_it_stops_hermes() -> None:
 
 
 async def test_an_error_of_the_model_reaches_the_caller() -> None:
-    made = faked()
+    made = fake_sidecar()
     made.hermes.answers = [QueueFull("full", retry_after=3)]
     with pytest.raises(QueueFull, match="full"):
         await text_of(made.sidecar.chat.answer("What now?", 12))

@@ -37,12 +37,12 @@ def correction(prompt: str = "Long ABC", number: int = 0, **changes: Any) -> Cor
 
 
 def of_tokens(count: int, number: int = 0) -> Correction:
-    """One that may take so many tokens."""
+    """An example with this token bound."""
     return correction("p" * (count - SIZE - AROUND), number)
 
 
 def rationale(characters: int) -> str:
-    """Makes a proposal of so many characters as compact JSON."""
+    """Makes a proposal of this many characters as compact JSON."""
     return "x" * (characters - SIZE + len(GOOD["rationale"]))
 
 

@@ -1,4 +1,4 @@
-"""The state of the sidecar, from the states of its faked."""
+"""The state of the sidecar, from the states of its components."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from tests.unit.fakes import FakeSidecar
 
 
 @pytest.fixture
-def faked(monkeypatch: pytest.MonkeyPatch) -> FakeSidecar:
-    """A sidecar of which every part works."""
+def fake_sidecar(monkeypatch: pytest.MonkeyPatch) -> FakeSidecar:
+    """A sidecar whose components all work."""
     made = FakeSidecar()
     monkeypatch.setattr(made.sidecar.speaker, "available", lambda: True)
     return made
 
 
-def lose(faked: FakeSidecar, *names: str) -> None:
+def lose(fake_sidecar: FakeSidecar, *names: str) -> None:
     for name in names:
         if name == "database":
-            faked.store.full = DatabaseUnavailable("The disk is full.")
+            fake_sidecar.store.full = DatabaseUnavailable("The disk is full.")
         elif name == "closed database":
-            faked.store.is_away = True
+            fake_sidecar.store.is_away = True
         elif name == "redis":
-            faked.bus.connected = False
+            fake_sidecar.bus.connected = False
         else:
-            model = getattr(faked, name)
+            model = getattr(fake_sidecar, name)
             model.state = replace(model.state, not_ready=f"{name} is loading.")
 
 
@@ -52,21 +52,26 @@ def lose(faked: FakeSidecar, *names: str) -> None:
     ],
 )
 def test_the_status_follows_from_what_is_missing(
-    faked: FakeSidecar, lost: tuple[str, ...], status: str, missing: dict[str, str]
+    fake_sidecar: FakeSidecar, lost: tuple[str, ...], status: str, missing: dict[str, str]
 ) -> None:
-    lose(faked, *lost)
-    health = faked.sidecar.health
+    lose(fake_sidecar, *lost)
+    health = fake_sidecar.sidecar.health
     assert (health.status(), health.missing()) == (status, missing)
     assert health.report()["status"] == status
 
 
-def test_without_a_voice_it_is_partial(faked: FakeSidecar, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faked.sidecar.speaker, "available", lambda: False)
-    assert (faked.sidecar.health.status(), faked.sidecar.health.missing()) == ("partial_error", {})
+def test_without_a_voice_it_is_partial(
+    fake_sidecar: FakeSidecar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_sidecar.sidecar.speaker, "available", lambda: False)
+    assert (fake_sidecar.sidecar.health.status(), fake_sidecar.sidecar.health.missing()) == (
+        "partial_error",
+        {},
+    )
 
 
-def test_the_report_shows_each_model_without_its_readiness(faked: FakeSidecar) -> None:
-    faked.phi3.state = ModelStatus(
+def test_the_report_shows_each_model_without_its_readiness(fake_sidecar: FakeSidecar) -> None:
+    fake_sidecar.phi3.state = ModelStatus(
         model="phi3/fake",
         adapter=Adapter(Path("/adapters/20260102")),
         runtime="fake",
@@ -78,8 +83,8 @@ def test_the_report_shows_each_model_without_its_readiness(faked: FakeSidecar) -
         queue_length=8,
         running=2,
     )
-    faked.hermes.state = ModelStatus("failed", "it is not there", "it is not there")
-    report = faked.sidecar.health.report()
+    fake_sidecar.hermes.state = ModelStatus("failed", "it is not there", "it is not there")
+    report = fake_sidecar.sidecar.health.report()
     assert (report["phi3_loaded"], report["hermes_loaded"]) == (True, False)
     assert (report["device"], report["phi3_adapter_date"]) == ("cuda", "2026-01-02")
     expected: dict[str, Any] = {
@@ -102,10 +107,12 @@ def test_the_report_shows_each_model_without_its_readiness(faked: FakeSidecar) -
     assert list(shown["hermes"]) == list(expected)
 
 
-def test_the_report_has_the_mean_score_and_the_states_of_the_parts(faked: FakeSidecar) -> None:
-    rows = faked.sidecar._rows
+def test_the_report_has_the_mean_score_and_the_states_of_the_parts(
+    fake_sidecar: FakeSidecar,
+) -> None:
+    rows = fake_sidecar.sidecar._rows
     rows.mean_score, rows.num_scores = 0.25, 4
-    report = faked.sidecar.health.report()
+    report = fake_sidecar.sidecar.health.report()
     assert report["mean_hermes_score_last_24h"] == 0.25
     assert report["num_hermes_scores_last_24h"] == 4
     assert (report["database"], report["event_bus"]) == ({"state": "fake"}, {"state": "fake"})

@@ -1,4 +1,4 @@
-"""A run: which model is asked what, which rows and events follow, and how it ends early."""
+"""A run: its model calls, rows and events, and its early ends."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.unit.services.samples import (
     PROPOSAL,
     UNGROUNDED,
     WRITTEN,
-    faked,
+    fake_sidecar,
     without,
 )
 
@@ -41,7 +41,7 @@ async def propose(made: FakeSidecar) -> AssessedProposal:
 
 
 async def test_phi3_is_asked_with_the_examples_oldest_first() -> None:
-    made = faked(models={"phi3_temperature": 0.4})
+    made = fake_sidecar(models={"phi3_temperature": 0.4})
     made.sidecar.few_shot.corrections = (
         Correction("older", {"ticker": "A"}, "t-1", "f-1"),
         Correction("newer", {"ticker": "B"}, "t-2", "f-2"),
@@ -55,7 +55,7 @@ async def test_phi3_is_asked_with_the_examples_oldest_first() -> None:
 
 
 async def test_hermes_is_asked_for_a_critique_and_then_for_a_score() -> None:
-    made = faked(models={"hermes_temperature": 0.6})
+    made = fake_sidecar(models={"hermes_temperature": 0.6})
     await propose(made)
     critique = hermes_plugin.build_messages(hermes_plugin.CRITIQUE_TASK, PROPOSAL, PROMPT)
     score = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, PROPOSAL, PROMPT)
@@ -66,7 +66,7 @@ async def test_hermes_is_asked_for_a_critique_and_then_for_a_score() -> None:
 
 
 async def test_the_result_is_what_the_models_gave() -> None:
-    result = await propose(faked())
+    result = await propose(fake_sidecar())
     assert isinstance(result.transaction_id, uuid.UUID)
     assert (result.proposal, result.completion) == (PROPOSAL, WRITTEN)
     assert (result.assessment, result.score) == (CRITIQUE, 0.75)
@@ -74,7 +74,7 @@ async def test_the_result_is_what_the_models_gave() -> None:
 
 
 async def test_it_leaves_a_run_a_score_and_a_proposal() -> None:
-    made = faked()
+    made = fake_sidecar()
     name = str((await propose(made)).transaction_id)
     rows = dict(made.happened.of("row"))
     assert len(made.happened.of("row")) == len(rows) == 3
@@ -122,7 +122,7 @@ async def test_its_latencies_are_those_of_each_part(monkeypatch: pytest.MonkeyPa
 
         return pass_time
 
-    made = faked()
+    made = fake_sidecar()
     made.phi3.before_answer, made.hermes.before_answer = take(10), take(5, 20)
     await propose(made)
     latencies = dict(made.happened.of("row"))["ProposalSchema"]["latencies"]
@@ -134,7 +134,7 @@ async def test_its_latencies_are_those_of_each_part(monkeypatch: pytest.MonkeyPa
 
 
 async def test_a_proposal_is_published_at_once_and_its_assessment_once_it_is_stored() -> None:
-    made = faked()
+    made = fake_sidecar()
     published: list[int] = []
     made.hermes.before_answer = lambda: published.append(len(made.happened.of("event")))
     name = str((await propose(made)).transaction_id)
@@ -155,13 +155,13 @@ async def test_a_proposal_is_published_at_once_and_its_assessment_once_it_is_sto
 
 
 async def test_proposal_and_score_are_counted() -> None:
-    made = faked()
+    made = fake_sidecar()
     await propose(made)
     assert made.happened.of("metric") == [("proposed", ("adjust",)), ("scored", 0.75)]
 
 
 async def test_what_is_not_grounded_is_reported_everywhere() -> None:
-    made = faked()
+    made = fake_sidecar()
     made.phi3.answers = [UNGROUNDED]
     result = await propose(made)
     assert result.grounded == "ticker,rationale"
@@ -170,7 +170,7 @@ async def test_what_is_not_grounded_is_reported_everywhere() -> None:
 
 
 async def test_with_grounding_retry_it_is_asked_for_once_more() -> None:
-    made = faked(proposals={"grounding": "retry"})
+    made = fake_sidecar(proposals={"grounding": "retry"})
     made.phi3.answers = [UNGROUNDED, WRITTEN]
     result = await propose(made)
     assert (result.proposal, result.grounded) == (PROPOSAL, "true")
@@ -179,7 +179,7 @@ async def test_with_grounding_retry_it_is_asked_for_once_more() -> None:
 
 
 async def test_all_calls_of_a_request_share_its_deadline() -> None:
-    made = faked(limits={"request_timeout": 7.0})
+    made = fake_sidecar(limits={"request_timeout": 7.0})
     before = time.monotonic()
     await propose(made)
     (deadline,) = [call.deadline for call in made.phi3.calls]
@@ -191,7 +191,7 @@ async def test_all_calls_of_a_request_share_its_deadline() -> None:
 
 @pytest.mark.parametrize("failure", [ModelUnavailable("gone"), DeadlineExceeded("too late")])
 async def test_a_run_that_fails_leaves_a_row_that_says_why(failure: SidecarError) -> None:
-    made = faked()
+    made = fake_sidecar()
     made.phi3.answers = [failure]
     with pytest.raises(type(failure), match=failure.detail):
         await propose(made)
@@ -208,7 +208,7 @@ async def test_a_run_that_fails_leaves_a_row_that_says_why(failure: SidecarError
 
 
 async def test_a_proposal_that_hermes_does_not_assess_is_stored_as_partial() -> None:
-    made = faked()
+    made = fake_sidecar()
     made.hermes.answers = [DeadlineExceeded("hermes is late", retry_after=3)]
     with pytest.raises(DeadlineExceeded, match="hermes is late") as caught:
         await propose(made)
@@ -231,7 +231,7 @@ async def test_a_proposal_that_hermes_does_not_assess_is_stored_as_partial() -> 
 
 
 async def test_a_score_that_fails_leaves_proposal_and_critique() -> None:
-    made = faked()
+    made = fake_sidecar()
     made.hermes.answers = [CRITIQUE, ModelUnavailable("hermes is gone")]
     with pytest.raises(ModelUnavailable, match="hermes is gone"):
         await propose(made)
@@ -241,7 +241,7 @@ async def test_a_score_that_fails_leaves_proposal_and_critique() -> None:
 
 
 async def test_a_failed_run_that_is_not_stored_says_so() -> None:
-    made = faked()
+    made = fake_sidecar()
     made.hermes.answers = [ModelUnavailable("hermes is gone")]
     made.store.full = DatabaseUnavailable("The disk is full.")
     with pytest.raises(ModelUnavailable, match="hermes is gone") as caught:
@@ -251,7 +251,7 @@ async def test_a_failed_run_that_is_not_stored_says_so() -> None:
 
 @pytest.mark.parametrize("failure", [InvalidRequest("prompt: too long"), QueueFull("full")])
 async def test_a_refused_request_leaves_no_row(failure: SidecarError) -> None:
-    made = faked()
+    made = fake_sidecar()
     made.phi3.answers = [failure]
     with pytest.raises(type(failure)) as caught:
         await propose(made)
@@ -261,7 +261,7 @@ async def test_a_refused_request_leaves_no_row(failure: SidecarError) -> None:
 
 @pytest.mark.parametrize("failure", [InvalidRequest("prompt: too long"), QueueFull("full")])
 async def test_a_proposal_that_hermes_refuses_is_stored_all_the_same(failure: SidecarError) -> None:
-    made = faked()
+    made = fake_sidecar()
     made.hermes.answers = [failure]
     with pytest.raises(type(failure)) as caught:
         await propose(made)
@@ -270,7 +270,7 @@ async def test_a_proposal_that_hermes_refuses_is_stored_all_the_same(failure: Si
 
 
 async def stored_after(made: FakeSidecar, count: int) -> dict[str, dict[str, Any]]:
-    """The rows, once there are so many; they are stored in the background."""
+    """The rows, once there are this many; they are stored in the background."""
     await until(lambda: len(made.happened.of("row")) >= count)
     return dict(made.happened.of("row"))
 
@@ -303,7 +303,7 @@ async def test_a_client_that_leaves_after_the_proposal_loses_nothing(end: str) -
 
 
 async def test_a_client_that_leaves_with_the_proposal_loses_nothing() -> None:
-    made = faked()
+    made = fake_sidecar()
     running = made.sidecar.orchestrator.propose(PROMPT, 300)
     while not isinstance(await anext(running), Proposed):
         pass
@@ -327,7 +327,7 @@ async def test_a_client_that_leaves_before_the_proposal_stops_phi3_and_leaves_no
 
 
 async def test_a_run_streams_the_proposal_the_critique_and_the_result() -> None:
-    made = faked()
+    made = fake_sidecar()
     items = [item async for item in made.sidecar.orchestrator.propose(PROMPT, 300)]
     kinds = [type(item).__name__ for item in items]
     assert kinds == ["Delta", "Delta", "Proposed", "Delta", "Delta", "AssessedProposal"]
@@ -337,7 +337,7 @@ async def test_a_run_streams_the_proposal_the_critique_and_the_result() -> None:
 
 
 async def test_an_unexpected_failure_after_the_proposal_loses_nothing() -> None:
-    made = faked()
+    made = fake_sidecar()
     made.hermes.answers = [KeyError("a secret")]
     with pytest.raises(KeyError):
         await propose(made)
@@ -349,7 +349,7 @@ async def test_an_unexpected_failure_after_the_proposal_loses_nothing() -> None:
 
 
 async def test_an_unexpected_failure_before_it_leaves_no_row() -> None:
-    made = faked()
+    made = fake_sidecar()
     made.phi3.answers = [KeyError("a secret")]
     with pytest.raises(KeyError):
         await propose(made)
@@ -359,7 +359,7 @@ async def test_an_unexpected_failure_before_it_leaves_no_row() -> None:
 
 
 async def test_a_database_that_is_away_costs_no_answer(caplog: pytest.LogCaptureFixture) -> None:
-    made = faked()
+    made = fake_sidecar()
     made.store.full = DatabaseUnavailable("The disk is full.")
     result = await propose(made)
     assert (result.proposal, result.score, result.stored) == (PROPOSAL, 0.75, False)

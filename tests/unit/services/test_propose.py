@@ -1,4 +1,4 @@
-"""A proposal: how Phi-3 is asked for it, when it is retried, and what streams."""
+"""A proposal: the request to Phi-3, the retry, and the stream."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llm_sidecar.proposals import Example, Proposed
 from llm_sidecar.services.propose import Proposer
 from llm_sidecar.telemetry.metrics import NoMetrics
 from tests.unit.fakes import PausedModel, completion, last_of
-from tests.unit.services.samples import PROMPT, PROPOSAL, UNGROUNDED, faked
+from tests.unit.services.samples import PROMPT, PROPOSAL, UNGROUNDED, fake_sidecar
 from tests.unit.services.samples import WRITTEN as WRITTEN_OF_ABC
 
 VALID: dict[str, Any] = {
@@ -62,7 +62,7 @@ async def propose(
 
 
 async def test_a_proposal_alone_is_neither_stored_nor_published() -> None:
-    made = faked()
+    made = fake_sidecar()
     generating = made.sidecar.proposer.generate(PROMPT, 300)
     assert await last_of(generating, Proposed) == (PROPOSAL, WRITTEN_OF_ABC, ())
     assert made.happened.log == [("metric", "proposed", ("adjust",))]
@@ -74,7 +74,7 @@ async def test_a_proposal_alone_is_neither_stored_nor_published() -> None:
 
 
 async def test_a_proposal_alone_is_retried_where_it_is_not_grounded() -> None:
-    made = faked(proposals={"grounding": "retry"})
+    made = fake_sidecar(proposals={"grounding": "retry"})
     made.phi3.answers = [UNGROUNDED, WRITTEN_OF_ABC]
     proposed = await last_of(made.sidecar.proposer.generate(PROMPT, 300), Proposed)
     assert proposed.proposal == PROPOSAL
