@@ -144,10 +144,10 @@ async def bare_subscriber(url: str, handle: Handle) -> AsyncIterator[None]:
 
     async with Redis.from_url(url, decode_responses=True) as client, client.pubsub() as pubsub:
         await pubsub.subscribe(CHANNEL)
-        reading = asyncio.create_task(read())
+        reader = asyncio.create_task(read())
         yield
-        reading.cancel()
-        await asyncio.wait([reading])
+        reader.cancel()
+        await asyncio.wait([reader])
 
 
 PUBLISHERS = {"bus": bus_publisher, "bare": bare_publisher}

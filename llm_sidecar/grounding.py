@@ -29,7 +29,7 @@ FIELDS: Final = ("ticker", "rationale")
 _OWN_NUMBERS: Final = ("new_stop_pct", "new_target_pct", "confidence")
 _LONGEST_TICKER: Final = 12
 _LONGEST_NUMBER: Final = 12
-"""Most characters of what guidance offers, so that a proposal keeps its greatest length."""
+"""Maximum length of a ticker or number in the guidance, so that proposals stay bounded."""
 _TICKERS_OF_DIGITS: Final = range(4, 7)
 """Lengths of tickers without letters, as East Asian exchanges use them."""
 _CASE_MATTERS: Final = 2
@@ -49,7 +49,7 @@ _GROUPS: Final = re.compile(r"([0-9]+)([^0-9]*)")
 _THOUSANDS: Final = 3
 """Digits."""
 _MOST_GROUPS: Final = 5
-"""Greatest number of digit groups before the decimal point."""
+"""Maximum number of digit groups before the decimal point."""
 _LONGEST_EXPONENT: Final = 3
 _EXACT: Final = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
 

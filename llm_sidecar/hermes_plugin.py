@@ -36,12 +36,12 @@ def build_messages(
 
     Critique and score differ only in the last line, so that they share one prefilled prefix.
     """
-    parts = [] if context is None else [f"Market context:\n{context}"]
-    parts.append(f"Proposal:\n{json.dumps(proposal, separators=(',', ':'))}")
-    parts.append(task)
+    sections = [] if context is None else [f"Market context:\n{context}"]
+    sections.append(f"Proposal:\n{json.dumps(proposal, separators=(',', ':'))}")
+    sections.append(task)
     return [
         {"role": "system", "content": SYSTEM_PROMPT},
-        {"role": "user", "content": "\n\n".join(parts)},
+        {"role": "user", "content": "\n\n".join(sections)},
     ]
 
 

@@ -1,8 +1,8 @@
 """The trade proposal: its schema, the prompt for Phi-3, and the guidance of the generation.
 
 Two schemas describe it. `Proposal` is the public contract. `GUIDANCE` is a narrowing of it that
-bounds every string and number and forbids free whitespace, so that a model under guided decoding
-can write nothing but a valid proposal of a known greatest length, whatever its weights say.
+bounds every string and number and forbids free whitespace, so that guided decoding always produces
+a valid proposal of bounded length, for any weights.
 """
 
 from __future__ import annotations

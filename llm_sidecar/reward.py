@@ -46,8 +46,8 @@ def proofable_reward(trace: dict[str, Any], patch_content: str | None = None) ->
         The reward, in [0, 1].
 
     Raises:
-        ValueError: the trace has no proposal, a price is no positive number, or the patch is no
-            JSON object.
+        ValueError: the trace has no proposal, a price is not a positive number, or the patch is not
+            a JSON object.
     """
     written = trace.get("proposal")
     if not isinstance(written, Mapping):

@@ -1,8 +1,8 @@
 """Closing a listening socket without resetting a connection that the kernel has already completed.
 
-A kernel completes connections before the server accepts them, and resets those that still wait when
-the socket closes. So the server first blocks new connections, and accepts the waiting ones, before
-it closes the socket.
+A kernel completes connections before the server accepts them. When the socket closes, it resets
+those that still wait. So the server blocks new connections and accepts the waiting ones before it
+closes the socket.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ async def test_a_private_memory_bus_hears_only_itself() -> None:
     await other.close()
 
 
-async def test_a_handler_that_never_ends_harms_nobody_else(bus: EventBus) -> None:
+async def test_a_handler_that_never_ends_delays_no_other_handler(bus: EventBus) -> None:
     inbox, stuck, release = Inbox(), asyncio.Event(), asyncio.Event()
 
     async def slow(payload: str) -> None:
@@ -324,7 +324,9 @@ async def test_the_status_of_a_healthy_bus(bus: EventBus, url: str) -> None:
     }
 
 
-async def test_connecting_to_nobody_raises_in_bounded_time(mortal: RedisServer) -> None:
+async def test_connecting_to_an_unreachable_redis_raises_in_bounded_time(
+    mortal: RedisServer,
+) -> None:
     assert RedisError is RedisPyError
     bus = EventBus(mortal.url)
     start = time.monotonic()

@@ -148,7 +148,7 @@ def _verify() -> int:
 
 def _format(given: Format | None, as_json: bool, out: Path | None) -> Format:
     on_terminal = out is None and sys.stdout.isatty()
-    chosen = given or ("table" if on_terminal and not as_json else "jsonl")
-    if chosen == "parquet" and on_terminal:
+    output_format = given or ("table" if on_terminal and not as_json else "jsonl")
+    if output_format == "parquet" and on_terminal:
         raise typer.BadParameter("parquet is not for a terminal: use --out FILE or a pipe.")
-    return chosen
+    return output_format

@@ -28,7 +28,7 @@ ADAPTER_FILE: Final = "adapter.onnx_adapter"
 
 _PROJECTION: Final = re.compile(r"/(model/layers\.\d+/(?:attn|mlp)/\w+_proj)/MatMul\w*")
 _MAX_OVERHEAD: Final = 1 << 20
-"""Greatest number of bytes of an adapter file that are names and padding."""
+"""Maximum number of bytes for names and padding in an adapter file."""
 _TYPES: Final[dict[int, type[np.floating[Any]]]] = {
     TensorProto.FLOAT: np.float32,
     TensorProto.FLOAT16: np.float16,

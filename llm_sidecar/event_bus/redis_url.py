@@ -62,8 +62,8 @@ def masked(url: str) -> str:
     """The URL with *** for its password and without its query, which can hold one too."""
     if url.startswith(MEMORY):
         return url
-    parts = urlsplit(url)
-    credentials, at, address = parts.netloc.rpartition("@")
+    parsed = urlsplit(url)
+    credentials, at, address = parsed.netloc.rpartition("@")
     user, colon, _ = credentials.partition(":")
     secret = ":***" if colon else ""
-    return urlunsplit((parts.scheme, f"{user}{secret}{at}{address}", parts.path, "", ""))
+    return urlunsplit((parsed.scheme, f"{user}{secret}{at}{address}", parsed.path, "", ""))

@@ -77,7 +77,7 @@ def holds_adapter(folder: Path) -> bool:
 
 
 def adapter_date(folder: Path) -> datetime.date | None:
-    """The date in an adapter folder's name; None if the name is no date."""
+    """The date in an adapter folder's name; None if the name is not a date."""
     match = _ADAPTER_NAME.fullmatch(folder.name)
     if match is None:
         return None

@@ -90,14 +90,14 @@ def select(
         count: the maximum number of examples.
         context_length: of the model, in tokens.
     """
-    chosen: list[Correction] = []
+    selected: list[Correction] = []
     left = _budget(context_length)
     for correction in newest_first[:count]:
         left -= token_bound(correction)
         if left < 0:
             break
-        chosen.append(correction)
-    return tuple(reversed(chosen))
+        selected.append(correction)
+    return tuple(reversed(selected))
 
 
 def _budget(context_length: int) -> int:

@@ -52,7 +52,7 @@ def measure(folder: Path) -> dict[str, float]:
     engine = load_engine(folder, device="cpu")
     batch = engine.batch()
     loaded = anonymous_memory()
-    short = [request(f"Question {number}: what now?") for number in range(8)]
+    short = [request(f"Prompt {number}: what now?") for number in range(8)]
     found = {}
     run(batch, short)
     found["before"] = anonymous_memory() - loaded

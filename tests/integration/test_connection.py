@@ -165,11 +165,11 @@ def parse(head: str) -> tuple[int, dict[str, str]]:
     return int(first.split()[1]), {name.lower(): value for name, _, value in fields}
 
 
-async def ask(served: Served, *parts: bytes) -> tuple[int, dict[str, str], dict[str, Any]]:
+async def ask(served: Served, *pieces: bytes) -> tuple[int, dict[str, str], dict[str, Any]]:
     """The answer to a request of one client."""
     reader, writer = await served.connect()
     try:
-        for part in parts:
+        for part in pieces:
             writer.write(part)
             await writer.drain()
         return await answer(reader)

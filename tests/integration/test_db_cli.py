@@ -993,7 +993,7 @@ def interrupting_store(monkeypatch: pytest.MonkeyPatch, logs: Path) -> Iterator[
             "LANCEDB_URI": "s3://bucket/db",
             "LANCEDB_LOG_DIR": str(logs),
             "AWS_ENDPOINT_URL": address,
-            "AWS_ACCESS_KEY_ID": "nobody",
+            "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "nothing",
             "AWS_REGION": "us-east-1",
         }.items():

@@ -173,7 +173,7 @@ def third_party(door: str) -> set[str]:
 
 
 def source(module: str) -> Path | None:
-    """The file of a module of ours; None where the name is no module's but of something in one."""
+    """The file of one of our modules; None if the name is an attribute of a module."""
     path = ROOT.joinpath(*module.split("."))
     files = (path / "__init__.py", path.with_suffix(".py"))
     return next((file for file in files if file.exists()), None)

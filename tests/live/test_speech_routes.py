@@ -271,14 +271,14 @@ def test_a_slow_listener_is_told_what_it_lost(voice: LiveServer) -> None:
             samples(say(voice, text))
             parts += len(split(text))
             lost = lost_by_all() - before
-        received = told = 0
-        while received + told < parts:
+        received = announced = 0
+        while received + announced < parts:
             line = next(slow)
             if line == "event: lost":
-                told += int(next(slow).removeprefix("data: "))
+                announced += int(next(slow).removeprefix("data: "))
             else:
                 received += line.startswith("data: ")
-        assert told == lost
+        assert announced == lost
 
 
 async def test_a_silent_stream_has_comments(

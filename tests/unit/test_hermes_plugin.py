@@ -92,7 +92,7 @@ def test_the_prefix_is_what_every_question_begins_with() -> None:
         (probabilities(_6=0.001), 0.6),
         (probabilities(_1=0.2, _2=0.2, _3=0.2), 0.2),
         (dict.fromkeys(ANSWERS, 1 / 11), 0.5),
-        # What is no answer does not count.
+        # Other answers do not count.
         (probabilities(_10=0.5) | {"eleven": 0.5}, 1.0),
     ],
 )

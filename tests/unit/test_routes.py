@@ -110,15 +110,15 @@ async def test_feedback_is_answered_once_it_is_stored(
     assert {column: row[column] for column in expected} == expected
 
 
-KEY_OF_DESK, KEY_OF_NOBODY = "first-key-0123456789", "second-key-012345678"
+KEY_OF_DESK, UNNAMED_KEY = "first-key-0123456789", "second-key-012345678"
 
 
 @pytest.mark.parametrize(
     ("keys", "key", "author"),
     [
-        (f"desk={KEY_OF_DESK},{KEY_OF_NOBODY}", KEY_OF_DESK, "desk"),
-        # The position of a key names nobody.
-        (f"desk={KEY_OF_DESK},{KEY_OF_NOBODY}", KEY_OF_NOBODY, None),
+        (f"desk={KEY_OF_DESK},{UNNAMED_KEY}", KEY_OF_DESK, "desk"),
+        # The position of a key is not a name.
+        (f"desk={KEY_OF_DESK},{UNNAMED_KEY}", UNNAMED_KEY, None),
         ("", KEY_OF_DESK, None),
     ],
 )

@@ -498,7 +498,7 @@ async def test_a_model_that_does_not_load_reports_why_and_is_tried_again(
     assert (await complete(made.model, ASKED)).text == "from 2"
     assert made.model.status().restarts == 1
     assert not house.workers[0].alive
-    # A failed load is no death of a worker.
+    # A failed load does not count as a worker's death.
     assert made.deaths == []
 
 

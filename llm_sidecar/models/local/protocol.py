@@ -76,7 +76,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     Attributes:
         runtime: package that runs it.
         device: `cpu` or `cuda`.
-        context_length: greatest number of prompt and completion tokens in one request.
+        context_length: maximum number of prompt and completion tokens of a request.
         capacity: requests that are generated at the same time.
     """
 

@@ -256,7 +256,7 @@ async def test_an_example_can_be_withdrawn_while_the_database_is_away(made: Made
     made.store.failure = AWAY
     await made.few_shot.withdraw("f-B")
     assert made.used == ["f-A"]
-    # Once the database is back, another one takes its place.
+    # Once the database is back, another one replaces it.
     made.store.failure, made.store.corrections = None, [correction("A"), correction("0")]
     await until(lambda: made.used == ["f-0", "f-A"])
 

@@ -206,7 +206,7 @@ async def test_an_ungrounded_proposal_is_retried_under_the_guidance_of_its_conte
     fake = FakeModel(completion(json.dumps(MADE_UP)), better)
     made = await propose_again(fake)
     assert (made.proposal, made.completion, made.grounded) == (GROUNDED, better, "true")
-    # The ticker is none of the context's, so it is no choice.
+    # The ticker is not in the context, so the guidance excludes it.
     assert fake.requests == [request(EXAMPLES, 300, 0.5, CONTEXT), retried([])]
 
 
