@@ -53,7 +53,7 @@ def _number(value: float | None) -> float | None:
 
 
 def _text(value: str | None) -> str | None:
-    # Python keeps bytes of an argument that it cannot decode as halves of surrogate pairs.
+    # Python represents undecodable bytes of an argument as halves of surrogate pairs.
     if value is not None and any("\ud800" <= char <= "\udfff" for char in value):
         raise typer.BadParameter("it is not text in the encoding of this terminal.")
     return value

@@ -72,7 +72,7 @@ class Filters:
                 column = col(_PROPOSAL_PATHS[table][0])
                 condition = column.contains(lit(json.dumps(value)))
                 if not value.isascii():
-                    # This version escapes such characters; other writers may not.
+                    # This version escapes these characters, but other writers may not.
                     plain = json.dumps(value, ensure_ascii=False)
                     condition = condition.or_(column.contains(lit(plain)))
                 found.append(condition)

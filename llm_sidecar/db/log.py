@@ -163,7 +163,7 @@ class Log:
     def check(self, failed: bool) -> None:
         """Checks that a record could be written now.
 
-        It runs every few seconds, so it writes a test file only if the disk may refuse it.
+        It is called every few seconds, so it writes a test file only if the disk may refuse writes.
 
         Args:
             failed: whether the last record could not be written.

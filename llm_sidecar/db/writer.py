@@ -533,7 +533,8 @@ async def _wait(seconds: float, unless: asyncio.Event) -> None:
 def _fail(future: asyncio.Future[None], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
-        # Marks it as retrieved, because a caller whose deadline has passed does not retrieve it.
+        # Marks the exception as retrieved, because a caller whose deadline has passed does not
+        # retrieve it.
         future.exception()
 
 

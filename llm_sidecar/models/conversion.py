@@ -82,8 +82,8 @@ def convert(
         agreement = compare(source, built)
         if not agreement.mean <= MAX_DISTANCE[precision]:
             raise ConversionFailed(
-                f"the converted model differs from {source}: the mean distance of their next "
-                f"tokens' probabilities is {agreement.mean:.2f}, and at most "
+                f"the next-token probabilities of the converted model and of {source} are "
+                f"{agreement.mean:.2f} apart on average, and at most "
                 f"{MAX_DISTANCE[precision]} is accepted for {precision}; try a higher precision"
             )
         built.rename(out)

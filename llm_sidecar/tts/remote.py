@@ -185,7 +185,7 @@ class RemoteVoice:
             )
             if not await self._bus.publish(requested(worker_id), payload):
                 raise VoiceUnavailable(
-                    "Redis is away, and with it the voice", retry_after=RETRY_AFTER
+                    "Redis is unavailable, and so is the voice", retry_after=RETRY_AFTER
                 )
             count = 0
             while not ended:
@@ -253,7 +253,7 @@ class RemoteVoice:
         able = able or list(self._alive())
         if not able:
             raise VoiceUnavailable(
-                "no speech worker is there: start python -m llm_sidecar.tts --voice chatterbox "
+                "no speech worker is running: start python -m llm_sidecar.tts --voice chatterbox "
                 "with the same REDIS_URL",
                 retry_after=RETRY_AFTER,
             )

@@ -134,7 +134,7 @@ class SpeechWorker:
             if isinstance(message, Cancellation):
                 self._cancel(message.request_id)
             elif len(self._requests) >= self._max_waiting:
-                await self._fail(message, QueueFull("as many texts wait to be spoken as may wait"))
+                await self._fail(message, QueueFull("the queue of the speech worker is full"))
             else:
                 self._requests[message.request_id] = message
                 self._arrived.set()

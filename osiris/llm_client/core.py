@@ -118,8 +118,8 @@ class Core:
     def _judge(
         self, request: httpx.Request, reply: Reply, failures: int
     ) -> tuple[LLMClientError, float | None]:
-        """The error to raise in the end, and the seconds until the next attempt, or None for no
-        other."""
+        """The error to raise if this attempt is the last, and the seconds until the next one, or
+        None to stop."""
         doubled = self._backoff_factor * 2.0 ** min(failures, 64)
         wait = min(LONGEST_BACKOFF, doubled) * random.uniform(0.5, 1.0)
         if not isinstance(reply, httpx.Response):

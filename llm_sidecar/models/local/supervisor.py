@@ -87,7 +87,7 @@ class Supervisor:
         self._supervision = start_detached(self._supervise(None))
 
     async def ready(self, by: float) -> WorkerProcess:
-        """The worker, as soon as it is ready.
+        """Waits for the worker to be ready.
 
         If a worker dies during the wait and `load_wait` is set, the wait for its replacement is as
         long as for a first load.
