@@ -3,9 +3,8 @@
 A number may be written differently than in the context: `191.1` and `191.10`, `1,200`, `1 200` and
 `1.200`, `2.5k` and `2500`, `1e5`, `7 %` and `0.07`, the digits of any script. If a text can be read
 in more than one way (`1,200` is also 1.2 in German, and 1 and 200 in a list), each interpretation
-counts.
-The sign is ignored. A rounded number (`191` for `191.10`), a number in words and the quotient of a
-fraction do not count.
+counts. The sign is ignored. A rounded number (`191` for `191.10`), a number in words and the
+quotient of a fraction do not count.
 
 A ticker counts if the characters beside it are neither letters nor digits: `AAPL` in `$AAPL`,
 `AAPL.O` and `AAPL:US`. Case matters for one or two letters, because `a`, `it` and `on` are words.

@@ -126,8 +126,7 @@ class Publisher:
 
     async def _flush(self) -> None:
         """Sends the waiting messages, oldest first. After an error the message stays first, unless
-        Redis
-        refused it."""
+        Redis refused it."""
         while self._outbox:
             channel, payload = self._outbox[0]
             try:

@@ -216,8 +216,7 @@ class ChatModel(Protocol):
     async def use_adapter(self, adapter: Adapter | None) -> None:
         """Switches to another adapter, or to none, for new requests.
 
-        Running requests keep their adapter. If the adapter cannot be
-        loaded, the one in use stays.
+        Running requests keep their adapter. If the adapter cannot be loaded, the one in use stays.
 
         Raises:
             AdapterRejected: it cannot be loaded; says why.

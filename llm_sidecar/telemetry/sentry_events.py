@@ -1,7 +1,7 @@
 """Filters the fields of a Sentry event that may leave the process.
 
 Allowed are names, locations, lines of our source and tags, and an exception's type and stack trace.
-An exception's text and variables may quote a prompt, so they stay.
+An exception's text and variables may quote a prompt, so they are removed.
 """
 
 from __future__ import annotations

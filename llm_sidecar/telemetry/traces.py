@@ -51,8 +51,7 @@ REQUEST_TIMEOUT: Final = 2.0
 FLUSH_TIMEOUT: Final = 1.0
 """Seconds that the last delivery may hold up the shutdown."""
 OPERATIONS: Final[dict[Operation, str]] = {"generate": "chat", "score_choices": "score"}
-"""`gen_ai.operation.name`; scoring given answers has no name in the
-conventions."""
+"""`gen_ai.operation.name`; scoring given answers has no name in the conventions."""
 _PROVIDER: Final = "osiris"
 _LOGGERS: Final = ("", "uvicorn", "uvicorn.access", "uvicorn.error")
 

@@ -116,8 +116,8 @@ async def stream_audio(
 ) -> EventSourceResponse:
     """Server-sent events with every WAV on `audio.bytes`, in base64, one per event.
 
-    A listener that is too slow misses the oldest WAVs. An event named `lost` then says
-    how many. Comments keep an idle stream open.
+    A listener that is too slow misses the oldest WAVs. An event named `lost` then says how many.
+    Comments keep an idle stream open.
     """
     ending: anyio.Event = request.app.state.shutdown.streams_end
     return EventSourceResponse(

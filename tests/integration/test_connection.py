@@ -61,7 +61,7 @@ class Served:
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers with the path and the length of the body.
 
-        `/large` answers with many bytes, `/refuse` without reading the body, `/wait` once it is
+        `/large` answers with many bytes, `/refuse` before it reads the body, `/wait` once it is
         released, and `/endless` with an endless stream.
         """
         body, status = b"", 200

@@ -1,6 +1,5 @@
 """Hostile and merely long texts at real workers: each is answered or refused, and no other request
-waits
-for it."""
+waits for it."""
 
 from __future__ import annotations
 

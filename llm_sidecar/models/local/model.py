@@ -1,8 +1,7 @@
 """A language model on this machine: `ChatModel` over a worker process that holds it.
 
 Requests are served in FIFO order, up to the worker's batch capacity at a time, each within its
-deadline. Closing a stream stops the generation in the worker, which a `Supervisor`
-keeps running.
+deadline. Closing a stream stops the generation in the worker, which a `Supervisor` keeps running.
 """
 
 from __future__ import annotations
