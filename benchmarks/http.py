@@ -238,7 +238,7 @@ def in_turns(
 
 
 def processor_seconds(pid: int) -> float:
-    """What a process, its threads and its children have used."""
+    """Processor time of a process, its threads and its children, in seconds."""
     process = psutil.Process(pid)
     used = [one.cpu_times() for one in (process, *process.children(recursive=True))]
     return float(sum(times.user + times.system for times in used))

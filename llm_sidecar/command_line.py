@@ -1,4 +1,4 @@
-"""What all command lines share: exit statuses, standard streams, Ctrl-C, errors.
+"""Shared code of the command lines: exit statuses, standard streams, Ctrl-C, errors.
 
     sys.exit(command_line.run(work))
 

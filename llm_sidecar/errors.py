@@ -56,7 +56,7 @@ class InvalidRequest(SidecarError):
 
 
 class NotFound(SidecarError):
-    """What the request names does not exist."""
+    """The object that the request names does not exist."""
 
 
 class AdapterRejected(SidecarError):

@@ -122,8 +122,8 @@ def tickers_in(context: str, most: int) -> list[str]:
             words[word.upper()] = None
         if len(capitals) >= most:
             break
-    chosen = capitals if capitals.keys() - _ENGLISH_CAPITALS else capitals | words or numbers
-    return list(chosen)[:most]
+    selected = capitals if capitals.keys() - _ENGLISH_CAPITALS else capitals | words or numbers
+    return list(selected)[:most]
 
 
 def _words(text: str) -> Iterator[str]:

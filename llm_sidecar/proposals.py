@@ -152,8 +152,8 @@ GUIDANCE: Final = json.dumps(
         "additionalProperties": False,
     }
 )
-"""The JSON schema the decoder follows (llguidance dialect). Its text never varies: runtimes keep
-the compiled grammar by it."""
+"""The JSON schema of guided decoding (llguidance dialect). Its text is constant, because runtimes
+cache the compiled grammar by it."""
 
 _LONGEST: Final = {
     "ticker": "X" * 12,
@@ -166,12 +166,12 @@ _LONGEST: Final = {
 }
 """As long as a guided one gets; 109 = 1 + 34 + 2 + 34 + 2 + 34 + 2 is the longest rationale."""
 _MOST_OFFERED: Final = 64
-"""Most tickers, and most numbers, that the guidance of a context offers, to keep it small."""
+"""Maximum number of tickers, and of numbers, in the guidance of a context, to keep it small."""
 
 MAX_COMPLETION_TOKENS: Final = len(json.dumps(_LONGEST, separators=(",", ":"))) + 4
-"""Tokens the longest guided proposal can take with any tokenizer: it is ASCII and a token is at
-least one character; two numbers may be written `100.00` (one character more each), the confidence
-never takes more than four, and the end of the turn takes one."""
+"""Maximum number of tokens of a guided proposal, for any tokenizer. It is ASCII, and a token is at
+least one character. Two numbers may be `100.00` (one character more each), the confidence has at
+most four characters, and the end of the turn is one token."""
 
 
 def grounded_guidance(context: str, tickers: Sequence[str] = ()) -> str | None:

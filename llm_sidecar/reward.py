@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from llm_sidecar.proposals import Proposal
 
 _UNIT_PCT: Final = 2.0
-"""Percent of move that counts as one R where a proposal sets no stop of its own."""
+"""Percent of price change that counts as one R if a proposal sets no stop."""
 _NUMBERS: Final = ("new_stop_pct", "new_target_pct", "confidence")
 
 

@@ -23,9 +23,9 @@ _FIRST_SURROGATE: Final = "\ud800"
 _REPLACEMENT: Final = "\ufffd"
 
 CALLERS_KEY: Final = "*"
-"""Stands in a location for a key that a caller made up."""
+"""Replaces, in a location, a key that a caller invented."""
 MAX_DEPTH: Final = 64
-"""Levels of an object, because writing it as JSON recurses as deep."""
+"""Maximum number of levels of an object, because serialising it as JSON recurses as deep."""
 MAX_VALUES: Final = 1 << 15
 """Maximum number of values of an object, over all levels."""
 _MAX_INTEGER_BITS: Final = 14_000

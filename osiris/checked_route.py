@@ -96,7 +96,7 @@ def _bad_body(kind: str, message: str) -> RequestValidationError:
 
 
 def _header_fault(headers: Headers) -> str | None:
-    """What is wrong with the headers that describe a body, or None.
+    """The error of the headers that describe a body, or None.
 
     A missing Content-Type is also refused: a page of another origin can send such a body without a
     CORS preflight.

@@ -39,7 +39,7 @@ _RESERVED_SECONDS: Final = 2.0
 _TRIM_AFTER: Final = 0.5
 """Seconds."""
 _POLL_SECONDS: Final = (0.05, 0.2, 0.5)
-"""Between checks for a reset; the last one repeats."""
+"""Seconds between checks for a reset; the last value repeats."""
 _FULL: Final = JSONResponse(
     {"detail": "The server has as many connections as MAX_CONNECTIONS allows; try again later."},
     status_code=503,

@@ -670,7 +670,7 @@ async def test_a_kill_under_concurrent_publishers_loses_nothing_and_keeps_each_o
 
 
 async def flows_on_another_channel(bus: EventBus) -> None:
-    """What was published before on any channel has been handed out too."""
+    """Also waits until earlier messages of all channels are delivered."""
     inbox = Inbox()
     await bus.subscribe("other", inbox)
     await flows(bus, "other", inbox)

@@ -31,8 +31,8 @@ _WITHDRAWN: Final = "withdrawn"
 Feedback = dict[str, Any]
 """A row of feedback, with the columns in `_COLUMNS` as the table holds them."""
 Record = dict[str, Any]
-"""The same with the timestamp as ISO 8601 text, the correction as an object, and the fields of
-`_Transaction`. It contains JSON types only."""
+"""A row of feedback with the timestamp as ISO 8601 text, the correction as an object, and the
+fields of `_Transaction`: JSON types only."""
 
 
 class LeftOut(Exception):

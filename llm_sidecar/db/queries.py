@@ -34,7 +34,8 @@ _MOST_ROWS: Final = 2**31 - 1
 EARLIEST: Final = datetime.datetime(1, 1, 1, tzinfo=datetime.UTC)
 _CORRECTIONS: Final = 64
 _MOST_CORRECTIONS: Final = 4096
-"""How many of the latest corrections the search for usable ones reads at first, and at most."""
+"""The first and the maximum number of corrections that the search for usable ones reads, newest
+first."""
 _AT_ONCE: Final = 500
 """The number of ids in one filter."""
 

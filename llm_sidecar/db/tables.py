@@ -28,7 +28,7 @@ _LOCK_PAUSE: Final = 0.02
 FRAGMENTS: Final = 32
 """A table with this many fragments should be compacted."""
 _COMPACTED: Final = "compacted"
-"""A file whose modification time is that of the last compaction."""
+"""A file; its modification time is the time of the last compaction."""
 _OLD_SHAPE: Final = (
     "The table {} has the shape of an older version; stop all that uses the database and run "
     "`python -m llm_sidecar.db migrate`."

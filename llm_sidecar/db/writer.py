@@ -41,8 +41,8 @@ _LOG_BYTES: Final = 64 << 20
 """The maximum size of the log while LanceDB is unavailable."""
 _KEEP_SECONDS: Final = 300.0
 _KEEP_BYTES: Final = 64 << 20
-"""How long, and how many bytes at most, of the log are kept after its rows are in their tables and
-synced: a second copy, in case the newest files are unreadable all the same."""
+"""The maximum age in seconds and size in bytes of the log that is kept after its rows are synced in
+their tables: a second copy, in case the newest table files are unreadable anyway."""
 _BACKOFF_FIRST: Final = 0.5
 _BACKOFF_MOST: Final = 30.0
 _OPEN_SECONDS: Final = 60.0

@@ -19,13 +19,13 @@ Message = dict[str, str]
 FinishReason = Literal["stop", "length"]
 
 PROBE: Final[Sequence[Message]] = ({"role": "user", "content": "Long ABC. What now?"},)
-"""A model has to answer this before an adapter is used."""
+"""A chat that a model must answer before an adapter is used."""
 
 ANSWER_TOKENS: Final = 2
-"""Tokens of the longest choice that `score_choices` supports."""
+"""Maximum number of tokens of a choice in `score_choices`."""
 
 PREFILL_CHUNK: Final = 256
-"""Prompt tokens processed between two chances to cancel."""
+"""Prompt tokens per prefill step; a request can be cancelled between two steps."""
 
 
 @dataclass(frozen=True, slots=True)

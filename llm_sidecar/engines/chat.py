@@ -42,7 +42,7 @@ _CUT_TOKENS: Final = 64
 """An upper bound of the tokens that cutting a text in two adds."""
 _CACHED_CHATS: Final = 64
 _LONGEST_CHARACTER: Final = 8
-"""More tokens than one character takes: it has at most four bytes in UTF-8."""
+"""More tokens than any character takes: a character has at most four bytes in UTF-8."""
 _KNOWN_CHATS: Final = (
     ("user",),
     ("system", "user"),

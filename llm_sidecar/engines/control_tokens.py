@@ -15,7 +15,7 @@ from typing import Any, Final
 _UNKNOWN: Final = "\U000f0000"
 """A character for private use, which no vocabulary has."""
 _BYTE: Final = re.compile("<0x[0-9A-F]{2}>")
-"""How some vocabularies spell each byte of an unknown character."""
+"""The spelling of a byte of an unknown character in some vocabularies."""
 
 
 class ControlTokens:

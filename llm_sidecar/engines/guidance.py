@@ -9,7 +9,8 @@ from typing import Any, Final
 import llguidance
 
 _KEPT: Final = 8
-"""Compiled grammars kept: the proposals' own, and those of the latest requests with another."""
+"""Number of cached grammars: one for proposals, the others for the latest requests with other
+guidance."""
 
 
 class Grammars:

@@ -18,10 +18,10 @@ from llm_sidecar.errors import AdapterRejected, ModelUnavailable
 _ADAPTER: Final = "adapter"
 """The name of the loaded adapter in the runtime."""
 _CAPACITY_STEP: Final = 512
-"""Tokens by which capacity grows; a prefix has as many for the prompts that begin with it."""
+"""Tokens by which capacity grows; a cached prefix keeps this many free for longer prompts."""
 _LONG_ROPE: Final = {"phi3": 4096, "phimoe": 4096}
-"""Tokens from which on Phi-3 models of long context use other rotary embeddings, so that all states
-have to be computed again (`Generator::GenerateNextToken` of onnxruntime-genai)."""
+"""Number of tokens beyond which long-context Phi-3 models use other rotary embeddings, so that all
+states must be computed again (`Generator::GenerateNextToken` of onnxruntime-genai)."""
 
 
 def has_cuda() -> bool:

@@ -23,7 +23,7 @@ from llm_sidecar.engines.prefixes import Prefix, shared_tokens
 from llm_sidecar.memory_trim import trim_heap
 
 _LONG_PROMPT: Final = 1024
-"""Tokens of a prompt; after longer ones the freed heap is returned to the system."""
+"""Prompt tokens; after a longer prompt, the freed heap is returned to the system."""
 _INPUTS: Final = {"input_ids", "attention_mask", "position_ids"}
 _ARCHITECTURES: Final = {"llama", "mistral", "phi3", "qwen2", "qwen3"}
 _LONG_ROPE: Final = b"cos_cache_large"

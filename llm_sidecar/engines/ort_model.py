@@ -25,9 +25,10 @@ _SIZE_STEP: Final = 128
 """Tokens by which memory for states grows."""
 _WEIGHTS_FOLDER: Final = "session.model_external_initializers_file_folder_path"
 _ERROR: Final = 3
-"""The level of onnxruntime's log that follows that of warnings."""
+"""onnxruntime's log level that omits warnings."""
 _SHRINK_TOKENS: Final = 32
-"""After longer steps the session returns its scratch memory, many times that of a decode step."""
+"""After a step of more tokens, the session returns its scratch memory, which is many times that of
+a decode step."""
 _DTYPES: Final = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 

@@ -14,10 +14,10 @@ WEIGHTS_FILE: Final = "adapter_model.safetensors"
 """PEFT's other formats are pickles."""
 
 _MAX_CONFIG: Final = 1 << 20
-"""Greatest size of a configuration in bytes; PEFT writes a few thousand."""
+"""Maximum size of a configuration in bytes; PEFT writes a few thousand."""
 _MATRIX: Final = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")
 _PLAIN_INITIALIZATIONS: Final = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-"""Values of `init_lora_weights` that leave the model's own weights alone. All others, such as
+"""Values of `init_lora_weights` that do not change the model's own weights. All others, such as
 `pissa`, change them before training."""
 _UNSUPPORTED: Final = (
     "use_dora",

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Generic, Protocol, TypeVar
 
 MAX_KEPT: Final = 3
-"""Prefixes kept at once, each as large as its longest prompt and completion: one for proposals, one
-for the few-shot examples that will replace theirs, and one for everything else."""
+"""Number of cached prefixes, each as large as its longest prompt and completion: one for proposals,
+one for the few-shot examples that will replace the current ones, and one for everything else."""
 _UNSHARED: Final = 2
 """Tokens of a prompt that are always processed."""
 

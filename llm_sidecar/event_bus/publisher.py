@@ -21,9 +21,11 @@ from llm_sidecar.event_bus.subscriber import Subscriber
 
 OUTBOX_MESSAGES: Final = 10_000
 OUTBOX_CHARACTERS: Final = 16 << 20
-"""What waits for Redis to come back, at most; beyond it the oldest is dropped."""
+"""Maximum number of messages that wait for Redis, and of their characters in total; beyond either,
+the oldest message is dropped."""
 LIVE_ONLY: Final = ("audio.bytes", "tts.")
-"""How channels begin whose messages mean nothing later: speech, and what is said about it."""
+"""Prefixes of the channels whose messages are useless later: speech, and the messages of its
+workers."""
 
 log = logging.getLogger(__name__)
 

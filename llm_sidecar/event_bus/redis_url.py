@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from fakeredis import FakeServer
 
 CONNECT_TIMEOUT: Final = 3.0
-"""Seconds within which a connection stands, or Redis counts as away."""
+"""Seconds to connect; after that, Redis counts as unavailable."""
 REPLY_TIMEOUT: Final = 5.0
-"""Seconds within which Redis answers a command, or it counts as away."""
+"""Seconds to wait for a reply; after that, Redis counts as unavailable."""
 
 MEMORY: Final = "memory://"
 _shared_servers: WeakValueDictionary[str, FakeServer] = WeakValueDictionary()

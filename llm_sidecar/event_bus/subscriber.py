@@ -69,7 +69,7 @@ class Subscriber:
 
     Attributes:
         here: set while Redis is connected and has confirmed every subscription.
-        outages: how often Redis was away, including at the start.
+        outages: the number of outages of Redis, including at the start.
         dropped: number of messages that a full queue lost.
     """
 
@@ -108,7 +108,8 @@ class Subscriber:
         self._hurried.set()
 
     async def add(self, name: str, queue: asyncio.Queue[str]) -> None:
-        """Feed the queue; return when Redis has confirmed it, at once while it is away."""
+        """Feed the queue; return when Redis has confirmed it, or at once while Redis is
+        unavailable."""
         channel = self._channels.setdefault(name, _Channel())
         channel.queues.add(queue)
         self._changed.set()

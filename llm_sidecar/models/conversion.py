@@ -26,7 +26,7 @@ from llm_sidecar.models.sample_chats import SAMPLE_CHATS
 Precision = Literal["int4", "int8", "fp32"]
 
 MAX_DISTANCE: Final[dict[Precision, float]] = {"int4": 0.3, "int8": 0.1, "fp32": 0.01}
-"""Greatest mean distance of two models that agree; that of unrelated models is about 1."""
+"""Maximum mean distance of two models that agree; that of unrelated models is about 1."""
 _STEP: Final = re.compile(r"^(Reading .*|Saving (?:ONNX model|GenAI config|processing files)) ?")
 
 

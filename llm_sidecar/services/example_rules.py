@@ -16,13 +16,13 @@ from llm_sidecar.text import find_fault
 
 EXAMPLE_PROMPT_CHARS: Final = 2000
 MAX_PROPOSAL_CHARS: Final = 500
-"""Of the corrected proposal as compact JSON."""
+"""Characters of the corrected proposal as compact JSON."""
 MAX_TOKENS: Final = 3000
 """Tokens of an example: its prompt and its proposal."""
 CONTEXT_SHARE: Final = 0.5
 """The share of the model's context that all examples may take in total."""
 _TURN_TOKENS: Final = 16
-"""The most tokens that a chat template adds around one turn."""
+"""Maximum number of tokens that a chat template adds around one turn."""
 
 
 class Outcome(enum.Enum):

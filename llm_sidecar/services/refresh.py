@@ -14,9 +14,9 @@ from llm_sidecar.logs import start_detached
 log = logging.getLogger(__name__)
 
 REFRESH_SECONDS: Final = 30.0
-"""Other processes write to the database too, so everything is read again this often."""
+"""Seconds between two refreshes, because other processes also write to the database."""
 _PAUSE: Final = 0.5
-"""Seconds between two reads: a burst of new rows is read once."""
+"""Minimum seconds between two reads, so that a burst of new rows is read once."""
 _RETRY_PAUSE: Final = 1.0
 
 

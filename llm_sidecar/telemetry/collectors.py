@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 Health = Mapping[str, Any]
-"""What `Sidecar.health` returns."""
+"""The result of `Health.report`."""
 
 _MODEL_STATES: Final = ("unloaded", "loading", "ready", "failed")
 _DATABASE_STATES: Final = ("opening", "open", "away", "closed")

@@ -30,7 +30,7 @@ from llm_sidecar.telemetry.calls import CANCELLED, UNEXPECTED, ModelCall, Observ
 from llm_sidecar.telemetry.collectors import HealthCollector
 
 CONTENT_TYPE: Final = exposition.CONTENT_TYPE_PLAIN_0_0_4
-"""The content type of what `Metrics.render` returns."""
+"""The content type of the result of `Metrics.render`."""
 
 REQUEST_SECONDS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120)
 """From a score of the demo model to the longest deadline in use."""

@@ -51,8 +51,8 @@ def base64_length(size: int) -> int:
 LONGEST_ANNOUNCEMENT: Final = 1 << 17
 LONGEST_REQUEST: Final = base64_length(MAX_REFERENCE_BYTES) + 12 * MAX_TEXT + (1 << 12)
 LONGEST_ANSWER: Final = base64_length(MAX_WAV) + (1 << 14)
-"""Characters of a whole message; JSON takes up to twelve for one character of text. A longer
-message is refused before it is parsed."""
+"""Maximum characters of a message; JSON takes up to twelve for one character of text. A longer
+message is refused unparsed."""
 
 
 class _Message(InputModel):
@@ -83,7 +83,8 @@ class Announcement(_Message):
 
 
 class ReplyTo(_Message):
-    """Where the answers to a request go; enough to refuse a request that is invalid otherwise."""
+    """The address for the answers to a request, which is enough to refuse an otherwise invalid
+    request."""
 
     request_id: Id
     reply_to: ReplyChannel
@@ -143,7 +144,7 @@ STATUSES: Final[dict[type[SidecarError], int]] = {
     QueueFull: 429,
     DeadlineExceeded: 504,
 }
-"""`Failure.status` of each kind of error; 503 of all others."""
+"""`Failure.status` of each kind of error; all others have 503."""
 
 Answer = Part | End | Failure
 

@@ -47,16 +47,16 @@ from llm_sidecar.tts.voice import Reference, Wav
 ALIVE_FOR: Final = 6.0
 """Seconds after its last announcement for which a worker counts as running."""
 PART_TIMEOUT: Final = 120.0
-"""Seconds that the next part may take: the longest one on a CPU, behind another request's."""
+"""Seconds to wait for the next part: the longest part on a CPU, behind one of another request."""
 LOST_AFTER: Final = 3.0
 """Seconds for which a worker's announcements may lack a request before it counts as lost; longer
 than any message takes."""
 RETRY_AFTER: Final = 5
 """Seconds after which a worker may be back."""
 ANSWERS: Final = 256
-"""Messages of one channel that have not been handled yet, at most."""
+"""Maximum number of unhandled messages of one channel."""
 PARTS_AHEAD: Final = 64
-"""Parts of one text that have arrived and not been consumed yet, at most."""
+"""Maximum number of received, unconsumed parts of one text."""
 CANCEL_TIMEOUT: Final = 5.0
 """Seconds to wait for a cancelled task."""
 
@@ -236,7 +236,7 @@ class RemoteVoice:
                 )
             if time.monotonic() >= self._alive_until(worker_id):
                 raise VoiceUnavailable(
-                    "the voice went away in the middle of a text", retry_after=RETRY_AFTER
+                    "the speech worker ended in the middle of a text", retry_after=RETRY_AFTER
                 )
 
     def _alive_until(self, worker_id: str) -> float:

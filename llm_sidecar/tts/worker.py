@@ -39,9 +39,9 @@ from llm_sidecar.tts.voice import Reference, Voice, Wav
 ANNOUNCE_EVERY: Final = 2.0
 """Seconds between two announcements."""
 MAX_WAITING: Final = 16
-"""Requests that a worker has at a time; with references of the largest size they take 220 MB."""
+"""Maximum number of requests of a worker; with the largest references they take 220 MB."""
 INBOX: Final = 64
-"""Messages that have arrived and not been handled yet, at most."""
+"""Maximum number of unhandled messages."""
 CANCEL_TIMEOUT: Final = 5.0
 """Seconds to wait for a cancelled task."""
 

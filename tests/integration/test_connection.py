@@ -61,8 +61,8 @@ class Served:
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers with the path and the length of the body.
 
-        `/large` answers with many bytes, `/refuse` before it reads the body, `/wait` once it is
-        released, and `/endless` with an endless stream.
+        `/large` answers with many bytes, `/refuse` ignores the body, `/wait` once it is released,
+        and `/endless` with an endless stream.
         """
         body, status = b"", 200
         if scope["path"] == "/refuse":
@@ -178,7 +178,7 @@ async def ask(served: Served, *pieces: bytes) -> tuple[int, dict[str, str], dict
 
 
 async def is_closed(reader: asyncio.StreamReader) -> bytes:
-    """What comes until the server closes."""
+    """All bytes until the server closes."""
     async with asyncio.timeout(10):
         with contextlib.suppress(ConnectionResetError):
             return await reader.read()

@@ -31,7 +31,7 @@ NAME = PROJECT["name"]
 
 
 def ranges(extra: str | None) -> dict[str, Requirement]:
-    """What the bare package or one of its extras needs, with the extras that it includes."""
+    """The requirements of the bare package or of an extra, including the extras inside it."""
     found: dict[str, Requirement] = {}
     for text in PROJECT["dependencies"] if extra is None else EXTRAS[extra]:
         requirement = Requirement(text)
@@ -256,7 +256,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
 
 
 def copy_package(to: Path) -> None:
-    """What the package is built from, so that no build leaves its files in this repository."""
+    """A copy of the package's sources, so that builds leave no files in this repository."""
     for name in tracked("pyproject.toml", "README.md", "llm_sidecar", "osiris"):
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, to / name)

@@ -1,5 +1,5 @@
-"""What was sent is quoted nowhere: a mark goes through every route and every field, and is looked
-for in answers, log, spans and Sentry events.
+"""Nothing quotes a request: a mark goes through every route and every field, and is looked for in
+answers, log, spans and Sentry events.
 
 Routes and fields are those of the server's OpenAPI document, so that a new one is tested as well.
 """

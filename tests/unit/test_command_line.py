@@ -1,4 +1,4 @@
-"""How a command ends: its status, and what it writes to which stream."""
+"""The exit status of a command, and its output on each stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is grounded in a context: numbers however they are written, and tickers as words."""
+"""Grounding in a context: numbers in any notation, and tickers as words."""
 
 from __future__ import annotations
 

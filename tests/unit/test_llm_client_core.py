@@ -1,4 +1,4 @@
-"""What a client decides: when to try again, how long to wait, what an answer means."""
+"""A client's decisions: when to retry, how long to wait, and the meaning of an answer."""
 
 from __future__ import annotations
 

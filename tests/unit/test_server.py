@@ -1,4 +1,4 @@
-"""What all answers have in common: HEAD, CORS, and the form of errors."""
+"""Common features of all answers: HEAD, CORS, and the form of errors."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class WorkerLoader:
-    """What every worker of a model loads.
+    """Loads a model into workers.
 
     Attributes:
         name: `phi3` or `hermes`.
