@@ -352,7 +352,7 @@ def test_what_cannot_be_converted_is_said_and_leaves_nothing(
     (peft / WEIGHTS_FILE).write_bytes((peft / WEIGHTS_FILE).read_bytes()[:100])
     assert "cannot be read" in failure(peft, base)
     (peft / CONFIG_FILE).write_text("[")
-    assert "no JSON" in failure(peft, base)
+    assert "not JSON" in failure(peft, base)
     (peft / WEIGHTS_FILE).unlink()
     assert WEIGHTS_FILE in failure(peft, base)
     out.mkdir()
@@ -383,7 +383,7 @@ def test_the_command_converts_for_the_configured_model(
     assert "20260101 changes the probabilities of phi3/" in said
     status, said = run()
     assert status == 1
-    assert said.endswith("already; name another folder or remove it\n")
+    assert said.endswith("already exists; name another folder or remove it\n")
 
 
 @pytest.fixture(scope="module")

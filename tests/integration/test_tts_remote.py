@@ -296,7 +296,7 @@ async def test_a_worker_that_vanishes_in_the_middle_is_noticed(house: House) -> 
     asking = asyncio.create_task(say(sidecar, "word"))
     await until(lambda: voice.begun)
     await bus.close()  # as when a process is killed: it does not say goodbye
-    with pytest.raises(VoiceUnavailable, match="went away"):
+    with pytest.raises(VoiceUnavailable, match="ended in the middle"):
         await asking
     assert not sidecar.available
     await worker.close()
