@@ -4,7 +4,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 VENV := .venv
 BIN := $(VENV)/bin
-# What a server's memory is measured in holds no more than a server needs.
+# The benchmarks measure a server's memory, so their environment has only a server's packages.
 BENCH_VENV := .venv-bench
 CHATTERBOX_VENV := .venv-chatterbox
 STAND_IN := .data/chatterbox-stand-in
@@ -24,7 +24,7 @@ test-unit: $(VENV)/.test
 	$(BIN)/python -m pytest tests/unit
 
 # All tests in minutes. Files are run in the order of tests/conftest.py. A process that dies is not
-# replaced: pytest-xdist 3.8 would wait for the new one for ever.
+# replaced: pytest-xdist 3.8 would wait for its replacement for ever.
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
@@ -74,7 +74,7 @@ $(VENV)/.serve: requirements.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# Of what tests alone need, Python compiles what is used: a few modules of thousands.
+# Without --no-compile, pip compiles thousands of modules, of which the tests import a few.
 $(VENV)/.test: requirements-tests.txt $(VENV)/.serve
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt -r requirements-tests.txt
 	touch $@

@@ -1,4 +1,4 @@
-"""Adapters that are swapped while clients ask."""
+"""Adapter swaps under load."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _of_the_demo() -> Iterator[Row]:
 
 
 class _Memory:
-    """What the server and Phi-3's worker take, in megabytes."""
+    """The memory of the server and Phi-3's worker, in megabytes."""
 
     def __init__(self, server: LiveServer) -> None:
         self.megabytes: list[float] = []
@@ -118,10 +118,10 @@ class _Memory:
 
 
 class _Load:
-    """Clients that ask without a pause, and what they got."""
+    """Clients that send requests without a pause, and their answers."""
 
     def __init__(self, server: LiveServer, clients: int) -> None:
-        """Asks each adapter alone first, to know its answers."""
+        """First collects the answers of each adapter alone."""
         self.failed = self.others = self.answered = 0
         self._server = server
         self._clients = clients
@@ -134,7 +134,8 @@ class _Load:
     def longest_waits(
         self, swaps: int, after_each: Callable[[], None] = lambda: None
     ) -> tuple[float, float]:
-        """Seconds that a request took at most: without swaps, and during so many of them."""
+        """The longest duration of a request in seconds: without swaps, and during this many
+        swaps."""
 
         async def swap(client: httpx.AsyncClient) -> None:
             for number in range(swaps):

@@ -1,4 +1,4 @@
-"""The least that FastAPI can do, to be compared with."""
+"""A minimal FastAPI app, for comparison."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The database beside plain LanceDB: `python -m benchmarks.data`.
 
 In one run: durable appends a second with many callers at once, and single rows added to a LanceDB
-table one after the other; what is on disk afterwards; and each question at ten thousand and at a
+table one after the other; what is on disk afterwards; and each query at ten thousand and at a
 million rows. Rows come at a steady rate of ten thousand a day, so that a large table is one that
 has run for a hundred times as long, and its last day is as full as that of a small one.
 """
@@ -55,10 +55,10 @@ async def run(folder: Path, options: argparse.Namespace) -> None:
     small = await answers(folder / "small", SMALL)
     large = await answers(folder / "large", options.large)
     print(f"median of {REPEATS}: {SMALL:,} rows, {options.large:,} rows, ratio (wanted: 3, 30 ms)")
-    for question, seconds in small.items():
+    for query, seconds in small.items():
         print(
-            f"  {question:22}{seconds * 1e3:6.1f} ms {large[question] * 1e3:6.1f} ms"
-            f"  {large[question] / seconds:.2f}"
+            f"  {query:22}{seconds * 1e3:6.1f} ms {large[query] * 1e3:6.1f} ms"
+            f"  {large[query] / seconds:.2f}"
         )
 
 
@@ -102,22 +102,22 @@ def on_disk(folder: Path) -> tuple[int, float]:
 
 
 async def answers(folder: Path, rows: int) -> dict[str, float]:
-    """Median seconds of each question."""
+    """Median seconds of each query."""
     store = await Store.open(folder)
     await fill(store, rows)
     middle = f"run-{rows // 2}"
     now = datetime.datetime.now(datetime.UTC)
-    questions: dict[str, Callable[[], Awaitable[Any]]] = {
+    queries: dict[str, Callable[[], Awaitable[Any]]] = {
         "last 24 hours' mean": lambda: store.mean_score_since(now - datetime.timedelta(hours=24)),
         "last 20 runs": lambda: store.last(RUNS, 20),
         "one transaction": lambda: store.transaction(middle),
     }
     found = {}
-    for name, question in questions.items():
+    for name, query in queries.items():
         took = []
         for _ in range(REPEATS + 2):
             began = time.perf_counter()
-            await question()
+            await query()
             took.append(time.perf_counter() - began)
         # The first ones read the index from the disk.
         found[name] = statistics.median(took[2:])

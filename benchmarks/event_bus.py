@@ -1,8 +1,8 @@
 """The event bus beside bare redis-py: `python -m benchmarks.event_bus`.
 
-One process publishes, one handles, through a redis-server of the benchmark's own. Throughput is
-messages from the first publish to the last one handled, sent one after the other as fast as they
-go; latency is from publish to handler at a steady rate. Both sides take turns, in one run.
+One process publishes and another handles, through a redis-server that the benchmark starts.
+Throughput counts from the first publish to the last handled message, sent one after the other at
+full speed; latency is from publish to handler at a steady rate. Both sides take turns, in one run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
     latencies: dict[str, list[float]] = {"bus": [], "bare": []}
     with RedisServer() as server:
         for number in range(options.rounds):
-            # Whoever is first changes, so that neither has the warmer machine.
+            # The sides alternate, so that neither always runs on a warmer machine.
             for side in sorted(rates, reverse=bool(number % 2)):
                 _, seconds = measure(side, server.url, options.messages, None)
                 rates[side].append(options.messages / seconds)
@@ -144,10 +144,10 @@ async def bare_subscriber(url: str, handle: Handle) -> AsyncIterator[None]:
 
     async with Redis.from_url(url, decode_responses=True) as client, client.pubsub() as pubsub:
         await pubsub.subscribe(CHANNEL)
-        reading = asyncio.create_task(read())
+        reader = asyncio.create_task(read())
         yield
-        reading.cancel()
-        await asyncio.wait([reading])
+        reader.cancel()
+        await asyncio.wait([reader])
 
 
 PUBLISHERS = {"bus": bus_publisher, "bare": bare_publisher}

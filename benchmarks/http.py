@@ -1,4 +1,4 @@
-"""What HTTP costs: `python -m benchmarks.http`.
+"""The cost of HTTP: `python -m benchmarks.http`.
 
 1. How the API process answers while the models work: after how long it answers first, and how long
    `/health` takes while 16 clients ask for proposals without a pause. Wanted: the first answer
@@ -10,7 +10,8 @@
    hang, and that are not there; by the rate of four clients, and by the time of single requests.
    Wanted: at most 5 % less. Beside it, with nothing wanted, feedback, which no model takes part in.
 
-The sides of a ratio run in turns, in another order each round; it is the median of the rounds'.
+The sides of a ratio take turns, in another order each round; the result is the median of the
+rounds.
 """
 
 from __future__ import annotations
@@ -237,7 +238,7 @@ def in_turns(
 
 
 def processor_seconds(pid: int) -> float:
-    """What a process, its threads and its children have used."""
+    """Processor time of a process, its threads and its children, in seconds."""
     process = psutil.Process(pid)
     used = [one.cpu_times() for one in (process, *process.children(recursive=True))]
     return float(sum(times.user + times.system for times in used))

@@ -1,7 +1,7 @@
-"""A load that costs little itself: keep-alive connections from a process of its own.
+"""A cheap load generator: keep-alive connections from a separate process.
 
-An HTTP library takes as long for a request as a server takes to answer it, and on two cores that
-hides what is measured.
+An HTTP library spends as much time on a request as the server does, which on two cores distorts the
+measurement.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ async def _run(url: str, message: bytes, connections: int, requests: int) -> flo
 
 
 class _Work:
-    """What all clients have to do together."""
+    """The requests that all clients share."""
 
     def __init__(self, message: bytes, requests: int, over: asyncio.Future[None]) -> None:
         self.message = message

@@ -15,7 +15,7 @@ from training.demo_models.market import draw
 
 Architecture = Literal["phi3", "llama"]
 FOLDER: Final = Path(".data/bench-models")
-"""Where they are kept for the next run."""
+"""The folder in which they are kept for the next run."""
 _VOCABULARY: Final = 8192
 _CONTEXT: Final = 4096
 THREADS: Final = 2
@@ -83,7 +83,7 @@ def _write(folder: Path, architecture: Architecture) -> None:
 
 
 def size(folder: Path) -> str:
-    """How many parameters its model has, in millions."""
+    """The number of parameters of the model, in millions."""
     index = json.loads((folder / "config.json").read_bytes())
     hidden, inner = index["hidden_size"], index["intermediate_size"]
     layers = index["num_hidden_layers"] * (4 * hidden * hidden + 3 * hidden * inner)

@@ -58,7 +58,7 @@ def one_score(rounds: int) -> Iterator[Row]:
         with _timed(seconds["cold score"]):
             first = engine.score_choices(score, hermes_plugin.SCORE_ANSWERS)
         critique = hermes_plugin.build_messages(hermes_plugin.CRITIQUE_TASK, proposal, prompt)
-        # As in the service: the proposal has just been criticised.
+        # As in the server, a critique of the proposal precedes the score.
         _write(engine, critique, 30)
         with _timed(seconds["score"]):
             again = engine.score_choices(score, hermes_plugin.SCORE_ANSWERS)

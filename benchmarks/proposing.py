@@ -97,7 +97,7 @@ def _proposal(server: LiveServer, prompt: str) -> str:
 
 
 def _correct(server: LiveServer, count: int) -> list[proposals.Example]:
-    """Gives the server corrections, and returns the examples that it makes of them."""
+    """Sends corrections to the server, and returns its few-shot examples."""
     server.wait_until_ready()
     server.wait_until_database_is_open()
     shots = models.examples(count)
@@ -153,7 +153,7 @@ def sixteen_at_once(rounds: int) -> Iterator[Row]:
 async def _concurrently(
     url: str, asked: Sequence[str], *, probed: bool
 ) -> tuple[float, list[float]]:
-    """Seconds that all took, and those of each probe of `/health` meanwhile."""
+    """Seconds for all requests, and for each probe of `/health` meanwhile."""
     probes: list[float] = []
     async with httpx.AsyncClient(base_url=url, timeout=120.0) as client:
 

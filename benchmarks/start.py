@@ -1,4 +1,5 @@
-"""How soon a server of the demo models and the command line answer, and the server's memory."""
+"""The start time of a server with the demo models and of the command line, and the server's
+memory."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ _ROUNDS = 5
 
 
 def command_line(rounds: int) -> Iterator[Row]:
-    """What a person waits for, beside what importing lancedb takes in the same environment."""
+    """The duration of a command, compared with importing lancedb in the same environment."""
     del rounds
     with tempfile.TemporaryDirectory() as folder:
         db.init_db(folder)
@@ -84,10 +85,10 @@ def memory_and_start(rounds: int) -> Iterator[Row]:
                 server.client.post(path, json=sent).raise_for_status()
             server.client.get("/metrics").raise_for_status()
             status = Path(f"/proc/{server.process.pid}/status").read_text()
-    resident = next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))
+    memory = next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))
     yield Row(
-        "resident memory of the API process, every part in use",
-        int(resident) / 1024,
+        "memory of the API process, every component in use",
+        int(memory) / 1024,
         220,
         "demo models",
         unit=" MB",

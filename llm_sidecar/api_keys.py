@@ -51,7 +51,7 @@ def parse_api_keys(value: object) -> object:
     Two keys may share a name, so that a key can be replaced while both are valid.
 
     Raises:
-        ValueError: an entry is no key, or one key has two names.
+        ValueError: an entry is not a key, or one key has two names.
     """
     if not isinstance(value, str):
         return value

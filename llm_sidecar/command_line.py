@@ -1,4 +1,4 @@
-"""What all command lines share: exit statuses, standard streams, Ctrl-C, errors.
+"""Shared code of the command lines: exit statuses, standard streams, Ctrl-C, errors.
 
     sys.exit(command_line.run(work))
 
@@ -209,9 +209,8 @@ def _of_standard_output() -> Iterator[None]:
 def _open_closed_streams() -> None:
     """Replaces standard streams that were closed before the start.
 
-    Otherwise the next file that is opened would get the descriptor of the stream, and output for
-    the stream would go into that file. Standard output is opened for reading, so that writing to it
-    fails.
+    Otherwise the next opened file would get the descriptor of the stream, and output for the stream
+    would go into that file. Standard output is opened read-only, so that a write to it fails.
     """
     for name, flags, mode in (
         ("stdin", os.O_RDONLY, "r"),

@@ -16,10 +16,10 @@ _NEGLIGIBLE: Final = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """By when a request has to be answered.
+    """The time by which a request must be answered.
 
     Attributes:
-        began: when the request began, as `time.monotonic` gives it.
+        began: when the request began, on the clock of `time.monotonic`.
         seconds: how long the request may take.
     """
 
@@ -47,15 +47,16 @@ class Deadline:
         return asyncio.timeout(remaining)
 
     def exceeded(self, call: ModelCall, retry_after: int) -> DeadlineExceeded:
-        """The error for a call that has just missed this deadline; it says what took the time."""
+        """The error for a call that has just missed this deadline, with the duration of each
+        phase."""
         spent = self._spent(call)
         before = ""
         if spent.before >= _NEGLIGIBLE:
             before = f"{spent.before:.1f} s in earlier model calls, "
         return DeadlineExceeded(
             f"{call.model} did not answer within {self.seconds:g} s: {before}"
-            f"{spent.waiting:.1f} s waiting, {spent.prefill:.1f} s reading the prompt, "
-            f"{spent.decode:.1f} s writing; {_remedy(spent)}.",
+            f"{spent.waiting:.1f} s waiting, {spent.prefill:.1f} s in prefill, "
+            f"{spent.decode:.1f} s in decode; {_remedy(spent)}.",
             retry_after=retry_after,
             spent=spent,
         )

@@ -52,11 +52,11 @@ class CommandFailed(SidecarError):
 
 
 class InvalidRequest(SidecarError):
-    """The request is well-formed, but what it asks for cannot be done."""
+    """The request is well-formed but cannot be fulfilled."""
 
 
 class NotFound(SidecarError):
-    """What the request names does not exist."""
+    """The object that the request names does not exist."""
 
 
 class AdapterRejected(SidecarError):
@@ -68,7 +68,7 @@ class QueueFull(SidecarError):
 
 
 class Unavailable(SidecarError):
-    """A part that the request needs is missing, loading or broken."""
+    """A component that the request needs is missing, loading or broken."""
 
 
 class ModelUnavailable(Unavailable):
@@ -114,7 +114,7 @@ class DeadlineExceeded(SidecarError):
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, on one line of at most 400 characters without control characters."""
+    """The message of an error, on one line of at most 400 characters without control characters."""
     text = error.detail if isinstance(error, SidecarError) else f"{type(error).__name__}: {error}"
     # An error may quote a name from a file.
     printable = (char if char.isprintable() else " " for char in text[:_LONGEST_LINE])

@@ -2,9 +2,9 @@
 
 A number may be written differently than in the context: `191.1` and `191.10`, `1,200`, `1 200` and
 `1.200`, `2.5k` and `2500`, `1e5`, `7 %` and `0.07`, the digits of any script. If a text can be read
-in more than one way (`1,200` is also 1.2 in German, and 1 and 200 in a list), each reading counts.
-The sign is ignored. A rounded number (`191` for `191.10`), a number in words and the quotient of a
-fraction do not count.
+in more than one way (`1,200` is also 1.2 in German, and 1 and 200 in a list), each interpretation
+counts. The sign is ignored. A rounded number (`191` for `191.10`), a number in words and the
+quotient of a fraction do not count.
 
 A ticker counts if the characters beside it are neither letters nor digits: `AAPL` in `$AAPL`,
 `AAPL.O` and `AAPL:US`. Case matters for one or two letters, because `a`, `it` and `on` are words.
@@ -28,11 +28,11 @@ FIELDS: Final = ("ticker", "rationale")
 _OWN_NUMBERS: Final = ("new_stop_pct", "new_target_pct", "confidence")
 _LONGEST_TICKER: Final = 12
 _LONGEST_NUMBER: Final = 12
-"""Most characters of what guidance offers, so that a proposal keeps its greatest length."""
+"""Maximum length of a ticker or number in the guidance, so that proposals stay bounded."""
 _TICKERS_OF_DIGITS: Final = range(4, 7)
 """Lengths of tickers without letters, as East Asian exchanges use them."""
 _CASE_MATTERS: Final = 2
-"""Tickers of at most so many letters have to be in the context in their own case."""
+"""Tickers of at most this many letters must be in the context with the same case."""
 
 _SUFFIXES: Final = {
     "%": -2, "percent": -2, "pct": -2,
@@ -48,7 +48,7 @@ _GROUPS: Final = re.compile(r"([0-9]+)([^0-9]*)")
 _THOUSANDS: Final = 3
 """Digits."""
 _MOST_GROUPS: Final = 5
-"""Greatest number of digit groups before the decimal point."""
+"""Maximum number of digit groups before the decimal point."""
 _LONGEST_EXPONENT: Final = 3
 _EXACT: Final = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
 
@@ -94,7 +94,7 @@ def numbers_in(context: str, most: int) -> list[str]:
     """
     found: dict[str, None] = {}
     for run in _runs(_plain(context)):
-        for number in run.parts():
+        for number in run.most_numbers():
             if len(number) <= _LONGEST_NUMBER:
                 found[number] = None
         if len(found) >= most:
@@ -122,8 +122,8 @@ def tickers_in(context: str, most: int) -> list[str]:
             words[word.upper()] = None
         if len(capitals) >= most:
             break
-    chosen = capitals if capitals.keys() - _ENGLISH_CAPITALS else capitals | words or numbers
-    return list(chosen)[:most]
+    selected = capitals if capitals.keys() - _ENGLISH_CAPITALS else capitals | words or numbers
+    return list(selected)[:most]
 
 
 def _words(text: str) -> Iterator[str]:
@@ -161,7 +161,7 @@ def _joins(char: str) -> bool:
 
 
 def _numbers(text: str) -> set[Decimal]:
-    """Every number that a text has in one of its readings."""
+    """Every number that a text has in some interpretation."""
     return {
         number
         for run in _runs(text)
@@ -224,15 +224,15 @@ class _Run(NamedTuple):
             digits, end, used = digits + self.groups[end], end + 1, mark
 
     def is_made_of(self, known: set[Decimal]) -> bool:
-        """Whether there is a reading in which every number is known."""
+        """Whether every number is known in some interpretation."""
         reached = {0}
         for first in range(len(self.groups)):
             if first in reached:
                 reached |= {end for end, number in self.numbers_from(first) if number in known}
         return len(self.groups) in reached
 
-    def parts(self) -> Iterator[str]:
-        """The numbers in the reading that has the most of them."""
+    def most_numbers(self) -> Iterator[str]:
+        """The numbers of the interpretation with the most numbers."""
         number = "0." if self._begins_with_point() else ""
         for index, group in enumerate(self.groups, 1):
             number += group

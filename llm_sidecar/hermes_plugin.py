@@ -1,4 +1,4 @@
-"""The critique and the score of a proposal: how Hermes is asked, and how its answer is read."""
+"""The critique and the score of a proposal: the prompts for Hermes, and the score in its answer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCORE_TASK: Final = "Score it from 0 to 10, a number only."
 SCORE_ANSWERS: Final = tuple(str(n) for n in range(11))
 
 _LOW_MASS: Final = 0.5
-"""Probability of all eleven answers together under which the log warns that Hermes would rather
+"""Sum of the probabilities of all eleven answers below which the log warns that Hermes would rather
 say something else, so that its score means little."""
 
 
@@ -36,17 +36,17 @@ def build_messages(
 
     Critique and score differ only in the last line, so that they share one prefilled prefix.
     """
-    parts = [] if context is None else [f"Market context:\n{context}"]
-    parts.append(f"Proposal:\n{json.dumps(proposal, separators=(',', ':'))}")
-    parts.append(task)
+    sections = [] if context is None else [f"Market context:\n{context}"]
+    sections.append(f"Proposal:\n{json.dumps(proposal, separators=(',', ':'))}")
+    sections.append(task)
     return [
         {"role": "system", "content": SYSTEM_PROMPT},
-        {"role": "user", "content": "\n\n".join(parts)},
+        {"role": "user", "content": "\n\n".join(sections)},
     ]
 
 
 def chat_messages(prompt: str) -> list[Message]:
-    """The chat of a free question to Hermes."""
+    """The chat of a free-text prompt to Hermes."""
     return [
         {"role": "system", "content": SYSTEM_PROMPT},
         {"role": "user", "content": prompt},
@@ -54,7 +54,7 @@ def chat_messages(prompt: str) -> list[Message]:
 
 
 def prefix() -> GenerationRequest:
-    """The turns that every question to Hermes begins with, for the model to prefill."""
+    """The turns that every chat with Hermes begins with, for prefill."""
     return GenerationRequest([{"role": "system", "content": SYSTEM_PROMPT}], 1)
 
 

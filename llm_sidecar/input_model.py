@@ -1,11 +1,11 @@
 """Pydantic models of input from outside: over HTTP, from Redis or from a script.
 
-class Question(InputModel):
+class Request(InputModel):
     prompt: str
     details: dict[str, Any] = {}
 
-question = Question.model_validate(received)
-check_length(question, settings.max_prompt_chars)
+request = Request.model_validate(received)
+check_length(request, settings.max_prompt_chars)
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class InputModel(BaseModel):
 
     @classmethod
     def _with_one_unknown(cls, value: object) -> object:
-        """The value with the first of its unknown fields: an error for each of a hundred thousand
-        takes a second, and one is reported."""
+        """Keeps one unknown field: errors for a hundred thousand of them take a second, and only
+        one is reported."""
         if not isinstance(value, Mapping):
             return value
         unknown = [name for name in value if name not in cls.model_fields]
@@ -139,7 +139,8 @@ def check_length(given: InputModel, max_chars: int) -> None:
 
 
 def longest_payload(max_chars: int) -> int:
-    """The most characters of a JSON message with one text and one object of `max_chars` characters.
+    """The maximum length in characters of a JSON message with one text and one object of
+    `max_chars` characters each.
 
     JSON takes up to twelve characters for one of text. A longer message is refused unread.
     """

@@ -98,7 +98,7 @@ def _raised(error: BaseException) -> str:
 def log_unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Logs an unhandled exception; for `loop.set_exception_handler`.
 
-    asyncio's own handler also shows the task, and with it the error's message.
+    asyncio's own handler also logs the task, whose text includes the error's message.
     """
     error = context.get("exception")
     log.error("%s\n%s", context["message"], "" if error is None else stack(error))

@@ -1,8 +1,8 @@
-"""The trade proposal: what it is, how Phi-3 is asked for it, and what it may write.
+"""The trade proposal: its schema, the prompt for Phi-3, and the guidance of the generation.
 
 Two schemas describe it. `Proposal` is the public contract. `GUIDANCE` is a narrowing of it that
-bounds every string and number and forbids free whitespace, so that a model under guided decoding
-can write nothing but a valid proposal of a known greatest length, whatever its weights say.
+bounds every string and number and forbids free whitespace, so that guided decoding always produces
+a valid proposal of bounded length, for any weights.
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ class Proposal(InputModel):
 
 
 class Example(NamedTuple):
-    """A few-shot example: the prompt of an earlier request and the proposal it should have got."""
+    """A few-shot example: the prompt of an earlier request and its corrected proposal."""
 
     prompt: str
     proposal: dict[str, Any]
 
 
 class Proposed(NamedTuple):
-    """A valid proposal, the completion it came in, and its fields that are not grounded."""
+    """A valid proposal, its completion, and its ungrounded fields."""
 
     proposal: dict[str, Any]
     completion: Completion
@@ -152,8 +152,8 @@ GUIDANCE: Final = json.dumps(
         "additionalProperties": False,
     }
 )
-"""The JSON schema the decoder follows (llguidance dialect). Its text never varies: runtimes keep
-the compiled grammar by it."""
+"""The JSON schema of guided decoding (llguidance dialect). Its text is constant, because runtimes
+cache the compiled grammar by it."""
 
 _LONGEST: Final = {
     "ticker": "X" * 12,
@@ -166,12 +166,12 @@ _LONGEST: Final = {
 }
 """As long as a guided one gets; 109 = 1 + 34 + 2 + 34 + 2 + 34 + 2 is the longest rationale."""
 _MOST_OFFERED: Final = 64
-"""Most tickers, and most numbers, that the guidance of a context offers, to keep it small."""
+"""Maximum number of tickers, and of numbers, in the guidance of a context, to keep it small."""
 
 MAX_COMPLETION_TOKENS: Final = len(json.dumps(_LONGEST, separators=(",", ":"))) + 4
-"""Tokens the longest guided proposal can take with any tokenizer: it is ASCII and a token is at
-least one character; two numbers may be written `100.00` (one character more each), the confidence
-never takes more than four, and the end of the turn takes one."""
+"""Maximum number of tokens of a guided proposal, for any tokenizer. It is ASCII, and a token is at
+least one character. Two numbers may be `100.00` (one character more each), the confidence has at
+most four characters, and the end of the turn is one token."""
 
 
 def grounded_guidance(context: str, tickers: Sequence[str] = ()) -> str | None:
@@ -185,7 +185,7 @@ def grounded_guidance(context: str, tickers: Sequence[str] = ()) -> str | None:
         tickers: tickers that the context is known to have; they come first.
 
     Returns:
-        JSON schema text, or None where the context has no ticker.
+        JSON schema text, or None if the context has no ticker.
     """
     tickers = list(dict.fromkeys((*tickers, *grounding.tickers_in(context, _MOST_OFFERED))))
     if not tickers:
@@ -241,13 +241,13 @@ def build_messages(prompt: str, examples: Sequence[Example] = ()) -> list[Messag
 
 
 def prefix(examples: Sequence[Example], temperature: float) -> GenerationRequest:
-    """The turns that every request for a proposal begins with, for a model to read beforehand."""
+    """The turns that every request for a proposal begins with, for prefill."""
     *beginning, _ = build_messages("", examples)
     return GenerationRequest(beginning, MAX_COMPLETION_TOKENS, GUIDANCE, temperature)
 
 
 def check_budget(max_tokens: int) -> None:
-    """Raises InvalidRequest unless `max_tokens` holds the longest proposal there can be."""
+    """Raises InvalidRequest if the longest possible proposal exceeds `max_tokens`."""
     if max_tokens < MAX_COMPLETION_TOKENS:
         raise InvalidRequest(
             f"max_length: a proposal can take {MAX_COMPLETION_TOKENS} tokens; send at least that"
@@ -258,6 +258,6 @@ def parse(text: str) -> dict[str, Any]:
     """The proposal in a completion, with just the keys that were written.
 
     Raises:
-        ValueError: the text is no valid proposal.
+        ValueError: the text is not a valid proposal.
     """
     return Proposal.model_validate_json(text).model_dump(exclude_unset=True)

@@ -1,6 +1,6 @@
-"""A reward for proposals that can be proved from facts, for tuning.
+"""A reward for proposals, computed from facts only, for tuning.
 
-Anyone can compute every part of it again from the trace; no model's opinion enters.
+Everything in it can be computed from the trace, without a model.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from pydantic import ValidationError
 from llm_sidecar.proposals import Proposal
 
 _UNIT_PCT: Final = 2.0
-"""Percent of move that counts as one R where a proposal sets no stop of its own."""
+"""Percent of price change that counts as one R if a proposal sets no stop."""
 _NUMBERS: Final = ("new_stop_pct", "new_target_pct", "confidence")
 
 
 def proofable_reward(trace: dict[str, Any], patch_content: str | None = None) -> float:
     """How good a proposal was, as far as the trace proves it.
 
-    A proposal that breaks the public schema gets 0. Otherwise the reward is the mean of the parts
-    for which the trace has evidence, each in [0, 1]. Without any evidence it is 0. The parts:
+    A proposal that breaks the public schema gets 0. Otherwise the reward is the mean of the
+    components for which the trace has evidence, each in [0, 1]. Without any evidence it is 0. The
+    components:
 
     - outcome: with `prices`. An `adjust` with side and stop walks them until stop or target is
       hit, or marks to market at the end; its profit in units of the stop distance (the R multiple,
@@ -45,8 +46,8 @@ def proofable_reward(trace: dict[str, Any], patch_content: str | None = None) ->
         The reward, in [0, 1].
 
     Raises:
-        ValueError: the trace has no proposal, a price is no positive number, or the patch is no
-            JSON object.
+        ValueError: the trace has no proposal, a price is not a positive number, or the patch is not
+            a JSON object.
     """
     written = trace.get("proposal")
     if not isinstance(written, Mapping):
@@ -57,13 +58,13 @@ def proofable_reward(trace: dict[str, Any], patch_content: str | None = None) ->
         proposal = Proposal.model_validate(dict(written))
     except ValidationError:
         return 0.0
-    parts = []
+    components = []
     outcome = _outcome(proposal, written.get("side"), prices)
     if outcome is not None:
-        parts += [outcome, 1.0 - (proposal.confidence - (outcome > 0.5)) ** 2]
+        components += [outcome, 1.0 - (proposal.confidence - (outcome > 0.5)) ** 2]
     if patch is not None:
-        parts.append(_agreement(written, patch))
-    return sum(parts) / len(parts) if parts else 0.0
+        components.append(_agreement(written, patch))
+    return sum(components) / len(components) if components else 0.0
 
 
 def _outcome(proposal: Proposal, side: str | None, prices: list[float]) -> float | None:

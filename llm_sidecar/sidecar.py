@@ -1,4 +1,4 @@
-"""The composition root: builds the parts from the settings, starts and stops them in order."""
+"""The composition root: builds the components from the settings, starts and stops them in order."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ log = logging.getLogger(__name__)
 
 
 class Sidecar:
-    """The parts of one sidecar.
+    """The components of one sidecar.
 
     Attributes:
-        settings: of all parts.
+        settings: of all components.
         models: phi3 and hermes.
         chat, proposer, judge, orchestrator, feedback, few_shot, adapters, health: the services.
-        speaker, listeners: the voice, and who listens to it.
+        speaker, listeners: the voice, and the listeners of its stream.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class Sidecar:
         metrics: MetricsSink | None = None,
         telemetry: Instrument | None = None,
     ) -> None:
-        """Builds the parts; opens, connects and loads nothing.
+        """Builds the components; opens, connects and loads nothing.
 
         Args:
-            settings: of all parts.
-            models: phi3 and hermes; default: those that the settings name.
-            metrics: observes calls, proposals and scores.
-            telemetry: observes calls and failures of models; its owner starts and stops it.
+            settings: of all components.
+            models: phi3 and hermes; default: those that the settings specify.
+            metrics: receives calls, proposals and scores.
+            telemetry: receives calls and failures of models; the caller starts and stops it.
         """
         self.settings = settings
         metrics, telemetry = metrics or MetricsSink(), telemetry or Instrument()
@@ -136,7 +136,7 @@ class Sidecar:
         )
 
     async def start(self) -> None:
-        """Starts the parts; one that is away keeps no other from starting."""
+        """Starts the components; an unavailable one does not stop the others from starting."""
         if self.settings.models.demo:
             log.warning("SIDECAR_DEMO is on: a demo model answers where no model is configured")
         self._store.start()
@@ -145,7 +145,7 @@ class Sidecar:
         await self.feedback.subscribe()
         if self._remote_voice is not None:
             await self._remote_voice.start()
-        # In the background: where Redis is away, the first attempt may take seconds.
+        # In the background, because the first attempt takes seconds if Redis is unavailable.
         self._connecting = start_detached(self._bus.start())
         await self._prefill_phi3()
         await self.models.hermes.prefill(hermes_plugin.prefix())
@@ -158,12 +158,12 @@ class Sidecar:
             model.drain()
 
     async def close(self) -> None:
-        """Lets running generations end within the grace period, then stops every part."""
+        """Gives running generations the grace period to finish, then stops every component."""
         grace = self.settings.limits.shutdown_grace
         # Models first: the results of running requests are still stored and published.
         await asyncio.gather(*(model.close(grace) for model in self.models))
         await self._tasks.join()
-        # What is still spoken goes out on the bus.
+        # The bus still carries the last speech.
         await self.speaker.close()
         if self._connecting is not None:
             self._connecting.cancel()
@@ -174,7 +174,7 @@ class Sidecar:
         await self._store.close()
 
     def _prefill_examples(self) -> None:
-        # A model that still prefills older examples gives them up for these.
+        # Replaces a running prefill of older examples.
         self._prefilling = start_detached(self._prefill_phi3())
 
     async def _prefill_phi3(self) -> None:

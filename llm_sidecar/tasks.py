@@ -24,17 +24,17 @@ class TaskSet:
         self._running: set[asyncio.Task[Any]] = set()
 
     def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """A task for the work; await it through `asyncio.shield`."""
+        """Starts a task for the work; await it through `asyncio.shield`."""
         task = start_owned(work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return task
 
     async def finish(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of the work, which goes on if the caller is cancelled."""
+        """Awaits the result of the work, which continues if the caller is cancelled."""
         return await asyncio.shield(self.start(work))
 
     async def join(self) -> None:
-        """Waits until all work is done, that which starts meanwhile included."""
+        """Waits until all work is done, including work that starts meanwhile."""
         while self._running:
             await asyncio.wait(self._running)

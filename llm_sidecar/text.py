@@ -23,11 +23,11 @@ _FIRST_SURROGATE: Final = "\ud800"
 _REPLACEMENT: Final = "\ufffd"
 
 CALLERS_KEY: Final = "*"
-"""Stands in a location for a key that a caller made up."""
+"""Replaces, in a location, a key that a caller invented."""
 MAX_DEPTH: Final = 64
-"""Levels of an object, because writing it as JSON recurses as deep."""
+"""Maximum number of levels of an object, because serialising it as JSON recurses as deep."""
 MAX_VALUES: Final = 1 << 15
-"""Values of an object on all its levels together."""
+"""Maximum number of values of an object, over all levels."""
 _MAX_INTEGER_BITS: Final = 14_000
 """About 4,200 digits; Python refuses to write an integer of more than 4,300."""
 
@@ -124,13 +124,13 @@ def _text_fault(text: str) -> Fault | None:
     found = _FORBIDDEN.search(text)
     if found is None:
         return None
-    place = f"its character {found.start() + 1}"
+    position = f"its character {found.start() + 1}"
     if found[0] >= _FIRST_SURROGATE:
-        return Fault("text_unicode", f"Text should be Unicode; {place} is half a surrogate pair")
+        return Fault("text_unicode", f"Text should be Unicode; {position} is half a surrogate pair")
     return Fault(
         "text_control",
         "Text should have no control characters but tab, newline and carriage return; "
-        f"{place} is one",
+        f"{position} is one",
     )
 
 

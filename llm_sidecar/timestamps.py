@@ -19,7 +19,7 @@ ISO_8601: Final = rf"^({_EXTENDED}|{_BASIC})$"
 basic format. A date alone in the basic format is not accepted: its digits may mean seconds."""
 _PATTERN: Final = re.compile(ISO_8601)
 MAX_AHEAD: Final = datetime.timedelta(minutes=5)
-"""How far a caller's clock may be ahead of this one."""
+"""The maximum time that a caller's clock may be ahead of this one."""
 
 
 def now() -> datetime.datetime:

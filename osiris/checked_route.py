@@ -32,7 +32,7 @@ class CheckedRoute(APIRoute):
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's own handler, after the checks."""
+        """Wraps FastAPI's handler in the checks."""
         handle = super().get_route_handler()
 
         async def check_and_handle(request: Request) -> Response:
@@ -96,7 +96,7 @@ def _bad_body(kind: str, message: str) -> RequestValidationError:
 
 
 def _header_fault(headers: Headers) -> str | None:
-    """What is wrong with the headers that describe a body, or None.
+    """The error of the headers that describe a body, or None.
 
     A missing Content-Type is also refused: a page of another origin can send such a body without a
     CORS preflight.

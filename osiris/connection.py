@@ -39,7 +39,7 @@ _RESERVED_SECONDS: Final = 2.0
 _TRIM_AFTER: Final = 0.5
 """Seconds."""
 _POLL_SECONDS: Final = (0.05, 0.2, 0.5)
-"""Between checks for a reset; the last one repeats."""
+"""Seconds between checks for a reset; the last value repeats."""
 _FULL: Final = JSONResponse(
     {"detail": "The server has as many connections as MAX_CONNECTIONS allows; try again later."},
     status_code=503,
@@ -129,9 +129,9 @@ class Connection(H11Protocol):
 
     @property
     def is_busy(self) -> bool:
-        """Whether a request is not fully answered yet.
+        """Whether some request still lacks its complete answer.
 
-        If an answer fails in the middle, its connection closes and it is never complete.
+        An answer that fails midway is never complete: its connection closes.
         """
         if self.cycle is None or self.transport.is_closing():
             return False
@@ -225,7 +225,7 @@ class Connection(H11Protocol):
     def _answer(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Calls the app; adds `Connection: close` to the last answer on a connection.
 
-        Not a coroutine, to cost little: every request passes here, even the probes.
+        Not a coroutine, to keep its cost low: every request passes here, even the probes.
         """
 
         def send_last(message: Message) -> Awaitable[None]:

@@ -1,4 +1,4 @@
-"""What routes share: the sidecar, and checks and headers that FastAPI cannot derive."""
+"""Dependencies of the routes: the sidecar, and checks that FastAPI lacks."""
 
 from __future__ import annotations
 

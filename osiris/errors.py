@@ -1,4 +1,4 @@
-"""From errors to HTTP answers: the table of the sidecar's errors, and the exception handlers."""
+"""Maps each of the sidecar's errors to an HTTP answer: a table, and the exception handlers."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ https://platform.openai.com/docs/api-reference/responses/object.
 
 
 class ErrorRow(NamedTuple):
-    """How one kind of error leaves the server.
+    """How the server answers, counts and logs one kind of error.
 
     Attributes:
         status: of the HTTP answer.
         metric_label: the value of the label `error` of `sidecar_request_errors_total`, which
             `llm_sidecar.telemetry.calls.error_name` returns; also the field `error` in the log.
-        log_level: of the line about it. A fault of the caller is at DEBUG: the access log has its
+        log_level: of its log line. DEBUG for a caller's mistake, because the access log has the
             status.
         openai_type: `type` of the error object under `/v1`.
     """

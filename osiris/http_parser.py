@@ -11,7 +11,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES
 
 MAX_HEAD_BYTES: Final = 1 << 16
-"""Request line and headers together; also a chunk's size line, and trailers."""
+"""Bytes of request line and headers; also of a chunk's size line, and of trailers."""
 _FREE_CHUNKS: Final = 4096
 _LEAST_CHUNK: Final = 64
 """Bytes per chunk that a body must have on average beyond its first `_FREE_CHUNKS` chunks. Each
@@ -22,7 +22,7 @@ _DETAILS: Final = {
     400: "This is not a valid HTTP/1.1 request.",
     408: "The request's headers did not arrive in time.",
     413: "The request's body comes in too many tiny chunks; send larger ones, or Content-Length.",
-    431: "The request line and the headers are longer than {limit} bytes together; send less.",
+    431: "The request line and the headers exceed {limit} bytes in total; send less.",
     501: "The request's Transfer-Encoding is not supported; use chunked or Content-Length.",
 }
 

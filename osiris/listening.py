@@ -1,8 +1,8 @@
 """Closing a listening socket without resetting a connection that the kernel has already completed.
 
-A kernel completes connections before the server accepts them, and resets those that still wait when
-the socket closes. So the server first blocks new connections, and accepts the waiting ones, before
-it closes the socket.
+A kernel completes connections before the server accepts them. When the socket closes, it resets
+those that still wait. So the server blocks new connections and accepts the waiting ones before it
+closes the socket.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def block_new(listener: socket.socket) -> bool:
 
 
 def waiting(listener: socket.socket) -> int:
-    """How many connections wait to be accepted; 0 if the system does not report it."""
+    """The number of connections that wait to be accepted; 0 if the system does not report it."""
     if sys.platform != "linux" or listener.family == socket.AF_UNIX:
         return 0
     try:

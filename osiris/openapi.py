@@ -22,7 +22,7 @@ from osiris.schemas.speech import AudioEvent
 TITLE: Final = "Osiris LLM sidecar"
 _SUMMARY: Final = "Trade proposals from a local language model: written, judged, stored, published."
 _DESCRIPTION: Final = """\
-Phi-3 writes trade proposals, Hermes judges them and answers free questions, and a voice speaks.
+Phi-3 writes trade proposals, Hermes judges them and answers free-text prompts, and a voice speaks.
 
 * Every path answers with and without its trailing slash.
 * Every request body is JSON in UTF-8. Text contains no control characters except tab, newline and
@@ -33,7 +33,7 @@ Phi-3 writes trade proposals, Hermes judges them and answers free questions, and
 * If the server has API keys, send one as `Authorization: Bearer KEY` or as `X-API-Key: KEY`.
 """
 _TAGS: Final = {
-    "generation": "Proposals from Phi-3, free text from Hermes, and both together.",
+    "generation": "Proposals from Phi-3, free text from Hermes, and both in one request.",
     "scoring": "Hermes' score of a proposal.",
     "feedback": "Feedback on proposals, and the few-shot examples made from it.",
     "speech": "Text to speech, and a stream of all speech.",

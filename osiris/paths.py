@@ -1,4 +1,4 @@
-"""Which paths are probes, metrics or documentation, and the path of a request."""
+"""Classifies paths as probes, metrics or documentation, and corrects the path of a request."""
 
 from __future__ import annotations
 

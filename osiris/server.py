@@ -97,11 +97,11 @@ class _App(FastAPI):
 
 
 def create_app(settings: Settings, models: Models | None = None) -> FastAPI:
-    """The application; its parts start and stop with its lifespan.
+    """The application; its components start and stop with its lifespan.
 
     Args:
         settings: of the whole server.
-        models: phi3 and hermes; default: those that the settings name.
+        models: phi3 and hermes; default: those that the settings specify.
     """
     telemetry = instruments.build(settings)
     shutdown = Shutdown(settings.limits.shutdown_grace, settings.limits.shutdown_drain)

@@ -40,7 +40,7 @@ _CANCEL_LIMIT: Final = 2.0
 _DELIVERY: Final = 1.0
 """Seconds that clients have to read what has been written."""
 _HURRY_LIMIT: Final = 5.0
-"""Seconds that the parts have to stop after a second signal. Acknowledged rows are durable
+"""Seconds that the components have to stop after a second signal. Acknowledged rows are durable
 anyway."""
 
 
@@ -227,13 +227,13 @@ class Shutdown:
             config.timeout_graceful_shutdown = _DELIVERY  # type: ignore[assignment]
         self._server.should_exit = True
 
-    async def close(self, parts: Coroutine[Any, Any, None]) -> None:
-        """Stops the parts; after a second signal, for at most `_HURRY_LIMIT` more seconds."""
-        closing = asyncio.ensure_future(parts)
+    async def close(self, stopping: Coroutine[Any, Any, None]) -> None:
+        """Stops the components; after a second signal, for at most `_HURRY_LIMIT` more seconds."""
+        closing = asyncio.ensure_future(stopping)
         if not await self._unless_hurried(asyncio.wait([closing]), None):
             await asyncio.wait([closing], timeout=_HURRY_LIMIT)
         if not closing.done():
-            log.error("some parts did not stop in time; the server exits without them")
+            log.error("some components did not stop in time; the server exits without them")
             closing.cancel()
             return
         await closing

@@ -1,4 +1,4 @@
-"""What a stream of the sidecar ends with, for answers that do not stream."""
+"""Collects a stream into one result, for routes that do not stream."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ T = TypeVar("T")
 
 
 async def completed(stream: AsyncGenerator[Delta, None]) -> Completion:
-    """The whole of a generation."""
+    """The completion that the deltas of a generation form."""
     async with contextlib.aclosing(stream):
         return Completion.of([delta async for delta in stream])
 
 
 async def result_of(items: AsyncGenerator[object, None], kind: type[T]) -> T:
-    """The last item of a stream, which is of this kind."""
+    """The last item of a stream; `kind` is its type."""
     last: object = None
     async with contextlib.aclosing(items):
         async for item in items:

@@ -1,4 +1,4 @@
-"""Parts that many tests share: models of random weights, and a server on a free port."""
+"""Fixtures that many tests share: models with random weights, and a server on a free port."""
 
 from __future__ import annotations
 

@@ -17,13 +17,13 @@ class Block(NamedTuple):
     """A fenced block.
 
     Attributes:
-        place: its page and line.
+        location: its page and line.
         language: after the opening fence; empty for none.
         text: what is in it.
         shown: the language and text of the answer that follows a command; None without one.
     """
 
-    place: str
+    location: str
     language: str
     text: str
     shown: tuple[str, str] | None = None
@@ -83,8 +83,8 @@ def blocks(page: Path) -> list[Block]:
         if follows and language in ("json", "text") and found[-1].language in COMMANDS:
             found[-1] = found[-1]._replace(shown=(language, text))
             continue
-        place = f"{page.relative_to(ROOT)}:{source.count(chr(10), 0, match.start()) + 1}"
-        found.append(Block(place, language, text))
+        location = f"{page.relative_to(ROOT)}:{source.count(chr(10), 0, match.start()) + 1}"
+        found.append(Block(location, language, text))
     return found
 
 

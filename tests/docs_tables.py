@@ -95,7 +95,7 @@ PAYLOADS: Final = {
 
 def settings() -> str:
     """Every variable of `Settings`: meaning, values and default, in groups."""
-    parts = []
+    sections = []
     for title, group in Settings.groups().items():
         meanings = _attribute_docstrings(group)
         rows = [
@@ -103,8 +103,8 @@ def settings() -> str:
             for name, field in group.model_fields.items()
         ]
         head = ("variable", "meaning", "values", "default")
-        parts.append(f"### {title.capitalize()}\n\n{_table(head, rows)}")
-    return "\n\n".join(parts)
+        sections.append(f"### {title.capitalize()}\n\n{_table(head, rows)}")
+    return "\n\n".join(sections)
 
 
 def metrics() -> str:
@@ -145,7 +145,7 @@ def events() -> str:
 
 def tables() -> str:
     """Every table of the database with its columns."""
-    parts = []
+    sections = []
     for table in sorted(db_rows.TABLES):
         summary = inspect.getdoc(db_rows.SCHEMAS[table]) or ""
         rows = [
@@ -157,8 +157,10 @@ def tables() -> str:
             for column in schema.arrow_schemas()[table]
         ]
         first = " ".join(summary.partition("\n\n")[0].split())
-        parts.append(f"### `{table}`\n\n{first}\n\n{_table(('column', 'type', 'meaning'), rows)}")
-    return "\n\n".join(parts)
+        sections.append(
+            f"### `{table}`\n\n{first}\n\n{_table(('column', 'type', 'meaning'), rows)}"
+        )
+    return "\n\n".join(sections)
 
 
 GENERATED: Final[Mapping[str, tuple[str, Callable[[], str]]]] = {
@@ -225,7 +227,7 @@ def _metric_group(name: str) -> str:
 
 
 def _some_health() -> dict[str, Any]:
-    """The health of a sidecar with every part in use, so that each metric is there."""
+    """The health of a sidecar with every component in use, so that each metric exists."""
     health = Sidecar(Settings.from_environ({"REDIS_URL": "memory://"})).health.report()
     now = datetime.datetime.now(datetime.UTC).isoformat()
     health["mean_hermes_score_last_24h"] = 0.5

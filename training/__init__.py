@@ -1,1 +1,1 @@
-"""Training of the models that ship with the package; no part of the package itself."""
+"""Trains the models that ship with the package; it is not part of the package."""

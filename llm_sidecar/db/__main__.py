@@ -1,7 +1,7 @@
 """`python -m llm_sidecar.db`.
 
-The command `export` is here, because it also writes what the packages above the database make of
-feedback.
+The command `export` is here, because it also writes training data, which a package above the
+database makes from feedback.
 """
 
 from __future__ import annotations

@@ -53,9 +53,9 @@ def _number(value: float | None) -> float | None:
 
 
 def _text(value: str | None) -> str | None:
-    # Python keeps bytes of an argument that it cannot decode as halves of surrogate pairs.
+    # Python represents undecodable bytes of an argument as halves of surrogate pairs.
     if value is not None and any("\ud800" <= char <= "\udfff" for char in value):
-        raise typer.BadParameter("it is no text in the encoding of this terminal.")
+        raise typer.BadParameter("it is not text in the encoding of this terminal.")
     return value
 
 
@@ -148,7 +148,7 @@ def _verify() -> int:
 
 def _format(given: Format | None, as_json: bool, out: Path | None) -> Format:
     on_terminal = out is None and sys.stdout.isatty()
-    chosen = given or ("table" if on_terminal and not as_json else "jsonl")
-    if chosen == "parquet" and on_terminal:
+    output_format = given or ("table" if on_terminal and not as_json else "jsonl")
+    if output_format == "parquet" and on_terminal:
         raise typer.BadParameter("parquet is not for a terminal: use --out FILE or a pipe.")
-    return chosen
+    return output_format

@@ -117,9 +117,11 @@ async def check() -> int:
         async with tables.unchanging():
             found = await verify(tables, command_line.progress)
         for table in found:
-            doubled = f"{table.doubled} ids are duplicates" if table.doubled else "ids are unique"
+            duplicates = (
+                f"{table.duplicates} ids are duplicates" if table.duplicates else "ids are unique"
+            )
             output.line(
-                f"{table.table}: {table.rows} of {table.expected} rows are readable, {doubled}"
+                f"{table.table}: {table.rows} of {table.expected} rows are readable, {duplicates}"
             )
         _note_missing(logged)
     return command_line.OK if all(table.is_sound for table in found) else command_line.FAILED

@@ -22,7 +22,7 @@ class Unwritable(CommandFailed):
 
 
 def reason(error: Exception) -> str:
-    """One line that says what went wrong."""
+    """A one-line message about the error."""
     return f"The database cannot be used: {one_line(error)}"
 
 

@@ -1,6 +1,6 @@
 """Syncs the tables' files, because LanceDB does not: without it a power loss may destroy rows.
 
-`Disk.sync` syncs the files and notes the synced version of each table. The rows of newer versions
+`Disk.sync` syncs the files and records the synced version of each table. The rows of newer versions
 are still in a write-ahead log, so an unreadable newest version can be set aside without losing
 rows. The file names are those of Lance's table format (https://lance.org/format/table/):
 `_versions/N.manifest`, where N counts down from 2**64 - 1.
@@ -31,7 +31,7 @@ class Disk:
     """The files of the tables of a local database. Every method blocks on the disk."""
 
     def __init__(self, location: Location) -> None:
-        """Touches nothing."""
+        """Does no I/O yet."""
         assert location.folder is not None
         self._folder = location.folder
         self._logs = location.log_folder
@@ -39,7 +39,7 @@ class Disk:
         self._synced: dict[str, frozenset[Path]] = {}
 
     def adopt(self, newest: dict[str, int]) -> None:
-        """Notes the tables as synced, if the database has no note yet.
+        """Records the tables as synced, if the database has no record yet.
 
         Args:
             newest: the newest version of each existing table.
@@ -48,7 +48,7 @@ class Disk:
             self._write_note(newest)
 
     def synced_versions(self) -> dict[str, int] | None:
-        """The last version of each table that is known to be synced; None without a note."""
+        """The last version of each table that is known to be synced; None without a record."""
         try:
             text = (self._logs / _NOTE).read_text()
         except FileNotFoundError:
@@ -59,7 +59,7 @@ class Disk:
             return {}
 
     def sync(self, versions: dict[str, int]) -> None:
-        """Syncs every file that is not known to be synced, then notes the versions.
+        """Syncs every file that is not known to be synced, then records the versions.
 
         Args:
             versions: a version of each table, which must exist before the call.
@@ -105,7 +105,8 @@ class Disk:
         return max((version for version, _ in self._manifests(table)), default=0)
 
     def set_newest_aside(self, table: str) -> str:
-        """Sets the newest version of a table aside, or the whole table if it has no version.
+        """Moves the newest version of a table to the set-aside folder, or the whole table if it has
+        no version.
 
         Returns:
             What was done, in words.
@@ -122,7 +123,7 @@ class Disk:
         return self._set_aside(table, *max(manifests))
 
     def set_torn_aside(self, table: str) -> list[str]:
-        """Sets every version aside whose manifest is truncated.
+        """Moves every version whose manifest is truncated to the set-aside folder.
 
         Returns:
             What was done, in words, one line per version.

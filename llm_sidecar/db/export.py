@@ -1,7 +1,7 @@
 """Feedback, joined with the run, proposal and score that it is about.
 
-Withdrawn feedback is left out. What a line of the export holds is a `Content`: `RECORDS` writes
-every record as it is.
+Withdrawn feedback is left out. A `Content` defines the lines of an export: `RECORDS` writes every
+record unchanged.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _WITHDRAWN: Final = "withdrawn"
 Feedback = dict[str, Any]
 """A row of feedback, with the columns in `_COLUMNS` as the table holds them."""
 Record = dict[str, Any]
-"""The same with the timestamp as ISO 8601 text, the correction as an object, and the fields of
-`_Transaction`. It contains JSON types only."""
+"""A row of feedback with the timestamp as ISO 8601 text, the correction as an object, and the
+fields of `_Transaction`: JSON types only."""
 
 
 class LeftOut(Exception):
-    """A record gives no line.
+    """A record is left out of the export.
 
     Attributes:
         reason: one of the reasons that the content declares.
@@ -48,11 +48,11 @@ class LeftOut(Exception):
 
 
 class Content(NamedTuple):
-    """What an export contains.
+    """The contents of an export.
 
     Attributes:
         select: takes all feedback, oldest first, and returns the rows to export in their order.
-        line: turns a record into a line; raises LeftOut if it gives none.
+        line: turns a record into a line; raises LeftOut to leave it out.
         reasons: why `line` leaves records out, in the order of the summary.
     """
 
@@ -68,7 +68,7 @@ class Export:
     """One export.
 
     Attributes:
-        left_out: how many rows gave no line so far, by reason.
+        left_out: the number of rows left out so far, by reason.
     """
 
     def __init__(self, tables: Tables, content: Content) -> None:
@@ -117,7 +117,7 @@ class Export:
 
 
 class _Transaction(NamedTuple):
-    """What the database holds of a transaction; None for what it does not hold."""
+    """The rows of a transaction; None for each missing row."""
 
     prompt: str | None = None
     proposal: dict[str, Any] | None = None

@@ -52,7 +52,7 @@ class Filters:
         return [name for name in _FILTERS if getattr(self, name) is not None]
 
     def misplaced(self, table: str) -> tuple[str, tuple[str, ...]] | None:
-        """The first filter that does not apply to the table, and the tables that it applies to."""
+        """The first filter that does not apply to the table, and the tables to which it applies."""
         for name in self.names():
             if table not in _FILTERS[name]:
                 return name, _FILTERS[name]
@@ -72,7 +72,7 @@ class Filters:
                 column = col(_PROPOSAL_PATHS[table][0])
                 condition = column.contains(lit(json.dumps(value)))
                 if not value.isascii():
-                    # This version escapes such characters; other writers may not.
+                    # This version escapes these characters, but other writers may not.
                     plain = json.dumps(value, ensure_ascii=False)
                     condition = condition.or_(column.contains(lit(plain)))
                 found.append(condition)

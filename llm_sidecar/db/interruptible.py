@@ -14,8 +14,8 @@ T = TypeVar("T")
 def run(work: Coroutine[Any, Any, T]) -> T:
     """Runs `work`. Ctrl-C cancels it; a second Ctrl-C also cancels its cleanup.
 
-    asyncio alone handles a signal when the main thread next runs Python code. That may be never: if
-    another thread receives the signal, or just before the main thread starts to wait for a database
+    asyncio alone handles a signal only when the main thread next runs Python code. That may be
+    never, if another thread receives the signal, or if the main thread then waits for a database
     that does not respond.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What several modules need of lancedb: a connection, indices, and its errors in words."""
+"""Helpers for lancedb: connections, indices and one-line errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a database is, and where its logs and locks are."""
+"""The locations of a database, its logs and its locks."""
 
 from __future__ import annotations
 

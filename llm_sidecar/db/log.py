@@ -116,7 +116,8 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder / uuid.uuid4().hex
         with locked(folder / _LOCK):
-            # The outer lock is held until the new folder is locked, so it never looks abandoned.
+            # Holds the outer lock until the new folder is locked, so that the folder never looks
+            # abandoned.
             self._folder.mkdir()
             try:
                 self._lock = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
@@ -151,7 +152,7 @@ class Log:
                 written += os.write(self._file, data[written:])
             os.fdatasync(self._file)
         except OSError:
-            self._take_back()
+            self._roll_back()
             raise
         self._size += len(data)
 
@@ -162,7 +163,7 @@ class Log:
     def check(self, failed: bool) -> None:
         """Checks that a record could be written now.
 
-        It runs every few seconds, so it writes a test file only if the disk may refuse it.
+        It is called every few seconds, so it writes a test file only if the disk may refuse writes.
 
         Args:
             failed: whether the last record could not be written.
@@ -200,7 +201,7 @@ class Log:
         self._file, self._path, self._size = file, path, 0
         self._unsealed.append(path)
 
-    def _take_back(self) -> None:
+    def _roll_back(self) -> None:
         """Truncates the file to its state before a failed write, and ends the segment.
 
         After a failed sync the state of a file is unknown, and the kernel reports the failure only
@@ -266,10 +267,10 @@ class AbandonedLog:
 
 
 def abandoned_logs(folder: Path) -> list[AbandonedLog] | None:
-    """Locks the logs of ended processes in `folder`, the database's log folder; never waits.
+    """Locks the logs of ended processes in `folder`, the database's log folder; does not wait.
 
     Returns:
-        The logs, which the caller has to release; None if another process is doing the same.
+        The logs, which the caller must release; None if another process is locking them.
 
     Raises:
         OSError

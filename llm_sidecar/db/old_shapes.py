@@ -48,7 +48,7 @@ class Converter:
         """Converts an Arrow record batch of an older shape to the current schema."""
         import pyarrow as pa
 
-        # Columns that are dropped may have types that Python lacks, so they are not read.
+        # Dropped columns are not read, because Python may lack their types.
         columns = {
             name: _values(batch.column(name))
             for name in self._schema.names
@@ -93,8 +93,8 @@ class Converter:
         return found or _NO_TIME
 
     def _key(self, old: dict[str, Any], row: dict[str, Any]) -> str:
-        """The key of the row, or the default key of feedback. A duplicate key is replaced by a new
-        one, so that no row is lost."""
+        """The key of the row, or the default key of feedback; a new key for a duplicate, so that no
+        row is lost."""
         key = old.get(self._key_column)
         if not key and self._table == FEEDBACK:
             key = feedback_key(row)
@@ -104,7 +104,7 @@ class Converter:
         return str(key)
 
     def notes(self, old: Any) -> str:
-        """Which columns were added and dropped, and how many rows had no time.
+        """Describes the added and dropped columns, and the number of rows without a time.
 
         Args:
             old: the Arrow schema of the table before.
@@ -151,8 +151,8 @@ def _text_or_none(value: Any) -> str | None:
 
 
 def _without_nulls(value: Any) -> Any:
-    """The value without nulls, as it was before it was written to a struct column. There every
-    object has the keys of all objects, and its own missing ones as null or, by pandas, as NaN."""
+    """Removes the nulls that a struct column adds: there every object has the keys of all objects,
+    with null or, from pandas, NaN for its missing ones."""
     if isinstance(value, dict):
         whole = {name: _without_nulls(inner) for name, inner in value.items()}
         return {name: inner for name, inner in whole.items() if inner is not None}

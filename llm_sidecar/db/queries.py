@@ -34,13 +34,14 @@ _MOST_ROWS: Final = 2**31 - 1
 EARLIEST: Final = datetime.datetime(1, 1, 1, tzinfo=datetime.UTC)
 _CORRECTIONS: Final = 64
 _MOST_CORRECTIONS: Final = 4096
-"""How many of the latest corrections the search for usable ones reads at first, and at most."""
+"""The first and the maximum number of corrections that the search for usable ones reads, newest
+first."""
 _AT_ONCE: Final = 500
 """The number of ids in one filter."""
 
 
 class Correction(NamedTuple):
-    """A corrected proposal and the prompt it answers."""
+    """A corrected proposal and its prompt."""
 
     prompt: str
     proposal: dict[str, Any]
@@ -83,8 +84,8 @@ async def _newest(
 ) -> list[dict[str, Any]]:
     """The newest rows.
 
-    Sorting reads all rows that it sorts. So a query of a large table first covers the last 15
-    minutes, then the last hour, and so on, until there are enough rows.
+    A sort reads all rows in its range. So a query of a large table starts with the last 15 minutes,
+    then the last hour, and so on, until it has enough rows.
     """
     if count > 0 and await tables[table].count_rows() > _SMALL:
         window, start = _FIRST_WINDOW, datetime.datetime.now(datetime.UTC)
@@ -208,7 +209,7 @@ async def _corrections(
 async def _prompts(
     tables: Tables, run_ids: Iterable[str], most_bytes: int | None = None
 ) -> dict[str, str]:
-    """The prompts of the stored runs; only those of at most `most_bytes`, if given."""
+    """The prompts of the stored runs; with `most_bytes`, only prompts up to this size."""
     from lancedb.expr import col, func
 
     prompts: dict[str, str] = {}

@@ -50,7 +50,7 @@ async def opened_read_only(location: Location) -> AsyncIterator[tuple[Tables, Lo
     """
     try:
         async with asyncio.timeout(_OPEN_SECONDS):
-            # The logs first: a row that moves to its table in the meantime is then found there.
+            # Reads the logs first: a row that moves to its table meanwhile is then in the table.
             logged, unreadable = await asyncio.to_thread(_read_logs, location)
             tables = await open_tables(location, create=False, write=False)
     except DatabaseUnavailable:

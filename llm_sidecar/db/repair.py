@@ -1,4 +1,4 @@
-"""Repair of a local database after a crash: sets aside the versions of tables that cannot be read.
+"""Repairs a local database after a crash: sets unreadable versions of tables aside.
 
 Their rows are not lost: rows that are not synced to the tables are still in a write-ahead log.
 """
@@ -32,7 +32,7 @@ _MACHINE_ERRORS: Final = (
 
 
 class Repair:
-    """One repair, while no other process has the database open.
+    """One repair; no other process has the database open meanwhile.
 
     Attributes:
         done: what was done, in words.
@@ -48,7 +48,8 @@ class Repair:
         """Repairs every table.
 
         Raises:
-            Exception: an error of the machine, such as a full disk; no version is set aside for it.
+            Exception: an error of the machine, such as a full disk. It is not the table's fault, so
+                no version is set aside.
         """
         await asyncio.to_thread(sweep, self._log_folder)
         tables = await asyncio.to_thread(self._disk.tables)
@@ -63,7 +64,7 @@ class Repair:
     async def _first_readable(self, name: str, synced: dict[str, int] | None) -> int:
         """Sets unreadable versions aside until one is readable; 0 if none is left.
 
-        Only a version that may not be synced is read completely.
+        Reads a version completely only if it may not be synced.
         """
         intact = True
         while name in await asyncio.to_thread(self._disk.tables):
@@ -78,7 +79,7 @@ class Repair:
                 if unclean:
                     await _read_whole(table)
             except Exception as error:
-                if _is_of_the_machine(error):
+                if _is_machine_error(error):
                     raise
                 done = await asyncio.to_thread(self._disk.set_newest_aside, name)
                 log.error("%s (%s)", done, one_line(error))
@@ -98,7 +99,7 @@ class Repair:
             self.done.append(done)
 
     async def _tidy(self, table: Any, intact: bool) -> None:
-        """Rebuilds the indices of a table, which may be torn, and deletes half-written files.
+        """Rebuilds the indices of a table, which may be corrupt, and deletes incomplete files.
 
         Args:
             intact: whether no version was set aside. Otherwise the files of that version are kept.
@@ -119,7 +120,7 @@ async def _read_whole(table: Any) -> None:
         pass
 
 
-def _is_of_the_machine(error: Exception) -> bool:
-    """Whether the machine lacks something, so that the error says nothing about the file."""
+def _is_machine_error(error: Exception) -> bool:
+    """Whether the error is the machine's, such as a full disk, and not the file's."""
     text = str(error)
     return any(os.strerror(number) in text for number in _MACHINE_ERRORS)

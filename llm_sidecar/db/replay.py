@@ -27,7 +27,7 @@ async def replay(
     *,
     wait: bool,
 ) -> None:
-    """Stores the rows of dead processes.
+    """Stores the logged rows of dead processes.
 
     Rows of older versions get the columns that they lack. A log with damaged rows, or with rows of
     an unknown version, is set aside.

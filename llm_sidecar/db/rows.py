@@ -87,7 +87,7 @@ _JSON_TEXT: Final = frozenset(("feedback_content", "corrected_proposal", "propos
 
 
 class _Numbered(_Row):
-    # The id belongs to the object, so that storing the same object again stores one row.
+    # The id belongs to the object, so that storing an object twice stores one row.
     _row_id: str = PrivateAttr(default_factory=lambda: uuid.uuid4().hex)
 
     def as_row(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class PublishedFeedback(Phi3FeedbackSchema):
     Attributes:
         stored_in: the id of the database or sidecar that has stored it already, according to its
             publisher.
-        author: according to its publisher; ignored, because the publisher shows no API key.
+        author: according to its publisher; ignored, because messages have no API key.
     """
 
     SOURCE: ClassVar[Literal["direct", "bus"]] = "bus"
@@ -209,11 +209,11 @@ class ProposalSchema(_Numbered):
     """A stored proposal with its prompt, model, critique and score.
 
     Attributes:
-        score: Hermes' score in [0, 1]; None where there is none.
+        score: Hermes' score in [0, 1], or None.
         model: the name of the model that wrote the proposal.
         adapter: the name of its adapter; None without one.
         grounded: `true`, or the fields whose ticker or numbers are not in the prompt, separated by
-            commas; None where it was not checked.
+            commas; None if it was not checked.
     """
 
     transaction_id: str = Field(min_length=1)

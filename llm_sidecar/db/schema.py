@@ -38,7 +38,7 @@ _DATABASE_KEY: Final = b"osiris_database"
 
 ADDED: Final[dict[str, dict[str, Callable[[Mapping[str, Any]], Any]]]] = {
     FEEDBACK: {
-        # With a timestamp in the future, feedback would stay the newest until then.
+        # Feedback with a future timestamp would stay the newest until then.
         "received": lambda row: min(row["timestamp"], timestamps.now()),
         "source": lambda row: Phi3FeedbackSchema.SOURCE,
         ROW_ID: lambda row: row[FEEDBACK_ID],
@@ -156,6 +156,6 @@ def new_table_schema(table: str) -> pa.Schema:
 
 
 def database_id(schema: pa.Schema) -> str | None:
-    """The database's id, from the schema of its feedback table; None where it has none."""
+    """The database's id, from the schema of its feedback table, or None."""
     found: bytes | None = (schema.metadata or {}).get(_DATABASE_KEY)
     return None if found is None else found.decode()

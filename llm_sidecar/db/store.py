@@ -55,10 +55,10 @@ def table_of(row: AnyRow) -> str:
 
 
 class Store:
-    """A database. Rows are only added, and acknowledged once they would survive a power loss.
+    """An append-only database. It acknowledges a row once the row would survive a power loss.
 
-    It accepts rows at once, also while LanceDB is being opened or is unavailable; queries wait for
-    LanceDB. Several processes may use one database at the same time.
+    It accepts rows while LanceDB is being opened or is unavailable; queries wait for LanceDB.
+    Several processes may use one database at the same time.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Store:
         await self._writer.close()
 
     def refusal(self) -> str | None:
-        """Why rows cannot be stored now; None if they can."""
+        """The reason why rows cannot be stored now, or None."""
         return self._writer.refusal()
 
     def is_open(self) -> bool:

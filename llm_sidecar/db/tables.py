@@ -28,7 +28,7 @@ _LOCK_PAUSE: Final = 0.02
 FRAGMENTS: Final = 32
 """A table with this many fragments should be compacted."""
 _COMPACTED: Final = "compacted"
-"""A file whose modification time is that of the last compaction."""
+"""A file; its modification time is the time of the last compaction."""
 _OLD_SHAPE: Final = (
     "The table {} has the shape of an older version; stop all that uses the database and run "
     "`python -m llm_sidecar.db migrate`."
@@ -78,14 +78,14 @@ class Tables:
             self.database_id = database_id(await self._tables[FEEDBACK].schema())
 
     async def _enter(self) -> None:
-        """Repairs the database if no other process has it open, then takes the shared lock."""
+        """Repairs the database if no other process has it open, then acquires the shared lock."""
         alive = self._location.log_folder / "alive.lock"
         with locked(alive, wait=False) as alone:
             if alone and self._disk is not None:
                 repair = Repair(self._disk, self._location.log_folder, self._connection)
                 self.repairs = repair.done
                 await repair.run()
-        # From here on no other process can be alone.
+        # While this holds the shared lock, no other process can repair the database.
         while not self._alive.enter_context(locked(alive, wait=False, shared=True)):
             self._alive.close()
             await asyncio.sleep(_LOCK_PAUSE)
@@ -136,7 +136,7 @@ class Tables:
     async def _complete(self, writing: Coroutine[Any, Any, Any]) -> None:
         """Waits for a write, which runs to completion even if the caller is cancelled.
 
-        lancedb would not stop it either, and until it ends this process must hold its lock.
+        lancedb cannot cancel a write, and this process must hold its lock until the write ends.
         """
 
         async def write() -> None:
@@ -166,7 +166,7 @@ class Tables:
         """Merges small fragments, updates the indices and deletes unused versions.
 
         Returns:
-            False if another process is compacting, which this one does not wait for.
+            False if another process is compacting; does not wait for it.
         """
         done: list[bool] = []
 

@@ -18,18 +18,18 @@ class Verified:
     Attributes:
         rows: rows that were read.
         expected: rows that the table should have, according to its metadata.
-        doubled: rows whose key an earlier row has.
+        duplicates: rows whose key an earlier row has.
     """
 
     table: str
     rows: int = 0
     expected: int = 0
-    doubled: int = 0
+    duplicates: int = 0
 
     @property
     def is_sound(self) -> bool:
         """Whether every row was read, and no key twice."""
-        return self.rows == self.expected and not self.doubled
+        return self.rows == self.expected and not self.duplicates
 
 
 async def verify(tables: Tables, progress: Callable[[str], None]) -> list[Verified]:
@@ -50,6 +50,6 @@ async def verify(tables: Tables, progress: Callable[[str], None]) -> list[Verifi
             result.rows += len(keys)
             seen.update(keys)
             progress(f"{name}: {result.rows} of {result.expected} rows")
-        result.doubled = result.rows - len(seen)
+        result.duplicates = result.rows - len(seen)
         found.append(result)
     return found

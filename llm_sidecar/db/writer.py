@@ -41,8 +41,8 @@ _LOG_BYTES: Final = 64 << 20
 """The maximum size of the log while LanceDB is unavailable."""
 _KEEP_SECONDS: Final = 300.0
 _KEEP_BYTES: Final = 64 << 20
-"""How long, and how many bytes at most, of the log are kept after its rows are in their tables and
-synced: a second copy, in case the newest files are unreadable all the same."""
+"""The maximum age in seconds and size in bytes of the log that is kept after its rows are synced in
+their tables: a second copy, in case the newest table files are unreadable anyway."""
 _BACKOFF_FIRST: Final = 0.5
 _BACKOFF_MOST: Final = 30.0
 _OPEN_SECONDS: Final = 60.0
@@ -83,7 +83,7 @@ class Writer:
     """
 
     def __init__(self, location: Location, *, create: bool = True) -> None:
-        """Does not start anything; use `start`."""
+        """Does no I/O yet; see `start`."""
         self.tables: Tables | None = None
         self.state = "opening"
         self.reason: str | None = None
@@ -245,8 +245,8 @@ class Writer:
         async with self._changed:
             self._changed.notify_all()
         try:
-            # A running write may still succeed, and a process that replays the log would store its
-            # rows twice. So the log then stays locked until this process ends.
+            # A running write may still succeed, so a replay of the log could store its rows twice.
+            # The log stays locked until this process ends.
             if self._in_flight is None or self._in_flight.done():
                 async with asyncio.timeout(_LOG_SECONDS):
                     await self._on_disk(self._close_log)
@@ -272,7 +272,7 @@ class Writer:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, work, *arguments)
 
-    # Into the log
+    # Writing rows to the log
 
     async def _keep_logging(self) -> None:
         while self._waiting or not self._end.is_set():
@@ -319,7 +319,7 @@ class Writer:
 
     def _open_log(self) -> wal.Log:
         if self._log is not None and self._log.is_gone():
-            # Its rows that are not in their tables yet are still in memory.
+            # Rows that are not in their tables yet are still in memory.
             log.error("the folder of the write-ahead log is gone; a new one is made")
             self._log.close()
             self._log = None
@@ -357,7 +357,7 @@ class Writer:
             log.error("%s", failure)
         self.log_failure = failure
 
-    # From the log into the tables
+    # Moving rows from the log to the tables
 
     async def _keep_moving(self) -> None:
         delay = _BACKOFF_FIRST
@@ -367,7 +367,7 @@ class Writer:
                     await self._open()
                 await self._sweep()
                 await self._move()
-                await self._forget_old_segments()
+                await self._delete_old_segments()
             except Exception as error:  # noqa: BLE001 lancedb raises many types
                 await self._set_away(error)
                 if self._end.is_set():
@@ -406,7 +406,7 @@ class Writer:
             self._changed.notify_all()
 
     async def _set_away(self, error: Exception) -> None:
-        """Notes why the tables cannot be used. Opening them again may repair them."""
+        """Records why the tables cannot be used. Opening them again may repair them."""
         detail = (
             error.detail
             if isinstance(error, DatabaseUnavailable)
@@ -450,7 +450,7 @@ class Writer:
         if not self._moving:
             return
         assert self.tables is not None
-        # It is unknown what a failed attempt has stored.
+        # A failed attempt may have stored some rows.
         certain, self._certain = self._certain, False
         await self._insert(self.tables, self._moving, certain=certain)
         touched = {row.table for row in self._moving}
@@ -470,8 +470,9 @@ class Writer:
         """Stores rows in their tables.
 
         Args:
-            certain: whether none of them is in its table yet. Feedback and withdrawals may always
-                be: several sidecars receive the same feedback, and a withdrawal may be repeated.
+            certain: whether none of the rows can be in its table yet. Feedback and withdrawals
+                always can: several sidecars receive the same feedback, and a client may repeat a
+                withdrawal.
         """
         for name in TABLES:
             mine = [row for row in rows if row.table == name]
@@ -483,8 +484,8 @@ class Writer:
                 await self._awaited(store(name, batch))
 
     async def _awaited(self, writing: Coroutine[Any, Any, None]) -> None:
-        """Waits for a write without a deadline: an abandoned write may still succeed, and then its
-        rows, written again, would be stored twice."""
+        """Waits for a write without a deadline: an abandoned write may still succeed, and a retry
+        would then store its rows twice."""
         self._in_flight = asyncio.ensure_future(writing)
         done, _ = await asyncio.wait([self._in_flight], timeout=_STALLED_SECONDS)
         if not done:
@@ -493,7 +494,7 @@ class Writer:
             await asyncio.wait([self._in_flight])
         self._in_flight.result()
 
-    async def _forget_old_segments(self) -> None:
+    async def _delete_old_segments(self) -> None:
         """Deletes segments of the log that are no longer needed."""
         size = sum(kept.size for kept in self._kept)
         while self._kept and (
@@ -532,7 +533,8 @@ async def _wait(seconds: float, unless: asyncio.Event) -> None:
 def _fail(future: asyncio.Future[None], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
-        # Marks it as retrieved, because a caller whose deadline has passed does not retrieve it.
+        # Marks the exception as retrieved, because a caller whose deadline has passed does not
+        # retrieve it.
         future.exception()
 
 

@@ -151,9 +151,9 @@ def _handwritten(engine: Engine) -> list[Figure]:
     layouts = sorted({row["layout"] for row in rows})
     figures: list[Figure] = []
     for name, target in (("all", 0.9), *((layout, None) for layout in layouts)):
-        chosen = [(row, got) for row, got in pairs if name in ("all", row["layout"])]
-        tickers = [row["ticker"] == got["ticker"] for row, got in chosen]
-        sides = [row["side"] == got.get("side") for row, got in chosen if row["side"]]
+        selected = [(row, got) for row, got in pairs if name in ("all", row["layout"])]
+        tickers = [row["ticker"] == got["ticker"] for row, got in selected]
+        sides = [row["side"] == got.get("side") for row, got in selected if row["side"]]
         figures.append(_share(f"handwritten, {name}: ticker copied", tickers, target))
         figures.append(_share(f"handwritten, {name}: side right", sides, target))
     return figures

@@ -1,6 +1,6 @@
-"""Engines: the runtimes that can hold a language model, behind one Protocol.
+"""Engines: the runtimes of language models, behind one Protocol.
 
-Which one runs a model follows from its files. The runtimes are imported by `load_engine` only.
+The files of a model determine its engine. Only `load_engine` imports the runtimes.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Without it onnxruntime and onnxruntime-genai write a device id and events under ~/.cache and send
-# them. They read it when they load, so `disable_telemetry_events` comes too late.
+# Otherwise onnxruntime and onnxruntime-genai write a device id and events under ~/.cache, and send
+# them. They read the variable when they load, so `disable_telemetry_events` is too late.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 from llm_sidecar.engines.base import (
@@ -36,9 +36,9 @@ def load_engine(
     Args:
         folder: a config.json alone means torch. A genai_config.json means onnxruntime on a CPU, and
             onnxruntime-genai on CUDA and for models that onnxruntime alone cannot run here: other
-            architectures than Llama, Mistral, Phi-3 and Qwen 2 and 3, a Phi-3 of long context (its
-            rotary embeddings change with the length), sliding windows and pruned logits that the
-            runtime manages, and models whose attention does not update its states in place.
+            architectures than Llama, Mistral, Phi-3 and Qwen 2 and 3, Phi-3 with a long context
+            (its rotary embeddings change with the length), sliding windows and pruned logits
+            managed by the runtime, and attention that does not update its states in place.
         device: `auto`, `cpu` or `cuda`.
         threads: of the runtime, on CPU.
         adapter: folder of a LoRA adapter in the runtime's own format.

@@ -1,4 +1,4 @@
-"""The interface of engines, and what their modules share.
+"""The interface of engines, and helpers that they share.
 
 An engine is synchronous and runs in its own worker process.
 """
@@ -19,13 +19,13 @@ Message = dict[str, str]
 FinishReason = Literal["stop", "length"]
 
 PROBE: Final[Sequence[Message]] = ({"role": "user", "content": "Long ABC. What now?"},)
-"""A model has to answer this before an adapter is used."""
+"""A chat that a model must answer before an adapter is used."""
 
 ANSWER_TOKENS: Final = 2
-"""Tokens of the longest choice that `score_choices` supports."""
+"""Maximum number of tokens of a choice in `score_choices`."""
 
 PREFILL_CHUNK: Final = 256
-"""Prompt tokens processed between two chances to cancel."""
+"""Prompt tokens per prefill step; a request can be cancelled between two steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,8 @@ class GenerationRequest:
     """What to generate.
 
     Attributes:
-        messages: the chat so far.
-        max_tokens: greatest number of completion tokens.
+        messages: the chat, oldest first.
+        max_tokens: maximum number of completion tokens.
         guidance: JSON schema text (llguidance dialect) that the completion must follow, or None.
         temperature: 0 is greedy; otherwise it divides the logits before sampling.
         seed: makes sampling repeatable.
@@ -71,7 +71,7 @@ class Engine(Protocol):
     Attributes:
         runtime: package that runs it.
         device: `cpu` or `cuda`.
-        context_length: greatest number of prompt and completion tokens of a request.
+        context_length: maximum number of prompt and completion tokens of a request.
     """
 
     runtime: str
@@ -97,7 +97,7 @@ class Engine(Protocol):
     def stream(self, request: GenerationRequest) -> Generator[Delta]:
         """Generates step by step; closing the iterator stops the generation.
 
-        Tokens that the prompt shares with an earlier one are not processed again.
+        Prefill skips the tokens that the prompt shares with an earlier one.
 
         Raises:
             InvalidRequest, ModelUnavailable: as in `tokenize`.
@@ -105,7 +105,7 @@ class Engine(Protocol):
         ...
 
     def batch(self) -> Batch:
-        """An empty batch. An engine runs one batch at a time."""
+        """Creates an empty batch. An engine runs one batch at a time."""
         ...
 
     def prefill(self, request: GenerationRequest) -> Generator[None]:
@@ -120,7 +120,7 @@ class Engine(Protocol):
         ...
 
     def next_token(self, messages: Sequence[Message]) -> tuple[list[int], npt.NDArray[np.float64]]:
-        """The prompt's tokens, and the probability of each token, (vocabulary,), to come next.
+        """The prompt's tokens, and the probability of each next token, (vocabulary,).
 
         Raises:
             InvalidRequest, ModelUnavailable: as in `tokenize`.
@@ -133,7 +133,7 @@ class Engine(Protocol):
         choices: Sequence[str],
         tokens: Sequence[int] | None = None,
     ) -> dict[str, float]:
-        """Probability that the assistant's turn is each of `choices`, from one prefill.
+        """The probability of each of `choices` as the assistant's turn, from one prefill.
 
         Args:
             tokens: of the messages, as `tokenize` returns them for `ANSWER_TOKENS` new tokens;
@@ -146,14 +146,14 @@ class Engine(Protocol):
 
 
 class Batch(Protocol):
-    """Requests that are generated at the same time, by number.
+    """Requests that are generated at the same time; numbers identify them.
 
-    Requests join and leave between two steps, so a late one does not wait until the others are done
+    Requests join and leave between steps, so a new one does not wait for the others to finish
     (continuous batching: Yu et al. 2022, "Orca: A Distributed Serving System for Transformer-Based
     Generative Models").
 
     Attributes:
-        capacity: greatest number of requests.
+        capacity: maximum number of requests.
     """
 
     capacity: int
@@ -186,7 +186,7 @@ def check_context(prompt_tokens: int, max_tokens: int, context_length: int) -> N
     if prompt_tokens + max_tokens <= context_length:
         return
     if prompt_tokens + ANSWER_TOKENS > context_length:
-        # A smaller max_length would not help, and a score request has none.
+        # A smaller max_length does not help here, and a score request has none.
         raise InvalidRequest(
             f"prompt: it takes {prompt_tokens} tokens, which is too many for the model's context "
             f"of {context_length}; shorten it"
@@ -198,10 +198,10 @@ def check_context(prompt_tokens: int, max_tokens: int, context_length: int) -> N
 
 
 def prefill_steps(begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """The slices in which the tokens of a prompt are processed.
+    """Splits the tokens of a prompt into the slices of its prefill.
 
-    Avoids one-token slices: kernels differ numerically for length 1, and a completion should not
-    depend on which part of its prompt was cached.
+    Avoids one-token slices: kernels differ numerically for length 1, and a completion must not
+    depend on how much of its prompt was cached.
     """
     while begin < end:
         stop = min(begin + PREFILL_CHUNK, end)
@@ -212,7 +212,7 @@ def prefill_steps(begin: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Probabilities of the last axis, in float64."""
+    """Softmax over the last axis, in float64."""
     shifted = logits.astype(np.float64) - float(logits.max())
     weights: npt.NDArray[np.float64] = np.exp(shifted)
     weights /= weights.sum()

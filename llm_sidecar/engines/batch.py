@@ -1,4 +1,4 @@
-"""Continuous batching: several completions share each forward pass, and rows come and go."""
+"""Continuous batching: completions share forward passes, and join and leave between them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Rows(Protocol):
     """Attention states of several completions, by number."""
 
     def forward(self, pending: Mapping[int, Sequence[int]]) -> dict[int, Logits]:
-        """Processes each row's pending tokens; returns the logits after them, (vocabulary,)."""
+        """Processes each row's pending tokens; returns the logits after them, (vocabulary,), by
+        row."""
         ...
 
 
@@ -31,7 +32,7 @@ class _Row(Generic[S]):
 
     Attributes:
         prefill: processes the prompt step by step; None afterwards.
-        states: of the prompt, and of the completion until the row joins others.
+        states: of the prompt, and of the completion until the row joins a shared forward pass.
         release: returns the states to the prefix cache.
     """
 
@@ -42,10 +43,10 @@ class _Row(Generic[S]):
 
 
 class ContinuousBatch(Generic[S]):
-    """The active requests of one engine; a single one runs without joining.
+    """The active requests of one engine; a single request keeps its own states.
 
     Attributes:
-        capacity: greatest number of requests.
+        capacity: maximum number of requests.
     """
 
     def __init__(self, decoder: Decoder[S]) -> None:
@@ -79,7 +80,7 @@ class ContinuousBatch(Generic[S]):
             return list(self._steps())
         except Exception as error:
             for row in self._rows.values():
-                # The error keeps the states out of the prefix cache.
+                # Passing on the error keeps the states out of the prefix cache.
                 row.release.__exit__(type(error), error, None)
             self._rows.clear()
             self._joined = None
@@ -95,7 +96,7 @@ class ContinuousBatch(Generic[S]):
         fitting = self._fitting(decoding)
         for number, logits in self._logits(fitting).items():
             yield number, self._take(number, fitting[number], logits)
-        # A delta for each waiting row, so that it can be cancelled.
+        # Waiting rows get a delta too, so that they can be cancelled.
         for number in decoding.keys() - fitting.keys():
             yield number, decoding[number].generation.delta()
 
@@ -107,14 +108,14 @@ class ContinuousBatch(Generic[S]):
         return self._take(number, row, logits[-1])
 
     def _take(self, number: int, row: _Row[S], logits: Logits) -> Delta:
-        delta = row.generation.take(logits)
-        if row.generation.over:
+        delta = row.generation.sample(logits)
+        if row.generation.finished:
             self.remove(number)
         return delta
 
     def _fitting(self, rows: dict[int, _Row[S]]) -> dict[int, _Row[S]]:
-        """The rows that fit into memory, in which each takes as much as the longest: the joined
-        ones, then the oldest. The others wait."""
+        """The rows that fit into memory, where each takes as much as the longest: joined rows
+        first, then the oldest. The others wait."""
         joined = () if self._joined is None else self._joined_numbers
         longest = 0
         fitting: dict[int, _Row[S]] = {}

@@ -3,7 +3,7 @@
     chat = ChatTokenizer.from_folder(folder, ends=frozenset({4}))
     prompt = chat.encode([{"role": "user", "content": "Hi."}])
 
-Encoding may run in another thread than decoding: it changes no state, and releases the GIL.
+Encoding and decoding may run in different threads: encoding changes no state and releases the GIL.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _CUT_TOKENS: Final = 64
 """An upper bound of the tokens that cutting a text in two adds."""
 _CACHED_CHATS: Final = 64
 _LONGEST_CHARACTER: Final = 8
-"""More tokens than one character takes: it has at most four bytes in UTF-8."""
+"""More tokens than any character takes: a character has at most four bytes in UTF-8."""
 _KNOWN_CHATS: Final = (
     ("user",),
     ("system", "user"),
@@ -57,9 +57,9 @@ _Shape = tuple[tuple[str, str], ...]
 class ChatTokenizer:
     """A model's tokenizer and chat template.
 
-    No message can write a control token: if it spells one, a space is inserted. The result is then
-    checked, because a normalizer or the template may change the text: the chat must have exactly
-    the control tokens of a chat with the same roles and placeholder contents.
+    No message can write a control token: one that it spells is escaped with a space. The result is
+    then checked, because a normalizer or the template may change the text: the chat must have
+    exactly the control tokens of a chat with the same roles and placeholder contents.
 
     Attributes:
         tokenizer: of the `tokenizers` package.
@@ -129,24 +129,24 @@ class ChatTokenizer:
         """The chat's tokens, with the header of the assistant's turn or without.
 
         Args:
-            limit: about the greatest number of tokens; a text with far more is refused early.
+            limit: the approximate maximum number of tokens; a far longer text is refused early.
 
         Raises:
-            InvalidRequest: the text has too many tokens, or a message holds control tokens that
-                cannot be broken, or half a surrogate pair.
+            InvalidRequest: the text has too many tokens, or a message contains control tokens that
+                cannot be escaped, or half a surrogate pair.
             ModelUnavailable: the template refuses the chat.
         """
         shape = tuple((one["role"], _placeholder(one["content"])) for one in messages)
         for _ in range(_ATTEMPTS):
             tokens = self._tokens(self._template.render(messages, header), limit)
-            if self._control.among(tokens) == self._frame(shape, header):
+            if self._control.filter(tokens) == self._frame(shape, header):
                 return tokens
             if limit is not None and len(tokens) > limit:
                 raise _too_long(limit)
-            broken = [{**one, "content": self._control.broken(one["content"])} for one in messages]
-            if broken == list(messages):
+            escaped = [{**one, "content": self._control.escape(one["content"])} for one in messages]
+            if escaped == list(messages):
                 break
-            messages = broken
+            messages = escaped
         raise InvalidRequest(
             "prompt: it holds control tokens of the model that cannot be read as text; remove them"
         )
@@ -212,9 +212,9 @@ class ChatTokenizer:
         return ids
 
     def _control_tokens_of(self, shape: _Shape, header: bool) -> list[int]:
-        """The control tokens of a chat with placeholder contents, which write none."""
+        """The control tokens of a chat with these roles, whose contents have none."""
         messages = [{"role": role, "content": content} for role, content in shape]
-        return self._control.among(self._tokens(self._template.render(messages, header)))
+        return self._control.filter(self._tokens(self._template.render(messages, header)))
 
 
 def _placeholder(content: str) -> str:
@@ -234,7 +234,7 @@ def end_tokens(model: Mapping[str, Any]) -> frozenset[int]:
 
 
 class TextDecoder:
-    """The text that each token adds to those before it."""
+    """Decodes a completion token by token."""
 
     def __init__(self, tokenizer: Any) -> None:
         """Args: tokenizer: of the `tokenizers` package."""
@@ -254,7 +254,7 @@ class TextDecoder:
             return "\N{REPLACEMENT CHARACTER}"
         self._pending.append(token)
         if not text and len(self._pending) == _LONGEST_CHARACTER:
-            # Invalid UTF-8: the stream would decode all of it at every step.
+            # After invalid UTF-8, the stream would decode the whole text again at every step.
             text = self._tokenizer.decode(self._pending, skip_special_tokens=True)
             self._begin()
         elif text:
@@ -265,7 +265,7 @@ class TextDecoder:
 def _within(seconds: float, work: Callable[[], T]) -> T:
     """Returns what `work` returns; raises TimeoutError if it takes longer.
 
-    In that case it continues in a daemon thread.
+    The work then continues in a daemon thread.
     """
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
 

@@ -37,7 +37,7 @@ _SPECIAL_TOKENS: Final = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 class ChatTemplate:
-    """Renders a chat as the text that the model reads.
+    """Renders a chat as the model's prompt text.
 
     Attributes:
         literals: all literal texts in the template, joined by NUL.

@@ -13,8 +13,8 @@ from llm_sidecar.engines.base import softmax
 class ChoiceTree:
     """Choices of one or two tokens; those of two tokens share the first one, `branch`.
 
-    With a tokenizer that splits digits `0` to `10` are such a tree: `10` is `1`, then `0`. So the
-    logits at two positions, the prompt's last token and `branch`, give all probabilities.
+    If the tokenizer splits digits, `0` to `10` form such a tree: `10` is `1`, then `0`. The logits
+    at two positions, the prompt's last token and `branch`, then give all probabilities.
     """
 
     def __init__(self, encoded: Mapping[str, Sequence[int]]) -> None:
@@ -25,7 +25,7 @@ class ChoiceTree:
         self.branch: int | None = branches.pop() if branches else None
 
     def read(self, first: npt.NDArray[Any], second: npt.NDArray[Any] | None) -> dict[str, float]:
-        """Probability of each choice.
+        """The probability of each choice.
 
         Args:
             first: (vocabulary,) logits after the prompt.

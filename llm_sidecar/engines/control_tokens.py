@@ -1,8 +1,9 @@
 """A model's control tokens (`<|end|>`, `<|im_start|>`), which no message may write.
 
-With a control token a message could end its turn and continue as the system. `tokenizers` can treat
-special tokens as plain text, but only all of them, including those of the chat template. So a text
-that spells one is changed, and the control tokens of the result are compared with those expected.
+With a control token, a message could end its turn and continue as the system. `tokenizers` can
+treat special tokens as plain text, but only all of them, including those of the chat template. So a
+token that a text spells is escaped, and the result's control tokens are compared with the expected
+ones.
 """
 
 from __future__ import annotations
@@ -14,23 +15,23 @@ from typing import Any, Final
 _UNKNOWN: Final = "\U000f0000"
 """A character for private use, which no vocabulary has."""
 _BYTE: Final = re.compile("<0x[0-9A-F]{2}>")
-"""How some vocabularies spell each byte of an unknown character."""
+"""The spelling of a byte of an unknown character in some vocabularies."""
 
 
 class ControlTokens:
     """The control tokens of one tokenizer."""
 
     def __init__(self, tokenizer: Any, template_text: str, written: Collection[int]) -> None:
-        """Finds them.
+        """Finds the control tokens.
 
-        They are the special tokens, and those other added tokens that the template writes, as in
-        transformers (`sanitize_control_tokens` of `apply_chat_template`). Tokens for unknown
-        characters are not among them, because plain text may contain such characters.
+        They are the special tokens, and the added tokens that the template writes, as in
+        transformers (`sanitize_control_tokens` of `apply_chat_template`). The token for unknown
+        characters is not one, because plain text may contain such characters.
 
         Args:
             tokenizer: of the `tokenizers` package.
             template_text: the literal texts of the chat template.
-            written: tokens that the template has written; it may build some of several literals.
+            written: tokens that the template wrote; it may build some from several literals.
         """
         self._tokenizer = tokenizer
         unknown = _tokens_of(_UNKNOWN, tokenizer)
@@ -44,14 +45,14 @@ class ControlTokens:
             and (token.special or token.content in template_text or number in written)
         }
 
-    def among(self, tokens: Sequence[int]) -> list[int]:
+    def filter(self, tokens: Sequence[int]) -> list[int]:
         """The control tokens among `tokens`, in their order."""
         return [token for token in tokens if token in self._numbers]
 
-    def broken(self, text: str) -> str:
-        """The text with a space inserted into each control token that it spells.
+    def escape(self, text: str) -> str:
+        """Inserts a space into each control token that the text spells.
 
-        The result may spell another control token, which began inside the broken one.
+        The result may spell another control token, which began inside the escaped one.
         """
         (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
         pieces, done = [], 0

@@ -1,4 +1,4 @@
-"""Decoding that all engines share: chats, prefixes, batches, guidance and scores.
+"""The decoding that all engines share: chats, prefixes, batches, guidance and scores.
 
 An engine for a runtime adds attention states and forward passes:
 
@@ -39,7 +39,7 @@ class Decoder(abc.ABC, Generic[S]):
     """An `Engine` on any runtime.
 
     Attributes:
-        batch_capacity: greatest number of requests in a batch.
+        batch_capacity: maximum number of requests in a batch.
         model: the runtime's own.
         tokenizer: of the `tokenizers` package, or of transformers if it runs the model.
     """
@@ -54,7 +54,7 @@ class Decoder(abc.ABC, Generic[S]):
 
         Args:
             chat: the model's.
-            context_length: greatest number of prompt and completion tokens of a request.
+            context_length: maximum number of prompt and completion tokens of a request.
         """
         self.context_length = context_length
         self.tokenizer: Any = chat.tokenizer
@@ -62,7 +62,7 @@ class Decoder(abc.ABC, Generic[S]):
         self._grammars = Grammars(chat.tokenizer, chat.ends)
         self._prefixes: PrefixCache[S] = PrefixCache(self.new_states)
 
-    # What a runtime adds
+    # To be implemented for each runtime
 
     @abc.abstractmethod
     def new_states(self, capacity: int) -> S:
@@ -80,10 +80,10 @@ class Decoder(abc.ABC, Generic[S]):
         """Joins rows into one batch.
 
         Args:
-            states: of all rows, by number, as they were before each joined.
-            size: tokens of the longest row with its longest completion.
-            former: what this method returned last, or None. Its states move to the new rows, and it
-                must not be used afterwards.
+            states: of all rows, by number, from before they joined a batch.
+            size: maximum number of prompt and completion tokens of a row.
+            former: the previous result of this method, or None. Its states move to the new rows,
+                and it must not be used afterwards.
         """
         raise NotImplementedError
 
@@ -93,7 +93,7 @@ class Decoder(abc.ABC, Generic[S]):
         """See `PrefixCache.borrow`."""
         return self._prefixes.borrow(prompt, capacity)
 
-    # What all share; docstrings in `Engine`
+    # Shared by all runtimes; `Engine` has the docstrings
 
     def tokenize(self, request: GenerationRequest, header: bool = True) -> list[int]:
         return self._chat.prompt(request, self.context_length, header)
@@ -114,7 +114,7 @@ class Decoder(abc.ABC, Generic[S]):
 
     def prefill(self, request: GenerationRequest) -> Generator[None]:
         prompt = self.tokenize(request, header=False)
-        # Beside the prefix that requests use until this one is complete.
+        # Prefilled beside the old prefix, which requests use until this one is complete.
         with self.borrow((), len(prompt) + request.max_tokens) as prefix:
             for _ in self._process(prefix, prompt):
                 yield
@@ -136,10 +136,10 @@ class Decoder(abc.ABC, Generic[S]):
         first, second = self._logits_after(prompt, [tree.branch])
         return tree.read(first, second)
 
-    # For batches
+    # Called by `ContinuousBatch`
 
     def start(self, request: GenerationRequest) -> Generation:
-        """A completion without any tokens.
+        """Starts a completion without tokens.
 
         Raises:
             InvalidRequest, ModelUnavailable: as in `Engine.tokenize`.

@@ -18,7 +18,7 @@ class Generation:
 
     Attributes:
         prompt: its tokens.
-        limit: greatest number of completion tokens.
+        limit: maximum number of completion tokens.
         pending: the latest tokens, which the runtime has not processed yet.
         cached: prompt tokens whose states were cached.
     """
@@ -55,23 +55,24 @@ class Generation:
 
     @property
     def size(self) -> int:
-        """Tokens of the prompt and the longest possible completion."""
+        """The maximum number of prompt and completion tokens."""
         return len(self.prompt) + self.limit
 
     @property
-    def over(self) -> bool:
+    def finished(self) -> bool:
         """Whether the completion is finished."""
         return self._ended or self._count >= self.limit
 
     def delta(self, text: str = "") -> Delta:
-        """New text, and the counts so far."""
+        """The new text, and the counts so far."""
         reason: FinishReason | None = None
-        if self.over:
+        if self.finished:
             reason = "stop" if self._ended else "length"
         return Delta(text, len(self.prompt), self._count, self.cached, reason)
 
-    def take(self, logits: Logits) -> Delta:
-        """Samples a token from its logits, (vocabulary,), and adds the tokens that must follow."""
+    def sample(self, logits: Logits) -> Delta:
+        """Samples a token from logits, (vocabulary,), and appends it with the tokens that must
+        follow it."""
         token = self._sample(logits)
         pending = [token]
         if self._matcher is not None:
@@ -93,7 +94,7 @@ class Generation:
         return int(allowed[self._draw(logits[allowed])])
 
     def _draw(self, logits: Logits) -> int:
-        """An index of `logits`."""
+        """Samples an index of `logits`."""
         if self._temperature == 0.0:
             return int(logits.argmax())
         bounds = softmax(logits / self._temperature).cumsum()

@@ -9,7 +9,8 @@ from typing import Any, Final
 import llguidance
 
 _KEPT: Final = 8
-"""Compiled grammars kept: the proposals' own, and those of the latest requests with another."""
+"""Number of cached grammars: one for proposals, the others for the latest requests with other
+guidance."""
 
 
 class Grammars:
@@ -30,7 +31,7 @@ class Grammars:
         self._compiled = functools.lru_cache(_KEPT)(self._compile)
 
     def matcher(self, schema: str) -> Any:
-        """A new matcher, which decides token by token what may follow.
+        """Creates a matcher, which masks the next token at each step.
 
         Raises:
             ValueError: llguidance refuses the schema.

@@ -3,9 +3,9 @@
     output = weight(input) + (input @ A) @ B
 
 for every projection of every layer (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language
-Models", arXiv:2106.09685), with B scaled already. All A and B are inputs of any
-rank, and zero by default. So one graph takes adapters of any rank for any projections, and without
-an adapter its outputs are exactly those of the original.
+Models", arXiv:2106.09685), with B scaled already. All A and B are graph inputs of any rank, zero by
+default. So one graph takes adapters of any rank for any projections, and without an adapter its
+outputs equal the original's exactly.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ADAPTER_FILE: Final = "adapter.onnx_adapter"
 
 _PROJECTION: Final = re.compile(r"/(model/layers\.\d+/(?:attn|mlp)/\w+_proj)/MatMul\w*")
 _MAX_OVERHEAD: Final = 1 << 20
-"""Greatest number of bytes of an adapter file that are names and padding."""
+"""Maximum number of bytes for names and padding in an adapter file."""
 _TYPES: Final[dict[int, type[np.floating[Any]]]] = {
     TensorProto.FLOAT: np.float32,
     TensorProto.FLOAT16: np.float16,
@@ -158,7 +158,7 @@ def read_adapter(
         # Copies: the values may be views of a mapping that ends with `adapter`.
         found = {name: value.numpy().copy() for name, value in adapter.get_parameters().items()}
     except Exception:  # noqa: BLE001 - the runtime raises bare ones
-        raise AdapterRejected(f"{file.name} is no adapter, or only a part of one") from None
+        raise AdapterRejected(f"{file.name} is not an adapter, or is incomplete") from None
     ranks: dict[str, set[int]] = {}
     for name, matrix in found.items():
         projection, _, letter = name.rpartition(".lora_")
@@ -166,7 +166,7 @@ def read_adapter(
         if expected is None or letter not in ("A", "B"):
             raise AdapterRejected(f"it changes {name}, which the model does not have")
         if matrix.ndim != 2:
-            raise AdapterRejected(f"{name} is no matrix")
+            raise AdapterRejected(f"{name} is not a matrix")
         rank, width = matrix.shape[:: -1 if letter == "A" else 1]
         if width != (expected.inputs if letter == "A" else expected.outputs):
             raise AdapterRejected(f"{name} is {width} wide, which is not the model's width there")

@@ -18,10 +18,10 @@ from llm_sidecar.errors import AdapterRejected, ModelUnavailable
 _ADAPTER: Final = "adapter"
 """The name of the loaded adapter in the runtime."""
 _CAPACITY_STEP: Final = 512
-"""Tokens by which capacity grows; a prefix has as many for the prompts that begin with it."""
+"""Tokens by which capacity grows; a cached prefix keeps this many free for longer prompts."""
 _LONG_ROPE: Final = {"phi3": 4096, "phimoe": 4096}
-"""Tokens from which on Phi-3 models of long context use other rotary embeddings, so that all states
-have to be computed again (`Generator::GenerateNextToken` of onnxruntime-genai)."""
+"""Number of tokens beyond which long-context Phi-3 models use other rotary embeddings, so that all
+states must be computed again (`Generator::GenerateNextToken` of onnxruntime-genai)."""
 
 
 def has_cuda() -> bool:
@@ -30,11 +30,11 @@ def has_cuda() -> bool:
 
 
 class GeneratorStates:
-    """A generator, of which only the attention states are used.
+    """The attention states of an onnxruntime-genai generator; its sampling is not used.
 
     Attributes:
-        capacity: greatest number of tokens.
-        switch: number of tokens from which on all states are others.
+        capacity: maximum number of tokens.
+        switch: number of tokens beyond which the rotary embeddings, and so all states, differ.
     """
 
     def __init__(self, generator: Any, capacity: int, switch: int) -> None:
@@ -44,12 +44,12 @@ class GeneratorStates:
 
     @property
     def length(self) -> int:
-        """Tokens so far."""
+        """The number of tokens so far."""
         return int(self.generator.token_count())
 
     @property
     def rewinds(self) -> bool:
-        """False beyond the switch: shorter prompts need other states."""
+        """False beyond `switch`: shorter prompts need states of the other embeddings."""
         return self.length <= self.switch
 
     def rewind(self, length: int) -> None:
@@ -57,7 +57,7 @@ class GeneratorStates:
         self.generator.rewind_to(length)
 
     def append(self, tokens: Sequence[int]) -> None:
-        """Processes tokens; beyond the switch also all before them."""
+        """Processes tokens; processes all earlier ones again when the length passes `switch`."""
         length = self.length
         if length <= self.switch < length + len(tokens) and length > 0:
             tokens = [*self.generator.get_sequence(0).tolist(), *tokens]

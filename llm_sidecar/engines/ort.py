@@ -23,7 +23,7 @@ from llm_sidecar.engines.prefixes import Prefix, shared_tokens
 from llm_sidecar.memory_trim import trim_heap
 
 _LONG_PROMPT: Final = 1024
-"""Tokens of a prompt; after longer ones the freed heap is returned to the system."""
+"""Prompt tokens; after a longer prompt, the freed heap is returned to the system."""
 _INPUTS: Final = {"input_ids", "attention_mask", "position_ids"}
 _ARCHITECTURES: Final = {"llama", "mistral", "phi3", "qwen2", "qwen3"}
 _LONG_ROPE: Final = b"cos_cache_large"
@@ -31,23 +31,23 @@ _LONG_ROPE: Final = b"cos_cache_large"
 
 
 class OrtRows:
-    """Rows side by side in one batch.
+    """The rows of one batch, in shared arrays.
 
-    A row that leaves is replaced by the last one, so that no computation goes to an empty row.
+    The last row replaces one that leaves, so that no forward pass computes an empty row.
     """
 
     def __init__(self, model: OrtModel) -> None:
-        """No rows."""
+        """Starts without rows."""
         self._model = model
         self._numbers: list[int] = []
         self._states = States(model, 0, 0)
 
     def settle(self, joining: Mapping[int, States], size: int) -> None:
-        """Drops the rows that are not among `joining`, and adds those that are new.
+        """Drops the rows that are not in `joining`, and adds the new ones.
 
         Args:
             joining: states of all rows, by number.
-            size: tokens of the longest row with its longest completion.
+            size: maximum number of prompt and completion tokens of a row.
         """
         states = self._states
         for number in [number for number in self._numbers if number not in joining]:
@@ -68,7 +68,7 @@ class OrtRows:
     def forward(self, pending: Mapping[int, Sequence[int]]) -> dict[int, Logits]:
         """See `Rows`."""
         for row, number in enumerate(self._numbers):
-            # Forced tokens, which the other rows would have to be padded for.
+            # Several forced tokens: batching them would mean padding the other rows.
             if forced := pending[number][:-1]:
                 self._model.run(np.array([forced], dtype=np.int64), self._states, row, keep=0)
         ids = np.array([pending[number][-1:] for number in self._numbers], dtype=np.int64)
@@ -162,8 +162,8 @@ def can_run(folder: Path) -> bool:
 def _has_long_rope(graph: Path) -> bool:
     """Whether a graph switches to other rotary embeddings beyond its original context.
 
-    The longest row decides for all rows of a batch, and the states of what came before the switch
-    have to be computed again.
+    In a batch the longest row would switch all rows, and all earlier states would have to be
+    computed again.
     """
     with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content.find(_LONG_ROPE) >= 0

@@ -25,22 +25,23 @@ _SIZE_STEP: Final = 128
 """Tokens by which memory for states grows."""
 _WEIGHTS_FOLDER: Final = "session.model_external_initializers_file_folder_path"
 _ERROR: Final = 3
-"""The level of onnxruntime's log that follows that of warnings."""
+"""onnxruntime's log level that omits warnings."""
 _SHRINK_TOKENS: Final = 32
-"""After longer steps the session returns its scratch memory, many times that of a decode step."""
+"""After a step of more tokens, the session returns its scratch memory, which is many times that of
+a decode step."""
 _DTYPES: Final = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class States:
     """Attention states of several rows of different lengths.
 
-    Each array is an anonymous memory mapping. Unused pages take no memory, and the others
-    return to the system as soon as the array is dropped; the C library's heap would keep them.
+    Each array is an anonymous memory mapping. Unused pages take no memory, and the system gets the
+    others back when the array is dropped; the C library's heap would keep them.
 
     Attributes:
-        capacity: greatest number of tokens of a row; unbounded, because the arrays grow.
+        capacity: maximum number of tokens of a row; unbounded, because the arrays grow.
         rows: rows of the arrays.
-        size: tokens of each row that fit into the arrays.
+        size: number of tokens that fit into each row of the arrays.
         arrays: keys and values of each layer, (rows, heads, size, width).
         lengths: tokens of each row.
         bindings: of these arrays to the session, by first row and number of rows.
@@ -50,7 +51,7 @@ class States:
     rewinds = True
 
     def __init__(self, model: OrtModel, rows: int, size: int) -> None:
-        """No tokens in any row; `size` is rounded up."""
+        """Allocates empty rows; `size` is rounded up."""
         self._model = model
         self.rows = rows
         self.size = _rounded(size)
@@ -64,12 +65,12 @@ class States:
         self.lengths = [length]
 
     def reserve(self, rows: int, size: int) -> None:
-        """Grows to at least so many rows and tokens."""
+        """Grows to at least this many rows and tokens."""
         if rows > self.rows or size > self.size:
             self._resize(max(rows, self.rows), max(size, self.size))
 
     def fit(self, rows: int, size: int) -> None:
-        """Grows to so many rows and tokens, and shrinks if less than half of either is needed.
+        """Grows to this many rows and tokens, or shrinks if less than half of either is needed.
 
         The factor of two avoids a copy for every request.
         """
@@ -126,14 +127,14 @@ class OrtModel:
         """
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        # A spinning thread would take a core from the other model.
+        # A spinning thread takes a core from the other model.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         graph: Path | bytes = folder / decoder["filename"]
         self._adapter: dict[str, Any] = {}
         if adapter is not None:
             graph, self._adapter = _with_adapter(folder / decoder["filename"], adapter)
             options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
-            # It would warn that each matrix is no constant.
+            # Otherwise it warns that the adapter's matrices are not constants.
             options.log_severity_level = _ERROR
         self.session = onnxruntime.InferenceSession(
             graph, options, providers=["CPUExecutionProvider"]

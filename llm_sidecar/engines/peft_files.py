@@ -14,10 +14,10 @@ WEIGHTS_FILE: Final = "adapter_model.safetensors"
 """PEFT's other formats are pickles."""
 
 _MAX_CONFIG: Final = 1 << 20
-"""Greatest size of a configuration in bytes; PEFT writes a few thousand."""
+"""Maximum size of a configuration in bytes; PEFT writes a few thousand."""
 _MATRIX: Final = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")
 _PLAIN_INITIALIZATIONS: Final = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-"""Values of `init_lora_weights` that leave the model's own weights alone. All others, such as
+"""Values of `init_lora_weights` that do not change the model's own weights. All others, such as
 `pissa`, change them before training."""
 _UNSUPPORTED: Final = (
     "use_dora",
@@ -42,7 +42,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The adapter's configuration.
 
     Raises:
-        AdapterRejected: it is missing or broken, or the adapter is more than LoRA.
+        AdapterRejected: it is missing or invalid, or the adapter is not a plain LoRA.
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
@@ -52,7 +52,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG_FILE).read_bytes())
     except (ValueError, RecursionError):
-        raise AdapterRejected(f"its {CONFIG_FILE} is no JSON") from None
+        raise AdapterRejected(f"its {CONFIG_FILE} is not JSON") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise AdapterRejected(f"its {CONFIG_FILE} is not that of a LoRA adapter")
     for setting in _UNSUPPORTED:
@@ -71,9 +71,9 @@ def matrix_of(key: str) -> tuple[str, str]:
     """(module, `A` or `B`) of a tensor of the adapter.
 
     Raises:
-        AdapterRejected: it is no matrix of LoRA, and would replace a weight of the model.
+        AdapterRejected: it is not a LoRA matrix, and would replace a weight of the model.
     """
     match = _MATRIX.fullmatch(key)
     if match is None:
-        raise AdapterRejected(f"it holds {key}, which is no matrix of LoRA")
+        raise AdapterRejected(f"it holds {key}, which is not a LoRA matrix")
     return match[1], match[2]

@@ -1,7 +1,7 @@
 """Prefix cache: attention states of earlier prompts, reused by prompts that begin alike.
 
-The system prompt and the few-shot examples of all proposals are the same, and so is a critique's
-prompt but for its last line. Prefill dominates on a CPU.
+All proposals share the system prompt and the few-shot examples, and a critique and its score share
+all but the last line of the prompt. Prefill dominates the time on a CPU.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Generic, Protocol, TypeVar
 
 MAX_KEPT: Final = 3
-"""Prefixes kept at once, each as large as its longest prompt and completion: one for proposals, one
-for the few-shot examples that will replace theirs, and one for everything else."""
+"""Number of cached prefixes, each as large as its longest prompt and completion: one for proposals,
+one for the few-shot examples that will replace the current ones, and one for everything else."""
 _UNSHARED: Final = 2
 """Tokens of a prompt that are always processed."""
 
@@ -21,8 +21,8 @@ class States(Protocol):
     """Attention states of a token sequence.
 
     Attributes:
-        capacity: greatest number of tokens.
-        rewinds: whether they can be cut to fewer tokens.
+        capacity: maximum number of tokens.
+        rewinds: whether `rewind` can drop tokens.
     """
 
     capacity: int
@@ -39,7 +39,8 @@ S = TypeVar("S", bound=States)
 
 
 class Prefix(Generic[S]):
-    """Prompt tokens, and the states that begin with them; whoever extends one extends both."""
+    """Prompt tokens, and states that begin with theirs. Code that extends one also extends the
+    other."""
 
     def __init__(self, states: S) -> None:
         self.states = states
@@ -47,7 +48,7 @@ class Prefix(Generic[S]):
 
 
 class PrefixCache(Generic[S]):
-    """The latest prefixes."""
+    """Keeps the most recently used prefixes."""
 
     def __init__(self, new_states: Callable[[int], S]) -> None:
         """Creates an empty cache.
@@ -60,14 +61,15 @@ class PrefixCache(Generic[S]):
 
     @contextlib.contextmanager
     def borrow(self, prompt: Sequence[int], capacity: int) -> Iterator[Prefix[S]]:
-        """The prefix that shares most with `prompt`, cut to the shared tokens, or an empty one.
+        """Lends the prefix that shares most tokens with `prompt`, cut to these, or an empty one.
 
-        It returns to the cache afterwards, also on cancellation, but not after an error.
+        The prefix returns to the cache at the end of the context, unless there was an error; a
+        cancellation is not one.
 
         Args:
             prompt: its tokens. The last two are never shared: the last one's logits are needed, and
                 a single token would be computed differently (see `prefill_steps`).
-            capacity: tokens that the states must hold.
+            capacity: number of tokens that the states must hold.
         """
         prefix = self._take(prompt, capacity) or Prefix(self._new_states(capacity))
         try:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-# Loading a model creates this folder, although nothing is compiled.
+# Without this, loading a model creates a cache folder, although nothing is compiled.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
 
 import torch
@@ -32,7 +32,7 @@ class TorchStates:
     """Attention states of one row.
 
     Attributes:
-        capacity: greatest number of tokens; unbounded, because the cache grows.
+        capacity: maximum number of tokens; unbounded, because the cache grows.
         cache: transformers' own.
     """
 
@@ -52,7 +52,7 @@ class TorchStates:
 
 
 class TorchEngine(Decoder[TorchStates]):
-    """Any causal language model that transformers knows without code of its own."""
+    """Any causal language model that transformers supports without remote code."""
 
     runtime = "transformers"
 
@@ -116,12 +116,12 @@ class TorchEngine(Decoder[TorchStates]):
             raise AdapterRejected(f"its {WEIGHTS_FILE} is larger than the model")
         try:
             with safe_open(folder / WEIGHTS_FILE, "np") as file:
-                return {matrix_of(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+                return {matrix_of(key) for key in file.keys()}  # noqa: SIM118 - it is not a dict
         except SafetensorError as error:
             raise AdapterRejected(f"its {WEIGHTS_FILE} cannot be read: {error}") from None
 
     def _check_placed(self, stored: set[tuple[str, str]]) -> None:
-        """Checks that each matrix of the adapter has a place in the model, and each place one."""
+        """Checks that the adapter's matrices match the adapted modules of the model, one to one."""
         placed = {
             matrix_of(key.replace(f".{_ADAPTER}.", "."))
             for key in self.model.state_dict()

@@ -1,7 +1,7 @@
 """Attention states of several completions on torch, in one batch.
 
-Rows of different lengths are padded on the left and masked. All rows are copied when one joins or
-leaves.
+Rows of different lengths are padded on the left and masked. When a row joins or leaves, all rows
+are copied.
 
 transformers' own continuous batching (5.23) cannot replace this: its logits processors get one
 number per request, not a mask of the vocabulary; `do_sample` and the random numbers belong to the
@@ -27,7 +27,7 @@ _States = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """Writes states into larger buffers, so that a new token copies none of the others.
+    """Writes states into larger buffers, so that a new token does not copy the earlier ones.
 
     Attributes:
         keys, values: (rows, heads, tokens, width), views of these buffers.
@@ -61,7 +61,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def empty_cache(config: Any) -> DynamicCache:
-    """A cache for a model; layers that keep all states are growing ones."""
+    """Creates an empty cache for a model; layers that keep all states are `GrowingLayer`s."""
     cache = DynamicCache(config=config)
     cache.layers = [
         GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
@@ -70,7 +70,7 @@ def empty_cache(config: Any) -> DynamicCache:
 
 
 def batch_capacity(config: Any) -> int:
-    """Greatest number of rows in a model's batch: 1 if a row depends on the others' lengths."""
+    """The maximum number of rows in a model's batch: 1 if a row depends on the others' lengths."""
     rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
     plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
     return MAX_ROWS if plain and rope.get("rope_type", "default") in ("default", "llama3") else 1
@@ -91,7 +91,7 @@ class TorchRows:
         Args:
             model: transformers' model.
             caches: by number.
-            former: the rows joined before, which hold the states of some of these.
+            former: the previous batch, which holds the states of some of these rows.
         """
         self._model = model
         self.numbers = list(caches)

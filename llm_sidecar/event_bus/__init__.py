@@ -6,8 +6,8 @@
     await bus.publish("phi3.proposal.created", payload)
     await bus.close()
 
-While Redis is away, published messages wait, within bounds, and are sent in order afterwards.
-Messages that others publish while this bus is not connected never reach it
+While Redis is unavailable, published messages wait, within bounds, and are sent in order
+afterwards. Messages that others publish while this bus is not connected never reach it
 (https://redis.io/docs/latest/develop/pubsub/). `EventBus.status` counts both losses.
 """
 
@@ -33,12 +33,12 @@ Handler = Callable[[str], Awaitable[None]]
 
 HANDLER_QUEUE: Final = 1_000
 HANDLER_CHARACTERS: Final = 64 << 20
-"""Messages that wait for one handler, and the sum of their characters, before its oldest is
-dropped."""
+"""Maximum number of messages that wait for one handler, and of their characters in total; beyond
+either, the oldest message is dropped."""
 DRAIN_TIMEOUT: Final = 5.0
-"""Seconds that handlers have at the close to finish what waits for them."""
+"""Seconds that handlers have to process waiting messages when the bus closes."""
 CANCEL_TIMEOUT: Final = 5.0
-"""Seconds after which a task that resists being cancelled is left behind."""
+"""Seconds after which the bus no longer waits for a cancelled task."""
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class EventBus:
             raise RedisTimeoutError("Redis does not confirm the subscriptions") from None
 
     async def start(self) -> None:
-        """Connect; while Redis is away, keep trying in the background and do not raise.
+        """Connect; while Redis is unavailable, keep trying in the background and do not raise.
 
         Returns after the first attempt, so that the next publish is sent if Redis is there.
         """
@@ -98,11 +98,11 @@ class EventBus:
         await self._subscriber.wait_attempted()
 
     async def publish(self, event_type: str, payload: str) -> bool:
-        """Send a payload to a channel, in the order of the calls, and say whether Redis took it.
+        """Send a payload to a channel, in the order of the calls; return whether Redis accepted it.
 
-        While Redis is away, the message waits, within the bounds of `publisher.OUTBOX_MESSAGES`,
-        and is sent when Redis is back. A message on `audio.bytes` does not wait. The first of
-        several failures in a row is logged, every lost message is counted.
+        While Redis is unavailable, the message waits, within the bounds of
+        `publisher.OUTBOX_MESSAGES`, and is sent when Redis is back. A message on `audio.bytes` does
+        not wait. The first of several failures in a row is logged, every lost message is counted.
 
         Raises:
             TypeError: the payload is not a str.
@@ -133,9 +133,10 @@ class EventBus:
         await self._subscriber.add(event_type, queue)
 
     async def register_listener_queue(self, channel: str, queue: asyncio.Queue[str]) -> None:
-        """Put each payload of a channel into the queue; a full one loses its oldest, counted.
+        """Put each payload of a channel into the queue; a full queue loses its oldest, which is
+        counted.
 
-        Returns when Redis has confirmed the subscription, or at once while it is away.
+        Returns when Redis has confirmed the subscription, or at once while Redis is unavailable.
         """
         if not self._refused("register_listener_queue"):
             await self._subscriber.add(channel, queue)
@@ -181,7 +182,8 @@ class EventBus:
         return self._subscriber.connected
 
     def status(self) -> dict[str, Any]:
-        """What `/health` shows: the connection now, and counts since the bus was made."""
+        """The status for `/health`: the current connection, and counts since the bus was
+        created."""
         return {
             "connected": self.connected,
             "url": self._url,

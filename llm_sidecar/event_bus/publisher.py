@@ -1,4 +1,4 @@
-"""The sending half of the bus: it keeps the order of the calls, also through an outage of Redis.
+"""The sending half of the bus: it keeps the order of the calls, even through an outage of Redis.
 
 If Redis does not answer, it is unknown whether it has the message. The message is sent again, so a
 subscriber may get it twice; it can recognise the second one by the id in the payload.
@@ -21,9 +21,11 @@ from llm_sidecar.event_bus.subscriber import Subscriber
 
 OUTBOX_MESSAGES: Final = 10_000
 OUTBOX_CHARACTERS: Final = 16 << 20
-"""What waits for Redis to come back, at most; beyond it the oldest is dropped."""
+"""Maximum number of messages that wait for Redis, and of their characters in total; beyond either,
+the oldest message is dropped."""
 LIVE_ONLY: Final = ("audio.bytes", "tts.")
-"""How channels begin whose messages mean nothing later: speech, and what is said about it."""
+"""Prefixes of the channels whose messages are useless later: speech, and the messages of its
+workers."""
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class Publisher:
 
     Args:
         client: must raise on errors, not retry.
-        subscriber: knows whether Redis is connected.
+        subscriber: reports whether Redis is connected.
 
     Attributes:
         published: number of messages that Redis has confirmed.
@@ -65,7 +67,7 @@ class Publisher:
         return len(self._outbox)
 
     async def publish(self, channel: str, payload: str) -> bool:
-        """Sends what waits, then this message; returns whether Redis took it.
+        """Sends the waiting messages, then this one; returns whether Redis accepted it.
 
         An error of Redis is not raised: the message waits, unless its channel is one of
         `LIVE_ONLY` or Redis refused the message.
@@ -86,13 +88,13 @@ class Publisher:
                 self._tell(channel, error)
                 self.lost += 1
         if not sent:
-            # Without Redis nothing above awaits, so a caller that loops would keep the bus from
-            # connecting.
+            # Without Redis nothing above awaits, so a looping caller would block the connection
+            # attempts.
             await asyncio.sleep(0)
         return sent
 
     async def run(self) -> None:
-        """Sends what waits whenever Redis is back, until cancelled."""
+        """Sends the waiting messages whenever Redis is back, until cancelled."""
         while True:
             await self._filled.wait()
             await self._subscriber.here.wait()
@@ -103,7 +105,7 @@ class Publisher:
                     log.debug("messages wait on: %s", error)
 
     async def drain(self) -> None:
-        """Returns when nothing waits any more; the caller sets a time limit."""
+        """Returns when no message waits; the caller sets a time limit."""
         while self._outbox and self._subscriber.connected:
             async with self._sending:
                 try:
@@ -125,8 +127,8 @@ class Publisher:
             self._outbox.clear()
 
     async def _flush(self) -> None:
-        """Sends what waits, oldest first. After an error the message stays first, unless Redis
-        refused it."""
+        """Sends the waiting messages, oldest first. After an error the message stays first, unless
+        Redis refused it."""
         while self._outbox:
             channel, payload = self._outbox[0]
             try:

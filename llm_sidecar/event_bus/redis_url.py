@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from fakeredis import FakeServer
 
 CONNECT_TIMEOUT: Final = 3.0
-"""Seconds within which a connection stands, or Redis counts as away."""
+"""Seconds to connect; after that, Redis counts as unavailable."""
 REPLY_TIMEOUT: Final = 5.0
-"""Seconds within which Redis answers a command, or it counts as away."""
+"""Seconds to wait for a reply; after that, Redis counts as unavailable."""
 
 MEMORY: Final = "memory://"
 _shared_servers: WeakValueDictionary[str, FakeServer] = WeakValueDictionary()
@@ -26,7 +26,7 @@ def make_client(url: str) -> Redis:
     """A client that is not connected yet and tries every command once.
 
     By default redis-py reconnects and resubscribes silently. Without retries it raises at once, so
-    that its user sees every gap.
+    that the caller notices every gap.
 
     Raises:
         ValueError: the URL cannot be read; the message does not repeat it, for its password.
@@ -62,8 +62,8 @@ def masked(url: str) -> str:
     """The URL with *** for its password and without its query, which can hold one too."""
     if url.startswith(MEMORY):
         return url
-    parts = urlsplit(url)
-    credentials, at, place = parts.netloc.rpartition("@")
+    parsed = urlsplit(url)
+    credentials, at, address = parsed.netloc.rpartition("@")
     user, colon, _ = credentials.partition(":")
     secret = ":***" if colon else ""
-    return urlunsplit((parts.scheme, f"{user}{secret}{at}{place}", parts.path, "", ""))
+    return urlunsplit((parsed.scheme, f"{user}{secret}{at}{address}", parsed.path, "", ""))

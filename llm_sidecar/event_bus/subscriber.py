@@ -24,7 +24,7 @@ from llm_sidecar.event_bus.redis_url import REPLY_TIMEOUT
 FIRST_DELAY: Final = 1.0
 LONGEST_DELAY: Final = 30.0
 SILENCE: Final = 10.0
-"""Seconds after which a connection on which nothing has to be sent is asked for a sign of life."""
+"""Seconds after which an idle connection gets a ping."""
 
 log = logging.getLogger(__name__)
 
@@ -60,15 +60,16 @@ class PayloadQueue(asyncio.Queue[str]):
 
 
 class Subscriber:
-    """Subscribes to the channels that have queues, on one connection, which it restores.
+    """Subscribes to the channels that have queues, on one connection, and reconnects after an
+    outage.
 
     Args:
-        client: where the connection comes from; it must raise on errors, not retry.
+        client: provides the connection; it must raise on errors, not retry.
         name: of this Redis in log lines.
 
     Attributes:
         here: set while Redis is connected and has confirmed every subscription.
-        outages: how often Redis was away, including at the start.
+        outages: the number of outages of Redis, including at the start.
         dropped: number of messages that a full queue lost.
     """
 
@@ -107,7 +108,8 @@ class Subscriber:
         self._hurried.set()
 
     async def add(self, name: str, queue: asyncio.Queue[str]) -> None:
-        """Feed the queue; return when Redis has confirmed it, at once while it is away."""
+        """Feed the queue; return when Redis has confirmed it, or at once while Redis is
+        unavailable."""
         channel = self._channels.setdefault(name, _Channel())
         channel.queues.add(queue)
         self._changed.set()
@@ -124,7 +126,7 @@ class Subscriber:
             self._changed.set()
 
     def restart(self, error: Exception) -> None:
-        """Connect again: a sender found Redis away, which the reader may notice much later."""
+        """Reconnect: a sender found Redis unavailable, which the reader may notice much later."""
         if self.connected:
             self._lost(error)
             self._trouble = error
@@ -164,7 +166,7 @@ class Subscriber:
                 await cancel(*tasks, patience=0.5)
 
     async def _follow(self, pubsub: PubSub) -> None:
-        """Keep Redis' subscriptions equal to those here; raise errors that senders reported."""
+        """Keep Redis' subscriptions up to date; raise errors that senders reported."""
         held: set[str] = set()
         while True:
             self._changed.clear()
@@ -185,7 +187,7 @@ class Subscriber:
                 await self._check_alive(pubsub)
 
     async def _check_alive(self, pubsub: PubSub) -> None:
-        """Ping Redis: a connection that only receives never notices that its other end is dead."""
+        """Ping Redis: a connection that only receives does not notice that its peer is dead."""
         self._heard.clear()
         await pubsub.ping()
         try:

@@ -1,4 +1,5 @@
-"""Models and adapters for scripts: where they are, and getters that load a model into this process.
+"""Models and adapters for scripts: their locations, and getters that load a model into this
+process.
 
 The server runs each model in a worker process of its own (`llm_sidecar.models.local`). As a
 program, `python -m llm_sidecar.loader`, it converts models and adapters.
@@ -30,10 +31,10 @@ __all__ = [
 
 
 def load_phi3_model() -> Engine:
-    """Loads Phi-3 into this process, as the environment says.
+    """Loads Phi-3 into this process, as the environment configures it.
 
     Raises:
-        SettingsError, ModelUnavailable: as the environment or the files are wrong.
+        SettingsError, ModelUnavailable: a variable or the model's files are not valid.
     """
     settings = Settings.from_environ()
     folder = locate_phi3(settings).folder
@@ -41,10 +42,10 @@ def load_phi3_model() -> Engine:
 
 
 def load_hermes_model() -> Engine:
-    """Loads Hermes into this process, as the environment says.
+    """Loads Hermes into this process, as the environment configures it.
 
     Raises:
-        SettingsError, ModelUnavailable: as the environment or the files are wrong.
+        SettingsError, ModelUnavailable: a variable or the model's files are not valid.
     """
     settings = Settings.from_environ()
     folder = locate_hermes(settings).folder
@@ -65,7 +66,7 @@ def get_phi3_model_and_tokenizer() -> tuple[Any, Any]:
     texts.
 
     Raises:
-        SettingsError, ModelUnavailable: as the environment or the files are wrong.
+        SettingsError, ModelUnavailable: a variable or the model's files are not valid.
     """
     engine: Any = get_phi3_engine()
     return engine.model, engine.tokenizer
@@ -75,7 +76,7 @@ def get_hermes_model_and_tokenizer() -> tuple[Any, Any]:
     """The runtime's own Hermes model and a tokenizer; see `get_phi3_model_and_tokenizer`.
 
     Raises:
-        SettingsError, ModelUnavailable: as the environment or the files are wrong.
+        SettingsError, ModelUnavailable: a variable or the model's files are not valid.
     """
     engine: Any = get_hermes_engine()
     return engine.model, engine.tokenizer

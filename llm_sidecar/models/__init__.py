@@ -1,1 +1,1 @@
-"""Language models: the seam to them, where their files are, and what runs them."""
+"""Language models: their interface, their files, and the processes that run them."""

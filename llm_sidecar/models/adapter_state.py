@@ -1,4 +1,4 @@
-"""Which adapter was in use last, in a small file, so that the next start uses it again."""
+"""Saves the name of the adapter in use to a small file, so that the next start uses it again."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class AdapterState:
         """Reads nothing yet.
 
         Args:
-            folder: where the file goes.
-            adapter_dir: holds the adapters that its name may mean.
+            folder: the folder of the file.
+            adapter_dir: the folder of dated adapters.
         """
         self._file = folder / _NAME
         self._adapter_dir = adapter_dir
 
     def load(self) -> Adapter | None:
-        """The adapter; None if none was in use or its folder does not exist any more."""
+        """The saved adapter; None if none was in use or its folder no longer exists."""
         try:
             name = self._file.read_text(errors="replace")[:_LONGEST].strip()
         except FileNotFoundError:
             return None
         except OSError as error:
-            log.error("the adapter that was in use is not known: %s", error.strerror)
+            log.error("the saved adapter name cannot be read: %s", error.strerror)
             return None
         if not name:
             return None
@@ -52,7 +52,7 @@ class AdapterState:
         return None
 
     def save(self, adapter: Adapter | None) -> None:
-        """Saves the adapter's name, or that there is none; a failure is logged."""
+        """Saves the adapter's name, or its absence; a failure is logged."""
         part = self._file.with_suffix(".part")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ class AdapterState:
             part.replace(self._file)
         except OSError as error:
             log.error(
-                "the adapter in use is not remembered for the next start: %s: %s",
+                "the name of the adapter in use is not saved: %s: %s",
                 part,
                 error.strerror,
             )

@@ -1,4 +1,4 @@
-"""The folders of dated LoRA adapters, and which of them is the newest."""
+"""Finds dated LoRA adapters in a folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def get_latest_adapter_dir(base_path: Path | str) -> Path | None:
 
 
 def find_adapter_dir(base_path: Path | str, name: str) -> Path:
-    """The adapter of a name, or of a date: its `-dpo` one before its plain one.
+    """The adapter with this name; for a plain date, its `-dpo` adapter if there is one.
 
     Args:
         base_path: folder of adapters.
@@ -64,7 +64,8 @@ def _adapters(base_path: Path | str) -> list[tuple[datetime.date, str, Path]]:
 
 
 def holds_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter; also True if that cannot be read, as loading says why.
+    """Whether a folder holds an adapter; True if it cannot be read, because loading then reports
+    why.
 
     Symbolic links are followed, also out of the folder of adapters: operators keep adapters on
     other disks, and no client sees the target of a link.
@@ -76,7 +77,7 @@ def holds_adapter(folder: Path) -> bool:
 
 
 def adapter_date(folder: Path) -> datetime.date | None:
-    """The date in an adapter folder's name; None if the name is no date."""
+    """The date in an adapter folder's name; None if the name is not a date."""
     match = _ADAPTER_NAME.fullmatch(folder.name)
     if match is None:
         return None

@@ -1,11 +1,11 @@
-"""The seam to a language model: everything above `models` asks one only through `ChatModel`.
+"""The interface of a language model: all code above `models` uses only `ChatModel`.
 
     async for delta in model.stream(GenerationRequest(messages, max_tokens=256)):
         print(delta.text)
     scores = await model.score_choices(messages, ("0", "1"))
 
-A local worker, a remote server and the fake of the tests are versions of it. To add one, write a
-class and let `registry` build it.
+`LocalModel` and the tests' `FakeModel` implement it. To add another kind of model, write a class
+and let `registry` build it.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class Delta:
     """New text of a generation, and the counts so far.
 
     Attributes:
-        text: what was generated since the delta before.
+        text: generated since the previous delta.
         model: the label of the model that generates, as in `X-Model`.
         adapter: the name of its adapter, or None.
         prompt_tokens, completion_tokens: so far.
         cached_tokens: prompt tokens whose prefill was reused from an earlier prompt.
-        finish_reason: of the last delta, and of it alone; `deadline` if the deadline cut the text.
+        finish_reason: set in the last delta only; `deadline` if the deadline truncated the text.
     """
 
     text: str
@@ -86,7 +86,7 @@ class Completion:
 
     @classmethod
     def of(cls, deltas: Sequence[Delta]) -> Completion:
-        """The generation whose deltas these are, the last one included.
+        """Joins all deltas of a generation.
 
         Raises:
             ValueError: the generation has not finished.
@@ -107,18 +107,18 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceScores:
-    """How probable each of some answers is.
+    """The probability of each of some answers.
 
     Attributes:
-        probabilities: by answer: that the assistant's whole turn is this answer. All others are
-            possible too, so they do not add up to 1.
+        probabilities: by answer: the probability that the assistant's whole turn is this answer.
+            Other answers are possible, so the sum is at most 1.
     """
 
     probabilities: Mapping[str, float]
 
     @property
     def mass(self) -> float:
-        """The sum of the probabilities; a small one means that the model would say something
+        """The sum of the probabilities; if it is small, the model most likely answers something
         else."""
         return sum(self.probabilities.values())
 
@@ -136,11 +136,11 @@ class ModelStatus:
         adapter: the adapter in use.
         runtime, device: what runs it, and where; None while it is not loaded.
         pid: the process id of its worker, or None.
-        restarts: how many times it had to be loaded again after a failure.
+        restarts: how often it was loaded again after a failure.
         completion_tokens_total: tokens that it has generated.
-        requests: those it has admitted and not yet answered.
-        queue_length: how many it admits.
-        running: those among its requests that it generates now.
+        requests: the number of requests that run or wait.
+        queue_length: the maximum of `requests`.
+        running: the number of requests that run now.
     """
 
     state: State = "ready"
@@ -174,14 +174,14 @@ class ChatModel(Protocol):
         *,
         allow_partial: bool = False,
     ) -> AsyncGenerator[Delta, None]:
-        """Generates; closing the generator cancels.
+        """Generates step by step; closing the iterator cancels the request.
 
-        The last delta, and it alone, has a finish reason.
+        Only the last delta has a finish reason.
 
         Args:
             request: what to generate.
-            deadline: by when it has to be finished; None: the model's own limit from now on.
-            allow_partial: the generation ends at the deadline, with the finish reason `deadline`,
+            deadline: when it must be finished; None for the model's own time limit.
+            allow_partial: at the deadline, end the generation with the finish reason `deadline`
                 instead of failing, if there is any text by then.
 
         Raises:
@@ -195,7 +195,7 @@ class ChatModel(Protocol):
         choices: Sequence[str],
         deadline: Deadline | None = None,
     ) -> ChoiceScores:
-        """How probable it is that the assistant's whole turn is each of `choices`.
+        """The probability of each of `choices` as the assistant's whole turn.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
@@ -203,21 +203,20 @@ class ChatModel(Protocol):
         ...
 
     def status(self) -> ModelStatus:
-        """The state now; reads memory only."""
+        """The current state; does no I/O."""
         ...
 
     async def prefill(self, prefix: GenerationRequest) -> None:
-        """Prepares for requests whose messages begin with those of `prefix`, now and at each load.
+        """Prefills the messages of `prefix`, which later requests begin with, now and at each load.
 
         Returns once the prefix is in the model's cache, and at once if the model is not loaded.
         """
         return
 
     async def use_adapter(self, adapter: Adapter | None) -> None:
-        """Answers the next requests with another adapter, or with none.
+        """Switches to another adapter, or to none, for new requests.
 
-        Requests that run end with the adapter that they began with. If the adapter cannot be
-        loaded, the one in use stays.
+        Running requests keep their adapter. If the adapter cannot be loaded, the one in use stays.
 
         Raises:
             AdapterRejected: it cannot be loaded; says why.
@@ -227,7 +226,7 @@ class ChatModel(Protocol):
             raise AdapterRejected("This model takes no adapters.")
 
     async def start(self, adapter: Adapter | None = None) -> None:
-        """Begins to serve, with this adapter; a model that is loaded lazily loads nothing yet."""
+        """Starts to serve with this adapter; a lazily loaded model loads nothing yet."""
         return
 
     def drain(self) -> None:
@@ -235,7 +234,7 @@ class ChatModel(Protocol):
         return
 
     async def close(self, grace: float = 0.0) -> None:
-        """Refuses new requests, lets running ones end within `grace` seconds, then stops."""
+        """Refuses new requests, gives running ones `grace` seconds to finish, then stops."""
         return
 
 

@@ -2,7 +2,8 @@
 
     python -m llm_sidecar.loader convert SOURCE OUT --precision int4
 
-The builder of onnxruntime-genai converts; the result is kept only if it agrees with the original.
+onnxruntime-genai's builder converts the model; the result is kept only if it agrees with the
+original.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from llm_sidecar.models.sample_chats import SAMPLE_CHATS
 Precision = Literal["int4", "int8", "fp32"]
 
 MAX_DISTANCE: Final[dict[Precision, float]] = {"int4": 0.3, "int8": 0.1, "fp32": 0.01}
-"""Greatest mean distance of two models that agree; that of unrelated models is about 1."""
+"""Maximum mean distance of two models that agree; that of unrelated models is about 1."""
 _STEP: Final = re.compile(r"^(Reading .*|Saving (?:ONNX model|GenAI config|processing files)) ?")
 
 
@@ -37,7 +38,8 @@ class Agreement(NamedTuple):
     """The distance between two models on each of a few prompts.
 
     Attributes:
-        distances: total variation distance of their next tokens, from 0 (the same) to 1.
+        distances: total variation distance between their next-token distributions, from 0 (equal)
+            to 1.
     """
 
     distances: tuple[float, ...]
@@ -60,7 +62,7 @@ def convert(
         source: config.json, *.safetensors and the tokenizer with its chat template.
         out: a folder that does not exist yet.
         precision: of the weights.
-        report: receives a line for every step.
+        report: called with one line of progress for each step.
 
     Raises:
         ConversionFailed: the model cannot be converted, or the result does not agree with it.
@@ -71,7 +73,7 @@ def convert(
     if not any(source.glob("*.safetensors")):
         raise ConversionFailed(f"{source} holds no *.safetensors; other formats can run code")
     if out.exists():
-        raise ConversionFailed(f"{out} is there already; name another folder or remove it")
+        raise ConversionFailed(f"{out} already exists; name another folder or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
         built = Path(folder, "model")
@@ -80,8 +82,8 @@ def convert(
         agreement = compare(source, built)
         if not agreement.mean <= MAX_DISTANCE[precision]:
             raise ConversionFailed(
-                f"the converted model answers otherwise than {source}: their next tokens are "
-                f"{agreement.mean:.2f} apart, and at most "
+                f"the next-token probabilities of the converted model and of {source} are "
+                f"{agreement.mean:.2f} apart on average, and at most "
                 f"{MAX_DISTANCE[precision]} is accepted for {precision}; try a higher precision"
             )
         built.rename(out)
@@ -143,7 +145,7 @@ def compare(first: Path, second: Path, adapter: Path | None = None) -> Agreement
     tokens, expected = _next_tokens(first)
     others, found = _next_tokens(second, adapter)
     if tokens != others:
-        raise ConversionFailed("the converted tokenizer splits text otherwise than the original")
+        raise ConversionFailed("the converted tokenizer splits text differently than the original")
     apart = [
         float(np.abs(one - other).sum() / 2.0) for one, other in zip(expected, found, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""A model for tests: it answers what a test puts into it, and keeps what it was asked."""
+"""A model for tests: it returns prepared answers and records its calls."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ from llm_sidecar.models.base import (
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Call:
     """One call of a fake model.
 
     Attributes:
-        what: the request of a generation, or the (messages, choices) of scores.
-        deadline: of the call, if it had one.
-        allow_partial: whether the text so far would have done at the deadline.
+        request: of a generation; (messages, choices) of `score_choices`.
+        deadline: of the call, or None.
+        allow_partial: as passed to `stream`.
     """
 
-    what: object
+    request: object
     deadline: Deadline | None = None
     allow_partial: bool = False
 
 
 class FakeModel(ChatModel):
-    """Answers in order.
+    """Returns its answers in order.
 
         model = FakeModel(completion, ChoiceScores({"0": 1.0}), QueueFull("full"))
 
     Attributes:
-        answers: completions, deltas, scores, or errors to raise; the first is for the next call.
-        calls: what it was asked, in order.
-        prefixes: what was prefilled, in order.
+        answers: completions, deltas, scores, or errors to raise; the next call takes the first.
+        calls: the calls so far, in order.
+        prefixes: the prefilled prefixes, in order.
         state: what `status` returns.
         before_answer: is called before each answer.
     """
 
     def __init__(self, *answers: Completion | Sequence[Delta] | ChoiceScores | Exception) -> None:
         self.answers = list(answers)
-        self.calls: list[Asked] = []
+        self.calls: list[Call] = []
         self.prefixes: list[GenerationRequest] = []
         self.state = ModelStatus()
         self.before_answer: Callable[[], None] = lambda: None
 
     @property
-    def asked(self) -> list[object]:
-        """What each call asked for, without its deadline."""
-        return [call.what for call in self.calls]
+    def requests(self) -> list[object]:
+        """The request of each call, without its deadline."""
+        return [call.request for call in self.calls]
 
     async def stream(
         self,
@@ -65,8 +65,8 @@ class FakeModel(ChatModel):
         *,
         allow_partial: bool = False,
     ) -> AsyncGenerator[Delta, None]:
-        """The next answer: a completion as two deltas, or the deltas that it consists of."""
-        self.calls.append(Asked(request, deadline, allow_partial))
+        """Streams the next answer: prepared deltas, or a completion as two deltas."""
+        self.calls.append(Call(request, deadline, allow_partial))
         answer = self._next()
         if isinstance(answer, Completion):
             answer = _deltas(answer)
@@ -80,26 +80,26 @@ class FakeModel(ChatModel):
         choices: Sequence[str],
         deadline: Deadline | None = None,
     ) -> ChoiceScores:
-        """The next answer."""
-        self.calls.append(Asked((messages, choices), deadline))
+        """Returns the next answer."""
+        self.calls.append(Call((messages, choices), deadline))
         answer = self._next()
         assert isinstance(answer, ChoiceScores), "the next answer is not scores"
         return answer
 
     def status(self) -> ModelStatus:
-        """What the test says."""
+        """Returns `state`."""
         return self.state
 
     async def prefill(self, prefix: GenerationRequest) -> None:
-        """Keeps the prefix."""
+        """Records the prefix."""
         self.prefixes.append(prefix)
 
     async def use_adapter(self, adapter: Adapter | None) -> None:
-        """Has it from now on."""
+        """Switches to this adapter."""
         self.state = replace(self.state, adapter=adapter)
 
     async def start(self, adapter: Adapter | None = None) -> None:
-        """Has the adapter from now on."""
+        """Starts with this adapter."""
         await self.use_adapter(adapter)
 
     def _next(self) -> Completion | Sequence[Delta] | ChoiceScores:
@@ -111,7 +111,7 @@ class FakeModel(ChatModel):
 
 
 def _deltas(completion: Completion) -> list[Delta]:
-    """The completion in two deltas, so that whoever takes one for all of it is noticed."""
+    """Splits the completion into two deltas, so that code which reads only one of them fails."""
     whole = Delta(**asdict(completion))
     half = len(completion.text) // 2
     first = replace(whole, text=completion.text[:half], completion_tokens=0, finish_reason=None)

@@ -1,4 +1,4 @@
-"""Where the files of each model are, as the settings say."""
+"""Finds the files of each model, from the settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ModelFiles:
 
     Attributes:
         label: what `X-Model` and `/health` call it: `phi3/<folder>`, or `phi3/demo`.
-        folder: holds the files an engine loads.
+        folder: the files that an engine loads.
     """
 
     label: str
@@ -32,7 +32,7 @@ class ModelFiles:
 
 
 def locate_phi3(settings: Settings) -> ModelFiles:
-    """Phi-3's files.
+    """Finds Phi-3's files.
 
     Raises:
         ModelUnavailable: there are none; names the variable to set.
@@ -42,7 +42,7 @@ def locate_phi3(settings: Settings) -> ModelFiles:
 
 
 def locate_hermes(settings: Settings) -> ModelFiles:
-    """Hermes' files.
+    """Finds Hermes' files.
 
     Raises:
         ModelUnavailable: there are none; names the variable to set.
@@ -73,7 +73,7 @@ def phi3_model_file(settings: Settings) -> Path:
 
 
 def few_shot_examples(settings: Settings) -> int:
-    """How many examples Phi-3 is shown at most.
+    """The maximum number of few-shot examples in Phi-3's prompt.
 
     The default for the demo model is none: examples make it worse (see its card).
     """
@@ -83,7 +83,7 @@ def few_shot_examples(settings: Settings) -> int:
 
 
 def phi3_model_file_exists(settings: Settings) -> bool:
-    """Whether that file exists and may be seen."""
+    """Whether the file of `phi3_model_file` exists and is accessible."""
     return _exists(phi3_model_file(settings))
 
 
@@ -91,7 +91,7 @@ def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError:
-        # A folder that may not be read, a name that is too long.
+        # For example, the folder is not readable, or the name is too long.
         return False
 
 

@@ -53,18 +53,19 @@ def convert_adapter(source: Path, base: Path, out: Path) -> float:
         out: a folder that does not exist yet, usually `YYYYMMDD`.
 
     Returns:
-        How much it changes the probabilities of next tokens: the mean total variation distance on a
-        few prompts, from 0 to 1.
+        The mean total variation distance, from 0 to 1, between the next-token probabilities with
+        and without the adapter, on a few prompts.
 
     Raises:
         ConversionFailed: the adapter cannot be converted for the model.
         AdapterRejected: the model does not run with it.
     """
     if out.exists():
-        raise ConversionFailed(f"{out} is there already; name another folder or remove it")
+        raise ConversionFailed(f"{out} already exists; name another folder or remove it")
     if not (base / "genai_config.json").is_file():
         raise ConversionFailed(
-            f"{base} is no model for onnxruntime; on torch the sidecar takes a PEFT folder as it is"
+            f"{base} is not a model for onnxruntime; on torch the sidecar takes a PEFT folder "
+            "unchanged"
         )
     written = json.loads((base / "genai_config.json").read_bytes())["model"]["decoder"]
     graph = read_lora_graph(base / written["filename"])
@@ -82,7 +83,7 @@ def convert_adapter(source: Path, base: Path, out: Path) -> float:
 
 def _read(source: Path) -> dict[str, _Pair]:
     """A (inputs, rank) and scaled B (rank, outputs) of each module, in float32."""
-    # PEFT brings it, and only this command needs it.
+    # Imported here, because only this command needs it; PEFT depends on it.
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -97,7 +98,9 @@ def _read(source: Path) -> dict[str, _Pair]:
     halves: dict[str, dict[str, npt.NDArray[Any]]] = {}
     for (module, half), tensor in placed.items():
         if not _PROJECTION.fullmatch(module) or tensor.ndim != 2 or 0 in tensor.shape:
-            raise ConversionFailed(f"{source} changes {module}, which is no projection of a layer")
+            raise ConversionFailed(
+                f"{source} changes {module}, which is not a projection of a layer"
+            )
         halves.setdefault(module, {})[half] = tensor.astype(np.float32)
     if not halves:
         raise ConversionFailed(f"{source} changes nothing")

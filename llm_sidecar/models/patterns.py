@@ -17,7 +17,7 @@ SECONDS = 10.0
 
 
 class PatternsFailed(Exception):
-    """Its message completes a sentence that begins with the name of the setting."""
+    """The patterns of a setting cannot be used; the message follows the setting's name."""
 
 
 def first_matches(patterns: Sequence[str], names: Sequence[str]) -> list[int | None]:

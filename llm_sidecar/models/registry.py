@@ -1,4 +1,4 @@
-"""From settings to models: which `ChatModel` answers as phi3, and which as hermes."""
+"""Builds the models from the settings: the `ChatModel` for phi3, and the one for hermes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def create_models(
     observer: CallObserver,
     on_death: Callable[[WorkerDeath], None],
 ) -> Models:
-    """The models that the settings ask for; starts nothing.
+    """Builds the models that the settings specify; starts nothing.
 
     Args:
         settings: of the sidecar.
-        observer: observes every call of a model.
+        observer: receives the start and the end of each model call.
         on_death: is called when a worker process ends unexpectedly.
     """
     limits = ModelLimits(

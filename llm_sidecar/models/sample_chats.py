@@ -1,4 +1,4 @@
-"""Chats like the sidecar's own, to compare two models with."""
+"""Chats like those that the sidecar sends, to compare two models."""
 
 from __future__ import annotations
 

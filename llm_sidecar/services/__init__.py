@@ -1,1 +1,1 @@
-"""What the sidecar does, one service a file."""
+"""The services of the sidecar, one per file."""

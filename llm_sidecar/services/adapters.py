@@ -19,15 +19,15 @@ log = logging.getLogger(__name__)
 
 
 class Adapters:
-    """Phi-3's adapter in use, and how it changes."""
+    """Switches Phi-3's adapter."""
 
     def __init__(self, phi3: ChatModel, folder: Path, state: AdapterState, tasks: TaskSet) -> None:
-        """Reads nothing.
+        """Does no I/O yet.
 
         Args:
             phi3: the model.
-            folder: holds the dated adapters.
-            state: the adapter's name, kept for the next start.
+            folder: the folder of dated adapters.
+            state: saves the adapter's name for the next start.
             tasks: run to completion even if the client disconnects.
         """
         self._phi3 = phi3
@@ -43,9 +43,9 @@ class Adapters:
         return None if adapter is None else adapters.adapter_date(adapter.folder)
 
     async def swap(self, name: str | None = None) -> datetime.date | None:
-        """Takes an adapter into use, and remembers it for the next start.
+        """Switches the adapter, and saves its name for the next start.
 
-        A swap runs to completion even if the client disconnects.
+        Runs to completion even if the client disconnects.
 
         Args:
             name: `YYYYMMDD` or `YYYYMMDD-dpo`. Without one: the newest adapter, or none if there
@@ -75,10 +75,10 @@ class Adapters:
             await asyncio.to_thread(self._state.save, wanted)
 
     async def _use(self, adapter: Adapter | None, asked: float) -> None:
-        """Changes to an adapter that is not in use."""
+        """Switches to another adapter."""
         refused, when, why = self._last_refusal
         if refused == adapter and when > asked:
-            # A client timed out and retried while this adapter was still loading.
+            # The client has retried while this adapter was loading, after a timeout.
             raise AdapterRejected(why)
         began, previous = time.monotonic(), self._phi3.status().adapter
         try:

@@ -1,4 +1,4 @@
-"""Free questions to Hermes."""
+"""Free-text chat with Hermes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from llm_sidecar.models.base import ChatModel, Delta, GenerationRequest
 
 
 class Chat:
-    """Asks Hermes anything."""
+    """Generates Hermes' answers to free-text prompts."""
 
     def __init__(self, hermes: ChatModel, temperature: float) -> None:
-        """Asks nothing.
+        """Calls no model yet.
 
         Args:
             hermes: the model.
@@ -22,7 +22,7 @@ class Chat:
         self._temperature = temperature
 
     def answer(self, prompt: str, max_tokens: int) -> AsyncGenerator[Delta, None]:
-        """Hermes' answer; at the model's own deadline it ends with the text so far.
+        """Streams Hermes' answer; at the model's own time limit it ends with the text so far.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded

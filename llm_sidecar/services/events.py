@@ -14,5 +14,5 @@ FEEDBACK_SUBMITTED: Final = "phi3.feedback.submitted"
 
 
 async def publish(bus: EventBus, channel: str, payload: Mapping[str, Any]) -> None:
-    """Publishes a payload as JSON; the bus keeps it while Redis is away."""
+    """Publishes a payload as JSON; the bus queues it while Redis is unavailable."""
     await bus.publish(channel, json.dumps(payload))

@@ -1,7 +1,7 @@
-"""Few-shot examples: which corrections Phi-3 is shown, and why the others are not.
+"""Selects the corrections that become few-shot examples, and gives reasons for the others.
 
-Every proposal takes longer with each example, and a bad example changes all proposals. So the size
-of one example is limited, and the size of all examples.
+Each example makes every proposal slower, and a bad example affects all proposals. So the size of
+each example and the total size are limited.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from llm_sidecar.text import find_fault
 
 EXAMPLE_PROMPT_CHARS: Final = 2000
 MAX_PROPOSAL_CHARS: Final = 500
-"""Of the corrected proposal as compact JSON."""
+"""Characters of the corrected proposal as compact JSON."""
 MAX_TOKENS: Final = 3000
-"""Of prompt and proposal together."""
+"""Tokens of an example: its prompt and its proposal."""
 CONTEXT_SHARE: Final = 0.5
-"""The share of the model's context that all examples together may take."""
+"""The share of the model's context that all examples may take in total."""
 _TURN_TOKENS: Final = 16
-"""The most tokens that a chat template adds around one turn."""
+"""Maximum number of tokens that a chat template adds around one turn."""
 
 
 class Outcome(enum.Enum):
@@ -44,7 +44,7 @@ class Outcome(enum.Enum):
 
 
 def token_bound(example: Example | Correction) -> int:
-    """The greatest number of tokens that an example can take with any tokenizer.
+    """An upper bound on the tokens of an example, for any tokenizer.
 
     A token is at least one byte: the vocabularies in use are byte-level, or fall back to bytes for
     unknown text. English takes a third of this bound, or less.
@@ -54,7 +54,7 @@ def token_bound(example: Example | Correction) -> int:
 
 
 def proposal_refusal(proposal: dict[str, Any]) -> Outcome | None:
-    """Why a corrected proposal cannot be in an example with any prompt; None where it can."""
+    """Why a corrected proposal cannot be in any example; None if it can."""
     if not is_valid(proposal):
         return Outcome.INVALID
     if len(dumps(proposal)) > MAX_PROPOSAL_CHARS:
@@ -63,7 +63,7 @@ def proposal_refusal(proposal: dict[str, Any]) -> Outcome | None:
 
 
 def refusal(example: Example | Correction, context_length: int) -> Outcome | None:
-    """Why a correction cannot be an example, even as the only one; None where it can.
+    """Why a correction cannot be an example, even the only one; None if it can.
 
     Args:
         context_length: of the model, in tokens.
@@ -86,18 +86,18 @@ def select(
     """The newest corrections that fit half of the context, oldest first.
 
     Args:
-        newest_first: corrections that can be examples.
-        count: the greatest number of examples.
+        newest_first: corrections without a `refusal`, newest first.
+        count: the maximum number of examples.
         context_length: of the model, in tokens.
     """
-    chosen: list[Correction] = []
+    selected: list[Correction] = []
     left = _budget(context_length)
     for correction in newest_first[:count]:
         left -= token_bound(correction)
         if left < 0:
             break
-        chosen.append(correction)
-    return tuple(reversed(chosen))
+        selected.append(correction)
+    return tuple(reversed(selected))
 
 
 def _budget(context_length: int) -> int:

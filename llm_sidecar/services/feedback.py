@@ -1,4 +1,4 @@
-"""People's feedback: stored, published, withdrawn; and feedback that other services publish."""
+"""Feedback on proposals, from people and from other services."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _RETRY_SECONDS: Final = 1.0
 
 
 class Feedback:
-    """Takes feedback in."""
+    """Stores, publishes and withdraws feedback."""
 
     def __init__(
         self,
@@ -42,13 +42,13 @@ class Feedback:
         max_chars: int,
         examples_from_bus: bool,
     ) -> None:
-        """Subscribes to nothing.
+        """Subscribes to nothing yet.
 
         Args:
             store: the database.
-            bus: has feedback of other services, and gets that of this one.
-            few_shot: the examples, which feedback changes.
-            max_chars: longest text in characters of a published field.
+            bus: carries feedback to and from other services.
+            few_shot: the examples, refreshed after each change.
+            max_chars: maximum number of characters in a text of a message.
             examples_from_bus: whether published feedback can be an example.
         """
         self._store = store
@@ -56,11 +56,11 @@ class Feedback:
         self._few_shot = few_shot
         self._max_chars = max_chars
         self._examples_from_bus = examples_from_bus
-        # Marks the sidecar's own events as long as the database's id is not known.
+        # Marks this sidecar's own events until the database's id is known.
         self._sender_id = uuid.uuid4().hex
 
     async def subscribe(self) -> None:
-        """Stores what other services publish from now on."""
+        """Starts to store the feedback that other services publish."""
         await self._bus.subscribe(FEEDBACK_SUBMITTED, self._store_published)
 
     async def submit(
@@ -76,7 +76,7 @@ class Feedback:
             Its feedback_id, and whether it is a few-shot example or the reason why not.
 
         Raises:
-            DatabaseUnavailable: it is not stored; the caller still has it.
+            DatabaseUnavailable: it is not stored.
         """
         feedback = feedback.written_by(author)
         # The event carries the id, so that its receivers store it once.
@@ -132,17 +132,19 @@ class Feedback:
             self._few_shot.refresh_soon()
             return
         if feedback.feedback_id is None and not json.loads(payload).get("timestamp"):
-            # Every sidecar that receives it gives it a time of its own, but all the same id.
+            # Each sidecar that receives it sets another time, so the id must not depend on the
+            # time.
             feedback_id = hashlib.sha256(payload.encode()).hexdigest()
             feedback = feedback.model_copy(update={"feedback_id": feedback_id})
-        await self._append_at_last(feedback)
+        await self._append_with_retries(feedback)
         if self._examples_from_bus:
             self._few_shot.refresh_soon()
 
-    async def _append_at_last(self, feedback: PublishedFeedback) -> None:
-        """Stores feedback that nobody would send again: tries until the database takes it.
+    async def _append_with_retries(self, feedback: PublishedFeedback) -> None:
+        """Retries until the database accepts the feedback, because its publisher does not send it
+        again.
 
-        Messages that follow it wait in the queue of the bus.
+        Later messages wait in the queue of the bus.
         """
         logged = False
         while True:

@@ -1,4 +1,4 @@
-"""The few-shot examples: people's latest corrections, which every proposal's prompt shows."""
+"""The few-shot examples: the latest corrections, which are in the prompt of every proposal."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class FewShotExamples:
         context_length: Callable[[], int],
         on_change: Callable[[], None],
     ) -> None:
-        """Reads nothing.
+        """Does no I/O yet.
 
         Args:
             store: the database.
-            count: greatest number of examples.
+            count: maximum number of examples.
             from_bus: whether feedback that another service published can be one.
             context_length: returns the model's context length in tokens; may read files.
             on_change: is called when the examples have changed.
@@ -67,15 +67,15 @@ class FewShotExamples:
         return tuple(Example(c.prompt, c.proposal) for c in self.corrections)
 
     def start(self) -> None:
-        """Starts to follow the database."""
+        """Starts to refresh the examples from the database."""
         self._refresher.start()
 
     async def close(self) -> None:
-        """Stops; the examples stay as they are."""
+        """Stops refreshing; keeps the current examples."""
         await self._refresher.close()
 
     def refresh_soon(self) -> None:
-        """Has the examples read again in the background."""
+        """Requests a refresh in the background."""
         self._refresher.soon()
 
     async def outcome(self, feedback: Phi3FeedbackSchema) -> Outcome:
@@ -92,7 +92,7 @@ class FewShotExamples:
             await self._refresh()
             return await self._outcome(feedback, feedback.corrected_proposal)
         except DatabaseUnavailable as error:
-            # The feedback is stored, and that is what the caller asked for.
+            # The feedback itself is stored, so the request does not fail.
             log.error("the examples are not refreshed: %s", error.detail)
             self.refresh_soon()
             return Outcome.DATABASE_AWAY
@@ -102,7 +102,7 @@ class FewShotExamples:
         try:
             await self._refresh()
         except DatabaseUnavailable:
-            # Which example replaces it is not known now.
+            # Only a refresh shows which example replaces it.
             self._use(tuple(c for c in self.corrections if c.feedback_id != feedback_id))
             self.refresh_soon()
 
@@ -128,7 +128,7 @@ class FewShotExamples:
         await self._refresh()
 
     async def _refresh(self) -> None:
-        """Reads the examples again, unless a read that began after this call has done so.
+        """Reads the examples again, unless another read has begun since this call and succeeded.
 
         Raises:
             DatabaseUnavailable: they cannot be read, and stay as they were.

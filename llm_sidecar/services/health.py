@@ -1,4 +1,4 @@
-"""The state of the sidecar: what `/health`, the probes and `/metrics` show."""
+"""The state of the sidecar, as `/health`, the probes and `/metrics` show it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llm_sidecar.tts.speaker import Speaker
 
 
 class Health:
-    """Reads the state of each part; all of it is in memory."""
+    """Reports the state of each component, without I/O."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Health:
         remote_voice: RemoteVoice | None,
         listeners: AudioListeners,
     ) -> None:
-        """Takes the parts; the uptime begins now."""
+        """Starts to count the uptime."""
         self._began = time.monotonic()
         self._settings = settings
         self._models = models
@@ -48,7 +48,7 @@ class Health:
         self._listeners = listeners
 
     def missing(self) -> dict[str, str]:
-        """Why the next proposal or feedback would fail, by part; empty if both would succeed.
+        """Why the next proposal or feedback would fail, by component; empty if both would succeed.
 
         Outages of Redis or LanceDB do not count, because events and rows wait for them.
         """
@@ -68,7 +68,7 @@ class Health:
         return "ok" if whole and not missing else "partial_error"
 
     def report(self) -> dict[str, Any]:
-        """The overall state and the state of each part: JSON types only."""
+        """The overall state and the state of each component: JSON types only."""
         phi3, hermes = self._models.phi3.status(), self._models.hermes.status()
         date = self._adapters.date()
         return {

@@ -39,11 +39,11 @@ class AssessedProposal:
 
 @dataclass(slots=True)
 class ProposalRun:
-    """A run; results that it does not have yet are None.
+    """A run; missing results are None.
 
     Attributes:
         prompt: the market context.
-        transaction_id: names the run everywhere.
+        transaction_id: identifies the run in rows, events and answers.
         made: Phi-3's valid proposal.
         assessment: Hermes' critique.
         score: Hermes' score in [0, 1].
@@ -63,17 +63,17 @@ class ProposalRun:
         return None if self.made is None else self.made.proposal
 
     def proposed(self, made: Proposed) -> None:
-        """Notes Phi-3's proposal."""
+        """Records Phi-3's proposal."""
         self.made = made
         self._lap("proposal")
 
     def assessed(self, assessment: Completion) -> None:
-        """Notes Hermes' critique."""
+        """Records Hermes' critique."""
         self.assessment = assessment
         self._lap("assessment")
 
     def scored(self, score: float) -> None:
-        """Notes Hermes' score."""
+        """Records Hermes' score."""
         self.score = score
         self._lap("score")
 
@@ -151,7 +151,7 @@ class ProposalRun:
         return None if self.assessment is None else self.assessment.text
 
     def _lap(self, name: str) -> None:
-        """Notes the seconds since the last phase."""
+        """Records the seconds since the last phase."""
         now = time.monotonic()
         self._seconds[name] = now - self._last
         self._last = now

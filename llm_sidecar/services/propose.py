@@ -245,7 +245,7 @@ async def _proposed(deltas: Sequence[Delta], prompt: str) -> Proposed:
     except ValueError as error:
         log.error("phi3 broke the proposal schema under guidance: %s", type(error).__name__)
         raise ModelUnavailable(
-            "phi3 wrote something that is no valid proposal, so nothing is returned; "
+            "phi3 did not write a valid proposal, so nothing is returned; "
             "check the model with another prompt.",
             retry_after=1,
         ) from None

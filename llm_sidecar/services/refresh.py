@@ -1,4 +1,4 @@
-"""Keeps what is held in memory like the database: reads it again when asked, and regularly."""
+"""Refreshes data in memory from the database, on request and periodically."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from llm_sidecar.logs import start_detached
 log = logging.getLogger(__name__)
 
 REFRESH_SECONDS: Final = 30.0
-"""Other processes write to the database too, so everything is read again this often."""
+"""Seconds between two refreshes, because other processes also write to the database."""
 _PAUSE: Final = 0.5
-"""Seconds between two reads: a burst of new rows is read once."""
+"""Minimum seconds between two reads, so that a burst of new rows is read once."""
 _RETRY_PAUSE: Final = 1.0
 
 
@@ -27,8 +27,8 @@ class Refresher:
         """Starts nothing.
 
         Args:
-            what: names what is refreshed, for the log.
-            refresh: reads it again; raises DatabaseUnavailable if that is not possible now.
+            what: the name of the data, for the log.
+            refresh: reads the data; raises DatabaseUnavailable if that is not possible now.
         """
         self._what = what
         self._refresh = refresh
@@ -36,15 +36,15 @@ class Refresher:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Starts with a first refresh."""
+        """Starts, with a first refresh."""
         self._task = start_detached(self._run())
 
     def soon(self) -> None:
-        """Has it read again within a second."""
+        """Requests a refresh within a second."""
         self._asked.set()
 
     async def close(self) -> None:
-        """Stops; a refresh that runs is cancelled."""
+        """Stops, and cancels a running refresh."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -56,13 +56,13 @@ class Refresher:
             try:
                 await self._refresh()
             except DatabaseUnavailable as error:
-                # While the database is away, the same reason is logged once.
+                # Logs each reason once while the database is unavailable.
                 if logged != error.detail:
                     log.error("%s cannot be refreshed: %s", self._what, error.detail)
                 logged = error.detail
                 await asyncio.sleep(_RETRY_PAUSE)
                 continue
-            except Exception:  # otherwise nothing would ever be refreshed again
+            except Exception:  # otherwise refreshing would stop for good
                 log.exception("%s cannot be refreshed", self._what)
                 await asyncio.sleep(_RETRY_PAUSE)
                 continue

@@ -1,4 +1,4 @@
-"""Rows of runs, proposals and scores: stored if possible, and never at the request's expense."""
+"""Stores rows of runs, proposals and scores. A failure is logged and never fails the request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DAY: Final = datetime.timedelta(hours=24)
 
 
 class Rows:
-    """Stores rows, and knows the mean of the last day's scores.
+    """Stores rows, and keeps the mean of the last day's scores.
 
     Attributes:
         mean_score: mean of the last 24 hours' scores in [0, 1], or None if there are none.
@@ -34,7 +34,7 @@ class Rows:
     """
 
     def __init__(self, store: Store, metrics: MetricsSink) -> None:
-        """Reads nothing.
+        """Does no I/O yet.
 
         Args:
             store: the database.
@@ -47,7 +47,7 @@ class Rows:
         self._refresher = Refresher("the mean score", self._refresh)
 
     def start(self) -> None:
-        """Starts to follow the scores in the database."""
+        """Starts to refresh the mean score from the database."""
         self._refresher.start()
 
     async def close(self) -> None:
@@ -55,10 +55,10 @@ class Rows:
         await self._refresher.close()
 
     async def store(self, rows: Sequence[Row]) -> bool:
-        """Stores rows, within a few seconds.
+        """Tries for a few seconds to store rows.
 
         Returns:
-            Whether every one of them is stored; a failure is logged and counted, not raised.
+            Whether all rows are stored; a failure is logged and counted, not raised.
         """
         return all(await asyncio.gather(*map(self._store_one, rows)))
 

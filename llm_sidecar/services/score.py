@@ -1,4 +1,4 @@
-"""Hermes' judgement of a proposal: its critique in words, and its score."""
+"""Hermes' critique and score of a proposal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ScoredProposal:
 
 
 class Judge:
-    """Asks Hermes about proposals."""
+    """Critiques and scores proposals with Hermes."""
 
     def __init__(
         self,
@@ -37,13 +37,13 @@ class Judge:
         metrics: MetricsSink,
         temperature: float,
     ) -> None:
-        """Asks nothing.
+        """Calls no model yet.
 
         Args:
             hermes: the model.
             rows: stores the scores of `score`.
             tasks: run to completion even if the client disconnects.
-            metrics: observes every score.
+            metrics: receives every score.
             temperature: of the critique; 0 is greedy.
         """
         self._hermes = hermes
@@ -55,7 +55,7 @@ class Judge:
     def assess(
         self, proposal: Mapping[str, Any], context: str, *, max_tokens: int, deadline: Deadline
     ) -> AsyncGenerator[Delta, None]:
-        """Hermes' critique of a proposal in words; the deadline never cuts it.
+        """Streams Hermes' critique of a proposal; the deadline never truncates it.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
@@ -67,8 +67,7 @@ class Judge:
     async def rate(
         self, proposal: Mapping[str, Any], context: str | None, deadline: Deadline | None = None
     ) -> float:
-        """Hermes' score of a proposal, in [0, 1]: deterministic, from one forward pass; stores
-        nothing.
+        """Hermes' score of a proposal, in [0, 1]: deterministic, from one forward pass, not stored.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded

@@ -14,7 +14,7 @@ from llm_sidecar.errors import SettingsError
 
 
 class Group(BaseSettings):
-    """Settings that belong together.
+    """A group of related settings.
 
     A field's alias is the environment variable, its description says which values it takes, and
     the string below it what it means.

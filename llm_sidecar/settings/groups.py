@@ -104,7 +104,7 @@ class Limits(Group):
     """Bounds of requests, connections and waiting."""
 
     request_timeout: Timeout = Field(60.0, alias="REQUEST_TIMEOUT_SECONDS")
-    """The deadline of one request, for all its model calls together."""
+    """The deadline of one request, including all its model calls."""
     queue_length: QueueLength = Field(64, alias="QUEUE_LENGTH")
     """The maximum number of requests of one model, running and waiting. Further ones get 429."""
     max_concurrent_requests: Annotated[int, integer(1, 100_000)] = Field(

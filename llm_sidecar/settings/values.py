@@ -21,7 +21,7 @@ def integer(least: int, greatest: int) -> Any:
 
 
 def _split(value: object) -> object:
-    """The parts of a comma-separated variable, including empty ones."""
+    """The elements of a comma-separated variable, including empty ones."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
@@ -36,23 +36,23 @@ def _origins(origins: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _redis_url(url: SecretStr) -> SecretStr:
-    parts = urlsplit(url.get_secret_value())
-    # `parts.port` raises ValueError if the port is not valid.
-    if parts.scheme not in _REDIS_SCHEMES or parts.port == 0:
+    parsed = urlsplit(url.get_secret_value())
+    # `parsed.port` raises ValueError if the port is not valid.
+    if parsed.scheme not in _REDIS_SCHEMES or parsed.port == 0:
         raise ValueError
     return url
 
 
 def _http_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+    parsed = urlsplit(url)
+    if parsed.scheme not in ("http", "https") or not parsed.hostname or parsed.port == 0:
         raise ValueError
     return url
 
 
 def _sentry_dsn(dsn: SecretStr) -> SecretStr:
-    parts = urlsplit(_http_url(dsn.get_secret_value()))
-    if not parts.username or not parts.path.rpartition("/")[2].isdecimal():
+    parsed = urlsplit(_http_url(dsn.get_secret_value()))
+    if not parsed.username or not parsed.path.rpartition("/")[2].isdecimal():
         raise ValueError
     return dsn
 

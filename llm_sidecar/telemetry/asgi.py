@@ -1,5 +1,5 @@
-"""What telemetry and the HTTP server read from an ASGI request: its path, its method, and the
-start of its response."""
+"""Data of an ASGI request for telemetry and the HTTP server: its path, its method, and the start of
+its response."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def route_path(scope: Scope) -> str:
 def is_observed(scope: Scope) -> bool:
     """Whether an HTTP request is traced and profiled.
 
-    Probes are not: there are so many that they would hide the other requests.
+    Probes are not: they would outnumber the other requests.
     """
     return route_path(scope).rstrip("/") not in _UNOBSERVED
 
@@ -35,7 +35,7 @@ def known_method(method: str) -> str:
 
 
 class TrackedSend:
-    """An ASGI `send` that knows how the response has started.
+    """An ASGI `send` that records the start of the response.
 
     Attributes:
         status: of the response; None until it starts.

@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 
 class Instrument(CallObserver):
-    """Observes nothing and costs nothing; each kind of telemetry overrides what it needs."""
+    """An instrument that does nothing; each kind of telemetry overrides what it needs."""
 
     def install(self, app: FastAPI) -> None:
         """Adds middleware to the app, before the app serves and inside of `RequestId`."""
 
     def start(self) -> None:
-        """Starts to deliver; no thread starts and no connection opens before."""
+        """Starts to deliver; before that, there is no thread and no connection."""
 
     async def close(self) -> None:
-        """Delivers what is left within about a second, and stops."""
+        """Delivers pending data within about a second, and stops."""
 
     def call_started(self, call: ModelCall) -> None:
         """A model is called; on the event loop, in the context of the request."""
@@ -52,10 +52,10 @@ class Instruments(Observers, Instrument):
             instrument.start()
 
     async def close(self) -> None:
-        """Closes all at once, so that the slowest sets the time."""
+        """Closes all concurrently, so that it takes as long as the slowest one."""
         await asyncio.gather(*(instrument.close() for instrument in self._instruments))
 
     def worker_died(self, death: WorkerDeath) -> None:
-        """Passes the death to each."""
+        """Passes the event to each."""
         for instrument in self._instruments:
             instrument.worker_died(death)

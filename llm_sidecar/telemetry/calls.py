@@ -1,4 +1,4 @@
-"""Times, counts and outcome of one call of a model: the model records them, observers read them.
+"""Times, counts and outcome of one model call, which the model records and observers receive.
 
     model = LocalModel("phi3", locate, observer=Observers(metrics, traces))
 
@@ -32,12 +32,12 @@ UNEXPECTED: Final = "Unexpected"
 class ModelCall:
     """One request to one model; its attributes are set while it is served.
 
-    Times are those of `time.monotonic`, in seconds; a time is None if the call did not get so far.
+    Times are in seconds on the clock of `time.monotonic`; None if the call did not get that far.
 
     Attributes:
         model: `phi3` or `hermes`.
         operation: `generate`, or `score_choices`, which has no tokens and no finish reason.
-        queued: when it asked to be admitted.
+        queued: when it arrived, before its admission.
         queued_unix: the same moment in seconds since 1970.
         begun: the queue ends and the prefill begins.
         first_token: the prefill ends and the decoding begins.
@@ -47,7 +47,7 @@ class ModelCall:
         prompt_tokens, completion_tokens: so far.
         cached_tokens: prompt tokens whose prefill was reused from an earlier prompt.
         steps: (seconds, tokens) of each progress after the first token.
-        finish_reason: `stop`, `length`, or `deadline` if the deadline cut the text.
+        finish_reason: `stop`, `length`, or `deadline` if the deadline truncated the text.
         error: the name of its class in `llm_sidecar.errors`, `CANCELLED` or `UNEXPECTED`; None if
             it was answered.
         context: of the request, for observers that run outside of it.
@@ -120,8 +120,8 @@ class CallObserver(Protocol):
     """Observes every call of a model, refused ones included."""
 
     def call_started(self, call: ModelCall) -> None:
-        """The call is about to be admitted or refused; only model, operation and times of queueing
-        are filled in."""
+        """The call is about to be admitted or refused; only `model`, `operation`, `queued` and
+        `queued_unix` are set."""
         ...
 
     def call_finished(self, call: ModelCall) -> None:
@@ -130,7 +130,7 @@ class CallObserver(Protocol):
 
 
 class Observers:
-    """Several observers as one; none at all observes nothing, and costs nothing."""
+    """Combines several observers; without any, it does nothing."""
 
     def __init__(self, *observers: CallObserver) -> None:
         self._observers = observers

@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 Health = Mapping[str, Any]
-"""What `Sidecar.health` returns."""
+"""The result of `Health.report`."""
 
 _MODEL_STATES: Final = ("unloaded", "loading", "ready", "failed")
 _DATABASE_STATES: Final = ("opening", "open", "away", "closed")
@@ -51,17 +51,17 @@ _SPEECH: Final = (
 
 
 class HealthCollector(Collector):
-    """Reads the state of every part of the sidecar.
+    """Reads the state of every component of the sidecar.
 
     Attributes:
-        health: returns the state; None before there is a sidecar, and then there are no metrics.
+        health: returns the state; None until there is a sidecar, which means no metrics.
     """
 
     def __init__(self) -> None:
         self.health: Callable[[], Health] | None = None
 
     def collect(self) -> Iterable[Metric]:
-        """Every metric of every part."""
+        """Yields every metric of every component."""
         if self.health is None:
             return
         health = self.health()

@@ -5,8 +5,8 @@
     metrics.watch(sidecar.health.report)
     metrics.render()
 
-Events are counted as they happen; `telemetry.collectors` reads what the parts count themselves at
-every scrape. The names are vLLM's with the prefix `sidecar_`
+Events are counted as they happen; `telemetry.collectors` reads the components' own counts at every
+scrape. The names are vLLM's with the prefix `sidecar_`
 (https://docs.vllm.ai/en/stable/usage/metrics.html), and for HTTP those of
 prometheus-fastapi-instrumentator. Every label value comes from a fixed set.
 """
@@ -30,7 +30,7 @@ from llm_sidecar.telemetry.calls import CANCELLED, UNEXPECTED, ModelCall, Observ
 from llm_sidecar.telemetry.collectors import HealthCollector
 
 CONTENT_TYPE: Final = exposition.CONTENT_TYPE_PLAIN_0_0_4
-"""The content type of what `Metrics.render` returns."""
+"""The content type of the result of `Metrics.render`."""
 
 REQUEST_SECONDS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120)
 """From a score of the demo model to the longest deadline in use."""
@@ -56,10 +56,10 @@ _ACTIONS: Final = ("adjust", "pass", "abort")
 
 
 class MetricsSink(Observers):
-    """What a sidecar counts; this base class counts nothing."""
+    """The interface of the metrics; this base class counts nothing."""
 
     def watch(self, health: Callable[[], Mapping[str, Any]]) -> None:
-        """Sets the function that returns the state of the parts: `Health.report`."""
+        """Sets the function that returns the state of the components: `Health.report`."""
 
     def proposed(self, action: str, ungrounded: Sequence[str]) -> None:
         """A valid proposal was made, with these fields not grounded in its context."""
@@ -81,7 +81,7 @@ class Metrics(MetricsSink):
             tables: the values that `row_lost` takes.
             fields: the ungrounded fields that `proposed` takes.
         """
-        # A process-wide switch: a creation time for each counter would double the output.
+        # Process-wide: a creation time for each counter would double the output.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
@@ -93,7 +93,7 @@ class Metrics(MetricsSink):
         self._define_http()
 
     def watch(self, health: Callable[[], Mapping[str, Any]]) -> None:
-        """Sets the function that returns the state of the parts: `Health.report`."""
+        """Sets the function that returns the state of the components: `Health.report`."""
         self._state.health = health
 
     def render(self) -> bytes:
@@ -115,10 +115,10 @@ class Metrics(MetricsSink):
         self._rows_lost.labels(table).inc()
 
     def call_started(self, call: ModelCall) -> None:
-        """Counts nothing: the models report how many calls run and wait."""
+        """Does nothing: the models report how many calls run and wait."""
 
     def call_finished(self, call: ModelCall) -> None:
-        """Counts the call, its tokens and the times that it reached."""
+        """Counts the call and its tokens, and records its times."""
         model = call.model
         self._prompt_tokens.labels(model).inc(call.prompt_tokens)
         self._cached_tokens.labels(model).inc(call.cached_tokens)

@@ -34,8 +34,8 @@ _INTERVAL: Final = 0.01
 """Seconds between two samples. Each sample delays every running request."""
 _PER_SECOND: Final = 0.1
 _AT_ONCE: Final = 3.0
-"""Requests that are profiled per second, in the long run and at once. Sampling takes a few percent
-of a core, and under load any profile is as good as another."""
+"""Profiled requests per second on average, and the maximum burst. Sampling takes a few percent of a
+core, and under load any profile is as good as another."""
 _NO_RESPONSE: Final = 500
 
 _CALLS: ContextVar[list[ModelCall] | None] = ContextVar("profiled_calls", default=None)

@@ -4,8 +4,8 @@
     sentry.install(app)
     sentry.start()
 
-An event is built from a list of what is allowed (`telemetry.sentry_events`), so that nothing leaves
-the process that a newer SDK adds. Errors of `llm_sidecar.errors` are answers, not events.
+Only allowed fields are sent (`telemetry.sentry_events`), so that fields which a newer SDK adds
+never leave the process. Errors of `llm_sidecar.errors` are answers, not events.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FLUSH_TIMEOUT: Final = 1.0
 
 @dataclass(slots=True)
 class _Request:
-    """The running request, and the model call that it waits for or has made last."""
+    """The running request, and its current or latest model call."""
 
     request_id: str
     call: ModelCall | None = None
@@ -71,7 +71,7 @@ class Sentry(Instrument):
         sentry_sdk.init(
             self._dsn,
             environment=self._environment,
-            # Otherwise the SDK asks git.
+            # Otherwise the SDK runs git.
             release=self._release,
             # None switches its tracing off, 0 leaves it on.
             traces_sample_rate=self._sample_rate or None,
@@ -87,11 +87,11 @@ class Sentry(Instrument):
         )
 
     async def close(self) -> None:
-        """Delivers what is left, unless Sentry takes too long."""
+        """Delivers pending events, unless Sentry takes too long."""
         await asyncio.to_thread(sentry_sdk.get_client().close, FLUSH_TIMEOUT)
 
     def call_started(self, call: ModelCall) -> None:
-        """Notes the call, so that an error names its model."""
+        """Records the call, so that an error names its model."""
         if (request := _REQUEST.get()) is not None:
             request.call = call
 
@@ -100,7 +100,8 @@ class Sentry(Instrument):
         span = sentry_sdk.get_current_span()
         if span is not None and call.finished is not None:
             child = span.start_child(
-                # Not `gen_ai.…`: the SDK sends those apart, past `before_send_transaction`.
+                # Not `gen_ai.…`: the SDK sends such spans separately, without
+                # `before_send_transaction`.
                 op="model.call",
                 name=f"{call.operation} {call.model}",
                 start_timestamp=call.queued_unix,

@@ -1,7 +1,7 @@
-"""Which parts of a Sentry event may leave the process.
+"""Filters the fields of a Sentry event that may leave the process.
 
-Names, locations and lines of our source may, and tags. Of an exception, its type and its stack
-trace may; its text and its variables may quote a prompt.
+Allowed are names, locations, lines of our source and tags, and an exception's type and stack trace.
+An exception's text and variables may quote a prompt, so they are removed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SPAN: Final = (*_TRACE, "description", "start_timestamp", "timestamp")
 
 
 def allowed(event: Event, hint: Hint) -> Event:
-    """A new event with only the allowed parts."""
+    """A new event with only the allowed fields."""
     kept: dict[str, Any] = _pick(event, _EVENT)
     kept["contexts"] = {"trace": _pick(event.get("contexts", {}).get("trace", {}), _TRACE)}
     if "exception" in event:

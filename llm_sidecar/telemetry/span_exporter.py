@@ -1,4 +1,4 @@
-"""A span exporter that logs an outage once, and removes every text of a request."""
+"""A span exporter that logs an outage once, and removes the texts of requests."""
 
 from __future__ import annotations
 

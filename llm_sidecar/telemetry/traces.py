@@ -51,8 +51,7 @@ REQUEST_TIMEOUT: Final = 2.0
 FLUSH_TIMEOUT: Final = 1.0
 """Seconds that the last delivery may hold up the shutdown."""
 OPERATIONS: Final[dict[Operation, str]] = {"generate": "chat", "score_choices": "score"}
-"""`gen_ai.operation.name`; reading the probabilities of given answers has no name in the
-conventions."""
+"""`gen_ai.operation.name`; scoring given answers has no name in the conventions."""
 _PROVIDER: Final = "osiris"
 _LOGGERS: Final = ("", "uvicorn", "uvicorn.access", "uvicorn.error")
 
@@ -104,10 +103,10 @@ class Traces(Instrument):
             handler.addFilter(TraceIdFilter())
 
     async def close(self) -> None:
-        """Delivers what is left, unless the endpoint takes too long."""
+        """Delivers pending spans, unless the endpoint takes too long."""
         self._redis.uninstrument()
         set_global_response_propagator(None)  # type: ignore[no-untyped-call]
-        # Not waited for any longer: the SDK's own shutdown takes up to 30 s.
+        # No longer wait: the SDK's own shutdown takes up to 30 s.
         flushing = threading.Thread(target=self._provider.shutdown, daemon=True)
         flushing.start()
         await asyncio.to_thread(flushing.join, FLUSH_TIMEOUT)

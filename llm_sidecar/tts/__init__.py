@@ -1,4 +1,5 @@
-"""Speech: a text becomes WAVs, part by part, each published on the event bus at once."""
+"""Text to speech: each part of a text becomes a WAV, which is published on the event bus at
+once."""
 
 from llm_sidecar.tts.chatterbox import ChatterboxTTS
 

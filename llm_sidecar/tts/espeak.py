@@ -50,7 +50,7 @@ class EspeakVoice:
     async def speak(
         self, text: str, *, exaggeration: float, reference: Reference | None
     ) -> AsyncIterator[Wav]:
-        """Yields each part once it is spoken; a part without anything audible is left out.
+        """Yields each part once it is spoken, without inaudible parts.
 
         Raises:
             VoiceUnavailable: the library cannot be loaded.

@@ -44,15 +44,15 @@ def spoken(sidecar_id: str) -> str:
 
 
 def base64_length(size: int) -> int:
-    """The length in characters of so many bytes in base64."""
+    """The number of base64 characters for this many bytes."""
     return -(-size // 3) * 4
 
 
 LONGEST_ANNOUNCEMENT: Final = 1 << 17
 LONGEST_REQUEST: Final = base64_length(MAX_REFERENCE_BYTES) + 12 * MAX_TEXT + (1 << 12)
 LONGEST_ANSWER: Final = base64_length(MAX_WAV) + (1 << 14)
-"""Characters of a whole message; JSON takes up to twelve for one character of text. A longer
-message is refused before it is parsed."""
+"""Maximum characters of a message; JSON takes up to twelve for one character of text. A longer
+message is refused unparsed."""
 
 
 class _Message(InputModel):
@@ -83,7 +83,8 @@ class Announcement(_Message):
 
 
 class ReplyTo(_Message):
-    """Where the answers to a request go; enough to refuse a request that is invalid otherwise."""
+    """The address for the answers to a request, which is enough to refuse an otherwise invalid
+    request."""
 
     request_id: Id
     reply_to: ReplyChannel

@@ -19,8 +19,8 @@ def read_reference(encoded: str) -> Reference:
     """Decodes and checks a WAV in base64.
 
     Raises:
-        InvalidRequest: it is not base64, too large, no WAV, too short or too long, or its sample
-            rate is out of range; says which.
+        InvalidRequest: it is not base64, not a WAV, too large, too short or too long, or its sample
+            rate is out of range; the error says which.
         VoiceUnavailable: libsndfile is not installed.
     """
     if len(encoded) > (MAX_REFERENCE_BYTES + 2) // 3 * 4:
@@ -36,8 +36,8 @@ def check_reference(file: bytes) -> Reference:
     """Checks a WAV file.
 
     Raises:
-        InvalidRequest: it is too large, no WAV, too short or too long, or its sample rate is out of
-            range; says which.
+        InvalidRequest: it is not a WAV, too large, too short or too long, or its sample rate is out
+            of range; the error says which.
         VoiceUnavailable: libsndfile is not installed.
     """
     if len(file) > MAX_REFERENCE_BYTES:

@@ -47,16 +47,16 @@ from llm_sidecar.tts.voice import Reference, Wav
 ALIVE_FOR: Final = 6.0
 """Seconds after its last announcement for which a worker counts as running."""
 PART_TIMEOUT: Final = 120.0
-"""Seconds that the next part may take: the longest one on a CPU, behind another request's."""
+"""Seconds to wait for the next part: the longest part on a CPU, behind one of another request."""
 LOST_AFTER: Final = 3.0
 """Seconds for which a worker's announcements may lack a request before it counts as lost; longer
 than any message takes."""
 RETRY_AFTER: Final = 5
 """Seconds after which a worker may be back."""
 ANSWERS: Final = 256
-"""Messages of one channel that have not been handled yet, at most."""
+"""Maximum number of unhandled messages of one channel."""
 PARTS_AHEAD: Final = 64
-"""Parts of one text that have arrived and not been consumed yet, at most."""
+"""Maximum number of received, unconsumed parts of one text."""
 CANCEL_TIMEOUT: Final = 5.0
 """Seconds to wait for a cancelled task."""
 
@@ -70,26 +70,26 @@ class _Worker:
     """A worker that has announced itself.
 
     Attributes:
-        asked: this sidecar's requests to it; for each, since when its announcements lack it, or
-            None.
+        sent: this sidecar's requests to it; for each, the time since which announcements lack it,
+            or None.
     """
 
     announcement: Announcement
     seen: float
-    asked: dict[str, float | None] = field(default_factory=dict)
+    sent: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def load(self) -> int:
-        return max(self.announcement.waiting, len(self.asked))
+        return max(self.announcement.waiting, len(self.sent))
 
     def lost(self, now: float, patience: float) -> list[str]:
-        """The requests that its announcements have lacked for `patience` seconds."""
-        for request_id, since in self.asked.items():
+        """The requests that its announcements have lacked for `patience` seconds or more."""
+        for request_id, since in self.sent.items():
             here = request_id in self.announcement.requests
-            self.asked[request_id] = None if here else since or now
+            self.sent[request_id] = None if here else since or now
         return [
             request_id
-            for request_id, since in self.asked.items()
+            for request_id, since in self.sent.items()
             if since is not None and now - since >= patience
         ]
 
@@ -177,7 +177,7 @@ class RemoteVoice:
         worker_id = worker.announcement.worker_id
         request_id = uuid.uuid4().hex
         answers = self._waiting[request_id] = asyncio.Queue(PARTS_AHEAD)
-        worker.asked[request_id] = None
+        worker.sent[request_id] = None
         ended = False
         try:
             payload = await asyncio.to_thread(
@@ -185,7 +185,7 @@ class RemoteVoice:
             )
             if not await self._bus.publish(requested(worker_id), payload):
                 raise VoiceUnavailable(
-                    "Redis is away, and with it the voice", retry_after=RETRY_AFTER
+                    "Redis is unavailable, and so is the voice", retry_after=RETRY_AFTER
                 )
             count = 0
             while not ended:
@@ -201,7 +201,7 @@ class RemoteVoice:
                 else:
                     raise VoiceUnavailable(_LOST, retry_after=RETRY_AFTER)
         finally:
-            del worker.asked[request_id]
+            del worker.sent[request_id]
             del self._waiting[request_id]
             if not ended:
                 cancellation = Cancellation(request_id=request_id)
@@ -236,7 +236,7 @@ class RemoteVoice:
                 )
             if time.monotonic() >= self._alive_until(worker_id):
                 raise VoiceUnavailable(
-                    "the voice went away in the middle of a text", retry_after=RETRY_AFTER
+                    "the speech worker ended in the middle of a text", retry_after=RETRY_AFTER
                 )
 
     def _alive_until(self, worker_id: str) -> float:
@@ -253,7 +253,7 @@ class RemoteVoice:
         able = able or list(self._alive())
         if not able:
             raise VoiceUnavailable(
-                "no speech worker is there: start python -m llm_sidecar.tts --voice chatterbox "
+                "no speech worker is running: start python -m llm_sidecar.tts --voice chatterbox "
                 "with the same REDIS_URL",
                 retry_after=RETRY_AFTER,
             )
@@ -268,7 +268,7 @@ class RemoteVoice:
             try:
                 announcement = Announcement.model_validate_json(payload)
             except ValidationError as error:
-                self._bus.refuse(ANNOUNCED, f"it is no announcement: {summary(error)}")
+                self._bus.refuse(ANNOUNCED, f"it is not an announcement: {summary(error)}")
                 continue
             self._update(announcement)
 
@@ -303,7 +303,7 @@ class RemoteVoice:
             try:
                 answer = await asyncio.to_thread(ANSWER.validate_json, payload)
             except ValidationError:
-                self._bus.refuse(self._replies, "it is no answer")
+                self._bus.refuse(self._replies, "it is not an answer")
                 continue
             answers = self._waiting.get(answer.request_id)
             # A cancelled request has no queue. An answer that is dropped here leaves a gap in the
@@ -321,4 +321,6 @@ def _decode(part: Part) -> Wav:
     try:
         return wavs.decode(base64.b64decode(part.wav_b64, validate=True))
     except ValueError:
-        raise VoiceUnavailable("a part of the speech is no WAV", retry_after=RETRY_AFTER) from None
+        raise VoiceUnavailable(
+            "a part of the speech is not a WAV", retry_after=RETRY_AFTER
+        ) from None

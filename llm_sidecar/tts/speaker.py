@@ -90,7 +90,7 @@ class Speaker:
         self._recent_seconds = 0.1
         self._closed = False
 
-    def choose(self) -> Voice:
+    def current_voice(self) -> Voice:
         """The voice that would speak now.
 
         Raises:
@@ -110,7 +110,7 @@ class Speaker:
 
     def check_capacity(self) -> None:
         """Raises QueueFull or VoiceUnavailable if a request would be refused now."""
-        self.choose()
+        self.current_voice()
         if self._admitted >= self._queue_length:
             wait = self._retry_after()
             raise QueueFull(f"The speech queue is full; try again in {wait} s.", retry_after=wait)
@@ -140,7 +140,7 @@ class Speaker:
                 raise self._too_late(asked, begun or time.monotonic()) from None
 
     def _too_late(self, asked: float, begun: float) -> DeadlineExceeded:
-        """The error when the deadline passes; it says what took the time."""
+        """The error for a missed deadline, with the duration of each phase."""
         waiting, speaking = begun - asked, time.monotonic() - begun
         remedy = "try again later" if waiting > speaking else "send less text"
         return DeadlineExceeded(
@@ -155,7 +155,7 @@ class Speaker:
 
     async def _speak(self, text: str, exaggeration: float, reference: Reference | None) -> Spoken:
         # The availability may have changed since the request was admitted.
-        voice = self.choose()
+        voice = self.current_voice()
         reference = reference if voice.clones else None
         began = time.monotonic()
         parts: list[Wav] = []
@@ -191,14 +191,14 @@ class Speaker:
         return {
             "state": "ready" if reason is None else "unavailable",
             "reason": reason,
-            "voice": self.choose().name if reason is None else None,
+            "voice": self.current_voice().name if reason is None else None,
             "waiting": self._admitted,
             "spoken": self._spoken,
         }
 
     def _unavailable(self) -> str | None:
         try:
-            self.choose()
+            self.current_voice()
         except SidecarError as error:
             return error.detail
         return None

@@ -98,9 +98,9 @@ def _ends_clause(words: list[str], i: int) -> bool:
 
 
 def _ends_sentence(words: list[str], i: int) -> bool:
-    """Whether a sentence ends with the word at `i`, which has one after it."""
+    """Whether a sentence ends with the word at `i`, which is not the last word."""
     word, following = words[i].rstrip(_CLOSING), words[i + 1]
-    # A dot before a small letter, or a dash, is no end whatever the word is.
+    # A dot before a small letter, or a dash, never ends a sentence.
     if not word.endswith(_SENTENCE_ENDS) or following[0].islower() or following in _DASHES:
         return False
     if not word.endswith(".") or word.endswith(".."):
@@ -113,7 +113,8 @@ def _ends_sentence(words: list[str], i: int) -> bool:
 
 
 def _split_long(sentence: str, limit: int) -> Iterator[str]:
-    """The sentence, or pieces of as many clauses or words as fit, at least one word each."""
+    """Splits a long sentence into pieces of as many clauses or words as fit, at least one word
+    each."""
     if len(sentence) <= limit:
         yield sentence
         return
@@ -127,14 +128,14 @@ def _split_long(sentence: str, limit: int) -> Iterator[str]:
 
 
 def _words(clause: str) -> Iterator[str]:
-    """The words; one that is longer than a part, as in languages without spaces, is split."""
+    """The words; splits a word that is longer than a part, as in languages without spaces."""
     for word in clause.split():
         for start in range(0, len(word), MAX_PART):
             yield word[start : start + MAX_PART]
 
 
 def _pack(pieces: Iterable[str], limit: int, *, enough: int | None = None) -> Iterator[str]:
-    """Joins neighbours up to `limit` characters; joins no more to what has `enough` already."""
+    """Joins neighbouring pieces up to `limit` characters, until one has `enough`."""
     packed = ""
     for piece in pieces:
         wants_more = len(packed) < (limit if enough is None else enough)

@@ -38,9 +38,9 @@ from llm_sidecar.tts.voice import Reference, Voice, Wav
 ANNOUNCE_EVERY: Final = 2.0
 """Seconds between two announcements."""
 MAX_WAITING: Final = 16
-"""Requests that a worker has at a time; with references of the largest size they take 220 MB."""
+"""Maximum number of requests of a worker; with the largest references they take 220 MB."""
 INBOX: Final = 64
-"""Messages that have arrived and not been handled yet, at most."""
+"""Maximum number of unhandled messages."""
 CANCEL_TIMEOUT: Final = 5.0
 """Seconds to wait for a cancelled task."""
 
@@ -85,7 +85,7 @@ class SpeechWorker:
         self._tasks = [asyncio.create_task(job(), name=job.__name__) for job in jobs]
 
     async def close(self) -> None:
-        """Accepts no more requests and answers those that it has with an error."""
+        """Accepts no more requests, and answers the waiting ones with an error."""
         for channel in self._channels():
             await self._bus.unregister_listener_queue(channel, self._inbox)
         await cancel(*self._tasks, patience=CANCEL_TIMEOUT)
@@ -133,7 +133,7 @@ class SpeechWorker:
             if isinstance(message, Cancellation):
                 self._cancel(message.request_id)
             elif len(self._requests) >= self._max_waiting:
-                await self._fail(message, QueueFull("as many texts wait to be spoken as may wait"))
+                await self._fail(message, QueueFull("the queue of the speech worker is full"))
             else:
                 self._requests[message.request_id] = message
                 self._arrived.set()
@@ -144,7 +144,7 @@ class SpeechWorker:
         try:
             request = ReplyTo.model_validate_json(payload)
         except ValidationError:
-            self._bus.refuse(requested(self.worker_id), f"it is no request: {first['msg']}")
+            self._bus.refuse(requested(self.worker_id), f"it is not a request: {first['msg']}")
             return
         await self._fail(request, InvalidRequest(f"{first['loc'][-1]}: {first['msg']}"))
 
@@ -174,7 +174,7 @@ class SpeechWorker:
         except SidecarError as error:
             await self._fail(request, error)
         except Exception as error:  # noqa: BLE001 - a voice's package raises anything
-            # Where and of which type only: its message may quote the text.
+            # Only the type and the location: its message may quote the text.
             where = "".join(traceback.format_tb(error.__traceback__))
             log.error("the voice failed: %s\n%s", type(error).__name__, where)
             await self._fail(request, VoiceUnavailable("the voice failed: see the worker's log"))

@@ -76,7 +76,7 @@ def _asset(build: str, name: str) -> FileResponse:
 
 @functools.cache
 def _build() -> str:
-    """A hash of all files."""
+    """A hash of the page's files, for their URLs."""
     whole = hashlib.sha256()
     for name in sorted(_FILES):
         whole.update((_FOLDER / name).read_bytes())

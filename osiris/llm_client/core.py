@@ -32,7 +32,7 @@ CONNECT_TIMEOUT: Final = 5.0
 """Seconds in which a connection must be made, unless the caller gives a timeout."""
 ANSWER_TIMEOUT: Final = 75.0
 """Maximum seconds without a byte of an answer. Longer than the server's REQUEST_TIMEOUT_SECONDS
-(default 60) and BODY_TIMEOUT_SECONDS (default 10) together, so that its own error arrives first.
+(default 60) plus BODY_TIMEOUT_SECONDS (default 10), so that its own error arrives first.
 """
 SPEECH_TIMEOUT: Final = 135.0
 """The same for speech: TTS_TIMEOUT_SECONDS is 120 by default."""
@@ -118,8 +118,8 @@ class Core:
     def _judge(
         self, request: httpx.Request, reply: Reply, failures: int
     ) -> tuple[LLMClientError, float | None]:
-        """The error to raise in the end, and the seconds until the next attempt, or None for no
-        other."""
+        """The error to raise if this attempt is the last, and the seconds until the next one, or
+        None to stop."""
         doubled = self._backoff_factor * 2.0 ** min(failures, 64)
         wait = min(LONGEST_BACKOFF, doubled) * random.uniform(0.5, 1.0)
         if not isinstance(reply, httpx.Response):

@@ -171,7 +171,7 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
         return self._json("POST", "/adapters/swap", body)
 
     def health(self) -> JSONAnswer:
-        """The state of the sidecar and of each of its parts."""
+        """The state of the sidecar and of each of its components."""
         return self._json("GET", "/health")
 
     def live(self) -> Flag:
@@ -208,7 +208,7 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
     def _request(
         self, method: str, path: str, body: JSON | None = None, timeout: float = ANSWER_TIMEOUT
     ) -> httpx.Request:
-        # One id for all attempts of a call, to find them together in the sidecar's log.
+        # One id for all attempts of a call, so that the sidecar's log groups them.
         headers = {"X-Request-ID": str(uuid.uuid4())}
         limits = self._core.timeout or httpx.Timeout(timeout, connect=CONNECT_TIMEOUT)
         return self._http.build_request(method, path, json=body, headers=headers, timeout=limits)

@@ -62,7 +62,7 @@ def transport_to(
                 f"{proxy.variable} is not a URL of a proxy: it takes http://HOST:PORT, https:// or"
                 f" socks5://. {without}"
             )
-    # A plain HTTP server needs no certificates, so a bad SSL_CERT_FILE does not matter.
+    # A plain HTTP server needs no certificates, so an invalid SSL_CERT_FILE does not matter.
     verify = url.scheme == "https" or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         return make(verify=verify, proxy=address)

@@ -1,4 +1,4 @@
-"""API keys: which requests they admit, and their names in the log and in stored feedback."""
+"""API keys: authentication of requests, and the keys' names for the log and for feedback."""
 
 from __future__ import annotations
 

@@ -21,11 +21,11 @@ router = APIRouter(tags=["operations"])
     response_description="The adapter is in use",
 )
 async def swap_adapters(
-    sidecar: CurrentSidecar, chosen: AdapterChoice | None = None
+    sidecar: CurrentSidecar, requested: AdapterChoice | None = None
 ) -> AdapterSwapped:
     """Switches Phi-3 to the newest adapter, or to the named one.
 
     Running requests keep the adapter that they began with.
     """
-    date = await sidecar.adapters.swap(None if chosen is None else chosen.adapter)
+    date = await sidecar.adapters.swap(None if requested is None else requested.adapter)
     return AdapterSwapped(status="ok", phi3_adapter_date=None if date is None else date.isoformat())

@@ -71,7 +71,7 @@ async def generate(
 async def generate_hermes(
     body: PromptRequest, request: Request, sidecar: CurrentSidecar
 ) -> JSONResponse:
-    """Hermes' answer to a free question.
+    """Hermes' answer to a free-text prompt.
 
     At the deadline it returns the text so far, with `X-Finish-Reason: deadline`, or 504 if there
     is none.

@@ -55,7 +55,7 @@ def install(app: FastAPI) -> None:
 
 
 async def health(request: Request) -> Response:
-    """The overall state and the state of each part; always 200.
+    """The overall state and the state of each component; always 200.
 
     If the server has API keys, a request without one gets only `status`.
     """

@@ -81,7 +81,7 @@ async def speak(body: SpeakRequest, request: Request, sidecar: CurrentSidecar) -
 
 
 async def _speak(sidecar: Sidecar, body: SpeakRequest) -> Spoken:
-    # Before the reference is decoded, which is wasted on a request that is refused.
+    # Checked first, because decoding the reference is wasted on a request that is refused.
     sidecar.speaker.check_capacity()
     reference = None
     if body.ref_wav_b64 is not None:
@@ -116,8 +116,8 @@ async def stream_audio(
 ) -> EventSourceResponse:
     """Server-sent events with every WAV on `audio.bytes`, in base64, one per event.
 
-    A listener that is too slow misses the oldest WAVs. In their place, an event named `lost` says
-    how many. Comments keep an idle stream open.
+    A listener that is too slow misses the oldest WAVs. An event named `lost` then says how many.
+    Comments keep an idle stream open.
     """
     ending: anyio.Event = request.app.state.shutdown.streams_end
     return EventSourceResponse(

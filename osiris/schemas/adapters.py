@@ -1,4 +1,4 @@
-"""The choice of an adapter, and the adapter in use."""
+"""The adapter to use, and the adapter in use."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class PromptRequest(RequestBody):
     """A prompt for a model."""
 
     prompt: Prompt = Field(
-        description="the market context, or a question for Hermes; not blank, and without control "
+        description="the market context, or a prompt for Hermes; not blank, and without control "
         "characters except tab, newline and carriage return",
         examples=[samples.PROMPT],
     )

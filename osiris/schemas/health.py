@@ -1,4 +1,4 @@
-"""Response models of the probes, and of each part of `/health`.
+"""Response models of the probes, and of each component in `/health`.
 
 `/health` is not validated at run time, because it is requested every second; a test compares a real
 answer with these models.
@@ -68,7 +68,7 @@ EXAMPLES: Final = {
     "database": _DATABASE,
     "speech": _SPEECH,
 }
-"""An example of each part of `/health`. FastAPI removes nulls from the examples of a field,
+"""An example of each component in `/health`. FastAPI removes nulls from the examples of a field,
 and without them these would not be valid."""
 
 
@@ -230,14 +230,14 @@ class HealthSummary(BaseModel):
     """The overall state. If the server has API keys, a request without one gets only this."""
 
     status: Literal["ok", "partial_error", "error"] = Field(
-        description="`ok`: every part works; `partial_error`: some requests fail, or an optional "
-        "part does not work; `error`: no model can answer",
+        description="`ok`: every component works; `partial_error`: some requests fail, or an "
+        "optional component does not work; `error`: no model can answer",
         examples=["ok"],
     )
 
 
 class Health(HealthSummary):
-    """The overall state and the state of each part."""
+    """The overall state and the state of each component."""
 
     version: str = Field(description="the sidecar's version", examples=["0.2.0"])
     uptime_seconds: float = Field(
@@ -276,18 +276,18 @@ class Probe(BaseModel):
     """The answer of a probe."""
 
     status: Literal["ok", "unavailable", "draining"] = Field(
-        description="`ok`: send requests; `unavailable`: a part is missing; `draining`: the server "
-        "is shutting down",
+        description="`ok`: send requests; `unavailable`: a component is missing; `draining`: the "
+        "server is shutting down",
         examples=["ok"],
     )
     missing: list[str] = Field(
         [],
-        description="the parts without which requests fail: `phi3`, `hermes`, `database`",
+        description="the components without which requests fail: `phi3`, `hermes`, `database`",
         examples=[["hermes"]],
     )
     reasons: dict[str, str] | None = Field(
         None,
-        description="the reason for each missing part; absent if nothing is missing, or if the "
-        "server has API keys and the request has none",
+        description="the reason for each missing component; absent if nothing is missing, or if "
+        "the server has API keys and the request has none",
         examples=[{"hermes": "The hermes model is still loading."}],
     )

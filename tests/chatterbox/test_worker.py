@@ -224,9 +224,9 @@ async def test_a_cancelled_text_makes_room_for_the_next(voice: RemoteVoice) -> N
 
 async def test_it_speaks_in_process_and_tells_the_bus(server: RedisServer) -> None:
     bus = EventBus(server.url)
-    heard: asyncio.Queue[str] = asyncio.Queue(8)
+    received: asyncio.Queue[str] = asyncio.Queue(8)
     await bus.connect()
-    await bus.register_listener_queue("audio.bytes", heard)
+    await bus.register_listener_queue("audio.bytes", received)
     started = time.monotonic()
     process = await asyncio.create_subprocess_exec(
         *[os.environ["CHATTERBOX_PYTHON"], "-m", "tests.chatterbox.in_process"],
@@ -240,9 +240,9 @@ async def test_it_speaks_in_process_and_tells_the_bus(server: RedisServer) -> No
         output, errors = await process.communicate()
     assert process.returncode == 0, errors.decode()
     log.info("in process, loading included: %.1f s", time.monotonic() - started)
-    told = base64.b64decode(heard.get_nowait())
-    assert hashlib.sha256(told).hexdigest() == output.decode().split()[-1]
-    assert is_speech(wavs.decode(told), "Up.")
+    speech = base64.b64decode(received.get_nowait())
+    assert hashlib.sha256(speech).hexdigest() == output.decode().split()[-1]
+    assert is_speech(wavs.decode(speech), "Up.")
     await bus.close()
 
 

@@ -41,27 +41,27 @@ def run(batch: Batch, requests: list[GenerationRequest]) -> int:
     return prompt_tokens[0]
 
 
-def resident() -> float:
-    """MB of this process, without pages that are in a file, as the weights are."""
+def anonymous_memory() -> float:
+    """MB of this process, without file-backed pages such as those of the weights."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if "RssAnon" in line) / 1024
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """MB that eight short questions need before and after a long one, each alone or among them."""
+    """MB that eight short prompts need before and after a long one, each alone or among them."""
     engine = load_engine(folder, device="cpu")
     batch = engine.batch()
-    loaded = resident()
-    short = [request(f"Question {number}: what now?") for number in range(8)]
+    loaded = anonymous_memory()
+    short = [request(f"Prompt {number}: what now?") for number in range(8)]
     found = {}
     run(batch, short)
-    found["before"] = resident() - loaded
+    found["before"] = anonymous_memory() - loaded
     found["long prompt"] = run(batch, [request(LONG)])
     run(batch, short)
-    found["after a long one"] = resident() - loaded
+    found["after a long one"] = anonymous_memory() - loaded
     run(batch, [request(LONG), *short[:7]])
     run(batch, short)
-    found["after a long one among others"] = resident() - loaded
+    found["after a long one among others"] = anonymous_memory() - loaded
     return found
 
 

@@ -344,7 +344,7 @@ def test_bytes_that_are_no_text_end_nothing() -> None:
         ends=frozenset(),
     )
     certain = np.eye(len(pieces), dtype=np.float32)
-    deltas = [generation.take(certain[token]) for token in tokens]
+    deltas = [generation.sample(certain[token]) for token in tokens]
     assert deltas[-1].completion_tokens == len(tokens)
     assert "".join(delta.text for delta in deltas).endswith("a a")
 

@@ -1,4 +1,4 @@
-"""What a model reports to its observer of each call, with a real worker and without."""
+"""What a model reports to its observer about each call, with a real worker and without."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ TURNS = ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
             "plain": ("<|im_start|>", "<|im_end|>"),
         },
     ],
-    ids=["special", "stripping", "normalized", "not declared special", "put together"],
+    ids=["special", "stripping", "normalized", "not declared special", "built by the template"],
 )
 def test_no_message_writes_a_control_token(tmp_path: Path, options: dict[str, Any]) -> None:
     tokenizer = load(write_folder(tmp_path, **options))

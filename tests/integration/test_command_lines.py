@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("streams", "status", "shown", "told"),
+    ("streams", "status", "shown", "message"),
     [
         ("2>&-", 0, True, ""),
         ("2>/dev/full", 0, True, ""),
@@ -49,29 +49,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_rows_and_standard_streams(
-    folder: Path, streams: str, status: int, shown: bool, told: str
+    folder: Path, streams: str, status: int, shown: bool, message: str
 ) -> None:
     command = f"$PY -m llm_sidecar.db query-runs {streams}"
     found, out, err = in_shell(command, LANCEDB_URI=str(folder))
-    assert (found, bool(out), err) == (status, shown, told)
+    assert (found, bool(out), err) == (status, shown, message)
 
 
 @pytest.mark.parametrize("module", ["llm_sidecar.loader", "llm_sidecar.tts", "osiris"])
 @pytest.mark.parametrize(
-    ("arguments", "status", "told"),
+    ("arguments", "status", "message"),
     [("--help >/dev/full", 1, FULL), ("frobnicate >&- 2>/dev/full", 2, "")],
 )
-def test_help_and_standard_streams(module: str, arguments: str, status: int, told: str) -> None:
+def test_help_and_standard_streams(module: str, arguments: str, status: int, message: str) -> None:
     found, out, err = in_shell(f"$PY -m {module} {arguments}")
-    assert (found, out, err) == (status, "", told)
+    assert (found, out, err) == (status, "", message)
 
 
 def test_no_command_prints_help_and_an_unknown_one_is_an_error() -> None:
     found, out, err = in_shell("$PY -m llm_sidecar.loader")
     assert (found, err) == (0, "")
     assert out.startswith("Usage: python -m llm_sidecar.loader [OPTIONS] COMMAND")
-    told = "python -m llm_sidecar.loader: No such command 'frobnicate'.\n"
-    assert in_shell("$PY -m llm_sidecar.loader frobnicate") == (2, "", told)
+    message = "python -m llm_sidecar.loader: No such command 'frobnicate'.\n"
+    assert in_shell("$PY -m llm_sidecar.loader frobnicate") == (2, "", message)
 
 
 def test_no_file_gets_the_number_of_a_closed_stream() -> None:

@@ -25,7 +25,7 @@ from osiris.http_parser import MAX_HEAD_BYTES
 GET = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"
 POST = b"POST /speak HTTP/1.1\r\nHost: x\r\n"
 LARGE = 24 << 20
-"""Bytes of an answer that no kernel keeps for a client."""
+"""Bytes of an answer that exceed any kernel's buffers."""
 
 
 def on_uvloop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
@@ -61,8 +61,8 @@ class Served:
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers with the path and the length of the body.
 
-        `/large` answers with many bytes, `/refuse` without reading the body, `/wait` once it is
-        released, and `/endless` with an endless stream.
+        `/large` answers with many bytes, `/refuse` ignores the body, `/wait` once it is released,
+        and `/endless` with an endless stream.
         """
         body, status = b"", 200
         if scope["path"] == "/refuse":
@@ -165,11 +165,11 @@ def parse(head: str) -> tuple[int, dict[str, str]]:
     return int(first.split()[1]), {name.lower(): value for name, _, value in fields}
 
 
-async def ask(served: Served, *parts: bytes) -> tuple[int, dict[str, str], dict[str, Any]]:
+async def ask(served: Served, *pieces: bytes) -> tuple[int, dict[str, str], dict[str, Any]]:
     """The answer to a request of one client."""
     reader, writer = await served.connect()
     try:
-        for part in parts:
+        for part in pieces:
             writer.write(part)
             await writer.drain()
         return await answer(reader)
@@ -178,7 +178,7 @@ async def ask(served: Served, *parts: bytes) -> tuple[int, dict[str, str], dict[
 
 
 async def is_closed(reader: asyncio.StreamReader) -> bytes:
-    """What comes until the server closes."""
+    """All bytes until the server closes."""
     async with asyncio.timeout(10):
         with contextlib.suppress(ConnectionResetError):
             return await reader.read()
@@ -207,14 +207,12 @@ async def test_an_upgrade_header_does_not_lose_the_body_or_the_connection(offer:
 
 
 def head_of(size: int) -> bytes:
-    """A request's head of so many bytes, as the server counts them."""
+    """A request's head of this many bytes, as the server counts them."""
     fixed = len(b"GET / HTTP/1.1\r\nHost: x\r\nX: \r\n\r\n") - len("\r\n\r\n") + len("\r\n")
     return b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * (size - fixed) + b"\r\n\r\n"
 
 
-TOO_LONG = {
-    "detail": "The request line and the headers are longer than 65536 bytes together; send less."
-}
+TOO_LONG = {"detail": "The request line and the headers exceed 65536 bytes in total; send less."}
 
 
 @on_uvloop
@@ -450,7 +448,7 @@ def test_a_reserved_connection_has_less_time_to_send(monkeypatch: pytest.MonkeyP
 
 
 @on_uvloop
-async def test_an_answer_that_nobody_reads_is_aborted() -> None:
+async def test_an_answer_that_the_client_does_not_read_is_aborted() -> None:
     async with serve(limits={"send_timeout": 0.4}) as served:
         await held(served, b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
         async with asyncio.timeout(5):
@@ -460,7 +458,7 @@ async def test_an_answer_that_nobody_reads_is_aborted() -> None:
 
 
 @on_uvloop
-async def test_a_stream_that_nobody_reads_is_aborted() -> None:
+async def test_a_stream_that_the_client_does_not_read_is_aborted() -> None:
     async with serve(limits={"send_timeout": 0.4}) as served:
         await held(served, b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
         async with asyncio.timeout(10):

@@ -53,12 +53,12 @@ def compose_config(*files: str, profile: str | None = None, **environ: str) -> d
 
 @functools.cache
 def _config(files: Sequence[str], profile: str | None, environ: Sequence[tuple[str, str]]) -> str:
-    chosen = [word for name in ("docker-compose.yml", *files) for word in ("-f", name)]
+    options = [word for name in ("docker-compose.yml", *files) for word in ("-f", name)]
     profiles = ["--profile", profile] if profile else []
     # An empty file in place of a developer's own .env.
     with tempfile.NamedTemporaryFile(suffix=".env") as empty:
         done = subprocess.run(
-            ["docker-compose", "--env-file", empty.name, *chosen, *profiles, "config"],
+            ["docker-compose", "--env-file", empty.name, *options, *profiles, "config"],
             cwd=ROOT,
             env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", **dict(environ)},
             capture_output=True,

@@ -448,7 +448,7 @@ def test_a_filter_in_another_encoding_is_a_bad_argument(
 ) -> None:
     # Python decodes the byte FF of a UTF-8 terminal to this character.
     assert cli_main(["query-runs", "--table", "proposals", option, "AB\udcff"]) == 2
-    message = f"Invalid value for '{option}': it is no text in the encoding of this terminal."
+    message = f"Invalid value for '{option}': it is not text in the encoding of this terminal."
     assert capsys.readouterr().err == f"python -m llm_sidecar.db: {message}\n"
 
 
@@ -993,7 +993,7 @@ def interrupting_store(monkeypatch: pytest.MonkeyPatch, logs: Path) -> Iterator[
             "LANCEDB_URI": "s3://bucket/db",
             "LANCEDB_LOG_DIR": str(logs),
             "AWS_ENDPOINT_URL": address,
-            "AWS_ACCESS_KEY_ID": "nobody",
+            "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "nothing",
             "AWS_REGION": "us-east-1",
         }.items():

@@ -28,7 +28,7 @@ def test_the_list_of_what_is_not_run_names_blocks_that_exist() -> None:
 @pytest.mark.parametrize(
     "block",
     [
-        pytest.param(block, id=block.place)
+        pytest.param(block, id=block.location)
         for block in all_blocks()
         if block.language == "bash" and not is_run(block)
     ],
@@ -107,7 +107,9 @@ def run_quietly(command: list[str], environ: dict[str, str]) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("block", [pytest.param(block, id=block.place) for block in all_blocks()])
+@pytest.mark.parametrize(
+    "block", [pytest.param(block, id=block.location) for block in all_blocks()]
+)
 def test_a_block_is_of_a_language_that_is_checked(block: Block) -> None:
     match block.language:
         case "json":
@@ -124,4 +126,4 @@ def test_a_block_is_of_a_language_that_is_checked(block: Block) -> None:
 
 def test_every_command_of_a_page_has_an_answer_that_is_compared_or_none() -> None:
     """An answer that is not right below its command would be compared with nothing."""
-    assert not [block.place for block in all_blocks() if block.language == "text"]
+    assert not [block.location for block in all_blocks() if block.language == "text"]

@@ -1,4 +1,4 @@
-"""What the documentation says of the code: its tables are current, and what it names exists."""
+"""The documentation's tables are current, and the names in it exist."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from osiris.server import create_app
 from tests.docs_pages import PAGES, anchors
 from tests.docs_tables import COMMAND, DOCS, GENERATED, PAYLOADS, current
 from tests.live_server import ROOT
-from tests.unit.fakes import FakeParts, completion, last_of
+from tests.unit.fakes import FakeSidecar, completion, last_of
 
 SITE = re.search(r"^site_url: (\S+)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
 WIDTH = 100
@@ -67,14 +67,17 @@ def test_every_route_is_on_the_page_about_them() -> None:
 async def test_every_event_has_the_keys_that_its_row_says() -> None:
     proposal = {"ticker": "A", "action": "adjust", "side": "LONG", "confidence": 0.5}
     proposal |= {"new_stop_pct": 1.0, "new_target_pct": 2.0, "rationale": "So."}
-    parts = FakeParts()
-    parts.phi3.answers = [completion(json.dumps(proposal))]
-    parts.hermes.answers = [completion("Fine."), ChoiceScores({str(n): 0.1 for n in range(11)})]
-    await last_of(parts.sidecar.orchestrator.propose("Long A.", 256), AssessedProposal)
-    await parts.sidecar.feedback.submit(
+    fake_sidecar = FakeSidecar()
+    fake_sidecar.phi3.answers = [completion(json.dumps(proposal))]
+    fake_sidecar.hermes.answers = [
+        completion("Fine."),
+        ChoiceScores({str(n): 0.1 for n in range(11)}),
+    ]
+    await last_of(fake_sidecar.sidecar.orchestrator.propose("Long A.", 256), AssessedProposal)
+    await fake_sidecar.sidecar.feedback.submit(
         Phi3FeedbackSchema(transaction_id="t", feedback_type="rating", feedback_content="5")
     )
-    published = {channel: set(payload) for channel, payload in parts.happened.of("event")}
+    published = {channel: set(payload) for channel, payload in fake_sidecar.happened.of("event")}
     # The author is left out of feedback without a named key.
     assert published == {
         channel: set(keys) - {"author"} for channel, (_, keys) in PAYLOADS.items() if keys

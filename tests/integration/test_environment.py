@@ -32,7 +32,7 @@ WRITES = {"update", "setdefault"}
 class Reads(ast.NodeVisitor):
     """Collects the expressions that read the environment.
 
-    Setting a variable for a library is no read: an assignment, `update`, or a `setdefault` whose
+    Setting a variable for a library is not a read: an assignment, `update`, or a `setdefault` whose
     result is not used.
     """
 

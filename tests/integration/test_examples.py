@@ -1,4 +1,4 @@
-"""Few-shot examples: which corrections become one, which do not, and what is said of it."""
+"""Few-shot examples: which corrections become one, and the message about the others."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Running:
                     run_id=run_id, input_query=prompt, final_output="", status="success"
                 )
             )
-        # A question moves what waits.
+        # A query first moves the logged rows to the tables.
         await store.last("orchestrator_runs", 1)
         await store.close()
 
@@ -220,7 +220,7 @@ async def test_feedback_that_is_no_example_says_the_true_reason(sidecar: Running
          "rationale, ticker), so it is not an example."),
         ("good", GOOD | {"rationale": "x" * 437}, "the corrected proposal is not an example, "
          "because it takes more than 500 characters as JSON."),
-        ("nobody's", GOOD, "the corrected proposal is not an example, because no run with this "
+        ("unknown", GOOD, "the corrected proposal is not an example, because no run with this "
          "transaction_id is stored."),
         ("long", GOOD, "the corrected proposal is not an example, because the prompt of its "
          "run has more than 2000 characters."),
@@ -278,13 +278,13 @@ async def test_examples_that_are_too_much_for_the_model_give_way_from_the_oldest
         assert await sidecar.examples() == ["t-1", "t-2"]
 
 
-async def test_useless_corrections_crowd_out_nobody(sidecar: Running) -> None:
+async def test_useless_corrections_displace_no_example(sidecar: Running) -> None:
     await sidecar.log_runs("t")
     await sidecar.correct("t")
     # More than are read at once.
     for number in range(70):
         await sidecar.correct("t", {"ticker": "ABC"}, feedback_content=f"bad {number}")
-    await asyncio.gather(*(sidecar.correct(f"nobody's-{number}") for number in range(70)))
+    await asyncio.gather(*(sidecar.correct(f"unknown-{number}") for number in range(70)))
     assert await sidecar.examples() == ["t"]
 
 
@@ -349,7 +349,7 @@ async def test_feedback_of_another_service_is_withdrawn_whatever_its_id(
         feedback_content="5",
     )
     await store.append(row)
-    # A question moves what waits.
+    # A query first moves the logged rows to the tables.
     await store.last("phi3_feedback", 1)
     await store.close()
     path = urllib.parse.quote(feedback_id, safe="")
@@ -361,7 +361,7 @@ async def test_feedback_of_another_service_is_withdrawn_whatever_its_id(
 
 
 async def test_withdrawing_what_is_not_there_is_404(sidecar: Running) -> None:
-    for feedback_id in ("nobody's", "a%2Fb/", "a'%20or%20'1'='1", "phi3"):
+    for feedback_id in ("unknown", "a%2Fb/", "a'%20or%20'1'='1", "phi3"):
         answer = await sidecar.client.delete(f"/feedback/{feedback_id}")
         assert answer.status_code == 404
         assert answer.json() == {"detail": "There is no feedback with this feedback_id."}
@@ -411,7 +411,7 @@ async def test_while_the_database_is_away_what_is_known_can_be_withdrawn(
         )
         _, kept = await sidecar.correct("t", feedback_content="another")
         known = await sidecar.client.delete(f"/feedback/{feedback_id}")
-        unknown = await sidecar.client.delete("/feedback/nobody's")
+        unknown = await sidecar.client.delete("/feedback/unknown")
         assert (known.status_code, unknown.status_code) == (200, 503)
         assert unknown.headers["Retry-After"] == "5"
         assert (await sidecar.database())["rows_written"] == 3
@@ -432,14 +432,14 @@ async def test_an_example_in_use_can_be_withdrawn_while_the_database_cannot_be_r
     async def fail(*_: object, **__: object) -> None:
         raise DatabaseUnavailable("The database cannot be read.", retry_after=5)
 
-    for question in ("recent_corrections", "feedback_transaction"):
-        monkeypatch.setattr(Store, question, fail)
-    assert (await sidecar.client.delete("/feedback/nobody's")).status_code == 503
+    for method in ("recent_corrections", "feedback_transaction"):
+        monkeypatch.setattr(Store, method, fail)
+    assert (await sidecar.client.delete("/feedback/unknown")).status_code == 503
     assert (await sidecar.client.delete(f"/feedback/{feedback_id}")).status_code == 200
     assert await sidecar.examples() == ["other"]
     monkeypatch.undo()
     # What is read again is without it.
-    await sidecar.correct("nobody's")
+    await sidecar.correct("unknown")
     assert await sidecar.examples() == ["other"]
 
 
@@ -485,13 +485,13 @@ async def test_published_feedback_is_stored_and_an_example_only_where_that_is_al
         await other.publish(CHANNEL, published())
         await wait_for_rows(sidecar, 2)
         # Each sidecar that receives a correction reads the examples again.
-        await sidecar.correct("nobody's")
+        await sidecar.correct("unknown")
         await sidecar.until(*expected)
         store = await Store.open(tmp_path / "db")
         rows = await store.last("phi3_feedback", 0)
         await store.close()
     sources = {row["transaction_id"]: row["source"] for row in rows}
-    assert sources == {"ours": "direct", "nobody's": "direct", "t": "bus"}
+    assert sources == {"ours": "direct", "unknown": "direct", "t": "bus"}
 
 
 async def test_a_message_that_claims_what_it_may_not_is_not_stored(tmp_path: Path) -> None:

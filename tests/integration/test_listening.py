@@ -31,8 +31,8 @@ def test_existing_connections_are_served_and_new_ones_are_blocked(
             connection, _ = listener.accept()
             assert waiting(listener) == 0
             with connection:
-                early.sendall(b"question")
-                assert connection.recv(100) == b"question"
+                early.sendall(b"request")
+                assert connection.recv(100) == b"request"
                 connection.sendall(b"answer")
                 assert early.recv(100) == b"answer"
         listener.close()
@@ -52,8 +52,8 @@ def test_a_unix_socket_is_unlinked(tmp_path: Path) -> None:
             late.connect(path)
         connection, _ = listener.accept()
         with connection:
-            early.sendall(b"question")
-            assert connection.recv(100) == b"question"
+            early.sendall(b"request")
+            assert connection.recv(100) == b"request"
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])

@@ -1,4 +1,4 @@
-"""The blocking and the async client against a real HTTP server that fails as it is told."""
+"""The blocking and the async client against a real HTTP server that fails on command."""
 
 from __future__ import annotations
 
@@ -658,7 +658,9 @@ async def test_a_cancelled_call_ends_at_once_and_the_client_still_works(
         assert await client.health() == {"answer": 42}
 
 
-async def test_nobody_there_is_a_connection_error_after_all_tries(clients: Clients) -> None:
+async def test_an_unreachable_server_is_a_connection_error_after_all_tries(
+    clients: Clients,
+) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         client = clients(base_url=f"http://127.0.0.1:{free.getsockname()[1]}")
@@ -708,7 +710,7 @@ async def test_a_probe_asks_once(
     assert [seen.path for seen in server.seen] == [f"/health/{probe}"]
 
 
-async def test_a_probe_of_nobody_is_false(clients: Clients) -> None:
+async def test_a_probe_of_an_unreachable_server_is_false(clients: Clients) -> None:
     client = clients(base_url="http://127.0.0.1:1")
     assert await done(client.ready()) is False
     assert await done(client.live()) is False

@@ -1,4 +1,4 @@
-"""Where models are looked for."""
+"""The locations of models."""
 
 from __future__ import annotations
 

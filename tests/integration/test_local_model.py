@@ -747,7 +747,7 @@ async def test_a_damaged_adapter_is_refused_and_the_old_one_stays(
     error = await failure(model.use_adapter(Adapter(bad)))
     assert isinstance(error, AdapterRejected)
     assert error.detail == (
-        "The adapter 20260102 is refused: adapter.onnx_adapter is no adapter, or only a part of one"
+        "The adapter 20260102 is refused: adapter.onnx_adapter is not an adapter, or is incomplete"
     )
     assert model.status().adapter == Adapter(good)
     assert await complete(model, SHORT) == replace(expected, cached_tokens=ANY)

@@ -168,13 +168,13 @@ def huge(folder: Path) -> None:
         (missing, "llm_sidecar.loader adapter"),
         (no_file, "llm_sidecar.loader adapter"),
         (huge, "larger than the weights that it may change"),
-        (halved, "a part of one"),
+        (halved, "is incomplete"),
         (of_another_width, "32 wide"),
         (of_another_model, "layers.7"),
         (of_two_ranks, "layers.0.attn.qkv_proj differ"),
         (in_another_precision, "float16"),
         (infinite, "infinities"),
-        (no_matrix, "is no matrix"),
+        (no_matrix, "is not a matrix"),
         (overflowing, "not finite numbers"),
     ],
 )
@@ -261,14 +261,14 @@ def with_a_deep_config(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (with_a_head, "lm_head.weight, which is no matrix of LoRA"),
-        (with_a_long_name, "xxx, which is no matrix of LoRA"),
+        (with_a_head, "lm_head.weight, which is not a LoRA matrix"),
+        (with_a_long_name, "xxx, which is not a LoRA matrix"),
         (for_less_than_it_targets, "do not both have"),
         (with_weights_that_are_none, "cannot be read"),
         (with_a_fifo, "holds no adapter_model.safetensors"),
         (with_huge_weights, "larger than the model"),
         (with_a_huge_config, "larger than 1 MB"),
-        (with_a_deep_config, "is no JSON"),
+        (with_a_deep_config, "is not JSON"),
     ],
 )
 def test_torch_refuses_an_adapter_that_is_no_lora_for_the_model(
@@ -343,7 +343,7 @@ def test_what_cannot_be_converted_is_said_and_leaves_nothing(
     other = write_adapter(source, tmp_path / "other")
     tensors = load_file(other / WEIGHTS_FILE) | {"base_model.model.lm_head.bias": np.zeros(8, "f4")}
     save_file(tensors, other / WEIGHTS_FILE)
-    assert "no matrix of LoRA" in failure(other, base)
+    assert "not a LoRA matrix" in failure(other, base)
     assert "on torch" in failure(peft, source)
     assert CONFIG_FILE in failure(tmp_path, base)
     deeper = write_transformers_folder(tmp_path / "deeper", hidden_size=128)
@@ -352,7 +352,7 @@ def test_what_cannot_be_converted_is_said_and_leaves_nothing(
     (peft / WEIGHTS_FILE).write_bytes((peft / WEIGHTS_FILE).read_bytes()[:100])
     assert "cannot be read" in failure(peft, base)
     (peft / CONFIG_FILE).write_text("[")
-    assert "no JSON" in failure(peft, base)
+    assert "not JSON" in failure(peft, base)
     (peft / WEIGHTS_FILE).unlink()
     assert WEIGHTS_FILE in failure(peft, base)
     out.mkdir()
@@ -383,7 +383,7 @@ def test_the_command_converts_for_the_configured_model(
     assert "20260101 changes the probabilities of phi3/" in said
     status, said = run()
     assert status == 1
-    assert said.endswith("already; name another folder or remove it\n")
+    assert said.endswith("already exists; name another folder or remove it\n")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Which process the kernel ends when memory runs out."""
+"""The process that the kernel kills when memory runs out."""
 
 from __future__ import annotations
 

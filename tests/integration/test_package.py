@@ -31,7 +31,7 @@ NAME = PROJECT["name"]
 
 
 def ranges(extra: str | None) -> dict[str, Requirement]:
-    """What the bare package or one of its extras needs, with the extras that it includes."""
+    """The requirements of the bare package or of an extra, including the extras inside it."""
     found: dict[str, Requirement] = {}
     for text in PROJECT["dependencies"] if extra is None else EXTRAS[extra]:
         requirement = Requirement(text)
@@ -173,7 +173,7 @@ def third_party(door: str) -> set[str]:
 
 
 def source(module: str) -> Path | None:
-    """The file of a module of ours; None where the name is no module's but of something in one."""
+    """The file of one of our modules; None if the name is an attribute of a module."""
     path = ROOT.joinpath(*module.split("."))
     files = (path / "__init__.py", path.with_suffix(".py"))
     return next((file for file in files if file.exists()), None)
@@ -256,7 +256,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
 
 
 def copy_package(to: Path) -> None:
-    """What the package is built from, so that no build leaves its files in this repository."""
+    """A copy of the package's sources, so that builds leave no files in this repository."""
     for name in tracked("pyproject.toml", "README.md", "llm_sidecar", "osiris"):
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, to / name)

@@ -1,4 +1,4 @@
-"""What a project is joined by: hooks, workflow, changelog, decisions, and what git ignores."""
+"""Project files: hooks, workflow, changelog, decisions, and the files that git ignores."""
 
 from __future__ import annotations
 

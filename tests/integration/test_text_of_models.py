@@ -1,4 +1,4 @@
-"""What a worker makes of an engine that writes control characters, and of one that quotes."""
+"""Workers whose engine writes control characters, or quotes a prompt in an error."""
 
 from __future__ import annotations
 

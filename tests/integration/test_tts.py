@@ -280,10 +280,10 @@ async def test_a_full_queue_and_a_passed_deadline_are_errors(bus: EventBus) -> N
 
 async def test_the_setting_and_the_available_voices_decide_which_one_speaks(bus: EventBus) -> None:
     voice = SlowVoice()
-    assert Speaker(bus, voice="auto", remote=voice).choose() is voice
-    assert Speaker(bus, voice="espeak", remote=voice).choose().name == "espeak"
+    assert Speaker(bus, voice="auto", remote=voice).current_voice() is voice
+    assert Speaker(bus, voice="espeak", remote=voice).current_voice().name == "espeak"
     voice.available = False
-    assert Speaker(bus, voice="auto", remote=voice).choose().name == "espeak"
+    assert Speaker(bus, voice="auto", remote=voice).current_voice().name == "espeak"
     speaker = Speaker(bus, voice="chatterbox", remote=voice)
     with pytest.raises(VoiceUnavailable, match="TTS_VOICE") as caught:
         await speaker.speak("Hello.")

@@ -27,7 +27,7 @@ from tests.integration.test_tts_remote import Tones
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    """A folder that has the right names in it."""
+    """A folder with the right file names."""
     for name in WEIGHTS:
         (tmp_path / name).touch()
     return tmp_path
@@ -55,7 +55,7 @@ async def test_without_the_package_it_says_what_to_install_and_to_start(weights:
 
 
 class RecordingPackage:
-    """In the place of Chatterbox's package: reads the reference as the package does."""
+    """Replaces Chatterbox's package; reads the reference as the package does."""
 
     conds = t3 = SimpleNamespace(hp=None)
     read: Any = None
@@ -128,13 +128,13 @@ def test_bad_arguments_end_the_worker_with_2() -> None:
 
 
 async def test_two_texts_at_once_are_not_mixed_on_the_bus() -> None:
-    bus, heard = EventBus("memory://"), asyncio.Queue[str]()
+    bus, received = EventBus("memory://"), asyncio.Queue[str]()
     await bus.connect()
-    await bus.register_listener_queue("audio.bytes", heard)
+    await bus.register_listener_queue("audio.bytes", received)
     voice = ChatterboxTTS("nowhere", "cpu", bus)
     voice._voice = Tones()  # type: ignore[assignment]
     wholes = await asyncio.gather(voice.synth("a a a"), voice.synth("bb bb bb"))
-    parts = [wavs.decode(base64.b64decode(await heard.get())) for _ in range(6)]
+    parts = [wavs.decode(base64.b64decode(await received.get())) for _ in range(6)]
     joined = (wavs.encode(wavs.join(parts[:3])), wavs.encode(wavs.join(parts[3:])))
     assert joined == tuple(wholes)
     await bus.close()

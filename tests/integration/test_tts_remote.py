@@ -295,8 +295,8 @@ async def test_a_worker_that_vanishes_in_the_middle_is_noticed(house: House) -> 
     voice.gate.clear()
     asking = asyncio.create_task(say(sidecar, "word"))
     await until(lambda: voice.begun)
-    await bus.close()  # as for a process that is killed: no goodbye reaches anybody
-    with pytest.raises(VoiceUnavailable, match="went away"):
+    await bus.close()  # as when a process is killed: it does not say goodbye
+    with pytest.raises(VoiceUnavailable, match="ended in the middle"):
         await asking
     assert not sidecar.available
     await worker.close()
@@ -337,13 +337,13 @@ async def test_a_reference_that_is_no_wav_is_refused(house: House) -> None:
 
 async def test_a_worker_answers_on_no_channel_but_a_sidecars(house: House) -> None:
     sidecar, worker = await pair(house)
-    bus, heard = await house.bus(), asyncio.Queue[str]()
-    await bus.register_listener_queue("phi3.feedback.submitted", heard)
+    bus, received = await house.bus(), asyncio.Queue[str]()
+    await bus.register_listener_queue("phi3.feedback.submitted", received)
     strange = {"request_id": "1", "reply_to": "phi3.feedback.submitted", "text": "word"}
     for payload in (json.dumps({**strange, "exaggeration": 0.5}), "{", "[]", '{"request_id": 1}'):
         assert await bus.publish(requested(worker.worker_id), payload)
     assert same(await say(sidecar, "word"), [tone("word")])
-    assert heard.empty()
+    assert received.empty()
 
 
 async def test_what_is_no_message_is_refused_counted_and_logged_without_its_content(
@@ -408,7 +408,7 @@ def part(index: int, wav: bytes | None = None) -> dict[str, object]:
         ([part(1), part(0)], "lost"),
         ([part(0), part(0)], "lost"),
         ([part(0), {"end": 2}], "lost"),
-        ([part(0, b"noise"), {"end": 1}], "no WAV"),
+        ([part(0, b"noise"), {"end": 1}], "not a WAV"),
     ],
 )
 async def test_parts_are_never_joined_in_the_wrong_order(

@@ -1,4 +1,4 @@
-"""Adapters of a running server: chosen, refused, remembered."""
+"""Adapters of a running server: switched, refused, saved for the next start."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def proposal(server: LiveServer) -> str:
     return answer.text
 
 
-def test_an_adapter_is_chosen_refused_and_remembered(
+def test_an_adapter_is_switched_refused_and_saved(
     adapters: Path, random_models: dict[str, str], tmp_path: Path
 ) -> None:
     with running(tmp_path, adapters, random_models) as server:
@@ -132,7 +132,7 @@ def test_an_adapter_whose_files_cannot_be_read_is_refused_while_others_ask(
     }
     with running(tmp_path, adapters, environ) as server, ThreadPoolExecutor() as threads:
         expected, pid = proposal(server), server.worker("phi3")
-        # The worker that serves has read it; the next one waits for somebody to write.
+        # The worker that serves has read it; the next one waits for a writer.
         (folder / file.name).unlink()
         os.mkfifo(folder / file.name)
         swaps = [threads.submit(swap, server, "20260101") for _ in range(2)]
@@ -161,11 +161,11 @@ def children(server: LiveServer) -> list[int]:
     return [int(pid) for thread in threads for pid in thread.read_text().split()]
 
 
-def is_remembered(folder: Path) -> bool:
+def is_saved(folder: Path) -> bool:
     return any(folder.glob("**/phi3_adapter"))
 
 
-async def test_a_swap_whose_caller_is_cancelled_is_carried_through_and_remembered(
+async def test_a_swap_whose_caller_is_cancelled_is_completed_and_saved(
     adapters: Path, random_models: dict[str, str], tmp_path: Path
 ) -> None:
     settings = Settings.from_environ(
@@ -186,14 +186,14 @@ async def test_a_swap_whose_caller_is_cancelled_is_carried_through_and_remembere
             await asking
         assert sidecar.adapters.date() is None
         async with asyncio.timeout(30):
-            while not is_remembered(tmp_path):
+            while not is_saved(tmp_path):
                 await asyncio.sleep(0.02)
         assert str(sidecar.adapters.date()) == "2026-01-01"
     finally:
         await sidecar.close()
 
 
-def test_an_adapter_may_be_a_link_to_another_place(tmp_path: Path) -> None:
+def test_an_adapter_may_be_a_link_to_another_folder(tmp_path: Path) -> None:
     adapters, elsewhere = tmp_path / "adapters", tmp_path / "elsewhere"
     for folder in (adapters, elsewhere):
         folder.mkdir()

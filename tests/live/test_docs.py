@@ -59,7 +59,7 @@ def demo_server(
 
 @pytest.fixture
 def checkout(demo_server: LiveServer, tmp_path: Path) -> Path:
-    """What a page's commands find in their folder: a checkout, whose data are the server's."""
+    """The working folder of a page's commands: a checkout with the server's data."""
     folder = tmp_path / "checkout"
     folder.mkdir()
     (folder / "llm_sidecar").symlink_to(ROOT / "llm_sidecar")
@@ -101,10 +101,10 @@ def check_answers(run: list[Block], demo_server: LiveServer, checkout: Path) -> 
         status, answer, errors = (
             (files / f"{number}.{kind}").read_text() for kind in ("status", "out", "err")
         )
-        assert status == "0\n", f"{block.place} fails:\n{answer}{errors}"
+        assert status == "0\n", f"{block.location} fails:\n{answer}{errors}"
         if block.shown is not None:
             language, shown = block.shown
-            assert comparable(language, answer) == comparable(language, shown), block.place
+            assert comparable(language, answer) == comparable(language, shown), block.location
 
 
 def as_run(block: Block, server: LiveServer, python_file: Path) -> str:
@@ -128,14 +128,14 @@ VARIES = {
 
 
 def comparable(language: str, answer: str) -> Any:
-    """What a run repeats of an answer: of text, all but measured numbers (three decimals)."""
+    """The repeatable content of a text answer: all but measured numbers (three decimals)."""
     if language == "json":
         return known(json.loads(answer))
     return re.sub(r"\d+\.\d{3}\b", NUMBER, answer.strip())
 
 
 def known(value: Any, key: str = "") -> Any:
-    """What a run repeats of a JSON answer: all but the numbers and the texts under `VARIES`."""
+    """The repeatable content of a JSON answer: all but the numbers and the texts under `VARIES`."""
     if isinstance(value, dict):
         return {name: known(item, name) for name, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""A server that asks again for a proposal that is not grounded in its prompt."""
+"""A server that retries a proposal that is not grounded in its prompt."""
 
 from __future__ import annotations
 

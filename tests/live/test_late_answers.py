@@ -1,4 +1,4 @@
-"""What becomes of a request that a model fails: nothing that is finished gets lost."""
+"""Requests that a model fails: finished results are kept."""
 
 from __future__ import annotations
 
@@ -24,16 +24,14 @@ from tests.random_models import CONTEXT_LENGTH
 
 PROMPT = {"prompt": "Long ABC from 100, now 112.5, RSI 81."}
 LONG_PROMPT = {"prompt": 60 * "Long ABC from 100, now 112.5. "}
-"""Takes Phi-3 a while to read."""
+"""Its prefill takes Phi-3 a while."""
 CORRECTED = {"ticker": "ABC", "action": "pass", "confidence": 0.5, "rationale": "Nothing to do."}
 SCORE = {"proposal": CORRECTED}
 WALK = "/propose_trade_adjustments/"
 QUEUE = 4
 DEADLINE = 4
 """Seconds in which Phi-3 writes a proposal, however busy the machine is."""
-PHASES = (
-    r"\d\.\d s in earlier model calls, \d\.\d s waiting, 0\.0 s reading the prompt, 0\.0 s writing"
-)
+PHASES = r"\d\.\d s in earlier model calls, \d\.\d s waiting, 0\.0 s in prefill, 0\.0 s in decode"
 
 
 class Server:
@@ -74,7 +72,7 @@ class Server:
 
     @contextlib.contextmanager
     def asking(self, path: str, body: dict[str, Any]) -> Iterator[None]:
-        """A client that asks, and disconnects without waiting for the answer."""
+        """A client that sends a request and disconnects without waiting for the answer."""
         host, port = self.live.url.removeprefix("http://").split(":")
         content = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -98,7 +96,7 @@ class Server:
     def metric(self, name: str, **labels: str) -> float:
         return MetricsText(self.client.get("/metrics").text).value(name, **labels)
 
-    def _ask(self, question: Callable[[Store], Any]) -> Any:
+    def _ask(self, query: Callable[[Store], Any]) -> Any:
         if self.live.process.poll() is None:
             # What is in the server's log is seen by the server alone.
             self.live.wait_until(lambda: self._database()["rows_waiting"] == 0)
@@ -106,7 +104,7 @@ class Server:
         async def ask() -> Any:
             store = await Store.open(self._folder / "lancedb", create=False)
             try:
-                return await question(store)
+                return await query(store)
             finally:
                 await store.close()
 

@@ -1,4 +1,5 @@
-"""A running server whose model never finishes loading: who waits, how long, and what they hear."""
+"""A running server whose model never finishes loading: which requests wait, how long, and their
+errors."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ def test_a_request_waits_for_a_loading_model_until_its_deadline_or_the_shutdown(
     file = Path(random_models["MICRO_LLM_MODEL_PATH"])
     folder = shutil.copytree(file.parent, tmp_path / "model")
     (folder / file.name).unlink()
-    # A worker that opens it waits for somebody to write.
+    # A worker that opens it waits for a writer.
     os.mkfifo(folder / file.name)
     environ = random_models | {
         "MICRO_LLM_MODEL_PATH": str(folder),

@@ -26,7 +26,7 @@ from tests.live_server import ROOT, LiveServer, free_port, serve
 DEPLOYED = ROOT / "deploy" / "observability"
 DASHBOARD = DEPLOYED / "grafana" / "dashboards" / "sidecar.json"
 RATE_INTERVAL: Final = "10s"
-"""What Grafana puts for `$__rate_interval`, at this test's scrape interval of a second."""
+"""Grafana's value of `$__rate_interval`, at this test's scrape interval of a second."""
 PROMPT = {"prompt": "Long ABC from 100, now 112.5, RSI 81.", "max_length": 256}
 LOAD: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     ("/propose_trade_adjustments", PROMPT),

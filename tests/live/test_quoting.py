@@ -1,5 +1,5 @@
-"""What was sent is quoted nowhere: a mark goes through every route and every field, and is looked
-for in answers, log, spans and Sentry events.
+"""Nothing quotes a request: a mark goes through every route and every field, and is looked for in
+answers, log, spans and Sentry events.
 
 Routes and fields are those of the server's OpenAPI document, so that a new one is tested as well.
 """
@@ -216,18 +216,18 @@ def _filled(path: str, value: str = MARK) -> str:
 
 @dataclass
 class Sent:
-    """What came of everything that was sent.
+    """The result of everything that was sent.
 
     Attributes:
         document: the server's.
         answers: attempts with their answers.
-        places: what was written where, in bytes.
+        outputs: what was written where, in bytes.
         refused: how many messages on Redis were refused, of how many bad ones.
     """
 
     document: Document
     answers: list[tuple[Attempt, httpx.Response]]
-    places: dict[str, bytes]
+    outputs: dict[str, bytes]
     refused: tuple[int, int]
 
 
@@ -342,8 +342,8 @@ def test_nothing_fails_but_the_route_that_is_to_fail(sent: Sent) -> None:
 
 
 def test_a_location_is_made_of_the_documents_names_and_of_indexes(sent: Sent) -> None:
-    places = {"body", "path", "query", "header", "cookie"}
-    known = {"*", *places, *sent.document.names()}
+    sources = {"body", "path", "query", "header", "cookie"}
+    known = {"*", *sources, *sent.document.names()}
     unknown = {
         part
         for _, answer in sent.answers
@@ -355,9 +355,9 @@ def test_a_location_is_made_of_the_documents_names_and_of_indexes(sent: Sent) ->
     assert unknown == set()
 
 
-@pytest.mark.parametrize("place", ["log", "spans", "Sentry events"])
-def test_what_the_server_writes_quotes_nothing(sent: Sent, place: str) -> None:
-    written = sent.places[place]
+@pytest.mark.parametrize("output", ["log", "spans", "Sentry events"])
+def test_what_the_server_writes_quotes_nothing(sent: Sent, output: str) -> None:
+    written = sent.outputs[output]
     # It has seen the requests.
     assert b"/score/hermes/" in written
     at = written.find(MARK.encode())
@@ -367,6 +367,6 @@ def test_what_the_server_writes_quotes_nothing(sent: Sent, place: str) -> None:
 def test_every_bad_message_on_redis_is_refused_and_counted(sent: Sent) -> None:
     counted, bad = sent.refused
     assert counted == bad
-    lines = map(json.loads, sent.places["log"].splitlines())
+    lines = map(json.loads, sent.outputs["log"].splitlines())
     said = [line["message"] for line in lines if " is refused: " in line["message"]]
     assert len(said) == bad

@@ -182,8 +182,8 @@ def test_fifty_at_once_each_get_their_own_speech(voice: LiveServer) -> None:
     began = time.monotonic()
     responses = asyncio.run(all_at_once())
     assert time.monotonic() - began < 20
-    together = [outline(samples(response)) for response in responses]
-    for n, spoken in enumerate(together):
+    concurrent = [outline(samples(response)) for response in responses]
+    for n, spoken in enumerate(concurrent):
         differences = [difference(spoken, other) for other in alone]
         assert differences[n] < 0.15
         assert int(np.argmin(differences)) == n, texts[n]
@@ -271,14 +271,14 @@ def test_a_slow_listener_is_told_what_it_lost(voice: LiveServer) -> None:
             samples(say(voice, text))
             parts += len(split(text))
             lost = lost_by_all() - before
-        received = told = 0
-        while received + told < parts:
+        received = announced = 0
+        while received + announced < parts:
             line = next(slow)
             if line == "event: lost":
-                told += int(next(slow).removeprefix("data: "))
+                announced += int(next(slow).removeprefix("data: "))
             else:
                 received += line.startswith("data: ")
-        assert told == lost
+        assert announced == lost
 
 
 async def test_a_silent_stream_has_comments(

@@ -1,5 +1,5 @@
-"""Hostile and merely long texts at real workers: each is answered or refused, and nobody else waits
-for it."""
+"""Hostile and merely long texts at real workers: each is answered or refused, and no other request
+waits for it."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ async def test_a_short_request_waits_for_no_long_text(
     model = make_model(random_hermes_onnx)
     short = GenerationRequest(user("go"), 2)
     await complete(model, short)
-    # As many as generate together, less one.
+    # The batch capacity, less one.
     refused = [
         asyncio.create_task(failure(complete(model, GenerationRequest(user(DOES_NOT_FIT * 10), 2))))
         for _ in range(7)

@@ -18,7 +18,7 @@ COMMANDS = (".venv/bin/python -m llm_sidecar.loader convert \\",)
 @pytest.mark.parametrize(
     "block",
     [
-        pytest.param(block, id=block.place)
+        pytest.param(block, id=block.location)
         for block in all_blocks()
         if first_line(block) in COMMANDS
     ],

@@ -1,4 +1,4 @@
-"""What clients that do harm cost, and that an end of the server cuts nobody. Prints its figures."""
+"""The cost of hostile clients, and shutdowns that complete every answer. Prints its figures."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ SECONDS = 30.0
 CLIENTS = 8
 ROUNDS = 3
 REQUESTS = 7_000
-"""In each round, from all clients together."""
+"""In each round, from all clients."""
 
 
 def memory(server: LiveServer) -> float:
-    """Resident MiB of the API process."""
+    """Memory of the API process, in MiB."""
     lines = Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("VmRSS"))) / 1024
 
@@ -122,7 +122,7 @@ def test_clients_that_do_harm_cost_little_and_are_closed(tmp_path: Path) -> None
             most = memory(server)
             time.sleep(max(0.0, silent_at + SECONDS - time.monotonic()))
             silent_left = sum(not is_closed(client) for client in silent)
-            # Nobody reads from these, so ask the kernel which the server has closed.
+            # No task reads from these, so ask the kernel which the server has closed.
             time.sleep(max(0.0, unread_at + SECONDS - time.monotonic()))
             open_after, after = connections(server), memory(server)
             others = max(0, open_after - open_before - 1)
@@ -144,7 +144,7 @@ def test_clients_that_do_harm_cost_little_and_are_closed(tmp_path: Path) -> None
 
 
 class Asking:
-    """Clients that never stop asking, until they cannot connect any more."""
+    """Clients that send requests until they can no longer connect."""
 
     def __init__(self, url: str) -> None:
         self._url = url

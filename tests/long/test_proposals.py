@@ -12,5 +12,5 @@ engine = suite.engine
 
 @pytest.mark.parametrize("part", range(2, 10))
 def test_random_weights_write_nothing_but_valid_proposals(engine: Engine, part: int) -> None:
-    """Parts 0 and 1 run in the suite."""
+    """`make test` runs parts 0 and 1."""
     suite.test_random_weights_write_nothing_but_valid_proposals(engine, part)

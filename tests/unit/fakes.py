@@ -48,14 +48,14 @@ def scores(**found: float) -> ChoiceScores:
 
 
 async def last_of(items: AsyncGenerator[Any, None], kind: type[T]) -> T:
-    """The last item of a stream, which is of this kind."""
+    """The last item of a stream; `kind` is its type."""
     *_, last = [item async for item in items]
     assert isinstance(last, kind)
     return last
 
 
 async def text_of(stream: AsyncGenerator[Delta, None]) -> Completion:
-    """The whole of a generation."""
+    """The completion that the deltas of a generation form."""
     return Completion.of([delta async for delta in stream])
 
 
@@ -112,7 +112,7 @@ class Happened:
 
 
 class FakeBus:
-    """Takes every event.
+    """An event bus that accepts every event.
 
     Attributes:
         subscribers: by channel.
@@ -139,26 +139,26 @@ class FakeBus:
 
     @property
     def bus(self) -> EventBus:
-        """Itself, as the services know it."""
+        """Itself, with the type that services expect."""
         return cast(EventBus, self)
 
 
 class FakeStore:
-    """A database in memory, which answers what a test puts into it.
+    """A database in memory, which returns what a test prepares.
 
     Attributes:
-        rows: that were appended.
+        rows: the appended rows.
         corrections: newest first.
-        prompts: of the runs, by transaction_id.
-        withdrawn: feedback that is.
-        transactions: of feedback that is stored, by feedback_id.
+        prompts: the prompts of the runs, by transaction_id.
+        withdrawn: the ids of withdrawn feedback.
+        transactions: the transaction_ids of stored feedback, by feedback_id.
         mean: of the scores, and their number.
-        since: the times from which on scores were read.
-        patience: the seconds of each wait until it is open.
-        asked: the options of each read of corrections.
+        since: the start times of the reads of scores.
+        timeouts: the seconds of each wait until it is open.
+        queries: the options of each query for corrections.
         failure: raised by every read.
-        full: raised instead of taking a row.
-        reading: unless it is set, corrections do not come.
+        full: raised instead of storing a row.
+        readable: until it is set, queries for corrections wait.
         is_away: whether it is not open.
         database_id: the database's own id, once that is known.
     """
@@ -172,23 +172,23 @@ class FakeStore:
         self.transactions: dict[str, str] = {}
         self.mean: tuple[float | None, int] = (None, 0)
         self.since: list[datetime.datetime] = []
-        self.patience: list[float] = []
-        self.asked: list[dict[str, Any]] = []
+        self.timeouts: list[float] = []
+        self.queries: list[dict[str, Any]] = []
         self.failure: Exception | None = None
         self.full: DatabaseUnavailable | None = None
-        self.reading = asyncio.Event()
-        self.reading.set()
+        self.readable = asyncio.Event()
+        self.readable.set()
         self.is_away = False
         self.log_folder = Path("/log")
         self.database_id: str | None = None
 
     @property
     def store(self) -> Store:
-        """Itself, as the services know it."""
+        """Itself, with the type that services expect."""
         return cast(Store, self)
 
     async def opened(self, timeout: float) -> None:
-        self.patience.append(timeout)
+        self.timeouts.append(timeout)
         self._fail()
 
     def is_open(self) -> bool:
@@ -209,8 +209,8 @@ class FakeStore:
     async def recent_corrections(
         self, count: int, usable: Callable[[Correction], bool], **options: Any
     ) -> list[Correction]:
-        self.asked.append({"count": count, **options})
-        await self.reading.wait()
+        self.queries.append({"count": count, **options})
+        await self.readable.wait()
         self._fail()
         return [one for one in self.corrections if usable(one)][:count]
 
@@ -250,7 +250,7 @@ class FakeMetrics(MetricsSink):
         self._happened.log.append(("metric", "row_lost", table))
 
 
-class FakeParts:
+class FakeSidecar:
     """A sidecar whose models, database and event bus are fakes; its services are the real ones.
 
     Attributes:
@@ -280,7 +280,7 @@ class FakeParts:
 
 
 def fresh(module: ModuleType) -> ModuleType:
-    """The module executed once more: what it computes while it is imported is computed now.
+    """Executes the module again, so that the work of its import runs now.
 
     The one that everybody imports stays as it is.
     """

@@ -45,4 +45,4 @@ def test_a_file_that_cannot_be_written_is_logged(
 ) -> None:
     (tmp_path / "file").touch()
     AdapterState(tmp_path / "file", tmp_path).save(Adapter(tmp_path / "20260101"))
-    assert "not remembered" in caplog.text
+    assert "is not saved" in caplog.text

@@ -1,4 +1,4 @@
-"""Which adapter is chosen."""
+"""Finding an adapter by name, by date or as the newest."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_folder_that_cannot_be_read_is_said(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_looked_into_counts_until_it_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loading it says why it cannot be read; an older one in its place would say nothing."""
+    """Loading it reports why it cannot be read; an older adapter would hide that."""
     make_adapters(tmp_path, "20260101", "20260102")
 
     def is_file(path: Path) -> bool:

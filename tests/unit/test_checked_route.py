@@ -14,7 +14,7 @@ from llm_sidecar.errors import InvalidRequest
 from llm_sidecar.settings import Settings
 from osiris.server import create_app
 from tests.unit.asgi import client
-from tests.unit.fakes import FakeParts
+from tests.unit.fakes import FakeSidecar
 
 BODY = b'{"prompt": "Long ABC from 100."}'
 JSON = {"Content-Type": "application/json"}
@@ -28,8 +28,8 @@ ENCODING = (
 
 
 @pytest.fixture
-def parts() -> FakeParts:
-    return FakeParts()
+def fake_sidecar() -> FakeSidecar:
+    return FakeSidecar()
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def app() -> FastAPI:
 
 
 @pytest.fixture
-async def asking(app: FastAPI, parts: FakeParts) -> AsyncIterator[httpx.AsyncClient]:
-    app.state.sidecar = parts.sidecar
+async def asking(app: FastAPI, fake_sidecar: FakeSidecar) -> AsyncIterator[httpx.AsyncClient]:
+    app.state.sidecar = fake_sidecar.sidecar
     async with client(app) as made:
         yield made
 
@@ -70,12 +70,12 @@ def entries(response: httpx.Response) -> list[tuple[list[str], str]]:
     ],
 )
 async def test_a_body_that_is_not_declared_as_json_is_415(
-    asking: httpx.AsyncClient, parts: FakeParts, headers: dict[str, str], detail: str
+    asking: httpx.AsyncClient, fake_sidecar: FakeSidecar, headers: dict[str, str], detail: str
 ) -> None:
     response = await asking.post("/generate/hermes/", content=BODY, headers=headers)
     assert response.status_code == 415
     assert response.json() == {"detail": detail}
-    assert parts.hermes.asked == []
+    assert fake_sidecar.hermes.requests == []
 
 
 async def test_two_content_types_are_415(asking: httpx.AsyncClient) -> None:
@@ -95,9 +95,9 @@ async def test_two_content_types_are_415(asking: httpx.AsyncClient) -> None:
     ],
 )
 async def test_a_body_that_is_declared_as_json_is_read(
-    asking: httpx.AsyncClient, parts: FakeParts, headers: dict[str, str]
+    asking: httpx.AsyncClient, fake_sidecar: FakeSidecar, headers: dict[str, str]
 ) -> None:
-    parts.hermes.answers = [InvalidRequest("It was read.")]
+    fake_sidecar.hermes.answers = [InvalidRequest("It was read.")]
     response = await asking.post("/generate/hermes/", content=BODY, headers=headers)
     assert response.json() == {"detail": "It was read."}
 
@@ -139,7 +139,7 @@ async def nothing() -> AsyncIterator[bytes]:
 )
 async def test_the_newest_adapter_is_the_default(
     asking: httpx.AsyncClient,
-    parts: FakeParts,
+    fake_sidecar: FakeSidecar,
     monkeypatch: pytest.MonkeyPatch,
     options: dict[str, Any],
     named: str | None,
@@ -150,7 +150,7 @@ async def test_the_newest_adapter_is_the_default(
         asked.append(name)
         return datetime.date(2026, 1, 2)
 
-    monkeypatch.setattr(parts.sidecar.adapters, "swap", swap)
+    monkeypatch.setattr(fake_sidecar.sidecar.adapters, "swap", swap)
     response = await asking.post("/adapters/swap", **options)
     assert response.json() == {"status": "ok", "phi3_adapter_date": "2026-01-02"}
     assert asked == [named]
@@ -210,13 +210,13 @@ async def test_a_parameter_that_is_sent_twice_is_422(
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 async def test_a_body_in_another_encoding_is_422(
-    asking: httpx.AsyncClient, parts: FakeParts, encoding: str
+    asking: httpx.AsyncClient, fake_sidecar: FakeSidecar, encoding: str
 ) -> None:
     body = BODY.decode().encode(encoding)
     response = await asking.post("/generate/hermes/", content=body, headers=JSON)
     assert response.status_code == 422
     assert response.json() == {"detail": "The body is not JSON in UTF-8."}
-    assert parts.hermes.asked == []
+    assert fake_sidecar.hermes.requests == []
 
 
 @pytest.mark.parametrize(
@@ -246,9 +246,9 @@ async def test_several_unknown_fields_are_one_entry(asking: httpx.AsyncClient) -
     [(None, "proposal: it"), ("ABC is quiet.", "proposal and context: their text")],
 )
 async def test_a_score_that_exceeds_the_context_names_the_fields(
-    asking: httpx.AsyncClient, parts: FakeParts, context: str | None, fields: str
+    asking: httpx.AsyncClient, fake_sidecar: FakeSidecar, context: str | None, fields: str
 ) -> None:
-    parts.hermes.answers = [InvalidRequest("prompt: it takes 9000 tokens; shorten it")]
+    fake_sidecar.hermes.answers = [InvalidRequest("prompt: it takes 9000 tokens; shorten it")]
     body = {"proposal": {"ticker": "ABC"}, "context": context}
     response = await asking.post("/score/hermes/", json=body)
     assert response.status_code == 422

@@ -1,4 +1,4 @@
-"""How a command ends: its status, and what it writes to which stream."""
+"""The exit status of a command, and its output on each stream."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llm_sidecar.errors import SidecarError
 
 
 class Failing(io.StringIO):
-    """A stream that takes nothing: what is written comes to nothing when it is flushed."""
+    """A stream that fails when it is flushed."""
 
     def __init__(self, number: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is said of a prompt that does not fit the model's context."""
+"""The error for a prompt that does not fit the model's context."""
 
 from __future__ import annotations
 

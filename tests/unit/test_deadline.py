@@ -52,8 +52,8 @@ def test_every_phase_is_named_and_the_retry_passed_on() -> None:
     assert error.spent == TimeSpent(before=0.0, waiting=2.0, prefill=55.0, decode=3.0)
     assert error.retry_after == 7
     assert error.detail == (
-        "hermes did not answer within 60 s: 2.0 s waiting, 55.0 s reading the prompt, "
-        "3.0 s writing; shorten the prompt, or raise REQUEST_TIMEOUT_SECONDS."
+        "hermes did not answer within 60 s: 2.0 s waiting, 55.0 s in prefill, "
+        "3.0 s in decode; shorten the prompt, or raise REQUEST_TIMEOUT_SECONDS."
     )
 
 
@@ -62,7 +62,7 @@ def test_what_came_before_the_call_is_named() -> None:
     assert error.spent == TimeSpent(before=40.0, waiting=1.0, prefill=1.0, decode=18.0)
     assert error.detail == (
         "hermes did not answer within 60 s: 40.0 s in earlier model calls, 1.0 s waiting, "
-        "1.0 s reading the prompt, 18.0 s writing; try again, or raise REQUEST_TIMEOUT_SECONDS."
+        "1.0 s in prefill, 18.0 s in decode; try again, or raise REQUEST_TIMEOUT_SECONDS."
     )
 
 

@@ -1,4 +1,4 @@
-"""The fake model answers as a real one does, so that the tests over it mean something."""
+"""The fake model behaves as a real one does, so that tests with it are valid."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llm_sidecar.models.base import (
     GenerationRequest,
     ModelStatus,
 )
-from llm_sidecar.models.fake import Asked, FakeModel
+from llm_sidecar.models.fake import Call, FakeModel
 from tests.unit.fakes import completion, text_of
 
 REQUEST = GenerationRequest([{"role": "user", "content": "Hello."}], 8)
@@ -50,8 +50,8 @@ async def test_it_keeps_what_it_was_asked() -> None:
     with pytest.raises(QueueFull, match="full"):
         await text_of(model.stream(REQUEST))
     choices = (REQUEST.messages, ("0", "1"))
-    assert model.calls == [Asked(REQUEST, deadline, True), Asked(choices), Asked(REQUEST)]
-    assert model.asked == [REQUEST, choices, REQUEST]
+    assert model.calls == [Call(REQUEST, deadline, True), Call(choices), Call(REQUEST)]
+    assert model.requests == [REQUEST, choices, REQUEST]
     assert (scores.mass, model.answers) == (0.75, [])
 
 
@@ -64,7 +64,7 @@ async def test_it_has_the_adapter_that_it_is_given() -> None:
 
 
 class Smallest(ChatModel):
-    """The least that a model has to write."""
+    """The minimum that a model class must define."""
 
     async def stream(self, request, deadline=None, *, allow_partial=False):  # type: ignore[no-untyped-def]
         yield Delta("", "smallest", finish_reason="stop")

@@ -1,4 +1,4 @@
-"""What is grounded in a context: numbers however they are written, and tickers as words."""
+"""Grounding in a context: numbers in any notation, and tickers as words."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_a_number_is_the_same_however_it_is_written(context: str, rationale: str
         ("182, 191", "182191 in all."),
         ("10:30", "10.30 is the price."),
         ("1/4", "0.25 of it."),
-        # What follows a number belongs to it alone, and is no part of a word.
+        # A suffix belongs to its number and is not part of a word.
         ("5-8 %", "0.05 of it."),
         ("5 km", "5000 of it."),
         ("8 %", "0.8 of it."),

@@ -20,7 +20,7 @@ OPENING = "The database is being opened."
 
 
 def made(**environ: str) -> httpx.AsyncClient:
-    """A client of an app whose parts are created and not started."""
+    """A client of an app whose components are created but not started."""
     settings = Settings.from_environ({"REDIS_URL": "memory://", "SIDECAR_DEMO": "true", **environ})
     app = create_app(settings)
     app.state.sidecar = Sidecar(settings)

@@ -1,4 +1,4 @@
-"""How Hermes is asked for a critique and a score, and how its answer is read: to the letter."""
+"""The exact prompts for a critique and a score, and the score in Hermes' answer."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_the_prefix_is_what_every_question_begins_with() -> None:
         (probabilities(_6=0.001), 0.6),
         (probabilities(_1=0.2, _2=0.2, _3=0.2), 0.2),
         (dict.fromkeys(ANSWERS, 1 / 11), 0.5),
-        # What is no answer does not count.
+        # Other answers do not count.
         (probabilities(_10=0.5) | {"eleven": 0.5}, 1.0),
     ],
 )
@@ -140,12 +140,12 @@ class FakeEngine:
 
     def __init__(self, answer: dict[str, float] | Exception) -> None:
         self._answer = answer
-        self.asked: list[tuple[Sequence[Message], Sequence[str]]] = []
+        self.requests: list[tuple[Sequence[Message], Sequence[str]]] = []
 
     def score_choices(
         self, messages: Sequence[Message], answers: Sequence[str]
     ) -> dict[str, float]:
-        self.asked.append((messages, answers))
+        self.requests.append((messages, answers))
         if isinstance(self._answer, Exception):
             raise self._answer
         return self._answer
@@ -159,7 +159,7 @@ def test_a_script_gets_the_score_of_the_loaded_model(
     monkeypatch.setattr(loader, "get_hermes_engine", lambda: engine)
     assert hermes_plugin.score_with_hermes(PROPOSAL, CONTEXT) == pytest.approx(score)
     assert hermes_plugin.score_with_hermes(PROPOSAL) == pytest.approx(score)
-    assert engine.asked == [(in_context(SCORE), ANSWERS), (alone(SCORE), ANSWERS)]
+    assert engine.requests == [(in_context(SCORE), ANSWERS), (alone(SCORE), ANSWERS)]
     assert caplog.messages == []
 
 
@@ -225,5 +225,5 @@ def test_a_script_cannot_send_what_is_no_text_or_too_long(
     monkeypatch.setattr(loader, "get_hermes_engine", lambda: engine)
     assert hermes_plugin.score_with_hermes(proposal, context) == -1.0
     assert caplog.messages == [logged]
-    assert engine.asked == []
+    assert engine.requests == []
     assert hermes_plugin.score_with_hermes({"rationale": "fine"}, "x" * 100) == 0.5

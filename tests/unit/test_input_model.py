@@ -1,4 +1,4 @@
-"""Models of what comes from outside, and errors that quote nothing."""
+"""Models of input from outside, and errors that quote nothing."""
 
 from __future__ import annotations
 

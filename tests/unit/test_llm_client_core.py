@@ -1,4 +1,4 @@
-"""What a client decides: when to try again, how long to wait, what an answer means."""
+"""A client's decisions: when to retry, how long to wait, and the meaning of an answer."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def carry_out(
     replies: Iterable[Reply],
     read: Callable[[httpx.Response], Any] = lambda response: response.text,
 ) -> tuple[Any, list[float]]:
-    """What `attempts` came to, and the seconds that it waited; each try must be the request."""
+    """The result of `attempts`, and the seconds of each wait; each try must be the request."""
     waits: list[float] = []
     left = iter(replies)
     plan = client.attempts(REQUEST, read)

@@ -1,4 +1,4 @@
-"""Which proxy a client uses in which environment, and what it says of one that it cannot use."""
+"""The proxy of a client in each environment, and the error for an unusable proxy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The times and counts that a call records while it is served."""
+"""The times and counts that a call records."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_the_first_progress_is_the_first_token_and_later_ones_are_steps() -> Non
     progressed(call, 3.0, 1)
     assert (call.first_token, call.steps) == (3.0, [])
     progressed(call, 3.5, 5)
-    # Progress without new tokens is no step, but the next step begins with it.
+    # Progress without new tokens is not a step, but the next step begins at it.
     progressed(call, 3.75, 5)
     progressed(call, 4.0, 6, "stop")
     assert call.first_token == 3.0

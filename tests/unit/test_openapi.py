@@ -18,7 +18,7 @@ from llm_sidecar.sidecar import Sidecar
 from osiris.schemas.health import Health
 from osiris.server import create_app
 from tests.unit.asgi import client
-from tests.unit.fakes import FakeParts, completion
+from tests.unit.fakes import FakeSidecar, completion
 
 ENVIRON = {"REDIS_URL": "memory://", "ENABLE_METRICS": "true"}
 OPERATIONS = {
@@ -280,11 +280,11 @@ async def test_an_error_is_as_documented(
     hermes: Answers,
     status: int,
 ) -> None:
-    parts = FakeParts()
-    parts.phi3.answers, parts.hermes.answers = list(phi3), list(hermes)
-    parts.store.full = AWAY if path == "/feedback/phi3/" else None
+    fake_sidecar = FakeSidecar()
+    fake_sidecar.phi3.answers, fake_sidecar.hermes.answers = list(phi3), list(hermes)
+    fake_sidecar.store.full = AWAY if path == "/feedback/phi3/" else None
     app = create_app(Settings.from_environ(ENVIRON))
-    app.state.sidecar = parts.sidecar
+    app.state.sidecar = fake_sidecar.sidecar
     async with client(app) as asking:
         response = await asking.request(method, path.format(feedback_id="f-1"), **sent)
     assert response.status_code == status, response.text

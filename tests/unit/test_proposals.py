@@ -62,9 +62,9 @@ def test_the_public_schema_is_the_contracts() -> None:
     assert list(schema["properties"]) == list(VALID)
     assert schema["required"] == ["ticker", "action", "confidence", "rationale"]
     assert schema["additionalProperties"] is False
-    told = {"title", "description", "examples"}
-    assert all(told <= set(field) for field in schema["properties"].values())
-    assert {name: set(field) - told for name, field in schema["properties"].items()} == {
+    documentation = {"title", "description", "examples"}
+    assert all(documentation <= set(field) for field in schema["properties"].values())
+    assert {name: set(field) - documentation for name, field in schema["properties"].items()} == {
         "ticker": {"type", "minLength"},
         "action": {"type", "enum"},
         # It may be left out, and has no default: null is not a side.

@@ -1,4 +1,4 @@
-"""The routes of scores, feedback and examples, with a sidecar of fake parts."""
+"""The routes of scores, feedback and examples, with a fake sidecar."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llm_sidecar.services.example_rules import Outcome
 from llm_sidecar.settings import Settings
 from osiris.server import create_app
 from tests.unit.asgi import client
-from tests.unit.fakes import FakeParts, scores
+from tests.unit.fakes import FakeSidecar, scores
 
 SURE = scores(_0=0.25, _10=0.75)
 CORRECTED: dict[str, Any] = {
@@ -33,14 +33,14 @@ FEEDBACK: dict[str, Any] = {
 
 
 @pytest.fixture
-def parts() -> FakeParts:
-    return FakeParts()
+def fake_sidecar() -> FakeSidecar:
+    return FakeSidecar()
 
 
 @pytest.fixture
-async def asking(parts: FakeParts) -> AsyncIterator[httpx.AsyncClient]:
+async def asking(fake_sidecar: FakeSidecar) -> AsyncIterator[httpx.AsyncClient]:
     app = create_app(Settings.from_environ({"REDIS_URL": "memory://"}))
-    app.state.sidecar = parts.sidecar
+    app.state.sidecar = fake_sidecar.sidecar
     async with client(app) as made:
         yield made
 
@@ -50,43 +50,43 @@ async def asking(parts: FakeParts) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.mark.parametrize("path", ["/score/hermes", "/score/hermes/"])
 async def test_a_score_is_answered_with_its_id(
-    asking: httpx.AsyncClient, parts: FakeParts, path: str
+    asking: httpx.AsyncClient, fake_sidecar: FakeSidecar, path: str
 ) -> None:
     name = str(uuid.uuid4())
-    parts.hermes.answers = [SURE]
+    fake_sidecar.hermes.answers = [SURE]
     response = await asking.post(path, json={"proposal": CORRECTED | {"id": name}, "context": "c"})
     assert response.status_code == 200
     assert response.json() == {"proposal_id": name, "score": 0.75}
     messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, CORRECTED | {"id": name}, "c")
-    assert parts.hermes.asked == [(messages, hermes_plugin.SCORE_ANSWERS)]
+    assert fake_sidecar.hermes.requests == [(messages, hermes_plugin.SCORE_ANSWERS)]
 
 
-async def test_a_full_queue_is_429(asking: httpx.AsyncClient, parts: FakeParts) -> None:
-    parts.hermes.answers = [QueueFull("The hermes queue is full.", retry_after=7)]
+async def test_a_full_queue_is_429(asking: httpx.AsyncClient, fake_sidecar: FakeSidecar) -> None:
+    fake_sidecar.hermes.answers = [QueueFull("The hermes queue is full.", retry_after=7)]
     response = await asking.post("/score/hermes/", json={"proposal": CORRECTED})
     assert response.status_code == 429
     assert response.headers["Retry-After"] == "7"
     assert response.json() == {"detail": "The hermes queue is full."}
-    assert parts.happened.log == []
+    assert fake_sidecar.happened.log == []
 
 
 @pytest.mark.parametrize("body", [{}, {"proposal": {}}, {"proposal": "buy"}, {"proposal": [1]}])
 async def test_an_invalid_proposal_is_422(
-    asking: httpx.AsyncClient, parts: FakeParts, body: dict[str, Any]
+    asking: httpx.AsyncClient, fake_sidecar: FakeSidecar, body: dict[str, Any]
 ) -> None:
     response = await asking.post("/score/hermes/", json=body)
     assert response.status_code == 422
     assert [entry["loc"] for entry in response.json()["detail"]] == [["body", "proposal"]]
-    assert parts.hermes.asked == []
+    assert fake_sidecar.hermes.requests == []
 
 
 async def test_a_score_that_is_not_stored_has_x_stored_false(
-    asking: httpx.AsyncClient, parts: FakeParts
+    asking: httpx.AsyncClient, fake_sidecar: FakeSidecar
 ) -> None:
-    parts.hermes.answers = [SURE, SURE]
+    fake_sidecar.hermes.answers = [SURE, SURE]
     response = await asking.post("/score/hermes/", json={"proposal": CORRECTED})
     assert "X-Stored" not in response.headers
-    parts.store.full = DatabaseUnavailable("The disk is full.")
+    fake_sidecar.store.full = DatabaseUnavailable("The disk is full.")
     response = await asking.post("/score/hermes/", json={"proposal": CORRECTED})
     assert (response.status_code, response.json()["score"]) == (200, 0.75)
     assert response.headers["X-Stored"] == "false"
@@ -96,13 +96,13 @@ async def test_a_score_that_is_not_stored_has_x_stored_false(
 
 
 async def test_feedback_is_answered_once_it_is_stored(
-    asking: httpx.AsyncClient, parts: FakeParts
+    asking: httpx.AsyncClient, fake_sidecar: FakeSidecar
 ) -> None:
     sent = FEEDBACK | {"timestamp": "2026-01-02T03:04:05Z", "schema_version": "1.1"}
     response = await asking.post("/feedback/phi3", json=sent)
     assert response.status_code == 200
     assert response.json() == {"message": "Feedback stored.", "transaction_id": "t-1"}
-    ((name, row),) = parts.happened.of("row")
+    ((name, row),) = fake_sidecar.happened.of("row")
     assert name == "Phi3FeedbackSchema"
     assert response.headers["X-Feedback-ID"] == row["feedback_id"]
     assert row["timestamp"].isoformat() == "2026-01-02T03:04:05+00:00"
@@ -110,30 +110,30 @@ async def test_feedback_is_answered_once_it_is_stored(
     assert {column: row[column] for column in expected} == expected
 
 
-KEY_OF_DESK, KEY_OF_NOBODY = "first-key-0123456789", "second-key-012345678"
+KEY_OF_DESK, UNNAMED_KEY = "first-key-0123456789", "second-key-012345678"
 
 
 @pytest.mark.parametrize(
     ("keys", "key", "author"),
     [
-        (f"desk={KEY_OF_DESK},{KEY_OF_NOBODY}", KEY_OF_DESK, "desk"),
-        # The position of a key names nobody.
-        (f"desk={KEY_OF_DESK},{KEY_OF_NOBODY}", KEY_OF_NOBODY, None),
+        (f"desk={KEY_OF_DESK},{UNNAMED_KEY}", KEY_OF_DESK, "desk"),
+        # The position of a key is not a name.
+        (f"desk={KEY_OF_DESK},{UNNAMED_KEY}", UNNAMED_KEY, None),
         ("", KEY_OF_DESK, None),
     ],
 )
 async def test_the_name_of_the_key_is_the_author_of_feedback(
-    parts: FakeParts, keys: str, key: str, author: str | None
+    fake_sidecar: FakeSidecar, keys: str, key: str, author: str | None
 ) -> None:
     app = create_app(Settings.from_environ({"SIDECAR_API_KEYS": keys}))
-    app.state.sidecar = parts.sidecar
+    app.state.sidecar = fake_sidecar.sidecar
     async with client(app) as asking:
         response = await asking.post("/feedback/phi3/", json=FEEDBACK, headers={"X-API-Key": key})
         assert response.status_code == 200
         forged = FEEDBACK | {"author": "risk"}
         response = await asking.post("/feedback/phi3/", json=forged, headers={"X-API-Key": key})
         assert response.status_code == 422
-    ((_, row),), ((_, event),) = parts.happened.of("row"), parts.happened.of("event")
+    ((_, row),), ((_, event),) = fake_sidecar.happened.of("row"), fake_sidecar.happened.of("event")
     assert (row["author"], event.get("author")) == (author, author)
 
 
@@ -156,20 +156,20 @@ MESSAGES = {
 }
 
 
-def outcome_is(parts: FakeParts, outcome: Outcome) -> None:
+def outcome_is(fake_sidecar: FakeSidecar, outcome: Outcome) -> None:
     """Every feedback has this outcome."""
 
     async def given(feedback: Phi3FeedbackSchema) -> Outcome:
         return outcome
 
-    parts.sidecar.few_shot.outcome = given  # type: ignore[method-assign]
+    fake_sidecar.sidecar.few_shot.outcome = given  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("outcome", MESSAGES)
 async def test_the_answer_says_whether_a_correction_is_an_example(
-    asking: httpx.AsyncClient, parts: FakeParts, outcome: Outcome
+    asking: httpx.AsyncClient, fake_sidecar: FakeSidecar, outcome: Outcome
 ) -> None:
-    outcome_is(parts, outcome)
+    outcome_is(fake_sidecar, outcome)
     sent = FEEDBACK | {"corrected_proposal": CORRECTED}
     response = await asking.post("/feedback/phi3/", json=sent)
     assert response.json() == {"message": MESSAGES[outcome], "transaction_id": "t-1"}
@@ -185,7 +185,7 @@ async def test_the_answer_says_whether_a_correction_is_an_example(
     ],
 )
 async def test_the_answer_names_the_invalid_fields_of_a_correction(
-    asking: httpx.AsyncClient, parts: FakeParts, corrected: dict[str, Any], fields: str
+    asking: httpx.AsyncClient, fake_sidecar: FakeSidecar, corrected: dict[str, Any], fields: str
 ) -> None:
     sent = FEEDBACK | {"corrected_proposal": corrected}
     response = await asking.post("/feedback/phi3/", json=sent)
@@ -200,21 +200,21 @@ def test_every_outcome_has_its_message() -> None:
 
 
 async def test_feedback_that_cannot_be_stored_is_503(
-    asking: httpx.AsyncClient, parts: FakeParts
+    asking: httpx.AsyncClient, fake_sidecar: FakeSidecar
 ) -> None:
-    parts.store.full = DatabaseUnavailable("The disk is full.", retry_after=5)
+    fake_sidecar.store.full = DatabaseUnavailable("The disk is full.", retry_after=5)
     response = await asking.post("/feedback/phi3/", json=FEEDBACK)
     assert response.status_code == 503
     assert response.headers["Retry-After"] == "5"
     assert response.json() == {"detail": "The disk is full."}
-    assert parts.happened.log == []
+    assert fake_sidecar.happened.log == []
 
 
 @pytest.mark.parametrize("feedback_id", ["f-1", "theirs/and/ours"])
 async def test_feedback_is_withdrawn_by_its_id(
-    asking: httpx.AsyncClient, parts: FakeParts, feedback_id: str
+    asking: httpx.AsyncClient, fake_sidecar: FakeSidecar, feedback_id: str
 ) -> None:
-    parts.store.transactions = {feedback_id: "t-1"}
+    fake_sidecar.store.transactions = {feedback_id: "t-1"}
     for _ in range(2):
         response = await asking.delete(f"/feedback/{feedback_id}")
         assert response.status_code == 200
@@ -253,18 +253,18 @@ def item(number: int) -> dict[str, Any]:
 )
 async def test_the_examples_in_use_are_listed_oldest_first_in_pages(
     asking: httpx.AsyncClient,
-    parts: FakeParts,
+    fake_sidecar: FakeSidecar,
     query: str,
     numbers: list[int],
     following: str | None,
 ) -> None:
-    parts.sidecar.few_shot.corrections = used(3)
+    fake_sidecar.sidecar.few_shot.corrections = used(3)
     response = await asking.get(f"/examples/{query}")
     assert response.json() == {"items": [item(n) for n in numbers], "next": following}
 
 
-async def test_an_unknown_page_is_422(asking: httpx.AsyncClient, parts: FakeParts) -> None:
-    parts.sidecar.few_shot.corrections = used(3)
+async def test_an_unknown_page_is_422(asking: httpx.AsyncClient, fake_sidecar: FakeSidecar) -> None:
+    fake_sidecar.sidecar.few_shot.corrections = used(3)
     response = await asking.get("/examples/?before=f-9")
     assert response.status_code == 422
     assert response.json() == {

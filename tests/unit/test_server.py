@@ -1,4 +1,4 @@
-"""What all answers have in common: HEAD, CORS, and the form of errors."""
+"""Common features of all answers: HEAD, CORS, and the form of errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llm_sidecar.db import Correction
 from llm_sidecar.settings import Settings
 from osiris.server import create_app
 from tests.unit.asgi import client
-from tests.unit.fakes import FakeParts
+from tests.unit.fakes import FakeSidecar
 
 ORIGIN = "https://desk.example"
 KEY = "a-key-of-the-tests-0123"
@@ -46,14 +46,14 @@ def app() -> FastAPI:
 
 
 @pytest.fixture
-def parts(app: FastAPI) -> FakeParts:
-    made = FakeParts(Settings.from_environ(ON))
+def fake_sidecar(app: FastAPI) -> FakeSidecar:
+    made = FakeSidecar(Settings.from_environ(ON))
     app.state.sidecar = made.sidecar
     return made
 
 
 @pytest.fixture
-async def asking(app: FastAPI, parts: FakeParts) -> AsyncIterator[httpx.AsyncClient]:
+async def asking(app: FastAPI, fake_sidecar: FakeSidecar) -> AsyncIterator[httpx.AsyncClient]:
     # As in a server, an unexpected error is answered and not raised here.
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as made:
@@ -73,14 +73,14 @@ def without_id(response: httpx.Response) -> dict[str, str]:
 )
 async def test_head_has_the_status_and_the_headers_of_get(
     asking: httpx.AsyncClient,
-    parts: FakeParts,
+    fake_sidecar: FakeSidecar,
     monkeypatch: pytest.MonkeyPatch,
     path: str,
     slash: str,
 ) -> None:
-    monkeypatch.setattr(parts.sidecar.health, "report", lambda: {"status": "ok"})
-    monkeypatch.setattr(parts.sidecar.health, "missing", lambda: {"phi3": "It is loading."})
-    parts.sidecar.few_shot.corrections = (Correction("prompt", {"n": 1}, "t-1", "f-1"),)
+    monkeypatch.setattr(fake_sidecar.sidecar.health, "report", lambda: {"status": "ok"})
+    monkeypatch.setattr(fake_sidecar.sidecar.health, "missing", lambda: {"phi3": "It is loading."})
+    fake_sidecar.sidecar.few_shot.corrections = (Correction("prompt", {"n": 1}, "t-1", "f-1"),)
     get = await asking.get(path + slash, headers=DESK)
     head = await asking.head(path + slash, headers=DESK)
     expected = {"/health/ready": 503, "/debug/prof": 404}.get(path, 200)
@@ -106,18 +106,20 @@ async def test_head_answers_on_the_metrics(asking: httpx.AsyncClient, path: str)
 
 
 @pytest.mark.parametrize("path", ["/stream/audio", "/stream/audio/"])
-async def test_head_opens_no_stream(asking: httpx.AsyncClient, parts: FakeParts, path: str) -> None:
+async def test_head_opens_no_stream(
+    asking: httpx.AsyncClient, fake_sidecar: FakeSidecar, path: str
+) -> None:
     # The fake event bus has no listeners, so registering one fails.
     head = await asking.head(path, headers=DESK)
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["Content-Type"] == "text/event-stream; charset=utf-8"
-    assert parts.sidecar.listeners.count == 0
+    assert fake_sidecar.sidecar.listeners.count == 0
 
 
 async def test_head_is_refused_when_there_are_too_many_listeners(
-    asking: httpx.AsyncClient, parts: FakeParts
+    asking: httpx.AsyncClient, fake_sidecar: FakeSidecar
 ) -> None:
-    parts.sidecar.listeners.count = 1
+    fake_sidecar.sidecar.listeners.count = 1
     head = await asking.head("/stream/audio", headers=DESK)
     assert (head.status_code, head.headers["Retry-After"]) == (429, "5")
 

@@ -1,4 +1,4 @@
-"""What a stream of the sidecar ends with."""
+"""Streams collected into one result."""
 
 from __future__ import annotations
 

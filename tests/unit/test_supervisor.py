@@ -58,7 +58,7 @@ class FakeProcess:
 
 
 class FakeWorker:
-    """A worker that loads and answers as a test has it.
+    """A worker that loads and answers as a test specifies.
 
     Attributes:
         loaded: the message that it was loaded with.
@@ -499,7 +499,7 @@ async def test_a_model_that_does_not_load_reports_why_and_is_tried_again(
     assert (await complete(made.model, ASKED)).text == "from 2"
     assert made.model.status().restarts == 1
     assert not house.workers[0].alive
-    # A failed load is no death of a worker.
+    # A failed load does not count as a worker's death.
     assert made.deaths == []
 
 
@@ -695,7 +695,7 @@ async def test_a_second_worker_loads_the_adapter_and_the_first_one_ends(made: Ma
     assert made.model.status().adapter == ADAPTER
     assert (await complete(made.model, ASKED)).text == "from 2"
     await until(lambda: not house.workers[0].alive)
-    # Nobody but the swap ended it.
+    # Only the swap ended it.
     assert (made.deaths, made.model.status().restarts) == ([], 0)
 
 

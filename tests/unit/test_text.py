@@ -1,4 +1,4 @@
-"""What is text, and what is said of what is not."""
+"""Which strings are text, and the errors for others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which timestamps are read, as what, and which are refused."""
+"""Parsing of timestamps, and the refused ones."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_a_letter_or_a_digit_can_be_spoken(text: str, is_speakable: bool) -> Non
         ("  Evened \n out  ", ["Evened out"]),
         ("Buy No. Then sell.", ["Buy No. Then sell."]),
         ("Buy Xp. Then sell.", ["Buy Xp.", "Then sell."]),
-        # A list's number is no sentence; a number that ends one is.
+        # A list's number does not end a sentence; a number at the end of one does.
         ("1. Buy AAPL now.", ["1. Buy AAPL now."]),
         ("1. Buy AAPL now", ["1. Buy AAPL now"]),
         ("Sell it. 2. Buy AAPL now.", ["Sell it.", "2. Buy AAPL now."]),

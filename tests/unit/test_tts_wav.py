@@ -29,7 +29,7 @@ def riff(*chunks: bytes) -> bytes:
 
 
 def layout(kind: int, bits: int, *, channels: int = 1, rate: int = 8000, size: int = 0) -> bytes:
-    """A format whose samples have so many bytes, or as many as their bits need."""
+    """A format whose samples have this many bytes, or as many as their bits need."""
     block = channels * (size or -(-bits // 8))
     return struct.pack("<HHIIHH", kind, channels, rate, rate * block, block, bits)
 

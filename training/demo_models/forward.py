@@ -67,8 +67,8 @@ def cast_weights(model: Any, *, int4: bool) -> Weights:
     def rounded(weight: torch.Tensor) -> Any:
         return StraightThroughInt4.apply(weight) if int4 else weight  # type: ignore[no-untyped-call]
 
-    def weight(*parts: Any) -> torch.Tensor:
-        found = [rounded(part.weight) for part in parts]
+    def weight(*pieces: Any) -> torch.Tensor:
+        found = [rounded(part.weight) for part in pieces]
         return (found[0] if len(found) == 1 else torch.cat(found)).to(fast_dtype())
 
     def layer(part: Any) -> _Layer:

@@ -24,7 +24,7 @@ _MOST_WORDS: Final = 16
 
 
 class Hint(NamedTuple):
-    """Where the last user message holds what a span of the answer needs.
+    """The slices of the last user message that a span of the answer depends on.
 
     Attributes:
         kind: for `copied`, each source holds the same characters as the span, and every token of
@@ -190,16 +190,16 @@ def _tokens(
     """
     encoding = _encoding(tokenizer, text)
     last = len(text) if last is None else last
-    chosen = [
+    selected = [
         (token, begin, end)
         for token, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True)
         if first <= begin < last
     ]
     positions = [
         _Token(start + index, begin - content, end - content)
-        for index, (_, begin, end) in enumerate(chosen)
+        for index, (_, begin, end) in enumerate(selected)
     ]
-    return [token for token, _, _ in chosen], positions
+    return [token for token, _, _ in selected], positions
 
 
 def _overlapping(tokens: Sequence[_Token], first: int, last: int) -> Sequence[_Token]:

@@ -67,8 +67,8 @@ class Muon(torch.optim.Optimizer):
             return updates
         flat = torch.cat([update.flatten() for update in updates])
         torch.distributed.all_reduce(flat)
-        parts = torch.split(flat, [matrix.numel() for matrix in matrices])
-        return [part.view_as(matrix) for part, matrix in zip(parts, matrices, strict=True)]
+        pieces = torch.split(flat, [matrix.numel() for matrix in matrices])
+        return [part.view_as(matrix) for part, matrix in zip(pieces, matrices, strict=True)]
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:

@@ -130,7 +130,7 @@ def _is_hard(case: Case) -> bool:
 
 
 def hints(case: Case, text: str) -> list[Hint]:
-    """Where the prompt holds what its answer `text` copies or depends on."""
+    """The slices of the prompt that its answer `text` copies or depends on."""
     prompt = case.prompt
     ticker = _value(text, "ticker")
     found = [Hint("copied", *ticker, _whole(text[slice(*ticker)], prompt))]
@@ -187,7 +187,8 @@ def _value(text: str, field: str) -> tuple[int, int]:
 
 
 def _whole(word: str, prompt: str) -> list[tuple[int, int]]:
-    """Where the prompt has `word` as a whole word; if nowhere, where it is part of another."""
+    """The slices of the prompt that are `word` as a whole word; if there are none, as part of a
+    word."""
     found = []
     first = prompt.find(word)
     while first >= 0:

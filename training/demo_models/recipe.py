@@ -1,4 +1,4 @@
-"""The recipe of both models: tokenizer, architecture, training, and the files that engines load."""
+"""The recipe of both models: tokenizer, architecture, training, and the resulting files."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def split_of(ticker: str) -> Split:
 
 
 def random_ticker(rng: Random, split: Split = "train") -> str:
-    """A ticker of `split`, of at most 12 characters, that is no usual acronym or keyword."""
+    """A ticker of `split`, of at most 12 characters, that is not a usual acronym or keyword."""
     while True:
         # Sometimes an index is the instrument.
         ticker = rng.choice(INDEXES) if rng.random() < 0.02 else _random_code(rng)

@@ -25,8 +25,8 @@ _WORDS: Final = rf" ?[A-Z]?[a-z]+|{_BETWEEN}"
 """Pairs are merged only within these matches. onnxruntime-genai uses the patterns too, without
 lookbehind; with GPT-2's own pattern it splits three of a hundred prompts differently."""
 _CAPITALS_TOGETHER: Final = r"[A-Z]+(?![a-z])"
-"""Splits a whole word from the character before it. The first pattern matches both together,
-because a ticker may end like such a word; in a chat some character always comes before."""
+"""Splits a whole word from the character before it. The first pattern matches both at once, because
+a ticker may end like such a word; in a chat some character always comes before."""
 
 
 class ChatFormat(NamedTuple):

@@ -35,7 +35,7 @@ _SUPERVISED_HEADS: Final[dict[HintKind, tuple[int, slice]]] = {
 """The layer, and the heads in it, whose attention is supervised for each kind of target."""
 _ATTENTION_WEIGHT: Final = 0.3
 _PROMPT_STEP: Final = 3
-"""One of so many prompt tokens has a loss."""
+"""One in this many prompt tokens has a loss."""
 
 
 def init_attention(model: Any) -> None:

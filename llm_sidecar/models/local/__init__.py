@@ -1,1 +1,1 @@
-"""A language model on this machine: a worker process holds it, a supervisor keeps that running."""
+"""A language model in a worker process on this machine; a supervisor keeps the process running."""

@@ -8,7 +8,7 @@ from typing import Final
 _FIRST: Final = 0.5
 _MAX: Final = 30.0
 _HEALTHY: Final = 60.0
-"""Seconds of life after which a failure counts as the first one again."""
+"""If a worker lived longer than these seconds, its failure counts as the first one again."""
 
 
 class Backoff:

@@ -1,4 +1,4 @@
-"""Ends this process if one thread computes for too long without a pause."""
+"""Ends this process if one piece of work takes too much CPU time."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ log = logging.getLogger(__name__)
 
 
 class CpuLimit:
-    """A context in which the thread that creates this object may spend so much CPU time.
+    """A context that limits the CPU time of the thread that creates it.
 
     A chat template or a regular expression of a tokenizer may never end, and Python cannot stop a
-    thread, so the process ends. CPU time of the thread counts, because it may wait for the thread
-    that generates. A call that never releases the GIL blocks this limit too; then the server kills
-    the process, because it does not end a cancelled job.
+    thread, so the process ends. Only the thread's CPU time counts, because it may wait for the
+    thread that generates. A call that never releases the GIL blocks this limit too; then the server
+    kills the process, which fails to end a cancelled job.
     """
 
     def __init__(self, seconds: float) -> None:

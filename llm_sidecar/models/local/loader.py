@@ -26,7 +26,7 @@ _CHECK_SECONDS: Final = 0.2
 
 @dataclass(slots=True)
 class WorkerLoader:
-    """What every worker of a model loads.
+    """Loads a model into workers.
 
     Attributes:
         name: `phi3` or `hermes`.

@@ -1,4 +1,4 @@
-"""The server's end of one worker process: its socket, and an inbox for each of its jobs."""
+"""The server's side of one worker process: its socket, and an inbox for each of its jobs."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ class WorkerProcess:
         label: of its model.
         adapter: name of the adapter that it loads with the model, or None.
         process: the process.
-        ready: its message that the model is loaded; None before.
-        calls: the calls that it serves, by the number of their job; once it has ended, those that
-            it left unanswered. Its user keeps them.
+        ready: the message that the model is loaded; None until then.
+        calls: the calls that it serves, by job number; once it has ended, the unanswered ones. The
+            caller of `send` maintains them.
         idle: set while it has no job.
         stopping: whether `stop` was called, so that its end is expected.
         ended: set once it has ended.
@@ -112,14 +112,13 @@ class WorkerProcess:
     ) -> WorkerProcess:
         """Spawns a process in a session of its own, so that Ctrl-C reaches the server only.
 
-        It uses `subprocess`, whatever the event loop: that calls vfork, while uvloop's fork runs
-        the handlers of lancedb in the child, which may deadlock. It uses a socket, because uvloop
-        closes the descriptor of a pipe twice, and by the second time the number may have been
-        reused.
+        It uses `subprocess` on every event loop, because that calls vfork: uvloop's fork runs
+        lancedb's handlers in the child, which may deadlock. It uses a socket, because uvloop closes
+        the descriptor of a pipe twice, and the number may have been reused in between.
 
         Args:
             label, adapter: names of what the worker is going to load, for the attributes.
-            on_tokens: is called with the number of new completion tokens as they are generated.
+            on_tokens: called with the number of new completion tokens as they are generated.
         """
         # The worker, its connection and its reader outlive the request that starts them.
         starting = start_detached(cls._start(label, adapter, on_tokens))
@@ -147,7 +146,7 @@ class WorkerProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether it has not ended, as far as is known."""
+        """Whether the process still runs, as far as is known."""
         return not self.ended.is_set()
 
     async def load(self, load: Load) -> Ready:
@@ -221,8 +220,11 @@ class WorkerProcess:
             # It ended before it had read everything.
             pass
         except (ValueError, KeyError) as error:
-            # Half a line, or one that is too long; the type only, as it may hold a prompt.
-            log.error("the worker of %s wrote no message: %s", self.label, type(error).__name__)
+            # An incomplete or overlong line. Logs the error's type only: its message may quote a
+            # prompt.
+            log.error(
+                "the worker of %s wrote an invalid message: %s", self.label, type(error).__name__
+            )
             self.process.kill()
         await asyncio.to_thread(self.process.wait)
         self._stdin.close()
@@ -252,7 +254,7 @@ class WorkerProcess:
 
     def _fail_load(self, error: ModelUnavailable) -> None:
         self._loaded.set_exception(error)
-        self._loaded.exception()  # nothing may wait for it any more
+        self._loaded.exception()  # a cancelled call no longer waits for it
 
 
 def _spawn(end: socket.socket) -> subprocess.Popen[bytes]:

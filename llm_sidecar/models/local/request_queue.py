@@ -1,4 +1,4 @@
-"""The requests of a model in their order: how many it admits, and how many run at the same time."""
+"""A FIFO queue of requests that limits how many are admitted and how many run at the same time."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from llm_sidecar.errors import QueueFull
 
 
 class RequestQueue:
-    """First come, first served.
+    """The FIFO queue of one model.
 
     Attributes:
-        length: how many requests it admits.
+        length: the maximum of `admitted`.
         admitted: requests that wait or run now.
         running: requests that the worker has now.
         idle: set while no request is admitted.
@@ -37,7 +37,7 @@ class RequestQueue:
         """Counts a request while the context lasts.
 
         Raises:
-            QueueFull: too many requests are here.
+            QueueFull: `length` requests are admitted already.
         """
         if self.admitted >= self.length:
             wait = self.retry_after()
@@ -55,7 +55,7 @@ class RequestQueue:
 
     @contextlib.asynccontextmanager
     async def turn(self, deadline: Deadline) -> AsyncIterator[None]:
-        """Waits until fewer requests run than the worker has capacity for.
+        """Waits until fewer requests run than the worker's capacity.
 
         Raises:
             TimeoutError: the deadline passes first.
@@ -75,7 +75,7 @@ class RequestQueue:
         return self.running >= self._capacity
 
     def grow(self, capacity: int) -> None:
-        """Allows so many requests at the same time, or more if it already does."""
+        """Raises the number of requests that may run at the same time to at least this one."""
         while self._capacity < capacity:
             self._capacity += 1
             self._turns.release()

@@ -25,14 +25,14 @@ class WorkerSlot:
         return self.worker if self.worker is not None and self.worker.alive else None
 
     def fill(self, worker: WorkerProcess) -> None:
-        """Gives this worker to all requests that wait, and to new ones."""
+        """Assigns this worker to all waiting and new requests."""
         self.worker = worker
         if self._next is not None:
             self._next.set_result(worker)
             self._next = None
 
     def empty(self, error: ModelUnavailable) -> None:
-        """Fails all requests that wait; new ones wait for the next worker."""
+        """Fails all waiting requests; new ones wait for the next worker."""
         self.worker = None
         if self._next is not None:
             self._next.set_exception(error)

@@ -84,7 +84,7 @@ class Supervisor:
         self._supervision = start_detached(self._supervise(None))
 
     async def ready(self, by: float) -> WorkerProcess:
-        """The worker, as soon as it is ready.
+        """Waits for the worker to be ready.
 
         If a worker dies during the wait and `load_wait` is set, the wait for its replacement is as
         long as for a first load.
@@ -93,7 +93,7 @@ class Supervisor:
             by: when the wait ends, as `time.monotonic` gives it.
 
         Raises:
-            ModelUnavailable: it is not ready by then, or it is certain that it will not be.
+            ModelUnavailable: it is not ready by then, or is unlikely to be.
         """
         while True:
             if self._supervision is None or self._supervision.done():
@@ -107,11 +107,11 @@ class Supervisor:
                 raise self.load_state.error()
             if worker.alive:
                 return worker
-            # It has ended, and the supervision has not run since.
+            # It has ended, but the supervision task has not noticed yet.
             await asyncio.sleep(0)
 
     def check_waiting(self, by: float) -> None:
-        """Raises ModelUnavailable if it is useless to wait for the model until then."""
+        """Raises ModelUnavailable if the model is unlikely to be ready by then."""
         if self._draining and not self.load_state.is_ready:
             raise _shutting_down()
         if self.load_state.state == "failed":
@@ -188,12 +188,12 @@ class Supervisor:
         self.load_state.state = "unloaded"
 
     async def _replace_worker(self, adapter: Adapter | None) -> None:
-        """Loads a new worker and lets it serve; the former one ends after its last request."""
+        """Loads a new worker, which then serves; the former one ends after its last request."""
         if self._ending:
-            # There is memory for two workers at most, even if changes follow each other.
+            # Memory suffices for two workers at most, even if changes follow each other.
             await asyncio.wait(self._ending)
         successor = await self._loader.load(adapter)
-        # Nothing is awaited from here on, so that a cancelled change never leaks a worker.
+        # No await from here on, so that a cancelled change never leaks a worker.
         if self._supervision is not None:
             self._supervision.cancel()
             self._keep_until_done(self._supervision, None)

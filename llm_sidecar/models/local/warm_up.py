@@ -1,4 +1,4 @@
-"""Loads an engine and generates once, so that the first request is as fast as all others."""
+"""Loads an engine and generates one token, so that the first request is as fast as later ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rule of the score, and what Hermes learns."""
+"""The rule of the score, and Hermes' lessons."""
 
 from __future__ import annotations
 

@@ -51,8 +51,8 @@ def test_hints_lead_from_each_token_to_where_the_prompt_has_it() -> None:
     lesson = lessons.Lesson(messages, hints=proposal_lessons.hints(case, text))
     encoded = lessons.encode(tokenizer, lesson)
 
-    def tokens(places: Sequence[int]) -> str:
-        return "".join(tokenizer.decode([encoded.ids[at]]) for at in places)
+    def tokens(positions: Sequence[int]) -> str:
+        return "".join(tokenizer.decode([encoded.ids[at]]) for at in positions)
 
     found = [
         (target.kind, tokens([target.position + 1]), tokens(target.sources))

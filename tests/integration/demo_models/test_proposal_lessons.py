@@ -1,4 +1,4 @@
-"""What Phi-3 learns, and the hints to it."""
+"""Phi-3's lessons, and their hints."""
 
 from __future__ import annotations
 

@@ -25,9 +25,9 @@ def test_a_ticker_that_ends_like_an_acronym_is_spelt_out_as_the_runtime_reads_it
 
     # In a chat, a message comes after the end of a line.
     text = "\nDCPI CPI, (CPI) 1CPI CPIX\nSELL|XSELL Sell AB.L"
-    parts = [tokenizer.decode([token]).strip() for token in runtime.encode(text)]
-    assert " ".join(filter(None, parts)).startswith("D C P I CPI , ( CPI ) 1 C P I C P I X SELL |")
-    assert "".join(parts).endswith("XSELLSellAB.L")
+    pieces = [tokenizer.decode([token]).strip() for token in runtime.encode(text)]
+    assert " ".join(filter(None, pieces)).startswith("D C P I CPI , ( CPI ) 1 C P I C P I X SELL |")
+    assert "".join(pieces).endswith("XSELLSellAB.L")
     for one in (text, *(f"\n{prompt}" for prompt in drawn)):
         ids = tokenizer.encode(one, add_special_tokens=False)
         assert [int(token) for token in runtime.encode(one)] == ids

@@ -79,8 +79,8 @@ def test_a_loss_that_is_not_finite_ends_the_training() -> None:
 def test_the_hardest_lessons_are_those_with_the_greatest_loss_of_a_token() -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO_DIR / "phi3")
     model = small_phi3(tokenizer)
-    chosen = _hardest(model, tokenizer, proposal_lessons.candidates(5), 3000)
-    assert 2000 < sum(lesson.own for lesson in chosen) <= 3000
+    hardest = _hardest(model, tokenizer, proposal_lessons.candidates(5), 3000)
+    assert 2000 < sum(lesson.own for lesson in hardest) <= 3000
 
     teach = proposal_lessons.candidates(5)
     drawn: list[Encoded] = []
@@ -96,7 +96,7 @@ def test_the_hardest_lessons_are_those_with_the_greatest_loss_of_a_token() -> No
             labels = torch.tensor(lesson.labels[1:])
             each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
             losses[tuple(lesson.ids)] = each.max().item()
-    hard = {tuple(lesson.ids) for lesson in chosen}
+    hard = {tuple(lesson.ids) for lesson in hardest}
     easiest = min(losses[ids] for ids in hard)
     assert all(loss < easiest + 0.05 for ids, loss in losses.items() if ids not in hard)
     assert max(losses.values()) > min(losses.values()) + 0.2

@@ -1,4 +1,4 @@
-"""A request, and what the fake models answer to it."""
+"""A request, and the answers of the fake models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from llm_sidecar import proposals
 from llm_sidecar.settings import Settings
-from tests.unit.fakes import FakeParts, completion, scores
+from tests.unit.fakes import FakeSidecar, completion, scores
 
 PROMPT = "Long ABC from 100, now 112.5."
 PROPOSAL: dict[str, Any] = {
@@ -26,9 +26,9 @@ UNGROUNDED = completion(proposals.dumps(PROPOSAL | {"ticker": "NEW", "rationale"
 """A proposal whose ticker and rationale are not grounded in the prompt."""
 
 
-def parts(**settings: Any) -> FakeParts:
+def fake_sidecar(**settings: Any) -> FakeSidecar:
     """A sidecar whose models have one proposal, one critique and one score to give."""
-    made = FakeParts(Settings(events={"url": "memory://"}, **settings))
+    made = FakeSidecar(Settings(events={"url": "memory://"}, **settings))
     made.phi3.answers = [WRITTEN]
     made.hermes.answers = [CRITIQUE, SURE]
     return made

@@ -1,4 +1,4 @@
-"""Swaps of Phi-3's adapter: which is chosen, when the model is asked, what is kept."""
+"""Swaps of Phi-3's adapter: the adapter, the calls of the model, the saved name."""
 
 from __future__ import annotations
 

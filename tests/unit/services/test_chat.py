@@ -1,4 +1,4 @@
-"""Free questions to Hermes."""
+"""Free-text chat with Hermes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import pytest
 from llm_sidecar import hermes_plugin
 from llm_sidecar.errors import QueueFull
 from llm_sidecar.models.base import Delta, GenerationRequest
-from tests.unit.fakes import FakeParts, PausedModel, text_of
-from tests.unit.services.samples import CRITIQUE, parts
+from tests.unit.fakes import FakeSidecar, PausedModel, text_of
+from tests.unit.services.samples import CRITIQUE, fake_sidecar
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.6])
 async def test_a_free_question_is_neither_stored_nor_published(temperature: float) -> None:
-    made = parts(models={"hermes_temperature": temperature})
+    made = fake_sidecar(models={"hermes_temperature": temperature})
     assert await text_of(made.sidecar.chat.answer("What now?", 12)) == CRITIQUE
     messages = hermes_plugin.chat_messages("What now?")
     (call,) = made.hermes.calls
-    assert call.what == GenerationRequest(messages, 12, None, temperature, None)
+    assert call.request == GenerationRequest(messages, 12, None, temperature, None)
     # At the model's own deadline, the text so far is better than none.
     assert (call.deadline, call.allow_partial) == (None, True)
     assert made.happened.log == []
@@ -25,14 +25,14 @@ async def test_a_free_question_is_neither_stored_nor_published(temperature: floa
 
 async def test_its_answer_streams_and_closing_it_stops_hermes() -> None:
     hermes = PausedModel("Sell", ".")
-    answering = FakeParts(hermes=hermes).sidecar.chat.answer("What now?", 12)
+    answering = FakeSidecar(hermes=hermes).sidecar.chat.answer("What now?", 12)
     assert await anext(answering) == Delta("Sell", "paused/fake")
     await answering.aclose()
     assert hermes.closed == 1
 
 
 async def test_an_error_of_the_model_reaches_the_caller() -> None:
-    made = parts()
+    made = fake_sidecar()
     made.hermes.answers = [QueueFull("full", retry_after=3)]
     with pytest.raises(QueueFull, match="full"):
         await text_of(made.sidecar.chat.answer("What now?", 12))

@@ -37,12 +37,12 @@ def correction(prompt: str = "Long ABC", number: int = 0, **changes: Any) -> Cor
 
 
 def of_tokens(count: int, number: int = 0) -> Correction:
-    """One that may take so many tokens."""
+    """An example with this token bound."""
     return correction("p" * (count - SIZE - AROUND), number)
 
 
 def rationale(characters: int) -> str:
-    """Makes a proposal of so many characters as compact JSON."""
+    """Makes a proposal of this many characters as compact JSON."""
     return "x" * (characters - SIZE + len(GOOD["rationale"]))
 
 
@@ -73,7 +73,7 @@ def test_the_token_bound_counts_bytes_and_what_is_around_each_turn() -> None:
         (correction("a\x00b" * 1000), Outcome.PROMPT_NOT_TEXT),
         (correction(rationale=rationale(500)), None),
         (correction(rationale=rationale(501)), Outcome.PROPOSAL_TOO_LONG),
-        # As JSON a character that is no ASCII takes six.
+        # In JSON, a non-ASCII character takes six characters.
         (correction(rationale="価" * 67), None),
         (correction(rationale="価" * 90), Outcome.PROPOSAL_TOO_LONG),
         # A character may take as many tokens as it has bytes.
@@ -114,16 +114,16 @@ def test_an_example_takes_at_most_half_of_the_context() -> None:
     assert refusal(of_tokens(1000), 1999) is Outcome.TOO_MANY_TOKENS
 
 
-def chosen(newest_first: list[Correction], count: int, context_length: int) -> list[str]:
+def selected(newest_first: list[Correction], count: int, context_length: int) -> list[str]:
     return [used.feedback_id for used in select(newest_first, count, context_length)]
 
 
 def test_the_newest_come_oldest_first() -> None:
     newest_first = [correction(number=number) for number in (4, 3, 2, 1)]
     assert select(newest_first, 3, PLENTY) == tuple(reversed(newest_first[:3]))
-    assert chosen(newest_first, 3, PLENTY) == ["f-2", "f-3", "f-4"]
-    assert chosen(newest_first, 0, PLENTY) == []
-    assert chosen(newest_first, 9, PLENTY) == ["f-1", "f-2", "f-3", "f-4"]
+    assert selected(newest_first, 3, PLENTY) == ["f-2", "f-3", "f-4"]
+    assert selected(newest_first, 0, PLENTY) == []
+    assert selected(newest_first, 9, PLENTY) == ["f-1", "f-2", "f-3", "f-4"]
 
 
 @pytest.mark.parametrize(
@@ -140,10 +140,10 @@ def test_the_oldest_give_way_where_all_take_more_than_half_of_the_context(
     context_length: int, expected: list[str]
 ) -> None:
     newest_first = [of_tokens(500, number) for number in (3, 2, 1)]
-    assert chosen(newest_first, 3, context_length) == expected
+    assert selected(newest_first, 3, context_length) == expected
 
 
 def test_a_small_example_older_than_one_that_does_not_fit_is_left_out_too() -> None:
     # Otherwise an old correction would outlive a newer one.
     newest_first = [of_tokens(500, 3), of_tokens(900, 2), of_tokens(200, 1)]
-    assert chosen(newest_first, 3, 2000) == ["f-3"]
+    assert selected(newest_first, 3, 2000) == ["f-3"]

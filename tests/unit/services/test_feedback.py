@@ -13,8 +13,8 @@ from llm_sidecar.db import Correction, Phi3FeedbackSchema
 from llm_sidecar.errors import DatabaseUnavailable, NotFound
 from llm_sidecar.input_model import longest_payload
 from llm_sidecar.services.example_rules import Outcome
-from tests.unit.fakes import FakeParts
-from tests.unit.services.samples import PROPOSAL, parts, without
+from tests.unit.fakes import FakeSidecar
+from tests.unit.services.samples import PROPOSAL, fake_sidecar, without
 
 
 def feedback() -> Phi3FeedbackSchema:
@@ -28,7 +28,7 @@ def feedback() -> Phi3FeedbackSchema:
 
 
 async def test_feedback_is_stored_and_then_published() -> None:
-    made = parts()
+    made = fake_sidecar()
     made.store.corrections = [Correction("Long ABC.", PROPOSAL, "t-1", "f-1")]
     sent = feedback().model_copy(update={"feedback_id": "f-1"})
     feedback_id, outcome = await made.sidecar.feedback.submit(sent)
@@ -52,14 +52,14 @@ async def test_feedback_is_stored_and_then_published() -> None:
 
 
 async def test_the_author_is_stored_and_published() -> None:
-    made = parts()
+    made = fake_sidecar()
     await made.sidecar.feedback.submit(feedback(), "desk")
     ((_, row),), ((_, event),) = made.happened.of("row"), made.happened.of("event")
     assert (row["author"], event["author"]) == ("desk", "desk")
 
 
 async def test_the_event_names_the_database_that_stores_the_feedback() -> None:
-    made = parts()
+    made = fake_sidecar()
     await made.sidecar.feedback.submit(feedback())
     await made.sidecar.feedback.submit(feedback())
     made.store.database_id = "d-1"
@@ -72,7 +72,7 @@ async def test_the_event_names_the_database_that_stores_the_feedback() -> None:
 
 
 async def test_feedback_that_is_not_stored_is_not_published() -> None:
-    made = parts()
+    made = fake_sidecar()
     made.store.full = DatabaseUnavailable("The disk is full.")
     with pytest.raises(DatabaseUnavailable, match=r"The disk is full\."):
         await made.sidecar.feedback.submit(feedback())
@@ -83,7 +83,7 @@ async def test_feedback_that_is_not_stored_is_not_published() -> None:
 
 
 async def test_feedback_can_be_withdrawn() -> None:
-    made = parts()
+    made = fake_sidecar()
     made.store.transactions = {"f-1": "t-1"}
     await made.sidecar.feedback.withdraw("f-1")
     ((name, row),) = made.happened.of("row")
@@ -96,18 +96,18 @@ async def test_feedback_can_be_withdrawn() -> None:
     assert made.happened.of("event") == []
 
 
-def in_use(made: FakeParts, *names: str) -> None:
+def in_use(made: FakeSidecar, *names: str) -> None:
     """These are the few-shot examples."""
     made.store.corrections = [Correction("Long ABC.", PROPOSAL, f"t-{n}", f"f-{n}") for n in names]
     made.sidecar.few_shot.corrections = tuple(reversed(made.store.corrections))
 
 
-def used(made: FakeParts) -> list[str]:
+def used(made: FakeSidecar) -> list[str]:
     return [correction.feedback_id for correction in made.sidecar.few_shot.corrections]
 
 
 async def test_another_correction_replaces_a_withdrawn_example() -> None:
-    made = parts()
+    made = fake_sidecar()
     in_use(made, "B", "A")
     made.store.corrections = [Correction("x", PROPOSAL, f"t-{n}", f"f-{n}") for n in ("A", "0")]
     await made.sidecar.feedback.withdraw("f-B")
@@ -117,7 +117,7 @@ async def test_another_correction_replaces_a_withdrawn_example() -> None:
 
 
 async def test_an_example_can_be_withdrawn_while_the_database_is_away() -> None:
-    made = parts()
+    made = fake_sidecar()
     in_use(made, "B", "A")
     made.store.failure = DatabaseUnavailable("It cannot be read.")
     await made.sidecar.feedback.withdraw("f-B")
@@ -129,7 +129,7 @@ async def test_an_example_can_be_withdrawn_while_the_database_is_away() -> None:
 
 
 async def test_a_withdrawal_that_is_not_stored_changes_nothing() -> None:
-    made = parts()
+    made = fake_sidecar()
     in_use(made, "A")
     made.store.full = DatabaseUnavailable("The disk is full.")
     with pytest.raises(DatabaseUnavailable, match=r"The disk is full\."):
@@ -146,14 +146,14 @@ PUBLISHED: dict[str, Any] = {
 }
 
 
-async def receive(made: FakeParts, payload: str) -> None:
+async def receive(made: FakeSidecar, payload: str) -> None:
     """As the event bus does it."""
     await made.sidecar.feedback.subscribe()
     await made.bus.subscribers["phi3.feedback.submitted"](payload)
 
 
 async def test_a_publisher_cannot_write_in_the_name_of_an_api_key() -> None:
-    made = parts()
+    made = fake_sidecar()
     await receive(made, json.dumps(PUBLISHED | {"author": "desk"}))
     ((_, row),) = made.happened.of("row")
     assert row["author"] is None
@@ -164,7 +164,7 @@ async def test_a_publisher_cannot_write_in_the_name_of_an_api_key() -> None:
     "given", [{"timestamp": "2026-01-02T03:04:05Z"}, {"feedback_id": "f-1"}, {}]
 )
 async def test_what_another_service_publishes_is_stored(given: dict[str, Any]) -> None:
-    made = parts()
+    made = fake_sidecar()
     await receive(made, json.dumps(PUBLISHED | given))
     ((_, row),) = made.happened.of("row")
     assert {name: row[name] for name in PUBLISHED} == PUBLISHED
@@ -176,14 +176,14 @@ async def test_what_another_service_publishes_is_stored(given: dict[str, Any]) -
 @pytest.mark.parametrize("given", [{}, {"timestamp": None}])
 async def test_without_a_time_its_id_follows_from_the_message(given: dict[str, Any]) -> None:
     """Each sidecar that receives it gives it a time of its own, and all of them the same id."""
-    made, payload = parts(), json.dumps(PUBLISHED | given)
+    made, payload = fake_sidecar(), json.dumps(PUBLISHED | given)
     await receive(made, payload)
     ((_, row),) = made.happened.of("row")
     assert row["feedback_id"] == hashlib.sha256(payload.encode()).hexdigest()
 
 
 async def test_with_a_time_its_id_follows_from_what_it_says() -> None:
-    made = parts()
+    made = fake_sidecar()
     timed = PUBLISHED | {"timestamp": "2026-01-02T03:04:05Z"}
     await receive(made, json.dumps(timed))
     await receive(made, json.dumps(timed, indent=1))
@@ -195,7 +195,7 @@ async def test_with_a_time_its_id_follows_from_what_it_says() -> None:
 async def test_feedback_of_the_same_database_is_not_stored_and_refreshes_the_examples(
     stored_in: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = parts()
+    made = fake_sidecar()
     await made.sidecar.feedback.submit(feedback())
     ((_, event),) = made.happened.of("event")
     made.store.database_id = "d-1"
@@ -209,7 +209,7 @@ async def test_feedback_of_the_same_database_is_not_stored_and_refreshes_the_exa
 
 @pytest.mark.parametrize("stored_in", ["d-2", "", None])
 async def test_what_is_in_another_database_is_stored(stored_in: str | None) -> None:
-    made = parts()
+    made = fake_sidecar()
     await receive(made, json.dumps(PUBLISHED | {"stored_in": stored_in}))
     assert [kind for kind, *_ in made.happened.log] == ["row"]
 
@@ -218,7 +218,7 @@ async def test_what_is_in_another_database_is_stored(stored_in: str | None) -> N
 async def test_the_examples_are_read_again_where_published_feedback_can_be_one(
     counts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = parts(proposals={"examples_from_bus": counts})
+    made = fake_sidecar(proposals={"examples_from_bus": counts})
     refreshes: list[bool] = []
     monkeypatch.setattr(made.sidecar.few_shot, "refresh_soon", lambda: refreshes.append(True))
     await receive(made, json.dumps(PUBLISHED))
@@ -235,14 +235,14 @@ REFUSED = {
 
 @pytest.mark.parametrize("payload", REFUSED)
 async def test_what_is_no_feedback_is_refused_with_the_reason(payload: str) -> None:
-    made = parts()
+    made = fake_sidecar()
     await receive(made, payload)
     reason = REFUSED[payload].removeprefix(": ")
     assert made.happened.log == [("refusal", "phi3.feedback.submitted", reason)]
 
 
 async def test_feedback_that_is_too_long_is_refused() -> None:
-    made = parts(limits={"max_prompt_chars": 100})
+    made = fake_sidecar(limits={"max_prompt_chars": 100})
     await receive(made, json.dumps(PUBLISHED | {"feedback_content": "x" * 101}))
     await receive(made, json.dumps(PUBLISHED | {"feedback_content": "x" * 100}))
     longest = longest_payload(100)
@@ -262,7 +262,7 @@ async def test_feedback_that_is_too_long_is_refused() -> None:
 async def test_feedback_waits_for_a_database_that_is_away_and_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made, pauses = parts(), []
+    made, pauses = fake_sidecar(), []
     made.store.full = DatabaseUnavailable("The disk is full.")
 
     async def sleep(seconds: float) -> None:

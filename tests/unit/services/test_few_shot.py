@@ -105,10 +105,10 @@ async def test_only_what_can_be_an_example_is_read(made: Made) -> None:
     await made.correct("C")
     assert made.used == ["f-A", "f-C"]
     bounds = {"proposal_bytes": 500, "prompt_bytes": 3000}
-    assert made.store.asked == [{"count": 3, "from_bus": False, **bounds}]
+    assert made.store.queries == [{"count": 3, "from_bus": False, **bounds}]
     published = Made(count=2, from_bus=True)
     await published.correct("A")
-    assert published.store.asked == [{"count": 2, "from_bus": True, **bounds}]
+    assert published.store.queries == [{"count": 2, "from_bus": True, **bounds}]
 
 
 async def test_they_take_at_most_half_of_the_context() -> None:
@@ -142,21 +142,21 @@ async def test_examples_that_are_switched_off_are_never_read() -> None:
     made = Made(count=0)
     made.store.corrections = [correction("A")]
     assert await made.correct("A") is Outcome.OFF
-    assert (made.store.asked, made.used) == ([], [])
+    assert (made.store.queries, made.used) == ([], [])
 
 
 async def test_many_corrections_at_once_are_read_together(made: Made) -> None:
     made.store.corrections = [correction("A")]
-    made.store.reading.clear()
+    made.store.readable.clear()
     first = asyncio.create_task(made.correct("A"))
-    await until(lambda: made.store.asked)
+    await until(lambda: made.store.queries)
     others = [asyncio.create_task(made.correct("A")) for _ in range(9)]
     for _ in range(20):
         await asyncio.sleep(0)
-    made.store.reading.set()
+    made.store.readable.set()
     assert set(await asyncio.gather(first, *others)) == {Outcome.EXAMPLE}
-    # One reading for the first, and one that began after the last of the others came.
-    assert len(made.store.asked) == 2
+    # One read for the first, and one that began after the last of the others.
+    assert len(made.store.queries) == 2
 
 
 async def test_reading_them_has_a_deadline(
@@ -164,14 +164,14 @@ async def test_reading_them_has_a_deadline(
 ) -> None:
     seconds: float = module._READ_DEADLINE
     assert seconds == 8.0
-    made.store.reading.clear()
+    made.store.readable.clear()
     with monkeypatch.context() as patch:
         patch.setattr(module, "_READ_DEADLINE", 0.01)
         assert await made.correct("A") is Outcome.DATABASE_AWAY
     assert caplog.messages == [
         "the examples are not refreshed: The examples could not be read within 0.01 s."
     ]
-    made.store.reading.set()
+    made.store.readable.set()
     made.store.corrections = [correction("A")]
     assert await made.correct("A") is Outcome.EXAMPLE
 
@@ -182,7 +182,7 @@ async def test_reading_them_has_a_deadline(
 async def test_feedback_without_a_correction_asks_for_no_examples(made: Made) -> None:
     assert await made.correct("A", corrected_proposal=None) is Outcome.NO_CORRECTION
     assert [row.feedback_id for row in made.store.rows] == ["f-A"]
-    assert made.store.asked == []
+    assert made.store.queries == []
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ async def test_a_correction_that_cannot_be_an_example_is_stored_with_the_reason(
 ) -> None:
     assert await made.correct("A", corrected_proposal=proposal("A") | changes) is outcome
     assert len(made.store.rows) == 1
-    assert made.store.asked == []
+    assert made.store.queries == []
 
 
 async def test_each_reason_is_the_true_one(made: Made) -> None:
@@ -221,7 +221,7 @@ async def test_whether_it_is_an_example_is_unknown_while_the_database_is_away(
 ) -> None:
     made.store.is_away = True
     assert await made.correct("A") is Outcome.DATABASE_AWAY
-    assert (len(made.store.rows), made.store.asked, caplog.messages) == (1, [], [])
+    assert (len(made.store.rows), made.store.queries, caplog.messages) == (1, [], [])
     made.store.is_away, made.store.failure = False, AWAY
     assert await made.correct("A") is Outcome.DATABASE_AWAY
     assert caplog.messages == ["the examples are not refreshed: It cannot be read."]
@@ -230,7 +230,7 @@ async def test_whether_it_is_an_example_is_unknown_while_the_database_is_away(
 
 async def test_what_was_not_known_is_read_once_the_database_is_back(made: Made) -> None:
     made.few_shot.start()
-    await until(lambda: made.store.asked)
+    await until(lambda: made.store.queries)
     made.store.failure, made.store.corrections = AWAY, [correction("A")]
     await made.correct("A")
     made.store.failure = None
@@ -252,11 +252,11 @@ async def test_an_example_can_be_withdrawn_while_the_database_is_away(made: Made
     made.store.corrections = [correction("B"), correction("A")]
     await made.correct("B")
     made.few_shot.start()
-    await until(lambda: len(made.store.asked) == 2)
+    await until(lambda: len(made.store.queries) == 2)
     made.store.failure = AWAY
     await made.few_shot.withdraw("f-B")
     assert made.used == ["f-A"]
-    # Once the database is back, another one takes its place.
+    # Once the database is back, another one replaces it.
     made.store.failure, made.store.corrections = None, [correction("A"), correction("0")]
     await until(lambda: made.used == ["f-0", "f-A"])
 
@@ -268,4 +268,4 @@ async def test_the_examples_are_there_soon_after_the_start(made: Made) -> None:
     made.store.corrections = [correction("A")]
     made.few_shot.start()
     await until(lambda: made.used == ["f-A"])
-    assert (made.store.patience, made.changes) == ([30.0], 1)
+    assert (made.store.timeouts, made.changes) == ([30.0], 1)

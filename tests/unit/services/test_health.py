@@ -1,4 +1,4 @@
-"""The state of the sidecar, from the states of its parts."""
+"""The state of the sidecar, from the states of its components."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import pytest
 
 from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.models.base import Adapter, ModelStatus
-from tests.unit.fakes import FakeParts
+from tests.unit.fakes import FakeSidecar
 
 
 @pytest.fixture
-def parts(monkeypatch: pytest.MonkeyPatch) -> FakeParts:
-    """A sidecar of which every part works."""
-    made = FakeParts()
+def fake_sidecar(monkeypatch: pytest.MonkeyPatch) -> FakeSidecar:
+    """A sidecar whose components all work."""
+    made = FakeSidecar()
     monkeypatch.setattr(made.sidecar.speaker, "available", lambda: True)
     return made
 
 
-def lose(parts: FakeParts, *names: str) -> None:
+def lose(fake_sidecar: FakeSidecar, *names: str) -> None:
     for name in names:
         if name == "database":
-            parts.store.full = DatabaseUnavailable("The disk is full.")
+            fake_sidecar.store.full = DatabaseUnavailable("The disk is full.")
         elif name == "closed database":
-            parts.store.is_away = True
+            fake_sidecar.store.is_away = True
         elif name == "redis":
-            parts.bus.connected = False
+            fake_sidecar.bus.connected = False
         else:
-            model = getattr(parts, name)
+            model = getattr(fake_sidecar, name)
             model.state = replace(model.state, not_ready=f"{name} is loading.")
 
 
@@ -52,21 +52,26 @@ def lose(parts: FakeParts, *names: str) -> None:
     ],
 )
 def test_the_status_follows_from_what_is_missing(
-    parts: FakeParts, lost: tuple[str, ...], status: str, missing: dict[str, str]
+    fake_sidecar: FakeSidecar, lost: tuple[str, ...], status: str, missing: dict[str, str]
 ) -> None:
-    lose(parts, *lost)
-    health = parts.sidecar.health
+    lose(fake_sidecar, *lost)
+    health = fake_sidecar.sidecar.health
     assert (health.status(), health.missing()) == (status, missing)
     assert health.report()["status"] == status
 
 
-def test_without_a_voice_it_is_partial(parts: FakeParts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts.sidecar.speaker, "available", lambda: False)
-    assert (parts.sidecar.health.status(), parts.sidecar.health.missing()) == ("partial_error", {})
+def test_without_a_voice_it_is_partial(
+    fake_sidecar: FakeSidecar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_sidecar.sidecar.speaker, "available", lambda: False)
+    assert (fake_sidecar.sidecar.health.status(), fake_sidecar.sidecar.health.missing()) == (
+        "partial_error",
+        {},
+    )
 
 
-def test_the_report_shows_each_model_without_its_readiness(parts: FakeParts) -> None:
-    parts.phi3.state = ModelStatus(
+def test_the_report_shows_each_model_without_its_readiness(fake_sidecar: FakeSidecar) -> None:
+    fake_sidecar.phi3.state = ModelStatus(
         model="phi3/fake",
         adapter=Adapter(Path("/adapters/20260102")),
         runtime="fake",
@@ -78,8 +83,8 @@ def test_the_report_shows_each_model_without_its_readiness(parts: FakeParts) -> 
         queue_length=8,
         running=2,
     )
-    parts.hermes.state = ModelStatus("failed", "it is not there", "it is not there")
-    report = parts.sidecar.health.report()
+    fake_sidecar.hermes.state = ModelStatus("failed", "it is not there", "it is not there")
+    report = fake_sidecar.sidecar.health.report()
     assert (report["phi3_loaded"], report["hermes_loaded"]) == (True, False)
     assert (report["device"], report["phi3_adapter_date"]) == ("cuda", "2026-01-02")
     expected: dict[str, Any] = {
@@ -102,10 +107,12 @@ def test_the_report_shows_each_model_without_its_readiness(parts: FakeParts) -> 
     assert list(shown["hermes"]) == list(expected)
 
 
-def test_the_report_has_the_mean_score_and_the_states_of_the_parts(parts: FakeParts) -> None:
-    rows = parts.sidecar._rows
+def test_the_report_has_the_mean_score_and_the_states_of_the_parts(
+    fake_sidecar: FakeSidecar,
+) -> None:
+    rows = fake_sidecar.sidecar._rows
     rows.mean_score, rows.num_scores = 0.25, 4
-    report = parts.sidecar.health.report()
+    report = fake_sidecar.sidecar.health.report()
     assert report["mean_hermes_score_last_24h"] == 0.25
     assert report["num_hermes_scores_last_24h"] == 4
     assert (report["database"], report["event_bus"]) == ({"state": "fake"}, {"state": "fake"})

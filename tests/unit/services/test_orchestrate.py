@@ -1,4 +1,4 @@
-"""A run: which model is asked what, which rows and events follow, and how it ends early."""
+"""A run: its model calls, rows and events, and its early ends."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from llm_sidecar.errors import (
 from llm_sidecar.models.base import Delta, GenerationRequest
 from llm_sidecar.proposals import Proposed
 from llm_sidecar.services.proposal_run import AssessedProposal
-from tests.unit.fakes import FakeParts, PausedModel, last_of, until
+from tests.unit.fakes import FakeSidecar, PausedModel, last_of, until
 from tests.unit.services.samples import (
     CRITIQUE,
     PROMPT,
     PROPOSAL,
     UNGROUNDED,
     WRITTEN,
-    parts,
+    fake_sidecar,
     without,
 )
 
 
-async def propose(made: FakeParts) -> AssessedProposal:
+async def propose(made: FakeSidecar) -> AssessedProposal:
     return await last_of(made.sidecar.orchestrator.propose(PROMPT, 300), AssessedProposal)
 
 
 async def test_phi3_is_asked_with_the_examples_oldest_first() -> None:
-    made = parts(models={"phi3_temperature": 0.4})
+    made = fake_sidecar(models={"phi3_temperature": 0.4})
     made.sidecar.few_shot.corrections = (
         Correction("older", {"ticker": "A"}, "t-1", "f-1"),
         Correction("newer", {"ticker": "B"}, "t-2", "f-2"),
@@ -51,22 +51,22 @@ async def test_phi3_is_asked_with_the_examples_oldest_first() -> None:
     assert [turn["content"] for turn in messages[1:]] == [
         *("older", '{"ticker":"A"}', "newer", '{"ticker":"B"}', PROMPT)
     ]
-    assert made.phi3.asked == [GenerationRequest(messages, 300, proposals.GUIDANCE, 0.4)]
+    assert made.phi3.requests == [GenerationRequest(messages, 300, proposals.GUIDANCE, 0.4)]
 
 
 async def test_hermes_is_asked_for_a_critique_and_then_for_a_score() -> None:
-    made = parts(models={"hermes_temperature": 0.6})
+    made = fake_sidecar(models={"hermes_temperature": 0.6})
     await propose(made)
     critique = hermes_plugin.build_messages(hermes_plugin.CRITIQUE_TASK, PROPOSAL, PROMPT)
     score = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, PROPOSAL, PROMPT)
-    assert made.hermes.asked == [
+    assert made.hermes.requests == [
         GenerationRequest(critique, 300, None, 0.6),
         (score, hermes_plugin.SCORE_ANSWERS),
     ]
 
 
 async def test_the_result_is_what_the_models_gave() -> None:
-    result = await propose(parts())
+    result = await propose(fake_sidecar())
     assert isinstance(result.transaction_id, uuid.UUID)
     assert (result.proposal, result.completion) == (PROPOSAL, WRITTEN)
     assert (result.assessment, result.score) == (CRITIQUE, 0.75)
@@ -74,7 +74,7 @@ async def test_the_result_is_what_the_models_gave() -> None:
 
 
 async def test_it_leaves_a_run_a_score_and_a_proposal() -> None:
-    made = parts()
+    made = fake_sidecar()
     name = str((await propose(made)).transaction_id)
     rows = dict(made.happened.of("row"))
     assert len(made.happened.of("row")) == len(rows) == 3
@@ -122,7 +122,7 @@ async def test_its_latencies_are_those_of_each_part(monkeypatch: pytest.MonkeyPa
 
         return pass_time
 
-    made = parts()
+    made = fake_sidecar()
     made.phi3.before_answer, made.hermes.before_answer = take(10), take(5, 20)
     await propose(made)
     latencies = dict(made.happened.of("row"))["ProposalSchema"]["latencies"]
@@ -134,7 +134,7 @@ async def test_its_latencies_are_those_of_each_part(monkeypatch: pytest.MonkeyPa
 
 
 async def test_a_proposal_is_published_at_once_and_its_assessment_once_it_is_stored() -> None:
-    made = parts()
+    made = fake_sidecar()
     published: list[int] = []
     made.hermes.before_answer = lambda: published.append(len(made.happened.of("event")))
     name = str((await propose(made)).transaction_id)
@@ -155,13 +155,13 @@ async def test_a_proposal_is_published_at_once_and_its_assessment_once_it_is_sto
 
 
 async def test_proposal_and_score_are_counted() -> None:
-    made = parts()
+    made = fake_sidecar()
     await propose(made)
     assert made.happened.of("metric") == [("proposed", ("adjust",)), ("scored", 0.75)]
 
 
 async def test_what_is_not_grounded_is_reported_everywhere() -> None:
-    made = parts()
+    made = fake_sidecar()
     made.phi3.answers = [UNGROUNDED]
     result = await propose(made)
     assert result.grounded == "ticker,rationale"
@@ -170,16 +170,16 @@ async def test_what_is_not_grounded_is_reported_everywhere() -> None:
 
 
 async def test_with_grounding_retry_it_is_asked_for_once_more() -> None:
-    made = parts(proposals={"grounding": "retry"})
+    made = fake_sidecar(proposals={"grounding": "retry"})
     made.phi3.answers = [UNGROUNDED, WRITTEN]
     result = await propose(made)
     assert (result.proposal, result.grounded) == (PROPOSAL, "true")
-    assert len(made.phi3.asked) == 2
+    assert len(made.phi3.requests) == 2
     assert made.happened.of("metric")[0] == ("proposed", ("adjust",))
 
 
 async def test_all_calls_of_a_request_share_its_deadline() -> None:
-    made = parts(limits={"request_timeout": 7.0})
+    made = fake_sidecar(limits={"request_timeout": 7.0})
     before = time.monotonic()
     await propose(made)
     (deadline,) = [call.deadline for call in made.phi3.calls]
@@ -191,7 +191,7 @@ async def test_all_calls_of_a_request_share_its_deadline() -> None:
 
 @pytest.mark.parametrize("failure", [ModelUnavailable("gone"), DeadlineExceeded("too late")])
 async def test_a_run_that_fails_leaves_a_row_that_says_why(failure: SidecarError) -> None:
-    made = parts()
+    made = fake_sidecar()
     made.phi3.answers = [failure]
     with pytest.raises(type(failure), match=failure.detail):
         await propose(made)
@@ -204,11 +204,11 @@ async def test_a_run_that_fails_leaves_a_row_that_says_why(failure: SidecarError
         "status": "error",
         "error_message": failure.detail,
     }
-    assert made.happened.of("event") == made.hermes.asked == []
+    assert made.happened.of("event") == made.hermes.requests == []
 
 
 async def test_a_proposal_that_hermes_does_not_assess_is_stored_as_partial() -> None:
-    made = parts()
+    made = fake_sidecar()
     made.hermes.answers = [DeadlineExceeded("hermes is late", retry_after=3)]
     with pytest.raises(DeadlineExceeded, match="hermes is late") as caught:
         await propose(made)
@@ -231,7 +231,7 @@ async def test_a_proposal_that_hermes_does_not_assess_is_stored_as_partial() -> 
 
 
 async def test_a_score_that_fails_leaves_proposal_and_critique() -> None:
-    made = parts()
+    made = fake_sidecar()
     made.hermes.answers = [CRITIQUE, ModelUnavailable("hermes is gone")]
     with pytest.raises(ModelUnavailable, match="hermes is gone"):
         await propose(made)
@@ -241,7 +241,7 @@ async def test_a_score_that_fails_leaves_proposal_and_critique() -> None:
 
 
 async def test_a_failed_run_that_is_not_stored_says_so() -> None:
-    made = parts()
+    made = fake_sidecar()
     made.hermes.answers = [ModelUnavailable("hermes is gone")]
     made.store.full = DatabaseUnavailable("The disk is full.")
     with pytest.raises(ModelUnavailable, match="hermes is gone") as caught:
@@ -251,7 +251,7 @@ async def test_a_failed_run_that_is_not_stored_says_so() -> None:
 
 @pytest.mark.parametrize("failure", [InvalidRequest("prompt: too long"), QueueFull("full")])
 async def test_a_refused_request_leaves_no_row(failure: SidecarError) -> None:
-    made = parts()
+    made = fake_sidecar()
     made.phi3.answers = [failure]
     with pytest.raises(type(failure)) as caught:
         await propose(made)
@@ -261,7 +261,7 @@ async def test_a_refused_request_leaves_no_row(failure: SidecarError) -> None:
 
 @pytest.mark.parametrize("failure", [InvalidRequest("prompt: too long"), QueueFull("full")])
 async def test_a_proposal_that_hermes_refuses_is_stored_all_the_same(failure: SidecarError) -> None:
-    made = parts()
+    made = fake_sidecar()
     made.hermes.answers = [failure]
     with pytest.raises(type(failure)) as caught:
         await propose(made)
@@ -269,8 +269,8 @@ async def test_a_proposal_that_hermes_refuses_is_stored_all_the_same(failure: Si
     assert caught.value.transaction_id is not None
 
 
-async def stored_after(made: FakeParts, count: int) -> dict[str, dict[str, Any]]:
-    """The rows, once there are so many; they are stored in the background."""
+async def stored_after(made: FakeSidecar, count: int) -> dict[str, dict[str, Any]]:
+    """The rows, once there are this many; they are stored in the background."""
     await until(lambda: len(made.happened.of("row")) >= count)
     return dict(made.happened.of("row"))
 
@@ -278,7 +278,7 @@ async def stored_after(made: FakeParts, count: int) -> dict[str, dict[str, Any]]
 @pytest.mark.parametrize("end", ["cancel", "close"])
 async def test_a_client_that_leaves_after_the_proposal_loses_nothing(end: str) -> None:
     hermes = PausedModel()
-    made = FakeParts(hermes=hermes)
+    made = FakeSidecar(hermes=hermes)
     made.phi3.answers = [WRITTEN]
     running = made.sidecar.orchestrator.propose(PROMPT, 300)
     while getattr(item := await anext(running), "model", None) != "paused/fake":
@@ -303,7 +303,7 @@ async def test_a_client_that_leaves_after_the_proposal_loses_nothing(end: str) -
 
 
 async def test_a_client_that_leaves_with_the_proposal_loses_nothing() -> None:
-    made = parts()
+    made = fake_sidecar()
     running = made.sidecar.orchestrator.propose(PROMPT, 300)
     while not isinstance(await anext(running), Proposed):
         pass
@@ -311,12 +311,12 @@ async def test_a_client_that_leaves_with_the_proposal_loses_nothing() -> None:
     rows = await stored_after(made, 2)
     assert rows["OrchestratorRunSchema"]["status"] == "partial"
     assert rows["ProposalSchema"]["proposal"] == proposals.dumps(PROPOSAL)
-    assert made.hermes.asked == []
+    assert made.hermes.requests == []
 
 
 async def test_a_client_that_leaves_before_the_proposal_stops_phi3_and_leaves_no_row() -> None:
     phi3 = PausedModel()
-    made = FakeParts(phi3=phi3)
+    made = FakeSidecar(phi3=phi3)
     running = made.sidecar.orchestrator.propose(PROMPT, 300)
     assert await anext(running) == Delta("{", "paused/fake")
     await running.aclose()
@@ -327,7 +327,7 @@ async def test_a_client_that_leaves_before_the_proposal_stops_phi3_and_leaves_no
 
 
 async def test_a_run_streams_the_proposal_the_critique_and_the_result() -> None:
-    made = parts()
+    made = fake_sidecar()
     items = [item async for item in made.sidecar.orchestrator.propose(PROMPT, 300)]
     kinds = [type(item).__name__ for item in items]
     assert kinds == ["Delta", "Delta", "Proposed", "Delta", "Delta", "AssessedProposal"]
@@ -337,7 +337,7 @@ async def test_a_run_streams_the_proposal_the_critique_and_the_result() -> None:
 
 
 async def test_an_unexpected_failure_after_the_proposal_loses_nothing() -> None:
-    made = parts()
+    made = fake_sidecar()
     made.hermes.answers = [KeyError("a secret")]
     with pytest.raises(KeyError):
         await propose(made)
@@ -349,7 +349,7 @@ async def test_an_unexpected_failure_after_the_proposal_loses_nothing() -> None:
 
 
 async def test_an_unexpected_failure_before_it_leaves_no_row() -> None:
-    made = parts()
+    made = fake_sidecar()
     made.phi3.answers = [KeyError("a secret")]
     with pytest.raises(KeyError):
         await propose(made)
@@ -359,7 +359,7 @@ async def test_an_unexpected_failure_before_it_leaves_no_row() -> None:
 
 
 async def test_a_database_that_is_away_costs_no_answer(caplog: pytest.LogCaptureFixture) -> None:
-    made = parts()
+    made = fake_sidecar()
     made.store.full = DatabaseUnavailable("The disk is full.")
     result = await propose(made)
     assert (result.proposal, result.score, result.stored) == (PROPOSAL, 0.75, False)

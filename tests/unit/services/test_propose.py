@@ -1,4 +1,4 @@
-"""A proposal: how Phi-3 is asked for it, when it is retried, and what streams."""
+"""A proposal: the request to Phi-3, the retry, and the stream."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llm_sidecar.proposals import Example, Proposed
 from llm_sidecar.services.propose import Proposer
 from llm_sidecar.telemetry.metrics import MetricsSink
 from tests.unit.fakes import PausedModel, completion, last_of
-from tests.unit.services.samples import PROMPT, PROPOSAL, UNGROUNDED, parts
+from tests.unit.services.samples import PROMPT, PROPOSAL, UNGROUNDED, fake_sidecar
 from tests.unit.services.samples import WRITTEN as WRITTEN_OF_ABC
 
 VALID: dict[str, Any] = {
@@ -62,19 +62,19 @@ async def propose(
 
 
 async def test_a_proposal_alone_is_neither_stored_nor_published() -> None:
-    made = parts()
+    made = fake_sidecar()
     generating = made.sidecar.proposer.generate(PROMPT, 300)
     assert await last_of(generating, Proposed) == (PROPOSAL, WRITTEN_OF_ABC, ())
     assert made.happened.log == [("metric", "proposed", ("adjust",))]
     messages = proposals.build_messages(PROMPT)
-    assert made.phi3.asked == [GenerationRequest(messages, 300, proposals.GUIDANCE, 0.0)]
+    assert made.phi3.requests == [GenerationRequest(messages, 300, proposals.GUIDANCE, 0.0)]
     (call,) = made.phi3.calls
     assert call.deadline is not None
     assert call.deadline.seconds == 60.0
 
 
 async def test_a_proposal_alone_is_retried_where_it_is_not_grounded() -> None:
-    made = parts(proposals={"grounding": "retry"})
+    made = fake_sidecar(proposals={"grounding": "retry"})
     made.phi3.answers = [UNGROUNDED, WRITTEN_OF_ABC]
     proposed = await last_of(made.sidecar.proposer.generate(PROMPT, 300), Proposed)
     assert proposed.proposal == PROPOSAL
@@ -97,7 +97,7 @@ async def test_phi3_is_asked_under_guidance_with_the_examples() -> None:
     deadline = Deadline.after(60)
     made = await propose(fake, "now", EXAMPLES, max_tokens=300, temperature=0.5, deadline=deadline)
     assert (made.proposal, made.completion) == (VALID, answer)
-    assert fake.asked == [request(EXAMPLES, 300, 0.5)]
+    assert fake.requests == [request(EXAMPLES, 300, 0.5)]
     (call,) = fake.calls
     assert (call.deadline, call.allow_partial) == (deadline, False)
 
@@ -114,7 +114,7 @@ async def test_too_small_a_budget_is_refused_before_the_model_is_asked() -> None
     fake = FakeModel()
     with pytest.raises(InvalidRequest, match="max_length"):
         await propose(fake, "now", max_tokens=LEAST - 1)
-    assert fake.asked == []
+    assert fake.requests == []
 
 
 async def test_examples_that_do_not_fit_beside_a_prompt_are_left_out(
@@ -125,7 +125,7 @@ async def test_examples_that_do_not_fit_beside_a_prompt_are_left_out(
     deadline = Deadline.after(60)
     made = await propose(fake, "now", EXAMPLES, max_tokens=300, temperature=0.5, deadline=deadline)
     assert (made.proposal, made.completion) == (VALID, answer)
-    assert fake.asked == [request(EXAMPLES, 300, 0.5), request([], 300, 0.5)]
+    assert fake.requests == [request(EXAMPLES, 300, 0.5), request([], 300, 0.5)]
     assert [call.deadline for call in fake.calls] == [deadline, deadline]
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("WARNING", "the few-shot examples do not fit the context beside a long prompt")
@@ -139,14 +139,14 @@ async def test_a_prompt_that_does_not_fit_alone_is_refused() -> None:
     fake = FakeModel(InvalidRequest("too long"), InvalidRequest("still too long"))
     with pytest.raises(InvalidRequest, match=r"^still too long$"):
         await propose(fake, "now", EXAMPLES)
-    assert len(fake.asked) == 2
+    assert len(fake.requests) == 2
 
 
 async def test_another_error_is_not_tried_again_without_the_examples() -> None:
     fake = FakeModel(DeadlineExceeded("late"))
     with pytest.raises(DeadlineExceeded, match=r"^late$"):
         await propose(fake, "now", EXAMPLES)
-    assert len(fake.asked) == 1
+    assert len(fake.requests) == 1
 
 
 @pytest.mark.parametrize("text", [WRITTEN[:-1], "Buy it.", "", WRITTEN.replace("adjust", "buy")])
@@ -157,7 +157,7 @@ async def test_what_is_no_valid_proposal_never_comes_back(
     with pytest.raises(ModelUnavailable) as caught:
         await propose(fake, "now")
     assert caught.value.detail == (
-        "phi3 wrote something that is no valid proposal, so nothing is returned; "
+        "phi3 did not write a valid proposal, so nothing is returned; "
         "check the model with another prompt."
     )
     assert caught.value.retry_after == 1
@@ -180,7 +180,7 @@ async def test_what_is_not_grounded_is_named() -> None:
     assert (made.ungrounded, made.grounded) == ((), "true")
     made = await propose(fake, CONTEXT)
     assert (made.ungrounded, made.grounded) == (("ticker", "rationale"), "ticker,rationale")
-    assert len(fake.asked) == 2
+    assert len(fake.requests) == 2
 
 
 def retried(tickers: list[str]) -> GenerationRequest:
@@ -206,31 +206,31 @@ async def test_an_ungrounded_proposal_is_retried_under_the_guidance_of_its_conte
     fake = FakeModel(completion(json.dumps(MADE_UP)), better)
     made = await propose_again(fake)
     assert (made.proposal, made.completion, made.grounded) == (GROUNDED, better, "true")
-    # The ticker is none of the context's, so it is no choice.
-    assert fake.asked == [request(EXAMPLES, 300, 0.5, CONTEXT), retried([])]
+    # The ticker is not in the context, so the guidance excludes it.
+    assert fake.requests == [request(EXAMPLES, 300, 0.5, CONTEXT), retried([])]
 
 
 async def test_a_ticker_that_the_context_has_stays_a_choice() -> None:
     written = VALID | {"ticker": "quiet", "rationale": "RSI is at 78."}
     fake = FakeModel(completion(json.dumps(written)), completion(json.dumps(MADE_UP)))
     made = await propose_again(fake)
-    assert fake.asked[1] == retried(["quiet"])
+    assert fake.requests[1] == retried(["quiet"])
     # It is asked for once more, and then reported.
     assert made.ungrounded == ("ticker", "rationale")
-    assert len(fake.asked) == 2
+    assert len(fake.requests) == 2
 
 
 async def test_what_is_grounded_is_not_asked_for_again() -> None:
     fake = FakeModel(completion(json.dumps(GROUNDED)))
     assert (await propose_again(fake)).grounded == "true"
-    assert len(fake.asked) == 1
+    assert len(fake.requests) == 1
 
 
 async def test_a_context_without_a_ticker_has_no_guidance_to_ask_with() -> None:
     fake = FakeModel(completion(json.dumps(MADE_UP)))
     made = await propose(fake, "12,5 %", retry=True)
     assert made.proposal == MADE_UP
-    assert len(fake.asked) == 1
+    assert len(fake.requests) == 1
 
 
 async def test_a_retry_has_half_of_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +262,7 @@ async def test_a_retry_that_fails_leaves_the_first_proposal(
     made = await propose_again(fake)
     assert (made.proposal, made.grounded) == (MADE_UP, "ticker,rationale")
     assert made.completion == completion(json.dumps(MADE_UP))
-    assert len(fake.asked) == 2
+    assert len(fake.requests) == 2
     assert caplog.messages[-1] == f"the retry of an ungrounded proposal failed: {kind}"
 
 
@@ -274,7 +274,7 @@ async def test_a_retry_beside_a_long_prompt_has_no_examples_either() -> None:
     )
     assert (await propose_again(fake)).proposal == GROUNDED
     messages = proposals.build_messages(CONTEXT)
-    again = fake.asked[2]
+    again = fake.requests[2]
     assert isinstance(again, GenerationRequest)
     assert again.messages == messages
 
@@ -285,7 +285,7 @@ async def test_a_grounded_ticker_stays_a_choice_however_many_the_context_has() -
     first = again | {"rationale": "RSI is at 4711."}
     fake = FakeModel(completion(json.dumps(first)), completion(json.dumps(again)))
     assert (await propose(fake, context, retry=True)).grounded == "true"
-    request = fake.asked[1]
+    request = fake.requests[1]
     assert isinstance(request, GenerationRequest)
     assert request.guidance == proposals.grounded_guidance(context, ["AB999"])
 

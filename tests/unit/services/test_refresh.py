@@ -1,4 +1,4 @@
-"""What is read again when asked, and regularly; and a database that is away."""
+"""Refreshes on request and periodically, and while the database is unavailable."""
 
 from __future__ import annotations
 

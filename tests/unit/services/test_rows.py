@@ -75,7 +75,7 @@ async def test_the_mean_score_is_there_soon_after_the_start(made: Made) -> None:
     assert (made.rows.mean_score, made.rows.num_scores) == (0.25, 4)
     day = datetime.timedelta(hours=24)
     assert before - day <= made.store.since[0] <= datetime.datetime.now(datetime.UTC) - day
-    assert made.store.patience == [30.0]
+    assert made.store.timeouts == [30.0]
 
 
 async def test_a_score_is_counted_at_once_and_another_row_is_not(made: Made) -> None:

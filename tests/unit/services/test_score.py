@@ -1,4 +1,4 @@
-"""Hermes' score and critique: what the model is asked, what is stored, what fails."""
+"""Hermes' score and critique: the requests to the model, the rows, the errors."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from llm_sidecar import hermes_plugin
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.errors import DatabaseUnavailable, InvalidRequest, ModelUnavailable, QueueFull
 from llm_sidecar.models.base import Delta, GenerationRequest
-from tests.unit.fakes import FakeParts, PausedModel, scores, text_of
-from tests.unit.services.samples import CRITIQUE, PROMPT, PROPOSAL, SURE, parts, without
+from tests.unit.fakes import FakeSidecar, PausedModel, scores, text_of
+from tests.unit.services.samples import CRITIQUE, PROMPT, PROPOSAL, SURE, fake_sidecar, without
 
 SCORE, CRITICISE = hermes_plugin.SCORE_TASK, hermes_plugin.CRITIQUE_TASK
 
 
 async def test_a_score_is_stored_under_the_proposals_own_id() -> None:
-    made = parts()
+    made = fake_sidecar()
     made.hermes.answers = [SURE]
     name = uuid.uuid4()
     scored = PROPOSAL | {"id": str(name)}
     result = await made.sidecar.judge.score(scored, "ABC is quiet.")
     assert (result.proposal_id, result.score, result.stored) == (name, 0.75, True)
     messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, scored, "ABC is quiet.")
-    assert made.hermes.asked == [(messages, hermes_plugin.SCORE_ANSWERS)]
+    assert made.hermes.requests == [(messages, hermes_plugin.SCORE_ANSWERS)]
     ((kind, row),) = made.happened.of("row")
     assert kind == "HermesScoreSchema"
     assert without(row, "timestamp", "row_id") == {
@@ -39,7 +39,7 @@ async def test_a_score_is_stored_under_the_proposals_own_id() -> None:
 
 @pytest.mark.parametrize("identifier", ["seven", "", 7, None, ["x"], {"a": 1}])
 async def test_a_proposal_whose_id_is_no_uuid_gets_one(identifier: object) -> None:
-    made = parts()
+    made = fake_sidecar()
     made.hermes.answers = [SURE]
     result = await made.sidecar.judge.score(PROPOSAL | {"id": identifier}, None)
     assert isinstance(result.proposal_id, uuid.UUID)
@@ -50,7 +50,7 @@ async def test_a_proposal_whose_id_is_no_uuid_gets_one(identifier: object) -> No
 
 @pytest.mark.parametrize("proposal", [{"a": 1}, {"rationale": None}, {"rationale": 7}])
 async def test_a_rationale_that_is_no_text_is_left_out(proposal: dict[str, Any]) -> None:
-    made = parts()
+    made = fake_sidecar()
     made.hermes.answers = [SURE]
     await made.sidecar.judge.score(proposal, None)
     ((_, row),) = made.happened.of("row")
@@ -58,7 +58,7 @@ async def test_a_rationale_that_is_no_text_is_left_out(proposal: dict[str, Any])
 
 
 async def test_a_score_that_is_not_stored_says_so() -> None:
-    made = parts()
+    made = fake_sidecar()
     made.hermes.answers = [SURE]
     made.store.full = DatabaseUnavailable("The disk is full.")
     result = await made.sidecar.judge.score(PROPOSAL, None)
@@ -67,7 +67,7 @@ async def test_a_score_that_is_not_stored_says_so() -> None:
 
 
 async def test_a_score_that_fails_is_not_stored() -> None:
-    made = parts()
+    made = fake_sidecar()
     made.hermes.answers = [ModelUnavailable("hermes is gone")]
     with pytest.raises(ModelUnavailable, match="hermes is gone"):
         await made.sidecar.judge.score(PROPOSAL, None)
@@ -80,7 +80,7 @@ async def test_a_score_that_fails_is_not_stored() -> None:
 async def test_an_error_names_the_fields_that_the_caller_sent(
     context: str | None, fields: str
 ) -> None:
-    made = parts()
+    made = fake_sidecar()
     made.hermes.answers = [InvalidRequest("prompt: it takes 9000 tokens; shorten it")]
     with pytest.raises(InvalidRequest) as caught:
         await made.sidecar.judge.score(PROPOSAL, context)
@@ -93,13 +93,13 @@ async def test_an_error_names_the_fields_that_the_caller_sent(
 
 
 async def test_a_score_is_read_from_the_probabilities_of_the_answers() -> None:
-    made = parts()
+    made = fake_sidecar()
     made.hermes.answers = [scores(_0=0.1, _10=0.9), scores(_5=1.0)]
     assert await made.sidecar.judge.rate(PROPOSAL, PROMPT) == pytest.approx(0.9)
     deadline = Deadline.after(60)
     assert await made.sidecar.judge.rate(PROPOSAL, None, deadline) == pytest.approx(0.5)
     assert [call.deadline for call in made.hermes.calls] == [None, deadline]
-    assert made.hermes.asked == [
+    assert made.hermes.requests == [
         (hermes_plugin.build_messages(SCORE, PROPOSAL, PROMPT), hermes_plugin.SCORE_ANSWERS),
         (hermes_plugin.build_messages(SCORE, PROPOSAL), hermes_plugin.SCORE_ANSWERS),
     ]
@@ -108,7 +108,7 @@ async def test_a_score_is_read_from_the_probabilities_of_the_answers() -> None:
 
 
 async def test_a_model_that_gives_no_answer_any_probability_is_unavailable() -> None:
-    made = parts()
+    made = fake_sidecar()
     made.hermes.answers = [scores()]
     with pytest.raises(ModelUnavailable) as caught:
         await made.sidecar.judge.rate(PROPOSAL, None)
@@ -123,7 +123,7 @@ async def test_a_model_that_gives_no_answer_any_probability_is_unavailable() -> 
 
 
 async def test_a_critique_is_asked_in_its_context() -> None:
-    made = parts(models={"hermes_temperature": 0.5})
+    made = fake_sidecar(models={"hermes_temperature": 0.5})
     made.hermes.answers = [CRITIQUE]
     deadline = Deadline.after(60)
     asking = made.sidecar.judge.assess(PROPOSAL, PROMPT, max_tokens=31, deadline=deadline)
@@ -132,13 +132,13 @@ async def test_a_critique_is_asked_in_its_context() -> None:
     # Half a critique is none.
     assert (call.deadline, call.allow_partial) == (deadline, False)
     messages = hermes_plugin.build_messages(CRITICISE, PROPOSAL, PROMPT)
-    assert call.what == GenerationRequest(messages, 31, None, 0.5, None)
+    assert call.request == GenerationRequest(messages, 31, None, 0.5, None)
     assert made.happened.log == []
 
 
 async def test_a_critique_streams_and_closing_it_stops_hermes() -> None:
     hermes = PausedModel("Thin", ".")
-    made = FakeParts(hermes=hermes)
+    made = FakeSidecar(hermes=hermes)
     asking = made.sidecar.judge.assess(PROPOSAL, PROMPT, max_tokens=31, deadline=Deadline.after(60))
     assert await anext(asking) == Delta("Thin", "paused/fake")
     await asking.aclose()
@@ -146,7 +146,7 @@ async def test_a_critique_streams_and_closing_it_stops_hermes() -> None:
 
 
 async def test_an_error_of_the_model_reaches_the_caller() -> None:
-    made = parts()
+    made = fake_sidecar()
     made.hermes.answers = [QueueFull("full", retry_after=3)] * 2
     with pytest.raises(QueueFull, match="full"):
         await made.sidecar.judge.rate(PROPOSAL, None)
