@@ -33,7 +33,7 @@ from llm_sidecar.models.base import Adapter
 from llm_sidecar.models.files import ModelFiles
 from llm_sidecar.models.local import process as worker_process
 from llm_sidecar.models.local.model import HostLimits, LocalModel
-from llm_sidecar.models.local.protocol import Load, Ready
+from llm_sidecar.models.local.protocol import Check, Died, Load, Ready, encode
 from llm_sidecar.models.lora import convert_adapter
 from llm_sidecar.telemetry.calls import WorkerDeath
 from tests.completions import complete
@@ -857,6 +857,29 @@ async def test_a_worker_that_writes_no_valid_message_is_killed(
         )
         await worker.stop()
     assert not worker.alive
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        # The first answers `Load` again; the second is too deep for the parser.
+        encode(Ready("fake", "cpu", 100, 1)).decode().strip(),
+        '{"type": "Done", "id": 1, "more": ' + "[" * 100_000,
+    ],
+    ids=["twice_ready", "too_deep"],
+)
+async def test_a_worker_that_writes_nonsense_later_is_killed(
+    monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
+    ready = encode(Ready("fake", "cpu", 100, 1)).decode().strip()
+    script = f"input(); print({ready!r}, flush=True); input(); print({again!r}, flush=True)"
+    replace_worker(monkeypatch, f"{script}; input(); input()")
+    worker = await worker_process.WorkerProcess.start("phi3/fake")
+    async with asyncio.timeout(10):
+        await worker.load(Load("/models/phi3", "cpu", 1))
+        _, inbox = worker.send(Check(request=SHORT))
+        assert isinstance(await inbox.get(), Died)
+        await worker.stop()
 
 
 async def test_a_worker_that_is_ready_too_late_still_ends(monkeypatch: pytest.MonkeyPatch) -> None:

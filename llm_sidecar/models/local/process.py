@@ -207,8 +207,9 @@ class WorkerProcess:
         except ConnectionError:
             # It ended before it had read everything.
             pass
-        except (ValueError, KeyError) as error:
-            # Half a line, or one that is too long; the type only, as it may hold a prompt.
+        except Exception as error:  # noqa: BLE001 - whatever it is, the worker is of no use
+            # Half a line, one that is too long, or one out of turn; the type only, as it may hold a
+            # prompt.
             log.error("the worker of %s wrote no message: %s", self.label, type(error).__name__)
             self.process.kill()
         await asyncio.to_thread(self.process.wait)
