@@ -339,6 +339,16 @@ async def test_a_request_that_does_not_fit_is_invalid_and_the_worker_continues(
     assert host.status().restarts == 0
 
 
+async def test_half_of_a_surrogate_pair_is_invalid_and_the_worker_continues(
+    make_host: HostFactory,
+) -> None:
+    host = await make_host()
+    request = GenerationRequest(hermes_plugin.chat_messages("\ud800"), 5)
+    assert isinstance(await failure(complete(host, request)), InvalidRequest)
+    await complete(host, SHORT)
+    assert (host.status().restarts, host.status().requests) == (0, 0)
+
+
 async def test_a_loading_model_is_waited_for_only_so_long(make_host: HostFactory) -> None:
     host = await make_host(load_wait=0.0)
     error = await failure(complete(host, SHORT))

@@ -19,6 +19,7 @@ from typing import Final
 import msgspec
 
 from llm_sidecar.engines.base import FinishReason, GenerationRequest
+from llm_sidecar.errors import InvalidRequest
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
@@ -174,5 +175,14 @@ def is_final(answer: Answer) -> bool:
 
 
 def encode(message: msgspec.Struct) -> bytes:
-    """The message as a line."""
-    return msgspec.json.encode(message) + b"\n"
+    """The message as a line.
+
+    Raises:
+        InvalidRequest: a text is no Unicode.
+    """
+    try:
+        return msgspec.json.encode(message) + b"\n"
+    except UnicodeEncodeError:
+        raise InvalidRequest(
+            "prompt: it holds half of a surrogate pair; send Unicode text"
+        ) from None
