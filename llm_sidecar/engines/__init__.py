@@ -38,7 +38,8 @@ def load_engine(
             onnxruntime-genai on CUDA and for models that onnxruntime alone cannot run here: other
             architectures than Llama, Mistral, Phi-3 and Qwen 2 and 3, a Phi-3 of long context (its
             rotary embeddings change with the length), sliding windows and pruned logits that the
-            runtime manages, and models whose attention does not update its states in place.
+            runtime manages, models whose attention does not update its states in place, and a
+            config that leaves things out.
         device: `auto`, `cpu` or `cuda`.
         threads: of the runtime, on CPU.
         adapter: folder of a LoRA adapter in the runtime's own format.
