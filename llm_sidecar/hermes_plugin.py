@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -71,10 +72,10 @@ def expected_score(probabilities: Mapping[str, float]) -> float:
         A score in [0, 1].
 
     Raises:
-        ValueError: no answer has any probability.
+        ValueError: no answer has any probability, or they are no numbers.
     """
     total = sum(probabilities[answer] for answer in SCORE_ANSWERS)
-    if not total > 0.0:
+    if not 0.0 < total < math.inf:
         raise ValueError("none of the answers 0 to 10 has any probability")
     weighted = sum(int(answer) * probabilities[answer] for answer in SCORE_ANSWERS)
     return float(weighted / total / 10.0)

@@ -3,11 +3,13 @@
     python -m tests.fake_worker
 
 It generates the words of the last message, one a step. Some messages change what it does: `slow`
-takes a hundredth of a second a step, `fail` raises, `refuse` refuses the request.
+takes a hundredth of a second a step, `fail` raises, `refuse` refuses the request, `nan` has scores
+that are no numbers.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -54,7 +56,8 @@ class FakeEngine:
         """The same for each."""
         if messages[-1]["content"] == "fail":
             raise RuntimeError(messages[-1]["content"])
-        return dict.fromkeys(answers, 1 / len(answers))
+        share = math.nan if messages[-1]["content"] == "nan" else 1 / len(answers)
+        return dict.fromkeys(answers, share)
 
     def tokenize(self, request: GenerationRequest, *_: object) -> list[int]:
         """A token a word."""

@@ -38,7 +38,8 @@ def load_engine(
             onnxruntime-genai on CUDA and for models that onnxruntime alone cannot run here: other
             architectures than Llama, Mistral, Phi-3 and Qwen 2 and 3, Phi-3 with a long context
             (its rotary embeddings change with the length), sliding windows and pruned logits
-            managed by the runtime, and attention that does not update its states in place.
+            managed by the runtime, attention that does not update its states in place, and an
+            incomplete configuration.
         device: `auto`, `cpu` or `cuda`.
         threads: of the runtime, on CPU.
         adapter: folder of a LoRA adapter in the runtime's own format.

@@ -40,7 +40,8 @@ class Grammars:
 
     @functools.cached_property
     def _vocabulary(self) -> Any:
-        return llguidance.LLTokenizer(self._tokenizer.to_str(), eos_token=self._ends)
+        # Without any it takes one of the tokenizer.
+        return llguidance.LLTokenizer(self._tokenizer.to_str(), eos_token=self._ends or None)
 
     def _compile(self, schema: str) -> Any:
         grammar = llguidance.LLMatcher.grammar_from_json_schema(schema)

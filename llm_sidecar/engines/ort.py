@@ -25,6 +25,9 @@ from llm_sidecar.memory_trim import trim_heap
 _LONG_PROMPT: Final = 1024
 """Prompt tokens; after a longer prompt, the freed heap is returned to the system."""
 _INPUTS: Final = {"input_ids", "attention_mask", "position_ids"}
+_PAST: Final = {"past_key_names", "past_value_names"}
+_PRESENT: Final = {"present_key_names", "present_value_names"}
+_SHAPE: Final = {"head_size", "num_hidden_layers", "num_key_value_heads"}
 _ARCHITECTURES: Final = {"llama", "mistral", "phi3", "qwen2", "qwen3"}
 _LONG_ROPE: Final = b"cos_cache_large"
 """Name of a tensor that the builder writes for rotary embeddings of long context."""
@@ -146,17 +149,28 @@ class OrtEngine(Decoder[States]):
 
 
 def can_run(folder: Path) -> bool:
-    """Whether this engine can run a model in onnxruntime-genai's format."""
-    config = json.loads((folder / "genai_config.json").read_bytes())
-    model, decoder = config["model"], config["model"]["decoder"]
-    inputs = set(decoder["inputs"])
-    return (
-        model["type"] in _ARCHITECTURES
-        and config["search"].get("past_present_share_buffer", False)
-        and inputs <= _INPUTS | {"past_key_names", "past_value_names"}
-        and "sliding_window" not in decoder
-        and not _has_long_rope(folder / decoder["filename"])
-    )
+    """Whether this engine can run a model in onnxruntime-genai's format.
+
+    It needs a complete genai_config.json. onnxruntime-genai has defaults for most of it, and
+    reports what it does not understand.
+    """
+    try:
+        config = json.loads((folder / "genai_config.json").read_bytes())
+        model, decoder = config["model"], config["model"]["decoder"]
+        inputs = set(decoder["inputs"])
+        return (
+            model["type"] in _ARCHITECTURES
+            and model["context_length"] > 0
+            and decoder.keys() >= _SHAPE
+            and inputs >= _PAST
+            and inputs <= _INPUTS | _PAST
+            and decoder["outputs"].keys() >= _PRESENT
+            and config["search"].get("past_present_share_buffer", False)
+            and "sliding_window" not in decoder
+            and not _has_long_rope(folder / decoder["filename"])
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, OSError):
+        return False
 
 
 def _has_long_rope(graph: Path) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -210,3 +212,42 @@ def test_choice_tree_refuses_answers_it_cannot_read() -> None:
 
 def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
+
+
+# Which runtime runs a model
+
+
+@pytest.mark.parametrize(
+    ("missing", "runtime"),
+    [
+        ("search", "onnxruntime-genai"),
+        ("model.decoder.inputs", "onnxruntime-genai"),
+        ("model.decoder.inputs.past_key_names", "onnxruntime-genai"),
+        ("model.decoder.outputs", "onnxruntime-genai"),
+        ("model.decoder.num_key_value_heads", "onnxruntime-genai"),
+        ("model.eos_token_id", "onnxruntime"),
+    ],
+)
+def test_a_config_may_leave_out_what_onnxruntime_genai_has_a_default_for(
+    random_phi3_onnx: Path, tmp_path: Path, missing: str, runtime: str
+) -> None:
+    folder = shutil.copytree(random_phi3_onnx, tmp_path / "model")
+    config = json.loads((folder / "genai_config.json").read_bytes())
+    *path, last = missing.split(".")
+    del functools.reduce(dict.__getitem__, path, config)[last]
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    engine = load_engine(folder, device="cpu")
+    messages = proposals.build_messages(PROMPT, [])
+    request = GenerationRequest(messages, proposals.MAX_COMPLETION_TOKENS, proposals.GUIDANCE)
+    proposals.parse("".join(delta.text for delta in engine.stream(request)))
+    assert engine.runtime == runtime
+
+
+@pytest.mark.parametrize("config", ["{", "[]", '{"model": null}', ""])
+def test_the_reason_names_a_config_that_cannot_be_read(
+    random_phi3_onnx: Path, tmp_path: Path, config: str
+) -> None:
+    folder = shutil.copytree(random_phi3_onnx, tmp_path / "model")
+    (folder / "genai_config.json").write_text(config)
+    with pytest.raises(RuntimeError, match=r"genai_config\.json|model context_length"):
+        load_engine(folder, device="cpu")

@@ -34,7 +34,7 @@ from llm_sidecar.models.files import ModelFiles
 from llm_sidecar.models.local import process
 from llm_sidecar.models.local.load_state import ModelLimits
 from llm_sidecar.models.local.model import LocalModel
-from llm_sidecar.models.local.protocol import Load, Ready
+from llm_sidecar.models.local.protocol import Check, Died, Load, Ready, encode
 from llm_sidecar.models.lora import convert_adapter
 from llm_sidecar.telemetry.calls import WorkerDeath
 from tests.completions import complete
@@ -338,6 +338,16 @@ async def test_a_request_that_does_not_fit_is_invalid_and_the_worker_continues(
     assert isinstance(await failure(complete(model, too_long)), InvalidRequest)
     await complete(model, SHORT)
     assert model.status().restarts == 0
+
+
+async def test_half_of_a_surrogate_pair_is_invalid_and_the_worker_continues(
+    make_model: ModelFactory,
+) -> None:
+    model = await make_model()
+    request = GenerationRequest(hermes_plugin.chat_messages("\ud800"), 5)
+    assert isinstance(await failure(complete(model, request)), InvalidRequest)
+    await complete(model, SHORT)
+    assert (model.status().restarts, model.status().requests) == (0, 0)
 
 
 async def test_a_loading_model_is_waited_for_only_so_long(make_model: ModelFactory) -> None:
@@ -858,6 +868,29 @@ async def test_a_worker_that_writes_no_valid_message_is_killed(
         )
         await worker.stop()
     assert not worker.alive
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        # The first answers `Load` again; the second is too deep for the parser.
+        encode(Ready("fake", "cpu", 100, 1)).decode().strip(),
+        '{"type": "Done", "id": 1, "more": ' + "[" * 100_000,
+    ],
+    ids=["twice_ready", "too_deep"],
+)
+async def test_a_worker_that_writes_nonsense_later_is_killed(
+    monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
+    ready = encode(Ready("fake", "cpu", 100, 1)).decode().strip()
+    script = f"input(); print({ready!r}, flush=True); input(); print({again!r}, flush=True)"
+    replace_worker(monkeypatch, f"{script}; input(); input()")
+    worker = await process.WorkerProcess.start("phi3/fake")
+    async with asyncio.timeout(10):
+        await worker.load(Load("/models/phi3", "cpu", 1))
+        _, inbox = worker.send(Check(request=SHORT))
+        assert isinstance(await inbox.get(), Died)
+        await worker.stop()
 
 
 async def test_a_worker_that_is_ready_too_late_still_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,6 +250,11 @@ def test_scores_come_in_one_message(one: Process) -> None:
     assert one.read_until(Failed, 41).detail == "RuntimeError"
 
 
+def test_scores_that_are_no_numbers_are_a_failure(one: Process) -> None:
+    score(one, 42, "nan")
+    assert one.read_until(Failed, 42).detail == "its probabilities are not finite numbers"
+
+
 # Prefixes
 
 

@@ -102,7 +102,7 @@ def test_the_score_is_the_mean_of_the_answers_divided_by_ten(
     assert hermes_plugin.expected_score(found) == pytest.approx(score, abs=1e-12)
 
 
-@pytest.mark.parametrize("nothing", [0.0, float("nan")])
+@pytest.mark.parametrize("nothing", [0.0, float("nan"), float("inf")])
 def test_without_any_probability_there_is_no_score(nothing: float) -> None:
     with pytest.raises(ValueError, match=r"^none of the answers 0 to 10 has any probability$"):
         hermes_plugin.expected_score(dict.fromkeys(ANSWERS, nothing))

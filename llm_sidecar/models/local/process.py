@@ -219,9 +219,9 @@ class WorkerProcess:
         except ConnectionError:
             # It ended before it had read everything.
             pass
-        except (ValueError, KeyError) as error:
-            # An incomplete or overlong line. Logs the error's type only: its message may quote a
-            # prompt.
+        except Exception as error:  # noqa: BLE001 - a worker that writes anything else is broken
+            # An incomplete, overlong or unexpected message. Logs the error's type only: its message
+            # may quote a prompt.
             log.error(
                 "the worker of %s wrote an invalid message: %s", self.label, type(error).__name__
             )

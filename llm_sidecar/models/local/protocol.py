@@ -191,5 +191,14 @@ def error_of(answer: Failed | Died, name: str) -> SidecarError:
 
 
 def encode(message: msgspec.Struct) -> bytes:
-    """The message as a line."""
-    return msgspec.json.encode(message) + b"\n"
+    """The message as a line.
+
+    Raises:
+        InvalidRequest: a text is no Unicode.
+    """
+    try:
+        return msgspec.json.encode(message) + b"\n"
+    except UnicodeEncodeError:
+        raise InvalidRequest(
+            "prompt: it holds half of a surrogate pair; send Unicode text"
+        ) from None

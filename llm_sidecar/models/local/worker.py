@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import queue
 import sys
@@ -26,7 +27,7 @@ import msgspec
 
 from llm_sidecar.engines import Delta, Engine
 from llm_sidecar.engines.base import Batch
-from llm_sidecar.errors import InvalidRequest, SidecarError, one_line
+from llm_sidecar.errors import InvalidRequest, ModelUnavailable, SidecarError, one_line
 from llm_sidecar.logs import log_to_stderr
 from llm_sidecar.models.local.cpu_limit import CpuLimit
 from llm_sidecar.models.local.out_of_memory import ended_first
@@ -256,6 +257,9 @@ class Worker:
         request = job.request
         try:
             probabilities = engine.score_choices(request.messages, job.choices, request.tokens)
+            if not all(map(math.isfinite, probabilities.values())):
+                # JSON has no such numbers.
+                raise ModelUnavailable("its probabilities are not finite numbers")
         except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
             self._fail(job.id, error)
         else:
