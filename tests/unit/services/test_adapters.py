@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,37 @@ async def test_the_newest_adapter_is_used_and_kept_for_the_next_start(
     assert await made.adapters.swap() == datetime.date(2026, 1, 2)
     assert (made.phi3.swaps, made.kept) == (["20260102"], "20260102")
     assert caplog.messages == ["phi3 changed its adapter from none to 20260102 in 0.0 s"]
+
+
+async def test_without_adapters_in_the_folder_none_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    made = Made(tmp_path)
+    await made.adapters.swap("20260101")
+    shutil.rmtree(made.folder)
+    assert await made.adapters.swap() is None
+    assert (made.phi3.swaps, made.kept) == (["20260101", None], None)
+    assert caplog.messages[1] == "phi3 changed its adapter from 20260101 to none in 0.0 s"
+
+
+async def test_the_log_line_of_a_swap_has_its_fields(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    made = Made(tmp_path)
+    await made.adapters.swap("20260101")
+    made.phi3.gate.clear()
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    swapping = asyncio.create_task(made.adapters.swap("20260102"))
+    await until(lambda: len(made.phi3.swaps) == 2)
+    monkeypatch.setattr(time, "monotonic", lambda: 161.26)
+    made.phi3.gate.set()
+    await swapping
+    line = vars(caplog.records[1])
+    assert line["model"] == "phi3"
+    assert (line["previous_adapter"], line["adapter"]) == ("20260101", "20260102")
+    assert line["seconds"] == 61.3
 
 
 async def test_an_adapter_is_used_by_its_name(tmp_path: Path) -> None:
