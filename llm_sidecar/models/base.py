@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines.base import FinishReason, GenerationRequest, Message
-from llm_sidecar.errors import AdapterRejected
+from llm_sidecar.errors import AdapterRejected, ModelUnavailable
 
 __all__ = [
     "Adapter",
@@ -89,10 +89,12 @@ class Completion:
         """Joins all deltas of a generation.
 
         Raises:
-            ValueError: the generation has not finished.
+            ModelUnavailable: the model ended the stream before the generation had finished.
         """
         if not deltas or deltas[-1].finish_reason is None:
-            raise ValueError("the generation has not finished")
+            raise ModelUnavailable(
+                "The model ended its answer before it was complete; try again.", retry_after=1
+            )
         last = deltas[-1]
         return cls(
             "".join(delta.text for delta in deltas),

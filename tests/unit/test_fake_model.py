@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llm_sidecar.deadline import Deadline
-from llm_sidecar.errors import AdapterRejected, QueueFull
+from llm_sidecar.errors import AdapterRejected, ModelUnavailable, QueueFull
 from llm_sidecar.models.base import (
     Adapter,
     ChatModel,
@@ -38,7 +38,8 @@ async def test_deltas_stream_as_they_are() -> None:
 
 @pytest.mark.parametrize("deltas", [[], [Delta("a", "m")]])
 def test_a_generation_without_its_end_is_no_completion(deltas: list[Delta]) -> None:
-    with pytest.raises(ValueError, match=r"^the generation has not finished$"):
+    message = r"^The model ended its answer before it was complete; try again\.$"
+    with pytest.raises(ModelUnavailable, match=message):
         Completion.of(deltas)
 
 

@@ -230,6 +230,19 @@ async def test_a_proposal_that_hermes_does_not_assess_is_stored_as_partial() -> 
     assert (caught.value.stored, caught.value.retry_after) == (True, 3)
 
 
+@pytest.mark.parametrize("critique", [[], [Delta("The target", "hermes/fake")]])
+async def test_a_critique_that_ends_early_is_no_assessment(critique: list[Delta]) -> None:
+    made = fake_sidecar()
+    made.hermes.answers = [critique]
+    with pytest.raises(ModelUnavailable, match="before it was complete") as caught:
+        await propose(made)
+    rows = dict(made.happened.of("row"))
+    run = rows["OrchestratorRunSchema"]
+    assert str(caught.value.transaction_id) == run["run_id"]
+    assert (run["status"], run["error_message"]) == ("partial", caught.value.detail)
+    assert rows["ProposalSchema"]["assessment"] == ""
+
+
 async def test_a_score_that_fails_leaves_proposal_and_critique() -> None:
     made = fake_sidecar()
     made.hermes.answers = [CRITIQUE, ModelUnavailable("hermes is gone")]
