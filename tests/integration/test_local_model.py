@@ -765,9 +765,10 @@ async def test_a_damaged_adapter_is_refused_and_the_old_one_stays(
 
 
 async def test_a_request_that_has_queued_longer_than_a_load_may_take_gets_the_next_worker(
-    make_model: ModelFactory,
+    make_model: ModelFactory, serial_phi3_onnx: Path
 ) -> None:
-    model = await make_model(load_wait=2.0)
+    # This model runs one request at a time, so the second one waits in the server's queue.
+    model = await make_model(serial_phi3_onnx, load_wait=2.0)
     await until_loaded(model)
     running = asyncio.create_task(complete(model, ENDLESS))
     await until(lambda: tokens(model) > 0)
