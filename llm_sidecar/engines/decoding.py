@@ -77,7 +77,7 @@ class Decoder(abc.ABC, Generic[S]):
         """
 
     def join(self, states: Mapping[int, S], size: int, former: Any) -> Rows:
-        """Joins rows into one batch.
+        """Joins rows into one batch; a runtime that batches more than one row overrides this.
 
         Args:
             states: of all rows, by number, from before they joined a batch.
