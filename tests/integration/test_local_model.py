@@ -583,9 +583,9 @@ async def test_a_replaced_worker_that_hangs_is_ended(
     make_model: ModelFactory, onnx_adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process, "_EXIT_GRACE", 0.2)
-    model = await make_model()
+    model = await make_model(request_timeout=3.0)
     await until_loaded(model)
-    running = asyncio.create_task(complete(model, ENDLESS, Deadline.after(2.0)))
+    running = asyncio.create_task(complete(model, ENDLESS))
     await until(lambda: tokens(model) > 0)
     former = pid_of(model)
     os.kill(former, signal.SIGSTOP)
