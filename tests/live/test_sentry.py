@@ -175,8 +175,8 @@ def test_an_unreachable_sentry_does_not_delay_requests(
         for name, port in (("hanging", hanging.port), ("down", free_port())):
             (tmp_path / name).mkdir()
             environ = {**random_models, **PATIENT, "SENTRY_DSN": dsn(port)}
-            server = serve(tmp_path / name, app="tests.failing_app:app", **environ)
-            servers.append(stack.enter_context(server))
+            started = serve(tmp_path / name, app="tests.failing_app:app", **environ)
+            servers.append(stack.enter_context(started))
         for server in servers:
             server.wait_until_ready()
             assert server.client.post("/score/hermes/", json=SCORED).is_success

@@ -228,8 +228,8 @@ def test_an_unreachable_endpoint_costs_one_warning_and_no_time(tmp_path: Path) -
         servers = []
         for name, url in (("hanging", hanging.url), ("down", down)):
             (tmp_path / name).mkdir()
-            server = serve(tmp_path / name, OTEL_EXPORTER_OTLP_ENDPOINT=url)
-            servers.append(stack.enter_context(server))
+            started = serve(tmp_path / name, OTEL_EXPORTER_OTLP_ENDPOINT=url)
+            servers.append(stack.enter_context(started))
         for server in servers:
             server.wait_until_database_is_open()
             assert answers(server)
