@@ -25,6 +25,7 @@ from tests.random_models import write_adapter
 NAMES: Final = ("20260101", "20260102")
 _SETTLED: Final = 10
 """Swaps after which memory is compared with that in the end."""
+_PROMPTS: Final = 4
 _USUAL_SECONDS: Final = 20.0
 """How long the clients ask without a swap, for comparison."""
 
@@ -57,7 +58,7 @@ def _of_large_models() -> Iterator[Row]:
         f"{name}: answers of neither adapter",
         load.others,
         0,
-        f"of {load.answered}, by their text",
+        f"of {load.answered}, by the beginning of their text",
     )
     yield Row(
         f"{name}: longest wait of a request, all eight queued, against that without swaps",
@@ -125,10 +126,14 @@ class _Load:
         self.failed = self.others = self.answered = 0
         self._server = server
         self._clients = clients
-        asked = models.prompts(4)
+        asked = models.prompts(16)
         alone = [_answers(server, name, asked) for name in NAMES]
-        assert all(one != other for one, other in zip(*alone, strict=True))
-        self._allowed = dict(zip(asked, map(set, zip(*alone, strict=True)), strict=True))
+        beginnings = {
+            prompt: _beginnings(*answers) for prompt, *answers in zip(asked, *alone, strict=True)
+        }
+        # The earlier the adapters differ, the less a batch can change.
+        soonest = sorted(asked, key=lambda prompt: len(beginnings[prompt][0]))[:_PROMPTS]
+        self._allowed = {prompt: beginnings[prompt] for prompt in soonest}
         self._waits: list[float] = []
 
     def longest_waits(
@@ -167,7 +172,17 @@ class _Load:
             self._waits.append(time.monotonic() - began)
             self.answered += 1
             self.failed += answer.status_code != 200
-            self.others += answer.text not in self._allowed[prompt]
+            self.others += not answer.text.startswith(self._allowed[prompt])
+
+
+def _beginnings(one: str, other: str) -> tuple[str, str]:
+    """Both texts up to the first character that differs.
+
+    Not the whole texts: the kernels round otherwise for a row alone than for rows in a batch, and
+    random weights then go on with another word of equal probability.
+    """
+    same = next(end for end, (a, b) in enumerate(zip(one, other, strict=False), 1) if a != b)
+    return one[:same], other[:same]
 
 
 def _answers(server: LiveServer, adapter: str, asked: list[str]) -> list[str]:

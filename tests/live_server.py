@@ -34,7 +34,9 @@ class LiveServer:
         self.log = log
         self.client = httpx.Client(base_url=self.url, timeout=60.0)
 
-    def wait_until(self, condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    def wait_until(
+        self, condition: Callable[[], Any], seconds: float = 60.0, interval: float = 0.02
+    ) -> Any:
         """The first true value of `condition`, which may raise transport errors until then."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
@@ -44,7 +46,7 @@ class LiveServer:
                 value = condition()
                 if value:
                     return value
-            time.sleep(0.02)
+            time.sleep(interval)
         raise AssertionError(f"it did not come true:\n{self.log.read_text()}")
 
     def wait_until_ready(self) -> None:

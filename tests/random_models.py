@@ -26,11 +26,13 @@ def write_transformers_folder(
     architecture: str = "phi3",
     seed: int = 0,
     hidden_size: int = 64,
+    head_dim: int | None = None,
     original_context_length: int = CONTEXT_LENGTH,
 ) -> Path:
     """A 0.3M-parameter model with random weights and a byte-level tokenizer, Phi-3 or Llama.
 
     Args:
+        head_dim: size of an attention head; default: a fourth of `hidden_size`.
         original_context_length: of a Phi-3, which has other rotary embeddings beyond it.
     """
     import torch
@@ -77,6 +79,8 @@ def write_transformers_folder(
         "eos_token_id": 4,
         "initializer_range": 0.5,
     }
+    if head_dim is not None:
+        shape["head_dim"] = head_dim
     if architecture == "phi3":
         if original_context_length < CONTEXT_LENGTH:
             factors = {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8}

@@ -15,14 +15,14 @@ from tests.live_server import ROOT
 from tests.random_models import convert_to_onnx, write_transformers_folder
 
 SYSTEM = Message(role="system", content="You are Hermes, the risk officer of a trading desk.")
-LONG = "Long ABC. " * 430
+LONG = "Long ABC. " * 425
 
 
 @pytest.fixture(scope="module")
 def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose attention states take 32 KB a token, so that they outweigh all else."""
     source = write_transformers_folder(
-        tmp_path_factory.mktemp("wide-torch"), architecture="llama", hidden_size=2048
+        tmp_path_factory.mktemp("wide-torch"), architecture="llama", head_dim=512
     )
     return convert_to_onnx(source, tmp_path_factory.mktemp("wide-onnx"))
 

@@ -39,19 +39,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("streams", "status", "shown", "message"),
+    ("arguments", "streams", "status", "shown", "message"),
     [
-        ("2>&-", 0, True, ""),
-        ("2>/dev/full", 0, True, ""),
-        (">/dev/full", 1, False, FULL),
-        (">&-", 1, False, CLOSED),
-        ("<&- >&- 2>&-", 1, False, ""),
+        ("query-runs", "2>&-", 0, True, ""),
+        ("query-runs", ">/dev/full", 1, False, FULL),
+        ("query-runs", "<&- >&- 2>&-", 1, False, ""),
+        # Without the database library, which takes a second to import.
+        ("query-runs --help", "2>/dev/full", 0, True, ""),
+        ("query-runs --help", ">&-", 1, False, CLOSED),
     ],
 )
-def test_rows_and_standard_streams(
-    folder: Path, streams: str, status: int, shown: bool, message: str
+def test_output_and_standard_streams(
+    folder: Path, arguments: str, streams: str, status: int, shown: bool, message: str
 ) -> None:
-    command = f"$PY -m llm_sidecar.db query-runs {streams}"
+    command = f"$PY -m llm_sidecar.db {arguments} {streams}"
     found, out, err = in_shell(command, LANCEDB_URI=str(folder))
     assert (found, bool(out), err) == (status, shown, message)
 
@@ -142,3 +143,14 @@ def test_help_needs_no_database_library() -> None:
 def test_a_server_needs_no_command_line_parser() -> None:
     code = "import sys, llm_sidecar.db; print('typer' in sys.modules)"
     assert in_shell(f'$PY -c "{code}"') == (0, "False\n", "")
+
+
+def test_a_command_ends_without_a_search_for_garbage() -> None:
+    """The search takes up to half a second if the database library is imported."""
+    code = (
+        "import atexit, gc\n"
+        # Functions run in reverse order, so this one runs last.
+        "atexit.register(lambda: print(gc.get_freeze_count() > 0))\n"
+        "from llm_sidecar import command_line\n"
+    )
+    assert in_shell(f'$PY -c "{code}"') == (0, "True\n", "")

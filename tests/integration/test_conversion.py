@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,28 @@ from llm_sidecar.engines import GenerationRequest, load_engine
 from llm_sidecar.loader import __main__ as loader_cli
 from llm_sidecar.models import conversion
 from llm_sidecar.models.conversion import ConversionFailed, compare, convert
+from tests.live_server import is_running
 from tests.random_models import convert_to_onnx, write_transformers_folder
 
 
 @pytest.fixture
 def llama(random_hermes_torch: Path) -> Path:
     return random_hermes_torch
+
+
+@pytest.fixture
+def replace_builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes a script the builder's program; the real one takes five seconds to import."""
+    folder = tmp_path / "modules" / "onnxruntime_genai" / "models"
+
+    def replace(script: str) -> None:
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").touch()
+        (folder.parent / "__init__.py").touch()
+        (folder / "builder.py").write_text(script)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+
+    return replace
 
 
 def test_a_converted_model_agrees_with_its_original_and_runs(llama: Path, tmp_path: Path) -> None:
@@ -62,14 +79,29 @@ def test_another_tokenizer_is_noticed(llama: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_conversion_leaves_nothing(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path,
+    tmp_path: Path,
+    replace_builder: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    replace_builder(
+        "import os, pathlib, sys, time\n"
+        "out = pathlib.Path(sys.argv[sys.argv.index('-o') + 1])\n"
+        "out.mkdir()\n"
+        "(out / 'model.onnx').write_text('half of it')\n"
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+        "print('Reading embedding layer', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+
     def interrupted(line: str) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command_line, "say", interrupted)
-    assert loader_cli.main(["convert", str(llama), str(tmp_path / "converted")]) == 130
-    assert list(tmp_path.iterdir()) == []
+    out = tmp_path / "out" / "converted"
+    assert loader_cli.main(["convert", str(llama), str(out)]) == 130
+    assert list(out.parent.iterdir()) == []
+    assert not is_running(int((tmp_path / "pid").read_text()))
 
 
 def test_what_cannot_be_converted_is_said_in_a_line(
@@ -93,11 +125,16 @@ def test_what_cannot_be_converted_is_said_in_a_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_builders_own_complaint_is_passed_on(llama: Path, tmp_path: Path) -> None:
+def test_the_builders_own_complaint_is_passed_on(
+    llama: Path, tmp_path: Path, replace_builder: Callable[[str], None]
+) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(llama, broken)
     (broken / "config.json").write_text('{"architectures": ["Nothing"], "model_type": "llama"}')
-    with pytest.raises(
-        ConversionFailed, match=r"builder failed: \w+Error: .*not currently supported"
-    ):
-        convert(broken, tmp_path / "out", "int4")
+    with pytest.raises(NotImplementedError, match=r"not currently supported") as complaint:
+        convert_to_onnx(broken, tmp_path / "broken-out")
+    replace_builder(f"raise NotImplementedError({str(complaint.value)!r})")
+    said = f"the model builder failed: NotImplementedError: {complaint.value}"
+    with pytest.raises(ConversionFailed) as failure:
+        convert(llama, tmp_path / "out", "int4")
+    assert str(failure.value) == said

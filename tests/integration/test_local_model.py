@@ -410,24 +410,6 @@ async def test_closing_ends_a_request_that_outlasts_its_grace(make_model: ModelF
     assert not is_running(pid)
 
 
-async def test_torch_generates_a_batch_and_a_cancelled_request_ends_alone(
-    make_model: ModelFactory, random_phi3_torch: Path
-) -> None:
-    model = await make_model(random_phi3_torch)
-    expected = await complete(model, SHORT)
-    endless = asyncio.create_task(complete(model, ENDLESS))
-    await until(lambda: tokens(model) > 100)
-    texts = [answer.text for answer in await asyncio.gather(*(complete(model, SHORT),) * 3)]
-    assert texts == [expected.text] * 3
-    # They did not wait for it.
-    assert not endless.done()
-    assert model.status().running == 1
-    endless.cancel()
-    await asyncio.wait([endless])
-    assert (await complete(model, SHORT)).text == expected.text
-    assert model.status().restarts == 0
-
-
 async def test_a_worker_that_dies_fails_its_whole_batch(
     make_model: ModelFactory, random_hermes_onnx: Path
 ) -> None:
@@ -510,19 +492,33 @@ async def test_a_swap_waits_for_no_request_and_running_ones_finish(
     await until(lambda: not is_running(former))
 
 
-async def test_on_torch_new_requests_go_to_the_new_worker_while_old_ones_run(
+async def test_torch_generates_a_batch_and_swaps_while_a_request_runs(
     make_model: ModelFactory, random_phi3_torch: Path, tmp_path: Path
 ) -> None:
+    """One test, because a worker with torch takes seconds to start."""
     adapter = write_adapter(random_phi3_torch, tmp_path / "20260101")
     model = await make_model(random_phi3_torch)
-    former_answer = await complete(model, SHORT)
+    expected = await complete(model, SHORT)
     former = pid_of(model)
+    endless = asyncio.create_task(complete(model, ENDLESS))
+    await until(lambda: tokens(model) > 100)
+    texts = [answer.text for answer in await asyncio.gather(*(complete(model, SHORT),) * 3)]
+    assert texts == [expected.text] * 3
+    # They did not wait for it.
+    assert not endless.done()
+    assert model.status().running == 1
+    endless.cancel()
+    await asyncio.wait([endless])
+    # It ended alone.
+    assert (await complete(model, SHORT)).text == expected.text
+    assert (model.status().restarts, pid_of(model)) == (0, former)
+
     running = asyncio.create_task(complete(model, ENDLESS))
     await until(lambda: model.status().running == 1)
     await model.use_adapter(Adapter(adapter))
     answer = await complete(model, SHORT)
     assert answer.adapter == "20260101"
-    assert answer.text != former_answer.text
+    assert answer.text != expected.text
     assert not running.done()
     assert is_running(former)
     running.cancel()
@@ -530,20 +526,19 @@ async def test_on_torch_new_requests_go_to_the_new_worker_while_old_ones_run(
 
 
 async def test_an_adapter_can_replace_one_with_which_the_model_does_not_load(
-    make_model: ModelFactory, random_phi3_torch: Path, random_phi3_onnx: Path, tmp_path: Path
+    make_model: ModelFactory, onnx_adapters: list[Adapter], tmp_path: Path
 ) -> None:
-    good, bad = tmp_path / "20260101", tmp_path / "20260102"
-    convert_adapter(write_adapter(random_phi3_torch, tmp_path / "peft"), random_phi3_onnx, good)
+    good, bad = onnx_adapters[0], tmp_path / "20260103"
     bad.mkdir()
-    model = await make_model(random_phi3_onnx, load_wait=5.0)
+    model = await make_model(load_wait=5.0)
     await model.start(Adapter(bad))
     assert isinstance(await failure(complete(model, SHORT)), ModelUnavailable)
     assert isinstance(
         await failure(model.use_adapter(Adapter(tmp_path / "nowhere"))), AdapterRejected
     )
     assert model.status().adapter == Adapter(bad)
-    await model.use_adapter(Adapter(good))
-    assert (await complete(model, SHORT)).adapter == good.name
+    await model.use_adapter(good)
+    assert (await complete(model, SHORT)).adapter == "20260101"
 
 
 async def test_a_swap_continues_if_the_serving_worker_dies(
@@ -585,8 +580,9 @@ async def test_a_replaced_worker_that_dies_fails_its_request_and_counts_as_no_re
 
 
 async def test_a_replaced_worker_that_hangs_is_ended(
-    make_model: ModelFactory, onnx_adapters: list[Adapter]
+    make_model: ModelFactory, onnx_adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(process, "_EXIT_GRACE", 0.2)
     model = await make_model(request_timeout=3.0)
     await until_loaded(model)
     running = asyncio.create_task(complete(model, ENDLESS))
@@ -743,23 +739,21 @@ async def test_closing_cancels_a_swap_that_loads(
 
 
 async def test_a_damaged_adapter_is_refused_and_the_old_one_stays(
-    make_model: ModelFactory, random_phi3_torch: Path, random_phi3_onnx: Path, tmp_path: Path
+    make_model: ModelFactory, onnx_adapters: list[Adapter], tmp_path: Path
 ) -> None:
-    peft = write_adapter(random_phi3_torch, tmp_path / "peft")
-    good, bad = tmp_path / "20260101", tmp_path / "20260102"
-    convert_adapter(peft, random_phi3_onnx, good)
-    shutil.copytree(good, bad)
+    good, bad = onnx_adapters[0], tmp_path / "20260102"
+    shutil.copytree(good.folder, bad)
     content = (bad / ADAPTER_FILE).read_bytes()
     (bad / ADAPTER_FILE).write_bytes(content[:-100])
-    model = await make_model(random_phi3_onnx)
-    await model.use_adapter(Adapter(good))
+    model = await make_model()
+    await model.use_adapter(good)
     expected, pid = await complete(model, SHORT), pid_of(model)
     error = await failure(model.use_adapter(Adapter(bad)))
     assert isinstance(error, AdapterRejected)
     assert error.detail == (
         "The adapter 20260102 is refused: adapter.onnx_adapter is not an adapter, or is incomplete"
     )
-    assert model.status().adapter == Adapter(good)
+    assert model.status().adapter == good
     assert await complete(model, SHORT) == replace(expected, cached_tokens=ANY)
     assert pid_of(model) == pid
 

@@ -33,8 +33,6 @@ from training.demo_models.trainer import init_attention, train
 _VOCABULARY: Final = 2816
 _NUMBERS_VOCABULARY: Final = 1536
 _TOKENIZER_LESSONS: Final = 4000
-PROCESSES: Final = 2
-"""Processes that train one model. Each draws its own lessons, so more would change the weights."""
 _FIRST_ROUND: Final = Schedule(
     tokens=10_500_000,
     batch_tokens=1280,
