@@ -165,7 +165,7 @@ def _database(status: Health) -> Iterator[Metric]:
     yield from _compaction(status)
 
 
-def _rows_and_log(status: Health) -> Iterator[Metric]:
+def _rows_and_journal(status: Health) -> Iterator[Metric]:
     journal = status["journal"]
     yield CounterMetricFamily(
         "sidecar_database_rows_written",
