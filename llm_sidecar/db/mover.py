@@ -19,7 +19,7 @@ from llm_sidecar.db.lance import one_line
 from llm_sidecar.db.location import Location
 from llm_sidecar.db.old_log import OldLogs
 from llm_sidecar.db.rows import FEEDBACK, WITHDRAWALS
-from llm_sidecar.db.tables import Tables, open_tables
+from llm_sidecar.db.tables import MOVING, Tables, open_tables
 from llm_sidecar.errors import DatabaseUnavailable, JournalUnavailable
 from llm_sidecar.journal.journal import Journal
 from llm_sidecar.journal.locks import held, sync_folder
@@ -155,7 +155,7 @@ class Mover:
                 # A script may open, write one row and close, so compaction is due here too.
                 await self.compactor.compact_if_due(self.tables)
         except TimeoutError:
-            log.warning("closing took longer than %g s", _CLOSE_SECONDS)
+            log.error("closing took longer than %g s: rows stay in the journal", _CLOSE_SECONDS)
         # A write in flight keeps its lock: it may still succeed.
         if self._in_flight is None or self._in_flight.done():
             for task in self._tasks:
@@ -248,7 +248,7 @@ class Mover:
         this = self._begun
         until = await self._journal.last_movable()
         while until is not None:
-            async with held(self._location.log_folder / "mover.lock") as mine:
+            async with held(self._location.log_folder / MOVING) as mine:
                 if mine:
                     await self._move_until(until)
                     break

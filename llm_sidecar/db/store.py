@@ -119,8 +119,6 @@ class Store:
         """Moves the rows of the journal to the tables, within a time limit, then closes."""
         self._is_closed = True
         await self._mover.close()
-        if left := self._journal.rows_waiting:
-            log.warning("%d rows stay in the journal until the next start", left)
         try:
             await self._journal.close()
         except TimeoutError:

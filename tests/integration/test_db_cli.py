@@ -42,7 +42,7 @@ from llm_sidecar.db import (
     table_of,
 )
 from llm_sidecar.db.encoding import encoded
-from llm_sidecar.db.repair import COMPACTING
+from llm_sidecar.db.tables import COMPACTING
 from llm_sidecar.journal.journal import Journal
 from llm_sidecar.journal.locks import locked
 from tests.test_db import NOW, PROPOSAL, RUN, feedback, run, score
