@@ -152,7 +152,7 @@ async def check(folder: Path, heard: Heard, exact: bool) -> None:
     """
     store = await Store.open(folder)
     try:
-        results = await verify(await store.opened(), lambda _: None)
+        results = await verify(await store.moved(), lambda _: None)
         assert all(result.is_sound for result in results), results
         columns = {FEEDBACK: "transaction_id", RUNS: "run_id", SCORES: "run_id"}
         found: Counter[str] = Counter()

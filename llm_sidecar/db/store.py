@@ -58,6 +58,10 @@ def table_of(row: AnyRow) -> str:
     return _TABLE_OF[type(row)]
 
 
+async def _themselves(tables: Tables) -> Tables:
+    return tables
+
+
 class Store:
     """An append-only database. It acknowledges a row once the row would survive a power loss.
 
@@ -114,6 +118,14 @@ class Store:
             DatabaseUnavailable: it is not within `timeout` seconds, or the last attempt failed.
         """
         return await self._mover.opened(timeout)
+
+    async def moved(self, timeout: float = _OPEN_SECONDS) -> Tables:
+        """The tables, once they have every row that any process has committed by now.
+
+        Raises:
+            DatabaseUnavailable: they do not within `timeout` seconds.
+        """
+        return await self._query(_themselves, seconds=timeout)
 
     async def close(self) -> None:
         """Moves the rows of the journal to the tables, within a time limit, then closes."""

@@ -1039,3 +1039,13 @@ def test_ctrl_c_ends_a_script_that_waits_for_the_database(
         signal.signal(signal.SIGINT, before)
     # The command itself would give up only after half a minute.
     assert time.monotonic() - began < 15
+
+
+def test_rows_of_a_process_that_has_died_are_verified_and_counted(
+    readable_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_row(readable_folder, score(run_id="left"))
+    assert f"{SCORES}: 3 of 3 rows are readable, ids are unique" in lines_of(capsys, "verify")
+    leave_row(readable_folder, score(run_id="left too"))
+    lines = [json.loads(line) for line in lines_of(capsys, "stats")]
+    assert [row["rows"] for row in lines if row["table"] == SCORES] == [4]
