@@ -245,21 +245,21 @@ class JournalWriter:
 
     def _attempt(self, group: Sequence[_Unit[Any]], chores: Sequence[Work[None]]) -> bool:
         """Commits; returns False if the files have to be opened anew, so that nothing counts."""
-        db = self.file.opened()
-        try:
-            db.execute("BEGIN IMMEDIATE")
-            for chore in chores:
-                chore(db)
-            for unit in group:
-                _do(db, unit)
-            snapshot = _snapshot(db)
-            db.execute("COMMIT")
-        except sqlite3.Error as error:
-            with contextlib.suppress(sqlite3.Error):
-                db.execute("ROLLBACK")
-            if is_damage(error):
-                return False
-            raise
+        with self.file.turn() as db:
+            try:
+                db.execute("BEGIN IMMEDIATE")
+                for chore in chores:
+                    chore(db)
+                for unit in group:
+                    _do(db, unit)
+                snapshot = _snapshot(db)
+                db.execute("COMMIT")
+            except sqlite3.Error as error:
+                with contextlib.suppress(sqlite3.Error):
+                    db.execute("ROLLBACK")
+                if is_damage(error):
+                    return False
+                raise
         if not self.file.is_current():
             return False
         self.snapshot = snapshot
