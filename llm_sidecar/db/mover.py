@@ -247,7 +247,7 @@ class Mover:
         """Moves all rows that are committed by now, but drafts."""
         self._begun += 1
         this = self._begun
-        until = await self._journal.last_movable()
+        until = await self._journal.last_movable() if self._journal.rows_waiting else None
         while until is not None:
             async with held(self._location.log_folder / MOVING) as mine:
                 if mine:

@@ -25,6 +25,8 @@ _COMMIT_SECONDS: Final = 5.0
 _SLOW: Final = f"the disk takes longer than {_COMMIT_SECONDS:g} s"
 _MOST_BYTES: Final = 64 << 20
 """The maximum size of what waits to be committed."""
+_MOST_UNITS: Final = 2000
+"""The maximum size of a group: other processes wait for its end."""
 TICK_SECONDS: Final = 1.0
 """Seconds between two looks at the file and its disk while nothing is committed."""
 _MAINTAIN_TICKS: Final = 60
@@ -66,10 +68,10 @@ class Snapshot(NamedTuple):
 class _Unit(Generic[T]):
     """Work that is done completely or not at all, and the future of its caller."""
 
-    def __init__(self, work: Work[T], size: int) -> None:
+    def __init__(self, work: Work[T], size: int, done: asyncio.Future[T]) -> None:
         self.work = work
         self.size = size
-        self.done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self.done = done
         self.result: T | None = None
         self.error: Exception | None = None
 
@@ -158,20 +160,24 @@ class JournalWriter:
             raise JournalUnavailable("The database is closed.", retry_after=5)
         if self._waiting_bytes + size > _MOST_BYTES:
             raise JournalUnavailable("The journal is busy: too much waits.", retry_after=5)
-        unit = _Unit(work, size)
+        loop = asyncio.get_running_loop()
+        unit = _Unit(work, size, loop.create_future())
         if not self._gathered:
             # Callers that the last group has woken come together, so they are one group again.
-            asyncio.get_running_loop().call_soon(self._hand_over)
+            loop.call_soon(self._hand_over)
         self._gathered.append(unit)
         self._waiting_bytes += size
+        deadline = loop.call_later(_COMMIT_SECONDS, self._expire, unit)
         try:
-            async with asyncio.timeout(_COMMIT_SECONDS):
-                return await unit.done
-        except TimeoutError:
-            known = "not stored" if self._withdraw(unit) else "not known to be stored"
-            raise JournalUnavailable(
-                f"The row is {known}: {self._advice(_SLOW)}", retry_after=5
-            ) from None
+            return await unit.done
+        finally:
+            deadline.cancel()
+
+    def _expire(self, unit: _Unit[Any]) -> None:
+        known = "not stored" if self._withdraw(unit) else "not known to be stored"
+        detail = f"The row is {known}: {self._advice(_SLOW)}"
+        if not unit.done.done():
+            unit.done.set_exception(JournalUnavailable(detail, retry_after=5))
 
     def _hand_over(self) -> None:
         with self._arrived:
@@ -201,7 +207,8 @@ class JournalWriter:
             with self._arrived:
                 if not self._waiting and not self._end:
                     self._arrived.wait(TICK_SECONDS)
-                group, self._waiting = self._waiting, []
+                group = self._waiting[:_MOST_UNITS]
+                del self._waiting[:_MOST_UNITS]
                 is_last = self._end and not group
             if is_last:
                 break
@@ -264,16 +271,8 @@ class JournalWriter:
         """Commits; returns False if the files have to be opened anew, so that nothing counts."""
         with self.file.turn() as db:
             try:
-                db.execute("BEGIN IMMEDIATE")
-                for chore in chores:
-                    chore(db)
-                for unit in group:
-                    _do(db, unit)
-                snapshot = _snapshot(db)
-                db.execute("COMMIT")
+                snapshot = _transaction(db, group, chores)
             except sqlite3.Error as error:
-                with contextlib.suppress(sqlite3.Error):
-                    db.execute("ROLLBACK")
                 if is_damage(error):
                     return False
                 raise
@@ -294,20 +293,66 @@ class JournalWriter:
             unit.error = failure
 
 
+class _UnitFailed(Exception):
+    """A unit failed, so the group is done again, each unit in a savepoint."""
+
+
+def _transaction(
+    db: sqlite3.Connection, group: Sequence[_Unit[Any]], chores: Sequence[Work[None]]
+) -> Snapshot:
+    """Commits a group. A unit that fails gets its error and leaves nothing; the others stay."""
+    try:
+        return _pass(db, group, chores, _do)
+    except _UnitFailed:
+        return _pass(db, group, chores, _do_alone)
+
+
+def _pass(
+    db: sqlite3.Connection,
+    group: Sequence[_Unit[Any]],
+    chores: Sequence[Work[None]],
+    do: Callable[[sqlite3.Connection, _Unit[Any]], None],
+) -> Snapshot:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        for chore in chores:
+            chore(db)
+        for unit in group:
+            do(db, unit)
+        snapshot = _snapshot(db)
+        db.execute("COMMIT")
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):
+            db.execute("ROLLBACK")
+        raise
+    return snapshot
+
+
 def _do(db: sqlite3.Connection, unit: _Unit[Any]) -> None:
-    db.execute("SAVEPOINT unit")
-    unit.result, unit.error = None, None
+    unit.error = None
     try:
         unit.result = unit.work(db)
-    except sqlite3.Error as error:
-        if not isinstance(error, _OF_ONE_UNIT):
+    except Exception as error:
+        if _is_of_file(error):
+            raise
+        raise _UnitFailed from error
+
+
+def _do_alone(db: sqlite3.Connection, unit: _Unit[Any]) -> None:
+    db.execute("SAVEPOINT unit")
+    try:
+        unit.result = unit.work(db)
+    except Exception as error:
+        if _is_of_file(error):
             raise
         unit.error = error
-    except Exception as error:  # noqa: BLE001 its caller gets it
-        unit.error = error
-    if unit.error is not None:
         db.execute("ROLLBACK TO unit")
     db.execute("RELEASE unit")
+
+
+def _is_of_file(error: Exception) -> bool:
+    """Whether an error is SQLite's, and not of a single statement."""
+    return isinstance(error, sqlite3.Error) and not isinstance(error, _OF_ONE_UNIT)
 
 
 def _probe(db: sqlite3.Connection) -> None:
