@@ -129,9 +129,11 @@ async def bare_loop(folder: Path) -> AsyncIterator[Append]:
             db.execute("BEGIN IMMEDIATE")
             db.executemany("INSERT INTO rows (data) VALUES (?)", [[data] for data, _ in group])
             db.execute("COMMIT")
-            loop.call_soon_threadsafe(
-                lambda group=group: [one.set_result(None) for _, one in group]
-            )
+            loop.call_soon_threadsafe(wake, [one for _, one in group])
+
+    def wake(group: list[asyncio.Future[None]]) -> None:
+        for one in group:
+            one.set_result(None)
 
     async def append(row: HermesScoreSchema) -> None:
         done = loop.create_future()

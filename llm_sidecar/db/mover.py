@@ -286,6 +286,7 @@ class Mover:
             log.error("%s", self.reason)
             await asyncio.wait([self._in_flight])
         self._in_flight.result()
+        self.state, self.reason = "open", None
 
     def _set_aside(self, entries: list[Entry]) -> None:
         """Keeps rows that cannot be read, so that they block no others."""

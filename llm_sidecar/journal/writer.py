@@ -169,7 +169,8 @@ class JournalWriter:
         self._waiting_bytes += size
         deadline = loop.call_later(_COMMIT_SECONDS, self._expire, unit)
         try:
-            return await unit.done
+            result: T = await unit.done
+            return result
         finally:
             deadline.cancel()
 
@@ -368,7 +369,9 @@ def _snapshot(db: sqlite3.Connection) -> Snapshot:
         "SELECT (SELECT time FROM rows ORDER BY id LIMIT 1), "
         "(SELECT time FROM events ORDER BY id LIMIT 1), coalesce((SELECT max(id) FROM events), 0)"
     ).fetchone()
-    return Snapshot(*of_rows, oldest_row, *of_events, oldest_event, newest_event, *of_requests)
+    return Snapshot._make(
+        [*of_rows, oldest_row, *of_events, oldest_event, newest_event, *of_requests]
+    )
 
 
 def _reason(error: Exception) -> str:
