@@ -1,4 +1,4 @@
-"""A Redis of a few commands, whose answers a test scripts, and a proxy that delays and holds back."""
+"""A Redis of a few commands, whose answers a test scripts, and a proxy that holds bytes back."""
 
 from __future__ import annotations
 
@@ -36,10 +36,7 @@ class ScriptedRedis:
 
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
-        for client in self._clients:
-            client.cancel()
-        if self._clients:
-            await asyncio.wait(self._clients)
+        await _end(self._clients)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -70,7 +67,7 @@ class ScriptedRedis:
                 writer.write(answer.encode())
                 await writer.drain()
         self._clients.discard(task)
-        writer.close()
+        await _close(writer)
 
     def _execute(self, queued: list[list[str]], aborted: bool) -> str:
         if aborted:
@@ -113,13 +110,13 @@ class Proxy:
 
     Attributes:
         delay: seconds for which it holds back each piece that goes to the server.
-        open: while it is cleared, nothing goes to the server.
+        gate: what goes to the server from now on waits until this is set.
     """
 
     def __init__(self, port: int, delay: float = 0.0) -> None:
         self.delay = delay
-        self.open = asyncio.Event()
-        self.open.set()
+        self.gate = asyncio.Event()
+        self.gate.set()
         self._target = port
         self._pumps: set[asyncio.Task[None]] = set()
 
@@ -130,10 +127,7 @@ class Proxy:
 
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
-        for pump in self._pumps:
-            pump.cancel()
-        if self._pumps:
-            await asyncio.wait(self._pumps)
+        await _end(self._pumps)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection("127.0.0.1", self._target)
@@ -145,12 +139,25 @@ class Proxy:
     async def _pump(
         self, source: asyncio.StreamReader, target: asyncio.StreamWriter, slow: bool
     ) -> None:
-        with suppress(ConnectionError):
+        with suppress(ConnectionError, asyncio.CancelledError):
             while data := await source.read(1 << 16):
                 if slow:
-                    await self.open.wait()
+                    await self.gate.wait()
                     await asyncio.sleep(self.delay)
                 target.write(data)
                 await target.drain()
         # What the client has sent before it hung up still arrives.
-        target.close()
+        await _close(target)
+
+
+async def _end(tasks: set[asyncio.Task[None]]) -> None:
+    for task in list(tasks):
+        task.cancel()
+    if tasks:
+        await asyncio.wait(list(tasks))
+
+
+async def _close(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with suppress(ConnectionError):
+        await writer.wait_closed()
