@@ -72,7 +72,7 @@ def _sentinel_client(address: RedisAddress, master: str, options: dict[str, Any]
         options["ssl"] = True
     shared = ("socket_", "ssl", "protocol", "retry", "decode_responses")
     of_sentinels = {name: value for name, value in options.items() if name.startswith(shared)}
-    sentinels = Sentinel(
+    sentinels = Sentinel(  # type: ignore[no-untyped-call]
         address.sentinels, sentinel_kwargs=of_sentinels | dict(address.sentinel_options or {})
     )
     client: Redis = sentinels.master_for(master, **options)

@@ -109,8 +109,8 @@ class HealthCollector(Collector):
 
 
 def _event_bus(status: Health) -> Iterator[Metric]:
-    plain = status | {"denied": len(status["denied"]), "failing": status["failing"] is not None}
-    yield from _plain("sidecar_event_bus", _EVENT_BUS, plain)
+    numbers = {"denied": len(status["denied"]), "failing": int(status["failing"] is not None)}
+    yield from _plain("sidecar_event_bus", _EVENT_BUS, {**status, **numbers})
     if status["inbox"] is not None:
         yield from _plain("sidecar_event_bus_inbox", _INBOX, status["inbox"])
 
