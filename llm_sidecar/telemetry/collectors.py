@@ -57,7 +57,7 @@ _EVENT_BUS: Final = (
         GaugeMetricFamily,
         "failing",
         "failing",
-        "1 while Redis is connected and takes no events, else 0.",
+        "1 while Redis does not take the events that wait, else 0.",
     ),
     (
         GaugeMetricFamily,

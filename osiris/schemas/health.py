@@ -170,7 +170,7 @@ class EventBusHealth(BaseModel):
         examples=[0.0],
     )
     failing: str | None = Field(
-        description="why Redis takes no events although it is connected; null if it takes them",
+        description="why Redis did not take the events that wait; null if it takes them",
         examples=["You can't write against a read only replica."],
     )
     denied: list[str] = Field(
