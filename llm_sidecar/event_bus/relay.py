@@ -217,7 +217,7 @@ class Relay:
     def _fill(self, pipe: Pipeline, batch: Sequence[Queued]) -> list[tuple[int, str]]:
         """Adds the commands to the transaction; returns what each is: the index of its event, and
         the operation."""
-        pipe.multi()
+        pipe.multi()  # type: ignore[no-untyped-call]
         operations: list[tuple[int, str]] = []
         for index, (_, event) in enumerate(batch):
             if self._denied.permits(operation := f"XADD {self._stream}"):

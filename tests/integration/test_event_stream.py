@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
 import redis
@@ -95,7 +96,7 @@ async def test_a_redis_that_may_lose_events_is_named(
     options: dict[str, str],
     expected: list[str],
 ) -> None:
-    before = {name: probe.config_get(name)[name] for name in WARNINGS}
+    before: dict[str, Any] = {name: probe.config_get(name)[name] for name in WARNINGS}
     for name, value in options.items():
         probe.config_set(name, value)
     try:

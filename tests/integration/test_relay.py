@@ -15,7 +15,7 @@ from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.event_bus.outbox import MemoryOutbox, Queued
 from llm_sidecar.event_bus.relay import Relay
-from tests.redis_server import RedisServer, require_redis
+from tests.redis_server import RedisServer, entries, require_redis
 from tests.scripted_redis import Proxy, ScriptedRedis
 
 TIMEOUT = 10.0
@@ -100,7 +100,7 @@ def outbox_of(payloads: Sequence[str]) -> SharedOutbox:
 
 def stream(probe: redis.Redis, name: str = "osiris.events") -> list[str]:
     """The data of all entries, oldest first."""
-    return [fields["data"] for _, fields in probe.xrange(name)]
+    return [fields["data"] for _, fields in entries(probe, name)]
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -184,7 +184,7 @@ async def test_an_entry_of_the_stream_is_a_cloud_event(
     await bus.connect()
     await bus.publish("phi3.test", '{"a": "\u00e9"}')
     await until(lambda: stream(probe))
-    [(_, fields)] = probe.xrange("osiris.events")
+    [(_, fields)] = entries(probe, "osiris.events")
     made = {"id": fields.pop("id"), "time": fields.pop("time")}
     assert fields == {
         "source": "/osiris/llm-sidecar",
