@@ -88,6 +88,7 @@ class Relay:
         self._maxlen = maxlen
         self._most = 1
         self._delay = FIRST_DELAY
+        self._idle = True
         self._behind = False
         self._told = False
         self._oldest: str | None = None
@@ -102,10 +103,16 @@ class Relay:
         age = timestamps.now() - datetime.datetime.fromisoformat(self._oldest)
         return max(0.0, age.total_seconds())
 
+    @property
+    def idle(self) -> bool:
+        """Whether no event waits, or another process sends what waits."""
+        return self._idle and not self._outbox.filled.is_set()
+
     async def run(self) -> None:
         """Sends events as they come, until cancelled."""
         while True:
             await self._outbox.filled.wait()
+            self._idle = False
             try:
                 await self._connected()
                 self._outbox.filled.clear()
@@ -131,6 +138,7 @@ class Relay:
                 if (count := await self._send(head)) > 0:
                     await self._outbox.sent(head[count - 1].number)
                     self._succeeded(count)
+        self._idle = True
         if mine:
             self._behind, self._oldest = False, None
         else:
