@@ -41,6 +41,42 @@ _EVENT_BUS: Final = (
     ),
     (CounterMetricFamily, "refused", "refused", "Received messages that were invalid and refused."),
     (CounterMetricFamily, "dropped", "dropped", "Messages that a slow listener lost."),
+    (
+        CounterMetricFamily,
+        "held_up",
+        "held_up",
+        "Times that the bus waited for the full queue of a handler.",
+    ),
+    (
+        GaugeMetricFamily,
+        "oldest_seconds",
+        "oldest_seconds",
+        "The age of the oldest event that waits for Redis.",
+    ),
+    (
+        GaugeMetricFamily,
+        "failing",
+        "failing",
+        "1 while Redis does not take the events that wait, else 0.",
+    ),
+    (
+        GaugeMetricFamily,
+        "denied",
+        "denied",
+        "Commands on a channel or key that Redis denies now, see /health.",
+    ),
+)
+_INBOX: Final = (
+    (GaugeMetricFamily, "pending", "pending", "Entries of the inbox that sidecars handle now."),
+    (GaugeMetricFamily, "dead", "dead", "Dead letters of the inbox."),
+    (CounterMetricFamily, "handled", "handled", "Entries of the inbox that are stored."),
+    (
+        CounterMetricFamily,
+        "claimed",
+        "claimed",
+        "Entries of the inbox that a sidecar which died had left.",
+    ),
+    (CounterMetricFamily, "failures", "failures", "Failed attempts to handle entries."),
 )
 _SPEECH: Final = (
     (GaugeMetricFamily, "requests_waiting", "waiting", "Texts that are spoken or wait."),
@@ -67,9 +103,16 @@ class HealthCollector(Collector):
         health = self.health()
         yield from _models(health["models"])
         yield from _scores(health)
-        yield from _plain("sidecar_event_bus", _EVENT_BUS, health["event_bus"])
+        yield from _event_bus(health["event_bus"])
         yield from _database(health["database"])
         yield from _speech(health["speech"])
+
+
+def _event_bus(status: Health) -> Iterator[Metric]:
+    numbers = {"denied": len(status["denied"]), "failing": int(status["failing"] is not None)}
+    yield from _plain("sidecar_event_bus", _EVENT_BUS, {**status, **numbers})
+    if status["inbox"] is not None:
+        yield from _plain("sidecar_event_bus_inbox", _INBOX, status["inbox"])
 
 
 def _models(models: Mapping[str, Health]) -> Iterator[Metric]:

@@ -36,6 +36,12 @@ _EVENT_BUS: Final[dict[str, Any]] = {
     "handler_errors": 0,
     "refused": 0,
     "dropped": 0,
+    "held_up": 0,
+    "oldest_seconds": 0.0,
+    "failing": None,
+    "denied": [],
+    "warnings": [],
+    "inbox": {"pending": 0, "dead": 0, "handled": 40, "claimed": 0, "failures": 0},
 }
 _JOURNAL: Final[dict[str, Any]] = {
     "accepts_rows": True,
@@ -130,10 +136,25 @@ class ModelHealth(BaseModel):
     running: int = Field(description="requests that run now", examples=[2])
 
 
+class InboxHealth(BaseModel):
+    """The stream `osiris.inbox`, which sidecars share; counts are since the server started."""
+
+    pending: int = Field(description="entries that a sidecar has read and not stored", examples=[0])
+    dead: int = Field(description="dead letters", examples=[0])
+    handled: int = Field(description="entries that this server has stored", examples=[40])
+    claimed: int = Field(
+        description="entries that it took over from a sidecar that died", examples=[0]
+    )
+    failures: int = Field(description="attempts to handle entries that failed", examples=[0])
+
+
 class EventBusHealth(BaseModel):
     """The connection to Redis; counts are since the server started."""
 
-    connected: bool = Field(description="whether Redis can be reached now", examples=[True])
+    connected: bool = Field(
+        description="whether Redis can be reached now; what it denies is in `denied`",
+        examples=[True],
+    )
     url: str = Field(
         description="`REDIS_URL`, without its password", examples=["redis://localhost:6379/0"]
     )
@@ -143,14 +164,38 @@ class EventBusHealth(BaseModel):
     published_late: int = Field(
         description="of these, events that were published after an outage", examples=[0]
     )
-    waiting: int = Field(description="events that wait for a connection now", examples=[0])
+    waiting: int = Field(
+        description="events outside the database that wait for Redis now", examples=[0]
+    )
     unpublished: int = Field(description="events that were never published", examples=[0])
     handler_errors: int = Field(description="messages whose handler raised an error", examples=[0])
     refused: int = Field(
         description="messages of other services that were invalid and refused", examples=[0]
     )
     dropped: int = Field(
-        description="messages that were dropped because handlers were too slow", examples=[0]
+        description="messages that were dropped because listeners were too slow", examples=[0]
+    )
+    held_up: int = Field(
+        description="how often the bus waited for the full queue of a handler", examples=[0]
+    )
+    oldest_seconds: float = Field(
+        description="the age of the oldest event that waits for Redis; 0 if none waits",
+        examples=[0.0],
+    )
+    failing: str | None = Field(
+        description="why Redis did not take the events that wait; null if it takes them",
+        examples=["You can't write against a read only replica."],
+    )
+    denied: list[str] = Field(
+        description="commands on a channel or key that Redis denies to this user",
+        examples=[["SUBSCRIBE tts.announced"]],
+    )
+    warnings: list[str] = Field(
+        description="why Redis may lose events that it has confirmed",
+        examples=[["appendonly of Redis is no, not yes: it keeps nothing over a restart"]],
+    )
+    inbox: InboxHealth | None = Field(
+        description="the inbox; null where it is not read", examples=[_EVENT_BUS["inbox"]]
     )
 
 
