@@ -18,22 +18,19 @@ import logging
 import re
 import uuid
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
+
+from llm_sidecar.event_bus.consumer_group import ConsumerGroup
 
 STREAM: Final = "osiris.speech"
 GROUP: Final = "chatterbox"
 WORKERS: Final = "osiris.speech.workers"
-
-CONSUMER: Final = "worker"
-"""All workers are one consumer of the group, so dead ones leave nothing behind in it. The number of
-a request's deliveries tells its present worker from former ones."""
 LISTENED_FOR: Final = 30
 """Seconds for which the stream of a request lives after the sidecar has last read it."""
-BLOCK: Final = 1_000
-"""Milliseconds that a read waits; less than `redis_url.REPLY_TIMEOUT`."""
+BLOCK: Final = 1.0
+"""Seconds that a read waits; less than `redis_url.REPLY_TIMEOUT`."""
 SHOWN_FOR: Final = 6.0
 """Seconds for which a worker counts as running after it has shown itself."""
 MOST_WORKERS: Final = 100
@@ -45,7 +42,7 @@ _ID: Final = "id"
 _DATA: Final = "data"
 """The fields of an entry of `STREAM`, and of an entry of a request's own stream."""
 _REQUEST_ID: Final = re.compile(r"[0-9a-f]{32}")
-_WORKER_ID: Final = re.compile(r"[!-~]{1,64}")
+_WORKER_ID: Final = re.compile(r"[!-~]{1,128}")
 
 
 def key_of(request_id: str) -> str:
@@ -92,7 +89,7 @@ class Requests:
         """
         async with self._client.pipeline(transaction=False) as pipeline:
             pipeline.expire(asked.key, LISTENED_FOR)
-            pipeline.xread({asked.key: asked.position}, count=1, block=BLOCK)
+            pipeline.xread({asked.key: asked.position}, count=1, block=round(1000 * BLOCK))
             is_there, streams = await pipeline.execute()
         if not is_there:
             raise KeyError(asked.key)
@@ -121,8 +118,8 @@ class Requests:
             pipeline.time()
             pipeline.zrange(WORKERS, 0, MOST_WORKERS - 1, desc=True, withscores=True)
             pipeline.xlen(STREAM)
-            (seconds, microseconds), workers, length = await pipeline.execute()
-        now = seconds + microseconds / 1e6
+            time, workers, length = await pipeline.execute()
+        now = _seconds(time)
         ages = {name: now - shown for name, shown in workers if _WORKER_ID.fullmatch(name)}
         # A time in the future is from before a jump of the clock.
         return {name: age for name, age in ages.items() if abs(age) < SHOWN_FOR}, length
@@ -147,56 +144,44 @@ class Work:
 
     Args:
         stale_after: seconds without a sign of its worker, after which another one takes a request.
+
+    Attributes:
+        worker_id: the name of the worker in the group and among `WORKERS`.
     """
 
     def __init__(self, client: Redis, stale_after: float) -> None:
-        # redis-py's types also cover clients that answer bytes.
-        self._client: Any = client
-        self._stale = round(1000 * stale_after)
+        self._client = client
+        self._group = ConsumerGroup(client, client, STREAM, GROUP)
+        self._stale_after = stale_after
+        self.worker_id = self._group.consumer
 
-    async def join(self) -> None:
-        """Creates the group, unless it is there."""
-        try:
-            await self._client.xgroup_create(STREAM, GROUP, id="0", mkstream=True)
-        except ResponseError as error:
-            if "BUSYGROUP" not in str(error):
-                raise
-
-    async def show(self, worker_id: str) -> None:
+    async def show(self) -> None:
         """Tells sidecars that this worker is running; forgets those that are long dead."""
-        seconds, microseconds = await self._client.time()
-        now = seconds + microseconds / 1e6
+        now = _seconds(await self._client.time())
         async with self._client.pipeline(transaction=False) as pipeline:
-            pipeline.zadd(WORKERS, {worker_id: now})
+            pipeline.zadd(WORKERS, {self.worker_id: now})
             pipeline.zremrangebyscore(WORKERS, "-inf", now - 10 * SHOWN_FOR)
             await pipeline.execute()
 
-    async def hide(self, worker_id: str) -> None:
-        """Tells sidecars that this worker is about to end."""
-        await self._client.zrem(WORKERS, worker_id)
+    async def leave(self) -> None:
+        """Tells sidecars and the group that this worker ends."""
+        await self._client.zrem(WORKERS, self.worker_id)
+        await self._group.leave()
 
     async def take(self) -> Taken | None:
         """Takes a request of a dead worker, or else a new one; None if there is none for a
         second."""
-        stale = await self._client.xpending_range(STREAM, GROUP, "-", "+", 1, idle=self._stale)
-        if stale:
-            entry, deliveries = stale[0]["message_id"], stale[0]["times_delivered"] + 1
-            entries = await self._client.xclaim(STREAM, GROUP, CONSUMER, self._stale, [entry])
-        else:
-            streams = await self._client.xreadgroup(
-                GROUP, CONSUMER, {STREAM: ">"}, count=1, block=BLOCK
-            )
-            entries, deliveries = streams[0][1] if streams else [], 1
-        if not entries:
+        entry = await self._group.claim(self._stale_after)
+        if entry is None:
+            entry = next(iter(await self._group.read(1, BLOCK)), None)
+        if entry is None:
             return None
-        # Redis 6.2 gives a deleted entry as None.
-        entry, fields = entries[0] if entries[0][1] is not None else (entry, {})
-        taken = Taken(key_of(fields.get(_ID, "")), entry, deliveries)
-        if not _REQUEST_ID.fullmatch(fields.get(_ID, "")):
-            log.error("an entry of %s is refused: it has no id of a request", STREAM)
-            await self.finish(taken)
-            return None
-        return taken
+        request_id = entry.fields.get(_ID, "")
+        if _REQUEST_ID.fullmatch(request_id):
+            return Taken(key_of(request_id), entry.id, entry.deliveries)
+        log.error("an entry of %s is refused: it has no id of a request", STREAM)
+        await self._group.done(entry.id)
+        return None
 
     async def read(self, taken: Taken) -> tuple[str, str] | None:
         """The request and its latest answer, which is the request itself if there is none; None if
@@ -215,9 +200,10 @@ class Work:
         if not await self._client.exists(taken.key):
             return False
         pending = await self._client.xpending_range(STREAM, GROUP, taken.entry, taken.entry, 1)
-        if not pending or pending[0]["times_delivered"] != taken.deliveries:
+        owners = [(claim["consumer"], claim["times_delivered"]) for claim in pending]
+        if owners != [(self.worker_id, taken.deliveries)]:
             return False
-        await self._client.xclaim(STREAM, GROUP, CONSUMER, 0, [taken.entry], justid=True)
+        await self._group.hold([taken.entry])
         return True
 
     async def answer(self, taken: Taken, answer: str) -> bool:
@@ -239,10 +225,15 @@ class Work:
             await self._client.xclaim(
                 STREAM,
                 GROUP,
-                CONSUMER,
-                0,
-                [taken.entry],
-                idle=self._stale,
+                self.worker_id,
+                min_idle_time=0,
+                message_ids=[taken.entry],
+                idle=round(1000 * self._stale_after),
                 retrycount=taken.deliveries - 1,
                 justid=True,
             )
+
+
+def _seconds(time: tuple[int, int]) -> float:
+    """The answer of TIME: seconds and microseconds."""
+    return time[0] + time[1] / 1e6

@@ -6,9 +6,7 @@ import asyncio
 import base64
 import contextlib
 import logging
-import socket
 import traceback
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Final, Protocol
 
@@ -83,8 +81,8 @@ class SpeechWorker:
         sign_every: float = SIGN_EVERY,
         stale_after: float = STALE_AFTER,
     ) -> None:
-        self.worker_id = f"{socket.gethostname()[:40]}-{uuid.uuid4().hex[:8]}"
         self._work = Work(client, stale_after)
+        self.worker_id = self._work.worker_id
         self._voice = voice
         self._sign_every = sign_every
         self._taken: Taken | None = None
@@ -103,13 +101,13 @@ class SpeechWorker:
             await cancel(self._speaking, patience=CANCEL_TIMEOUT)
         with contextlib.suppress(RedisError, TimeoutError):  # then the claim gets stale
             async with asyncio.timeout(CANCEL_TIMEOUT):
-                await self._work.hide(self.worker_id)
                 if self._taken is not None:
                     await self._work.hand_back(self._taken)
+                await self._work.leave()
 
     async def _sign(self) -> None:
         """Gives a sign of life; stops speaking a request that is no longer this worker's."""
-        await self._work.show(self.worker_id)
+        await self._work.show()
         taken = self._taken
         lost = taken is not None and not await self._work.keep(taken)
         # It may have ended meanwhile.
@@ -119,7 +117,6 @@ class SpeechWorker:
 
     async def _serve(self) -> None:
         """Waits a moment for a request, and speaks it."""
-        await self._work.join()  # each time, because Redis may have lost the group
         self._taken = await self._work.take()
         if self._taken is not None:
             self._speaking = asyncio.create_task(self._speak(self._taken), name="speak")

@@ -82,15 +82,14 @@ class House:
     async def work(self, stale_after: float = STALE) -> Work:
         """The stream of requests, as a worker sees it, with a sign that a worker is running."""
         work = Work(self.redis, stale_after)
-        await work.join()
-        await work.show("by-hand")
+        await work.show()
         return work
 
     async def is_empty(self) -> bool:
         """Whether Redis has nothing of any request."""
-        pending = await self.redis.xpending(STREAM, GROUP)
+        pending = await self.redis.xpending_range(STREAM, GROUP, "-", "+", 1)
         keys = await self.redis.keys("osiris.speech.request.*")
-        return not (keys or pending["pending"] or await self.redis.xlen(STREAM))
+        return not (keys or pending or await self.redis.xlen(STREAM))
 
     async def __aenter__(self) -> House:
         return self
@@ -109,6 +108,11 @@ def server() -> Iterator[RedisServer]:
     require_redis()
     with RedisServer() as running:
         yield running
+
+
+@pytest.fixture(autouse=True)
+def short_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speech_stream, "BLOCK", 0.1)
 
 
 @pytest.fixture
@@ -318,7 +322,7 @@ async def test_a_worker_that_comes_later_is_found_and_one_that_ends_is_gone(hous
 async def test_only_names_of_workers_that_were_seen_lately_count(house: House) -> None:
     now = time.time()
     shown = {"alive": now, "dead": now - 60, "from-the-future": now + 60, "two\nlines": now}
-    await house.redis.zadd(WORKERS, {**shown, "long" * 17: now})
+    await house.redis.zadd(WORKERS, {**shown, "long" * 33: now})
     workers, _ = await Requests(house.redis).overview()
     assert workers == {"alive": pytest.approx(0, abs=2)}
 
@@ -574,7 +578,7 @@ async def test_a_redis_that_hangs_in_the_middle_of_a_text_ends_it(
 ) -> None:
     require_redis()
     monkeypatch.setattr(redis_url, "REPLY_TIMEOUT", 0.2)
-    monkeypatch.setattr(speech_stream, "BLOCK", 50)
+    monkeypatch.setattr(speech_stream, "BLOCK", 0.05)
     voice = Tones(held="word")
     with RedisServer() as server:
         async with House(server.url) as house:
