@@ -26,8 +26,8 @@ PART_TIMEOUT: Final = 60.0
 ASIDE_FOR: Final = 60.0
 """Seconds for which workers are not asked after a wrong answer or none."""
 GONE_AFTER: Final = 10.0
-"""Seconds without any worker after which a request fails. A restart of Redis takes less."""
-LOOK_EVERY: Final = 1.0
+"""Seconds without a sign of any worker after which a text fails. A restart of Redis takes less."""
+LOOK_EVERY: Final = 2.0
 """Seconds between two looks at the workers."""
 MOST_WAITING: Final = 32
 """Maximum number of requests in Redis; with the largest references they take 450 MB."""
@@ -49,7 +49,7 @@ class RemoteVoice:
     Args:
         client: must raise on errors, not retry; the voice closes it.
         part_timeout: seconds that the next part of a text may take.
-        gone_after: seconds without any worker after which a request fails.
+        gone_after: seconds without a sign of any worker after which a text fails.
         look_every: seconds between two looks at the workers.
 
     Attributes:
@@ -177,12 +177,12 @@ class RemoteVoice:
 
     async def _late(self, asked: Asked) -> DeadlineExceeded:
         """The error for a part that did not come in time."""
-        begun = False
+        waiting = False
         with contextlib.suppress(RedisError):
-            begun = await self._requests.is_begun(asked)
-        if begun:
-            self._leave_aside("no answer")
-        what = "spoke no further part of the text" if begun else "were busy with other texts"
+            waiting = await self._requests.is_waiting(asked, len(self._workers))
+        if not waiting:
+            self._leave_aside("there is no answer")
+        what = "were busy with other texts" if waiting else "spoke no further part of the text"
         return DeadlineExceeded(
             f"The speech workers {what} for {self._part_timeout:.0f} s; try again later.",
             retry_after=RETRY_AFTER,
@@ -224,7 +224,7 @@ class RemoteVoice:
             log.warning("speech worker %s has ended", worker_id)
         self._workers = workers
         if workers:
-            self._seen = time.monotonic()
+            self._seen = time.monotonic() - min(workers.values())
 
 
 def _request(text: str, exaggeration: float, reference: Reference | None) -> str:

@@ -31,7 +31,7 @@ LISTENED_FOR: Final = 30
 """Seconds for which the stream of a request lives after the sidecar has last read it."""
 BLOCK: Final = 1.0
 """Seconds that a read waits; less than `redis_url.REPLY_TIMEOUT`."""
-SHOWN_FOR: Final = 6.0
+SHOWN_FOR: Final = 10.0
 """Seconds for which a worker counts as running after it has shown itself."""
 MOST_WORKERS: Final = 100
 """Maximum number of workers that a sidecar looks at."""
@@ -99,9 +99,11 @@ class Requests:
         answer: str = fields.get(_DATA, "")
         return answer
 
-    async def is_begun(self, asked: Asked) -> bool:
-        """Whether a worker has taken the request."""
-        return bool(await self._client.xpending_range(STREAM, GROUP, asked.entry, asked.entry, 1))
+    async def is_waiting(self, asked: Asked, workers: int) -> bool:
+        """Whether so many workers are all busy with other requests."""
+        taken = await self._client.xpending_range(STREAM, GROUP, "-", "+", workers + 1)
+        entries = {claim["message_id"] for claim in taken}
+        return asked.entry not in entries and len(entries) >= workers
 
     async def remove(self, asked: Asked) -> None:
         """Removes a request, finished or not."""

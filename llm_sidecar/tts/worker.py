@@ -85,14 +85,17 @@ class SpeechWorker:
         self.worker_id = self._work.worker_id
         self._voice = voice
         self._sign_every = sign_every
+        self._failing = False
         self._taken: Taken | None = None
         self._speaking: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Starts to serve; Redis may become available later."""
-        steps = (self._sign, self._serve)
-        self._tasks = [asyncio.create_task(_repeat(step), name=step.__name__) for step in steps]
+        steps = (self._show, self._keep, self._serve)
+        self._tasks = [
+            asyncio.create_task(self._repeat(step), name=step.__name__) for step in steps
+        ]
 
     async def close(self) -> None:
         """Takes no more requests; another worker continues the one that is being spoken."""
@@ -105,9 +108,28 @@ class SpeechWorker:
                     await self._work.hand_back(self._taken)
                 await self._work.leave()
 
-    async def _sign(self) -> None:
-        """Gives a sign of life; stops speaking a request that is no longer this worker's."""
+    async def _repeat(self, step: Callable[[], Awaitable[None]]) -> None:
+        """Repeats a step until it is cancelled; logs the first of several failures."""
+        while True:
+            try:
+                await step()
+                self._failing = False
+            except Exception as error:  # noqa: BLE001 - something else may answer at Redis' address
+                if not self._failing:
+                    log.error(
+                        "Redis does not serve this worker, which goes on trying: %s",
+                        one_line(error),
+                    )
+                self._failing = True
+                await asyncio.sleep(RETRY_EVERY)
+
+    async def _show(self) -> None:
+        """Tells sidecars that this worker is running."""
         await self._work.show()
+        await asyncio.sleep(self._sign_every)
+
+    async def _keep(self) -> None:
+        """Keeps the claim on a request; stops speaking it if the claim is lost."""
         taken = self._taken
         lost = taken is not None and not await self._work.keep(taken)
         # It may have ended meanwhile.
@@ -165,20 +187,6 @@ class SpeechWorker:
             if isinstance(parts, AsyncGenerator):
                 await parts.aclose()
         return End(end=count)
-
-
-async def _repeat(step: Callable[[], Awaitable[None]]) -> None:
-    """Repeats a step of a worker until it is cancelled; logs the first of several failures."""
-    failing = False
-    while True:
-        try:
-            await step()
-            failing = False
-        except Exception as error:  # noqa: BLE001 - something else may answer at Redis' address
-            if not failing:
-                log.error("Redis is away, trying again until it is back: %s", one_line(error))
-            failing = True
-            await asyncio.sleep(RETRY_EVERY)
 
 
 def _parse(message: str, latest: str) -> tuple[SpeechRequest, Reference | None, int]:

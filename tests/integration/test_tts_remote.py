@@ -20,7 +20,8 @@ from llm_sidecar.event_bus import redis_url
 from llm_sidecar.event_bus.redis_url import make_client
 from llm_sidecar.tts import remote, speech_stream
 from llm_sidecar.tts import wav as wavs
-from llm_sidecar.tts.remote import RETRY_AFTER, RemoteVoice
+from llm_sidecar.tts.answers import RETRY_AFTER
+from llm_sidecar.tts.remote import RemoteVoice
 from llm_sidecar.tts.speech_stream import GROUP, STREAM, WORKERS, Requests, Work, key_of
 from llm_sidecar.tts.voice import Reference, Wav
 from llm_sidecar.tts.worker import MOST_DELIVERIES, SpeechWorker
@@ -486,7 +487,16 @@ async def test_a_part_that_takes_too_long_ends_the_text_and_leaves_the_workers_a
     await until(lambda: voice.given_up)
 
 
-async def test_a_text_that_no_worker_begins_does_not_leave_them_aside(house: House) -> None:
+async def test_workers_that_begin_no_text_are_left_aside(house: House) -> None:
+    await house.work()
+    sidecar = await house.sidecar(part_timeout=0.2)
+    await until(lambda: sidecar.unavailable is None)
+    with pytest.raises(DeadlineExceeded, match="spoke no further part of the text"):
+        await say(sidecar, "word")
+    assert "left aside" in str(sidecar.unavailable)
+
+
+async def test_workers_that_are_busy_with_other_texts_are_not_left_aside(house: House) -> None:
     voice = Tones(held="word")
     sidecar, other = await house.sidecar(part_timeout=0.2), await house.sidecar()
     await house.worker(voice)
@@ -503,18 +513,18 @@ async def test_a_text_that_no_worker_begins_does_not_leave_them_aside(house: Hou
 async def test_requests_of_strangers_are_refused_and_go(
     house: House, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for fields in ({"no": "id"}, {"id": "SECRET"}, {"id": "0" * 32}, {"id": "1" * 32}):
-        await house.redis.xadd(STREAM, fields)
+    for field, value in (("no", "id"), ("id", "SECRET"), ("id", "0" * 32), ("id", "1" * 32)):
+        await house.redis.xadd(STREAM, {field: value})
     await house.redis.xadd(key_of("1" * 32), {"data": "SECRET"})
     keys = set(await house.redis.keys())
     sidecar, _ = await house.pair()
     assert same(await say(sidecar, "word"), tones("word"))
     assert set(await house.redis.keys()) == keys | {WORKERS}
-    _, (_, answer) = await house.redis.xrange(key_of("1" * 32))
-    assert json.loads(answer["data"])["kind"] == "InvalidRequest"
+    answer = str((await house.redis.xrevrange(key_of("1" * 32), count=1))[0][1]["data"])  # type: ignore[index]
+    assert json.loads(answer)["kind"] == "InvalidRequest"
     assert await house.redis.xlen(STREAM) == 0
     assert caplog.text.count("it has no id of a request") == 2
-    assert "SECRET" not in caplog.text + str(answer)
+    assert "SECRET" not in caplog.text + answer
 
 
 # Redis comes and goes
