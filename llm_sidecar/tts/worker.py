@@ -40,8 +40,10 @@ MOST_DELIVERIES: Final = 3
 """Maximum number of workers that try to speak a request; it may be what ended the former ones."""
 RETRY_EVERY: Final = 1.0
 """Seconds between two attempts while Redis is unavailable."""
-CANCEL_TIMEOUT: Final = 5.0
-"""Seconds to wait for a cancelled task, and for Redis at the end."""
+CANCEL_TIMEOUT: Final = 1.0
+"""Seconds to wait for a cancelled task."""
+LEAVE_TIMEOUT: Final = 5.0
+"""Seconds to wait for Redis at the end."""
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +105,7 @@ class SpeechWorker:
         if self._speaking is not None:
             await cancel(self._speaking, patience=CANCEL_TIMEOUT)
         with contextlib.suppress(RedisError, TimeoutError):  # then the claim gets stale
-            async with asyncio.timeout(CANCEL_TIMEOUT):
+            async with asyncio.timeout(LEAVE_TIMEOUT):
                 if self._taken is not None:
                     await self._work.hand_back(self._taken)
                 await self._work.leave()

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import os
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from llm_sidecar.event_bus import redis_url
 from llm_sidecar.event_bus.redis_url import make_client
 from llm_sidecar.tts import remote, speech_stream
 from llm_sidecar.tts import wav as wavs
+from llm_sidecar.tts.__main__ import _serve
 from llm_sidecar.tts.answers import RETRY_AFTER
 from llm_sidecar.tts.remote import RemoteVoice
 from llm_sidecar.tts.speech_stream import GROUP, STREAM, WORKERS, Requests, Work, key_of
@@ -346,6 +348,36 @@ async def test_a_worker_that_closes_hands_its_text_to_another_one(house: House) 
     assert same(await asking, tones("one two three"))
     assert voices[1].begun == ["two", "three"]
     assert await house.is_empty()
+
+
+class LoadedTones(Tones):
+    """Tones for the worker's program.
+
+    Attributes:
+        closed: the program has closed it.
+    """
+
+    closed = False
+
+    async def load(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+async def test_a_signal_ends_the_workers_program_in_the_middle_of_a_text(house: House) -> None:
+    sidecar, voice = await house.sidecar(), LoadedTones(held="two")
+    program = asyncio.create_task(_serve(make_client(house.url), voice))  # type: ignore[arg-type]
+    await until(lambda: sidecar.unavailable is None)
+    asking = asyncio.create_task(say(sidecar, "one two"))
+    await until(lambda: voice.begun == ["one", "two"])
+    os.kill(os.getpid(), signal.SIGTERM)
+    await program
+    assert (voice.given_up, voice.closed) == (1, True)
+    await until(lambda: not sidecar.workers())
+    await house.worker()
+    assert same(await asking, tones("one two"))
 
 
 async def test_the_text_of_the_last_worker_fails_when_it_closes(house: House) -> None:
