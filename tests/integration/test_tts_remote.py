@@ -45,10 +45,10 @@ class House:
         self._stack = contextlib.AsyncExitStack()
         self._stack.push_async_callback(self.redis.aclose)
 
-    async def worker(self, voice: Tones | None = None) -> SpeechWorker:
+    async def worker(self, voice: Tones | None = None, *, sign_every: float = 0.05) -> SpeechWorker:
         client = make_client(self.url)
         self._stack.push_async_callback(client.aclose)
-        worker = SpeechWorker(client, voice or Tones(), sign_every=0.05, stale_after=STALE)
+        worker = SpeechWorker(client, voice or Tones(), sign_every=sign_every, stale_after=STALE)
         self._stack.push_async_callback(worker.close)
         await worker.start()
         return worker
@@ -429,6 +429,22 @@ async def test_a_worker_that_has_lost_its_claim_neither_keeps_it_nor_hands_it_ba
     third = await work.take()
     assert third is not None
     assert third.deliveries == 2  # handing back is no failure
+
+
+async def test_a_worker_that_has_lost_its_text_does_not_fail_it(house: House) -> None:
+    voice = Tones(held="break")
+    sidecar, worker = await house.sidecar(), await house.worker(voice, sign_every=TIMEOUT)
+    await until(lambda: sidecar.unavailable is None)
+    asking = asyncio.create_task(say(sidecar, "break"))
+    await until(lambda: voice.begun)
+    work = await house.work(stale_after=0.0)
+    taken = await work.take()
+    assert taken is not None
+    voice.gate.set()
+    await until(lambda: worker._speaking is None)
+    await work.answer(taken, part(0, "break"))
+    await work.finish(taken, '{"end": 1}')
+    assert same(await asking, tones("break"))
 
 
 async def test_a_text_that_ends_its_workers_is_given_up(
