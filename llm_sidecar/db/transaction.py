@@ -41,6 +41,19 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Claim:
+    """A request that the caller has to answer: with the response, if it has one.
+
+    Attributes:
+        state: the progress of an earlier attempt that died or failed; None for a new request.
+        response: the whole answer of an earlier attempt; None if the caller has to make it.
+    """
+
+    state: str | None = None
+    response: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Transaction:
     """Rows, events and the progress of one request, all of them durable or none.
 

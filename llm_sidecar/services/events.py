@@ -80,9 +80,7 @@ class FeedbackSubmitted(Payload):
         description="when the feedback was given", examples=["2026-01-31T10:00:00Z"]
     )
     feedback_id: str = Field(description="identifies the feedback", examples=["9f2c1d64a7d0"])
-    transaction_id: str = Field(
-        description="the run of the proposal", examples=[_TRANSACTION_ID]
-    )
+    transaction_id: str = Field(description="the run of the proposal", examples=[_TRANSACTION_ID])
     feedback_type: Literal["correction", "rating", "qualitative_comment", "human_edit"] = Field(
         description="what kind of feedback it is", examples=["rating"]
     )

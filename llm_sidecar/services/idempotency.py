@@ -15,7 +15,6 @@ next one gets the state of the last transaction, and goes on from there.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 from collections.abc import Mapping
@@ -23,9 +22,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from llm_sidecar.db import Store
-from llm_sidecar.db.transaction import Claim, Progress, RequestKey, Transaction
+from llm_sidecar.db.transaction import Progress, RequestKey, Transaction
 from llm_sidecar.deadline import Deadline
-from llm_sidecar.errors import DatabaseUnavailable, DeadlineExceeded, RequestKeyReused
+from llm_sidecar.errors import DatabaseUnavailable, DeadlineExceeded
 from llm_sidecar.tasks import TaskSet
 from llm_sidecar.telemetry.metrics import MetricsSink
 
@@ -33,7 +32,6 @@ log = logging.getLogger(__name__)
 
 MAX_ANSWER_BYTES: Final = 1 << 20
 """The size of the largest answer that is kept. The longest texts take a tenth of it."""
-_POLL_SECONDS: Final = 0.1
 
 
 @dataclass(slots=True)
@@ -81,8 +79,6 @@ class Idempotency:
         self._tasks = tasks
         self._metrics = metrics
         self._timeout = timeout
-        # The fingerprints of the requests that this process executes now.
-        self._running: dict[RequestKey, str] = {}
 
     def without_key(self) -> Attempt:
         """An attempt at a request of which nothing is kept."""
@@ -104,20 +100,20 @@ class Idempotency:
             DatabaseUnavailable: the journal takes no claims.
         """
         deadline = Deadline.after(self._timeout)
-        attempt = Attempt(TaskSet(self._tasks), request, deadline=deadline)
-        while (claim := await self._claim(attempt, request, fingerprint)) is None:
-            if deadline.remaining() <= _POLL_SECONDS:
-                raise DeadlineExceeded(
-                    "The first request with this Idempotency-Key still runs after "
-                    f"{self._timeout:g} s; try again.",
-                    retry_after=1,
-                )
-            await asyncio.sleep(_POLL_SECONDS)
+        try:
+            async with deadline.timeout():
+                claim = await self._store.claim(request, fingerprint)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"The first request with this Idempotency-Key still runs after {self._timeout:g} "
+                "s; try again.",
+                retry_after=1,
+            ) from None
         if claim.response is not None:
             self._metrics.replayed()
             return claim.response
-        attempt.state = None if claim.state is None else json.loads(claim.state)
-        return attempt
+        state = None if claim.state is None else json.loads(claim.state)
+        return Attempt(TaskSet(self._tasks), request, state, deadline)
 
     async def keep(self, attempt: Attempt, answer: bytes) -> None:
         """Keeps the answer of an attempt that has succeeded.
@@ -139,39 +135,12 @@ class Idempotency:
 
     def end(self, attempt: Attempt) -> None:
         """Lets the next attempt begin once all work of this one is done, in the background."""
-        if attempt.request is not None:
-            self._tasks.start(self._end(attempt, attempt.request))
+        if attempt.request is not None and not attempt.kept:
+            self._tasks.start(self._release(attempt, attempt.request))
 
-    async def _end(self, attempt: Attempt, request: RequestKey) -> None:
+    async def _release(self, attempt: Attempt, request: RequestKey) -> None:
         await attempt.tasks.join()
         try:
-            if not attempt.kept:
-                await self._store.release(request)
+            await self._store.release(request)
         except DatabaseUnavailable as error:
-            # Retries in other processes wait for the end of this one.
             log.error("a request with an Idempotency-Key is not released: %s", error.detail)
-        finally:
-            del self._running[request]
-
-    async def _claim(
-        self, attempt: Attempt, request: RequestKey, fingerprint: str
-    ) -> Claim | None:
-        """The claim, after which the request counts as running until `end`; None while another
-        attempt runs."""
-        if request in self._running:
-            if self._running[request] != fingerprint:
-                raise RequestKeyReused(KEY_REUSED)
-            return None
-        self._running[request] = fingerprint
-        try:
-            claim = await attempt.tasks.finish(self._store.claim(request, fingerprint))
-        except (asyncio.CancelledError, DatabaseUnavailable):
-            # The store may claim it all the same.
-            self.end(attempt)
-            raise
-        except BaseException:
-            del self._running[request]
-            raise
-        if claim is None or claim.response is not None:
-            del self._running[request]
-        return claim

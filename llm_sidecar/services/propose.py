@@ -204,7 +204,8 @@ class Orchestrator:
                 async for item in items:
                     if isinstance(item, Proposed):
                         run.proposed(item)
-                        await attempt.tasks.finish(self._rows.commit(_draft(run, attempt)))
+                        draft = self._rows.commit(_draft(run, attempt), preliminary=True)
+                        await attempt.tasks.finish(draft)
                     yield item
         proposal = run.proposal
         assert proposal is not None

@@ -56,11 +56,15 @@ class Rows:
         """Stops."""
         await self._refresher.close()
 
-    async def commit(self, transaction: Transaction) -> bool:
+    async def commit(self, transaction: Transaction, *, preliminary: bool = False) -> bool:
         """Tries for a few seconds to make a transaction durable.
 
-        Without the journal its rows are lost, which is logged and counted. Its events then wait in
-        the memory of the event bus, where only the end of this process can lose them.
+        If the journal does not take it, its rows are lost, which is logged and counted. Its events
+        wait in the memory of the event bus, where only the end of this process can lose them.
+
+        Args:
+            transaction: rows, events and progress.
+            preliminary: whether other rows follow that say the same, so that none is lost.
 
         Returns:
             Whether the transaction is durable.
@@ -68,12 +72,12 @@ class Rows:
         try:
             await self._store.commit(transaction)
         except DatabaseUnavailable as error:
-            for row in transaction.rows:
+            for row in () if preliminary else transaction.rows:
                 table = table_of(row)
                 log.error("a row of %s is not stored: %s", table, error.detail)
                 self._metrics.row_lost(table)
             for event in transaction.events:
-                log.error("%s is not in the journal: %s", event.type, error.detail)
+                log.error("%s is not durable: %s", event.type, error.detail)
                 await self._bus.send(event)
             return False
         if any(isinstance(row, HermesScoreSchema) for row in transaction.rows):
