@@ -55,8 +55,8 @@ class InvalidRequest(SidecarError):
     """The request is well-formed but cannot be fulfilled."""
 
 
-class RequestKeyReused(InvalidRequest):
-    """An `Idempotency-Key` was sent before with another request."""
+class RequestKeyReused(SidecarError):
+    """An `Idempotency-Key` belongs to another request."""
 
 
 class NotFound(SidecarError):
