@@ -15,6 +15,7 @@ from llm_sidecar.models.base import Models
 from llm_sidecar.models.registry import create_models
 from llm_sidecar.services.adapters import Adapters
 from llm_sidecar.services.chat import Chat
+from llm_sidecar.services.event_feed import EventFeed
 from llm_sidecar.services.feedback import Feedback
 from llm_sidecar.services.few_shot import FewShotExamples
 from llm_sidecar.services.health import Health
@@ -41,6 +42,7 @@ class Sidecar:
         models: phi3 and hermes.
         chat, proposer, judge, orchestrator, feedback, few_shot, adapters, health: the services.
         speaker, listeners: the voice, and the listeners of its stream.
+        event_feed: the listeners of the events.
     """
 
     def __init__(
@@ -69,6 +71,9 @@ class Sidecar:
         self._build_speech(settings)
         self._build_memory(settings, metrics)
         self._build_services(settings, metrics)
+        self.event_feed = EventFeed(
+            self._bus.stream("osiris.events"), settings.events.max_listeners
+        )
 
     def _build_speech(self, settings: Settings) -> None:
         self._remote_voice = None if settings.speech.voice == "espeak" else RemoteVoice(self._bus)
@@ -153,9 +158,10 @@ class Sidecar:
         await self.models.hermes.start()
 
     def drain(self) -> None:
-        """Refuses requests that wait for a model to load, from now on."""
+        """Refuses requests that wait for a model to load, and ends the streams of events."""
         for model in self.models:
             model.drain()
+        self.event_feed.drain()
 
     async def close(self) -> None:
         """Gives running generations the grace period to finish, then stops every component."""

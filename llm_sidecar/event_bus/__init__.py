@@ -23,6 +23,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from llm_sidecar.event_bus.publisher import Publisher
 from llm_sidecar.event_bus.redis_url import REPLY_TIMEOUT, make_client, masked
+from llm_sidecar.event_bus.stream import EventStream
 from llm_sidecar.event_bus.subscriber import PayloadQueue, Subscriber, cancel
 from llm_sidecar.logs import start_detached
 
@@ -175,6 +176,10 @@ class EventBus:
         await cancel(*self._handlers, patience=CANCEL_TIMEOUT)
         await self._publisher.stop()  # a publish that runs ends first, within its reply timeout
         await self._client.aclose()
+
+    def stream(self, name: str) -> EventStream:
+        """A stream of this Redis."""
+        return EventStream(self._client, name)
 
     @property
     def connected(self) -> bool:

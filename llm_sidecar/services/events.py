@@ -16,3 +16,6 @@ FEEDBACK_SUBMITTED: Final = "phi3.feedback.submitted"
 async def publish(bus: EventBus, channel: str, payload: Mapping[str, Any]) -> None:
     """Publishes a payload as JSON; the bus queues it while Redis is unavailable."""
     await bus.publish(channel, json.dumps(payload))
+
+
+PAYLOADS: Final = dict.fromkeys((PROPOSAL_CREATED, PROPOSAL_ASSESSED, FEEDBACK_SUBMITTED))

@@ -169,6 +169,8 @@ class Events(Group):
 
     url: RedisUrl = Field(SecretStr("redis://localhost:6379/0"), alias="REDIS_URL")
     """The event bus. `memory://` is a bus inside the process, which needs no Redis."""
+    max_listeners: QueueLength = Field(64, alias="MAX_EVENT_LISTENERS")
+    """The maximum number of listeners of `/events/`. Further ones get 429."""
 
 
 class Speech(Group):
