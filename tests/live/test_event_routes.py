@@ -234,12 +234,15 @@ async def test_a_silent_stream_has_comments(
 def test_an_open_stream_does_not_hold_up_a_shutdown(
     redis_url: str, redis: Redis, tmp_path: Path
 ) -> None:
-    with serve(tmp_path, REDIS_URL=redis_url) as server, listener(server) as lines:
-        added = add(redis, "1")
-        assert next(lines).id == added
-        began = time.monotonic()
-        server.process.send_signal(signal.SIGTERM)
-        assert list(lines) == []
+    with serve(tmp_path, REDIS_URL=redis_url) as server:
+        # The server would wait for its idle connection.
+        server.client.close()
+        with listener(server) as lines:
+            added = add(redis, "1")
+            assert next(lines).id == added
+            began = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            assert list(lines) == []
         assert server.process.wait(10) == 0
         assert time.monotonic() - began < 3
         assert "ERROR" not in server.log.read_text()
