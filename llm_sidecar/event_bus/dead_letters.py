@@ -1,0 +1,134 @@
+"""Entries of the inbox that no sidecar could handle: they wait in a stream for a person."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from redis.asyncio import Redis
+
+from llm_sidecar import timestamps
+from llm_sidecar.errors import NotFound
+from llm_sidecar.event_bus.consumer_group import ConsumerGroup, Entry
+
+INBOX: Final = "osiris.inbox"
+DEAD: Final = "osiris.inbox.dead"
+MOST_DEAD: Final = 10_000
+"""About how many dead letters are kept; beyond it, Redis drops the oldest."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A dead letter.
+
+    Attributes:
+        id: its entry in the stream of dead letters.
+        time: when it was given up, RFC 3339 in UTC.
+        reason: why, without any text of the entry.
+        entry: its entry in the inbox, as it was.
+        deliveries: how often it was delivered.
+        fields: the fields of the entry.
+    """
+
+    id: str
+    time: str
+    reason: str
+    entry: str
+    deliveries: int
+    fields: Mapping[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        """The dead letter as JSON types."""
+        return asdict(self)
+
+
+class DeadLetters:
+    """The stream of dead letters.
+
+    Every method raises RedisError if Redis is away or denies the stream.
+    """
+
+    def __init__(self, client: Redis, inbox: str = INBOX, dead: str = DEAD) -> None:
+        self.inbox = inbox
+        self.dead = dead
+        self._client = client
+
+    async def add(self, group: ConsumerGroup, entry: Entry, reason: str) -> None:
+        """Moves a pending entry here."""
+        fields: dict[Any, Any] = {
+            "time": timestamps.now().isoformat(),
+            "reason": reason,
+            "entry": entry.id,
+            "deliveries": str(entry.deliveries),
+            "fields": json.dumps(dict(entry.fields)),
+        }
+        async with self._client.pipeline(transaction=True) as pipe:
+            pipe.xadd(self.dead, fields, maxlen=MOST_DEAD, approximate=True)
+            pipe.xack(group.stream, group.group, entry.id)
+            pipe.xdel(group.stream, entry.id)
+            await pipe.execute()
+
+    async def page(self, limit: int, before: str | None = None) -> list[DeadLetter]:
+        """The newest dead letters, newest first.
+
+        Args:
+            limit: their maximum number.
+            before: the id of a dead letter; only older ones are returned.
+
+        Raises:
+            ValueError: `before` is not an id.
+        """
+        newest = "+" if before is None else f"({check_id(before)}"
+        entries = await self._client.xrevrange(self.dead, newest, "-", count=limit)
+        return [_dead_letter(entry_id, fields) for entry_id, fields in entries]
+
+    async def requeue(self, dead_id: str) -> str:
+        """Puts a dead letter back into the inbox, as a new entry; returns the entry's id.
+
+        Raises:
+            NotFound: there is no such dead letter.
+        """
+        try:
+            found = await self._client.xrange(self.dead, check_id(dead_id), dead_id, count=1)
+        except ValueError:
+            found = []
+        if not found:
+            raise NotFound("There is no dead letter with this id.")
+        fields: Any = _dead_letter(*found[0]).fields
+        async with self._client.pipeline(transaction=True) as pipe:
+            pipe.xadd(self.inbox, fields)
+            pipe.xdel(self.dead, dead_id)
+            entry_id, _ = await pipe.execute()
+        return str(entry_id)
+
+    async def count(self) -> int:
+        """How many dead letters there are."""
+        return int(await self._client.xlen(self.dead))
+
+
+def check_id(text: str) -> str:
+    """The id of a stream entry, as it is.
+
+    Raises:
+        ValueError: it is not `MILLISECONDS-NUMBER`.
+    """
+    first, dash, second = text.partition("-")
+    numbers = (first, second)
+    if not dash or not all(part.isascii() and part.isdecimal() for part in numbers):
+        raise ValueError("not the id of a stream entry")
+    if any(int(part) >= 1 << 64 for part in numbers):
+        raise ValueError("not the id of a stream entry")
+    return text
+
+
+def _dead_letter(entry_id: str, entry: Mapping[str, str]) -> DeadLetter:
+    return DeadLetter(
+        id=entry_id,
+        time=entry.get("time", ""),
+        reason=entry.get("reason", ""),
+        entry=entry.get("entry", ""),
+        deliveries=int(entry.get("deliveries", "0")),
+        fields=json.loads(entry.get("fields", "{}")),
+    )
