@@ -42,7 +42,7 @@ class Sidecar:
         models: phi3 and hermes.
         chat, proposer, judge, orchestrator, feedback, few_shot, adapters, health: the services.
         speaker, listeners: the voice, and the listeners of its stream.
-        event_feed: the listeners of the events.
+        event_feed, dead_letters: the listeners of the events, and what the inbox could not store.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Sidecar:
         self.event_feed = EventFeed(
             self._bus.stream("osiris.events"), settings.events.max_listeners
         )
+        self.dead_letters = self._bus.dead_letters
 
     def _build_speech(self, settings: Settings) -> None:
         self._remote_voice = None if settings.speech.voice == "espeak" else RemoteVoice(self._bus)

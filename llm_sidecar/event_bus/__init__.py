@@ -21,6 +21,7 @@ from typing import Any, Final
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from llm_sidecar.event_bus.dead_letters import DeadLetters
 from llm_sidecar.event_bus.publisher import Publisher
 from llm_sidecar.event_bus.redis_url import REPLY_TIMEOUT, make_client, masked
 from llm_sidecar.event_bus.stream import EventStream
@@ -59,6 +60,7 @@ class EventBus:
     def __init__(self, redis_url: str = "redis://localhost:6379/0") -> None:
         self._client = make_client(redis_url)
         self._url = masked(redis_url)
+        self.dead_letters = DeadLetters(self._client)
         self._subscriber = Subscriber(self._client, self._url)
         self._publisher = Publisher(self._client, self._subscriber)
         self._running: list[asyncio.Task[None]] = []

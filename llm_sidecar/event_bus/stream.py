@@ -100,11 +100,14 @@ class EventStream:
     Args:
         client: must raise on errors, not retry.
         name: of the stream.
+
+    Attributes:
+        name: of the stream.
     """
 
     def __init__(self, client: Redis, name: str) -> None:
+        self.name = name
         self._client = client
-        self._name = name
         self._news = asyncio.Event()
         self._reading = asyncio.Semaphore(CONCURRENT_READS)
         self._followers = 0
@@ -118,7 +121,7 @@ class EventStream:
             RedisError: Redis does not answer, or denies it.
         """
         try:
-            info = await self._client.xinfo_stream(self._name)
+            info = await self._client.xinfo_stream(self.name)
         except NoPermissionError:
             raise
         except ResponseError as error:
@@ -144,7 +147,7 @@ class EventStream:
                 except NoPermissionError:
                     raise
                 except RedisError as error:
-                    log.debug("a reader of %s waits: %s", self._name, error)
+                    log.debug("a reader of %s waits: %s", self.name, error)
                     await news.wait()
                     continue
                 for item in page.items:
@@ -161,8 +164,8 @@ class EventStream:
     async def _page(self, after: EntryId) -> _Page:
         """What follows an id. One transaction, so that nothing is removed in between."""
         async with self._reading, self._client.pipeline(transaction=True) as pipe:
-            pipe.xinfo_stream(self._name)
-            pipe.xrange(self._name, f"({after}", "+", count=PAGE)
+            pipe.xinfo_stream(self.name)
+            pipe.xrange(self.name, f"({after}", "+", count=PAGE)
             info, found = await pipe.execute(raise_on_error=False)
         if isinstance(info, Exception) and not _is_missing(info):
             raise info
@@ -176,7 +179,7 @@ class EventStream:
         """Wakes readers while there are any."""
         self._followers += 1
         if self._watching is None or self._watching.done():
-            self._watching = start_detached(self._watch(), name=f"watcher of {self._name}")
+            self._watching = start_detached(self._watch(), name=f"watcher of {self.name}")
         try:
             yield
         finally:
@@ -191,9 +194,9 @@ class EventStream:
                 end = await self.end()
                 self._wake()
                 await asyncio.sleep(PAUSE)
-                await self._client.xread({self._name: str(end)}, count=1, block=WAIT_MS)
+                await self._client.xread({self.name: str(end)}, count=1, block=WAIT_MS)
             except RedisError as error:
-                log.debug("the watcher of %s waits: %s", self._name, error)
+                log.debug("the watcher of %s waits: %s", self.name, error)
                 await asyncio.sleep(RETRY)
 
     def _wake(self) -> None:

@@ -6,15 +6,11 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Final
 
-from redis.exceptions import NoPermissionError, RedisError
-
-from llm_sidecar.errors import QueueFull, Unavailable
+from llm_sidecar.errors import QueueFull
 from llm_sidecar.event_bus.stream import Entry, EntryId, EventStream, Gap
+from llm_sidecar.services.redis_errors import as_unavailable
 
 _RETRY_FULL: Final = 5
-_RETRY_AWAY: Final = 5
-_RETRY_DENIED: Final = 30
-"""Seconds; a person has to change the permission."""
 
 Feed = AsyncGenerator[Entry | Gap, None]
 
@@ -71,16 +67,5 @@ class EventFeed:
             )
 
     async def _end(self) -> EntryId:
-        try:
+        with as_unavailable(self._stream.name):
             return await self._stream.end()
-        except NoPermissionError:
-            raise Unavailable(
-                "Redis denies the sidecar's user to read the stream of events; "
-                "docs/operations.md lists the permissions that it needs.",
-                retry_after=_RETRY_DENIED,
-            ) from None
-        except RedisError:
-            raise Unavailable(
-                "Redis is away, so there is no stream of events; try again.",
-                retry_after=_RETRY_AWAY,
-            ) from None

@@ -6,16 +6,19 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Final
 
-from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from llm_sidecar.event_bus.stream import EntryId, Gap
+from llm_sidecar.input_model import QueryInteger, Text
+from llm_sidecar.services import dead_letters
 from llm_sidecar.services.event_feed import Feed
 from llm_sidecar.services.events import PAYLOADS
 from osiris.dependencies import CurrentSidecar
 from osiris.endpoint import endpoint
+from osiris.schemas.events import DeadLetterItem, DeadLetterPage, Requeued
 
 router = APIRouter(tags=["events"])
 
@@ -133,3 +136,53 @@ async def _events(feed: Feed, types: frozenset[str] | None) -> AsyncIterator[Ser
 async def _no_events() -> AsyncIterator[ServerSentEvent]:
     return
     yield
+
+
+@endpoint(router, "GET", "/events/dead", 422, 503, response_description="A page of dead letters")
+async def list_dead_letters(
+    sidecar: CurrentSidecar,
+    limit: Annotated[
+        QueryInteger,
+        Query(ge=1, le=500, description="the maximum number of items on the page", examples=[100]),
+    ] = 100,
+    before: Annotated[
+        Annotated[str, BeforeValidator(_entry_id)] | None,
+        Query(
+            description="`next` of the previous page; leave it out for the first page",
+            examples=["1769853600123-0"],
+        ),
+    ] = None,
+) -> DeadLetterPage:
+    """The entries of the inbox that no sidecar could store, newest first.
+
+    They are invalid, or storing them failed five times.
+    """
+    letters, following = await dead_letters.page(sidecar.dead_letters, limit, before)
+    return DeadLetterPage(
+        items=[DeadLetterItem.model_validate(letter.as_json()) for letter in letters],
+        next=following,
+    )
+
+
+@endpoint(
+    router,
+    "POST",
+    "/events/dead/{id}/requeue",
+    404,
+    422,
+    503,
+    response_description="The entry is in the inbox again",
+)
+async def requeue_dead_letter(
+    letter_id: Annotated[
+        Text,
+        Path(alias="id", description="the `id` of the dead letter", examples=["1769853600123-0"]),
+    ],
+    sidecar: CurrentSidecar,
+) -> Requeued:
+    """Puts a dead letter back into the inbox as a new entry, which a sidecar then tries to store.
+
+    What is stored already is not stored twice.
+    """
+    entry = await dead_letters.requeue(sidecar.dead_letters, letter_id)
+    return Requeued(message="The entry is in the inbox again.", id=letter_id, entry=entry)

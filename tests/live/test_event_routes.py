@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -189,8 +190,14 @@ async def test_a_redis_that_is_away_is_503(tmp_path: Path) -> None:
             assert response.headers["Retry-After"] == "5"
         response = await client.get("/events/")
         assert response.json() == {
-            "detail": "Redis is away, so there is no stream of events; try again."
+            "detail": "Redis is away or cannot serve the stream osiris.events; try again."
         }
+        for response in (
+            await client.get("/events/dead"),
+            await client.post("/events/dead/1-0/requeue"),
+        ):
+            assert response.status_code == 503
+            assert response.headers["Retry-After"] == "5"
 
 
 async def test_a_stream_that_redis_denies_is_503_and_says_so(
@@ -203,7 +210,7 @@ async def test_a_stream_that_redis_denies_is_503_and_says_so(
     assert response.status_code == 503
     assert response.headers["Retry-After"] == "30"
     assert response.json() == {
-        "detail": "Redis denies the sidecar's user to read the stream of events; "
+        "detail": "Redis denies the stream osiris.events to the sidecar's user; "
         "docs/operations.md lists the permissions that it needs."
     }
 
@@ -229,6 +236,88 @@ async def test_a_silent_stream_has_comments(
     await asyncio.wait_for(app({**scope, "headers": []}, receive, send), 5)
     assert sidecar.event_feed.count == 0
     await sidecar._bus.close()
+
+
+# Dead letters
+
+DEAD, INBOX = "osiris.inbox.dead", "osiris.inbox"
+LETTER: Final = {
+    "time": "2026-01-31T10:00:00+00:00",
+    "reason": "transaction_id: it is empty",
+    "entry": "5-0",
+    "deliveries": "2",
+}
+
+
+def bury(redis: Redis, data: str) -> str:
+    """Adds a dead letter; returns its id."""
+    added: str = redis.xadd(DEAD, LETTER | {"fields": json.dumps({"id": "a", "data": data})})
+    return added
+
+
+@pytest.mark.parametrize("path", ["/events/dead", "/events/dead/"])
+def test_dead_letters_are_listed_newest_first_in_pages(
+    streaming: LiveServer, redis: Redis, path: str
+) -> None:
+    redis.delete(DEAD)
+    assert streaming.client.get(path).json() == {"items": [], "next": None}
+    ids = [bury(redis, str(n)) for n in range(45)][::-1]
+    first = streaming.client.get(path, params={"limit": 43}).json()
+    assert [item["id"] for item in first["items"]] == ids[:43]
+    assert first["items"][0] == {
+        **LETTER,
+        "id": ids[0],
+        "deliveries": 2,
+        "fields": {"id": "a", "data": "44"},
+    }
+    assert first["next"] == ids[42]
+    rest = streaming.client.get(path, params={"limit": 2, "before": first["next"]}).json()
+    assert [item["id"] for item in rest["items"]] == ids[43:]
+    assert rest["next"] is None
+
+
+def test_a_page_of_long_dead_letters_ends_early(streaming: LiveServer, redis: Redis) -> None:
+    redis.delete(DEAD)
+    ids = [bury(redis, "x" * 300_000) for _ in range(45)][::-1]
+    first = streaming.client.get("/events/dead", params={"limit": 500}).json()
+    assert [item["id"] for item in first["items"]] == ids[:20]
+    assert first["next"] == ids[19]
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value"), [("limit", "0"), ("limit", "501"), ("limit", "1.0"), ("before", "x")]
+)
+def test_a_bad_page_is_422(streaming: LiveServer, parameter: str, value: str) -> None:
+    response = streaming.client.get("/events/dead", params={parameter: value})
+    assert response.status_code == 422
+    assert [entry["loc"] for entry in response.json()["detail"]] == [["query", parameter]]
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_a_requeued_dead_letter_is_in_the_inbox_again_once(
+    streaming: LiveServer, redis: Redis, slash: str
+) -> None:
+    redis.delete(DEAD, INBOX)
+    kept, dead = bury(redis, "kept"), bury(redis, "again")
+    response = streaming.client.post(f"/events/dead/{dead}/requeue{slash}")
+    assert response.status_code == 200
+    ((entry, fields),) = redis.xrange(INBOX)
+    assert fields == {"id": "a", "data": "again"}
+    assert response.json() == {
+        "message": "The entry is in the inbox again.",
+        "id": dead,
+        "entry": entry,
+    }
+    assert [found for found, _ in redis.xrange(DEAD)] == [kept]
+    assert streaming.client.post(f"/events/dead/{dead}/requeue").status_code == 404
+    assert redis.xlen(INBOX) == 1
+
+
+@pytest.mark.parametrize("letter", ["1-1", "x", "%20", "9" * 5000])
+def test_an_unknown_dead_letter_is_404(streaming: LiveServer, letter: str) -> None:
+    response = streaming.client.post(f"/events/dead/{letter}/requeue")
+    assert response.status_code == 404
+    assert response.json() == {"detail": "There is no dead letter with this id."}
 
 
 def test_an_open_stream_does_not_hold_up_a_shutdown(
