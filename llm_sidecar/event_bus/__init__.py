@@ -22,9 +22,9 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from llm_sidecar.event_bus.dead_letters import DeadLetters
+from llm_sidecar.event_bus.followed_stream import FollowedStream
 from llm_sidecar.event_bus.publisher import Publisher
 from llm_sidecar.event_bus.redis_url import REPLY_TIMEOUT, make_client, masked
-from llm_sidecar.event_bus.stream import EventStream
 from llm_sidecar.event_bus.subscriber import PayloadQueue, Subscriber, cancel
 from llm_sidecar.logs import start_detached
 
@@ -179,9 +179,9 @@ class EventBus:
         await self._publisher.stop()  # a publish that runs ends first, within its reply timeout
         await self._client.aclose()
 
-    def stream(self, name: str) -> EventStream:
+    def stream(self, name: str) -> FollowedStream:
         """A stream of this Redis."""
-        return EventStream(self._client, name)
+        return FollowedStream(self._client, name)
 
     @property
     def connected(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Final
 
 from llm_sidecar.errors import QueueFull
-from llm_sidecar.event_bus.stream import Entry, EntryId, EventStream, Gap
+from llm_sidecar.event_bus.followed_stream import Entry, EntryId, FollowedStream, Gap
 from llm_sidecar.services.redis_errors import as_unavailable
 
 _RETRY_FULL: Final = 5
@@ -22,7 +22,7 @@ class EventFeed:
         count: how many listen now.
     """
 
-    def __init__(self, stream: EventStream, limit: int) -> None:
+    def __init__(self, stream: FollowedStream, limit: int) -> None:
         self.count = 0
         self._stream = stream
         self._limit = limit

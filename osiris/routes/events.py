@@ -11,7 +11,7 @@ from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from llm_sidecar.event_bus.stream import EntryId, Gap
+from llm_sidecar.event_bus.followed_stream import EntryId, Gap
 from llm_sidecar.input_model import QueryInteger, Text
 from llm_sidecar.services import dead_letters
 from llm_sidecar.services.event_feed import Feed

@@ -1,6 +1,6 @@
 """Reads a Redis stream for many readers, each from a place of its own, and loses no entry.
 
-    stream = EventStream(client, "osiris.events")
+    stream = FollowedStream(client, "osiris.events")
     async for item in stream.follow(await stream.end()):
         ...
 
@@ -94,7 +94,7 @@ class _Page(NamedTuple):
     position: EntryId
 
 
-class EventStream:
+class FollowedStream:
     """Reads one stream.
 
     Args:

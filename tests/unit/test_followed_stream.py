@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llm_sidecar.event_bus.stream import BEGINNING, Entry, EntryId, Gap, _page_of
+from llm_sidecar.event_bus.followed_stream import BEGINNING, Entry, EntryId, Gap, _page_of
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError
 
-from llm_sidecar.event_bus import stream as module
+from llm_sidecar.event_bus import followed_stream as module
+from llm_sidecar.event_bus.followed_stream import BEGINNING, Entry, EntryId, FollowedStream, Gap
 from llm_sidecar.event_bus.redis_url import make_client
-from llm_sidecar.event_bus.stream import BEGINNING, Entry, EntryId, EventStream, Gap
 from tests.redis_server import RedisServer, require_redis
 
 NAME = "osiris.events"
@@ -31,7 +31,7 @@ async def add(client: Redis, *values: str) -> list[EntryId]:
 
 
 async def following(
-    stream: EventStream, after: EntryId
+    stream: FollowedStream, after: EntryId
 ) -> tuple[AsyncGenerator[Entry | Gap, None], asyncio.Task[Entry | Gap]]:
     """A reader that waits for its first item."""
     feed = stream.follow(after)
@@ -44,7 +44,7 @@ async def following(
 async def test_the_end_of_a_stream_is_its_newest_id_even_if_that_was_removed(
     client: Redis,
 ) -> None:
-    stream = EventStream(client, NAME)
+    stream = FollowedStream(client, NAME)
     assert await stream.end() == BEGINNING
     *_, last = await add(client, "a", "b")
     assert await stream.end() == last
@@ -56,7 +56,7 @@ async def test_readers_get_every_entry_after_their_place_and_then_new_ones(
     client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "PAGE", 2)
-    stream = EventStream(client, NAME)
+    stream = FollowedStream(client, NAME)
     first, *_ = await add(client, *"abcdef")
     old, new = stream.follow(first), stream.follow(await stream.end())
     assert [(await anext(old)).fields["data"] for _ in range(5)] == [*"bcdef"]  # type: ignore[union-attr]
@@ -70,7 +70,7 @@ async def test_readers_get_every_entry_after_their_place_and_then_new_ones(
 
 
 async def test_a_reader_whose_entries_were_removed_gets_a_gap(client: Redis) -> None:
-    stream = EventStream(client, NAME)
+    stream = FollowedStream(client, NAME)
     ids = await add(client, *"abcd")
     await client.xtrim(NAME, 2, approximate=False)
     feed = stream.follow(ids[0])
@@ -86,7 +86,7 @@ async def test_a_reader_whose_entries_were_removed_gets_a_gap(client: Redis) -> 
 async def test_a_reader_of_another_stream_gets_a_gap_and_what_is_added_from_then_on(
     client: Redis,
 ) -> None:
-    stream = EventStream(client, NAME)
+    stream = FollowedStream(client, NAME)
     *_, last = await add(client, *"ab")
     elsewhere = EntryId(last.milliseconds + 1_000_000, 0)
     feed = stream.follow(elsewhere)
@@ -97,7 +97,7 @@ async def test_a_reader_of_another_stream_gets_a_gap_and_what_is_added_from_then
 
 
 async def test_stopping_ends_readers_that_wait_and_later_ones(client: Redis) -> None:
-    stream = EventStream(client, NAME)
+    stream = FollowedStream(client, NAME)
     _, first = await following(stream, BEGINNING)
     stream.stop_following()
     async with asyncio.timeout(1):
@@ -107,7 +107,7 @@ async def test_stopping_ends_readers_that_wait_and_later_ones(client: Redis) -> 
 
 
 async def test_the_watcher_ends_with_the_last_reader(client: Redis) -> None:
-    stream = EventStream(client, NAME)
+    stream = FollowedStream(client, NAME)
     (feed, first), (other, second) = [await following(stream, BEGINNING) for _ in range(2)]
     watching = stream._watching
     assert watching is not None
@@ -127,7 +127,7 @@ async def test_a_reader_goes_on_after_an_outage_without_loss(
     monkeypatch.setattr(module, "RETRY", 0.01)
     with RedisServer() as redis:
         async with make_client(redis.url) as client:
-            stream = EventStream(client, NAME)
+            stream = FollowedStream(client, NAME)
             ids = [EntryId(1, n) for n in range(1, 4)]
             await client.xadd(NAME, {"data": "a"}, id=str(ids[0]))
             feed = stream.follow(BEGINNING)
@@ -156,7 +156,7 @@ async def test_a_denied_stream_ends_its_readers(redis_url: str) -> None:
         await admin.execute_command("ACL", "SETUSER", "blind", "on", "nopass", "+@all", "~other")
         url = redis_url.replace("//", "//blind:any@")
         async with make_client(url) as client:
-            stream = EventStream(client, NAME)
+            stream = FollowedStream(client, NAME)
             with pytest.raises(NoPermissionError):
                 await stream.end()
             with pytest.raises(NoPermissionError):
