@@ -64,16 +64,18 @@ class Sidecar:
         metrics, telemetry = metrics or MetricsSink(), telemetry or Instrument()
         observers = Observers(metrics, telemetry)
         self.models = models or create_models(settings, observers, telemetry.worker_died)
-        self._bus = EventBus(settings.events.url.get_secret_value())
+        self._bus = EventBus(
+            settings.events.url.get_secret_value(),
+            stream=settings.events.stream,
+            stream_maxlen=settings.events.stream_maxlen,
+        )
         self._store = Store(settings.database.uri, log_dir=settings.database.log_dir)
         self._tasks = TaskSet()
         self._connecting: asyncio.Task[None] | None = None
         self._build_speech(settings)
         self._build_memory(settings, metrics)
         self._build_services(settings, metrics)
-        self.event_feed = EventFeed(
-            self._bus.stream("osiris.events"), settings.events.max_listeners
-        )
+        self.event_feed = EventFeed(self._bus.followed_events, settings.events.max_listeners)
         self.dead_letters = self._bus.dead_letters
 
     def _build_speech(self, settings: Settings) -> None:

@@ -7,8 +7,11 @@ too, and does not.
 from __future__ import annotations
 
 import asyncio
+import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 from llm_sidecar.cloud_event import CloudEvent
@@ -49,18 +52,17 @@ class MemoryOutbox:
     """An outbox of this process.
 
     Args:
-        id: see `Outbox`.
         max_events, max_characters: bounds; beyond either, the oldest event is dropped.
 
     Attributes:
         dropped: the number of events that were dropped.
     """
 
-    def __init__(self, id: str, max_events: int, max_characters: int) -> None:
-        self.id = id
+    def __init__(self, max_events: int, max_characters: int) -> None:
+        self.id = str(uuid.uuid4())
         self.filled = asyncio.Event()
         self.dropped = 0
-        self._events: list[Queued] = []
+        self._events: deque[Queued] = deque()
         self._number = 0
         self._characters = 0
         self._max_events = max_events
@@ -72,12 +74,24 @@ class MemoryOutbox:
     def add(self, event: CloudEvent) -> None:
         """Adds an event as the newest."""
         self._number += 1
+        if len(event.data) > self._max_characters:
+            # Otherwise it would drop all others, and then itself.
+            self.dropped += 1
+            return
         self._events.append(Queued(self._number, event))
         self._characters += len(event.data)
         while len(self._events) > self._max_events or self._characters > self._max_characters:
-            self._characters -= len(self._events.pop(0).event.data)
+            self._drop_oldest()
             self.dropped += 1
         self.filled.set()
+
+    def clear(self) -> int:
+        """Drops all events, and returns their number."""
+        count = len(self._events)
+        self.dropped += count
+        while self._events:
+            self._drop_oldest()
+        return count
 
     @asynccontextmanager
     async def sending(self) -> AsyncIterator[bool]:
@@ -86,9 +100,12 @@ class MemoryOutbox:
 
     async def head(self, count: int) -> Sequence[Queued]:
         """See `Outbox`."""
-        return self._events[:count]
+        return list(islice(self._events, count))
 
     async def sent(self, number: int) -> None:
         """See `Outbox`."""
         while self._events and self._events[0].number <= number:
-            self._characters -= len(self._events.pop(0).event.data)
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        self._characters -= len(self._events.popleft().event.data)

@@ -169,6 +169,12 @@ class Events(Group):
 
     url: RedisUrl = Field(SecretStr("redis://localhost:6379/0"), alias="REDIS_URL")
     """The event bus. `memory://` is a bus inside the process, which needs no Redis."""
+    stream: Annotated[str, Field(min_length=1)] = Field(
+        "osiris.events", alias="EVENT_STREAM", description="the name of a Redis stream"
+    )
+    """The Redis stream that keeps the events."""
+    stream_maxlen: Annotated[int, integer(1, 1 << 40)] = Field(100_000, alias="EVENT_STREAM_MAXLEN")
+    """About how many events the stream keeps. With `memory://`, at most 1,000."""
     max_listeners: QueueLength = Field(64, alias="MAX_EVENT_LISTENERS")
     """The maximum number of listeners of `/events/`. Further ones get 429."""
 

@@ -1,0 +1,44 @@
+"""What the access rules of Redis deny to this bus
+(https://redis.io/docs/latest/operate/oss_and_stack/management/security/acl/).
+
+A permission is configuration, not an outage: what is denied is named, left out, and tried again
+now and then; everything else goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Final
+
+TRY_AGAIN: Final = 30.0
+"""Seconds after which something that was denied is tried again."""
+
+log = logging.getLogger(__name__)
+
+
+class Denied:
+    """The operations that Redis denies, each as text, such as `PUBLISH audio.bytes`."""
+
+    def __init__(self) -> None:
+        self._since: dict[str, float] = {}
+
+    def add(self, operation: str) -> None:
+        """Notes that Redis has denied an operation now."""
+        if operation not in self._since:
+            log.error("Redis denies: %s; everything else goes on without it", operation)
+        self._since[operation] = time.monotonic()
+
+    def remove(self, operation: str) -> None:
+        """Notes that Redis has permitted an operation."""
+        if self._since.pop(operation, None) is not None:
+            log.info("Redis permits again: %s", operation)
+
+    def permits(self, operation: str) -> bool:
+        """Whether to try an operation: it was not denied, or that was a while ago."""
+        since = self._since.get(operation)
+        return since is None or time.monotonic() - since >= TRY_AGAIN
+
+    def operations(self) -> list[str]:
+        """All that is denied now, in alphabetical order."""
+        return sorted(self._since)

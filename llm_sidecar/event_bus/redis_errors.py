@@ -1,0 +1,28 @@
+"""What an error of Redis means."""
+
+from __future__ import annotations
+
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
+
+from llm_sidecar.errors import SidecarError
+
+
+def is_denial(error: object) -> bool:
+    """Whether an error concerns one channel or key for good, and not Redis as a whole.
+
+    A key that holds something else than a stream counts too: it takes no entry until a person
+    changes that.
+    """
+    return isinstance(error, NoPermissionError) or (
+        isinstance(error, ResponseError) and str(error).startswith("WRONGTYPE")
+    )
+
+
+def reason(error: Exception) -> str:
+    """What an error says, without the arguments of the command that Redis or redis-py quotes."""
+    if isinstance(error, SidecarError):
+        return error.detail
+    if not isinstance(error, RedisError):
+        return type(error).__name__  # its message may quote anything
+    text = str(error).rpartition(" of pipeline caused error: ")[2]
+    return text.partition(", with args")[0]

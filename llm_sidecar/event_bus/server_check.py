@@ -1,0 +1,56 @@
+"""Whether a Redis keeps what it has confirmed."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Final
+
+from redis.asyncio import Redis
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
+
+from llm_sidecar.event_bus.redis_errors import reason
+
+ADVICE: Final = {
+    "appendonly": ("yes", "it keeps nothing over a restart"),
+    "appendfsync": ("always", "it loses up to a second of events when its machine stops"),
+    "maxmemory-policy": ("noeviction", "it drops events when its memory is full"),
+}
+"""What each option should be, and what happens otherwise."""
+
+log = logging.getLogger(__name__)
+
+
+async def durability(client: Redis) -> list[str]:
+    """One line for each option with which Redis may lose events; also logs them.
+
+    Without the permission to look, it logs that, and returns nothing.
+    """
+    try:
+        options = await _options(client)
+    except RedisError as error:
+        log.info("it is not known whether Redis keeps its events: %s", reason(error))
+        return []
+    warnings = [
+        f"{name} of Redis is {options[name]}, not {wanted}: {consequence}"
+        for name, (wanted, consequence) in ADVICE.items()
+        if options.get(name, wanted) != wanted
+    ]
+    if options.get("appendonly") == "no":
+        # Without the file it does not matter when it is written.
+        warnings = [line for line in warnings if not line.startswith("appendfsync")]
+    for line in warnings:
+        log.warning(line)
+    return warnings
+
+
+async def _options(client: Redis) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    try:
+        for name in ADVICE:
+            options |= await client.config_get(name)
+    except (NoPermissionError, ResponseError):
+        # INFO says less, but more users may ask for it.
+        info = await client.info("persistence") | await client.info("memory")
+        options["appendonly"] = "yes" if info["aof_enabled"] else "no"
+        options["maxmemory-policy"] = info["maxmemory_policy"]
+    return options
