@@ -1,7 +1,7 @@
 """Syncs the tables' files, because LanceDB does not: without it a power loss may destroy rows.
 
 `Disk.sync` syncs the files and records the synced version of each table. The rows of newer versions
-are still in a write-ahead log, so an unreadable newest version can be set aside without losing
+are still in the journal, so an unreadable newest version can be set aside without losing
 rows. The file names are those of Lance's table format (https://lance.org/format/table/):
 `_versions/N.manifest`, where N counts down from 2**64 - 1.
 """
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Final
 
 from llm_sidecar.db.location import Location
-from llm_sidecar.db.log import locked, sync_folder
 from llm_sidecar.db.rows import TABLES
+from llm_sidecar.journal.locks import locked, sync_folder
 
 _NOTE: Final = "synced.json"
 _HINT: Final = "latest_version_hint.json"

@@ -14,7 +14,6 @@ from typing import Any
 from llm_sidecar.db.disk import Disk
 from llm_sidecar.db.lance import connect
 from llm_sidecar.db.location import Location
-from llm_sidecar.db.log import locked
 from llm_sidecar.db.old_shapes import Converter
 from llm_sidecar.db.rows import TABLES
 from llm_sidecar.db.schema import (
@@ -24,6 +23,7 @@ from llm_sidecar.db.schema import (
     require_not_newer,
 )
 from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.journal.locks import locked
 
 
 async def migrate(location: Location, progress: Callable[[str], None]) -> AsyncIterator[str]:

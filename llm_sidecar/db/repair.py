@@ -1,6 +1,6 @@
 """Repairs a local database after a crash: sets unreadable versions of tables aside.
 
-Their rows are not lost: rows that are not synced to the tables are still in a write-ahead log.
+Their rows are not lost: rows that are not synced to the tables are still in the journal.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from llm_sidecar.db.disk import Disk
 from llm_sidecar.db.lance import KEEP_VERSIONS, build_indices, one_line
-from llm_sidecar.db.log import locked, sweep
+from llm_sidecar.journal.locks import locked
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,6 @@ class Repair:
             Exception: an error of the machine, such as a full disk. It is not the table's fault, so
                 no version is set aside.
         """
-        await asyncio.to_thread(sweep, self._log_folder)
         tables = await asyncio.to_thread(self._disk.tables)
         synced = await asyncio.to_thread(self._disk.synced_versions)
         newest: dict[str, int] = {}

@@ -12,17 +12,16 @@ from typing import Any, Final
 from llm_sidecar.db.disk import Disk
 from llm_sidecar.db.lance import KEEP_VERSIONS, build_indices, connect
 from llm_sidecar.db.location import Location
-from llm_sidecar.db.log import Row, locked
 from llm_sidecar.db.repair import COMPACTING, Repair
 from llm_sidecar.db.rows import FEEDBACK, KEYS, TABLES
 from llm_sidecar.db.schema import (
-    arrow_schemas,
     database_id,
     is_current,
     new_table_schema,
     require_not_newer,
 )
 from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.journal.locks import locked
 
 _LOCK_PAUSE: Final = 0.02
 FRAGMENTS: Final = 32
@@ -114,24 +113,25 @@ class Tables:
             # Another machine has created it at the same time.
             return await self._connection.open_table(name)
 
-    async def add(self, table: str, rows: Sequence[Row]) -> None:
-        """Adds rows that are not in the table yet.
+    async def add(self, table: str, rows: Any) -> None:
+        """Adds the rows of an Arrow table, none of which is in the table yet.
 
         Raises:
             Exception: whatever lancedb raises.
         """
-        data = await asyncio.to_thread(_arrow, table, rows)
-        await self._complete(self._tables[table].add(data))
+        await self._complete(self._tables[table].add(rows))
 
-    async def merge(self, table: str, rows: Sequence[Row]) -> None:
-        """Adds the rows whose key is not in the table yet.
+    async def merge(self, table: str, rows: Any) -> None:
+        """Adds the rows of an Arrow table whose key is not in the table yet.
+
+        Args:
+            rows: with different keys: of equal ones both would be added.
 
         Raises:
             Exception: whatever lancedb raises.
         """
-        data = await asyncio.to_thread(_arrow, table, rows)
         merge = self._tables[table].merge_insert([KEYS[table]]).when_not_matched_insert_all()
-        await self._complete(merge.execute(data))
+        await self._complete(merge.execute(rows))
 
     async def _complete(self, writing: Coroutine[Any, Any, Any]) -> None:
         """Waits for a write, which runs to completion even if the caller is cancelled.
@@ -239,14 +239,6 @@ async def open_tables(location: Location, *, create: bool, write: bool = True) -
         await tables.close()
         raise
     return tables
-
-
-def _arrow(table: str, rows: Sequence[Row]) -> Any:
-    """The rows as an Arrow table, one per key: a merge would insert equal keys twice."""
-    import pyarrow as pa
-
-    unique = {row.values[KEYS[table]]: row.values for row in reversed(rows)}
-    return pa.Table.from_pylist(list(unique.values())[::-1], schema=arrow_schemas()[table])
 
 
 @contextlib.asynccontextmanager

@@ -7,37 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llm_sidecar.cloud_event import CloudEvent
+from llm_sidecar.journal.requests import Claim, Progress, RequestKey
 
 if TYPE_CHECKING:
     from llm_sidecar.db.store import AnyRow
 
-
-@dataclass(frozen=True, slots=True)
-class RequestKey:
-    """An `Idempotency-Key` of one caller.
-
-    Attributes:
-        caller: the name of the API key, or an empty string without one.
-        key: the value of the header.
-    """
-
-    caller: str
-    key: str
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a request with an `Idempotency-Key` has come.
-
-    Attributes:
-        request: whose progress it is; `Store.claim` must have returned it.
-        state: JSON text of the service, from which a repeated request goes on; None to keep it.
-        response: the whole answer as bytes, once there is one.
-    """
-
-    request: RequestKey
-    state: str | None = None
-    response: bytes | None = None
+__all__ = ["Claim", "Progress", "RequestKey", "Transaction"]
 
 
 @dataclass(frozen=True, slots=True)

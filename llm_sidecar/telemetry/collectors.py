@@ -161,12 +161,12 @@ def _database(status: Health) -> Iterator[Metric]:
     for table, count in status["fragments"].items():
         fragments.add_metric([table], count)
     yield fragments
-    yield from _rows_and_log(status)
+    yield from _rows_and_journal(status)
     yield from _compaction(status)
 
 
 def _rows_and_log(status: Health) -> Iterator[Metric]:
-    log = status["log"]
+    journal = status["journal"]
     yield CounterMetricFamily(
         "sidecar_database_rows_written",
         "Rows acknowledged by this sidecar.",
@@ -174,23 +174,23 @@ def _rows_and_log(status: Health) -> Iterator[Metric]:
     )
     yield GaugeMetricFamily(
         "sidecar_database_rows_waiting",
-        "Rows that are in the write-ahead log and not yet in their tables.",
+        "Rows that are in the journal and not yet in their tables.",
         status["rows_waiting"],
     )
     yield GaugeMetricFamily(
-        "sidecar_database_log_bytes",
-        "Size of the rows that wait in the write-ahead log.",
-        log["bytes"],
+        "sidecar_database_journal_bytes",
+        "Size of the rows that wait in the journal.",
+        journal["bytes"],
     )
     yield GaugeMetricFamily(
-        "sidecar_database_log_limit_bytes",
-        "Size from which the write-ahead log accepts no more rows.",
-        log["most_bytes"],
+        "sidecar_database_journal_limit_bytes",
+        "Size from which the journal accepts no more rows.",
+        journal["most_bytes"],
     )
     yield GaugeMetricFamily(
-        "sidecar_database_log_accepts_rows",
-        "1 while the write-ahead log accepts rows, 0 if it or the disk is full.",
-        log["accepts_rows"],
+        "sidecar_database_journal_accepts_rows",
+        "1 while the journal accepts rows, 0 if it or the disk is full.",
+        journal["accepts_rows"],
     )
 
 

@@ -37,14 +37,27 @@ _EVENT_BUS: Final[dict[str, Any]] = {
     "refused": 0,
     "dropped": 0,
 }
-_LOG: Final[dict[str, Any]] = {"accepts_rows": True, "bytes": 0, "most_bytes": 67108864}
+_JOURNAL: Final[dict[str, Any]] = {
+    "accepts_rows": True,
+    "rows": 2,
+    "bytes": 1480,
+    "most_bytes": 67108864,
+    "oldest_seconds": 0.4,
+    "events": 1,
+    "event_bytes": 612,
+    "oldest_event_seconds": 0.1,
+    "events_dropped": 0,
+    "requests": 40,
+    "request_bytes": 51200,
+    "requests_dropped": 0,
+}
 _DATABASE: Final[dict[str, Any]] = {
     "state": "open",
     "reason": None,
     "uri": "/app/lancedb_data",
     "rows_written": 5310,
-    "rows_waiting": 0,
-    "log": _LOG,
+    "rows_waiting": 2,
+    "journal": _JOURNAL,
     "fragments": {"proposals": 3},
     "last_compaction": "2026-01-31T10:00:00+00:00",
     "compaction_failure": None,
@@ -142,37 +155,56 @@ class EventBusHealth(BaseModel):
 
 
 class JournalHealth(BaseModel):
-    """The write-ahead log: rows that are durable and not yet in the database."""
+    """The journal of all processes of this machine: what is durable and not yet carried on."""
 
     accepts_rows: bool = Field(
         description="whether it accepts rows now, even if the database is unavailable",
         examples=[True],
     )
-    bytes: int = Field(description="bytes of the rows in it", examples=[0])
+    rows: int = Field(description="rows that LanceDB does not have yet", examples=[2])
+    bytes: int = Field(description="their bytes", examples=[1480])
     most_bytes: int = Field(
         description="bytes that it can hold; further rows are refused", examples=[67108864]
+    )
+    oldest_seconds: float = Field(description="age of the oldest row; 0 without", examples=[0.4])
+    events: int = Field(description="events that Redis does not have yet", examples=[1])
+    event_bytes: int = Field(description="their bytes", examples=[612])
+    oldest_event_seconds: float = Field(
+        description="age of the oldest event; 0 without", examples=[0.1]
+    )
+    events_dropped: int = Field(
+        description="events that this sidecar dropped, because they were too many or too old",
+        examples=[0],
+    )
+    requests: int = Field(
+        description="requests with an `Idempotency-Key` that it knows", examples=[40]
+    )
+    request_bytes: int = Field(description="their bytes", examples=[51200])
+    requests_dropped: int = Field(
+        description="requests that this sidecar forgot early, because they were too many",
+        examples=[0],
     )
 
 
 class DatabaseHealth(BaseModel):
-    """The database and its write-ahead log; counts are since the server started."""
+    """The database and its journal; counts are since the server started."""
 
     state: Literal["opening", "open", "away", "closed"] = Field(
         description="`opening`: not yet open; `open`: rows are written; `away`: it cannot be "
-        "opened or written, see `reason`, and rows wait in the write-ahead log; `closed`: the "
-        "server is shutting down",
+        "opened or written, see `reason`, and rows wait in the journal; `closed`: the server is "
+        "shutting down",
         examples=["open"],
     )
     reason: str | None = Field(
-        description="why it is away, or why the write-ahead log failed; null if neither",
+        description="why it is away, or why the journal failed; null if neither",
         examples=["The folder of LANCEDB_URI cannot be written."],
     )
     uri: str = Field(description="`LANCEDB_URI`, without secrets", examples=["/app/lancedb_data"])
     rows_written: int = Field(description="rows that were acknowledged", examples=[5310])
     rows_waiting: int = Field(
-        description="rows in the write-ahead log that the database does not have yet", examples=[0]
+        description="rows in the journal that LanceDB does not have yet", examples=[2]
     )
-    log: JournalHealth = Field(description="the write-ahead log", examples=[_LOG])
+    journal: JournalHealth = Field(description="the journal", examples=[_JOURNAL])
     fragments: dict[str, int] = Field(
         description="the number of fragments of each table; compaction keeps it low",
         examples=[{"proposals": 3}],
@@ -268,7 +300,7 @@ class Health(HealthSummary):
         description="each model by its name: `phi3` and `hermes`"
     )
     event_bus: EventBusHealth = Field(description="the connection to Redis")
-    database: DatabaseHealth = Field(description="the database and its write-ahead log")
+    database: DatabaseHealth = Field(description="the database and its journal")
     speech: SpeechHealth = Field(description="the voice and its listeners")
 
 

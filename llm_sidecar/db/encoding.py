@@ -1,0 +1,94 @@
+"""Rows as the journal keeps them, JSON text, and as LanceDB takes them, Arrow."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from llm_sidecar.db.rows import KEYS
+from llm_sidecar.db.schema import arrow_schemas, upgraded
+from llm_sidecar.journal.rows import Entry
+
+_TIMES: Final = ("timestamp", "received")
+
+
+class Decoded(NamedTuple):
+    """Rows for LanceDB.
+
+    Attributes:
+        tables: an Arrow table by the name of its table and by whether that may have rows of it.
+        unreadable: rows that are damaged, or of an unknown version.
+    """
+
+    tables: dict[tuple[str, bool], Any]
+    unreadable: list[Entry]
+
+
+def encoded(table: str, values: Mapping[str, Any], *, again: bool = False) -> Entry:
+    """A row for the journal.
+
+    Args:
+        values: of the columns.
+        again: whether the table may have the row already.
+    """
+    data = json.dumps(values, ensure_ascii=False, separators=(",", ":"), default=_iso)
+    return Entry(table, values[KEYS[table]], data.encode(), again)
+
+
+def _iso(value: datetime.datetime) -> str:
+    return value.isoformat()
+
+
+def decoded(entries: Iterable[Entry]) -> Decoded:
+    """Rows of the journal, in the current version, for LanceDB."""
+    rows: dict[tuple[str, bool], list[tuple[Entry, dict[str, Any]]]] = defaultdict(list)
+    unreadable = []
+    for entry in entries:
+        values = values_of(entry.target, entry.data)
+        if values is None:
+            unreadable.append(entry)
+        else:
+            rows[entry.target, entry.again].append((entry, values))
+    tables = {}
+    for (table, again), found in rows.items():
+        try:
+            tables[table, again] = arrow(table, [values for _, values in found])
+        except _NOT_ARROW:
+            good = [pair for pair in found if _is_arrow(table, pair[1])]
+            unreadable += [entry for entry, _ in found if not any(entry is one for one, _ in good)]
+            tables[table, again] = arrow(table, [values for _, values in good])
+    return Decoded(tables, unreadable)
+
+
+_NOT_ARROW: Final = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
+"""What pyarrow raises for a value of a wrong type: its errors are ValueError or TypeError."""
+
+
+def values_of(table: str, data: bytes) -> dict[str, Any] | None:
+    """The columns of a row of the journal; None if it is damaged or of an unknown version."""
+    try:
+        values = json.loads(data)
+        for name in _TIMES:
+            if name in values:
+                values[name] = datetime.datetime.fromisoformat(values[name])
+        return upgraded(table, values)
+    except _NOT_ARROW:
+        return None
+
+
+def arrow(table: str, rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Rows as an Arrow table with the schema of their table."""
+    import pyarrow as pa
+
+    return pa.Table.from_pylist([dict(row) for row in rows], schema=arrow_schemas()[table])
+
+
+def _is_arrow(table: str, row: Mapping[str, Any]) -> bool:
+    try:
+        arrow(table, [row])
+    except _NOT_ARROW:
+        return False
+    return True

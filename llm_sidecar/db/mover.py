@@ -1,0 +1,304 @@
+"""Moves rows from the journal to LanceDB, in batches; one process at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import logging
+import math
+import os
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, Final
+
+from llm_sidecar.db.compaction import Compactor
+from llm_sidecar.db.encoding import decoded
+from llm_sidecar.db.lance import one_line
+from llm_sidecar.db.location import Location
+from llm_sidecar.db.old_log import OldLogs
+from llm_sidecar.db.rows import FEEDBACK, WITHDRAWALS
+from llm_sidecar.db.tables import Tables, open_tables
+from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.journal.journal import Journal
+from llm_sidecar.journal.locks import held, sync_folder
+from llm_sidecar.journal.rows import Entry
+from llm_sidecar.logs import start_detached
+
+log = logging.getLogger(__name__)
+
+_MOVE_EVERY: Final = 1.0
+"""Seconds between two batches, because every batch adds files. A query or many waiting rows start
+one at once."""
+_MOVE_EVERY_REMOTE: Final = 5.0
+_MOVE_ROWS: Final = 10_000
+_LOCK_PAUSE: Final = 0.02
+_STALLED_SECONDS: Final = 10.0
+"""After this time a write counts as stalled. The mover still waits for it."""
+_BACKOFF_FIRST: Final = 0.5
+_BACKOFF_MOST: Final = 30.0
+_OPEN_SECONDS: Final = 60.0
+_IDLE_SECONDS: Final = 600.0
+"""Seconds after the last row until unused versions are deleted."""
+_CLOSE_SECONDS: Final = 10.0
+
+
+class Mover:
+    """The only writer of this process to LanceDB.
+
+    Attributes:
+        tables: None until the database is open.
+        state: `opening`, `open`, `away` (LanceDB is unavailable; the journal still accepts rows) or
+            `closed`.
+        reason: why the state is `away`; None otherwise.
+        compactor: compacts the tables.
+        repairs: what was repaired, in words.
+        database_id: the database's own id; None until it has been opened.
+    """
+
+    def __init__(self, location: Location, journal: Journal, *, create: bool = True) -> None:
+        """Does no I/O yet; see `start`."""
+        self.tables: Tables | None = None
+        self.state = "opening"
+        self.reason: str | None = None
+        self.compactor = Compactor()
+        self.repairs: list[str] = []
+        self.database_id: str | None = None
+        self._failure: DatabaseUnavailable | None = None
+        self._location = location
+        self._journal = journal
+        self._create = create
+        self._every = _MOVE_EVERY if location.folder is not None else _MOVE_EVERY_REMOTE
+        self._old_logs = OldLogs(location, journal, self.note)
+        self._asked = asyncio.Event()
+        self._changed = asyncio.Condition()
+        self._begun = self._done = 0
+        self._end = asyncio.Event()
+        self._last_move = time.monotonic()
+        self._tidied = True
+        self._in_flight: asyncio.Future[Any] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Starts to open the database and to move rows."""
+        if self._create:
+            self._journal.start()
+        self._tasks = [
+            start_detached(self._keep_moving()),
+            start_detached(self._keep_compacting()),
+        ]
+
+    def note(self, done: str) -> None:
+        """Records a repair."""
+        log.warning("%s", done)
+        self.repairs.append(done)
+
+    async def opened(self, seconds: float) -> Tables:
+        """Waits for the tables.
+
+        Raises:
+            DatabaseUnavailable: they are not open within `seconds`, or the last attempt failed.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds), self._changed:
+                await self._changed.wait_for(lambda: self.tables or self._failure)
+        if self.tables is None:
+            raise self._failure or DatabaseUnavailable(
+                f"The database at {self._location.shown} cannot be opened: it took longer than "
+                f"{seconds:g} s; check LANCEDB_URI.",
+                retry_after=5,
+            )
+        return self.tables
+
+    async def flush(self) -> None:
+        """Returns once every row of every process that is committed by now is in its table, but
+        drafts.
+
+        Raises:
+            DatabaseUnavailable: it cannot be moved now.
+        """
+        if await self._journal.last_movable() is None:
+            return
+        # A move that has begun may have missed the newest rows.
+        wanted = self._begun + 1
+        self.soon()
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._done >= wanted or self._failure or self._end.is_set()
+            )
+        if self._done < wanted:
+            raise self._failure or DatabaseUnavailable("The database is closed.", retry_after=5)
+
+    def soon(self) -> None:
+        """Starts a move now."""
+        self._asked.set()
+
+    def soon_if_many(self) -> None:
+        """Starts a move now if many rows wait."""
+        if self._journal.rows_waiting >= _MOVE_ROWS:
+            self._asked.set()
+
+    async def close(self) -> None:
+        """Moves what waits, within a time limit, then stops. The rest stays in the journal."""
+        if self._end.is_set() or not self._tasks:
+            return
+        self._end.set()
+        self.soon()
+        moving, _ = self._tasks
+        try:
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await asyncio.wait([moving])
+                # A script may open, write one row and close, so compaction is due here too.
+                await self.compactor.compact_if_due(self.tables)
+        except TimeoutError:
+            log.warning("closing took longer than %g s", _CLOSE_SECONDS)
+        # A write in flight keeps its lock: it may still succeed.
+        if self._in_flight is None or self._in_flight.done():
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks)
+        self.state = "closed"
+        async with self._changed:
+            self._changed.notify_all()
+        if self.tables is not None:
+            await self.tables.close()
+
+    async def _keep_moving(self) -> None:
+        delay = _BACKOFF_FIRST
+        while True:
+            is_last = self._end.is_set()
+            try:
+                if self.tables is None:
+                    await self._open()
+                await self._old_logs.read()
+                await self._move()
+            except Exception as error:  # noqa: BLE001 lancedb raises many types
+                await self._set_away(error)
+                if self._end.is_set():
+                    return
+                await _wait(delay, self._end)
+                delay = min(_BACKOFF_MOST, 2 * delay)
+            else:
+                if is_last:
+                    return
+                delay = _BACKOFF_FIRST
+                self._tidy_if_idle()
+                await _wait(self._every, self._asked)
+                self._asked.clear()
+
+    async def _open(self) -> None:
+        async with asyncio.timeout(_OPEN_SECONDS):
+            tables = await open_tables(self._location, create=self._create)
+        self.repairs += tables.repairs
+        if not self._create:
+            # There is a database, so it may have a journal.
+            self._journal.start()
+            self._create = True
+        await self.compactor.count(tables)
+        self.tables = tables
+        self.database_id = tables.database_id
+        await self._set_open()
+
+    async def _set_open(self) -> None:
+        self.state, self.reason, self._failure = "open", None, None
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _set_away(self, error: Exception) -> None:
+        """Records why the rows cannot be moved. Opening the tables again may repair them."""
+        if isinstance(error, DatabaseUnavailable):
+            self._failure = error
+        else:
+            self._failure = DatabaseUnavailable(
+                f"The database at {self._location.shown} cannot be opened: {one_line(error)}; "
+                "check LANCEDB_URI.",
+                retry_after=5,
+            )
+        if self._journal.failure is None:
+            if self._failure.detail != self.reason:
+                log.error("%s", self._failure.detail)
+            self.state, self.reason = "away", self._failure.detail
+            tables, self.tables = self.tables, None
+            if tables is not None:
+                await tables.close()
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _move(self) -> None:
+        """Moves all rows that are committed by now, but drafts."""
+        self._begun += 1
+        this = self._begun
+        until = await self._journal.last_movable()
+        while until is not None:
+            async with held(self._location.log_folder / "mover.lock") as mine:
+                if mine:
+                    await self._move_until(until)
+                    break
+            # The process that moves now may have begun before the newest rows.
+            await asyncio.sleep(_LOCK_PAUSE)
+        self._done = this
+        await self._set_open()
+
+    async def _move_until(self, until: int) -> None:
+        assert self.tables is not None
+        while (taken := await self._journal.take(until, _MOVE_ROWS)) is not None:
+            journal_id, batch = taken
+            found = await asyncio.to_thread(decoded, batch.entries)
+            for (table, again), data in found.tables.items():
+                # Several sidecars receive the same feedback, a client may repeat a withdrawal, and
+                # lancedb repeats a commit if the response of an object store is lost.
+                merges = again or table in (FEEDBACK, WITHDRAWALS) or self._location.folder is None
+                await self._awaited((self.tables.merge if merges else self.tables.add)(table, data))
+            if found.unreadable:
+                await asyncio.to_thread(self._set_aside, found.unreadable)
+            await self.tables.sync({table for table, _ in found.tables})
+            await self._journal.delete(journal_id, batch)
+            self._last_move, self._tidied = time.monotonic(), False
+            await self.compactor.count(self.tables)
+            self.compactor.request_if_many()
+
+    async def _awaited(self, writing: Coroutine[Any, Any, None]) -> None:
+        """Waits for a write without a deadline: an abandoned write may still succeed, and a retry
+        would then store its rows twice."""
+        self._in_flight = asyncio.ensure_future(writing)
+        done, _ = await asyncio.wait([self._in_flight], timeout=_STALLED_SECONDS)
+        if not done:
+            self.state, self.reason = "away", f"A write takes longer than {_STALLED_SECONDS:g} s."
+            log.error("%s", self.reason)
+            await asyncio.wait([self._in_flight])
+        self._in_flight.result()
+
+    def _set_aside(self, entries: list[Entry]) -> None:
+        """Keeps rows that cannot be read, so that they block no others."""
+        self._location.set_aside.mkdir(parents=True, exist_ok=True)
+        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
+        kept = Path(self._location.set_aside, f"{stamp}-rows.jsonl")
+        with kept.open("xb") as file:
+            for entry in entries:
+                file.write(entry.target.encode() + b"\t" + entry.data + b"\n")
+        with kept.open("rb") as file:
+            os.fsync(file.fileno())
+        sync_folder(self._location.set_aside)
+        self.note(
+            f"{len(entries)} rows are damaged or of another version of the sidecar; they are kept "
+            f"as {kept.name}"
+        )
+
+    def _tidy_if_idle(self) -> None:
+        if not self._tidied and time.monotonic() - self._last_move > _IDLE_SECONDS:
+            self._tidied = True
+            self.compactor.due.set()
+
+    async def _keep_compacting(self) -> None:
+        while not self._end.is_set():
+            await _wait(math.inf, self.compactor.due)
+            pause = await self.compactor.compact_if_due(self.tables)
+            await _wait(pause, self._end)
+
+
+async def _wait(seconds: float, unless: asyncio.Event) -> None:
+    """Waits for `seconds`, or until the event is set."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(None if seconds == math.inf else seconds):
+            await unless.wait()

@@ -1,0 +1,201 @@
+"""The file of the journal: opening it, and noticing that it was deleted, replaced or damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import logging
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from llm_sidecar.journal import salvage, schema
+from llm_sidecar.journal.clock import Clock
+from llm_sidecar.journal.locks import locked, make_folder, sync_folder
+
+log = logging.getLogger(__name__)
+
+NAME: Final = "journal.sqlite3"
+_LOCK: Final = "journal.lock"
+_PARTS: Final = ("", "-wal", "-shm")
+_DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+Identity = tuple[tuple[int, int], ...]
+
+
+class JournalFile:
+    """The open file. Every method blocks on the disk; one thread uses it.
+
+    Attributes:
+        folder: the folder of the file.
+        id: of the journal in the file; another file has another one.
+        clock: of the journal.
+    """
+
+    id: str
+    clock: Clock
+
+    def __init__(self, folder: Path, set_aside: Path, note: Callable[[str], None]) -> None:
+        """Opens nothing yet.
+
+        Args:
+            folder: is created if it is missing.
+            set_aside: where damaged files go.
+            note: called with each repair, in words.
+        """
+        self.folder = folder
+        self._aside = set_aside
+        self._note = note
+        self._db: sqlite3.Connection | None = None
+        self._identity: Identity = ()
+
+    def opened(self) -> sqlite3.Connection:
+        """The connection, which is opened if it is not.
+
+        Raises:
+            sqlite3.Error, OSError, DatabaseUnavailable
+        """
+        if self._db is None:
+            make_folder(self.folder)
+            with locked(self.folder / _LOCK):
+                db = self._connect()
+                if db is None or not _is_sound(db):
+                    self._replace_damaged(db)
+                else:
+                    self._use(db)
+        assert self._db is not None
+        return self._db
+
+    def is_current(self) -> bool:
+        """Whether the files at the path are those that are open.
+
+        SQLite goes on writing to deleted files.
+        """
+        try:
+            return self._identity == self._found()
+        except FileNotFoundError:
+            return False
+
+    def is_almost_full(self, low: int) -> bool:
+        """Whether the disk is read-only, or has less than `low` free bytes."""
+        disk = os.statvfs(self.folder)
+        return bool(disk.f_flag & os.ST_RDONLY) or disk.f_bavail * disk.f_frsize < low
+
+    def reopen(self) -> sqlite3.Connection:
+        """Opens the journal anew after its files were deleted, replaced or damaged.
+
+        What is readable through the old connection is copied: it may be the only copy.
+        """
+        assert self._db is not None
+        log.error("the files of the journal were deleted, replaced or damaged")
+        make_folder(self.folder)
+        with locked(self.folder / _LOCK):
+            self._replace(self._db)
+        return self._db
+
+    def close(self) -> None:
+        """Closes the file; what is only in a deleted file is copied first."""
+        db = self._db
+        if db is not None and not self.is_current():
+            _keep_open(db)
+            db = self.reopen() if any(salvage.read(db).values()) else None
+        self._db = None
+        if db is not None:
+            with locked(self.folder / _LOCK):
+                db.close()
+
+    def _connect(self) -> sqlite3.Connection | None:
+        """A connection; None if the file is no database."""
+        try:
+            return schema.connect(self.folder / NAME)
+        except sqlite3.DatabaseError as error:
+            if not is_damage(error):
+                raise
+            return None
+
+    def _use(self, db: sqlite3.Connection, content: salvage.Content | None = None) -> None:
+        with _transaction(db):
+            self.id = schema.create(db)
+            self.clock = Clock(db)
+            if content is not None:
+                salvage.write(db, content, self.clock.now())
+        sync_folder(self.folder)
+        self._identity, self._db = self._found(), db
+
+    def _replace_damaged(self, db: sqlite3.Connection | None) -> None:
+        content = {} if db is None else salvage.read(db)
+        if db is not None:
+            _keep_open(db)
+        self._set_aside(content)
+        self._use(schema.connect(self.folder / NAME), content)
+
+    def _replace(self, old: sqlite3.Connection) -> None:
+        if old.in_transaction:
+            old.execute("ROLLBACK")
+        content = salvage.read(old)
+        _keep_open(old)
+        with contextlib.suppress(FileNotFoundError):
+            if _inode(self.folder / NAME) == self._identity[0]:
+                self._set_aside(content)
+        self._use(schema.connect(self.folder / NAME), content)
+        try:
+            with _transaction(old):
+                salvage.clear(old)
+        except sqlite3.Error as error:
+            log.warning("the old journal stays as it is: %s", error)
+
+    def _set_aside(self, content: salvage.Content) -> None:
+        self._aside.mkdir(parents=True, exist_ok=True)
+        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
+        kept = f"{stamp}-{NAME}"
+        for part in _PARTS:
+            with contextlib.suppress(FileNotFoundError):
+                Path(f"{self.folder / NAME}{part}").rename(f"{self._aside / kept}{part}")
+        sync_folder(self._aside)
+        count = len(content.get("rows", ()))
+        self._note(f"the journal is damaged and kept as {kept}; {count} rows of it are readable")
+
+    def _found(self) -> Identity:
+        return tuple(_inode(Path(f"{self.folder / NAME}{part}")) for part in _PARTS)
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Whether the error means that the file is damaged."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED
+
+
+def _is_sound(db: sqlite3.Connection) -> bool:
+    try:
+        return bool(db.execute("PRAGMA quick_check(1)").fetchone() == ("ok",))
+    except sqlite3.DatabaseError as error:
+        if not is_damage(error):
+            raise
+        return False
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def _keep_open(db: sqlite3.Connection) -> None:
+    """Prevents that a connection to files that are no longer at their path is ever closed.
+
+    The last connection to a database deletes its log by name, so it would delete that of the new
+    file at the path.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(db))
+
+
+@contextlib.contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[None]:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
+    db.execute("COMMIT")

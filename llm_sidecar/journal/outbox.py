@@ -1,0 +1,72 @@
+"""The events of the journal, as the relay sends them to Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final
+
+from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.journal import events
+from llm_sidecar.journal.locks import held
+from llm_sidecar.journal.writer import JournalWriter
+
+if TYPE_CHECKING:
+    from llm_sidecar.event_bus.outbox import Queued
+
+_LOCK: Final = "relay.lock"
+
+
+class JournalOutbox:
+    """Implements `event_bus.outbox.Outbox`; its methods raise DatabaseUnavailable.
+
+    Attributes:
+        id: of the journal that the last `head` has read. Another file has another one.
+    """
+
+    def __init__(self, writer: JournalWriter) -> None:
+        self.id = ""
+        self.filled = asyncio.Event()
+        self._writer = writer
+        self._newest = 0
+
+    def look(self) -> None:
+        """Sets `filled` if there are events that were not there at the last look."""
+        newest = self._writer.snapshot.newest_event
+        if newest != self._newest and newest:
+            self.filled.set()
+        self._newest = newest
+
+    @asynccontextmanager
+    async def sending(self) -> AsyncIterator[bool]:
+        """See `Outbox`."""
+        # Waits until there is a folder for the lock.
+        await self._writer.run(lambda _: None)
+        try:
+            lock = held(self._writer.file.folder / _LOCK)
+            mine = await lock.__aenter__()
+        except OSError as error:
+            raise DatabaseUnavailable(f"The events cannot be locked: {error.strerror}") from None
+        try:
+            yield mine
+        finally:
+            await lock.__aexit__(None, None, None)
+
+    async def head(self, count: int) -> Sequence[Queued]:
+        """See `Outbox`."""
+        self.id, found = await self._writer.run(
+            lambda db: (self._writer.file.id, events.head(db, count))
+        )
+        return found
+
+    async def sent(self, number: int) -> None:
+        """See `Outbox`."""
+        read_from = self.id
+
+        def delete(db: sqlite3.Connection) -> None:
+            if self._writer.file.id == read_from:
+                events.delete(db, number)
+
+        await self._writer.run(delete)

@@ -1,0 +1,300 @@
+"""The thread that owns the journal's file: it commits what waits as one group."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Generic, NamedTuple, TypeVar
+
+from llm_sidecar.errors import DatabaseUnavailable, one_line
+from llm_sidecar.journal import events, requests
+from llm_sidecar.journal.file import JournalFile, is_damage
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+_COMMIT_SECONDS: Final = 5.0
+"""The deadline of a commit."""
+_MOST_BYTES: Final = 64 << 20
+"""The maximum size of what waits to be committed."""
+TICK_SECONDS: Final = 1.0
+"""Seconds between two looks at the file and its disk while nothing is committed."""
+_MAINTAIN_TICKS: Final = 60
+_ATTEMPTS: Final = 3
+_PROBE_BYTES: Final = 1 << 14
+"""More than the size of most rows."""
+_LOW_BYTES: Final = 1 << 20
+"""With less free space than this, each tick writes, because space may be reserved."""
+_OF_ONE_UNIT: Final = (
+    sqlite3.IntegrityError,
+    sqlite3.ProgrammingError,
+    sqlite3.InterfaceError,
+    sqlite3.DataError,
+)
+"""Errors of a single statement; other errors of SQLite are those of the whole file."""
+
+Work = Callable[[sqlite3.Connection], T]
+
+
+class Snapshot(NamedTuple):
+    """What is in the journal: numbers, bytes, and the times of the oldest by its clock."""
+
+    rows: int = 0
+    row_bytes: int = 0
+    oldest_row: float | None = None
+    events: int = 0
+    event_bytes: int = 0
+    oldest_event: float | None = None
+    newest_event: int = 0
+    requests: int = 0
+    request_bytes: int = 0
+
+
+class _Unit(Generic[T]):
+    """Work that is done completely or not at all, and the future of its caller."""
+
+    def __init__(self, work: Work[T], size: int) -> None:
+        self.work = work
+        self.size = size
+        self.done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self.result: T | None = None
+        self.error: Exception | None = None
+
+    def resolve(self) -> None:
+        """Wakes the caller, unless its deadline has passed."""
+        if self.done.done():
+            return
+        if self.error is None:
+            self.done.set_result(self.result)  # type: ignore[arg-type]
+        else:
+            self.done.set_exception(self.error)
+            # Marks the exception as retrieved: the caller may be gone.
+            self.done.exception()
+
+
+class JournalWriter:
+    """Runs work in transactions of the journal.
+
+    Attributes:
+        file: used by the thread, and by work that runs in it.
+        failure: why nothing can be committed now; None if it can.
+        snapshot: what is in the journal, of all processes; at most a second old.
+        events_dropped, requests_dropped: by this process, because the journal was full or they were
+            too old.
+        on_change: called in the event loop after the snapshot has changed.
+    """
+
+    def __init__(self, file: JournalFile) -> None:
+        """Starts no thread yet."""
+        self.file = file
+        self.failure: str | None = None
+        self.snapshot = Snapshot()
+        self.events_dropped = self.requests_dropped = 0
+        self.on_change: Callable[[], None] = lambda: None
+        self.is_open = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting: list[_Unit[Any]] = []
+        self._waiting_bytes = 0
+        self._arrived = threading.Condition()
+        self._end = False
+        self._ended = asyncio.Event()
+        self._ticks = 0
+
+    def start(self) -> None:
+        """Starts the thread, which opens the file."""
+        self._loop = asyncio.get_running_loop()
+        # A daemon, because a disk that hangs must not keep the process from ending.
+        threading.Thread(target=self._run, name="journal", daemon=True).start()
+
+    async def close(self) -> None:
+        """Commits what waits, then closes the file.
+
+        Raises:
+            TimeoutError: the disk took too long.
+        """
+        with self._arrived:
+            self._end = True
+            self._arrived.notify()
+        if self._loop is not None:
+            async with asyncio.timeout(_COMMIT_SECONDS):
+                await self._ended.wait()
+
+    async def run(self, work: Work[T], size: int = 0) -> T:
+        """Runs work in a transaction, and returns its result once it would survive a power loss.
+
+        Args:
+            work: runs in the thread of the journal, and again if the file has to be opened anew.
+            size: the bytes that it holds in memory.
+
+        Raises:
+            DatabaseUnavailable: it is not committed or, after the deadline, may not be committed.
+            Exception: whatever the work raises; then it is not committed.
+        """
+        unit = _Unit(work, size)
+        with self._arrived:
+            if self._end:
+                raise DatabaseUnavailable("The database is closed.", retry_after=5)
+            if self._waiting_bytes + size > _MOST_BYTES:
+                raise DatabaseUnavailable("The journal is busy: too much waits.", retry_after=5)
+            self._waiting.append(unit)
+            self._waiting_bytes += size
+            self._arrived.notify()
+        try:
+            async with asyncio.timeout(_COMMIT_SECONDS):
+                return await unit.done
+        except TimeoutError:
+            known = "not stored" if self._withdraw(unit) else "not known to be stored"
+            raise DatabaseUnavailable(
+                f"The row is {known}: the disk took longer than {_COMMIT_SECONDS:g} s.",
+                retry_after=5,
+            ) from None
+
+    def _withdraw(self, unit: _Unit[Any]) -> bool:
+        """Removes work that has not begun."""
+        with self._arrived:
+            waits = unit in self._waiting
+            if waits:
+                self._waiting.remove(unit)
+                self._waiting_bytes -= unit.size
+        return waits
+
+    # In the thread
+
+    def _run(self) -> None:
+        while True:
+            with self._arrived:
+                if not self._waiting and not self._end:
+                    self._arrived.wait(TICK_SECONDS)
+                group, self._waiting = self._waiting, []
+                is_last = self._end and not group
+                self._waiting_bytes -= sum(unit.size for unit in group)
+            if is_last:
+                break
+            self._commit(group, *([] if group else self._chores()))
+            self._tell(lambda group=group: [unit.resolve() for unit in group])  # type: ignore[misc]
+        try:
+            self.file.close()
+        except (sqlite3.Error, OSError) as error:
+            log.error("the journal could not be closed: %s", one_line(error))
+        self._tell(self._ended.set)
+
+    def _tell(self, work: Callable[[], object]) -> None:
+        assert self._loop is not None
+        # The loop may have ended while the disk was hanging.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(work)
+
+    def _chores(self) -> list[Work[None]]:
+        """What is due after a second without work."""
+        chores: list[Work[None]] = []
+        self._ticks += 1
+        if self._ticks % _MAINTAIN_TICKS == 0 and self.is_open:
+            chores.append(self._maintain)
+        if self.failure is not None or (self.is_open and self.file.is_almost_full(_LOW_BYTES)):
+            chores.append(_probe)
+        return chores
+
+    def _maintain(self, db: sqlite3.Connection) -> None:
+        clock = self.file.clock
+        clock.save(db)
+        self.count_dropped(events=events.expire(db, clock.now()))
+        requests.expire(db, clock.now())
+
+    def count_dropped(self, events: int = 0, requests: int = 0) -> None:
+        """Counts what was dropped."""
+        if events or requests:
+            log.error("the journal dropped %d events and %d requests", events, requests)
+        self.events_dropped += events
+        self.requests_dropped += requests
+
+    def _commit(self, group: Sequence[_Unit[Any]], *chores: Work[None]) -> None:
+        try:
+            for _ in range(_ATTEMPTS):
+                if self._attempt(group, chores):
+                    break
+                self.file.reopen()
+            else:
+                raise OSError("its files are removed again and again")
+        except Exception as error:  # noqa: BLE001 every caller gets it, and the thread goes on
+            self._fail(group, error)
+        else:
+            if group or chores or not self.is_open:
+                self.failure = None
+            self.is_open = True
+        self._tell(self.on_change)
+
+    def _attempt(self, group: Sequence[_Unit[Any]], chores: Sequence[Work[None]]) -> bool:
+        """Commits; returns False if the files have to be opened anew, so that nothing counts."""
+        db = self.file.opened()
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            for chore in chores:
+                chore(db)
+            for unit in group:
+                _do(db, unit)
+            snapshot = _snapshot(db)
+            db.execute("COMMIT")
+        except sqlite3.Error as error:
+            with contextlib.suppress(sqlite3.Error):
+                db.execute("ROLLBACK")
+            if is_damage(error):
+                return False
+            raise
+        if not self.file.is_current():
+            return False
+        self.snapshot = snapshot
+        return True
+
+    def _fail(self, group: Sequence[_Unit[Any]], error: Exception) -> None:
+        reason = getattr(error, "strerror", None) or _reason(error)
+        advice = f"{reason}; free space at {self.file.folder} or check LANCEDB_URI."
+        if self.failure is None:
+            log.error("the journal commits nothing: %s", reason)
+        self.failure = f"The database accepts no rows: {advice}"
+        failure = DatabaseUnavailable(f"The row is not stored: {advice}", retry_after=5)
+        for unit in group:
+            unit.error = failure
+
+
+def _do(db: sqlite3.Connection, unit: _Unit[Any]) -> None:
+    db.execute("SAVEPOINT unit")
+    unit.result, unit.error = None, None
+    try:
+        unit.result = unit.work(db)
+    except sqlite3.Error as error:
+        if not isinstance(error, _OF_ONE_UNIT):
+            raise
+        unit.error = error
+    except Exception as error:  # noqa: BLE001 its caller gets it
+        unit.error = error
+    if unit.error is not None:
+        db.execute("ROLLBACK TO unit")
+    db.execute("RELEASE unit")
+
+
+def _probe(db: sqlite3.Connection) -> None:
+    """Writes as much as a row needs."""
+    db.execute(f"INSERT OR REPLACE INTO meta VALUES ('probe', randomblob({_PROBE_BYTES}))")
+
+
+def _snapshot(db: sqlite3.Connection) -> Snapshot:
+    (of_events, of_requests, of_rows) = db.execute(
+        "SELECT number, bytes FROM totals ORDER BY name"
+    ).fetchall()
+    (oldest_row, oldest_event, newest_event) = db.execute(
+        "SELECT (SELECT time FROM rows ORDER BY id LIMIT 1), "
+        "(SELECT time FROM events ORDER BY id LIMIT 1), coalesce((SELECT max(id) FROM events), 0)"
+    ).fetchone()
+    return Snapshot(*of_rows, oldest_row, *of_events, oldest_event, newest_event, *of_requests)
+
+
+def _reason(error: Exception) -> str:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        return os.strerror(28)
+    return one_line(error)
