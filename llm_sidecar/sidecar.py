@@ -74,9 +74,9 @@ class Sidecar:
         self._connecting: asyncio.Task[None] | None = None
         self._build_speech(settings)
         self._build_memory(settings, metrics)
-        self._build_services(settings, metrics)
         self.event_feed = EventFeed(self._bus.followed_events, settings.events.max_listeners)
         self.dead_letters = self._bus.dead_letters
+        self._build_services(settings, metrics)
 
     def _build_speech(self, settings: Settings) -> None:
         self._remote_voice = None if settings.speech.voice == "espeak" else RemoteVoice(self._bus)
@@ -141,6 +141,7 @@ class Sidecar:
             speaker=self.speaker,
             remote_voice=self._remote_voice,
             listeners=self.listeners,
+            event_feed=self.event_feed,
         )
 
     async def start(self) -> None:
