@@ -19,6 +19,7 @@ from llm_sidecar.services.event_feed import EventFeed
 from llm_sidecar.services.feedback import Feedback
 from llm_sidecar.services.few_shot import FewShotExamples
 from llm_sidecar.services.health import Health
+from llm_sidecar.services.idempotency import Idempotency
 from llm_sidecar.services.propose import Orchestrator, Proposer
 from llm_sidecar.services.rows import Rows
 from llm_sidecar.services.score import Judge
@@ -40,7 +41,8 @@ class Sidecar:
     Attributes:
         settings: of all components.
         models: phi3 and hermes.
-        chat, proposer, judge, orchestrator, feedback, few_shot, adapters, health: the services.
+        chat, proposer, judge, orchestrator, feedback, few_shot, adapters, idempotency, health: the
+            services.
         speaker, listeners: the voice, and the listeners of its stream.
         event_feed, dead_letters: the listeners of the events, and what the inbox could not store.
     """
@@ -90,7 +92,10 @@ class Sidecar:
         self.listeners = AudioListeners(self._bus, settings.speech.max_listeners)
 
     def _build_memory(self, settings: Settings, metrics: MetricsSink) -> None:
-        self._rows = Rows(self._store, metrics)
+        self._rows = Rows(self._store, self._bus, metrics)
+        self.idempotency = Idempotency(
+            self._store, self._tasks, metrics, timeout=settings.limits.request_timeout
+        )
         self.few_shot = FewShotExamples(
             self._store,
             count=files.few_shot_examples(settings),
@@ -102,12 +107,17 @@ class Sidecar:
             self._store,
             self._bus,
             self.few_shot,
+            self._tasks,
             max_chars=settings.limits.max_prompt_chars,
             examples_from_bus=settings.proposals.examples_from_bus,
         )
         self._adapter_state = AdapterState(self._store.log_folder, settings.models.adapter_dir)
         self.adapters = Adapters(
-            self.models.phi3, settings.models.adapter_dir, self._adapter_state, self._tasks
+            self.models.phi3,
+            settings.models.adapter_dir,
+            self._adapter_state,
+            self._rows,
+            self._tasks,
         )
 
     def _build_services(self, settings: Settings, metrics: MetricsSink) -> None:
@@ -124,12 +134,7 @@ class Sidecar:
             self.models.hermes, self._rows, self._tasks, metrics, settings.models.hermes_temperature
         )
         self.orchestrator = Orchestrator(
-            self.proposer,
-            self.judge,
-            self._rows,
-            self._bus,
-            self._tasks,
-            settings.limits.request_timeout,
+            self.proposer, self.judge, self._rows, self._tasks, settings.limits.request_timeout
         )
         self.health = Health(
             settings,

@@ -24,9 +24,10 @@ _POLL_SECONDS: Final = 0.1
 
 @dataclass(slots=True)
 class _Mine:
-    """A request that this process answers now."""
+    """A request that this process answers now, or tries to claim."""
 
     fingerprint: str
+    is_claimed: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -47,6 +48,8 @@ class Claims:
         """See `Store.claim`."""
         while True:
             if (mine := self._mine.get(request)) is not None:
+                if mine.is_claimed and mine.fingerprint != fingerprint:
+                    raise RequestKeyReused(requests.REUSED)
                 await mine.ended.wait()
                 continue
             found = await self._try(request, fingerprint)
@@ -55,7 +58,7 @@ class Claims:
             await asyncio.sleep(_POLL_SECONDS)
 
     async def _try(self, request: RequestKey, fingerprint: str) -> Claim | None:
-        self._mine[request] = _Mine(fingerprint)
+        mine = self._mine[request] = _Mine(fingerprint)
         try:
             found = await self._writer.run(lambda db: self._claim(db, request, fingerprint))
         except RequestKeyReused:
@@ -67,6 +70,7 @@ class Claims:
             raise
         if found is None or found.response is not None:
             self._end(request)
+        mine.is_claimed = True
         return found
 
     def _claim(self, db: sqlite3.Connection, request: RequestKey, fingerprint: str) -> Claim | None:

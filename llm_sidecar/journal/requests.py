@@ -30,6 +30,7 @@ CREATE TABLE requests (
     UNIQUE (caller, key)
 );
 """
+REUSED: Final = "This Idempotency-Key belongs to another request; use a new one for each request."
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +99,7 @@ def claim(
         return Claim()
     first, current, state, response = found
     if first != fingerprint:
-        raise RequestKeyReused(
-            "This Idempotency-Key was used for another request; use a new one for each request."
-        )
+        raise RequestKeyReused(REUSED)
     if response is not None:
         return Claim(state, response)
     if current not in (None, owner) and is_alive(current):

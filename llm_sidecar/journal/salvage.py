@@ -50,10 +50,7 @@ def write(db: sqlite3.Connection, content: Content, now: float) -> None:
         columns = COLUMNS[table]
         changed = {"time": now, "again": 1}
         values = [
-            [
-                {"time": now, "again": 1}.get(name, value)
-                for name, value in zip(columns, entry, strict=True)
-            ]
+            [changed.get(name, value) for name, value in zip(columns, entry, strict=True)]
             for entry in entries
         ]
         marks = ", ".join("?" * len(columns))
