@@ -15,6 +15,7 @@ from llm_sidecar.models.base import Models
 from llm_sidecar.models.registry import create_models
 from llm_sidecar.services.adapters import Adapters
 from llm_sidecar.services.chat import Chat
+from llm_sidecar.services.event_feed import EventFeed
 from llm_sidecar.services.feedback import Feedback
 from llm_sidecar.services.few_shot import FewShotExamples
 from llm_sidecar.services.health import Health
@@ -43,6 +44,7 @@ class Sidecar:
         chat, proposer, judge, orchestrator, feedback, few_shot, adapters, idempotency, health: the
             services.
         speaker, listeners: the voice, and the listeners of its stream.
+        event_feed, dead_letters: the listeners of the events, and what the inbox could not store.
     """
 
     def __init__(
@@ -75,6 +77,8 @@ class Sidecar:
         self._connecting: asyncio.Task[None] | None = None
         self._build_speech(settings)
         self._build_memory(settings, metrics)
+        self.event_feed = EventFeed(self._bus.followed_events, settings.events.max_listeners)
+        self.dead_letters = self._bus.dead_letters
         self._build_services(settings, metrics)
 
     def _build_speech(self, settings: Settings) -> None:
@@ -143,6 +147,7 @@ class Sidecar:
             speaker=self.speaker,
             remote_voice=self._remote_voice,
             listeners=self.listeners,
+            event_feed=self.event_feed,
         )
 
     async def start(self) -> None:
@@ -163,9 +168,10 @@ class Sidecar:
         await self.models.hermes.start()
 
     def drain(self) -> None:
-        """Refuses requests that wait for a model to load, from now on."""
+        """Refuses requests that wait for a model to load, and ends the streams of events."""
         for model in self.models:
             model.drain()
+        self.event_feed.drain()
 
     async def close(self) -> None:
         """Gives running generations the grace period to finish, then stops every component."""

@@ -26,6 +26,7 @@ from llm_sidecar.cloud_event import CloudEvent
 from llm_sidecar.event_bus.consumer_group import ConsumerGroup
 from llm_sidecar.event_bus.dead_letters import INBOX, DeadLetters
 from llm_sidecar.event_bus.denied import Denied
+from llm_sidecar.event_bus.followed_stream import FollowedStream
 from llm_sidecar.event_bus.handlers import BatchHandler, Handler, Handlers
 from llm_sidecar.event_bus.inbox import GROUP, Inbox, InboxHandler
 from llm_sidecar.event_bus.outbox import Outbox
@@ -75,7 +76,7 @@ class EventBus:
         outbox: events that are durable elsewhere, which this bus sends too. Close the bus first.
 
     Attributes:
-        events: reads the stream of events.
+        events, followed_events: read the stream of events, the latter for many readers.
         dead_letters: entries of the inbox that were given up.
 
     Raises:
@@ -108,6 +109,7 @@ class EventBus:
         )
         self._handlers = Handlers()
         self.events = EventStream(self._client, self._blocking, stream, polls=self._in_memory)
+        self.followed_events = FollowedStream(self._client, stream)
         self.dead_letters = DeadLetters(self._client)
         self._inbox: Inbox | None = None
         self._needs_durability = outbox is not None

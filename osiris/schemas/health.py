@@ -24,6 +24,13 @@ _MODEL: Final[dict[str, Any]] = {
     "queue_length": 64,
     "running": 2,
 }
+_INBOX: Final[dict[str, Any]] = {
+    "pending": 0,
+    "dead": 1,
+    "handled": 230,
+    "claimed": 0,
+    "failures": 0,
+}
 _EVENT_BUS: Final[dict[str, Any]] = {
     "connected": True,
     "url": "redis://localhost:6379/0",
@@ -33,9 +40,16 @@ _EVENT_BUS: Final[dict[str, Any]] = {
     "published_late": 0,
     "waiting": 0,
     "unpublished": 0,
+    "oldest_seconds": 0.0,
+    "failing": None,
     "handler_errors": 0,
     "refused": 0,
     "dropped": 0,
+    "held_up": 0,
+    "denied": [],
+    "warnings": [],
+    "inbox": _INBOX,
+    "listeners": 2,
 }
 _JOURNAL: Final[dict[str, Any]] = {
     "accepts_rows": True,
@@ -130,6 +144,24 @@ class ModelHealth(BaseModel):
     running: int = Field(description="requests that run now", examples=[2])
 
 
+class InboxHealth(BaseModel):
+    """The inbox, in which other services leave feedback; counts are since the server started."""
+
+    pending: int = Field(
+        description="entries that a sidecar has read and not stored yet", examples=[0]
+    )
+    dead: int = Field(
+        description="dead letters: entries that no sidecar could store; `GET /events/dead` lists "
+        "them",
+        examples=[1],
+    )
+    handled: int = Field(description="entries that this sidecar stored", examples=[230])
+    claimed: int = Field(
+        description="entries that this sidecar took over from one that ended", examples=[0]
+    )
+    failures: int = Field(description="how often storing entries failed", examples=[0])
+
+
 class EventBusHealth(BaseModel):
     """The connection to Redis; counts are since the server started."""
 
@@ -143,15 +175,42 @@ class EventBusHealth(BaseModel):
     published_late: int = Field(
         description="of these, events that were published after an outage", examples=[0]
     )
-    waiting: int = Field(description="events that wait for a connection now", examples=[0])
-    unpublished: int = Field(description="events that were never published", examples=[0])
+    waiting: int = Field(
+        description="messages that wait for Redis in memory; events wait in the journal",
+        examples=[0],
+    )
+    unpublished: int = Field(description="messages that were never published", examples=[0])
+    oldest_seconds: float = Field(
+        description="age of the oldest event that waits for Redis; 0 without", examples=[0.0]
+    )
+    failing: str | None = Field(
+        description="why Redis does not take the oldest event now; null if it does",
+        examples=["OOM command not allowed"],
+    )
     handler_errors: int = Field(description="messages whose handler raised an error", examples=[0])
     refused: int = Field(
         description="messages of other services that were invalid and refused", examples=[0]
     )
     dropped: int = Field(
-        description="messages that were dropped because handlers were too slow", examples=[0]
+        description="messages that were dropped because listeners were too slow", examples=[0]
     )
+    held_up: int = Field(
+        description="how often the bus read no further because a handler had too many messages",
+        examples=[0],
+    )
+    denied: list[str] = Field(
+        description="what the access rules of Redis deny to the sidecar",
+        examples=[["PUBLISH audio.bytes"]],
+    )
+    warnings: list[str] = Field(
+        description="options with which this Redis may lose what it has confirmed",
+        examples=[["appendonly of Redis is no, not yes: it keeps nothing over a restart"]],
+    )
+    inbox: InboxHealth | None = Field(
+        description="the inbox; null with `memory://`, to which nobody else can write",
+        examples=[_INBOX],
+    )
+    listeners: int = Field(description="clients that listen to `/events/` now", examples=[2])
 
 
 class JournalHealth(BaseModel):
