@@ -40,9 +40,9 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
     the sidecar cannot be reached, and `LLMClientError` if the answer cannot be parsed. Before that,
     they retry 5xx, 429 and connection errors.
 
-    Every POST except `speak` has an `Idempotency-Key`, the same for all attempts of a call. The
-    server does not use it yet. A caller that repeats a call itself, for example after a restart,
-    passes the same `idempotency_key` again: 1 to 255 visible ASCII characters, otherwise
+    Every POST except `speak` has an `Idempotency-Key`, the same for all attempts of a call, so that
+    the server generates and stores once. A caller that repeats a call itself, for example after a
+    restart, passes the same `idempotency_key` again: 1 to 255 visible ASCII characters, otherwise
     ValueError. The default is a new UUID.
     """
 
