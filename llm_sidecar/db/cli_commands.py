@@ -209,7 +209,7 @@ async def _opened() -> AsyncIterator[tuple[Location, Tables, JournalRows]]:
             yield location, tables, waiting
         return
     async with _store(location) as store:
-        yield location, await store.opened(), JournalRows()
+        yield location, await store.moved(_OPEN_SECONDS), JournalRows()
 
 
 def _note_missing(waiting: JournalRows) -> None:
