@@ -26,7 +26,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from llm_sidecar import timestamps
 from llm_sidecar.event_bus.denied import Denied
 from llm_sidecar.event_bus.outbox import Outbox, Queued
-from llm_sidecar.event_bus.redis_errors import is_denial, reason
+from llm_sidecar.event_bus.redis_errors import is_answer, is_denial, reason
 from llm_sidecar.event_bus.subscriber import Subscriber
 
 MOST_EVENTS: Final = 256
@@ -63,7 +63,7 @@ class Relay:
         sent: events that Redis has.
         late: how many of them had to wait for Redis.
         lost: how many events went nowhere, as both the stream and their channel are denied.
-        failing: why Redis takes no events now, or None.
+        failing: why the last attempt to send has failed, or None.
     """
 
     def __init__(
@@ -89,8 +89,9 @@ class Relay:
         self._most = 1
         self._delay = FIRST_DELAY
         self._behind = False
+        self._told = False
         self._oldest: str | None = None
-        # The record of a transaction that failed in part.
+        # The record of a transaction that failed, if not as a whole.
         self._void: str | None = None
         self._idle = True
 
@@ -145,20 +146,23 @@ class Relay:
             self._outbox.filled.set()
 
     def _succeeded(self, count: int) -> None:
-        if self.failing is not None:
+        if self._told:
             log.info("Redis takes events again")
-        self.failing, self._delay = None, FIRST_DELAY
+        self.failing, self._told, self._delay = None, False, FIRST_DELAY
         self._most = min(2 * self._most, MOST_EVENTS)
         self.sent += count
         self.late += count if self._behind else 0
 
     def _failed(self, error: Exception) -> None:
         self._behind, self._most = True, 1
-        if isinstance(error, RedisConnectionError | RedisTimeoutError):
-            # The subscriber has a connection of its own, and logs an outage.
+        outage = isinstance(error, RedisConnectionError | RedisTimeoutError)
+        if outage:
             self._subscriber.check()
-        elif self.failing is None:
+        # The subscriber has a connection of its own. If that fails too, it logs the outage.
+        lasts = self.failing is not None and self._subscriber.connected
+        if not self._told and (lasts or not outage):
             log.error("events wait, trying again until Redis takes them: %s", reason(error))
+            self._told = True
         self.failing = reason(error)
 
     async def _pause(self) -> None:
@@ -187,6 +191,10 @@ class Relay:
                 return 0
             except WatchError:
                 return 0  # a transaction that had been late: look again what Redis has
+            except RedisError as error:
+                if is_answer(error):
+                    self._void = batch[-1].event.id
+                raise
         return await self._check(batch, operations, results)
 
     async def _watch(self, pipe: Pipeline, head: Sequence[Queued]) -> int:

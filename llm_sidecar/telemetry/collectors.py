@@ -181,6 +181,13 @@ class HealthCollector(Collector):
         yield from _speech(health["speech"])
 
 
+def _event_bus(status: Health) -> Iterator[Metric]:
+    numbers = {"denied": len(status["denied"]), "failing": int(status["failing"] is not None)}
+    yield from _plain("sidecar_event_bus", _EVENT_BUS, {**status, **numbers})
+    if status["inbox"] is not None:
+        yield from _plain("sidecar_event_bus_inbox", _INBOX, status["inbox"])
+
+
 def _models(models: Mapping[str, Health]) -> Iterator[Metric]:
     by_model = ["model"]
     running = GaugeMetricFamily(

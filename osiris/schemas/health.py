@@ -165,7 +165,10 @@ class InboxHealth(BaseModel):
 class EventBusHealth(BaseModel):
     """The connection to Redis; counts are since the server started."""
 
-    connected: bool = Field(description="whether Redis can be reached now", examples=[True])
+    connected: bool = Field(
+        description="whether Redis can be reached now; what it denies is in `denied`",
+        examples=[True],
+    )
     url: str = Field(
         description="`REDIS_URL`, without its password", examples=["redis://localhost:6379/0"]
     )

@@ -11,7 +11,6 @@ from typing import Any, Final
 import lancedb
 import pyarrow as pa
 import pytest
-from llm_sidecar.db.log import Log, Row, encode
 
 from llm_sidecar.db import (
     FEEDBACK,
