@@ -34,12 +34,14 @@ def encoded(table: str, values: Mapping[str, Any], *, again: bool = False) -> En
         values: of the columns.
         again: whether the table may have the row already.
     """
-    data = json.dumps(values, ensure_ascii=False, separators=(",", ":"), default=_iso)
-    return Entry(table, values[KEYS[table]], data.encode(), again)
+    return Entry(table, values[KEYS[table]], _encode(values).encode(), again)
 
 
 def _iso(value: datetime.datetime) -> str:
     return value.isoformat()
+
+
+_encode: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_iso).encode
 
 
 def decoded(entries: Iterable[Entry]) -> Decoded:

@@ -20,10 +20,11 @@ from llm_sidecar.db.location import Location
 from llm_sidecar.db.old_log import OldLogs
 from llm_sidecar.db.rows import FEEDBACK, WITHDRAWALS
 from llm_sidecar.db.tables import MOVING, Tables, open_tables
-from llm_sidecar.errors import DatabaseUnavailable, JournalUnavailable
+from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.journal.journal import Journal
 from llm_sidecar.journal.locks import held, sync_folder
 from llm_sidecar.journal.rows import Entry
+from llm_sidecar.journal.writer import JournalUnavailable
 from llm_sidecar.logs import start_detached
 
 log = logging.getLogger(__name__)

@@ -10,9 +10,10 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
-from llm_sidecar.errors import JournalUnavailable, one_line
+from llm_sidecar.errors import DatabaseUnavailable, one_line
 from llm_sidecar.journal import events, requests
 from llm_sidecar.journal.file import JournalFile, is_damage
 
@@ -39,6 +40,11 @@ _OF_ONE_UNIT: Final = (
     sqlite3.DataError,
 )
 """Errors of a single statement; other errors of SQLite are those of the whole file."""
+
+
+class JournalUnavailable(DatabaseUnavailable):
+    """The journal cannot be opened or written."""
+
 
 Work = Callable[[sqlite3.Connection], T]
 
@@ -98,6 +104,7 @@ class JournalWriter:
         self.on_change: Callable[[], None] = lambda: None
         self.is_open = False
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._gathered: list[_Unit[Any]] = []
         self._waiting: list[_Unit[Any]] = []
         self._waiting_bytes = 0
         self._failure: str | None = None
@@ -130,9 +137,8 @@ class JournalWriter:
         Raises:
             TimeoutError: the disk took too long.
         """
-        with self._arrived:
-            self._end = True
-            self._arrived.notify()
+        self._end = True
+        self._hand_over()
         if self._loop is not None:
             async with asyncio.timeout(_COMMIT_SECONDS):
                 await self._ended.wait()
@@ -148,15 +154,16 @@ class JournalWriter:
             JournalUnavailable: it is not committed or, after the deadline, may not be committed.
             Exception: whatever the work raises; then it is not committed.
         """
+        if self._end:
+            raise JournalUnavailable("The database is closed.", retry_after=5)
+        if self._waiting_bytes + size > _MOST_BYTES:
+            raise JournalUnavailable("The journal is busy: too much waits.", retry_after=5)
         unit = _Unit(work, size)
-        with self._arrived:
-            if self._end:
-                raise JournalUnavailable("The database is closed.", retry_after=5)
-            if self._waiting_bytes + size > _MOST_BYTES:
-                raise JournalUnavailable("The journal is busy: too much waits.", retry_after=5)
-            self._waiting.append(unit)
-            self._waiting_bytes += size
-            self._arrived.notify()
+        if not self._gathered:
+            # Callers that the last group has woken come together, so they are one group again.
+            asyncio.get_running_loop().call_soon(self._hand_over)
+        self._gathered.append(unit)
+        self._waiting_bytes += size
         try:
             async with asyncio.timeout(_COMMIT_SECONDS):
                 return await unit.done
@@ -165,6 +172,12 @@ class JournalWriter:
             raise JournalUnavailable(
                 f"The row is {known}: {self._advice(_SLOW)}", retry_after=5
             ) from None
+
+    def _hand_over(self) -> None:
+        with self._arrived:
+            self._waiting += self._gathered
+            self._arrived.notify()
+        self._gathered = []
 
     def _withdraw(self, unit: _Unit[Any]) -> bool:
         """Removes work that has not begun."""
@@ -175,6 +188,12 @@ class JournalWriter:
                 self._waiting_bytes -= unit.size
         return waits
 
+    def _resolve(self, group: Sequence[_Unit[Any]]) -> None:
+        self.on_change()
+        for unit in group:
+            self._waiting_bytes -= unit.size
+            unit.resolve()
+
     # In the thread
 
     def _run(self) -> None:
@@ -184,13 +203,12 @@ class JournalWriter:
                     self._arrived.wait(TICK_SECONDS)
                 group, self._waiting = self._waiting, []
                 is_last = self._end and not group
-                self._waiting_bytes -= sum(unit.size for unit in group)
             if is_last:
                 break
             self._began = time.monotonic()
             self._commit(group)
             self._began = None
-            self._tell(lambda group=group: [unit.resolve() for unit in group])  # type: ignore[misc]
+            self._tell(partial(self._resolve, group))
         try:
             self.file.close()
         except (sqlite3.Error, OSError) as error:
@@ -241,7 +259,6 @@ class JournalWriter:
             if group or chores or not self.is_open:
                 self._failure = None
             self.is_open = True
-        self._tell(self.on_change)
 
     def _attempt(self, group: Sequence[_Unit[Any]], chores: Sequence[Work[None]]) -> bool:
         """Commits; returns False if the files have to be opened anew, so that nothing counts."""

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from llm_sidecar.errors import JournalUnavailable
 from llm_sidecar.journal import clock, writer
 from llm_sidecar.journal.file import NAME
 from llm_sidecar.journal.journal import Journal
 from llm_sidecar.journal.requests import Claim, Progress
+from llm_sidecar.journal.writer import JournalUnavailable
 from tests.integration.test_journal import KEY, event, keys, opened, row, sent, until
 
 
