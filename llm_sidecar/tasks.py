@@ -20,12 +20,18 @@ class TaskSet:
     await tasks.join()
     """
 
-    def __init__(self) -> None:
+    def __init__(self, whole: TaskSet | None = None) -> None:
+        """Starts nothing.
+
+        Args:
+            whole: a set that these tasks belong to, too.
+        """
         self._running: set[asyncio.Task[Any]] = set()
+        self._whole = whole
 
     def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Starts a task for the work; await it through `asyncio.shield`."""
-        task = start_owned(work)
+        task = start_owned(work) if self._whole is None else self._whole.start(work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return task

@@ -37,6 +37,7 @@ from osiris.middleware.unexpected_errors import UnexpectedErrors
 from osiris.paths import drop_repeated_root_path
 from osiris.routes import (
     adapters,
+    events,
     examples,
     feedback,
     generation,
@@ -117,7 +118,16 @@ def create_app(settings: Settings, models: Models | None = None) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     probes.install(app)
-    for routes in (generation, scoring, feedback, examples, speech, adapters, profiling):
+    for routes in (
+        generation,
+        scoring,
+        feedback,
+        examples,
+        events,
+        speech,
+        adapters,
+        profiling,
+    ):
         app.include_router(routes.router)
     errors.install(app)
     app.state.shutdown = shutdown
@@ -149,7 +159,7 @@ def _lifespan(
         app.state.sidecar = sidecar
         if uvicorn := shutdown.install():
             limit_connections(uvicorn.config, settings, lambda: shutdown.draining)
-        draining = start_detached(_refuse_waiting(shutdown, sidecar))
+        draining = start_detached(_drain(shutdown, sidecar))
         try:
             await sidecar.start()
             yield
@@ -161,8 +171,8 @@ def _lifespan(
     return lifespan
 
 
-async def _refuse_waiting(shutdown: Shutdown, sidecar: Sidecar) -> None:
-    """Once the server drains, refuses the requests that wait for a model to load."""
+async def _drain(shutdown: Shutdown, sidecar: Sidecar) -> None:
+    """Drains the sidecar once the server drains."""
     await shutdown.streams_end.wait()
     sidecar.drain()
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests.live_server import LiveServer, serve
 from tests.random_models import convert_to_onnx, write_transformers_folder
-from tests.redis_server import RedisServer
+from tests.redis_server import RedisServer, require_redis
 
 # The suite runs a process on each core. A second thread of torch would mostly wait, which takes as
 # much of a processor as work.
@@ -106,6 +106,7 @@ def random_models(random_phi3_onnx: Path, random_hermes_onnx: Path) -> dict[str,
 @pytest.fixture(scope="module")
 def redis_url() -> Iterator[str]:
     """A real Redis that a module's tests share."""
+    require_redis()
     with RedisServer() as redis:
         yield redis.url
 

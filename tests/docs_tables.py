@@ -26,8 +26,13 @@ from pydantic_core import PydanticUndefined
 
 from llm_sidecar.db import rows as db_rows
 from llm_sidecar.db import schema
-from llm_sidecar.proposals import Proposal
-from llm_sidecar.services.events import FEEDBACK_SUBMITTED, PROPOSAL_ASSESSED, PROPOSAL_CREATED
+from llm_sidecar.services.events import (
+    ADAPTER_SWAPPED,
+    FEEDBACK_SUBMITTED,
+    PAYLOADS,
+    PROPOSAL_ASSESSED,
+    PROPOSAL_CREATED,
+)
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.tts.voice import AUDIO_BYTES
@@ -81,16 +86,15 @@ COLUMNS: Final = {
 }
 """What each column of the database means; with its table where tables differ."""
 
-PAYLOADS: Final = {
-    PROPOSAL_CREATED: ("Phi-3 has finished a proposal", (*Proposal.model_fields, "transaction_id")),
-    PROPOSAL_ASSESSED: (
-        "Hermes has criticised and scored the proposal; its rows are stored if that was possible",
-        ("proposal_transaction_id", "assessment_text", "timestamp"),
-    ),
-    FEEDBACK_SUBMITTED: ("feedback is stored", tuple(db_rows.PublishedFeedback.model_fields)),
-    AUDIO_BYTES: ("a part of a text has been spoken", ()),
+EVENTS: Final = {
+    PROPOSAL_CREATED: "Phi-3 has finished a proposal, and it is stored if that was possible",
+    PROPOSAL_ASSESSED: "Hermes has criticised and scored the proposal; its rows are stored if that "
+    "was possible",
+    FEEDBACK_SUBMITTED: "feedback is stored",
+    ADAPTER_SWAPPED: "Phi-3 uses another adapter",
+    AUDIO_BYTES: "a part of a text has been spoken",
 }
-"""When each event is published, and the keys of its payload; no keys for one that is not JSON."""
+"""When each event is published."""
 
 
 def settings() -> str:
@@ -132,14 +136,11 @@ def metrics() -> str:
 
 def events() -> str:
     """Every channel: when an event is published, and its payload."""
-    rows = [
-        (
-            f"`{channel}`",
-            when,
-            ", ".join(f"`{key}`" for key in keys) or "base64 of one complete WAV",
-        )
-        for channel, (when, keys) in PAYLOADS.items()
-    ]
+    rows = []
+    for channel, when in EVENTS.items():
+        keys = PAYLOADS[channel].model_fields if channel in PAYLOADS else ()
+        payload = ", ".join(f"`{key}`" for key in keys) or "base64 of one complete WAV"
+        rows.append((f"`{channel}`", when, payload))
     return _table(("channel", "published when", "payload"), rows)
 
 

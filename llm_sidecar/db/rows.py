@@ -90,6 +90,12 @@ class _Numbered(_Row):
     # The id belongs to the object, so that storing an object twice stores one row.
     _row_id: str = PrivateAttr(default_factory=lambda: uuid.uuid4().hex)
 
+    def keyed(self, row_id: str) -> Self:
+        """A copy with this key: of several rows with one key, the first is stored."""
+        copy = self.model_copy()
+        copy._row_id = row_id
+        return copy
+
     def as_row(self) -> dict[str, Any]:
         """The values of the columns, for Arrow."""
         return super().as_row() | {ROW_ID: self._row_id}
@@ -141,7 +147,7 @@ class PublishedFeedback(Phi3FeedbackSchema):
     """Feedback that another service published on the event bus.
 
     Its `row_id` has a prefix, because the publisher chooses the `feedback_id` and must not be able
-    to replace a row that came over HTTP.
+    to replace a row that came over HTTP. An entry of a stream is stored once by its own id.
 
     Attributes:
         stored_in: the id of the database or sidecar that has stored it already, according to its
@@ -152,6 +158,18 @@ class PublishedFeedback(Phi3FeedbackSchema):
     SOURCE: ClassVar[Literal["direct", "bus"]] = "bus"
     stored_in: str | None = Field(None, exclude=True)
     author: str | None = Field(None, exclude=True)
+    _entry_id: str | None = PrivateAttr(None)
+
+    def from_entry(self, entry_id: str) -> Self:
+        """A copy that came as the entry with this id."""
+        copy = self.model_copy()
+        copy._entry_id = entry_id
+        return copy
+
+    def as_row(self) -> dict[str, Any]:
+        """The values of the columns, for Arrow."""
+        row = super().as_row()
+        return row if self._entry_id is None else row | {ROW_ID: f"inbox:{self._entry_id}"}
 
 
 def feedback_key(row: Mapping[str, Any]) -> str:

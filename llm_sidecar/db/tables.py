@@ -106,7 +106,7 @@ class Tables:
         schema = await self._tables[name].schema()
         require_not_newer(name, schema)
         if not is_current(name, schema):
-            raise OldShape(_OLD_SHAPE.format(name))
+            raise OldShape(_OLD_SHAPE.format(name), retry_after=5)
 
     async def _create(self, name: str) -> Any:
         try:

@@ -22,9 +22,11 @@ from typing import Any, Final
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from llm_sidecar.cloud_event import CloudEvent
 from llm_sidecar.event_bus.consumer_group import ConsumerGroup
 from llm_sidecar.event_bus.dead_letters import INBOX, DeadLetters
 from llm_sidecar.event_bus.denied import Denied
+from llm_sidecar.event_bus.followed_stream import FollowedStream
 from llm_sidecar.event_bus.handlers import BatchHandler, Handler, Handlers
 from llm_sidecar.event_bus.inbox import GROUP, Inbox, InboxHandler
 from llm_sidecar.event_bus.outbox import Outbox
@@ -74,7 +76,7 @@ class EventBus:
         outbox: events that are durable elsewhere, which this bus sends too. Close the bus first.
 
     Attributes:
-        events: reads the stream of events.
+        events, followed_events: read the stream of events, the latter for many readers.
         dead_letters: entries of the inbox that were given up.
 
     Raises:
@@ -107,6 +109,7 @@ class EventBus:
         )
         self._handlers = Handlers()
         self.events = EventStream(self._client, self._blocking, stream, polls=self._in_memory)
+        self.followed_events = FollowedStream(self._client, stream)
         self.dead_letters = DeadLetters(self._client)
         self._inbox: Inbox | None = None
         self._needs_durability = outbox is not None
@@ -170,6 +173,13 @@ class EventBus:
             self._publisher.refuse(event_type, "the event bus is closed")
             return False
         return self._publisher.publish(event_type, payload)
+
+    def send(self, event: CloudEvent) -> None:
+        """Send an event as `publish` does: it waits in memory until Redis has it."""
+        if self._closed:
+            self._publisher.refuse(event.type, "the event bus is closed")
+        else:
+            self._publisher.send(event)
 
     async def subscribe(self, event_type: str, handler: Handler) -> None:
         """Call the handler with each payload of a channel, one after the other.
@@ -243,7 +253,7 @@ class EventBus:
     async def close(self) -> None:
         """Give waiting messages and handlers a few seconds, then end all tasks.
 
-        Events of the outbox that the bus was given stay there.
+        Events that Redis does not take in this time stay in the outbox that the bus was given.
         """
         if self._closed:
             return

@@ -68,10 +68,12 @@ class Publisher:
         """Takes a message; returns whether it is sent now, as Redis is connected."""
         if event_type.startswith(LIVE_ONLY):
             return self._live.publish(event_type, payload)
-        self._outbox.add(
-            CloudEvent(type=event_type, data=payload, source=SOURCE, dataschema=SCHEMAS)
-        )
+        self.send(CloudEvent(type=event_type, data=payload, source=SOURCE, dataschema=SCHEMAS))
         return self._subscriber.connected
+
+    def send(self, event: CloudEvent) -> None:
+        """Takes an event, which waits here until Redis has it."""
+        self._outbox.add(event)
 
     def refuse(self, event_type: str, reason: str) -> None:
         """Counts and logs a message that is not sent."""

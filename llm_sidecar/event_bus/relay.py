@@ -94,6 +94,12 @@ class Relay:
         self._oldest: str | None = None
         # The record of a transaction that failed, if not as a whole.
         self._void: str | None = None
+        self._idle = True
+
+    @property
+    def idle(self) -> bool:
+        """Whether no event waits, or another process sends them."""
+        return self._idle and not self._outbox.filled.is_set()
 
     @property
     def oldest_seconds(self) -> float:

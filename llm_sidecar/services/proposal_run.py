@@ -1,17 +1,24 @@
-"""One run from a prompt to an assessed proposal: its progress, and its rows."""
+"""One run from a prompt to an assessed proposal: its progress, its rows and its events."""
 
 from __future__ import annotations
 
 import json
 import time
 import uuid
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, Self
 
+from llm_sidecar import timestamps
 from llm_sidecar.db import HermesScoreSchema, Latencies, OrchestratorRunSchema, ProposalSchema
 from llm_sidecar.models.base import Completion
 from llm_sidecar.proposals import Proposed
+from llm_sidecar.services.events import ProposalAssessed, ProposalCreated
 from llm_sidecar.services.rows import Row
+from llm_sidecar.services.score import Rating
+
+UNFINISHED: Final = "The client disconnected, or the server ended, before Hermes had finished."
+"""The error of a run that neither finished nor failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +53,41 @@ class ProposalRun:
         transaction_id: identifies the run in rows, events and answers.
         made: Phi-3's valid proposal.
         assessment: Hermes' critique.
-        score: Hermes' score in [0, 1].
+        rating: Hermes' score.
     """
 
     prompt: str
     transaction_id: uuid.UUID = field(default_factory=uuid.uuid4)
     made: Proposed | None = None
     assessment: Completion | None = None
-    score: float | None = None
+    rating: Rating | None = None
     _seconds: dict[str, float] = field(default_factory=dict)
     _last: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def resumed(cls, prompt: str, state: Mapping[str, Any]) -> Self:
+        """The run that an earlier attempt has begun, from its `state`."""
+        made, assessment, rating = state["made"], state["assessment"], state["rating"]
+        return cls(
+            prompt,
+            uuid.UUID(state["transaction_id"]),
+            Proposed(made["proposal"], Completion(**made["completion"]), tuple(made["ungrounded"])),
+            None if assessment is None else Completion(**assessment),
+            None if rating is None else Rating(**rating),
+            state["seconds"],
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What `resumed` needs, as JSON types, once there is a proposal."""
+        assert self.made is not None
+        made = self.made._asdict() | {"completion": asdict(self.made.completion)}
+        return {
+            "transaction_id": str(self.transaction_id),
+            "made": made,
+            "assessment": None if self.assessment is None else asdict(self.assessment),
+            "rating": None if self.rating is None else self.rating._asdict(),
+            "seconds": self._seconds,
+        }
 
     @property
     def proposal(self) -> dict[str, Any] | None:
@@ -72,28 +104,48 @@ class ProposalRun:
         self.assessment = assessment
         self._lap("assessment")
 
-    def scored(self, score: float) -> None:
+    def rated(self, rating: Rating) -> None:
         """Records Hermes' score."""
-        self.score = score
+        self.rating = rating
         self._lap("score")
+
+    def created_event(self) -> ProposalCreated:
+        """The payload of the event that the proposal exists."""
+        assert self.made is not None
+        return ProposalCreated(**self.made.proposal, transaction_id=self.transaction_id)
+
+    def assessed_event(self) -> ProposalAssessed:
+        """The payload of the event that the run is finished."""
+        assert self.assessment is not None
+        assert self.rating is not None
+        return ProposalAssessed(
+            proposal_transaction_id=self.transaction_id,
+            assessment_text=self.assessment.text,
+            timestamp=timestamps.now(),
+            score=self.rating.score,
+            answer_mass=self.rating.answer_mass,
+        )
 
     def result(self, *, stored: bool) -> AssessedProposal:
         """The result of a finished run."""
         assert self.made is not None
         assert self.assessment is not None
-        assert self.score is not None
+        assert self.rating is not None
         return AssessedProposal(
             self.transaction_id,
             self.made.proposal,
             self.made.completion,
             self.assessment,
-            self.score,
+            self.rating.score,
             self.made.grounded,
             stored,
         )
 
     def rows(self, error: str | None = None) -> list[Row]:
         """The rows to store.
+
+        The rows of a finished run have the run's id as their key, so that a run is stored once. A
+        run that ended early may go on later: its rows have keys of their own.
 
         Args:
             error: why the run ended early, or None for a finished one.
@@ -105,15 +157,15 @@ class ProposalRun:
         rows: list[Row] = [self._run_row(error)]
         if self.made is not None:
             rows.append(self._proposal_row(self.made))
-        if self.score is not None:
+        if self.rating is not None:
             rows.append(
                 HermesScoreSchema(
                     run_id=str(self.transaction_id),
-                    score=self.score,
+                    score=self.rating.score,
                     rationale=self._assessment_text() or "",
                 )
             )
-        return rows
+        return rows if error is not None else [row.keyed(self.transaction_id.hex) for row in rows]
 
     def _run_row(self, error: str | None) -> OrchestratorRunSchema:
         output = ""
@@ -122,7 +174,7 @@ class ProposalRun:
                 {
                     "proposal": self.proposal,
                     "assessment": self._assessment_text(),
-                    "score": self.score,
+                    "score": None if self.rating is None else self.rating.score,
                 }
             )
         status = "success" if error is None else "partial" if output else "error"
@@ -140,7 +192,7 @@ class ProposalRun:
             prompt=self.prompt,
             proposal=made.proposal,
             assessment=self._assessment_text() or "",
-            score=self.score,
+            score=None if self.rating is None else self.rating.score,
             model=made.completion.model,
             adapter=made.completion.adapter,
             latencies=Latencies(**self._seconds),

@@ -175,6 +175,8 @@ class Events(Group):
     """The Redis stream that keeps the events."""
     stream_maxlen: Annotated[int, integer(1, 1 << 40)] = Field(100_000, alias="EVENT_STREAM_MAXLEN")
     """About how many events the stream keeps. With `memory://`, at most 1,000."""
+    max_listeners: QueueLength = Field(64, alias="MAX_EVENT_LISTENERS")
+    """The maximum number of listeners of `/events/`. Further ones get 429."""
 
 
 class Speech(Group):

@@ -31,7 +31,18 @@ _EVENT_BUS: Final = (
         "published_late",
         "Published messages that had to wait for Redis.",
     ),
-    (GaugeMetricFamily, "waiting", "waiting", "Messages that wait for Redis now."),
+    (
+        GaugeMetricFamily,
+        "waiting",
+        "waiting",
+        "Messages that wait for Redis in memory. Events wait in the journal.",
+    ),
+    (
+        GaugeMetricFamily,
+        "oldest_seconds",
+        "oldest_seconds",
+        "Age of the oldest event that waits for Redis, in memory or in the journal.",
+    ),
     (CounterMetricFamily, "unpublished", "unpublished", "Messages that were never published."),
     (
         CounterMetricFamily,
@@ -45,38 +56,100 @@ _EVENT_BUS: Final = (
         CounterMetricFamily,
         "held_up",
         "held_up",
-        "Times that the bus waited for the full queue of a handler.",
+        "Times that the bus read no further because a handler had too many messages.",
     ),
-    (
-        GaugeMetricFamily,
-        "oldest_seconds",
-        "oldest_seconds",
-        "The age of the oldest event that waits for Redis.",
-    ),
-    (
-        GaugeMetricFamily,
-        "failing",
-        "failing",
-        "1 while Redis does not take the events that wait, else 0.",
-    ),
-    (
-        GaugeMetricFamily,
-        "denied",
-        "denied",
-        "Commands on a channel or key that Redis denies now, see /health.",
-    ),
+    (GaugeMetricFamily, "listeners", "listeners", "Listeners of /events/."),
 )
 _INBOX: Final = (
-    (GaugeMetricFamily, "pending", "pending", "Entries of the inbox that sidecars handle now."),
-    (GaugeMetricFamily, "dead", "dead", "Dead letters of the inbox."),
-    (CounterMetricFamily, "handled", "handled", "Entries of the inbox that are stored."),
+    (
+        GaugeMetricFamily,
+        "inbox_pending",
+        "pending",
+        "Entries of the inbox that a sidecar has read and not stored yet.",
+    ),
+    (CounterMetricFamily, "inbox_handled", "handled", "Entries of the inbox that were stored."),
     (
         CounterMetricFamily,
+        "inbox_claimed",
         "claimed",
-        "claimed",
-        "Entries of the inbox that a sidecar which died had left.",
+        "Entries of the inbox that another sidecar had left.",
     ),
-    (CounterMetricFamily, "failures", "failures", "Failed attempts to handle entries."),
+    (
+        CounterMetricFamily,
+        "inbox_failures",
+        "failures",
+        "Times that entries of the inbox could not be stored.",
+    ),
+    (
+        GaugeMetricFamily,
+        "dead_letters",
+        "dead",
+        "Entries of the inbox that nobody could store.",
+    ),
+)
+_NO_INBOX: Final = dict.fromkeys(("pending", "handled", "claimed", "failures", "dead"), 0)
+"""`memory://`: nobody can add an entry."""
+_ROWS: Final = (
+    (
+        CounterMetricFamily,
+        "rows_written",
+        "rows_written",
+        "Rows acknowledged by this sidecar.",
+    ),
+    (
+        GaugeMetricFamily,
+        "rows_waiting",
+        "rows_waiting",
+        "Rows that are in the journal and not yet in their tables.",
+    ),
+)
+_JOURNAL: Final = (
+    (GaugeMetricFamily, "bytes", "bytes", "Size of the rows that wait in the journal."),
+    (
+        GaugeMetricFamily,
+        "limit_bytes",
+        "most_bytes",
+        "Size from which the journal accepts no more rows.",
+    ),
+    (
+        GaugeMetricFamily,
+        "accepts_rows",
+        "accepts_rows",
+        "1 while the journal accepts rows, 0 if it or the disk is full.",
+    ),
+    (
+        GaugeMetricFamily,
+        "oldest_row_seconds",
+        "oldest_seconds",
+        "Age of the oldest row that waits in the journal. 0 without one.",
+    ),
+    (GaugeMetricFamily, "events", "events", "Events that wait in the journal for Redis."),
+    (GaugeMetricFamily, "event_bytes", "event_bytes", "Size of the events that wait for Redis."),
+    (
+        GaugeMetricFamily,
+        "oldest_event_seconds",
+        "oldest_event_seconds",
+        "Age of the oldest event that waits in the journal. 0 without one.",
+    ),
+    (
+        CounterMetricFamily,
+        "events_dropped",
+        "events_dropped",
+        "Events that the journal dropped, because they were too many or too old.",
+    ),
+    (
+        GaugeMetricFamily,
+        "requests",
+        "requests",
+        "Requests with an Idempotency-Key whose progress or answer the journal keeps.",
+    ),
+    (GaugeMetricFamily, "request_bytes", "request_bytes", "Size of these requests."),
+    (
+        CounterMetricFamily,
+        "requests_dropped",
+        "requests_dropped",
+        "Requests with an Idempotency-Key that were forgotten within 24 hours.",
+    ),
 )
 _SPEECH: Final = (
     (GaugeMetricFamily, "requests_waiting", "waiting", "Texts that are spoken or wait."),
@@ -187,6 +260,21 @@ def _scores(health: Health) -> Iterator[Metric]:
     )
 
 
+def _event_bus(status: Health) -> Iterator[Metric]:
+    yield from _plain("sidecar_event_bus", _EVENT_BUS, status)
+    yield from _plain("sidecar_event_bus", _INBOX, status["inbox"] or _NO_INBOX)
+    yield GaugeMetricFamily(
+        "sidecar_event_bus_denied",
+        "Operations that the access rules of Redis deny to the sidecar.",
+        len(status["denied"]),
+    )
+    yield GaugeMetricFamily(
+        "sidecar_event_bus_warnings",
+        "Options with which this Redis may lose what it has confirmed.",
+        len(status["warnings"]),
+    )
+
+
 def _database(status: Health) -> Iterator[Metric]:
     states = GaugeMetricFamily(
         "sidecar_database_state",
@@ -204,37 +292,9 @@ def _database(status: Health) -> Iterator[Metric]:
     for table, count in status["fragments"].items():
         fragments.add_metric([table], count)
     yield fragments
-    yield from _rows_and_journal(status)
+    yield from _plain("sidecar_database", _ROWS, status)
+    yield from _plain("sidecar_database_journal", _JOURNAL, status["journal"])
     yield from _compaction(status)
-
-
-def _rows_and_journal(status: Health) -> Iterator[Metric]:
-    journal = status["journal"]
-    yield CounterMetricFamily(
-        "sidecar_database_rows_written",
-        "Rows acknowledged by this sidecar.",
-        status["rows_written"],
-    )
-    yield GaugeMetricFamily(
-        "sidecar_database_rows_waiting",
-        "Rows that are in the journal and not yet in their tables.",
-        status["rows_waiting"],
-    )
-    yield GaugeMetricFamily(
-        "sidecar_database_journal_bytes",
-        "Size of the rows that wait in the journal.",
-        journal["bytes"],
-    )
-    yield GaugeMetricFamily(
-        "sidecar_database_journal_limit_bytes",
-        "Size from which the journal accepts no more rows.",
-        journal["most_bytes"],
-    )
-    yield GaugeMetricFamily(
-        "sidecar_database_journal_accepts_rows",
-        "1 while the journal accepts rows, 0 if it or the disk is full.",
-        journal["accepts_rows"],
-    )
 
 
 def _compaction(status: Health) -> Iterator[Metric]:

@@ -6,6 +6,7 @@
     ...
     await traces.close()
 
+Events carry the trace context of their request; the relay that sends them belongs to no request.
 Model calls follow the conventions for generative AI
 (https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/), without any content: no prompt,
 no completion, no query string and no text of an exception leaves this process. No request waits
@@ -31,11 +32,13 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import SpanKind, Status, StatusCode, format_trace_id
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from llm_sidecar.telemetry.asgi import TrackedSend, is_observed
 from llm_sidecar.telemetry.base import Instrument
 from llm_sidecar.telemetry.calls import ModelCall, Operation
 from llm_sidecar.telemetry.span_exporter import CarefulExporter
+from llm_sidecar.telemetry.trace_context import traceparent
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -53,6 +56,7 @@ OPERATIONS: Final[dict[Operation, str]] = {"generate": "chat", "score_choices": 
 """`gen_ai.operation.name`; scoring given answers has no name in the conventions."""
 _PROVIDER: Final = "osiris"
 _LOGGERS: Final = ("", "uvicorn", "uvicorn.access", "uvicorn.error")
+_PROPAGATOR: Final = TraceContextTextMapPropagator()
 
 
 class Traces(Instrument):
@@ -83,7 +87,7 @@ class Traces(Instrument):
         )
         build = app.build_middleware_stack
         app.build_middleware_stack = lambda: _Observed(build())  # type: ignore[method-assign]
-        app.add_middleware(_RecordErrors)
+        app.add_middleware(_InSpan)
 
     def start(self) -> None:
         """Starts to deliver, and adds the trace's id to log lines and a `traceresponse` header."""
@@ -144,8 +148,9 @@ class _Observed:
             await self._app(scope, receive, send)
 
 
-class _RecordErrors:
-    """ASGI middleware that records an unexpected error before the answer is sent.
+class _InSpan:
+    """ASGI middleware inside the span of a request: events get its trace context, and an unexpected
+    error is recorded before the answer is sent.
 
     The span ends with the answer, so OpenTelemetry's own middleware would record the error too
     late.
@@ -156,6 +161,11 @@ class _RecordErrors:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         response = TrackedSend(send)
+        # Without a span this is what the client sent, or nothing.
+        carrier: dict[str, str] = {}
+        _PROPAGATOR.inject(carrier)
+        if "traceparent" in carrier:
+            traceparent.set(carrier["traceparent"])
         try:
             await self._app(scope, receive, response)
         except Exception as error:

@@ -24,6 +24,13 @@ _MODEL: Final[dict[str, Any]] = {
     "queue_length": 64,
     "running": 2,
 }
+_INBOX: Final[dict[str, Any]] = {
+    "pending": 0,
+    "dead": 1,
+    "handled": 230,
+    "claimed": 0,
+    "failures": 0,
+}
 _EVENT_BUS: Final[dict[str, Any]] = {
     "connected": True,
     "url": "redis://localhost:6379/0",
@@ -33,15 +40,16 @@ _EVENT_BUS: Final[dict[str, Any]] = {
     "published_late": 0,
     "waiting": 0,
     "unpublished": 0,
+    "oldest_seconds": 0.0,
+    "failing": None,
     "handler_errors": 0,
     "refused": 0,
     "dropped": 0,
     "held_up": 0,
-    "oldest_seconds": 0.0,
-    "failing": None,
     "denied": [],
     "warnings": [],
-    "inbox": {"pending": 0, "dead": 0, "handled": 40, "claimed": 0, "failures": 0},
+    "inbox": _INBOX,
+    "listeners": 2,
 }
 _JOURNAL: Final[dict[str, Any]] = {
     "accepts_rows": True,
@@ -138,15 +146,21 @@ class ModelHealth(BaseModel):
 
 
 class InboxHealth(BaseModel):
-    """The stream `osiris.inbox`, which sidecars share; counts are since the server started."""
+    """The inbox, in which other services leave feedback; counts are since the server started."""
 
-    pending: int = Field(description="entries that a sidecar has read and not stored", examples=[0])
-    dead: int = Field(description="dead letters", examples=[0])
-    handled: int = Field(description="entries that this server has stored", examples=[40])
-    claimed: int = Field(
-        description="entries that it took over from a sidecar that died", examples=[0]
+    pending: int = Field(
+        description="entries that a sidecar has read and not stored yet", examples=[0]
     )
-    failures: int = Field(description="attempts to handle entries that failed", examples=[0])
+    dead: int = Field(
+        description="dead letters: entries that no sidecar could store; `GET /events/dead` lists "
+        "them",
+        examples=[1],
+    )
+    handled: int = Field(description="entries that this sidecar stored", examples=[230])
+    claimed: int = Field(
+        description="entries that this sidecar took over from one that ended", examples=[0]
+    )
+    failures: int = Field(description="how often storing entries failed", examples=[0])
 
 
 class EventBusHealth(BaseModel):
@@ -166,9 +180,17 @@ class EventBusHealth(BaseModel):
         description="of these, events that were published after an outage", examples=[0]
     )
     waiting: int = Field(
-        description="events outside the database that wait for Redis now", examples=[0]
+        description="messages that wait for Redis in memory; events wait in the journal",
+        examples=[0],
     )
-    unpublished: int = Field(description="events that were never published", examples=[0])
+    unpublished: int = Field(description="messages that were never published", examples=[0])
+    oldest_seconds: float = Field(
+        description="age of the oldest event that waits for Redis; 0 without", examples=[0.0]
+    )
+    failing: str | None = Field(
+        description="why Redis does not take the oldest event now; null if it does",
+        examples=["OOM command not allowed"],
+    )
     handler_errors: int = Field(description="messages whose handler raised an error", examples=[0])
     refused: int = Field(
         description="messages of other services that were invalid and refused", examples=[0]
@@ -177,27 +199,22 @@ class EventBusHealth(BaseModel):
         description="messages that were dropped because listeners were too slow", examples=[0]
     )
     held_up: int = Field(
-        description="how often the bus waited for the full queue of a handler", examples=[0]
-    )
-    oldest_seconds: float = Field(
-        description="the age of the oldest event that waits for Redis; 0 if none waits",
-        examples=[0.0],
-    )
-    failing: str | None = Field(
-        description="why Redis did not take the events that wait; null if it takes them",
-        examples=["You can't write against a read only replica."],
+        description="how often the bus read no further because a handler had too many messages",
+        examples=[0],
     )
     denied: list[str] = Field(
-        description="commands on a channel or key that Redis denies to this user",
-        examples=[["SUBSCRIBE tts.announced"]],
+        description="what the access rules of Redis deny to the sidecar",
+        examples=[["PUBLISH audio.bytes"]],
     )
     warnings: list[str] = Field(
-        description="why Redis may lose events that it has confirmed",
+        description="options with which this Redis may lose what it has confirmed",
         examples=[["appendonly of Redis is no, not yes: it keeps nothing over a restart"]],
     )
     inbox: InboxHealth | None = Field(
-        description="the inbox; null where it is not read", examples=[_EVENT_BUS["inbox"]]
+        description="the inbox; null with `memory://`, to which nobody else can write",
+        examples=[_INBOX],
     )
+    listeners: int = Field(description="clients that listen to `/events/` now", examples=[2])
 
 
 class JournalHealth(BaseModel):

@@ -12,6 +12,7 @@ from llm_sidecar.models.base import Completion
 from llm_sidecar.proposals import Proposed
 from llm_sidecar.services.proposal_run import ProposalRun
 from llm_sidecar.services.rows import Row
+from llm_sidecar.services.score import Rating
 
 PROPOSAL = {"ticker": "ABC", "action": "pass", "confidence": 0.5, "rationale": "Nothing to do."}
 
@@ -27,7 +28,7 @@ def run_until(*steps: str) -> ProposalRun:
     if "assessment" in steps:
         run.assessed(completion("Too tight.", "hermes/x"))
     if "score" in steps:
-        run.scored(0.7)
+        run.rated(Rating(0.7, 0.9))
     return run
 
 
@@ -92,3 +93,35 @@ def test_a_run_without_a_proposal_is_an_error_alone() -> None:
 def test_a_score_without_a_critique_has_no_rationale() -> None:
     score = of_type(HermesScoreSchema, run_until("proposal", "score").rows())
     assert (score.score, score.rationale) == (0.7, "")
+
+
+@pytest.mark.parametrize(
+    "steps", [("proposal",), ("proposal", "assessment"), ("proposal", "assessment", "score")]
+)
+def test_a_run_goes_on_from_its_state(steps: tuple[str, ...]) -> None:
+    run = run_until(*steps)
+    resumed = ProposalRun.resumed(run.prompt, json.loads(json.dumps(run.state())))
+    assert resumed.transaction_id == run.transaction_id
+    assert (resumed.made, resumed.assessment, resumed.rating) == (
+        *(run.made, run.assessment, run.rating),
+    )
+    seconds = of_type(ProposalSchema, resumed.rows("late")).latencies
+    assert seconds == of_type(ProposalSchema, run.rows("late")).latencies
+
+
+def keys(rows: list[Row]) -> list[str]:
+    return [row.as_row()["row_id"] for row in rows]
+
+
+def test_a_finished_run_has_its_own_id_as_the_key_of_its_rows() -> None:
+    run = run_until("proposal", "assessment", "score")
+    assert keys(run.rows()) == [run.transaction_id.hex] * 3
+    resumed = ProposalRun.resumed(run.prompt, run.state())
+    assert keys(resumed.rows()) == keys(run.rows())
+
+
+def test_a_run_that_ended_early_has_other_keys_each_time() -> None:
+    run = run_until("proposal")
+    seen = keys(run.rows("late")) + keys(run.rows("late"))
+    assert len(set(seen)) == 4
+    assert run.transaction_id.hex not in seen

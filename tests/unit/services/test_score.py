@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from typing import Any
 
 import pytest
 
 from llm_sidecar import hermes_plugin
+from llm_sidecar.db.transaction import RequestKey
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.errors import DatabaseUnavailable, InvalidRequest, ModelUnavailable, QueueFull
 from llm_sidecar.models.base import Delta, GenerationRequest
+from llm_sidecar.services.idempotency import Attempt
+from llm_sidecar.tasks import TaskSet
 from tests.unit.fakes import FakeSidecar, PausedModel, scores, text_of
 from tests.unit.services.samples import CRITIQUE, PROMPT, PROPOSAL, SURE, fake_sidecar, without
 
@@ -74,6 +78,31 @@ async def test_a_score_that_fails_is_not_stored() -> None:
     assert made.happened.log == []
 
 
+async def test_a_score_is_stored_with_its_progress() -> None:
+    made = fake_sidecar()
+    made.hermes.answers = [SURE]
+    deadline, request = Deadline.after(60), RequestKey("desk", "k-1")
+    made.store.claimed.add(request)
+    attempt = Attempt(TaskSet(), request, deadline=deadline)
+    result = await made.sidecar.judge.score(PROPOSAL, None, attempt)
+    (call,) = made.hermes.calls
+    assert call.deadline is deadline
+    (transaction,) = made.store.commits
+    assert transaction.progress is not None
+    state = json.loads(transaction.progress.state or "")
+    assert state == {"proposal_id": str(result.proposal_id), "score": 0.75}
+    # Another attempt neither asks the model nor stores anything.
+    again = Attempt(TaskSet(), request, state)
+    assert await made.sidecar.judge.score(PROPOSAL, None, again) == result
+    assert (len(made.hermes.calls), len(made.store.commits)) == (1, 1)
+
+
+async def test_a_sum_of_probabilities_is_at_most_1() -> None:
+    made = fake_sidecar()
+    made.hermes.answers = [scores(_5=1.0000001)]
+    assert (await made.sidecar.judge.rate(PROPOSAL, None)).answer_mass == 1.0
+
+
 @pytest.mark.parametrize(
     ("context", "fields"), [(None, "proposal: it"), ("c", "proposal and context: their text")]
 )
@@ -94,10 +123,10 @@ async def test_an_error_names_the_fields_that_the_caller_sent(
 
 async def test_a_score_is_read_from_the_probabilities_of_the_answers() -> None:
     made = fake_sidecar()
-    made.hermes.answers = [scores(_0=0.1, _10=0.9), scores(_5=1.0)]
-    assert await made.sidecar.judge.rate(PROPOSAL, PROMPT) == pytest.approx(0.9)
+    made.hermes.answers = [scores(_0=0.1, _10=0.9), scores(_5=0.25)]
+    assert await made.sidecar.judge.rate(PROPOSAL, PROMPT) == pytest.approx((0.9, 1.0))
     deadline = Deadline.after(60)
-    assert await made.sidecar.judge.rate(PROPOSAL, None, deadline) == pytest.approx(0.5)
+    assert await made.sidecar.judge.rate(PROPOSAL, None, deadline) == pytest.approx((0.5, 0.25))
     assert [call.deadline for call in made.hermes.calls] == [None, deadline]
     assert made.hermes.requests == [
         (hermes_plugin.build_messages(SCORE, PROPOSAL, PROMPT), hermes_plugin.SCORE_ANSWERS),
