@@ -66,12 +66,13 @@ class Sidecar:
         metrics, telemetry = metrics or MetricsSink(), telemetry or Instrument()
         observers = Observers(metrics, telemetry)
         self.models = models or create_models(settings, observers, telemetry.worker_died)
+        self._store = Store(settings.database.uri, log_dir=settings.database.log_dir)
         self._bus = EventBus(
             settings.events.url.get_secret_value(),
             stream=settings.events.stream,
             stream_maxlen=settings.events.stream_maxlen,
+            outbox=self._store.outbox,
         )
-        self._store = Store(settings.database.uri, log_dir=settings.database.log_dir)
         self._tasks = TaskSet()
         self._connecting: asyncio.Task[None] | None = None
         self._build_speech(settings)
@@ -175,10 +176,10 @@ class Sidecar:
     async def close(self) -> None:
         """Gives running generations the grace period to finish, then stops every component."""
         grace = self.settings.limits.shutdown_grace
-        # Models first: the results of running requests are still stored and published.
+        # Models first: the results of running requests are still stored.
         await asyncio.gather(*(model.close(grace) for model in self.models))
         await self._tasks.join()
-        # The bus still carries the last speech.
+        # The bus still carries the last speech, and then sends the events of the journal.
         await self.speaker.close()
         if self._connecting is not None:
             self._connecting.cancel()
@@ -186,6 +187,7 @@ class Sidecar:
         await self._bus.close()
         await self.few_shot.close()
         await self._rows.close()
+        # Last, because everything above may still write to the journal.
         await self._store.close()
 
     def _prefill_examples(self) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import lancedb  # noqa: F401 otherwise each process would import it, which takes seconds
 import pyarrow  # noqa: F401 the same
+from llm_sidecar.db.log import segments
 
 from llm_sidecar.db import (
     FEEDBACK,
@@ -35,7 +36,6 @@ from llm_sidecar.db import (
     compaction,
     writer,
 )
-from llm_sidecar.db.log import segments
 from llm_sidecar.db.verify import verify
 
 _CALLERS = 8

@@ -22,6 +22,7 @@ from typing import Any, Final
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from llm_sidecar.cloud_event import CloudEvent
 from llm_sidecar.event_bus.consumer_group import ConsumerGroup
 from llm_sidecar.event_bus.dead_letters import INBOX, DeadLetters
 from llm_sidecar.event_bus.denied import Denied
@@ -173,6 +174,13 @@ class EventBus:
             return False
         return self._publisher.publish(event_type, payload)
 
+    def send(self, event: CloudEvent) -> None:
+        """Send an event as `publish` does: it waits in memory until Redis has it."""
+        if self._closed:
+            self._publisher.refuse(event.type, "the event bus is closed")
+        else:
+            self._publisher.send(event)
+
     async def subscribe(self, event_type: str, handler: Handler) -> None:
         """Call the handler with each payload of a channel, one after the other.
 
@@ -245,7 +253,7 @@ class EventBus:
     async def close(self) -> None:
         """Give waiting messages and handlers a few seconds, then end all tasks.
 
-        Events of the outbox that the bus was given stay there.
+        Events that Redis does not take in this time stay in the outbox that the bus was given.
         """
         if self._closed:
             return

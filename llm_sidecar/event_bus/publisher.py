@@ -68,10 +68,12 @@ class Publisher:
         """Takes a message; returns whether it is sent now, as Redis is connected."""
         if event_type.startswith(LIVE_ONLY):
             return self._live.publish(event_type, payload)
-        self._outbox.add(
-            CloudEvent(type=event_type, data=payload, source=SOURCE, dataschema=SCHEMAS)
-        )
+        self.send(CloudEvent(type=event_type, data=payload, source=SOURCE, dataschema=SCHEMAS))
         return self._subscriber.connected
+
+    def send(self, event: CloudEvent) -> None:
+        """Takes an event, which waits here until Redis has it."""
+        self._outbox.add(event)
 
     def refuse(self, event_type: str, reason: str) -> None:
         """Counts and logs a message that is not sent."""
@@ -84,15 +86,15 @@ class Publisher:
         return {"live publisher": self._live.run(), **relays}
 
     async def drain(self) -> None:
-        """Returns when nothing waits here, or Redis is away; the caller sets a time limit.
+        """Returns when nothing waits, or Redis is away; the caller sets a time limit.
 
-        The events of the other outbox may stay there.
+        The events of the other outbox can stay there.
         """
         while self._subscriber.connected and self._busy():  # noqa: ASYNC110 - only at the close
             await asyncio.sleep(_POLL)
 
     def _busy(self) -> bool:
-        return len(self._outbox) > 0 or not self._live.idle
+        return not (self._live.idle and all(relay.idle for relay in self._relays))
 
     def stop(self) -> None:
         """Counts all that waits here as lost; the jobs have ended."""

@@ -92,6 +92,12 @@ class Relay:
         self._oldest: str | None = None
         # The record of a transaction that failed in part.
         self._void: str | None = None
+        self._idle = True
+
+    @property
+    def idle(self) -> bool:
+        """Whether no event waits, or another process sends them."""
+        return self._idle and not self._outbox.filled.is_set()
 
     @property
     def oldest_seconds(self) -> float:
@@ -105,6 +111,7 @@ class Relay:
         """Sends events as they come, until cancelled."""
         while True:
             await self._outbox.filled.wait()
+            self._idle = False
             try:
                 await self._connected()
                 self._outbox.filled.clear()
@@ -130,6 +137,7 @@ class Relay:
                 if (count := await self._send(head)) > 0:
                     await self._outbox.sent(head[count - 1].number)
                     self._succeeded(count)
+        self._idle = True
         if mine:
             self._behind, self._oldest = False, None
         else:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSche
 
 from llm_sidecar.cloud_event import CloudEvent
 from llm_sidecar.db import PublishedFeedback
+from llm_sidecar.event_bus import SOURCE
 from llm_sidecar.proposals import Proposal
 from llm_sidecar.telemetry.trace_context import traceparent
 
@@ -23,7 +24,6 @@ PROPOSAL_ASSESSED: Final = "phi3.proposal.assessed"
 FEEDBACK_SUBMITTED: Final = "phi3.feedback.submitted"
 ADAPTER_SWAPPED: Final = "phi3.adapter.swapped"
 
-SOURCE: Final = "/osiris/llm-sidecar"
 _SCHEMAS: Final = "docs/asyncapi.yaml#/components/schemas/"
 
 _TRANSACTION_ID: Final = "17c223bb-3645-4fda-b3c6-b0090e90b109"

@@ -78,7 +78,7 @@ class Rows:
                 self._metrics.row_lost(table)
             for event in transaction.events:
                 log.error("%s is not durable: %s", event.type, error.detail)
-                await self._bus.send(event)
+                self._bus.send(event)
             return False
         if any(isinstance(row, HermesScoreSchema) for row in transaction.rows):
             self._refresher.soon()

@@ -22,6 +22,7 @@ from typing import Any
 import lancedb
 import pyarrow as pa
 import pytest
+from llm_sidecar.db.log import Log, Row, encode, locked
 from pyarrow import parquet
 from rich.cells import cell_len
 
@@ -41,7 +42,6 @@ from llm_sidecar.db import (
     export,
     table_of,
 )
-from llm_sidecar.db.log import Log, Row, encode, locked
 from llm_sidecar.db.repair import COMPACTING
 from tests.test_db import NOW, PROPOSAL, RUN, feedback, run, score
 

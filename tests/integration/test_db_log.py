@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from llm_sidecar.db.log import (
     Log,
     Row,

@@ -11,6 +11,7 @@ from typing import Any, Final
 import lancedb
 import pyarrow as pa
 import pytest
+from llm_sidecar.db.log import Log, Row, encode
 
 from llm_sidecar.db import (
     FEEDBACK,
@@ -23,7 +24,6 @@ from llm_sidecar.db import (
     Store,
     cli_main,
 )
-from llm_sidecar.db.log import Log, Row, encode
 from llm_sidecar.db.rows import KEYS
 from llm_sidecar.db.schema import VERSION, arrow_schemas
 from llm_sidecar.errors import DatabaseUnavailable

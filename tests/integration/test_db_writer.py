@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from llm_sidecar.db.log import Log, Row, encode, locked, read_segment
 
 from llm_sidecar.db import HermesScoreSchema, Store, compaction, repair, writer
-from llm_sidecar.db.log import Log, Row, encode, locked, read_segment
 from llm_sidecar.errors import DatabaseUnavailable
 from tests.integration.test_db_crash import crash
 

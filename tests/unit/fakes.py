@@ -133,8 +133,8 @@ class FakeBus:
         self._happened.log.append(("event", channel, json.loads(payload)))
         return True
 
-    async def send(self, event: CloudEvent) -> bool:
-        return await self.publish(event.type, event.data)
+    def send(self, event: CloudEvent) -> None:
+        self._happened.log.append(("event", event.type, json.loads(event.data)))
 
     async def subscribe_batches(self, channel: str, receive: Any) -> None:
         self.subscribers[channel] = receive

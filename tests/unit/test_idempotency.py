@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from llm_sidecar.errors import DatabaseUnavailable, DeadlineExceeded
 from llm_sidecar.settings import Settings
@@ -42,8 +44,14 @@ def prepared(path: str, **settings: Any) -> FakeSidecar:
     return made
 
 
-def asking(made: FakeSidecar, **environ: str) -> httpx.AsyncClient:
-    app = create_app(Settings.from_environ({"REDIS_URL": "memory://"} | environ))
+@functools.cache
+def app_with(api_keys: str) -> FastAPI:
+    """An app, which takes longer to build than to ask."""
+    return create_app(Settings.from_environ({"SIDECAR_API_KEYS": api_keys} if api_keys else {}))
+
+
+def asking(made: FakeSidecar, api_keys: str = "") -> httpx.AsyncClient:
+    app = app_with(api_keys)
     app.state.sidecar = made.sidecar
     return client(app)
 
@@ -99,8 +107,13 @@ async def test_a_request_is_its_method_path_query_and_body() -> None:
     assert last == different[3]
 
 
-@pytest.mark.parametrize("key", ["", "a b", "é", "x" * 256, "\x7f"])
-@pytest.mark.parametrize("path", REQUESTS)
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [
+        *((path, "a b") for path in REQUESTS),
+        *((PROPOSE, key) for key in ("", "é", "x" * 256, "\x7f")),
+    ],
+)
 async def test_a_key_of_other_characters_is_422(path: str, key: str) -> None:
     made = prepared(path)
     headers = [("Idempotency-Key", key.encode("latin-1"))]
@@ -145,7 +158,7 @@ async def test_a_key_belongs_to_an_api_key() -> None:
     made = prepared("/feedback/phi3/")
     keys = {"desk": "first-key-0123456789", "#2": "second-key-012345678"}
     configured = f"desk={keys['desk']},{keys['#2']}"
-    async with asking(made, SIDECAR_API_KEYS=configured) as asked:
+    async with asking(made, configured) as asked:
         for key in keys.values():
             response = await asked.post(
                 "/feedback/phi3/", json=FEEDBACK, headers=KEY | {"X-API-Key": key}

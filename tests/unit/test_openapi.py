@@ -15,6 +15,7 @@ from llm_sidecar.errors import DatabaseUnavailable, DeadlineExceeded, InvalidReq
 from llm_sidecar.models.base import Completion
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
+from osiris.idempotency import REPLAYED
 from osiris.schemas.health import Health
 from osiris.server import create_app
 from tests.unit.asgi import client
@@ -208,12 +209,14 @@ def test_answers_declare_their_headers(document: dict[str, Any]) -> None:
         if status == "200"
     }
     assert {name: headers for name, headers in own.items() if headers} == {
-        "generate": generation | {"X-Grounded"},
-        "generate_hermes": generation,
-        "generate_phi3": generation | {"X-Grounded"},
-        "propose_trade_adjustments": generation | {"X-Grounded", "X-Hermes-Score", "X-Stored"},
-        "score_hermes": {"X-Stored"},
-        "submit_feedback": {"X-Feedback-ID"},
+        "generate": generation | {"X-Grounded", REPLAYED},
+        "generate_hermes": generation | {REPLAYED},
+        "generate_phi3": generation | {"X-Grounded", REPLAYED},
+        "propose_trade_adjustments": generation
+        | {"X-Grounded", "X-Hermes-Score", "X-Stored", REPLAYED},
+        "score_hermes": {"X-Stored", REPLAYED},
+        "submit_feedback": {"X-Feedback-ID", REPLAYED},
+        "swap_adapters": {REPLAYED},
         "speak": {"X-Voice", "X-Voice-Reference"},
     }
 

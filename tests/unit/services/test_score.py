@@ -82,6 +82,7 @@ async def test_a_score_is_stored_with_its_progress() -> None:
     made = fake_sidecar()
     made.hermes.answers = [SURE]
     deadline, request = Deadline.after(60), RequestKey("desk", "k-1")
+    made.store.claimed.add(request)
     attempt = Attempt(TaskSet(), request, deadline=deadline)
     result = await made.sidecar.judge.score(PROPOSAL, None, attempt)
     (call,) = made.hermes.calls
