@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
-from redis.exceptions import NoPermissionError, RedisError, ResponseError
+import re
+from typing import Final
+
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    NoPermissionError,
+    RedisError,
+    ResponseError,
+)
 
 from llm_sidecar.errors import SidecarError
+
+_QUOTED: Final = re.compile(r"\(([\"'])(.*)\1,\)", re.DOTALL)
+"""How redis-py writes the message of an error in a pipeline."""
+
+
+_ANSWERS: Final = (ResponseError, BusyLoadingError, AuthenticationError)
 
 
 def is_denial(error: object) -> bool:
@@ -18,6 +33,11 @@ def is_denial(error: object) -> bool:
     )
 
 
+def is_answer(error: RedisError) -> bool:
+    """Whether Redis has answered with this error; otherwise it is not known what Redis did."""
+    return isinstance(error, _ANSWERS)
+
+
 def reason(error: Exception) -> str:
     """What an error says, without the arguments of the command that Redis or redis-py quotes."""
     if isinstance(error, SidecarError):
@@ -25,4 +45,6 @@ def reason(error: Exception) -> str:
     if not isinstance(error, RedisError):
         return type(error).__name__  # its message may quote anything
     text = str(error).rpartition(" of pipeline caused error: ")[2]
+    if quoted := _QUOTED.fullmatch(text):
+        text = quoted[2]
     return text.partition(", with args")[0]

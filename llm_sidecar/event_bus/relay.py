@@ -26,7 +26,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from llm_sidecar import timestamps
 from llm_sidecar.event_bus.denied import Denied
 from llm_sidecar.event_bus.outbox import Outbox, Queued
-from llm_sidecar.event_bus.redis_errors import is_denial, reason
+from llm_sidecar.event_bus.redis_errors import is_answer, is_denial, reason
 from llm_sidecar.event_bus.subscriber import Subscriber
 
 MOST_EVENTS: Final = 256
@@ -90,7 +90,7 @@ class Relay:
         self._delay = FIRST_DELAY
         self._behind = False
         self._oldest: str | None = None
-        # The record of a transaction that failed in part.
+        # The record of a transaction that failed, if not as a whole.
         self._void: str | None = None
         self._idle = True
 
@@ -187,6 +187,10 @@ class Relay:
                 return 0
             except WatchError:
                 return 0  # a transaction that had been late: look again what Redis has
+            except RedisError as error:
+                if is_answer(error):
+                    self._void = batch[-1].event.id
+                raise
         return await self._check(batch, operations, results)
 
     async def _watch(self, pipe: Pipeline, head: Sequence[Queued]) -> int:
