@@ -34,7 +34,7 @@ from llm_sidecar.db import (
     Phi3FeedbackSchema,
     Store,
     compaction,
-    writer,
+    mover,
 )
 from llm_sidecar.db.verify import verify
 
@@ -45,7 +45,7 @@ _MOST_LOSSES = 20
 def shorten_pauses() -> None:
     """Makes moves and compactions so frequent that kills interrupt both."""
     shortened = (
-        (writer, "_MOVE_EVERY", 0.02),
+        (mover, "_MOVE_EVERY", 0.02),
         (compaction, "_PAUSE", 0.05),
         (compaction, "_SHARE", 1.0),
         (compaction, "FRAGMENTS", 3),

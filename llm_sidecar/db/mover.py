@@ -20,7 +20,7 @@ from llm_sidecar.db.location import Location
 from llm_sidecar.db.old_log import OldLogs
 from llm_sidecar.db.rows import FEEDBACK, WITHDRAWALS
 from llm_sidecar.db.tables import Tables, open_tables
-from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.errors import DatabaseUnavailable, JournalUnavailable
 from llm_sidecar.journal.journal import Journal
 from llm_sidecar.journal.locks import held, sync_folder
 from llm_sidecar.journal.rows import Entry
@@ -148,6 +148,9 @@ class Mover:
         moving, _ = self._tasks
         try:
             async with asyncio.timeout(_CLOSE_SECONDS):
+                if not await self._has_rows():
+                    # The task may be waiting for a database that is unavailable.
+                    moving.cancel()
                 await asyncio.wait([moving])
                 # A script may open, write one row and close, so compaction is due here too.
                 await self.compactor.compact_if_due(self.tables)
@@ -163,6 +166,13 @@ class Mover:
             self._changed.notify_all()
         if self.tables is not None:
             await self.tables.close()
+
+    async def _has_rows(self) -> bool:
+        try:
+            # Without `create`, the journal is opened after the tables.
+            return self._create and await self._journal.last_movable() is not None
+        except DatabaseUnavailable:
+            return False
 
     async def _keep_moving(self) -> None:
         delay = _BACKOFF_FIRST
@@ -188,13 +198,20 @@ class Mover:
                 self._asked.clear()
 
     async def _open(self) -> None:
+        if self._create:
+            await self._journal.opened()
         async with asyncio.timeout(_OPEN_SECONDS):
             tables = await open_tables(self._location, create=self._create)
+        try:
+            if not self._create:
+                # There is a database, so it may have a journal.
+                self._journal.start()
+                self._create = True
+            await self._old_logs.read(wait=True)
+        except BaseException:
+            await tables.close()
+            raise
         self.repairs += tables.repairs
-        if not self._create:
-            # There is a database, so it may have a journal.
-            self._journal.start()
-            self._create = True
         await self.compactor.count(tables)
         self.tables = tables
         self.database_id = tables.database_id
@@ -215,7 +232,7 @@ class Mover:
                 "check LANCEDB_URI.",
                 retry_after=5,
             )
-        if self._journal.failure is None:
+        if not isinstance(error, JournalUnavailable):
             if self._failure.detail != self.reason:
                 log.error("%s", self._failure.detail)
             self.state, self.reason = "away", self._failure.detail

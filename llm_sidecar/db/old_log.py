@@ -20,7 +20,6 @@ from typing import Final, NamedTuple
 
 from llm_sidecar.db.encoding import encoded, values_of
 from llm_sidecar.db.location import Location
-from llm_sidecar.db.rows import KEYS
 from llm_sidecar.journal.journal import Journal
 from llm_sidecar.journal.locks import locked
 from llm_sidecar.journal.rows import Entry
@@ -30,6 +29,7 @@ _MARKER: Final = b"\xf5ROW"
 _HEADER: Final = struct.Struct("<4sII")
 _LOCK: Final = "lock"
 _AT_ONCE: Final = 2000
+_PAUSE: Final = 0.02
 _AGAIN_SECONDS: Final = 30.0
 """Seconds between two looks for logs whose process has ended meanwhile."""
 
@@ -56,11 +56,11 @@ def read_segment(path: Path) -> Segment:
         damaged += start - good
         good = end
         table, values = json.loads(data[start + _HEADER.size : end])
-        text = json.dumps(values).encode()
-        if table not in KEYS or values_of(table, text) is None:
+        whole = values_of(table, json.dumps(values).encode())
+        if whole is None:
             unknown += 1
         else:
-            entries.append(encoded(table, values, again=True))
+            entries.append(encoded(table, whole, again=True))
     return Segment(entries, unknown, damaged)
 
 
@@ -96,27 +96,32 @@ class OldLogs:
         self._note = note
         self._next = -_AGAIN_SECONDS
 
-    async def read(self) -> None:
+    async def read(self, *, wait: bool = False) -> None:
         """Reads the logs of processes that have ended, then removes them.
 
         A process of an older version may still run, so it looks again from time to time.
+
+        Args:
+            wait: for another process that reads them now.
         """
         if time.monotonic() < self._next:
             return
+        while folders := await asyncio.to_thread(self._folders):
+            if await self._read_all(folders):
+                break
+            if not wait:
+                return
+            await asyncio.sleep(_PAUSE)
         self._next = time.monotonic() + _AGAIN_SECONDS
-        if folders := await asyncio.to_thread(self._folders):
-            await self._read_all(folders)
 
-    async def _read_all(self, folders: list[Path]) -> None:
+    async def _read_all(self, folders: list[Path]) -> bool:
         # Processes of older versions hold the outer lock too while they create and remove folders.
         with locked(self._location.log_folder / _LOCK, wait=False) as mine:
-            if not mine:
-                self._next = 0.0
-                return
-            for folder in folders:
+            for folder in folders if mine else ():
                 with locked(folder / _LOCK, wait=False) as has_ended:
                     if has_ended:
                         await self._read(folder)
+        return mine
 
     def _folders(self) -> list[Path]:
         logs = self._location.log_folder

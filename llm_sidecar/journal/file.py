@@ -81,7 +81,10 @@ class JournalFile:
 
     def is_almost_full(self, low: int) -> bool:
         """Whether the disk is read-only, or has less than `low` free bytes."""
-        disk = os.statvfs(self.folder)
+        try:
+            disk = os.statvfs(self.folder)
+        except FileNotFoundError:
+            return False
         return bool(disk.f_flag & os.ST_RDONLY) or disk.f_bavail * disk.f_frsize < low
 
     def reopen(self) -> sqlite3.Connection:

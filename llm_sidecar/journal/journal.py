@@ -123,6 +123,10 @@ class Journal:
         if progress is not None:
             self.claims.saved(progress)
 
+    async def opened(self) -> None:
+        """Waits until the journal is open, or cannot be opened."""
+        await self._writer.run(lambda _: None)
+
     async def insert(self, entries: Sequence[Entry]) -> None:
         """Adds rows of old logs, even if the journal is full."""
         await self._writer.run(lambda db: rows.insert(db, entries, self._writer.file.clock.now()))

@@ -8,10 +8,11 @@ import logging
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
-from llm_sidecar.errors import DatabaseUnavailable, one_line
+from llm_sidecar.errors import JournalUnavailable, one_line
 from llm_sidecar.journal import events, requests
 from llm_sidecar.journal.file import JournalFile, is_damage
 
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _COMMIT_SECONDS: Final = 5.0
 """The deadline of a commit."""
+_SLOW: Final = f"the disk takes longer than {_COMMIT_SECONDS:g} s"
 _MOST_BYTES: Final = 64 << 20
 """The maximum size of what waits to be committed."""
 TICK_SECONDS: Final = 1.0
@@ -82,7 +84,6 @@ class JournalWriter:
 
     Attributes:
         file: used by the thread, and by work that runs in it.
-        failure: why nothing can be committed now; None if it can.
         snapshot: what is in the journal, of all processes; at most a second old.
         events_dropped, requests_dropped: by this process, because the journal was full or they were
             too old.
@@ -92,7 +93,6 @@ class JournalWriter:
     def __init__(self, file: JournalFile) -> None:
         """Starts no thread yet."""
         self.file = file
-        self.failure: str | None = None
         self.snapshot = Snapshot()
         self.events_dropped = self.requests_dropped = 0
         self.on_change: Callable[[], None] = lambda: None
@@ -100,10 +100,23 @@ class JournalWriter:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: list[_Unit[Any]] = []
         self._waiting_bytes = 0
+        self._failure: str | None = None
+        self._began: float | None = None
         self._arrived = threading.Condition()
         self._end = False
         self._ended = asyncio.Event()
         self._ticks = 0
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing can be committed now; None if it can."""
+        began = self._began
+        if began is not None and time.monotonic() - began > _COMMIT_SECONDS:
+            return f"The database accepts no rows: {self._advice(_SLOW)}"
+        return self._failure
+
+    def _advice(self, reason: str) -> str:
+        return f"{reason}; free space at {self.file.folder} or check LANCEDB_URI."
 
     def start(self) -> None:
         """Starts the thread, which opens the file."""
@@ -132,15 +145,15 @@ class JournalWriter:
             size: the bytes that it holds in memory.
 
         Raises:
-            DatabaseUnavailable: it is not committed or, after the deadline, may not be committed.
+            JournalUnavailable: it is not committed or, after the deadline, may not be committed.
             Exception: whatever the work raises; then it is not committed.
         """
         unit = _Unit(work, size)
         with self._arrived:
             if self._end:
-                raise DatabaseUnavailable("The database is closed.", retry_after=5)
+                raise JournalUnavailable("The database is closed.", retry_after=5)
             if self._waiting_bytes + size > _MOST_BYTES:
-                raise DatabaseUnavailable("The journal is busy: too much waits.", retry_after=5)
+                raise JournalUnavailable("The journal is busy: too much waits.", retry_after=5)
             self._waiting.append(unit)
             self._waiting_bytes += size
             self._arrived.notify()
@@ -149,9 +162,8 @@ class JournalWriter:
                 return await unit.done
         except TimeoutError:
             known = "not stored" if self._withdraw(unit) else "not known to be stored"
-            raise DatabaseUnavailable(
-                f"The row is {known}: the disk took longer than {_COMMIT_SECONDS:g} s.",
-                retry_after=5,
+            raise JournalUnavailable(
+                f"The row is {known}: {self._advice(_SLOW)}", retry_after=5
             ) from None
 
     def _withdraw(self, unit: _Unit[Any]) -> bool:
@@ -175,7 +187,9 @@ class JournalWriter:
                 self._waiting_bytes -= sum(unit.size for unit in group)
             if is_last:
                 break
-            self._commit(group, *([] if group else self._chores()))
+            self._began = time.monotonic()
+            self._commit(group)
+            self._began = None
             self._tell(lambda group=group: [unit.resolve() for unit in group])  # type: ignore[misc]
         try:
             self.file.close()
@@ -195,7 +209,7 @@ class JournalWriter:
         self._ticks += 1
         if self._ticks % _MAINTAIN_TICKS == 0 and self.is_open:
             chores.append(self._maintain)
-        if self.failure is not None or (self.is_open and self.file.is_almost_full(_LOW_BYTES)):
+        if self._failure is not None or (self.is_open and self.file.is_almost_full(_LOW_BYTES)):
             chores.append(_probe)
         return chores
 
@@ -212,7 +226,8 @@ class JournalWriter:
         self.events_dropped += events
         self.requests_dropped += requests
 
-    def _commit(self, group: Sequence[_Unit[Any]], *chores: Work[None]) -> None:
+    def _commit(self, group: Sequence[_Unit[Any]]) -> None:
+        chores = [] if group else self._chores()
         try:
             for _ in range(_ATTEMPTS):
                 if self._attempt(group, chores):
@@ -224,7 +239,7 @@ class JournalWriter:
             self._fail(group, error)
         else:
             if group or chores or not self.is_open:
-                self.failure = None
+                self._failure = None
             self.is_open = True
         self._tell(self.on_change)
 
@@ -252,11 +267,12 @@ class JournalWriter:
 
     def _fail(self, group: Sequence[_Unit[Any]], error: Exception) -> None:
         reason = getattr(error, "strerror", None) or _reason(error)
-        advice = f"{reason}; free space at {self.file.folder} or check LANCEDB_URI."
-        if self.failure is None:
+        if self._failure is None:
             log.error("the journal commits nothing: %s", reason)
-        self.failure = f"The database accepts no rows: {advice}"
-        failure = DatabaseUnavailable(f"The row is not stored: {advice}", retry_after=5)
+        self._failure = f"The database accepts no rows: {self._advice(reason)}"
+        failure = JournalUnavailable(
+            f"The row is not stored: {self._advice(reason)}", retry_after=5
+        )
         for unit in group:
             unit.error = failure
 

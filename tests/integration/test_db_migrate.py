@@ -27,6 +27,7 @@ from llm_sidecar.db import (
 from llm_sidecar.db.rows import KEYS
 from llm_sidecar.db.schema import VERSION, arrow_schemas
 from llm_sidecar.errors import DatabaseUnavailable
+from tests.old_log import record, write_old_log
 from tests.test_db import NOW
 
 WRITTEN: Final = "2026-01-02T03:04:05.678901Z"
@@ -253,11 +254,11 @@ def test_a_proposal_of_version_2_keeps_all_values(
     assert opened(folder, PROPOSALS) == [OF_VERSION_2 | {"grounded": None}]
 
 
-def test_rows_in_a_log_of_version_2_are_replayed_after_migration(folder: Path) -> None:
+def test_rows_in_a_log_of_version_2_are_read_after_migration(folder: Path) -> None:
     write_version_2(folder)
-    log = Log(folder / "_log")
-    log.append([encode(Row(PROPOSALS, OF_VERSION_2 | {"prompt": "late", "row_id": "late"}))])
-    log.close()
+    write_old_log(
+        folder / "_log", record(PROPOSALS, OF_VERSION_2 | {"prompt": "late", "row_id": "late"})
+    )
     assert cli_main(["migrate"]) == 0
     rows = sorted(opened(folder, PROPOSALS), key=lambda row: str(row["prompt"]))
     assert rows == [
@@ -343,10 +344,8 @@ def version_2(folder: Path) -> Path:
     }
     for table, schema in schemas.items():
         write(folder, table, pa.Table.from_pylist(rows.get(table, []), schema=schema))
-    log = Log(folder / "_log")
     logged = feedback | {"timestamp": NOW, "feedback_id": "f-3"}
-    log.append([encode(Row(FEEDBACK, logged))])
-    log.close()
+    write_old_log(folder / "_log", record(FEEDBACK, logged))
     return folder
 
 
@@ -370,9 +369,7 @@ def test_version_3_loses_no_row_of_its_tables_and_logs(
         shape = without(table, *(["author"] if table == FEEDBACK else []), version="3")
         rows = [stored] if table == FEEDBACK else []
         write(folder, table, pa.Table.from_pylist(rows, schema=shape))
-    log = Log(folder / "_log")
-    log.append([encode(Row(FEEDBACK, logged))])
-    log.close()
+    write_old_log(folder / "_log", record(FEEDBACK, logged))
     with pytest.raises(DatabaseUnavailable, match=r"llm_sidecar\.db migrate"):
         asyncio.run(Store.open(folder))
     assert cli_main(["migrate"]) == 0

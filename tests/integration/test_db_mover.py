@@ -1,4 +1,4 @@
-"""The writer while the disk is full, LanceDB is unavailable, or a table is damaged."""
+"""The database while the disk is full, LanceDB is unavailable, or a table is damaged."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from llm_sidecar.db.log import Log, Row, encode, locked, read_segment
 
-from llm_sidecar.db import HermesScoreSchema, Store, compaction, repair, writer
+from llm_sidecar.db import HermesScoreSchema, Store, compaction, mover, repair
+from llm_sidecar.db import store as store_module
 from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.journal import rows, writer
+from llm_sidecar.journal.locks import locked
 from tests.integration.test_db_crash import crash
 
 SCORES = "hermes_scores"
@@ -46,10 +48,6 @@ async def row_names(store: Store) -> list[str]:
     return [
         str(row[column]) for table, column in columns.items() for row in await store.last(table, 0)
     ]
-
-
-def newest_segment(folder: Path) -> Path:
-    return max(folder.glob("_log/*/*.log"))
 
 
 def killed(folder: Path) -> list[str]:
@@ -121,10 +119,10 @@ async def test_rows_are_refused_while_the_disk_is_full_and_accepted_after(small_
 async def test_a_full_disk_is_detected_without_a_row(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "_CHECK_SECONDS", 0.02)
+    monkeypatch.setattr(writer, "TICK_SECONDS", 0.02)
     store = await Store.open(small_disk / "db")
     assert store.refusal() is None
-    assert store.status()["log"]["accepts_rows"] is True
+    assert store.status()["journal"]["accepts_rows"] is True
     ballast = small_disk / "ballast"
     with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
         while True:
@@ -134,7 +132,7 @@ async def test_a_full_disk_is_detected_without_a_row(
         "The database accepts no rows: No space left on device; free space at "
         f"{small_disk / 'db' / '_log'} or check LANCEDB_URI."
     )
-    assert store.status()["log"]["accepts_rows"] is False
+    assert store.status()["journal"]["accepts_rows"] is False
     ballast.unlink()
     await until(lambda: store.refusal() is None)
     await store.append(score("after"))
@@ -145,7 +143,7 @@ async def test_a_full_disk_is_detected_without_a_row(
 async def test_a_removed_database_is_created_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "_CHECK_SECONDS", 0.02)
+    monkeypatch.setattr(writer, "TICK_SECONDS", 0.02)
     folder = tmp_path / "db"
     store = await Store.open(folder)
     folder.rename(tmp_path / "removed")
@@ -157,7 +155,7 @@ async def test_a_removed_database_is_created_again(
     assert await names(folder) == ["after"]
 
 
-async def test_the_log_accepts_rows_while_a_table_is_missing(tmp_path: Path) -> None:
+async def test_the_journal_accepts_rows_while_a_table_is_missing(tmp_path: Path) -> None:
     store = await Store.open(tmp_path)
     table, hidden = tmp_path / f"{SCORES}.lance", tmp_path / "hidden"
     table.rename(hidden)
@@ -180,19 +178,19 @@ async def test_the_log_accepts_rows_while_a_table_is_missing(tmp_path: Path) -> 
 async def test_an_unavailable_database_accepts_rows_up_to_a_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "_LOG_BYTES", 2000)
+    monkeypatch.setattr(rows, "MOST_BYTES", 2000)
     store = await Store.open(tmp_path)
     table = tmp_path / f"{SCORES}.lance"
     table.rename(tmp_path / "hidden")
     table.write_text("in the way")
     accepted = []
-    with pytest.raises(DatabaseUnavailable, match="log is full") as caught:
+    with pytest.raises(DatabaseUnavailable, match="journal is full") as caught:
         for number in range(100):
             await store.append(score(f"{number:03}"))
             accepted.append(f"{number:03}")
     assert caught.value.retry_after
-    refusal = store.refusal() or ""
-    assert refusal.startswith("The write-ahead log is full until the database is back")
+    monkeypatch.setattr(rows, "MOST_BYTES", store.status()["journal"]["bytes"])
+    assert store.refusal() == "The journal is full until LanceDB takes its rows; check LANCEDB_URI."
     assert 5 < len(accepted) < 50
     table.unlink()
     (tmp_path / "hidden").rename(table)
@@ -202,10 +200,10 @@ async def test_an_unavailable_database_accepts_rows_up_to_a_limit(
     assert await names(tmp_path) == [*accepted, "after"]
 
 
-async def test_rows_left_in_the_log_are_replayed_at_the_next_start(
+async def test_rows_left_in_the_journal_are_moved_at_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "_BACKOFF_FIRST", 0.05)
+    monkeypatch.setattr(mover, "_BACKOFF_FIRST", 0.05)
     store = await Store.open(tmp_path)
     table = tmp_path / f"{SCORES}.lance"
     table.rename(tmp_path / "hidden")
@@ -227,7 +225,7 @@ async def test_rows_are_accepted_before_the_database_is_open(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "zeros"])
-async def test_an_unreadable_newest_version_is_set_aside_and_its_rows_replayed(
+async def test_an_unreadable_newest_version_is_set_aside_and_its_rows_moved_again(
     dead: tuple[Path, list[str]], tmp_path: Path, damage: str
 ) -> None:
     folder, keys = shutil.copytree(dead[0], tmp_path / "db"), dead[1]
@@ -265,27 +263,6 @@ async def test_a_table_without_read_permission_is_not_set_aside(tmp_path: Path) 
     with pytest.raises(DatabaseUnavailable):
         await Store.open(tmp_path)
     assert all(manifest.is_dir() for manifest in manifests(tmp_path))
-
-
-async def test_a_damaged_log_is_kept_and_its_readable_rows_are_replayed(
-    dead: tuple[Path, list[str]], tmp_path: Path
-) -> None:
-    folder, keys = shutil.copytree(dead[0], tmp_path / "db"), dead[1]
-    # Damage is noticed if an intact record follows.
-    segment = max(path for path in folder.glob("_log/*/*.log") if len(read_segment(path).rows) > 2)
-    data = bytearray(segment.read_bytes())
-    data[len(data) // 2] ^= 1
-    segment.write_bytes(data)
-    store = await Store.open(folder)
-    found = await row_names(store)
-    (repair,) = [text for text in store.status()["repairs"] if "damaged" in text]
-    await store.close()
-    # At most the damaged row is missing, and no row is there twice.
-    assert len(set(keys) - set(found)) <= 1
-    assert len(found) == len(set(found))
-    (aside,) = (folder / "_log" / "set_aside").iterdir()
-    assert aside.name in repair
-    assert aside.read_bytes() == data
 
 
 async def test_fragments_and_files_stay_bounded(
@@ -346,17 +323,6 @@ async def test_a_cancelled_caller_loses_no_other_row(tmp_path: Path) -> None:
     assert sorted(others, key=int) == [str(n) for n in range(20) if n != 3]
 
 
-async def test_the_same_object_is_stored_once(tmp_path: Path) -> None:
-    store, row = await Store.open(tmp_path), score("once")
-    await store.append(row)
-    await store.last(SCORES, 1)
-    # As after a failure with an unknown result.
-    store._writer._certain = False
-    await store.append(row)
-    assert len(await store.last(SCORES, 0)) == 1
-    await store.close()
-
-
 async def test_a_machine_error_sets_no_version_aside(
     dead: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -378,58 +344,43 @@ async def test_a_machine_error_sets_no_version_aside(
     assert len(found) == len(set(found))
 
 
-async def test_rows_of_another_version_are_kept_and_block_no_other(tmp_path: Path) -> None:
-    await (await Store.open(tmp_path)).close()
-    log = Log(tmp_path / "_log")
-    log.append([encode(Row(SCORES, score("ours").as_row()))])
-    later = score("theirs").as_row() | {"mood": "good"}
-    log.append([encode(Row(SCORES, later)), encode(Row("moods", later))])
-    earlier = score("theirs").as_row()
-    del earlier["rationale"]
-    log.append([encode(Row(SCORES, earlier))])
-    log.close()
-    store = await Store.open(tmp_path)
-    (repair,) = [text for text in store.status()["repairs"] if "another version" in text]
-    assert "3 rows" in repair
-    assert [row["run_id"] for row in await store.last(SCORES, 0)] == ["ours"]
-    await store.close()
-    (aside,) = (tmp_path / "_log" / "set_aside").iterdir()
-    assert len(read_segment(aside).rows) == 4
-
-
 async def test_a_hanging_disk_refuses_rows_within_the_deadline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "_LOG_SECONDS", 0.3)
+    monkeypatch.setattr(writer, "_COMMIT_SECONDS", 0.3)
     store = await Store.open(tmp_path)
-    release = threading.Event()
-    hanging = asyncio.get_running_loop().run_in_executor(store._writer._thread, release.wait)
-    begun = asyncio.create_task(store.append(score("begun")))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await store.append(score("before"))
+    release, hanging = threading.Event(), threading.Event()
+
+    def hang(_: object) -> None:
+        hanging.set()
+        release.wait()
+
+    blocking = asyncio.create_task(store._journal._writer.run(hang))
+    await until(hanging.is_set)
     with pytest.raises(DatabaseUnavailable, match="is not stored"):
         await store.append(score("not begun"))
     with pytest.raises(DatabaseUnavailable, match="is not known to be stored"):
-        await begun
+        await blocking
     release.set()
-    await hanging
     await store.append(score("after"))
     rows = await store.last(SCORES, 0)
     await store.close()
-    assert sorted(row["run_id"] for row in rows) == ["after", "begun"]
+    assert sorted(row["run_id"] for row in rows) == ["after", "before"]
 
 
-async def test_a_lock_of_another_process_blocks_no_request(
+async def test_a_process_that_moves_for_long_blocks_no_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "_SWEEP_SECONDS", 0.0)
-    monkeypatch.setattr(writer, "_MOVE_EVERY", 0.01)
+    monkeypatch.setattr(store_module, "_QUERY_SECONDS", 0.2)
     store = await Store.open(tmp_path)
-    with locked(tmp_path / "_log" / "lock"):
-        async with asyncio.timeout(5):
-            for number in range(5):
-                await store.append(score(str(number)))
-                assert len(await store.last(SCORES, 0)) == number + 1
+    with locked(tmp_path / "_log" / "mover.lock"):
+        for number in range(5):
+            await store.append(score(str(number)))
+        with pytest.raises(DatabaseUnavailable, match=r"longer than 0\.2 s"):
+            await store.last(SCORES, 0)
+    monkeypatch.undo()
+    assert len(await store.last(SCORES, 0)) == 5
     await store.close()
 
 
