@@ -87,11 +87,12 @@ COLUMNS: Final = {
 }
 """What each column of the database means; with its table where tables differ."""
 
-PUBLISHED_WHEN: Final = {
-    PROPOSAL_CREATED: "Phi-3 has finished a proposal",
-    PROPOSAL_ASSESSED: "Hermes has criticised and scored the proposal",
+EVENTS: Final = {
+    PROPOSAL_CREATED: "Phi-3 has finished a proposal, and it is stored if that was possible",
+    PROPOSAL_ASSESSED: "Hermes has criticised and scored the proposal; its rows are stored if that "
+    "was possible",
     FEEDBACK_SUBMITTED: "feedback is stored",
-    ADAPTER_SWAPPED: "Phi-3 uses another adapter from now on",
+    ADAPTER_SWAPPED: "Phi-3 uses another adapter",
     AUDIO_BYTES: "a part of a text has been spoken",
 }
 """When each event is published."""
@@ -136,16 +137,11 @@ def metrics() -> str:
 
 def events() -> str:
     """Every channel: when an event is published, and its payload."""
-    rows = [
-        (
-            f"`{channel}`",
-            when,
-            ", ".join(f"`{key}`" for key in PAYLOADS[channel].model_fields)
-            if channel in PAYLOADS
-            else "base64 of one complete WAV",
-        )
-        for channel, when in PUBLISHED_WHEN.items()
-    ]
+    rows = []
+    for channel, when in EVENTS.items():
+        keys = PAYLOADS[channel].model_fields if channel in PAYLOADS else ()
+        payload = ", ".join(f"`{key}`" for key in keys) or "base64 of one complete WAV"
+        rows.append((f"`{channel}`", when, payload))
     return _table(("channel", "published when", "payload"), rows)
 
 

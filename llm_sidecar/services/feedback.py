@@ -164,6 +164,12 @@ class Feedback:
             DatabaseUnavailable: not all of it is stored; another attempt stores none twice.
         """
         refusals: list[str | None] = []
+        for start in range(0, len(entries), _CHUNK):
+            refusals += await self._store_chunk(entries[start : start + _CHUNK])
+        return refusals
+
+    async def _store_chunk(self, entries: Sequence[Entry]) -> list[str | None]:
+        refusals: list[str | None] = []
         rows = []
         for entry in entries:
             try:
@@ -171,6 +177,7 @@ class Feedback:
                 refusals.append(None)
             except _Refused as refusal:
                 refusals.append(refusal.reason)
+        # At once, because the journal commits in groups.
         await asyncio.gather(*(self._store_row(row) for row in rows if row is not None))
         self._refresh_examples(rows)
         return refusals

@@ -198,7 +198,9 @@ class Orchestrator:
     ) -> AsyncGenerator[Delta | Proposed, None]:
         """Generates what the run lacks of proposal, critique and score, and records each in it."""
         deadline = attempt.deadline or Deadline.after(self._timeout)
-        if run.made is None:
+        if run.made is not None:
+            yield run.made
+        else:
             generating = self._proposer.generate(run.prompt, max_tokens, deadline)
             async with contextlib.aclosing(generating) as items:
                 async for item in items:

@@ -17,7 +17,7 @@ from llm_sidecar.settings import Settings
 from llm_sidecar.tts.voice import AUDIO_BYTES
 from osiris.server import create_app
 from tests.docs_pages import PAGES, anchors
-from tests.docs_tables import COMMAND, DOCS, GENERATED, PUBLISHED_WHEN, current
+from tests.docs_tables import COMMAND, DOCS, EVENTS, GENERATED, current
 from tests.live_server import ROOT
 from tests.unit.fakes import FakeSidecar, completion, last_of
 
@@ -86,4 +86,4 @@ async def test_every_event_has_the_keys_that_its_row_says() -> None:
         for channel, payload in PAYLOADS.items()
         if channel != ADAPTER_SWAPPED
     }
-    assert PUBLISHED_WHEN.keys() == {*PAYLOADS, AUDIO_BYTES}
+    assert EVENTS.keys() == {*PAYLOADS, AUDIO_BYTES}

@@ -313,6 +313,20 @@ def test_a_requeued_dead_letter_is_in_the_inbox_again_once(
     assert redis.xlen(INBOX) == 1
 
 
+def test_a_repeated_request_to_requeue_gets_the_same_answer(
+    streaming: LiveServer, redis: Redis
+) -> None:
+    redis.delete(DEAD, INBOX)
+    path = f"/events/dead/{bury(redis, 'again')}/requeue"
+    first, second = (
+        streaming.client.post(path, headers={"Idempotency-Key": path}) for _ in range(2)
+    )
+    assert (first.status_code, second.status_code) == (200, 200)
+    assert second.json() == first.json()
+    assert second.headers["Idempotent-Replayed"] == "true"
+    assert redis.xinfo_stream(INBOX)["entries-added"] == 1
+
+
 @pytest.mark.parametrize("letter", ["1-1", "x", "%20", "9" * 5000])
 def test_an_unknown_dead_letter_is_404(streaming: LiveServer, letter: str) -> None:
     response = streaming.client.post(f"/events/dead/{letter}/requeue")
