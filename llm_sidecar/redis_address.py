@@ -12,7 +12,7 @@ import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 MEMORY: Final = "memory"
 SCHEMES: Final = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", MEMORY)
@@ -44,12 +44,20 @@ def parse(url: str) -> RedisAddress:
     """Reads a URL that is not `memory://`.
 
     Raises:
-        ValueError: the URL, or one of its options, is not valid; the message quotes nothing of it.
+        ValueError: the URL, or one of its options, is not valid; the message quotes nothing of it,
+            for its password.
     """
+    try:
+        return _parse(url)
+    except ValueError:
+        raise ValueError("the Redis URL cannot be read") from None
+
+
+def _parse(url: str) -> RedisAddress:
     parsed = urlsplit(url)
     scheme, _, sentinel = parsed.scheme.partition("+")
     if parsed.scheme not in SCHEMES or scheme == MEMORY or parsed.fragment:
-        raise ValueError("the Redis URL cannot be read")
+        raise ValueError
     tls = scheme == "rediss"
     known = dict(_OPTIONS)
     known |= {} if scheme == "unix" else _TCP_OPTIONS
@@ -63,14 +71,13 @@ def parse(url: str) -> RedisAddress:
         return _of_sentinels(parsed, options, tls)
     if scheme != "unix":
         _check_host(parsed)
-    bare = urlunsplit((parsed.scheme, parsed.netloc, parsed.path, "", ""))
-    return RedisAddress(bare, options, tls)
+    return RedisAddress(url.partition("?")[0], options, tls)
 
 
 def _check_host(parsed: SplitResult) -> None:
     # `parsed.port` raises ValueError if the port is not valid.
     if parsed.port == 0:
-        raise ValueError("the port of a Redis URL is not 0")
+        raise ValueError
     _database(parsed.path.removeprefix("/"))
 
 
@@ -79,7 +86,7 @@ def _of_sentinels(parsed: SplitResult, options: dict[str, Any], tls: bool) -> Re
     user, _, password = credentials.partition(":")
     master, _, database = parsed.path.removeprefix("/").partition("/")
     if not master:
-        raise ValueError("the URL of sentinels names a master")
+        raise ValueError
     sentinel_options = {
         name.removeprefix("sentinel_"): options.pop(name)
         for name in list(options)
@@ -87,7 +94,7 @@ def _of_sentinels(parsed: SplitResult, options: dict[str, Any], tls: bool) -> Re
     }
     given = {"username": unquote(user), "password": unquote(password), "db": _database(database)}
     return RedisAddress(
-        urlunsplit((parsed.scheme, parsed.netloc, parsed.path, "", "")),
+        parsed._replace(query="").geturl(),
         {name: value for name, value in given.items() if value} | options,
         tls,
         unquote(master),
@@ -99,7 +106,7 @@ def _of_sentinels(parsed: SplitResult, options: dict[str, Any], tls: bool) -> Re
 def _sentinel(text: str) -> tuple[str, int]:
     address = urlsplit(f"//{text}")
     if not address.hostname or address.port == 0 or address.path or address.query:
-        raise ValueError("the URL of sentinels names hosts, separated by commas")
+        raise ValueError
     return address.hostname, address.port or SENTINEL_PORT
 
 
@@ -112,41 +119,40 @@ def _options(query: str, known: Mapping[str, Callable[[str], Any]]) -> dict[str,
     # Also refuses what is no `name=value`.
     for name, value in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)):
         if name not in known or name in options:
-            # The name is not quoted: it can be a part of a password with a question mark.
-            raise ValueError("an option of the Redis URL is unknown or given twice")
+            raise ValueError
         options[name] = known[name](value)
     return options
 
 
 def _text(value: str) -> str:
     if not value:
-        raise ValueError("an option of the Redis URL is empty")
+        raise ValueError
     return value
 
 
 def _natural(value: str) -> int:
     if not (value.isascii() and value.isdecimal() and len(value) < 10):
-        raise ValueError("an option of the Redis URL is not a whole number")
+        raise ValueError
     return int(value)
 
 
 def _positive(value: str) -> int:
     if (number := _natural(value)) == 0:
-        raise ValueError("an option of the Redis URL is 0")
+        raise ValueError
     return number
 
 
 def _seconds(value: str) -> float:
     seconds = float(value)
     if not 0 < seconds <= 3600:
-        raise ValueError("an option of the Redis URL is not a number of seconds")
+        raise ValueError
     return seconds
 
 
 def _one_of(**values: Any) -> Callable[[str], Any]:
     def read(value: str) -> Any:
         if value.lower() not in values:
-            raise ValueError("an option of the Redis URL has an unknown value")
+            raise ValueError
         return values[value.lower()]
 
     return read

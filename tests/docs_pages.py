@@ -39,6 +39,13 @@ NOT_RUN: Final = {
     "python -m osiris --host 127.0.0.1 --port 8000": "a server that stays",
     "SIDECAR_DEMO=true REDIS_URL=memory:// LANCEDB_URI=.data/lancedb \\": "a server that stays",
     "redis-cli -u redis://localhost:6379/0 psubscribe 'phi3.*'": "needs a Redis, waits for ever",
+    "redis-cli -u redis://localhost:6379/0 xread count 100 streams osiris.events 0-0": (
+        "needs a Redis"
+    ),
+    "redis-cli -u redis://localhost:6379/0 xadd osiris.inbox '*' id 1 type "
+    "phi3.feedback.submitted data '{}'": "needs a Redis",
+    "python -m llm_sidecar.event_bus tail": "needs a Redis, waits for ever",
+    "python -m llm_sidecar.event_bus dead --full": "needs a Redis",
     "docker-compose up --build   # with a Redis and the demo models, on http://127.0.0.1:8000": (
         "needs Docker"
     ),

@@ -81,7 +81,7 @@ class DeadLetters:
             ValueError: `before` is not an id.
         """
         newest = "+" if before is None else f"({check_id(before)}"
-        entries = await self._client.xrevrange(self.dead, newest, "-", count=limit)
+        entries: Any = await self._client.xrevrange(self.dead, newest, "-", count=limit)
         return [_dead_letter(entry_id, fields) for entry_id, fields in entries]
 
     async def requeue(self, dead_id: str) -> str:
@@ -90,6 +90,7 @@ class DeadLetters:
         Raises:
             NotFound: there is no such dead letter.
         """
+        found: Any
         try:
             found = await self._client.xrange(self.dead, check_id(dead_id), dead_id, count=1)
         except ValueError:

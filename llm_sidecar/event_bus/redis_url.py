@@ -50,15 +50,12 @@ def make_client(url: str, *, blocks: float = 0.0) -> Redis:
     }
     if url.startswith(MEMORY):
         return _memory_client(url.removeprefix(MEMORY), options)
-    try:
-        address = redis_address.parse(url)
-        options |= address.options
-        options["socket_timeout"] += blocks
-        if address.master is not None:
-            return _sentinel_client(address, address.master, options)
-        client: Redis = Redis.from_url(address.url, **options)
-    except ValueError:
-        raise ValueError("the Redis URL cannot be read") from None
+    address = redis_address.parse(url)
+    options |= address.options
+    options["socket_timeout"] += blocks
+    if address.master is not None:
+        return _sentinel_client(address, address.master, options)
+    client: Redis = Redis.from_url(address.url, **options)
     return client
 
 
@@ -75,7 +72,7 @@ def _sentinel_client(address: RedisAddress, master: str, options: dict[str, Any]
         options["ssl"] = True
     shared = ("socket_", "ssl", "protocol", "retry", "decode_responses")
     of_sentinels = {name: value for name, value in options.items() if name.startswith(shared)}
-    sentinels = Sentinel(
+    sentinels = Sentinel(  # type: ignore[no-untyped-call]
         address.sentinels, sentinel_kwargs=of_sentinels | dict(address.sentinel_options or {})
     )
     client: Redis = sentinels.master_for(master, **options)

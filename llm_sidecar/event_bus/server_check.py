@@ -47,7 +47,8 @@ async def _options(client: Redis) -> dict[str, Any]:
     options: dict[str, Any] = {}
     try:
         for name in ADVICE:
-            options |= await client.config_get(name)
+            found: Any = await client.config_get(name)
+            options |= found
     except (NoPermissionError, ResponseError):
         # INFO says less, but more users may ask for it.
         info = await client.info("persistence") | await client.info("memory")

@@ -257,6 +257,11 @@ def _event_bus(status: Health) -> Iterator[Metric]:
     yield from _plain("sidecar_event_bus", _EVENT_BUS, status)
     yield from _plain("sidecar_event_bus", _INBOX, status["inbox"] or _NO_INBOX)
     yield GaugeMetricFamily(
+        "sidecar_event_bus_failing",
+        "1 while Redis is connected and takes no events, else 0.",
+        status["failing"] is not None,
+    )
+    yield GaugeMetricFamily(
         "sidecar_event_bus_denied",
         "Operations that the access rules of Redis deny to the sidecar.",
         len(status["denied"]),

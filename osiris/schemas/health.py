@@ -185,8 +185,8 @@ class EventBusHealth(BaseModel):
         description="age of the oldest event that waits for Redis; 0 without", examples=[0.0]
     )
     failing: str | None = Field(
-        description="why Redis does not take the oldest event now; null if it does",
-        examples=["OOM command not allowed"],
+        description="why Redis takes no events although it is connected; null if it takes them",
+        examples=["You can't write against a read only replica."],
     )
     handler_errors: int = Field(description="messages whose handler raised an error", examples=[0])
     refused: int = Field(

@@ -21,6 +21,8 @@ DEFAULTS: dict[str, object] = {
     "PHI3_ADAPTER_DIR": Path("/app/models/phi3/adapters"),
     "CHATTERBOX_MODEL_DIR": Path("/models/tts/chatterbox"),
     "REDIS_URL": SecretStr("redis://localhost:6379/0"),
+    "EVENT_STREAM": "osiris.events",
+    "EVENT_STREAM_MAXLEN": 100_000,
     "LANCEDB_URI": "/app/lancedb_data",
     "LANCEDB_LOG_DIR": Path("/app/lancedb_log"),
     "AWS_ENDPOINT_URL_S3": None,
@@ -296,7 +298,11 @@ def test_a_bad_sentry_dsn_is_refused_without_its_key(dsn: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://h", "redis://u:hidden@h:port", "redis://u:hidden@h:0", "localhost:6379", "x"]
+    "url",
+    [
+        *("http://h", "redis://u:hidden@h:port", "redis://u:hidden@h:0", "localhost:6379", "x"),
+        *("redis://:hidden@h?timeout=5", "redis+sentinel://:hidden@h:1"),
+    ],
 )
 def test_a_bad_redis_url_is_refused_without_its_password(url: str) -> None:
     with pytest.raises(SettingsError, match=r"REDIS_URL=\*\*\* is not valid") as caught:
