@@ -108,7 +108,8 @@ DEAD_LETTER: Final[Schema] = {
 
 def text() -> str:
     """The document as YAML."""
-    return _HEADER + yaml.safe_dump(document(), sort_keys=False, width=100, allow_unicode=True)
+    written: str = yaml.safe_dump(document(), sort_keys=False, width=100, allow_unicode=True)
+    return _HEADER + written
 
 
 def document() -> dict[str, Any]:

@@ -17,9 +17,9 @@ from redis.retry import Retry
 from llm_sidecar.event_bus.redis_url import make_client
 from llm_sidecar.tts.worker import SpeechWorker
 from tests.docs_pages import all_blocks
-from tests.integration.test_tts_remote import Tones
 from tests.live_server import LiveServer, serve
 from tests.redis_server import RedisServer, require_redis
+from tests.tones import Tones
 
 DURABLE: Final = ("--appendonly", "yes", "--appendfsync", "always")
 STREAM, INBOX, DEAD = "osiris.events", "osiris.inbox", "osiris.inbox.dead"
@@ -42,7 +42,7 @@ def url(redis: RedisServer, user: str) -> str:
     return redis.url.replace("//", f"//{user}:{user.upper()}_PASSWORD@")
 
 
-def connected(redis: RedisServer, user: str) -> Redis:
+def connected(redis: RedisServer, user: str) -> Any:
     # In the newer protocol, a subscription has no answer.
     return Redis.from_url(url(redis, user), decode_responses=True, protocol=2)
 
@@ -73,7 +73,7 @@ def test_the_sidecar_can_do_all_its_work_and_nothing_is_denied(
             ((_, entries),) = desk.xread({STREAM: "0-0"}, block=5000)
             assert json.loads(entries[0][1]["data"])["transaction_id"] == "t"
             assert sidecar.client.post("/speak", json={"text": "Filled."}).status_code == 200
-            channels = set()
+            channels: set[str] = set()
             while channels != {"phi3.feedback.submitted", "audio.bytes"}:
                 message = heard.get_message(timeout=5)
                 assert message is not None
@@ -86,7 +86,8 @@ def test_the_sidecar_can_do_all_its_work_and_nothing_is_denied(
         add_to_inbox(risk, "b", {})
 
         def rows() -> int:
-            return int(sidecar.client.get("/health").json()["database"]["rows_written"]) - stored
+            health: dict[str, Any] = sidecar.client.get("/health").json()
+            return int(health["database"]["rows_written"] - stored)
 
         sidecar.wait_until(lambda: rows() == 2)
 
@@ -123,9 +124,9 @@ async def test_a_speech_worker_speaks_for_the_sidecar(
         assert admin.acl_log() == []
 
 
-def add_to_inbox(redis: Redis, entry_id: str, feedback: dict[str, Any]) -> None:
+def add_to_inbox(redis: Any, entry_id: str, feedback: dict[str, Any]) -> None:
     fields = {"id": entry_id, "type": "phi3.feedback.submitted", "data": json.dumps(feedback)}
-    redis.xadd(INBOX, fields)  # type: ignore[arg-type]
+    redis.xadd(INBOX, fields)
 
 
 ALLOWED: Final = {
