@@ -166,10 +166,7 @@ class InboxHealth(BaseModel):
 class EventBusHealth(BaseModel):
     """The connection to Redis; counts are since the server started."""
 
-    connected: bool = Field(
-        description="whether Redis can be reached now; what it denies is in `denied`",
-        examples=[True],
-    )
+    connected: bool = Field(description="whether Redis can be reached now", examples=[True])
     url: str = Field(
         description="`REDIS_URL`, without its password", examples=["redis://localhost:6379/0"]
     )
@@ -188,8 +185,8 @@ class EventBusHealth(BaseModel):
         description="age of the oldest event that waits for Redis; 0 without", examples=[0.0]
     )
     failing: str | None = Field(
-        description="why Redis does not take the oldest event now; null if it does",
-        examples=["OOM command not allowed"],
+        description="why Redis takes no events although it is connected; null if it takes them",
+        examples=["You can't write against a read only replica."],
     )
     handler_errors: int = Field(description="messages whose handler raised an error", examples=[0])
     refused: int = Field(
