@@ -140,7 +140,8 @@ def with_constants(serialized: bytes, matrices: Mapping[str, npt.NDArray[Any]]) 
             tensor.ClearField("raw_data")
             tensor.data_location = TensorProto.EXTERNAL
             tensor.external_data.add(key="location", value=ADAPTER_FILE)
-    return model.SerializeToString()
+    changed: bytes = model.SerializeToString()
+    return changed
 
 
 def write_adapter(file: Path, matrices: Mapping[str, tuple[npt.NDArray[Any], ...]]) -> None:

@@ -21,14 +21,13 @@ from llm_sidecar.engines.base import Batch, Delta
 from llm_sidecar.engines.batch import MAX_ROWS
 from llm_sidecar.engines.chat import TextDecoder
 from llm_sidecar.engines.generation import Generation, Logits
-from llm_sidecar.engines.lora_graph import ADAPTER_FILE, read_lora_graph, write_adapter
 from llm_sidecar.engines.onnx import OnnxEngine
 from llm_sidecar.engines.ort import OrtEngine
 from llm_sidecar.engines.torch import TorchEngine
 from llm_sidecar.engines.torch_states import batch_capacity, empty_cache
 from llm_sidecar.errors import InvalidRequest
 from tests.live_server import ROOT
-from tests.random_models import convert_to_onnx, write_transformers_folder
+from tests.random_models import convert_to_onnx, write_onnx_adapter, write_transformers_folder
 
 AnyEngine = TorchEngine | OrtEngine
 
@@ -428,17 +427,8 @@ class Sampled:
 def test_a_row_of_a_batch_is_computed_as_alone_to_the_last_bit(
     adapted: bool, random_phi3_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if adapted:
-        numbers = np.random.default_rng(0)
-        matrices = {
-            name: tuple(
-                numbers.normal(0, 0.02, shape).astype(each.dtype)
-                for shape in ((each.inputs, 8), (8, each.outputs))
-            )
-            for name, each in read_lora_graph(random_phi3_onnx / "model.onnx").projections.items()
-        }
-        write_adapter(tmp_path / ADAPTER_FILE, matrices)
-    engine = OrtEngine(random_phi3_onnx, adapter=tmp_path if adapted else None)
+    adapter = write_onnx_adapter(random_phi3_onnx, tmp_path / "20260101") if adapted else None
+    engine = OrtEngine(random_phi3_onnx, adapter=adapter)
     requests = [
         GenerationRequest(
             proposals.build_messages(f"Long {ticker} from 100, now {112 + number}."),
