@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llm_sidecar.db import HermesScoreSchema, Latencies, OrchestratorRunSchema, ProposalSchema
-from llm_sidecar.models.base import Completion
+from llm_sidecar.models.base import Completion, GenerationRequest
 from llm_sidecar.proposals import Proposed
+from llm_sidecar.services.provenance import Provenance
 from llm_sidecar.services.rows import Row
 
 
@@ -43,17 +44,21 @@ class ProposalRun:
 
     Attributes:
         prompt: the market context.
+        api_key: the name of the key that the request came with.
         transaction_id: identifies the run in rows, events and answers.
         made: Phi-3's valid proposal.
         assessment: Hermes' critique.
         score: Hermes' score in [0, 1].
+        provenance: what made proposal and critique.
     """
 
     prompt: str
+    api_key: str | None = None
     transaction_id: uuid.UUID = field(default_factory=uuid.uuid4)
     made: Proposed | None = None
     assessment: Completion | None = None
     score: float | None = None
+    provenance: Provenance | None = None
     _seconds: dict[str, float] = field(default_factory=dict)
     _last: float = field(default_factory=time.monotonic)
 
@@ -65,11 +70,14 @@ class ProposalRun:
     def proposed(self, made: Proposed) -> None:
         """Records Phi-3's proposal."""
         self.made = made
+        self.provenance = Provenance.of(made, self.api_key)
         self._lap("proposal")
 
-    def assessed(self, assessment: Completion) -> None:
-        """Records Hermes' critique."""
+    def assessed(self, assessment: Completion, request: GenerationRequest) -> None:
+        """Records Hermes' critique, and the request that it answers."""
+        assert self.provenance is not None
         self.assessment = assessment
+        self.provenance = self.provenance.with_critique(request, assessment)
         self._lap("assessment")
 
     def scored(self, score: float) -> None:
@@ -145,6 +153,7 @@ class ProposalRun:
             adapter=made.completion.adapter,
             latencies=Latencies(**self._seconds),
             grounded=made.grounded,
+            provenance=None if self.provenance is None else self.provenance.model_dump(),
         )
 
     def _assessment_text(self) -> str | None:

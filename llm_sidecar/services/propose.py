@@ -12,7 +12,7 @@ from llm_sidecar import grounding, proposals, timestamps
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable, QueueFull, SidecarError
 from llm_sidecar.event_bus import EventBus
-from llm_sidecar.models.base import ChatModel, Completion, Delta, GenerationRequest
+from llm_sidecar.models.base import ChatModel, Completion, Delta, GenerationRequest, new_seed
 from llm_sidecar.proposals import Example, Proposed
 from llm_sidecar.services.events import PROPOSAL_ASSESSED, PROPOSAL_CREATED, publish
 from llm_sidecar.services.proposal_run import AssessedProposal, ProposalRun
@@ -74,13 +74,18 @@ class Proposer:
         """
         proposals.check_budget(max_tokens)
         deadline = deadline or Deadline.after(self._timeout)
-        examples = self._examples()
+        examples, seed = self._examples(), new_seed(self._temperature)
         while True:
             messages = proposals.build_messages(prompt, examples)
-            request = GenerationRequest(messages, max_tokens, proposals.GUIDANCE, self._temperature)
+            request = GenerationRequest(
+                messages, max_tokens, proposals.GUIDANCE, self._temperature, seed
+            )
             try:
                 async with contextlib.aclosing(self._attempt(request, prompt, deadline)) as items:
                     async for item in items:
+                        if isinstance(item, Proposed):
+                            ids = (one.feedback_id for one in examples)
+                            item = item._replace(examples=tuple(filter(None, ids)))
                         yield item
                 return
             except InvalidRequest:
@@ -99,7 +104,7 @@ class Proposer:
             async for delta in stream:
                 deltas.append(delta)
                 yield delta
-        proposed = await _proposed(deltas, prompt)
+        proposed = await _proposed(request, deltas, prompt)
         if again := await self._retry_request(request, prompt, proposed):
             # The other half of the time is for the assessment: a slow retry must not cause a 504.
             half, deltas = Deadline.after(deadline.remaining() / 2), []
@@ -108,7 +113,7 @@ class Proposer:
                     async for delta in stream:
                         deltas.append(delta)
                         yield delta
-                proposed = await _proposed(deltas, prompt)
+                proposed = await _proposed(again, deltas, prompt)
             except SidecarError as error:
                 log.warning("the retry of an ungrounded proposal failed: %s", type(error).__name__)
         self._metrics.proposed(proposed.proposal["action"], proposed.ungrounded)
@@ -155,7 +160,7 @@ class Orchestrator:
         self._timeout = timeout
 
     async def propose(
-        self, prompt: str, max_tokens: int
+        self, prompt: str, max_tokens: int, api_key: str | None = None
     ) -> AsyncGenerator[Delta | Proposed | AssessedProposal, None]:
         """One run.
 
@@ -163,6 +168,7 @@ class Orchestrator:
             prompt: the market context.
             max_tokens: of the proposal, and of the critique; at least
                 `proposals.MAX_COMPLETION_TOKENS`.
+            api_key: the name of the key that the request came with, for the provenance.
 
         Yields:
             Deltas of Phi-3, the proposal, deltas of Hermes, and finally the result.
@@ -171,7 +177,7 @@ class Orchestrator:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded: if Phi-3 had finished,
                 the proposal is stored, and the error has its `transaction_id`.
         """
-        run = ProposalRun(prompt)
+        run = ProposalRun(prompt, api_key)
         try:
             async with contextlib.aclosing(self._run(run, max_tokens)) as items:
                 async for item in items:
@@ -204,14 +210,12 @@ class Orchestrator:
         proposal = run.proposal
         assert proposal is not None
         deltas: list[Delta] = []
-        assessing = self._judge.assess(
-            proposal, run.prompt, max_tokens=max_tokens, deadline=deadline
-        )
-        async with contextlib.aclosing(assessing) as stream:
+        request = self._judge.critique_request(proposal, run.prompt, max_tokens)
+        async with contextlib.aclosing(self._judge.assess(request, deadline)) as stream:
             async for delta in stream:
                 deltas.append(delta)
                 yield delta
-        run.assessed(Completion.of(deltas))
+        run.assessed(Completion.of(deltas), request)
         run.scored(await self._judge.rate(proposal, run.prompt, deadline))
 
     async def _finish(self, run: ProposalRun) -> AssessedProposal:
@@ -233,7 +237,7 @@ class Orchestrator:
         return error.of_request(run.transaction_id if has_proposal else None, stored=stored)
 
 
-async def _proposed(deltas: Sequence[Delta], prompt: str) -> Proposed:
+async def _proposed(request: GenerationRequest, deltas: Sequence[Delta], prompt: str) -> Proposed:
     """The valid proposal of a finished generation.
 
     Raises:
@@ -251,7 +255,7 @@ async def _proposed(deltas: Sequence[Delta], prompt: str) -> Proposed:
         ) from None
     # In a thread, because a long context would block the event loop.
     ungrounded = await asyncio.to_thread(grounding.ungrounded_fields, proposal, prompt)
-    return Proposed(proposal, completion, ungrounded)
+    return Proposed(proposal, completion, ungrounded, request)
 
 
 def _end_reason(error: BaseException) -> str:

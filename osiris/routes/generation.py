@@ -14,6 +14,7 @@ from llm_sidecar.sidecar import Sidecar
 from osiris.dependencies import CurrentSidecar, check_length
 from osiris.disconnects import cancel_on_disconnect
 from osiris.endpoint import endpoint
+from osiris.middleware.access import Author
 from osiris.response_headers import GENERATION, generation_headers, stored_header
 from osiris.schemas.errors import ProposalBadInput, ProposalErrorBody
 from osiris.schemas.generation import (
@@ -124,7 +125,7 @@ async def _propose(body: PromptRequest, request: Request, sidecar: Sidecar) -> J
     response_description="The proposal and its assessment",
 )
 async def propose_trade_adjustments(
-    body: ProposalRequest, request: Request, sidecar: CurrentSidecar
+    body: ProposalRequest, request: Request, sidecar: CurrentSidecar, author: Author
 ) -> JSONResponse:
     """A trade proposal with Hermes' critique, stored and published on the event bus.
 
@@ -134,7 +135,7 @@ async def propose_trade_adjustments(
     `X-Stored: false` means that a row could not be stored.
     """
     check_length(sidecar, body)
-    running = sidecar.orchestrator.propose(body.prompt, body.max_length)
+    running = sidecar.orchestrator.propose(body.prompt, body.max_length, author)
     result = await cancel_on_disconnect(request, result_of(running, AssessedProposal))
     return JSONResponse(
         {

@@ -29,6 +29,7 @@ from tests.unit.services.samples import (
     CRITIQUE,
     PROMPT,
     PROPOSAL,
+    SEED,
     UNGROUNDED,
     WRITTEN,
     fake_sidecar,
@@ -51,7 +52,7 @@ async def test_phi3_is_asked_with_the_examples_oldest_first() -> None:
     assert [turn["content"] for turn in messages[1:]] == [
         *("older", '{"ticker":"A"}', "newer", '{"ticker":"B"}', PROMPT)
     ]
-    assert made.phi3.requests == [GenerationRequest(messages, 300, proposals.GUIDANCE, 0.4)]
+    assert made.phi3.requests == [GenerationRequest(messages, 300, proposals.GUIDANCE, 0.4, SEED)]
 
 
 async def test_hermes_is_asked_for_a_critique_and_then_for_a_score() -> None:
@@ -60,7 +61,7 @@ async def test_hermes_is_asked_for_a_critique_and_then_for_a_score() -> None:
     critique = hermes_plugin.build_messages(hermes_plugin.CRITIQUE_TASK, PROPOSAL, PROMPT)
     score = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, PROPOSAL, PROMPT)
     assert made.hermes.requests == [
-        GenerationRequest(critique, 300, None, 0.6),
+        GenerationRequest(critique, 300, None, 0.6, SEED),
         (score, hermes_plugin.SCORE_ANSWERS),
     ]
 

@@ -7,25 +7,30 @@ from typing import Any
 
 import pytest
 
+from llm_sidecar import proposals
 from llm_sidecar.db import HermesScoreSchema, OrchestratorRunSchema, ProposalSchema
-from llm_sidecar.models.base import Completion
+from llm_sidecar.models.base import Completion, GenerationRequest
+from llm_sidecar.models.fake import IDENTITY
 from llm_sidecar.proposals import Proposed
 from llm_sidecar.services.proposal_run import ProposalRun
 from llm_sidecar.services.rows import Row
 
 PROPOSAL = {"ticker": "ABC", "action": "pass", "confidence": 0.5, "rationale": "Nothing to do."}
 
+PROPOSE = GenerationRequest(proposals.build_messages("Long ABC."), 256, proposals.GUIDANCE, 0.5, 7)
+CRITICISE = GenerationRequest([{"role": "user", "content": "Criticise."}], 200)
+
 
 def completion(text: str, model: str) -> Completion:
-    return Completion(text, model, "20260102", "stop", 10, 5)
+    return Completion(text, model, "20260102", "stop", 10, 5, identity=IDENTITY)
 
 
 def run_until(*steps: str) -> ProposalRun:
-    run = ProposalRun("Long ABC.")
+    run = ProposalRun("Long ABC.", "desk")
     if "proposal" in steps:
-        run.proposed(Proposed(PROPOSAL, completion("{}", "phi3/x"), ("ticker",)))
+        run.proposed(Proposed(PROPOSAL, completion("{}", "phi3/x"), ("ticker",), PROPOSE, ("f1",)))
     if "assessment" in steps:
-        run.assessed(completion("Too tight.", "hermes/x"))
+        run.assessed(completion("Too tight.", "hermes/x"), CRITICISE)
     if "score" in steps:
         run.scored(0.7)
     return run
