@@ -97,11 +97,6 @@ class Relay:
         self._idle = True
 
     @property
-    def idle(self) -> bool:
-        """Whether no event waits, or another process sends them."""
-        return self._idle and not self._outbox.filled.is_set()
-
-    @property
     def oldest_seconds(self) -> float:
         """The age of the oldest event that waits, as of the last look; 0 if none waits."""
         if self._oldest is None:

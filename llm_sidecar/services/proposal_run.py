@@ -11,9 +11,10 @@ from typing import Any, Final, Self
 
 from llm_sidecar import timestamps
 from llm_sidecar.db import HermesScoreSchema, Latencies, OrchestratorRunSchema, ProposalSchema
-from llm_sidecar.models.base import Completion
+from llm_sidecar.models.base import Completion, GenerationRequest
 from llm_sidecar.proposals import Proposed
 from llm_sidecar.services.events import ProposalAssessed, ProposalCreated
+from llm_sidecar.services.provenance import Provenance
 from llm_sidecar.services.rows import Row
 from llm_sidecar.services.score import Rating
 
@@ -50,42 +51,53 @@ class ProposalRun:
 
     Attributes:
         prompt: the market context.
+        api_key: the name of the key that the request came with.
         transaction_id: identifies the run in rows, events and answers.
         made: Phi-3's valid proposal.
         assessment: Hermes' critique.
         rating: Hermes' score.
+        provenance: what made proposal and critique.
     """
 
     prompt: str
+    api_key: str | None = None
     transaction_id: uuid.UUID = field(default_factory=uuid.uuid4)
     made: Proposed | None = None
     assessment: Completion | None = None
     rating: Rating | None = None
+    provenance: Provenance | None = None
     _seconds: dict[str, float] = field(default_factory=dict)
     _last: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def resumed(cls, prompt: str, state: Mapping[str, Any]) -> Self:
+    def resumed(cls, prompt: str, state: Mapping[str, Any], api_key: str | None = None) -> Self:
         """The run that an earlier attempt has begun, from its `state`."""
         made, assessment, rating = state["made"], state["assessment"], state["rating"]
         return cls(
             prompt,
+            api_key,
             uuid.UUID(state["transaction_id"]),
             Proposed(made["proposal"], Completion(**made["completion"]), tuple(made["ungrounded"])),
             None if assessment is None else Completion(**assessment),
             None if rating is None else Rating(**rating),
+            Provenance.model_validate(state["provenance"]),
             state["seconds"],
         )
 
     def state(self) -> dict[str, Any]:
         """What `resumed` needs, as JSON types, once there is a proposal."""
         assert self.made is not None
-        made = self.made._asdict() | {"completion": asdict(self.made.completion)}
+        assert self.provenance is not None
         return {
             "transaction_id": str(self.transaction_id),
-            "made": made,
-            "assessment": None if self.assessment is None else asdict(self.assessment),
+            "made": {
+                "proposal": self.made.proposal,
+                "completion": _kept(self.made.completion),
+                "ungrounded": self.made.ungrounded,
+            },
+            "assessment": None if self.assessment is None else _kept(self.assessment),
             "rating": None if self.rating is None else self.rating._asdict(),
+            "provenance": self.provenance.model_dump(mode="json"),
             "seconds": self._seconds,
         }
 
@@ -97,11 +109,14 @@ class ProposalRun:
     def proposed(self, made: Proposed) -> None:
         """Records Phi-3's proposal."""
         self.made = made
+        self.provenance = Provenance.of(made, self.api_key)
         self._lap("proposal")
 
-    def assessed(self, assessment: Completion) -> None:
-        """Records Hermes' critique."""
+    def assessed(self, assessment: Completion, request: GenerationRequest) -> None:
+        """Records Hermes' critique, and the request that it answers."""
+        assert self.provenance is not None
         self.assessment = assessment
+        self.provenance = self.provenance.with_critique(request, assessment)
         self._lap("assessment")
 
     def rated(self, rating: Rating) -> None:
@@ -197,6 +212,7 @@ class ProposalRun:
             adapter=made.completion.adapter,
             latencies=Latencies(**self._seconds),
             grounded=made.grounded,
+            provenance=None if self.provenance is None else self.provenance.model_dump(),
         )
 
     def _assessment_text(self) -> str | None:
@@ -207,3 +223,10 @@ class ProposalRun:
         now = time.monotonic()
         self._seconds[name] = now - self._last
         self._last = now
+
+
+def _kept(completion: Completion) -> dict[str, Any]:
+    """The fields of a completion without its identity, which is in the provenance."""
+    fields = asdict(completion)
+    del fields["identity"]
+    return fields
