@@ -188,6 +188,9 @@ class Mover:
                 await self._set_away(error)
                 if self._end.is_set():
                     return
+                if isinstance(error, JournalUnavailable):
+                    # The journal tries again by itself.
+                    delay = _BACKOFF_FIRST
                 await _wait(delay, self._end)
                 delay = min(_BACKOFF_MOST, 2 * delay)
             else:

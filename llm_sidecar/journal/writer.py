@@ -52,7 +52,8 @@ Work = Callable[[sqlite3.Connection], T]
 
 
 class Snapshot(NamedTuple):
-    """What is in the journal: numbers, bytes, and the times of the oldest by its clock."""
+    """What is in the journal: numbers, bytes, and the times of the oldest, but drafts, by its
+    clock."""
 
     rows: int = 0
     row_bytes: int = 0
@@ -115,6 +116,7 @@ class JournalWriter:
         self._end = False
         self._ended = asyncio.Event()
         self._ticks = 0
+        self._next_tick = 0.0
 
     @property
     def failure(self) -> str | None:
@@ -214,7 +216,11 @@ class JournalWriter:
             if is_last:
                 break
             self._began = time.monotonic()
-            self._commit(group)
+            if self._began >= self._next_tick:
+                self._next_tick = self._began + TICK_SECONDS
+                self._commit([], self._chores())
+            if group:
+                self._commit(group)
             self._began = None
             self._tell(partial(self._resolve, group))
         try:
@@ -230,7 +236,7 @@ class JournalWriter:
             self._loop.call_soon_threadsafe(work)
 
     def _chores(self) -> list[Work[None]]:
-        """What is due after a second without work."""
+        """What is due every second."""
         chores: list[Work[None]] = []
         self._ticks += 1
         if self._ticks % _MAINTAIN_TICKS == 0 and self.is_open:
@@ -252,8 +258,7 @@ class JournalWriter:
         self.events_dropped += events
         self.requests_dropped += requests
 
-    def _commit(self, group: Sequence[_Unit[Any]]) -> None:
-        chores = [] if group else self._chores()
+    def _commit(self, group: Sequence[_Unit[Any]], chores: Sequence[Work[None]] = ()) -> None:
         try:
             for _ in range(_ATTEMPTS):
                 if self._attempt(group, chores):
@@ -263,16 +268,14 @@ class JournalWriter:
                 raise OSError("its files are removed again and again")
         except Exception as error:  # noqa: BLE001 every caller gets it, and the thread goes on
             self._fail(group, error)
-        else:
-            if group or chores or not self.is_open:
-                self._failure = None
-            self.is_open = True
 
     def _attempt(self, group: Sequence[_Unit[Any]], chores: Sequence[Work[None]]) -> bool:
         """Commits; returns False if the files have to be opened anew, so that nothing counts."""
         with self.file.turn() as db:
             try:
+                before = db.total_changes
                 snapshot = _transaction(db, group, chores)
+                has_written = db.total_changes > before
             except sqlite3.Error as error:
                 if is_damage(error):
                     return False
@@ -280,6 +283,9 @@ class JournalWriter:
         if not self.file.is_current():
             return False
         self.snapshot = snapshot
+        if has_written or not self.is_open:
+            self._failure = None
+        self.is_open = True
         return True
 
     def _fail(self, group: Sequence[_Unit[Any]], error: Exception) -> None:
@@ -292,6 +298,10 @@ class JournalWriter:
         )
         for unit in group:
             unit.error = failure
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
+            # After a failed sync the state of a file is unknown, so it is opened and checked again.
+            with contextlib.suppress(sqlite3.Error, OSError):
+                self.file.close()
 
 
 class _UnitFailed(Exception):
@@ -366,7 +376,7 @@ def _snapshot(db: sqlite3.Connection) -> Snapshot:
         "SELECT number, bytes FROM totals ORDER BY name"
     ).fetchall()
     (oldest_row, oldest_event, newest_event) = db.execute(
-        "SELECT (SELECT time FROM rows ORDER BY id LIMIT 1), "
+        "SELECT (SELECT time FROM rows WHERE draft IS NULL ORDER BY id LIMIT 1), "
         "(SELECT time FROM events ORDER BY id LIMIT 1), coalesce((SELECT max(id) FROM events), 0)"
     ).fetchone()
     return Snapshot._make(
