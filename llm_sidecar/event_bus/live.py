@@ -17,9 +17,8 @@ from llm_sidecar.event_bus.denied import Denied
 from llm_sidecar.event_bus.redis_errors import is_denial, reason
 from llm_sidecar.event_bus.subscriber import Subscriber
 
-LIVE_ONLY: Final = ("audio.bytes", "tts.")
-"""Prefixes of the channels whose messages are useless later: speech, and the messages of its
-workers."""
+LIVE_ONLY: Final = frozenset(("audio.bytes",))
+"""The channels whose messages are useless later."""
 LIVE_MESSAGES: Final = 1_000
 LIVE_CHARACTERS: Final = 32 << 20
 """Maximum number of messages that wait for the round trip before them, and of their characters in

@@ -66,7 +66,7 @@ class Publisher:
 
     def publish(self, event_type: str, payload: str) -> bool:
         """Takes a message; returns whether it is sent now, as Redis is connected."""
-        if event_type.startswith(LIVE_ONLY):
+        if event_type in LIVE_ONLY:
             return self._live.publish(event_type, payload)
         self.send(CloudEvent(type=event_type, data=payload, source=SOURCE, dataschema=SCHEMAS))
         return self._subscriber.connected

@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from llm_sidecar import command_line
 from llm_sidecar.errors import SettingsError
-from llm_sidecar.event_bus.redis_url import MEMORY, make_client
+from llm_sidecar.event_bus.redis_url import MEMORY, close_client, make_client
 from llm_sidecar.logs import log_to_stderr
 from llm_sidecar.settings import Settings
 from llm_sidecar.tts.chatterbox import ChatterboxVoice
@@ -72,7 +72,7 @@ async def _serve(client: Redis, voice: ChatterboxVoice) -> None:
     async with contextlib.AsyncExitStack() as stack:
         # Closed in reverse order: the worker before the client and the voice that it uses.
         stack.push_async_callback(voice.close)
-        stack.push_async_callback(client.aclose)
+        stack.push_async_callback(close_client, client)
         if not await _loaded(voice, stop):
             return
         worker = SpeechWorker(client, voice)

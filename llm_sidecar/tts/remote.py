@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError, RedisError
 
 from llm_sidecar.errors import DeadlineExceeded, QueueFull, VoiceUnavailable, one_line
+from llm_sidecar.event_bus.redis_url import close_client
 from llm_sidecar.event_bus.subscriber import cancel
 from llm_sidecar.logs import start_detached
 from llm_sidecar.tts.answers import RETRY_AFTER, Answers, WrongAnswer
@@ -89,7 +90,7 @@ class RemoteVoice:
         """Stops; a text that is being spoken fails."""
         if self._looking is not None:
             await cancel(self._looking, patience=CANCEL_TIMEOUT)
-        await self._client.aclose()
+        await close_client(self._client)
 
     @property
     def unavailable(self) -> str | None:
