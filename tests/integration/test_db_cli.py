@@ -491,6 +491,7 @@ def test_jsonl_decodes_objects_and_keeps_text(
         "adapter": None,
         "latencies": {"proposal": 0.25, "assessment": 0.5, "score": None},
         "grounded": "ticker,rationale",
+        "provenance": {"ticker": "ABC"},
     }
     rows = map(json.loads, lines_of(capsys, "query-runs", "--table", FEEDBACK))
     assert [row["feedback_content"] for row in rows] == [{"a": [1.0, None]}, 'a, "b"\nc']
@@ -503,10 +504,10 @@ def test_csv_has_a_header_quotes_and_no_formula(capsys: pytest.CaptureFixture[st
     latencies = '{""proposal"":0.25,""assessment"":0.5,""score"":null}'
     assert capsys.readouterr().out == (
         "transaction_id,timestamp,prompt,proposal,assessment,score,model,adapter,latencies,"
-        "grounded\r\n"
+        "grounded,provenance\r\n"
         f'r-1,2026-01-02T03:04:05.678901+00:00,\'=1+1,"{proposal}",'
         '"{""looks"": ""like JSON""}",0.5,phi3,,'
-        f'"{latencies}","ticker,rationale"\r\n'
+        f'"{latencies}","ticker,rationale","{{""ticker"":""ABC""}}"\r\n'
     )
     assert cli_main(["query-runs", "--table", SCORES, "--format", "csv"]) == 0
     assert capsys.readouterr() == (

@@ -11,11 +11,12 @@ import yaml
 
 from llm_sidecar.db import Phi3FeedbackSchema
 from llm_sidecar.models.base import ChoiceScores
+from llm_sidecar.services.events import ADAPTER_SWAPPED, PAYLOADS
 from llm_sidecar.services.proposal_run import AssessedProposal
 from llm_sidecar.settings import Settings
 from osiris.server import create_app
 from tests.docs_pages import PAGES, anchors
-from tests.docs_tables import COMMAND, DOCS, GENERATED, PAYLOADS, current
+from tests.docs_tables import COMMAND, DOCS, EVENTS, GENERATED, current
 from tests.live_server import ROOT
 from tests.unit.fakes import FakeSidecar, completion, last_of
 
