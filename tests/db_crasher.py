@@ -48,6 +48,8 @@ from llm_sidecar.journal import writer
 from tests import power_loss
 
 _CALLERS = 16
+_WAITING = 0.7
+"""How many processes begin to commit when LanceDB is open, so that a kill interrupts moves."""
 
 
 @dataclass(slots=True)
@@ -126,8 +128,11 @@ async def send(store: Store, say: Callable[[str], None]) -> None:
 
 async def write(folder: Path, name: str, pipe: int, seconds: float) -> None:
     """Commits with several callers, and says what is acknowledged and sent."""
+    rng = random.Random(name)
     store = Store(folder)
     store.start()
+    if rng.random() < _WAITING:
+        await store.opened()
     end = time.monotonic() + seconds
 
     def say(line: str) -> None:
@@ -253,7 +258,7 @@ def kills(folder: Path, rounds: int, rng: random.Random) -> None:
     """Kills a writer in each round; checks the database after every tenth and after the last."""
     heard = Heard()
     for number in range(1, rounds + 1):
-        write_and_kill(folder, f"r{number}", rng.uniform(0.0, 0.4), heard)
+        write_and_kill(folder, f"r{number}", rng.uniform(0.0, 0.6), heard)
         if number % 10 == 0 or number == rounds:
             assert succeeded(forked(partial(run_check, folder, heard)))
     say(kills=rounds, rows=len(heard.acknowledged))
@@ -265,7 +270,7 @@ def power_losses(folder: Path, rounds: int, rng: random.Random) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(rounds):
         undo, before = folder.with_name("undo"), set(folder.resolve().rglob("*"))
-        write_and_kill(folder, f"r{number}", rng.uniform(0.0, 0.4), heard, undo)
+        write_and_kill(folder, f"r{number}", rng.uniform(0.0, 0.6), heard, undo)
         undone += power_loss.lose_power(folder, undo, rng, before)
         assert succeeded(forked(partial(run_check, folder, heard)))
     say(losses=rounds, rows=len(heard.acknowledged), undone=undone)

@@ -85,7 +85,13 @@ def arrow(table: str, rows: Sequence[Mapping[str, Any]]) -> Any:
     """Rows as an Arrow table with the schema of their table."""
     import pyarrow as pa
 
-    return pa.Table.from_pylist([dict(row) for row in rows], schema=arrow_schemas()[table])
+    schema = arrow_schemas()[table]
+    found = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    for field in schema:
+        # pyarrow does not check this.
+        if not field.nullable and found[field.name].null_count:
+            raise ValueError(f"{field.name} is null")
+    return found
 
 
 def _is_arrow(table: str, row: Mapping[str, Any]) -> bool:

@@ -188,6 +188,9 @@ class Mover:
                 await self._set_away(error)
                 if self._end.is_set():
                     return
+                if isinstance(error, JournalUnavailable):
+                    # The journal tries again by itself.
+                    delay = _BACKOFF_FIRST
                 await _wait(delay, self._end)
                 delay = min(_BACKOFF_MOST, 2 * delay)
             else:
@@ -247,7 +250,7 @@ class Mover:
         """Moves all rows that are committed by now, but drafts."""
         self._begun += 1
         this = self._begun
-        until = await self._journal.last_movable()
+        until = await self._journal.last_movable() if self._journal.rows_waiting else None
         while until is not None:
             async with held(self._location.log_folder / MOVING) as mine:
                 if mine:
@@ -286,6 +289,7 @@ class Mover:
             log.error("%s", self.reason)
             await asyncio.wait([self._in_flight])
         self._in_flight.result()
+        self.state, self.reason = "open", None
 
     def _set_aside(self, entries: list[Entry]) -> None:
         """Keeps rows that cannot be read, so that they block no others."""

@@ -126,7 +126,9 @@ class JournalFile:
         if db is not None:
             with locked(self.folder / _LOCK):
                 db.close()
+        if self._turn >= 0:
             os.close(self._turn)
+            self._turn = -1
 
     def _connect(self) -> sqlite3.Connection | None:
         """A connection; None if the file is no database."""
