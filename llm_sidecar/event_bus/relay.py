@@ -88,17 +88,12 @@ class Relay:
         self._maxlen = maxlen
         self._most = 1
         self._delay = FIRST_DELAY
+        self._idle = True
         self._behind = False
         self._told = False
         self._oldest: str | None = None
         # The record of a transaction that failed, if not as a whole.
         self._void: str | None = None
-        self._idle = True
-
-    @property
-    def idle(self) -> bool:
-        """Whether no event waits, or another process sends them."""
-        return self._idle and not self._outbox.filled.is_set()
 
     @property
     def oldest_seconds(self) -> float:
@@ -107,6 +102,11 @@ class Relay:
             return 0.0
         age = timestamps.now() - datetime.datetime.fromisoformat(self._oldest)
         return max(0.0, age.total_seconds())
+
+    @property
+    def idle(self) -> bool:
+        """Whether no event waits, or another process sends what waits."""
+        return self._idle and not self._outbox.filled.is_set()
 
     async def run(self) -> None:
         """Sends events as they come, until cancelled."""
@@ -225,7 +225,7 @@ class Relay:
     def _fill(self, pipe: Pipeline, batch: Sequence[Queued]) -> list[tuple[int, str]]:
         """Adds the commands to the transaction; returns what each is: the index of its event, and
         the operation."""
-        pipe.multi()
+        pipe.multi()  # type: ignore[no-untyped-call]
         operations: list[tuple[int, str]] = []
         for index, (_, event) in enumerate(batch):
             if self._denied.permits(operation := f"XADD {self._stream}"):
