@@ -8,6 +8,7 @@ import logging
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.db import Store
 from llm_sidecar.event_bus import EventBus
+from llm_sidecar.event_bus.redis_url import MEMORY, make_client
 from llm_sidecar.logs import start_detached
 from llm_sidecar.models import files
 from llm_sidecar.models.adapter_state import AdapterState
@@ -82,7 +83,7 @@ class Sidecar:
         self._build_services(settings, metrics)
 
     def _build_speech(self, settings: Settings) -> None:
-        self._remote_voice = None if settings.speech.voice == "espeak" else RemoteVoice(self._bus)
+        self._remote_voice = _remote_voice(settings)
         self.speaker = Speaker(
             self._bus,
             voice=settings.speech.voice,
@@ -197,3 +198,12 @@ class Sidecar:
     async def _prefill_phi3(self) -> None:
         temperature = self.settings.models.phi3_temperature
         await self.models.phi3.prefill(proposals.prefix(self.few_shot.examples, temperature))
+
+
+def _remote_voice(settings: Settings) -> RemoteVoice | None:
+    """The voice of speech workers, if it is wanted and a worker could be on the same Redis."""
+    url = settings.events.url.get_secret_value()
+    if settings.speech.voice == "espeak" or url.startswith(MEMORY):
+        return None
+    # Time remains for the embedded voice if no part comes.
+    return RemoteVoice(make_client(url), part_timeout=settings.speech.timeout / 2)

@@ -34,6 +34,7 @@ NOT_RUN: Final = {
     # the first line of the block: why it is not run
     "make serve   # sets up .venv, then serves http://127.0.0.1:8000": "a server that stays",
     "make serve": "a server that stays",
+    "make .env": "writes a password into the checkout",
     "ENABLE_METRICS=true LOG_FORMAT=text make serve": "a server that stays",
     "python -m osiris --host 127.0.0.1 --port 8000": "a server that stays",
     "SIDECAR_DEMO=true REDIS_URL=memory:// LANCEDB_URI=.data/lancedb \\": "a server that stays",

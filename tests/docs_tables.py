@@ -4,7 +4,7 @@
 
 writes each table between its markers in `docs/`: `<!-- generated: NAME -->` and
 `<!-- end of NAME -->`. `tests/integration/test_docs_tables.py` fails while a table differs from the
-code.
+code. It also writes `docs/asyncapi.yaml`, see `tests.asyncapi`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.tts.voice import AUDIO_BYTES
 from osiris.middleware.metrics import sidecar_metrics
+from tests import asyncapi
 
 DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
 COMMAND: Final = ".venv/bin/python -m tests.docs_tables"
@@ -247,6 +248,7 @@ def _arrow_type(kind: object) -> str:
 
 
 if __name__ == "__main__":
+    (DOCS / "asyncapi.yaml").write_text(asyncapi.text())
     for generated, (its_page, _) in GENERATED.items():
         try:
             (DOCS / its_page).write_text(current(generated))

@@ -91,6 +91,7 @@ class Health:
             "speech": {
                 **self._speaker.status(),
                 "workers": [] if self._remote_voice is None else self._remote_voice.workers(),
+                "queued": 0 if self._remote_voice is None else self._remote_voice.queued,
                 "listeners": self._listeners.count,
                 "lost": self._listeners.lost,
             },

@@ -181,13 +181,6 @@ class HealthCollector(Collector):
         yield from _speech(health["speech"])
 
 
-def _event_bus(status: Health) -> Iterator[Metric]:
-    numbers = {"denied": len(status["denied"]), "failing": int(status["failing"] is not None)}
-    yield from _plain("sidecar_event_bus", _EVENT_BUS, {**status, **numbers})
-    if status["inbox"] is not None:
-        yield from _plain("sidecar_event_bus_inbox", _INBOX, status["inbox"])
-
-
 def _models(models: Mapping[str, Health]) -> Iterator[Metric]:
     by_model = ["model"]
     running = GaugeMetricFamily(
@@ -263,6 +256,11 @@ def _scores(health: Health) -> Iterator[Metric]:
 def _event_bus(status: Health) -> Iterator[Metric]:
     yield from _plain("sidecar_event_bus", _EVENT_BUS, status)
     yield from _plain("sidecar_event_bus", _INBOX, status["inbox"] or _NO_INBOX)
+    yield GaugeMetricFamily(
+        "sidecar_event_bus_failing",
+        "1 while Redis is connected and takes no events, else 0.",
+        status["failing"] is not None,
+    )
     yield GaugeMetricFamily(
         "sidecar_event_bus_denied",
         "Operations that the access rules of Redis deny to the sidecar.",

@@ -6,7 +6,8 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Final
 
-from fastapi import APIRouter, Depends, Header, Path, Query, Request
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi.responses import JSONResponse
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -16,8 +17,10 @@ from llm_sidecar.input_model import QueryInteger, Text
 from llm_sidecar.services import dead_letters
 from llm_sidecar.services.event_feed import Feed
 from llm_sidecar.services.events import PAYLOADS
+from llm_sidecar.services.idempotency import Attempt
 from osiris.dependencies import CurrentSidecar
 from osiris.endpoint import endpoint
+from osiris.idempotency import REPLAYED, IdempotencyKey, answered_once
 from osiris.schemas.events import DeadLetterItem, DeadLetterPage, Requeued
 
 router = APIRouter(tags=["events"])
@@ -171,6 +174,9 @@ async def list_dead_letters(
     404,
     422,
     503,
+    504,
+    headers=(REPLAYED,),
+    response_model=Requeued,
     response_description="The entry is in the inbox again",
 )
 async def requeue_dead_letter(
@@ -178,11 +184,19 @@ async def requeue_dead_letter(
         Text,
         Path(alias="id", description="the `id` of the dead letter", examples=["1769853600123-0"]),
     ],
+    request: Request,
     sidecar: CurrentSidecar,
-) -> Requeued:
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
     """Puts a dead letter back into the inbox as a new entry, which a sidecar then tries to store.
 
     What is stored already is not stored twice.
     """
-    entry = await dead_letters.requeue(sidecar.dead_letters, letter_id)
-    return Requeued(message="The entry is in the inbox again.", id=letter_id, entry=entry)
+
+    # Without a key, a retry finds no dead letter any more.
+    async def answer(_: Attempt) -> Response:
+        entry = await dead_letters.requeue(sidecar.dead_letters, letter_id)
+        requeued = Requeued(message="The entry is in the inbox again.", id=letter_id, entry=entry)
+        return JSONResponse(requeued.model_dump())
+
+    return await answered_once(request, idempotency_key, sidecar.idempotency, answer)

@@ -78,7 +78,7 @@ _DATABASE: Final[dict[str, Any]] = {
     "compaction_failures": 0,
     "repairs": [],
 }
-_WORKER: Final[dict[str, Any]] = {"worker_id": "gpu-1", "voice": "chatterbox", "waiting": 0}
+_WORKER: Final[dict[str, Any]] = {"worker_id": "gpu-1-8c2f61d0", "seconds_ago": 0.8}
 _SPEECH: Final[dict[str, Any]] = {
     "state": "ready",
     "reason": None,
@@ -86,6 +86,7 @@ _SPEECH: Final[dict[str, Any]] = {
     "waiting": 0,
     "spoken": 17,
     "workers": [_WORKER],
+    "queued": 0,
     "listeners": 1,
     "lost": 0,
 }
@@ -165,10 +166,7 @@ class InboxHealth(BaseModel):
 class EventBusHealth(BaseModel):
     """The connection to Redis; counts are since the server started."""
 
-    connected: bool = Field(
-        description="whether Redis can be reached now; what it denies is in `denied`",
-        examples=[True],
-    )
+    connected: bool = Field(description="whether Redis can be reached now", examples=[True])
     url: str = Field(
         description="`REDIS_URL`, without its password", examples=["redis://localhost:6379/0"]
     )
@@ -187,8 +185,8 @@ class EventBusHealth(BaseModel):
         description="age of the oldest event that waits for Redis; 0 without", examples=[0.0]
     )
     failing: str | None = Field(
-        description="why Redis does not take the oldest event now; null if it does",
-        examples=["OOM command not allowed"],
+        description="why Redis takes no events although it is connected; null if it takes them",
+        examples=["You can't write against a read only replica."],
     )
     handler_errors: int = Field(description="messages whose handler raised an error", examples=[0])
     refused: int = Field(
@@ -289,9 +287,8 @@ class DatabaseHealth(BaseModel):
 class VoiceWorker(BaseModel):
     """A worker that speaks for this sidecar."""
 
-    worker_id: str = Field(description="its name", examples=["gpu-1"])
-    voice: str = Field(description="its voice", examples=["chatterbox"])
-    waiting: int = Field(description="texts that wait for it", examples=[0])
+    worker_id: str = Field(description="its name", examples=["gpu-1-8c2f61d0"])
+    seconds_ago: float = Field(description="since its last sign of life", examples=[0.8])
 
 
 class SpeechHealth(BaseModel):
@@ -312,7 +309,10 @@ class SpeechHealth(BaseModel):
     waiting: int = Field(description="texts that are being spoken or wait now", examples=[0])
     spoken: int = Field(description="texts that were spoken", examples=[17])
     workers: list[VoiceWorker] = Field(
-        description="the speech workers on the event bus", examples=[[_WORKER]]
+        description="the Chatterbox workers on the same Redis", examples=[[_WORKER]]
+    )
+    queued: int = Field(
+        description="texts of all sidecars that the workers have not finished", examples=[0]
     )
     listeners: int = Field(description="clients that listen to `/stream/audio` now", examples=[1])
     lost: int = Field(

@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 import yaml
 from redis import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, OutOfMemoryError
+from redis.retry import Retry
 
 from llm_sidecar.settings import DEFAULT_HERMES, DEFAULT_PHI3, Settings
 from tests.live_server import ROOT
@@ -357,7 +359,8 @@ def test_the_password_of_make_env_is_that_of_redis_and_of_the_services(
         inside = url.replace("redis:6379", f"127.0.0.1:{redis.port}")
         with Redis.from_url(inside) as client:
             assert client.ping()
-        with Redis(port=redis.port) as stranger, pytest.raises(AuthenticationError):
+        once = Retry(NoBackoff(), 0)
+        with Redis(port=redis.port, retry=once) as stranger, pytest.raises(AuthenticationError):
             stranger.ping()
         assert healthcheck(config, redis) == 0
         assert healthcheck(config, redis, REDISCLI_AUTH="wrong") != 0

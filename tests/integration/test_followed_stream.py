@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
 
 import pytest
-from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError
 
@@ -19,14 +19,19 @@ NAME = "osiris.events"
 
 
 @pytest.fixture(params=["redis", "memory"])
-async def client(request: pytest.FixtureRequest) -> AsyncIterator[Redis]:
+async def client(request: pytest.FixtureRequest) -> AsyncIterator[Any]:
     url = "memory://" if request.param == "memory" else request.getfixturevalue("redis_url")
     async with make_client(url) as made:
         await made.flushall()
         yield made
 
 
-async def add(client: Redis, *values: str) -> list[EntryId]:
+@pytest.fixture
+def stream(client: Any, request: pytest.FixtureRequest) -> FollowedStream:
+    return FollowedStream(client, NAME, polls="memory" in request.node.name)
+
+
+async def add(client: Any, *values: str) -> list[EntryId]:
     return [EntryId.parse(await client.xadd(NAME, {"data": value})) for value in values]
 
 
@@ -42,9 +47,9 @@ async def following(
 
 
 async def test_the_end_of_a_stream_is_its_newest_id_even_if_that_was_removed(
-    client: Redis,
+    client: Any,
+    stream: FollowedStream,
 ) -> None:
-    stream = FollowedStream(client, NAME)
     assert await stream.end() == BEGINNING
     *_, last = await add(client, "a", "b")
     assert await stream.end() == last
@@ -53,24 +58,24 @@ async def test_the_end_of_a_stream_is_its_newest_id_even_if_that_was_removed(
 
 
 async def test_readers_get_every_entry_after_their_place_and_then_new_ones(
-    client: Redis, monkeypatch: pytest.MonkeyPatch
+    client: Any, stream: FollowedStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "PAGE", 2)
-    stream = FollowedStream(client, NAME)
     first, *_ = await add(client, *"abcdef")
     old, new = stream.follow(first), stream.follow(await stream.end())
     assert [(await anext(old)).fields["data"] for _ in range(5)] == [*"bcdef"]  # type: ignore[union-attr]
-    waiting = asyncio.gather(anext(old), anext(new))
+    waiting = [asyncio.ensure_future(anext(feed)) for feed in (old, new)]
     await asyncio.sleep(0)
     (added,) = await add(client, "g")
     async with asyncio.timeout(1):
-        assert await waiting == [Entry(added, {"data": "g"})] * 2
+        assert [await item for item in waiting] == [Entry(added, {"data": "g"})] * 2
     await old.aclose()
     await new.aclose()
 
 
-async def test_a_reader_whose_entries_were_removed_gets_a_gap(client: Redis) -> None:
-    stream = FollowedStream(client, NAME)
+async def test_a_reader_whose_entries_were_removed_gets_a_gap(
+    client: Any, stream: FollowedStream
+) -> None:
     ids = await add(client, *"abcd")
     await client.xtrim(NAME, 2, approximate=False)
     feed = stream.follow(ids[0])
@@ -84,9 +89,9 @@ async def test_a_reader_whose_entries_were_removed_gets_a_gap(client: Redis) -> 
 
 
 async def test_a_reader_of_another_stream_gets_a_gap_and_what_is_added_from_then_on(
-    client: Redis,
+    client: Any,
+    stream: FollowedStream,
 ) -> None:
-    stream = FollowedStream(client, NAME)
     *_, last = await add(client, *"ab")
     elsewhere = EntryId(last.milliseconds + 1_000_000, 0)
     feed = stream.follow(elsewhere)
@@ -96,8 +101,9 @@ async def test_a_reader_of_another_stream_gets_a_gap_and_what_is_added_from_then
     await feed.aclose()
 
 
-async def test_stopping_ends_readers_that_wait_and_later_ones(client: Redis) -> None:
-    stream = FollowedStream(client, NAME)
+async def test_stopping_ends_readers_that_wait_and_later_ones(
+    client: Any, stream: FollowedStream
+) -> None:
     _, first = await following(stream, BEGINNING)
     stream.stop_following()
     async with asyncio.timeout(1):
@@ -106,8 +112,7 @@ async def test_stopping_ends_readers_that_wait_and_later_ones(client: Redis) -> 
     assert [item async for item in stream.follow(BEGINNING)] == []
 
 
-async def test_the_watcher_ends_with_the_last_reader(client: Redis) -> None:
-    stream = FollowedStream(client, NAME)
+async def test_the_watcher_ends_with_the_last_reader(client: Any, stream: FollowedStream) -> None:
     (feed, first), (other, second) = [await following(stream, BEGINNING) for _ in range(2)]
     watching = stream._watching
     assert watching is not None
@@ -152,7 +157,8 @@ async def test_a_reader_goes_on_after_an_outage_without_loss(
 
 async def test_a_denied_stream_ends_its_readers(redis_url: str) -> None:
     require_redis()
-    async with make_client(redis_url) as admin:
+    admin: Any = make_client(redis_url)
+    async with admin:
         await admin.execute_command("ACL", "SETUSER", "blind", "on", "nopass", "+@all", "~other")
         url = redis_url.replace("//", "//blind:any@")
         async with make_client(url) as client:

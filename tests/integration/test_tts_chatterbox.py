@@ -22,7 +22,7 @@ from llm_sidecar.tts import wav as wavs
 from llm_sidecar.tts.__main__ import main
 from llm_sidecar.tts.chatterbox import WEIGHTS
 from llm_sidecar.tts.voice import Wav
-from tests.integration.test_tts_remote import Tones
+from tests.tones import Tones
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import httpx
 import pytest
@@ -23,7 +23,7 @@ from osiris.server import create_app
 from tests.in_process import in_process
 from tests.live_server import LiveServer, free_port, serve
 
-STREAM: Final = "osiris.events"
+STREAM, DEAD, INBOX = "osiris.events", "osiris.inbox.dead", "osiris.inbox"
 CREATED, ASSESSED = "phi3.proposal.created", "phi3.proposal.assessed"
 BLIND: Final = ("blind", "on", ">secret-4711", "+@all", "~other", "allchannels")
 """A user of Redis who may do everything but use the stream."""
@@ -33,12 +33,16 @@ BLIND: Final = ("blind", "on", ">secret-4711", "+@all", "~other", "allchannels")
 def streaming(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """A server without models, with few listeners."""
     folder = tmp_path_factory.mktemp("events")
-    with serve(folder, REDIS_URL=redis_url, MAX_EVENT_LISTENERS="2") as running:
+    with (
+        serve(folder, REDIS_URL=redis_url, MAX_EVENT_LISTENERS="2") as running,
+        Redis.from_url(redis_url) as client,
+    ):
+        running.wait_until(lambda: client.exists(INBOX))
         yield running
 
 
 @pytest.fixture
-def redis(redis_url: str) -> Iterator[Redis]:
+def redis(redis_url: str) -> Iterator[Any]:
     """A client of the server's Redis, without any stream."""
     with Redis.from_url(redis_url, decode_responses=True) as client:
         client.delete(STREAM)
@@ -53,7 +57,7 @@ class Event(NamedTuple):
     data: str
 
 
-def add(redis: Redis, data: str, event: str = CREATED) -> str:
+def add(redis: Any, data: str, event: str = CREATED) -> str:
     """Adds an event; returns its id."""
     added: str = redis.xadd(STREAM, {"type": event, "data": data})
     return added
@@ -82,9 +86,7 @@ def parsed(lines: Iterator[str]) -> Iterator[Event]:
             fields = {}
 
 
-def test_every_listener_gets_every_event_as_it_is_added(
-    streaming: LiveServer, redis: Redis
-) -> None:
+def test_every_listener_gets_every_event_as_it_is_added(streaming: LiveServer, redis: Any) -> None:
     add(redis, "before")
     with listener(streaming) as one, listener(streaming) as two:
         first = Event(add(redis, '{"n": 1}'), CREATED, '{"n": 1}')
@@ -93,7 +95,7 @@ def test_every_listener_gets_every_event_as_it_is_added(
         assert next(one) == next(two) == second
 
 
-def test_types_choose_the_events(streaming: LiveServer, redis: Redis) -> None:
+def test_types_choose_the_events(streaming: LiveServer, redis: Any) -> None:
     with listener(streaming, ASSESSED) as one, listener(streaming, f"{CREATED},{ASSESSED}") as two:
         ids = [add(redis, "1"), add(redis, "2", ASSESSED), add(redis, "3", "made.elsewhere")]
         ids.append(add(redis, "4", ASSESSED))
@@ -103,7 +105,7 @@ def test_types_choose_the_events(streaming: LiveServer, redis: Redis) -> None:
 
 
 def test_a_listener_resumes_after_the_last_event_that_it_has(
-    streaming: LiveServer, redis: Redis
+    streaming: LiveServer, redis: Any
 ) -> None:
     ids = [add(redis, str(n)) for n in range(40)]
     with listener(streaming, after=ids[2]) as resumed, listener(streaming, after="0-0") as whole:
@@ -113,7 +115,7 @@ def test_a_listener_resumes_after_the_last_event_that_it_has(
 
 
 def test_a_listener_whose_next_event_is_gone_gets_a_gap_first(
-    streaming: LiveServer, redis: Redis
+    streaming: LiveServer, redis: Any
 ) -> None:
     ids = [add(redis, str(n)) for n in range(4)]
     redis.xtrim(STREAM, 2, approximate=False)
@@ -124,7 +126,7 @@ def test_a_listener_whose_next_event_is_gone_gets_a_gap_first(
 
 
 def test_a_listener_of_another_redis_gets_a_gap_and_new_events(
-    streaming: LiveServer, redis: Redis
+    streaming: LiveServer, redis: Any
 ) -> None:
     last = add(redis, "1")
     with listener(streaming, after="9999999999999-7") as resumed:
@@ -174,7 +176,7 @@ def test_head_opens_no_stream(streaming: LiveServer, path: str) -> None:
         assert response.headers["content-type"].startswith("text/event-stream")
 
 
-def test_a_slow_reader_gets_every_event_in_order(streaming: LiveServer, redis: Redis) -> None:
+def test_a_slow_reader_gets_every_event_in_order(streaming: LiveServer, redis: Any) -> None:
     payload = "x" * 100_000
     with listener(streaming) as slow:
         ids = [add(redis, payload) for _ in range(200)]
@@ -201,7 +203,7 @@ async def test_a_redis_that_is_away_is_503(tmp_path: Path) -> None:
 
 
 async def test_a_stream_that_redis_denies_is_503_and_says_so(
-    redis_url: str, redis: Redis, tmp_path: Path
+    redis_url: str, redis: Any, tmp_path: Path
 ) -> None:
     redis.execute_command("ACL", "SETUSER", *BLIND)
     url = redis_url.replace("//", "//blind:secret-4711@")
@@ -240,7 +242,6 @@ async def test_a_silent_stream_has_comments(
 
 # Dead letters
 
-DEAD, INBOX = "osiris.inbox.dead", "osiris.inbox"
 LETTER: Final = {
     "time": "2026-01-31T10:00:00+00:00",
     "reason": "transaction_id: it is empty",
@@ -249,7 +250,7 @@ LETTER: Final = {
 }
 
 
-def bury(redis: Redis, data: str) -> str:
+def bury(redis: Any, data: str) -> str:
     """Adds a dead letter; returns its id."""
     added: str = redis.xadd(DEAD, LETTER | {"fields": json.dumps({"id": "a", "data": data})})
     return added
@@ -257,7 +258,7 @@ def bury(redis: Redis, data: str) -> str:
 
 @pytest.mark.parametrize("path", ["/events/dead", "/events/dead/"])
 def test_dead_letters_are_listed_newest_first_in_pages(
-    streaming: LiveServer, redis: Redis, path: str
+    streaming: LiveServer, redis: Any, path: str
 ) -> None:
     redis.delete(DEAD)
     assert streaming.client.get(path).json() == {"items": [], "next": None}
@@ -276,7 +277,7 @@ def test_dead_letters_are_listed_newest_first_in_pages(
     assert rest["next"] is None
 
 
-def test_a_page_of_long_dead_letters_ends_early(streaming: LiveServer, redis: Redis) -> None:
+def test_a_page_of_long_dead_letters_ends_early(streaming: LiveServer, redis: Any) -> None:
     redis.delete(DEAD)
     ids = [bury(redis, "x" * 300_000) for _ in range(45)][::-1]
     first = streaming.client.get("/events/dead", params={"limit": 500}).json()
@@ -295,22 +296,47 @@ def test_a_bad_page_is_422(streaming: LiveServer, parameter: str, value: str) ->
 
 @pytest.mark.parametrize("slash", ["", "/"])
 def test_a_requeued_dead_letter_is_in_the_inbox_again_once(
-    streaming: LiveServer, redis: Redis, slash: str
+    streaming: LiveServer, redis: Any, slash: str
 ) -> None:
-    redis.delete(DEAD, INBOX)
+    redis.delete(DEAD)
     kept, dead = bury(redis, "kept"), bury(redis, "again")
+    before = ever_in_the_inbox(redis)
     response = streaming.client.post(f"/events/dead/{dead}/requeue{slash}")
     assert response.status_code == 200
-    ((entry, fields),) = redis.xrange(INBOX)
-    assert fields == {"id": "a", "data": "again"}
+    entry = response.json()["entry"]
     assert response.json() == {
         "message": "The entry is in the inbox again.",
         "id": dead,
         "entry": entry,
     }
-    assert [found for found, _ in redis.xrange(DEAD)] == [kept]
+    # It is as invalid as before.
+    again = streaming.wait_until(lambda: redis.xrange(DEAD, f"({dead}"))
+    assert [(found["entry"], found["fields"]) for _, found in again] == [
+        (entry, '{"id": "a", "data": "again"}')
+    ]
+    assert [found for found, _ in redis.xrange(DEAD)] == [kept, again[0][0]]
     assert streaming.client.post(f"/events/dead/{dead}/requeue").status_code == 404
-    assert redis.xlen(INBOX) == 1
+    assert ever_in_the_inbox(redis) == before + 1
+
+
+def ever_in_the_inbox(redis: Any) -> int:
+    """The number of entries that were ever added; the server creates the stream."""
+    added: int = redis.xinfo_stream(INBOX)["entries-added"]
+    return added
+
+
+def test_a_repeated_request_to_requeue_gets_the_same_answer(
+    streaming: LiveServer, redis: Any
+) -> None:
+    before = ever_in_the_inbox(redis)
+    path = f"/events/dead/{bury(redis, 'again')}/requeue"
+    first, second = (
+        streaming.client.post(path, headers={"Idempotency-Key": path}) for _ in range(2)
+    )
+    assert (first.status_code, second.status_code) == (200, 200)
+    assert second.json() == first.json()
+    assert second.headers["Idempotent-Replayed"] == "true"
+    assert ever_in_the_inbox(redis) == before + 1
 
 
 @pytest.mark.parametrize("letter", ["1-1", "x", "%20", "9" * 5000])
@@ -321,7 +347,7 @@ def test_an_unknown_dead_letter_is_404(streaming: LiveServer, letter: str) -> No
 
 
 def test_an_open_stream_does_not_hold_up_a_shutdown(
-    redis_url: str, redis: Redis, tmp_path: Path
+    redis_url: str, redis: Any, tmp_path: Path
 ) -> None:
     with serve(tmp_path, REDIS_URL=redis_url) as server:
         # The server would wait for its idle connection.
@@ -333,5 +359,5 @@ def test_an_open_stream_does_not_hold_up_a_shutdown(
             server.process.send_signal(signal.SIGTERM)
             assert list(lines) == []
             assert time.monotonic() - began < 2
-        assert server.process.wait(10) == 0
+        assert server.process.wait(30) == 0
         assert "ERROR" not in server.log.read_text()

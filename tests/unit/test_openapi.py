@@ -218,6 +218,7 @@ def test_answers_declare_their_headers(document: dict[str, Any]) -> None:
         "score_hermes": {"X-Stored", REPLAYED},
         "submit_feedback": {"X-Feedback-ID", REPLAYED},
         "swap_adapters": {REPLAYED},
+        "requeue_dead_letter": {REPLAYED},
         "speak": {"X-Voice", "X-Voice-Reference"},
     }
 
