@@ -192,8 +192,6 @@ class Mover:
                 self._asked.clear()
 
     async def _open(self) -> None:
-        if self._create:
-            await self._journal.opened()
         async with asyncio.timeout(_OPEN_SECONDS):
             tables = await open_tables(self._location, create=self._create)
         try:
@@ -201,6 +199,7 @@ class Mover:
                 # There is a database, so it may have a journal.
                 self._journal.start()
                 self._create = True
+            await self._journal.opened()
             await self._old_logs.read(wait=True)
         except BaseException:
             await tables.close()
@@ -226,7 +225,7 @@ class Mover:
                 "check LANCEDB_URI.",
                 retry_after=5,
             )
-        if not isinstance(error, JournalUnavailable):
+        if self.tables is None or not isinstance(error, JournalUnavailable):
             if self._failure.detail != self.reason:
                 log.error("%s", self._failure.detail)
             self.state, self.reason = "away", self._failure.detail
