@@ -87,10 +87,6 @@ class DatabaseUnavailable(Unavailable):
     """The database cannot be opened or written."""
 
 
-class JournalUnavailable(DatabaseUnavailable):
-    """The journal cannot be opened or written."""
-
-
 @dataclass(frozen=True, slots=True)
 class TimeSpent:
     """Seconds that each phase of a model call took until the request's deadline passed.

@@ -15,7 +15,7 @@ import pytest
 
 from tests.live_server import LiveServer, serve
 from tests.random_models import convert_to_onnx, write_transformers_folder
-from tests.redis_server import RedisServer
+from tests.redis_server import RedisServer, require_redis
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -92,6 +92,7 @@ def random_models(random_phi3_onnx: Path, random_hermes_onnx: Path) -> dict[str,
 @pytest.fixture(scope="module")
 def redis_url() -> Iterator[str]:
     """A real Redis that a module's tests share."""
+    require_redis()
     with RedisServer() as redis:
         yield redis.url
 

@@ -71,6 +71,9 @@ NOT_RUN: Final = {
     ".venv/bin/python -m tests.docs_tables": "writes into the checkout",
     "make test-unit   # tests/unit: less than half a minute": "runs this test",
     "pip install -r requirements-tests.txt": "downloads",
+    ".venv/bin/python -m llm_sidecar.db replay 0d6c1f0e-2a51-4c46-9d4e-5a8f3d1b7a60": (
+        "needs this proposal; tests/integration/test_replay.py replays others"
+    ),
     "make bench": "takes minutes",
     "make train": "takes an hour",
     ".venv/bin/python -m tests.mutants llm_sidecar.reward": "takes minutes",

@@ -10,7 +10,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+
+import redis
 
 
 def require_redis() -> None:
@@ -117,6 +119,12 @@ class RedisServer:
         trace: TracebackType | None,
     ) -> None:
         self.kill()
+
+
+def entries(client: redis.Redis, stream: str) -> list[tuple[str, dict[str, str]]]:
+    """The entries of a stream, oldest first; the client decodes responses."""
+    found: Any = client.xrange(stream)
+    return list(found)
 
 
 def free_port() -> int:

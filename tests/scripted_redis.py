@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Self
@@ -128,6 +129,11 @@ class Proxy:
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
         await _end(self._pumps)
+
+    def break_some(self, count: int) -> None:
+        """Ends the passing on of bytes of `count` directions, any ones, at once."""
+        for pump in random.sample(list(self._pumps), min(count, len(self._pumps))):
+            pump.cancel()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection("127.0.0.1", self._target)

@@ -50,6 +50,7 @@ PROPOSAL: dict[str, Any] = {
     "adapter": None,
     "latencies": {"proposal": 0.25, "assessment": 0.5, "score": None},
     "grounded": "ticker,rationale",
+    "provenance": {"ticker": "ABC"},
 }
 HOSTILE = [
     "'; DROP TABLE phi3_feedback; --",
@@ -94,7 +95,8 @@ async def test_a_row_is_read_as_it_was_written(store: Store) -> None:
     assert await store.last("orchestrator_runs", 5) == [RUN | {"error_message": None}]
     (scored,) = await store.last("hermes_scores", 5)
     assert scored == {"run_id": "r-1", "timestamp": NOW, "score": 0.25, "rationale": ""}
-    assert await store.last("proposals", 5) == [PROPOSAL | {"proposal": '{"ticker":"ABC"}'}]
+    text = '{"ticker":"ABC"}'
+    assert await store.last("proposals", 5) == [PROPOSAL | {"proposal": text, "provenance": text}]
 
 
 async def test_an_object_is_stored_as_json(store: Store) -> None:

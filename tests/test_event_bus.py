@@ -559,7 +559,7 @@ async def test_an_outage_is_logged_without_the_id_of_the_request_that_finds_it(
     mortal: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("llm_sidecar.event_bus.redis_url.REPLY_TIMEOUT", 0.2)
-    monkeypatch.setattr("llm_sidecar.event_bus.subscriber.REPLY_TIMEOUT", 0.3)
+    monkeypatch.setattr("llm_sidecar.event_bus.subscriber.REPLY_TIMEOUT", 0.1)
     ids: list[tuple[str, str | None]] = []
 
     def note(record: logging.LogRecord) -> bool:

@@ -47,7 +47,8 @@ def _number(value: float | None) -> float | None:
     return value
 
 
-def _text(value: str | None) -> str | None:
+def text(value: str | None) -> str | None:
+    """The callback of an argument that must be text."""
     # Python represents undecodable bytes of an argument as halves of surrogate pairs.
     if value is not None and any("\ud800" <= char <= "\udfff" for char in value):
         raise typer.BadParameter("it is not text in the encoding of this terminal.")
@@ -84,16 +85,16 @@ def _query_runs(
     since: Since = None,
     status: Annotated[
         str | None,
-        typer.Option(callback=_text, help="Only runs with this status, such as error."),
+        typer.Option(callback=text, help="Only runs with this status, such as error."),
     ] = None,
     ticker: Annotated[
-        str | None, typer.Option(callback=_text, help="Only proposals for this ticker.")
+        str | None, typer.Option(callback=text, help="Only proposals for this ticker.")
     ] = None,
     action: Annotated[Action | None, typer.Option(help="Only proposals with this action.")] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            callback=_text, help="Only proposals that this model wrote, such as phi3/demo."
+            callback=text, help="Only proposals that this model wrote, such as phi3/demo."
         ),
     ] = None,
     min_score: Annotated[

@@ -9,9 +9,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from llm_sidecar import command_line
 from llm_sidecar.db import cli_output as output
@@ -32,6 +32,8 @@ from llm_sidecar.db.tables import Tables
 from llm_sidecar.db.verify import verify
 from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.settings import DEFAULT_LANCEDB_URI, Database
+
+T = TypeVar("T")
 
 _OPEN_SECONDS: Final = 60.0
 _MAKE_SERVE_URI: Final = Path(".data/lancedb")
@@ -147,6 +149,12 @@ async def export(content: Content, since: datetime.datetime | None, out: Path | 
     return command_line.OK
 
 
+async def read(query: Callable[[Tables, JournalRows], Awaitable[T]]) -> T:
+    """Runs a query for a command of another package."""
+    async with _opened() as (_, tables, waiting):
+        return await query(tables, waiting)
+
+
 def database_uri() -> str:
     """`LANCEDB_URI`; if unset, the folder in the container or of `make serve`, if one exists.
 
@@ -209,7 +217,7 @@ async def _opened() -> AsyncIterator[tuple[Location, Tables, JournalRows]]:
             yield location, tables, waiting
         return
     async with _store(location) as store:
-        yield location, await store.opened(), JournalRows()
+        yield location, await store.moved(_OPEN_SECONDS), JournalRows()
 
 
 def _note_missing(waiting: JournalRows) -> None:

@@ -34,12 +34,14 @@ def encoded(table: str, values: Mapping[str, Any], *, again: bool = False) -> En
         values: of the columns.
         again: whether the table may have the row already.
     """
-    data = json.dumps(values, ensure_ascii=False, separators=(",", ":"), default=_iso)
-    return Entry(table, values[KEYS[table]], data.encode(), again)
+    return Entry(table, values[KEYS[table]], _encode(values).encode(), again)
 
 
 def _iso(value: datetime.datetime) -> str:
     return value.isoformat()
+
+
+_encode: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_iso).encode
 
 
 def decoded(entries: Iterable[Entry]) -> Decoded:
@@ -83,7 +85,13 @@ def arrow(table: str, rows: Sequence[Mapping[str, Any]]) -> Any:
     """Rows as an Arrow table with the schema of their table."""
     import pyarrow as pa
 
-    return pa.Table.from_pylist([dict(row) for row in rows], schema=arrow_schemas()[table])
+    schema = arrow_schemas()[table]
+    found = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    for field in schema:
+        # pyarrow does not check this.
+        if not field.nullable and found[field.name].null_count:
+            raise ValueError(f"{field.name} is null")
+    return found
 
 
 def _is_arrow(table: str, row: Mapping[str, Any]) -> bool:

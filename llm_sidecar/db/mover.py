@@ -19,11 +19,12 @@ from llm_sidecar.db.lance import one_line
 from llm_sidecar.db.location import Location
 from llm_sidecar.db.old_log import OldLogs
 from llm_sidecar.db.rows import FEEDBACK, WITHDRAWALS
-from llm_sidecar.db.tables import Tables, open_tables
-from llm_sidecar.errors import DatabaseUnavailable, JournalUnavailable
+from llm_sidecar.db.tables import MOVING, Tables, open_tables
+from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.journal.journal import Journal
 from llm_sidecar.journal.locks import held, sync_folder
 from llm_sidecar.journal.rows import Entry
+from llm_sidecar.journal.writer import JournalUnavailable
 from llm_sidecar.logs import start_detached
 
 log = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ class Mover:
                 # A script may open, write one row and close, so compaction is due here too.
                 await self.compactor.compact_if_due(self.tables)
         except TimeoutError:
-            log.warning("closing took longer than %g s", _CLOSE_SECONDS)
+            log.error("closing took longer than %g s: rows stay in the journal", _CLOSE_SECONDS)
         # A write in flight keeps its lock: it may still succeed.
         if self._in_flight is None or self._in_flight.done():
             for task in self._tasks:
@@ -187,6 +188,9 @@ class Mover:
                 await self._set_away(error)
                 if self._end.is_set():
                     return
+                if isinstance(error, JournalUnavailable):
+                    # The journal tries again by itself.
+                    delay = _BACKOFF_FIRST
                 await _wait(delay, self._end)
                 delay = min(_BACKOFF_MOST, 2 * delay)
             else:
@@ -246,9 +250,9 @@ class Mover:
         """Moves all rows that are committed by now, but drafts."""
         self._begun += 1
         this = self._begun
-        until = await self._journal.last_movable()
+        until = await self._journal.last_movable() if self._journal.rows_waiting else None
         while until is not None:
-            async with held(self._location.log_folder / "mover.lock") as mine:
+            async with held(self._location.log_folder / MOVING) as mine:
                 if mine:
                     await self._move_until(until)
                     break
@@ -285,6 +289,7 @@ class Mover:
             log.error("%s", self.reason)
             await asyncio.wait([self._in_flight])
         self._in_flight.result()
+        self.state, self.reason = "open", None
 
     def _set_aside(self, entries: list[Entry]) -> None:
         """Keeps rows that cannot be read, so that they block no others."""

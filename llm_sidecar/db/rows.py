@@ -2,7 +2,7 @@
 
 Timestamps are aware UTC with microseconds; a naive one counts as UTC. Strings are text as defined
 in `llm_sidecar.text`. An object in a text column (`feedback_content`, `corrected_proposal`,
-`proposal`) is stored as compact JSON text.
+`proposal`, `provenance`) is stored as compact JSON text.
 
 Every table has a key, so that a row that is written twice, for example after a crash, is stored
 once: `feedback_id` for withdrawals, otherwise `row_id`, which callers do not see.
@@ -83,7 +83,7 @@ class _Row(InputModel):
         }
 
 
-_JSON_TEXT: Final = frozenset(("feedback_content", "corrected_proposal", "proposal"))
+_JSON_TEXT: Final = frozenset(("feedback_content", "corrected_proposal", "proposal", "provenance"))
 
 
 class _Numbered(_Row):
@@ -232,6 +232,7 @@ class ProposalSchema(_Numbered):
         adapter: the name of its adapter; None without one.
         grounded: `true`, or the fields whose ticker or numbers are not in the prompt, separated by
             commas; None if it was not checked.
+        provenance: what made it; see `services.provenance`.
     """
 
     transaction_id: str = Field(min_length=1)
@@ -243,6 +244,7 @@ class ProposalSchema(_Numbered):
     adapter: str | None = None
     latencies: Latencies = Latencies()
     grounded: str | None = None
+    provenance: JsonObject | None = None
 
 
 SCHEMAS: Final[dict[str, type[_Row]]] = {

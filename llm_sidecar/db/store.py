@@ -58,6 +58,10 @@ def table_of(row: AnyRow) -> str:
     return _TABLE_OF[type(row)]
 
 
+async def _themselves(tables: Tables) -> Tables:
+    return tables
+
+
 class Store:
     """An append-only database. It acknowledges a row once the row would survive a power loss.
 
@@ -115,12 +119,18 @@ class Store:
         """
         return await self._mover.opened(timeout)
 
+    async def moved(self, timeout: float = _OPEN_SECONDS) -> Tables:
+        """The tables, once they have every row that any process has committed by now.
+
+        Raises:
+            DatabaseUnavailable: they do not within `timeout` seconds.
+        """
+        return await self._query(_themselves, seconds=timeout)
+
     async def close(self) -> None:
         """Moves the rows of the journal to the tables, within a time limit, then closes."""
         self._is_closed = True
         await self._mover.close()
-        if left := self._journal.rows_waiting:
-            log.warning("%d rows stay in the journal until the next start", left)
         try:
             await self._journal.close()
         except TimeoutError:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from llm_sidecar.db.disk import Disk
-from llm_sidecar.db.lance import KEEP_VERSIONS, build_indices, connect
+from llm_sidecar.db.lance import build_indices, connect, delete_old_versions, merge_fragments
 from llm_sidecar.db.location import Location
-from llm_sidecar.db.repair import COMPACTING, Repair
+from llm_sidecar.db.repair import Repair
 from llm_sidecar.db.rows import FEEDBACK, KEYS, TABLES
 from llm_sidecar.db.schema import (
     database_id,
@@ -26,6 +26,10 @@ from llm_sidecar.journal.locks import locked
 _LOCK_PAUSE: Final = 0.02
 FRAGMENTS: Final = 32
 """A table with this many fragments should be compacted."""
+COMPACTING: Final = "compact.lock"
+"""The lock file of the process that compacts."""
+MOVING: Final = "mover.lock"
+"""The lock file of the process that adds rows to the tables."""
 _COMPACTED: Final = "compacted"
 """A file; its modification time is the time of the last compaction."""
 _OLD_SHAPE: Final = (
@@ -81,7 +85,7 @@ class Tables:
         alive = self._location.log_folder / "alive.lock"
         with locked(alive, wait=False) as alone:
             if alone and self._disk is not None:
-                repair = Repair(self._disk, self._location.log_folder, self._connection)
+                repair = Repair(self._disk, self._connection)
                 self.repairs = repair.done
                 await repair.run()
         # While this holds the shared lock, no other process can repair the database.
@@ -102,7 +106,7 @@ class Tables:
         schema = await self._tables[name].schema()
         require_not_newer(name, schema)
         if not is_current(name, schema):
-            raise OldShape(_OLD_SHAPE.format(name))
+            raise OldShape(_OLD_SHAPE.format(name), retry_after=5)
 
     async def _create(self, name: str) -> Any:
         try:
@@ -193,13 +197,16 @@ class Tables:
         with locked(self._location.log_folder / COMPACTING, wait=False) as mine:
             if not mine:
                 return False
-            for name in TABLES:
-                table = self._tables[name]
+            for table in self._tables.values():
                 await table.checkout_latest()
                 if await table.count_rows():
                     await build_indices(table)
-                await table.optimize(cleanup_older_than=KEEP_VERSIONS)
-            await self.sync()
+                await merge_fragments(table)
+            # Nobody adds a version meanwhile, which would not be synced.
+            async with _lock(self._location.log_folder / MOVING):
+                await self.sync()
+                for table in self._tables.values():
+                    await delete_old_versions(table)
             (self._location.log_folder / _COMPACTED).touch()
         return True
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine
 from typing import Any, Final
 
 from redis.exceptions import RedisError
@@ -208,7 +208,7 @@ class EventBus:
         """
         if self._refused("read_inbox") or self._in_memory:
             return
-        group = self.group(INBOX, GROUP)
+        group = ConsumerGroup(self._client, self._blocking, INBOX, GROUP)
         self._inbox = Inbox(group, self.dead_letters, handler, self._subscriber, self._denied)
         if self._running:
             self._run("inbox", self._inbox.run())
@@ -225,20 +225,6 @@ class EventBus:
     async def unregister_listener_queue(self, channel: str, queue: asyncio.Queue[str]) -> None:
         """Put nothing more into the queue, whether it is registered or not."""
         self._subscriber.discard(channel, queue)
-
-    def group(self, stream: str, group: str, consumer: str | None = None) -> ConsumerGroup:
-        """A consumer of a stream whose entries several consumers share out."""
-        return ConsumerGroup(self._client, self._blocking, stream, group, consumer)
-
-    async def add(self, stream: str, fields: Mapping[str, str], maxlen: int) -> str:
-        """Add an entry to a stream that keeps about `maxlen` of them; return its id.
-
-        Raises:
-            RedisError: it is not added, or it is not known whether it is.
-        """
-        entry: dict[Any, Any] = dict(fields)
-        entry_id = await self._client.xadd(stream, entry, maxlen=maxlen, approximate=True)
-        return str(entry_id)
 
     def refuse(self, event_type: str, reason: str) -> None:
         """Count and log a message that a subscriber does not accept.

@@ -39,6 +39,8 @@ CLAIM_EVERY: Final = 5.0
 MOST_DELIVERIES: Final = 5
 FIRST_DELAY: Final = 0.1
 LONGEST_DELAY: Final = 5.0
+LEAVE_TIMEOUT: Final = 1.0
+"""Seconds that leaving the group may take."""
 
 log = logging.getLogger(__name__)
 
@@ -95,10 +97,12 @@ class Inbox:
                     await self._wait_after(error)
 
     async def leave(self) -> None:
-        """Removes this consumer from the group; what is pending stays for another one."""
+        """Removes this consumer from the group, unless Redis is away or it has pending entries,
+        which another one claims."""
         try:
-            await self._group.leave()
-        except RedisError as error:
+            async with asyncio.timeout(LEAVE_TIMEOUT):
+                await self._group.leave()
+        except (RedisError, TimeoutError) as error:
             log.debug("the consumer of the inbox stays: %s", reason(error))
 
     async def _wait_after(self, error: Exception) -> None:

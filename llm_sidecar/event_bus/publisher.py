@@ -88,13 +88,14 @@ class Publisher:
     async def drain(self) -> None:
         """Returns when nothing waits, or Redis is away; the caller sets a time limit.
 
-        The events of the other outbox can stay there.
+        If Redis takes no events, those of the other outbox stay there.
         """
         while self._subscriber.connected and self._busy():  # noqa: ASYNC110 - only at the close
             await asyncio.sleep(_POLL)
 
     def _busy(self) -> bool:
-        return not (self._live.idle and all(relay.idle for relay in self._relays))
+        sending = any(not relay.idle and relay.failing is None for relay in self._relays)
+        return sending or len(self._outbox) > 0 or not self._live.idle
 
     def stop(self) -> None:
         """Counts all that waits here as lost; the jobs have ended."""

@@ -63,7 +63,7 @@ class Relay:
         sent: events that Redis has.
         late: how many of them had to wait for Redis.
         lost: how many events went nowhere, as both the stream and their channel are denied.
-        failing: why Redis takes no events now, or None.
+        failing: why the last attempt to send has failed, or None.
     """
 
     def __init__(
@@ -88,16 +88,12 @@ class Relay:
         self._maxlen = maxlen
         self._most = 1
         self._delay = FIRST_DELAY
+        self._idle = True
         self._behind = False
+        self._told = False
         self._oldest: str | None = None
         # The record of a transaction that failed, if not as a whole.
         self._void: str | None = None
-        self._idle = True
-
-    @property
-    def idle(self) -> bool:
-        """Whether no event waits, or another process sends them."""
-        return self._idle and not self._outbox.filled.is_set()
 
     @property
     def oldest_seconds(self) -> float:
@@ -106,6 +102,11 @@ class Relay:
             return 0.0
         age = timestamps.now() - datetime.datetime.fromisoformat(self._oldest)
         return max(0.0, age.total_seconds())
+
+    @property
+    def idle(self) -> bool:
+        """Whether no event waits, or another process sends what waits."""
+        return self._idle and not self._outbox.filled.is_set()
 
     async def run(self) -> None:
         """Sends events as they come, until cancelled."""
@@ -145,20 +146,23 @@ class Relay:
             self._outbox.filled.set()
 
     def _succeeded(self, count: int) -> None:
-        if self.failing is not None:
+        if self._told:
             log.info("Redis takes events again")
-        self.failing, self._delay = None, FIRST_DELAY
+        self.failing, self._told, self._delay = None, False, FIRST_DELAY
         self._most = min(2 * self._most, MOST_EVENTS)
         self.sent += count
         self.late += count if self._behind else 0
 
     def _failed(self, error: Exception) -> None:
         self._behind, self._most = True, 1
-        if isinstance(error, RedisConnectionError | RedisTimeoutError):
-            # The subscriber has a connection of its own, and logs an outage.
+        outage = isinstance(error, RedisConnectionError | RedisTimeoutError)
+        if outage:
             self._subscriber.check()
-        elif self.failing is None:
+        # The subscriber has a connection of its own. If that fails too, it logs the outage.
+        lasts = self.failing is not None and self._subscriber.connected
+        if not self._told and (lasts or not outage):
             log.error("events wait, trying again until Redis takes them: %s", reason(error))
+            self._told = True
         self.failing = reason(error)
 
     async def _pause(self) -> None:
@@ -221,7 +225,7 @@ class Relay:
     def _fill(self, pipe: Pipeline, batch: Sequence[Queued]) -> list[tuple[int, str]]:
         """Adds the commands to the transaction; returns what each is: the index of its event, and
         the operation."""
-        pipe.multi()
+        pipe.multi()  # type: ignore[no-untyped-call]
         operations: list[tuple[int, str]] = []
         for index, (_, event) in enumerate(batch):
             if self._denied.permits(operation := f"XADD {self._stream}"):

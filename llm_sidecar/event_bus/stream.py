@@ -53,11 +53,6 @@ class EventStream:
             await asyncio.sleep(_POLL)
         return entries
 
-    async def first_id(self) -> str | None:
-        """The id of the oldest entry, or None if there is none."""
-        entries = await self._client.xrange(self.name, count=1)
-        return str(entries[0][0]) if entries else None
-
     async def last_id(self) -> str:
         """The newest id that was ever given, or 0-0."""
         try:

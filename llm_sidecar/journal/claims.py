@@ -13,7 +13,7 @@ from llm_sidecar.errors import DatabaseUnavailable, RequestKeyReused
 from llm_sidecar.journal import requests
 from llm_sidecar.journal.owner import Owner
 from llm_sidecar.journal.requests import Claim, Progress, RequestKey
-from llm_sidecar.journal.writer import JournalWriter
+from llm_sidecar.journal.writer import JournalUnavailable, JournalWriter
 from llm_sidecar.logs import start_detached
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,10 @@ class Claims:
         return found
 
     def _claim(self, db: sqlite3.Connection, request: RequestKey, fingerprint: str) -> Claim | None:
-        self._owner.enter()
+        try:
+            self._owner.enter()
+        except OSError as error:
+            raise JournalUnavailable(f"The request is not stored: {error.strerror}.") from None
         now, owner = self._writer.file.clock.now(), self._owner
         return requests.claim(db, request, fingerprint, owner.id, owner.is_alive, now)
 

@@ -26,9 +26,10 @@ class Clock:
         """
         self._boot = _BOOT_ID.read_text().strip()
         stored = db.execute("SELECT value FROM meta WHERE name = 'clock'").fetchone()
-        boot, self._offset, last = json.loads(stored[0]) if stored else ("", 0.0, 0.0)
+        boot, offset, last = json.loads(stored[0]) if stored else ("", 0.0, 0.0)
         if boot != self._boot:
-            self._offset = last - time.clock_gettime(time.CLOCK_BOOTTIME)
+            offset = last - time.clock_gettime(time.CLOCK_BOOTTIME)
+        self._offset = float(offset)
         self.save(db)
 
     def now(self) -> float:

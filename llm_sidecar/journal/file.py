@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import fcntl
 import logging
 import os
 import sqlite3
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 NAME: Final = "journal.sqlite3"
 _LOCK: Final = "journal.lock"
+_TURN: Final = "turn.lock"
 _PARTS: Final = ("", "-wal", "-shm")
 _DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
@@ -51,6 +53,7 @@ class JournalFile:
         self._note = note
         self._db: sqlite3.Connection | None = None
         self._identity: Identity = ()
+        self._turn = -1
 
     def opened(self) -> sqlite3.Connection:
         """The connection, which is opened if it is not.
@@ -68,6 +71,20 @@ class JournalFile:
                     self._use(db)
         assert self._db is not None
         return self._db
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[sqlite3.Connection]:
+        """The connection, for one transaction.
+
+        SQLite waits for other processes by polling, so one that commits all the time would starve
+        them. A lock of the kernel wakes whoever waits.
+        """
+        db = self.opened()
+        fcntl.flock(self._turn, fcntl.LOCK_EX)
+        try:
+            yield db
+        finally:
+            fcntl.flock(self._turn, fcntl.LOCK_UN)
 
     def is_current(self) -> bool:
         """Whether the files at the path are those that are open.
@@ -109,6 +126,9 @@ class JournalFile:
         if db is not None:
             with locked(self.folder / _LOCK):
                 db.close()
+        if self._turn >= 0:
+            os.close(self._turn)
+            self._turn = -1
 
     def _connect(self) -> sqlite3.Connection | None:
         """A connection; None if the file is no database."""
@@ -126,6 +146,9 @@ class JournalFile:
             if content is not None:
                 salvage.write(db, content, self.clock.now())
         sync_folder(self.folder)
+        turn, self._turn = self._turn, os.open(self.folder / _TURN, os.O_RDWR | os.O_CREAT, 0o600)
+        if turn >= 0:
+            os.close(turn)
         self._identity, self._db = self._found(), db
 
     def _replace_damaged(self, db: sqlite3.Connection | None) -> None:

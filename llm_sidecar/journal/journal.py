@@ -101,7 +101,7 @@ class Journal:
     async def commit(
         self,
         entries: Sequence[Entry] = (),
-        sent: Sequence[CloudEvent] = (),
+        new_events: Sequence[CloudEvent] = (),
         progress: Progress | None = None,
         draft: str | None = None,
         replaces: str | None = None,
@@ -112,7 +112,7 @@ class Journal:
             now = self._writer.file.clock.now()
             replaced = 0 if replaces is None else rows.delete_draft(db, replaces)
             rows.add(db, entries, now, draft)
-            dropped = events.add(db, sent, now)
+            dropped = events.add(db, new_events, now)
             forgotten = 0 if progress is None else self.claims.save(db, progress)
             return replaced, dropped, forgotten
 

@@ -39,7 +39,8 @@ class Owner:
         self.leave()
         make_folder(self._folder)
         for other in self._folder.iterdir():
-            self.is_alive(other.name)
+            if not other.name.startswith("."):
+                self.is_alive(other.name)
         # Locked before it has its name, so that it never looks dead.
         unnamed = self._folder / f".{self.id}"
         self._file = os.open(unnamed, os.O_RDWR | os.O_CREAT, 0o600)

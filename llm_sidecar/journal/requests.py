@@ -15,7 +15,7 @@ from llm_sidecar.errors import RequestKeyReused
 MOST_REQUESTS: Final = 100_000
 MOST_BYTES: Final = 128 << 20
 MOST_SECONDS: Final = 86400.0
-"""Beyond any of them the oldest finished requests are dropped."""
+"""Beyond any of them the oldest requests are dropped."""
 
 SCHEMA: Final = """
 CREATE TABLE requests (
@@ -141,7 +141,8 @@ def release(db: sqlite3.Connection, request: RequestKey, owner: str) -> None:
 
 
 def bound(db: sqlite3.Connection) -> int:
-    """Drops the oldest finished requests beyond the number and size; returns how many."""
+    """Drops the oldest requests that nobody answers now, beyond the number and size; returns how
+    many."""
     dropped = 0
     while True:
         number, size = db.execute(
@@ -151,7 +152,7 @@ def bound(db: sqlite3.Connection) -> int:
             return dropped
         done = db.execute(
             "DELETE FROM requests WHERE id = "
-            "(SELECT min(id) FROM requests WHERE response IS NOT NULL)"
+            "(SELECT min(id) FROM requests WHERE response IS NOT NULL OR owner IS NULL)"
         )
         if not done.rowcount:
             return dropped

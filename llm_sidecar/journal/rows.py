@@ -103,10 +103,11 @@ def delete_draft(db: sqlite3.Connection, draft: str) -> int:
 
 def last_movable(db: sqlite3.Connection, now: float) -> int | None:
     """The id of the newest row that is not held as a draft."""
-    found: int | None = db.execute(
-        "SELECT max(id) FROM rows WHERE draft IS NULL OR time <= ?", [now - DRAFT_SECONDS]
-    ).fetchone()[0]
-    return found
+    found = db.execute(
+        "SELECT id FROM rows WHERE draft IS NULL OR time <= ? ORDER BY id DESC LIMIT 1",
+        [now - DRAFT_SECONDS],
+    ).fetchone()
+    return None if found is None else int(found[0])
 
 
 def take(db: sqlite3.Connection, now: float, until: int, most: int) -> Batch | None:

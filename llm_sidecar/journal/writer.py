@@ -10,9 +10,10 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
-from llm_sidecar.errors import JournalUnavailable, one_line
+from llm_sidecar.errors import DatabaseUnavailable, one_line
 from llm_sidecar.journal import events, requests
 from llm_sidecar.journal.file import JournalFile, is_damage
 
@@ -24,6 +25,8 @@ _COMMIT_SECONDS: Final = 5.0
 _SLOW: Final = f"the disk takes longer than {_COMMIT_SECONDS:g} s"
 _MOST_BYTES: Final = 64 << 20
 """The maximum size of what waits to be committed."""
+_MOST_UNITS: Final = 2000
+"""The maximum size of a group: other processes wait for its end."""
 TICK_SECONDS: Final = 1.0
 """Seconds between two looks at the file and its disk while nothing is committed."""
 _MAINTAIN_TICKS: Final = 60
@@ -40,11 +43,17 @@ _OF_ONE_UNIT: Final = (
 )
 """Errors of a single statement; other errors of SQLite are those of the whole file."""
 
+
+class JournalUnavailable(DatabaseUnavailable):
+    """The journal cannot be opened or written."""
+
+
 Work = Callable[[sqlite3.Connection], T]
 
 
 class Snapshot(NamedTuple):
-    """What is in the journal: numbers, bytes, and the times of the oldest by its clock."""
+    """What is in the journal: numbers, bytes, and the times of the oldest, but drafts, by its
+    clock."""
 
     rows: int = 0
     row_bytes: int = 0
@@ -60,10 +69,10 @@ class Snapshot(NamedTuple):
 class _Unit(Generic[T]):
     """Work that is done completely or not at all, and the future of its caller."""
 
-    def __init__(self, work: Work[T], size: int) -> None:
+    def __init__(self, work: Work[T], size: int, done: asyncio.Future[T]) -> None:
         self.work = work
         self.size = size
-        self.done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self.done = done
         self.result: T | None = None
         self.error: Exception | None = None
 
@@ -98,6 +107,7 @@ class JournalWriter:
         self.on_change: Callable[[], None] = lambda: None
         self.is_open = False
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._gathered: list[_Unit[Any]] = []
         self._waiting: list[_Unit[Any]] = []
         self._waiting_bytes = 0
         self._failure: str | None = None
@@ -106,6 +116,7 @@ class JournalWriter:
         self._end = False
         self._ended = asyncio.Event()
         self._ticks = 0
+        self._next_tick = 0.0
 
     @property
     def failure(self) -> str | None:
@@ -130,9 +141,8 @@ class JournalWriter:
         Raises:
             TimeoutError: the disk took too long.
         """
-        with self._arrived:
-            self._end = True
-            self._arrived.notify()
+        self._end = True
+        self._hand_over()
         if self._loop is not None:
             async with asyncio.timeout(_COMMIT_SECONDS):
                 await self._ended.wait()
@@ -148,23 +158,35 @@ class JournalWriter:
             JournalUnavailable: it is not committed or, after the deadline, may not be committed.
             Exception: whatever the work raises; then it is not committed.
         """
-        unit = _Unit(work, size)
-        with self._arrived:
-            if self._end:
-                raise JournalUnavailable("The database is closed.", retry_after=5)
-            if self._waiting_bytes + size > _MOST_BYTES:
-                raise JournalUnavailable("The journal is busy: too much waits.", retry_after=5)
-            self._waiting.append(unit)
-            self._waiting_bytes += size
-            self._arrived.notify()
+        if self._end:
+            raise JournalUnavailable("The database is closed.", retry_after=5)
+        if self._waiting_bytes + size > _MOST_BYTES:
+            raise JournalUnavailable("The journal is busy: too much waits.", retry_after=5)
+        loop = asyncio.get_running_loop()
+        unit = _Unit(work, size, loop.create_future())
+        if not self._gathered:
+            # Callers that the last group has woken come together, so they are one group again.
+            loop.call_soon(self._hand_over)
+        self._gathered.append(unit)
+        self._waiting_bytes += size
+        deadline = loop.call_later(_COMMIT_SECONDS, self._expire, unit)
         try:
-            async with asyncio.timeout(_COMMIT_SECONDS):
-                return await unit.done
-        except TimeoutError:
-            known = "not stored" if self._withdraw(unit) else "not known to be stored"
-            raise JournalUnavailable(
-                f"The row is {known}: {self._advice(_SLOW)}", retry_after=5
-            ) from None
+            result: T = await unit.done
+            return result
+        finally:
+            deadline.cancel()
+
+    def _expire(self, unit: _Unit[Any]) -> None:
+        known = "not stored" if self._withdraw(unit) else "not known to be stored"
+        detail = f"The row is {known}: {self._advice(_SLOW)}"
+        if not unit.done.done():
+            unit.done.set_exception(JournalUnavailable(detail, retry_after=5))
+
+    def _hand_over(self) -> None:
+        with self._arrived:
+            self._waiting += self._gathered
+            self._arrived.notify()
+        self._gathered = []
 
     def _withdraw(self, unit: _Unit[Any]) -> bool:
         """Removes work that has not begun."""
@@ -175,6 +197,12 @@ class JournalWriter:
                 self._waiting_bytes -= unit.size
         return waits
 
+    def _resolve(self, group: Sequence[_Unit[Any]]) -> None:
+        self.on_change()
+        for unit in group:
+            self._waiting_bytes -= unit.size
+            unit.resolve()
+
     # In the thread
 
     def _run(self) -> None:
@@ -182,15 +210,19 @@ class JournalWriter:
             with self._arrived:
                 if not self._waiting and not self._end:
                     self._arrived.wait(TICK_SECONDS)
-                group, self._waiting = self._waiting, []
+                group = self._waiting[:_MOST_UNITS]
+                del self._waiting[:_MOST_UNITS]
                 is_last = self._end and not group
-                self._waiting_bytes -= sum(unit.size for unit in group)
             if is_last:
                 break
             self._began = time.monotonic()
-            self._commit(group)
+            if self._began >= self._next_tick:
+                self._next_tick = self._began + TICK_SECONDS
+                self._commit([], self._chores())
+            if group:
+                self._commit(group)
             self._began = None
-            self._tell(lambda group=group: [unit.resolve() for unit in group])  # type: ignore[misc]
+            self._tell(partial(self._resolve, group))
         try:
             self.file.close()
         except (sqlite3.Error, OSError) as error:
@@ -204,7 +236,7 @@ class JournalWriter:
             self._loop.call_soon_threadsafe(work)
 
     def _chores(self) -> list[Work[None]]:
-        """What is due after a second without work."""
+        """What is due every second."""
         chores: list[Work[None]] = []
         self._ticks += 1
         if self._ticks % _MAINTAIN_TICKS == 0 and self.is_open:
@@ -226,8 +258,7 @@ class JournalWriter:
         self.events_dropped += events
         self.requests_dropped += requests
 
-    def _commit(self, group: Sequence[_Unit[Any]]) -> None:
-        chores = [] if group else self._chores()
+    def _commit(self, group: Sequence[_Unit[Any]], chores: Sequence[Work[None]] = ()) -> None:
         try:
             for _ in range(_ATTEMPTS):
                 if self._attempt(group, chores):
@@ -237,32 +268,24 @@ class JournalWriter:
                 raise OSError("its files are removed again and again")
         except Exception as error:  # noqa: BLE001 every caller gets it, and the thread goes on
             self._fail(group, error)
-        else:
-            if group or chores or not self.is_open:
-                self._failure = None
-            self.is_open = True
-        self._tell(self.on_change)
 
     def _attempt(self, group: Sequence[_Unit[Any]], chores: Sequence[Work[None]]) -> bool:
         """Commits; returns False if the files have to be opened anew, so that nothing counts."""
-        db = self.file.opened()
-        try:
-            db.execute("BEGIN IMMEDIATE")
-            for chore in chores:
-                chore(db)
-            for unit in group:
-                _do(db, unit)
-            snapshot = _snapshot(db)
-            db.execute("COMMIT")
-        except sqlite3.Error as error:
-            with contextlib.suppress(sqlite3.Error):
-                db.execute("ROLLBACK")
-            if is_damage(error):
-                return False
-            raise
+        with self.file.turn() as db:
+            try:
+                before = db.total_changes
+                snapshot = _transaction(db, group, chores)
+                has_written = db.total_changes > before
+            except sqlite3.Error as error:
+                if is_damage(error):
+                    return False
+                raise
         if not self.file.is_current():
             return False
         self.snapshot = snapshot
+        if has_written or not self.is_open:
+            self._failure = None
+        self.is_open = True
         return True
 
     def _fail(self, group: Sequence[_Unit[Any]], error: Exception) -> None:
@@ -275,22 +298,72 @@ class JournalWriter:
         )
         for unit in group:
             unit.error = failure
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
+            # After a failed sync the state of a file is unknown, so it is opened and checked again.
+            with contextlib.suppress(sqlite3.Error, OSError):
+                self.file.close()
+
+
+class _UnitFailed(Exception):
+    """A unit failed, so the group is done again, each unit in a savepoint."""
+
+
+def _transaction(
+    db: sqlite3.Connection, group: Sequence[_Unit[Any]], chores: Sequence[Work[None]]
+) -> Snapshot:
+    """Commits a group. A unit that fails gets its error and leaves nothing; the others stay."""
+    try:
+        return _pass(db, group, chores, _do)
+    except _UnitFailed:
+        return _pass(db, group, chores, _do_alone)
+
+
+def _pass(
+    db: sqlite3.Connection,
+    group: Sequence[_Unit[Any]],
+    chores: Sequence[Work[None]],
+    do: Callable[[sqlite3.Connection, _Unit[Any]], None],
+) -> Snapshot:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        for chore in chores:
+            chore(db)
+        for unit in group:
+            do(db, unit)
+        snapshot = _snapshot(db)
+        db.execute("COMMIT")
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):
+            db.execute("ROLLBACK")
+        raise
+    return snapshot
 
 
 def _do(db: sqlite3.Connection, unit: _Unit[Any]) -> None:
-    db.execute("SAVEPOINT unit")
-    unit.result, unit.error = None, None
+    unit.error = None
     try:
         unit.result = unit.work(db)
-    except sqlite3.Error as error:
-        if not isinstance(error, _OF_ONE_UNIT):
+    except Exception as error:
+        if _is_of_file(error):
+            raise
+        raise _UnitFailed from error
+
+
+def _do_alone(db: sqlite3.Connection, unit: _Unit[Any]) -> None:
+    db.execute("SAVEPOINT unit")
+    try:
+        unit.result = unit.work(db)
+    except Exception as error:
+        if _is_of_file(error):
             raise
         unit.error = error
-    except Exception as error:  # noqa: BLE001 its caller gets it
-        unit.error = error
-    if unit.error is not None:
         db.execute("ROLLBACK TO unit")
     db.execute("RELEASE unit")
+
+
+def _is_of_file(error: Exception) -> bool:
+    """Whether an error is SQLite's, and not of a single statement."""
+    return isinstance(error, sqlite3.Error) and not isinstance(error, _OF_ONE_UNIT)
 
 
 def _probe(db: sqlite3.Connection) -> None:
@@ -303,10 +376,12 @@ def _snapshot(db: sqlite3.Connection) -> Snapshot:
         "SELECT number, bytes FROM totals ORDER BY name"
     ).fetchall()
     (oldest_row, oldest_event, newest_event) = db.execute(
-        "SELECT (SELECT time FROM rows ORDER BY id LIMIT 1), "
+        "SELECT (SELECT time FROM rows WHERE draft IS NULL ORDER BY id LIMIT 1), "
         "(SELECT time FROM events ORDER BY id LIMIT 1), coalesce((SELECT max(id) FROM events), 0)"
     ).fetchone()
-    return Snapshot(*of_rows, oldest_row, *of_events, oldest_event, newest_event, *of_requests)
+    return Snapshot._make(
+        [*of_rows, oldest_row, *of_events, oldest_event, newest_event, *of_requests]
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -9,14 +9,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Self
 
+from pydantic import TypeAdapter
+
 from llm_sidecar import timestamps
 from llm_sidecar.db import HermesScoreSchema, Latencies, OrchestratorRunSchema, ProposalSchema
-from llm_sidecar.models.base import Completion
+from llm_sidecar.models.base import Completion, GenerationRequest
 from llm_sidecar.proposals import Proposed
 from llm_sidecar.services.events import ProposalAssessed, ProposalCreated
+from llm_sidecar.services.provenance import Provenance
 from llm_sidecar.services.rows import Row
 from llm_sidecar.services.score import Rating
 
+_COMPLETION: Final = TypeAdapter(Completion)
 UNFINISHED: Final = "The client disconnected, or the server ended, before Hermes had finished."
 """The error of a run that neither finished nor failed."""
 
@@ -50,42 +54,51 @@ class ProposalRun:
 
     Attributes:
         prompt: the market context.
+        api_key: the name of the key that the request came with.
         transaction_id: identifies the run in rows, events and answers.
         made: Phi-3's valid proposal.
         assessment: Hermes' critique.
         rating: Hermes' score.
+        provenance: what made proposal and critique.
     """
 
     prompt: str
+    api_key: str | None = None
     transaction_id: uuid.UUID = field(default_factory=uuid.uuid4)
     made: Proposed | None = None
     assessment: Completion | None = None
     rating: Rating | None = None
+    provenance: Provenance | None = None
     _seconds: dict[str, float] = field(default_factory=dict)
     _last: float = field(default_factory=time.monotonic)
 
     @classmethod
     def resumed(cls, prompt: str, state: Mapping[str, Any]) -> Self:
         """The run that an earlier attempt has begun, from its `state`."""
-        made, assessment, rating = state["made"], state["assessment"], state["rating"]
+        assessment, rating = state["assessment"], state["rating"]
+        completion = _COMPLETION.validate_python(state["completion"])
         return cls(
             prompt,
-            uuid.UUID(state["transaction_id"]),
-            Proposed(made["proposal"], Completion(**made["completion"]), tuple(made["ungrounded"])),
-            None if assessment is None else Completion(**assessment),
-            None if rating is None else Rating(**rating),
-            state["seconds"],
+            transaction_id=uuid.UUID(state["transaction_id"]),
+            made=Proposed(state["proposal"], completion, tuple(state["ungrounded"])),
+            assessment=None if assessment is None else _COMPLETION.validate_python(assessment),
+            rating=None if rating is None else Rating(**rating),
+            provenance=Provenance.model_validate(state["provenance"]),
+            _seconds=state["seconds"],
         )
 
     def state(self) -> dict[str, Any]:
         """What `resumed` needs, as JSON types, once there is a proposal."""
         assert self.made is not None
-        made = self.made._asdict() | {"completion": asdict(self.made.completion)}
+        assert self.provenance is not None
         return {
             "transaction_id": str(self.transaction_id),
-            "made": made,
+            "proposal": self.made.proposal,
+            "completion": asdict(self.made.completion),
+            "ungrounded": list(self.made.ungrounded),
             "assessment": None if self.assessment is None else asdict(self.assessment),
             "rating": None if self.rating is None else self.rating._asdict(),
+            "provenance": self.provenance.model_dump(mode="json"),
             "seconds": self._seconds,
         }
 
@@ -97,11 +110,14 @@ class ProposalRun:
     def proposed(self, made: Proposed) -> None:
         """Records Phi-3's proposal."""
         self.made = made
+        self.provenance = Provenance.of(made, self.api_key)
         self._lap("proposal")
 
-    def assessed(self, assessment: Completion) -> None:
-        """Records Hermes' critique."""
+    def assessed(self, assessment: Completion, request: GenerationRequest) -> None:
+        """Records Hermes' critique, and the request that it answers."""
+        assert self.provenance is not None
         self.assessment = assessment
+        self.provenance = self.provenance.with_critique(request, assessment)
         self._lap("assessment")
 
     def rated(self, rating: Rating) -> None:
@@ -197,6 +213,7 @@ class ProposalRun:
             adapter=made.completion.adapter,
             latencies=Latencies(**self._seconds),
             grounded=made.grounded,
+            provenance=None if self.provenance is None else self.provenance.model_dump(),
         )
 
     def _assessment_text(self) -> str | None:

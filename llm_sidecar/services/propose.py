@@ -12,7 +12,7 @@ from llm_sidecar import grounding, proposals
 from llm_sidecar.db.transaction import Transaction
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable, QueueFull, SidecarError
-from llm_sidecar.models.base import ChatModel, Completion, Delta, GenerationRequest
+from llm_sidecar.models.base import ChatModel, Completion, Delta, GenerationRequest, new_seed
 from llm_sidecar.proposals import Example, Proposed
 from llm_sidecar.services.events import cloud_event
 from llm_sidecar.services.idempotency import Attempt
@@ -75,13 +75,18 @@ class Proposer:
         """
         proposals.check_budget(max_tokens)
         deadline = deadline or Deadline.after(self._timeout)
-        examples = self._examples()
+        examples, seed = self._examples(), new_seed(self._temperature)
         while True:
             messages = proposals.build_messages(prompt, examples)
-            request = GenerationRequest(messages, max_tokens, proposals.GUIDANCE, self._temperature)
+            request = GenerationRequest(
+                messages, max_tokens, proposals.GUIDANCE, self._temperature, seed
+            )
             try:
                 async with contextlib.aclosing(self._attempt(request, prompt, deadline)) as items:
                     async for item in items:
+                        if isinstance(item, Proposed):
+                            ids = (one.feedback_id for one in examples)
+                            item = item._replace(examples=tuple(filter(None, ids)))
                         yield item
                 return
             except InvalidRequest:
@@ -100,7 +105,7 @@ class Proposer:
             async for delta in stream:
                 deltas.append(delta)
                 yield delta
-        proposed = await _proposed(deltas, prompt)
+        proposed = await _proposed(request, deltas, prompt)
         if again := await self._retry_request(request, prompt, proposed):
             # The other half of the time is for the assessment: a slow retry must not cause a 504.
             half, deltas = Deadline.after(deadline.remaining() / 2), []
@@ -109,7 +114,7 @@ class Proposer:
                     async for delta in stream:
                         deltas.append(delta)
                         yield delta
-                proposed = await _proposed(deltas, prompt)
+                proposed = await _proposed(again, deltas, prompt)
             except SidecarError as error:
                 log.warning("the retry of an ungrounded proposal failed: %s", type(error).__name__)
         self._metrics.proposed(proposed.proposal["action"], proposed.ungrounded)
@@ -148,7 +153,11 @@ class Orchestrator:
         self._timeout = timeout
 
     async def propose(
-        self, prompt: str, max_tokens: int, attempt: Attempt | None = None
+        self,
+        prompt: str,
+        max_tokens: int,
+        api_key: str | None = None,
+        attempt: Attempt | None = None,
     ) -> AsyncGenerator[Delta | Proposed | AssessedProposal, None]:
         """One run, or the rest of one.
 
@@ -159,6 +168,7 @@ class Orchestrator:
             prompt: the market context.
             max_tokens: of the proposal, and of the critique; at least
                 `proposals.MAX_COMPLETION_TOKENS`.
+            api_key: the name of the key that the request came with, for the provenance.
             attempt: at a request with an `Idempotency-Key`; what an earlier attempt has finished is
                 not generated again.
 
@@ -171,7 +181,7 @@ class Orchestrator:
         """
         attempt = attempt or Attempt(self._tasks)
         if attempt.state is None:
-            run = ProposalRun(prompt)
+            run = ProposalRun(prompt, api_key)
         else:
             run = ProposalRun.resumed(prompt, attempt.state)
             if run.rating is not None:
@@ -213,14 +223,12 @@ class Orchestrator:
         assert proposal is not None
         if run.assessment is None:
             deltas: list[Delta] = []
-            assessing = self._judge.assess(
-                proposal, run.prompt, max_tokens=max_tokens, deadline=deadline
-            )
-            async with contextlib.aclosing(assessing) as stream:
+            request = self._judge.critique_request(proposal, run.prompt, max_tokens)
+            async with contextlib.aclosing(self._judge.assess(request, deadline)) as stream:
                 async for delta in stream:
                     deltas.append(delta)
                     yield delta
-            run.assessed(Completion.of(deltas))
+            run.assessed(Completion.of(deltas), request)
         run.rated(await self._judge.rate(proposal, run.prompt, deadline))
 
     async def _finish(self, run: ProposalRun, attempt: Attempt) -> AssessedProposal:
@@ -269,7 +277,7 @@ def _early_end(run: ProposalRun, attempt: Attempt, reason: str) -> Transaction:
     )
 
 
-async def _proposed(deltas: Sequence[Delta], prompt: str) -> Proposed:
+async def _proposed(request: GenerationRequest, deltas: Sequence[Delta], prompt: str) -> Proposed:
     """The valid proposal of a finished generation.
 
     Raises:
@@ -287,7 +295,7 @@ async def _proposed(deltas: Sequence[Delta], prompt: str) -> Proposed:
         ) from None
     # In a thread, because a long context would block the event loop.
     ungrounded = await asyncio.to_thread(grounding.ungrounded_fields, proposal, prompt)
-    return Proposed(proposal, completion, ungrounded)
+    return Proposed(proposal, completion, ungrounded, request)
 
 
 def _end_reason(error: BaseException) -> str:

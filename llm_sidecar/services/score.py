@@ -12,7 +12,7 @@ from llm_sidecar.db import HermesScoreSchema
 from llm_sidecar.db.transaction import Transaction
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.errors import InvalidRequest
-from llm_sidecar.models.base import ChatModel, Delta, GenerationRequest
+from llm_sidecar.models.base import ChatModel, Delta, GenerationRequest, new_seed
 from llm_sidecar.services.idempotency import Attempt
 from llm_sidecar.services.rows import Rows
 from llm_sidecar.tasks import TaskSet
@@ -65,16 +65,20 @@ class Judge:
         self._metrics = metrics
         self._temperature = temperature
 
-    def assess(
-        self, proposal: Mapping[str, Any], context: str, *, max_tokens: int, deadline: Deadline
-    ) -> AsyncGenerator[Delta, None]:
-        """Streams Hermes' critique of a proposal; the deadline never truncates it.
+    def critique_request(
+        self, proposal: Mapping[str, Any], context: str, max_tokens: int
+    ) -> GenerationRequest:
+        """The request for Hermes' critique of a proposal."""
+        messages = hermes_plugin.build_messages(hermes_plugin.CRITIQUE_TASK, proposal, context)
+        seed = new_seed(self._temperature)
+        return GenerationRequest(messages, max_tokens, temperature=self._temperature, seed=seed)
+
+    def assess(self, request: GenerationRequest, deadline: Deadline) -> AsyncGenerator[Delta, None]:
+        """Streams the critique that a request asks for; the deadline never truncates it.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
         """
-        messages = hermes_plugin.build_messages(hermes_plugin.CRITIQUE_TASK, proposal, context)
-        request = GenerationRequest(messages, max_tokens, temperature=self._temperature)
         return self._hermes.stream(request, deadline)
 
     async def rate(

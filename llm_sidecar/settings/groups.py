@@ -155,9 +155,9 @@ class Database(Group):
     log_dir: Path = Field(
         Path("/app/lancedb_log"),
         alias="LANCEDB_LOG_DIR",
-        description="the path of a folder, for the log of a database on an s3:// address",
+        description="the path of a folder, for the journal of a database on an s3:// address",
     )
-    """The write-ahead log of a database on `s3://`. A local database has it in its own folder."""
+    """The journal of a database on `s3://`. A local database has it in its own folder."""
     s3_endpoint: str | None = Field(None, alias="AWS_ENDPOINT_URL_S3", description="a URL")
     """The endpoint of an object store other than Amazon's."""
     aws_endpoint: str | None = Field(None, alias="AWS_ENDPOINT_URL", description="a URL")

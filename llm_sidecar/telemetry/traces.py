@@ -1,4 +1,4 @@
-"""OpenTelemetry traces: a span per HTTP request, per Redis command and per model call.
+"""OpenTelemetry traces: a span per HTTP request and per model call.
 
     traces = Traces("http://localhost:4318", "osiris_llm_sidecar")
     traces.install(app)
@@ -6,9 +6,11 @@
     ...
     await traces.close()
 
+Events carry the trace context of their request; the relay that sends them belongs to no request.
 Model calls follow the conventions for generative AI
 (https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/), without any content: no prompt,
-no completion, no query string and no text of an exception leaves this process.
+no completion, no query string and no text of an exception leaves this process. No request waits
+for Redis, so its commands are not traced; an event carries the `traceparent` of its request.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry import trace
@@ -26,12 +27,11 @@ from opentelemetry.instrumentation.propagators import (
     TraceResponsePropagator,
     set_global_response_propagator,
 )
-from opentelemetry.instrumentation.redis import RedisInstrumentor
 from opentelemetry.instrumentation.utils import suppress_http_instrumentation
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, format_trace_id
+from opentelemetry.trace import SpanKind, Status, StatusCode, format_trace_id
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from llm_sidecar.telemetry.asgi import TrackedSend, is_observed
@@ -75,7 +75,6 @@ class Traces(Instrument):
             resource=Resource.create({"service.name": service_name}), shutdown_on_exit=False
         )
         self._tracer = self._provider.get_tracer("llm_sidecar")
-        self._redis = RedisInstrumentor()
 
     def install(self, app: FastAPI) -> None:
         """Traces the app's requests, which continue the caller's `traceparent`."""
@@ -100,14 +99,12 @@ class Traces(Instrument):
                 schedule_delay_millis=DELIVERY_INTERVAL * 1000,
             )
         )
-        self._redis.instrument(tracer_provider=self._provider, request_hook=_name_channel)
         set_global_response_propagator(TraceResponsePropagator())  # type: ignore[no-untyped-call]
         for handler in {h for name in _LOGGERS for h in logging.getLogger(name).handlers}:
             handler.addFilter(TraceIdFilter())
 
     async def close(self) -> None:
         """Delivers pending spans, unless the endpoint takes too long."""
-        self._redis.uninstrument()
         set_global_response_propagator(None)  # type: ignore[no-untyped-call]
         # No longer wait: the SDK's own shutdown takes up to 30 s.
         flushing = threading.Thread(target=self._provider.shutdown, daemon=True)
@@ -210,9 +207,3 @@ def _outcome(call: ModelCall) -> dict[str, Any]:
 
 def _unix_ns(call: ModelCall, moment: float) -> int:
     return int((call.queued_unix + moment - call.queued) * 1e9)
-
-
-def _name_channel(span: Span, client: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Adds the channel of a publish, without the payload that follows it."""
-    if args[0] == "PUBLISH" and span.is_recording():
-        span.set_attribute("messaging.destination.name", str(args[1]))

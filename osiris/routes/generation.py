@@ -17,6 +17,7 @@ from osiris.dependencies import CurrentSidecar, check_length
 from osiris.disconnects import cancel_on_disconnect
 from osiris.endpoint import endpoint
 from osiris.idempotency import REPLAYED, IdempotencyKey, answered_once
+from osiris.middleware.access import Author
 from osiris.response_headers import GENERATION, generation_headers, stored_header
 from osiris.schemas.errors import ProposalBadInput, ProposalErrorBody
 from osiris.schemas.generation import (
@@ -159,6 +160,7 @@ async def propose_trade_adjustments(
     body: ProposalRequest,
     request: Request,
     sidecar: CurrentSidecar,
+    author: Author,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """A trade proposal with Hermes' critique, stored and published on the event bus.
@@ -172,7 +174,7 @@ async def propose_trade_adjustments(
     check_length(sidecar, body)
 
     async def answer(attempt: Attempt) -> Response:
-        running = sidecar.orchestrator.propose(body.prompt, body.max_length, attempt)
+        running = sidecar.orchestrator.propose(body.prompt, body.max_length, author, attempt)
         return _assessed(await result_of(running, AssessedProposal))
 
     return await _answered(request, sidecar, idempotency_key, answer)

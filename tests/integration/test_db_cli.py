@@ -42,7 +42,7 @@ from llm_sidecar.db import (
     table_of,
 )
 from llm_sidecar.db.encoding import encoded
-from llm_sidecar.db.repair import COMPACTING
+from llm_sidecar.db.tables import COMPACTING
 from llm_sidecar.journal.journal import Journal
 from llm_sidecar.journal.locks import locked
 from tests.test_db import NOW, PROPOSAL, RUN, feedback, run, score
@@ -491,6 +491,7 @@ def test_jsonl_decodes_objects_and_keeps_text(
         "adapter": None,
         "latencies": {"proposal": 0.25, "assessment": 0.5, "score": None},
         "grounded": "ticker,rationale",
+        "provenance": {"ticker": "ABC"},
     }
     rows = map(json.loads, lines_of(capsys, "query-runs", "--table", FEEDBACK))
     assert [row["feedback_content"] for row in rows] == [{"a": [1.0, None]}, 'a, "b"\nc']
@@ -503,10 +504,10 @@ def test_csv_has_a_header_quotes_and_no_formula(capsys: pytest.CaptureFixture[st
     latencies = '{""proposal"":0.25,""assessment"":0.5,""score"":null}'
     assert capsys.readouterr().out == (
         "transaction_id,timestamp,prompt,proposal,assessment,score,model,adapter,latencies,"
-        "grounded\r\n"
+        "grounded,provenance\r\n"
         f'r-1,2026-01-02T03:04:05.678901+00:00,\'=1+1,"{proposal}",'
         '"{""looks"": ""like JSON""}",0.5,phi3,,'
-        f'"{latencies}","ticker,rationale"\r\n'
+        f'"{latencies}","ticker,rationale","{{""ticker"":""ABC""}}"\r\n'
     )
     assert cli_main(["query-runs", "--table", SCORES, "--format", "csv"]) == 0
     assert capsys.readouterr() == (
@@ -1039,3 +1040,13 @@ def test_ctrl_c_ends_a_script_that_waits_for_the_database(
         signal.signal(signal.SIGINT, before)
     # The command itself would give up only after half a minute.
     assert time.monotonic() - began < 15
+
+
+def test_rows_of_a_process_that_has_died_are_verified_and_counted(
+    readable_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_row(readable_folder, score(run_id="left"))
+    assert f"{SCORES}: 3 of 3 rows are readable, ids are unique" in lines_of(capsys, "verify")
+    leave_row(readable_folder, score(run_id="left too"))
+    lines = [json.loads(line) for line in lines_of(capsys, "stats")]
+    assert [row["rows"] for row in lines if row["table"] == SCORES] == [4]

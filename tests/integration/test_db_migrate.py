@@ -11,7 +11,6 @@ from typing import Any, Final
 import lancedb
 import pyarrow as pa
 import pytest
-from llm_sidecar.db.log import Log, Row, encode
 
 from llm_sidecar.db import (
     FEEDBACK,
@@ -57,7 +56,8 @@ OF_VERSION_2: Final = {
     "adapter": None,
     "latencies": {"proposal": 0.25, "assessment": 0.5, "score": None},
 }
-"""A proposal without the column `grounded`."""
+"""A proposal without the columns `grounded` and `provenance`."""
+SINCE_THEN: Final = {"grounded": None, "provenance": None}
 OLD_SCORE: Final = {"run_id": "r-1", "timestamp": WRITTEN, "score": 0.5, "rationale": "Fine."}
 
 
@@ -234,7 +234,7 @@ def write_version_2(folder: Path) -> None:
     """The proposals of version 2."""
     today = arrow_schemas()[PROPOSALS]
     schema = pa.schema(
-        [field for field in today if field.name != "grounded"],
+        [field for field in today if field.name not in SINCE_THEN],
         metadata={"osiris_schema_version": "2"},
     )
     rows = [OF_VERSION_2 | {"row_id": "key"}]
@@ -248,10 +248,12 @@ def test_a_proposal_of_version_2_keeps_all_values(
     with pytest.raises(DatabaseUnavailable, match=r"proposals has the shape of an older version"):
         asyncio.run(Store.open(folder))
     assert cli_main(["migrate"]) == 0
-    message = f"proposals: 1 rows brought to version {VERSION}, with grounded added; the old table"
+    message = (
+        f"proposals: 1 rows brought to version {VERSION}, with grounded and provenance added; the"
+    )
     assert message in capsys.readouterr().out
-    assert read(folder, PROPOSALS) == [OF_VERSION_2 | {"row_id": "key", "grounded": None}]
-    assert opened(folder, PROPOSALS) == [OF_VERSION_2 | {"grounded": None}]
+    assert read(folder, PROPOSALS) == [OF_VERSION_2 | {"row_id": "key"} | SINCE_THEN]
+    assert opened(folder, PROPOSALS) == [OF_VERSION_2 | SINCE_THEN]
 
 
 def test_rows_in_a_log_of_version_2_are_read_after_migration(folder: Path) -> None:
@@ -262,8 +264,8 @@ def test_rows_in_a_log_of_version_2_are_read_after_migration(folder: Path) -> No
     assert cli_main(["migrate"]) == 0
     rows = sorted(opened(folder, PROPOSALS), key=lambda row: str(row["prompt"]))
     assert rows == [
-        OF_VERSION_2 | {"grounded": None},
-        OF_VERSION_2 | {"prompt": "late", "grounded": None},
+        OF_VERSION_2 | SINCE_THEN,
+        OF_VERSION_2 | {"prompt": "late"} | SINCE_THEN,
     ]
 
 
@@ -331,7 +333,7 @@ def version_2(folder: Path) -> Path:
         FEEDBACK: without(FEEDBACK, "received", "source", "author", "row_id"),
         RUNS: without(RUNS),
         SCORES: without(SCORES),
-        PROPOSALS: without(PROPOSALS, "grounded"),
+        PROPOSALS: without(PROPOSALS, "grounded", "provenance"),
     }
     feedback = OLD_FEEDBACK | {"schema_version": "1.0", "corrected_proposal": None}
     future = NOW.replace(year=2099)
@@ -381,6 +383,18 @@ def test_version_3_loses_no_row_of_its_tables_and_logs(
     assert len(opened(folder, FEEDBACK)) == 2
     rows = sorted(read(folder, FEEDBACK), key=lambda row: str(row["feedback_id"]))
     assert rows == [stored | {"author": None}, logged | {"author": None}]
+
+
+def test_a_proposal_of_version_4_keeps_all_values(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [OF_VERSION_2 | {"row_id": "key", "grounded": "ticker"}]
+    shape = without(PROPOSALS, "provenance", version="4")
+    write(folder, PROPOSALS, pa.Table.from_pylist(rows, schema=shape))
+    assert cli_main(["migrate"]) == 0
+    message = f"proposals: 1 rows brought to version {VERSION}, with provenance added; the old"
+    assert message in capsys.readouterr().out
+    assert read(folder, PROPOSALS) == [rows[0] | {"provenance": None}]
 
 
 def test_opening_version_2_fails_with_instructions(version_2: Path) -> None:

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import redis
 
 from llm_sidecar.event_bus.__main__ import main
-from tests.redis_server import RedisServer, free_port, require_redis
+from tests.redis_server import RedisServer, entries, free_port, require_redis
 
 EVENTS, INBOX, DEAD = "osiris.events", "osiris.inbox", "osiris.inbox.dead"
 
@@ -40,8 +41,8 @@ def add_event(probe: redis.Redis, entry: str, data: str) -> None:
 
 def add_letter(probe: redis.Redis, entry: str, data: str) -> None:
     fields = json.dumps({"id": "x", "data": data})
-    letter = {"time": "t", "reason": "it is invalid", "entry": "5-0", "deliveries": "1"}
-    probe.xadd(DEAD, letter | {"fields": fields}, id=entry)
+    letter: dict[Any, Any] = {"time": "t", "reason": "it is invalid", "entry": "5-0"}
+    probe.xadd(DEAD, letter | {"deliveries": "1", "fields": fields}, id=entry)
 
 
 def test_replay_shows_what_the_stream_has(
@@ -134,11 +135,11 @@ def test_requeue_puts_one_or_all_back(
     for number in (1, 2, 3):
         add_letter(probe, f"{number}-0", str(number))
     assert main(["requeue", "2-0"]) == 0
-    [(entry, fields)] = probe.xrange(INBOX)
+    [(entry, fields)] = entries(probe, INBOX)
     assert capsys.readouterr().out == f"2-0 is entry {entry} of the inbox\n"
     assert fields == {"id": "x", "data": "2"}
     assert main(["requeue", "all"]) == 0
-    assert [entry["data"] for _, entry in probe.xrange(INBOX)] == ["2", "1", "3"]
+    assert [fields["data"] for _, fields in entries(probe, INBOX)] == ["2", "1", "3"]
     assert probe.xlen(DEAD) == 0
     capsys.readouterr()
     assert main(["requeue", "all"]) == 0

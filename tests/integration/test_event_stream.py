@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
 import redis
@@ -49,7 +50,6 @@ async def bus(
 
 
 async def test_a_stream_without_events(bus: EventBus) -> None:
-    assert await bus.events.first_id() is None
     assert await bus.events.last_id() == "0-0"
     assert await bus.events.read("0-0", 0.01) == []
 
@@ -59,7 +59,6 @@ async def test_events_are_read_after_an_id_and_waited_for(bus: EventBus) -> None
         await bus.publish("phi3.test", payload)
     first = await bus.events.read("0-0", 5.0, count=1)
     assert [fields["data"] for _, fields in first] == ["1"]
-    assert await bus.events.first_id() == first[0][0]
     seen = first
     while len(seen) < 3:
         seen += await bus.events.read(seen[-1][0], 5.0)
@@ -95,7 +94,7 @@ async def test_a_redis_that_may_lose_events_is_named(
     options: dict[str, str],
     expected: list[str],
 ) -> None:
-    before = {name: probe.config_get(name)[name] for name in WARNINGS}
+    before: dict[str, Any] = {name: probe.config_get(name)[name] for name in WARNINGS}
     for name, value in options.items():
         probe.config_set(name, value)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import redis
@@ -277,8 +278,8 @@ async def test_dead_letters_come_in_pages_newest_first(
     server: RedisServer, probe: redis.Redis
 ) -> None:
     for number in range(5):
-        entry = {"time": "t", "reason": f"r{number}", "entry": "1-1", "deliveries": "1"}
-        probe.xadd(DEAD, entry | {"fields": "{}"}, id=f"{number + 1}-0")
+        entry: dict[Any, Any] = {"time": "t", "reason": f"r{number}", "entry": "1-1"}
+        probe.xadd(DEAD, entry | {"deliveries": "1", "fields": "{}"}, id=f"{number + 1}-0")
     bus = EventBus(server.url)
     first = await bus.dead_letters.page(2)
     assert [letter.reason for letter in first] == ["r4", "r3"]

@@ -398,3 +398,17 @@ async def test_requests_are_forgotten_after_a_day(
     now = Clock.now
     monkeypatch.setattr(Clock, "now", lambda self: now(self) + 86401)
     await until(lambda: journal.status()["requests"] == 0)
+
+
+async def test_transactions_that_fail_together_leave_the_others(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "MOST_BYTES", 10)
+    results = await asyncio.gather(
+        *(journal.commit([row(str(size), b"x" * size)]) for size in (3, 11, 4, 12)),
+        return_exceptions=True,
+    )
+    assert [isinstance(result, DatabaseUnavailable) for result in results] == [
+        False, True, False, True
+    ]  # fmt: skip
+    assert await keys(journal) == ["3", "4"]

@@ -14,7 +14,7 @@ import redis
 import trustme
 
 from llm_sidecar.event_bus import EventBus, RedisError
-from tests.redis_server import RedisServer, free_port, require_redis
+from tests.redis_server import RedisServer, entries, free_port, require_redis
 
 TIMEOUT = 20.0
 """Seconds within which whatever a test waits for has happened, or it fails."""
@@ -126,8 +126,12 @@ def wait_for(condition: Callable[[], object]) -> None:
     raise AssertionError("not true in time")
 
 
-async def test_a_failover_loses_no_event_and_changes_no_order(tmp_path: Path) -> None:
+async def test_a_failover_loses_no_event_and_changes_no_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     require_redis()
+    monkeypatch.setattr("llm_sidecar.event_bus.subscriber.FIRST_DELAY", 0.1)
+    monkeypatch.setattr("llm_sidecar.event_bus.subscriber.LONGEST_DELAY", 0.1)
     guarded = ("--requirepass", "desk", "--masterauth", "desk")
     payloads = [str(number) for number in range(200)]
     with (
@@ -151,7 +155,7 @@ async def test_a_failover_loses_no_event_and_changes_no_order(tmp_path: Path) ->
         for payload in payloads[100:]:
             await bus.publish("phi3.test", payload)
         await until(lambda: bus.connected and bus.status()["waiting"] == 0)
-        data = [fields["data"] for _, fields in replica.xrange("osiris.events")]
+        data = [fields["data"] for _, fields in entries(replica, "osiris.events")]
         assert data == payloads
         assert replica.info("replication")["role"] == "master"
         await arrives(bus, "after")

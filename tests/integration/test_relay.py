@@ -15,7 +15,7 @@ from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.event_bus.outbox import MemoryOutbox, Queued
 from llm_sidecar.event_bus.relay import Relay
-from tests.redis_server import RedisServer, require_redis
+from tests.redis_server import RedisServer, entries, require_redis
 from tests.scripted_redis import Proxy, ScriptedRedis
 
 TIMEOUT = 10.0
@@ -100,7 +100,7 @@ def outbox_of(payloads: Sequence[str]) -> SharedOutbox:
 
 def stream(probe: redis.Redis, name: str = "osiris.events") -> list[str]:
     """The data of all entries, oldest first."""
-    return [fields["data"] for _, fields in probe.xrange(name)]
+    return [fields["data"] for _, fields in entries(probe, name)]
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -184,7 +184,7 @@ async def test_an_entry_of_the_stream_is_a_cloud_event(
     await bus.connect()
     await bus.publish("phi3.test", '{"a": "\u00e9"}')
     await until(lambda: stream(probe))
-    [(_, fields)] = probe.xrange("osiris.events")
+    [(_, fields)] = entries(probe, "osiris.events")
     made = {"id": fields.pop("id"), "time": fields.pop("time")}
     assert fields == {
         "source": "/osiris/llm-sidecar",
@@ -358,6 +358,49 @@ async def test_a_slow_redis_delays_no_publish_and_gets_all_in_order(
         assert stream(probe) == PAYLOADS
         await until(lambda: bus.status()["published"] == 2 * COUNT)
         await bus.close()
+
+
+async def test_live_messages_beyond_the_bound_lose_their_oldest(
+    server: RedisServer, probe: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_sidecar.event_bus.live.LIVE_MESSAGES", 2)
+    received: list[str] = []
+
+    async def handle(payload: str) -> None:
+        received.append(payload)
+
+    listener = EventBus(server.url)
+    await listener.connect()
+    await listener.subscribe("audio.bytes", handle)
+    async with Proxy(server.port) as proxy:
+        bus = EventBus(proxy.url)
+        await bus.connect()
+        opened, proxy.gate = proxy.gate, asyncio.Event()
+        await bus.publish("audio.bytes", "0")
+        await asyncio.sleep(0.02)  # it is on its way
+        for payload in PAYLOADS[1:6]:
+            assert await bus.publish("audio.bytes", payload)
+        proxy.gate.set()
+        proxy.gate = opened
+        await until(lambda: len(received) == 3)
+        assert received == ["0", "4", "5"]
+        await until(lambda: bus.status()["published"] == 3)
+        assert bus.status()["unpublished"] == 3
+        assert stream(probe) == []
+        await bus.close()
+    await listener.close()
+
+
+async def test_closing_sends_what_the_journal_has_if_redis_takes_it(
+    server: RedisServer, probe: redis.Redis
+) -> None:
+    outbox = SharedOutbox()
+    bus = EventBus(server.url, outbox=outbox)
+    await bus.connect()
+    for payload in PAYLOADS:
+        outbox.add(event(payload))
+    await bus.close()
+    assert (len(outbox), stream(probe)) == (0, PAYLOADS)
 
 
 async def test_a_frozen_redis_gets_all_in_order_afterwards(

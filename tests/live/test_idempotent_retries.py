@@ -95,6 +95,7 @@ class Shared:
     def server(self) -> Iterator[Server]:
         with serve(self._folder, **self.environ) as live:
             live.wait_until_ready()
+            live.wait_until_database_is_open()
             yield Server(live)
 
     def check_one_of_each(self, server: Server, answer: httpx.Response) -> None:

@@ -313,15 +313,13 @@ async def test_a_killed_server_leaves_no_worker_and_loses_no_acknowledged_row(
     feedback = {"transaction_id": "t", "feedback_type": "rating", "feedback_content": "5"}
     with serve(tmp_path, **random_models) as server:
         workers = load_both(server)
-        # At once, so that most likely nothing has left the log yet.
+        # At once, so that most likely nothing has left the journal yet.
         responses = [server.client.post("/feedback/phi3", json=feedback) for _ in range(3)]
         server.stop(signal.SIGKILL)
         wait_until_gone(server, workers)
     assert [response.status_code for response in responses] == [200] * 3
     with serve(tmp_path, **random_models) as server:
         server.wait_until_database_is_open()
-        repairs = server.client.get("/health").json()["database"]["repairs"]
-    assert any("replayed" in repair for repair in repairs)
     store = await Store.open(tmp_path / "lancedb")
     assert len(await store.last("phi3_feedback", 0)) == 3
     await store.close()

@@ -23,7 +23,7 @@ from llm_sidecar.deadline import Deadline
 from llm_sidecar.errors import DatabaseUnavailable, RequestKeyReused
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.models.base import ChoiceScores, Completion, Delta, GenerationRequest, Models
-from llm_sidecar.models.fake import FakeModel
+from llm_sidecar.models.fake import IDENTITY, FakeModel
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.telemetry.metrics import MetricsSink
@@ -39,6 +39,7 @@ def completion(text: str, **changes: object) -> Completion:
         "finish_reason": "stop",
         "prompt_tokens": 7,
         "completion_tokens": 9,
+        "identity": IDENTITY,
     }
     return Completion(text=text, **(values | changes))  # type: ignore[arg-type]
 

@@ -96,7 +96,7 @@ async def test_the_examples_are_the_newest_corrections_oldest_first(made: Made) 
     assert await made.correct("D") is Outcome.EXAMPLE
     assert made.few_shot.corrections == tuple(correction(name) for name in ("B", "C", "D"))
     assert made.few_shot.examples == tuple(
-        Example(f"prompt of {name}", proposal(name)) for name in ("B", "C", "D")
+        Example(f"prompt of {name}", proposal(name), f"f-{name}") for name in ("B", "C", "D")
     )
     assert made.changes == 1
 

@@ -32,6 +32,7 @@ from tests.unit.services.samples import (
     CRITIQUE,
     PROMPT,
     PROPOSAL,
+    SEED,
     SURE,
     UNGROUNDED,
     WRITTEN,
@@ -55,7 +56,7 @@ async def test_phi3_is_asked_with_the_examples_oldest_first() -> None:
     assert [turn["content"] for turn in messages[1:]] == [
         *("older", '{"ticker":"A"}', "newer", '{"ticker":"B"}', PROMPT)
     ]
-    assert made.phi3.requests == [GenerationRequest(messages, 300, proposals.GUIDANCE, 0.4)]
+    assert made.phi3.requests == [GenerationRequest(messages, 300, proposals.GUIDANCE, 0.4, SEED)]
 
 
 async def test_hermes_is_asked_for_a_critique_and_then_for_a_score() -> None:
@@ -64,7 +65,7 @@ async def test_hermes_is_asked_for_a_critique_and_then_for_a_score() -> None:
     critique = hermes_plugin.build_messages(hermes_plugin.CRITIQUE_TASK, PROPOSAL, PROMPT)
     score = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, PROPOSAL, PROMPT)
     assert made.hermes.requests == [
-        GenerationRequest(critique, 300, None, 0.6),
+        GenerationRequest(critique, 300, None, 0.6, SEED),
         (score, hermes_plugin.SCORE_ANSWERS),
     ]
 
@@ -419,7 +420,7 @@ class Retried:
         return Attempt(TaskSet(), REQUEST, self.state, Deadline.after(9.0))
 
     async def propose(self) -> AssessedProposal:
-        running = self.made.sidecar.orchestrator.propose(PROMPT, 300, self.attempt())
+        running = self.made.sidecar.orchestrator.propose(PROMPT, 300, "desk", self.attempt())
         return await last_of(running, AssessedProposal)
 
     def rows(self) -> dict[str, dict[str, Any]]:

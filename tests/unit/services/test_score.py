@@ -16,7 +16,15 @@ from llm_sidecar.models.base import Delta, GenerationRequest
 from llm_sidecar.services.idempotency import Attempt
 from llm_sidecar.tasks import TaskSet
 from tests.unit.fakes import FakeSidecar, PausedModel, scores, text_of
-from tests.unit.services.samples import CRITIQUE, PROMPT, PROPOSAL, SURE, fake_sidecar, without
+from tests.unit.services.samples import (
+    CRITIQUE,
+    PROMPT,
+    PROPOSAL,
+    SEED,
+    SURE,
+    fake_sidecar,
+    without,
+)
 
 SCORE, CRITICISE = hermes_plugin.SCORE_TASK, hermes_plugin.CRITIQUE_TASK
 
@@ -155,20 +163,22 @@ async def test_a_critique_is_asked_in_its_context() -> None:
     made = fake_sidecar(models={"hermes_temperature": 0.5})
     made.hermes.answers = [CRITIQUE]
     deadline = Deadline.after(60)
-    asking = made.sidecar.judge.assess(PROPOSAL, PROMPT, max_tokens=31, deadline=deadline)
+    asked = made.sidecar.judge.critique_request(PROPOSAL, PROMPT, 31)
+    asking = made.sidecar.judge.assess(asked, deadline)
     assert await text_of(asking) == CRITIQUE
     (call,) = made.hermes.calls
     # Half a critique is none.
     assert (call.deadline, call.allow_partial) == (deadline, False)
     messages = hermes_plugin.build_messages(CRITICISE, PROPOSAL, PROMPT)
-    assert call.request == GenerationRequest(messages, 31, None, 0.5, None)
+    assert call.request == GenerationRequest(messages, 31, None, 0.5, SEED)
     assert made.happened.log == []
 
 
 async def test_a_critique_streams_and_closing_it_stops_hermes() -> None:
     hermes = PausedModel("Thin", ".")
     made = FakeSidecar(hermes=hermes)
-    asking = made.sidecar.judge.assess(PROPOSAL, PROMPT, max_tokens=31, deadline=Deadline.after(60))
+    asked = made.sidecar.judge.critique_request(PROPOSAL, PROMPT, 31)
+    asking = made.sidecar.judge.assess(asked, Deadline.after(60))
     assert await anext(asking) == Delta("Thin", "paused/fake")
     await asking.aclose()
     assert hermes.closed == 1
@@ -180,6 +190,5 @@ async def test_an_error_of_the_model_reaches_the_caller() -> None:
     with pytest.raises(QueueFull, match="full"):
         await made.sidecar.judge.rate(PROPOSAL, None)
     with pytest.raises(QueueFull, match="full"):
-        await text_of(
-            made.sidecar.judge.assess(PROPOSAL, PROMPT, max_tokens=9, deadline=Deadline.after(60))
-        )
+        asked = made.sidecar.judge.critique_request(PROPOSAL, PROMPT, 9)
+        await text_of(made.sidecar.judge.assess(asked, Deadline.after(60)))
