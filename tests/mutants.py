@@ -59,6 +59,7 @@ SCOPE: Final = (
     "llm_sidecar.services.score.*",
     "llm_sidecar.text.*",
     "llm_sidecar.timestamps.*",
+    "llm_sidecar.tts.answers.*",
     "llm_sidecar.tts.text.*",
     "llm_sidecar.tts.wav.*",
     "osiris.errors.x_row_of*",

@@ -323,7 +323,7 @@ def _speech(status: Health) -> Iterator[Metric]:
         status["state"] == "ready",
     )
     yield GaugeMetricFamily(
-        "sidecar_speech_workers", "Chatterbox workers on the event bus.", len(status["workers"])
+        "sidecar_speech_workers", "Chatterbox workers on the same Redis.", len(status["workers"])
     )
     yield from _plain("sidecar_speech", _SPEECH, status)
 

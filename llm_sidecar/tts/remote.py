@@ -33,6 +33,8 @@ MOST_WAITING: Final = 32
 """Maximum number of requests in Redis; with the largest references they take 450 MB."""
 REMOVE_TIMEOUT: Final = 1.0
 """Seconds that the removal of a request may take; if it takes longer, it expires by itself."""
+CANCEL_TIMEOUT: Final = 1.0
+"""Seconds to wait for a cancelled task."""
 RETRY_READ: Final = 0.5
 """Seconds between two attempts to read an answer while Redis is unavailable."""
 
@@ -86,7 +88,7 @@ class RemoteVoice:
     async def close(self) -> None:
         """Stops; a text that is being spoken fails."""
         if self._looking is not None:
-            await cancel(self._looking, patience=5)
+            await cancel(self._looking, patience=CANCEL_TIMEOUT)
         await self._client.aclose()
 
     @property

@@ -185,16 +185,17 @@ class Work:
         await self._group.done(entry.id)
         return None
 
-    async def read(self, taken: Taken) -> tuple[str, str] | None:
-        """The request and its latest answer, which is the request itself if there is none; None if
-        nobody listens."""
+    async def read(self, taken: Taken) -> tuple[str, str | None] | None:
+        """The request, and its latest answer if there is one; None if nobody listens."""
         async with self._client.pipeline(transaction=False) as pipeline:
             pipeline.xrange(taken.key, count=1)
             pipeline.xrevrange(taken.key, count=1)
             first, last = await pipeline.execute()
         if not first or not last:
             return None
-        return first[0][1].get(_DATA, ""), last[0][1].get(_DATA, "")
+        [(request_entry, request)], [(latest_entry, latest)] = first, last
+        answer = None if latest_entry == request_entry else latest.get(_DATA, "")
+        return request.get(_DATA, ""), answer
 
     async def keep(self, taken: Taken) -> bool:
         """Keeps the claim fresh. False if there is none: nobody listens, or another worker has

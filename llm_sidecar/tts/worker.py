@@ -40,8 +40,10 @@ MOST_DELIVERIES: Final = 3
 """Maximum number of workers that try to speak a request; it may be what ended the former ones."""
 RETRY_EVERY: Final = 1.0
 """Seconds between two attempts while Redis is unavailable."""
-CANCEL_TIMEOUT: Final = 5.0
-"""Seconds to wait for a cancelled task, and for Redis at the end."""
+CANCEL_TIMEOUT: Final = 1.0
+"""Seconds to wait for a cancelled task."""
+LEAVE_TIMEOUT: Final = 5.0
+"""Seconds to wait for Redis at the end."""
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +105,7 @@ class SpeechWorker:
         if self._speaking is not None:
             await cancel(self._speaking, patience=CANCEL_TIMEOUT)
         with contextlib.suppress(RedisError, TimeoutError):  # then the claim gets stale
-            async with asyncio.timeout(CANCEL_TIMEOUT):
+            async with asyncio.timeout(LEAVE_TIMEOUT):
                 if self._taken is not None:
                     await self._work.hand_back(self._taken)
                 await self._work.leave()
@@ -160,7 +162,9 @@ class SpeechWorker:
             where = "".join(traceback.format_tb(error.__traceback__))
             log.error("the voice failed: %s\n%s", type(error).__name__, where)
             last = Failure(error="the voice failed: see the worker's log")
-        await self._work.finish(taken, None if last is None else last.model_dump_json())
+        # If another worker has it now, that one ends it.
+        if last is None or await self._work.keep(taken):
+            await self._work.finish(taken, None if last is None else last.model_dump_json())
 
     async def _answer(self, taken: Taken) -> End | None:
         """Sends the parts that are missing; None if nobody listens."""
@@ -189,7 +193,7 @@ class SpeechWorker:
         return End(end=count)
 
 
-def _parse(message: str, latest: str) -> tuple[SpeechRequest, Reference | None, int]:
+def _parse(message: str, latest: str | None) -> tuple[SpeechRequest, Reference | None, int]:
     """A request, its reference, and the number of parts that a former worker has sent."""
     if len(message) > LONGEST_REQUEST:
         raise InvalidRequest("the request for speech is too long")
@@ -199,15 +203,8 @@ def _parse(message: str, latest: str) -> tuple[SpeechRequest, Reference | None, 
         raise InvalidRequest(summary(error)) from None
     encoded = request.ref_wav_b64
     reference = None if encoded is None else read_reference(encoded)
-    return request, reference, _parts_until(latest)
-
-
-def _parts_until(answer: str) -> int:
-    try:
-        latest = ANSWER.validate_json(answer)
-    except ValidationError:
-        return 0  # it is the request
-    return latest.index + 1 if isinstance(latest, Part) else 0
+    answer = None if latest is None else ANSWER.validate_json(latest)
+    return request, reference, answer.index + 1 if isinstance(answer, Part) else 0
 
 
 def _part(index: int, wav: Wav) -> str:

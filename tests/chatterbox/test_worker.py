@@ -89,7 +89,7 @@ def worker(server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Ite
     started = time.monotonic()
     worker = Worker(tmp_path_factory.mktemp("worker"), server.url)
     try:
-        while " ready, " not in worker.log.read_text():
+        while " is ready" not in worker.log.read_text():
             assert worker.process.poll() is None, worker.log.read_text()
             assert time.monotonic() < started + TIMEOUT, worker.log.read_text()
             time.sleep(0.1)

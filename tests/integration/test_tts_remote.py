@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import os
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from llm_sidecar.event_bus import redis_url
 from llm_sidecar.event_bus.redis_url import make_client
 from llm_sidecar.tts import remote, speech_stream
 from llm_sidecar.tts import wav as wavs
+from llm_sidecar.tts.__main__ import _serve
 from llm_sidecar.tts.answers import RETRY_AFTER
 from llm_sidecar.tts.remote import RemoteVoice
 from llm_sidecar.tts.speech_stream import GROUP, STREAM, WORKERS, Requests, Work, key_of
@@ -43,10 +45,10 @@ class House:
         self._stack = contextlib.AsyncExitStack()
         self._stack.push_async_callback(self.redis.aclose)
 
-    async def worker(self, voice: Tones | None = None) -> SpeechWorker:
+    async def worker(self, voice: Tones | None = None, *, sign_every: float = 0.05) -> SpeechWorker:
         client = make_client(self.url)
         self._stack.push_async_callback(client.aclose)
-        worker = SpeechWorker(client, voice or Tones(), sign_every=0.05, stale_after=STALE)
+        worker = SpeechWorker(client, voice or Tones(), sign_every=sign_every, stale_after=STALE)
         self._stack.push_async_callback(worker.close)
         await worker.start()
         return worker
@@ -348,6 +350,36 @@ async def test_a_worker_that_closes_hands_its_text_to_another_one(house: House) 
     assert await house.is_empty()
 
 
+class LoadedTones(Tones):
+    """Tones for the worker's program.
+
+    Attributes:
+        closed: the program has closed it.
+    """
+
+    closed = False
+
+    async def load(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+async def test_a_signal_ends_the_workers_program_in_the_middle_of_a_text(house: House) -> None:
+    sidecar, voice = await house.sidecar(), LoadedTones(held="two")
+    program = asyncio.create_task(_serve(make_client(house.url), voice))  # type: ignore[arg-type]
+    await until(lambda: sidecar.unavailable is None)
+    asking = asyncio.create_task(say(sidecar, "one two"))
+    await until(lambda: voice.begun == ["one", "two"])
+    os.kill(os.getpid(), signal.SIGTERM)
+    await program
+    assert (voice.given_up, voice.closed) == (1, True)
+    await until(lambda: not sidecar.workers())
+    await house.worker()
+    assert same(await asking, tones("one two"))
+
+
 async def test_the_text_of_the_last_worker_fails_when_it_closes(house: House) -> None:
     voice = Tones(held="word")
     sidecar, worker = await house.sidecar(gone_after=0.1), await house.worker(voice)
@@ -397,6 +429,22 @@ async def test_a_worker_that_has_lost_its_claim_neither_keeps_it_nor_hands_it_ba
     third = await work.take()
     assert third is not None
     assert third.deliveries == 2  # handing back is no failure
+
+
+async def test_a_worker_that_has_lost_its_text_does_not_fail_it(house: House) -> None:
+    voice = Tones(held="break")
+    sidecar, worker = await house.sidecar(), await house.worker(voice, sign_every=TIMEOUT)
+    await until(lambda: sidecar.unavailable is None)
+    asking = asyncio.create_task(say(sidecar, "break"))
+    await until(lambda: voice.begun)
+    work = await house.work(stale_after=0.0)
+    taken = await work.take()
+    assert taken is not None
+    voice.gate.set()
+    await until(lambda: worker._speaking is None)
+    await work.answer(taken, part(0, "break"))
+    await work.finish(taken, '{"end": 1}')
+    assert same(await asking, tones("break"))
 
 
 async def test_a_text_that_ends_its_workers_is_given_up(

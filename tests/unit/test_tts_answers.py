@@ -32,8 +32,11 @@ def end(count: int) -> str:
 def heard(text: str, *messages: str) -> list[int]:
     """The first sample of each part."""
     reader = Answers(text)
-    parts = [reader.read(message) for message in messages]
-    assert reader.ended
+    parts = []
+    for message in messages:
+        assert reader.ended is False
+        parts.append(reader.read(message))
+    assert reader.ended is True
     return [int(spoken.samples[0]) for spoken in parts if spoken is not None]
 
 
@@ -43,6 +46,13 @@ def test_the_parts_of_a_text_are_read_in_order() -> None:
 
 def test_a_text_without_a_sound_has_no_part() -> None:
     assert heard("a", end(0)) == []
+
+
+@pytest.mark.parametrize("rate", [8_000, 192_000])
+def test_the_lowest_and_the_highest_sample_rate_are_read(rate: int) -> None:
+    spoken = Answers("a").read(part(0, rate=rate))
+    assert spoken is not None
+    assert spoken.sample_rate == rate
 
 
 def test_a_part_that_two_workers_have_sent_is_heard_once() -> None:
@@ -62,6 +72,7 @@ def test_a_part_that_two_workers_have_sent_is_heard_once() -> None:
         ([part(0), part(1), end(1)], "it says the wrong number of parts"),
         (['{"index": 0, "wav_b64": "SECRET"}'], "a part is not a WAV"),
         (['{"index": 0, "wav_b64": "U0VDUkVU"}'], "a part is not a WAV"),
+        ([part(0).replace("UklGR", "Ukl-GR")], "a part is not a WAV"),
         ([part(0, rate=7_999)], "a part has the wrong number of samples a second"),
         ([part(0, rate=192_001)], "a part has the wrong number of samples a second"),
         ([part(0), part(1, rate=8_001)], "a part has the wrong number of samples a second"),
