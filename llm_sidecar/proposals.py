@@ -95,7 +95,7 @@ class Proposed(NamedTuple):
     Attributes:
         completion: with its text.
         ungrounded: its ungrounded fields.
-        request: what the completion answers; None in a run that a restarted server resumes.
+        request: what the completion answers; None if an earlier attempt at a request wrote it.
         examples: the feedback_ids of the examples in the request, oldest first.
     """
 

@@ -41,8 +41,8 @@ IdempotencyKey = Annotated[
         alias="Idempotency-Key",
         description="identifies this request for 24 hours: if you send it again with the same key "
         "and body, you get the first answer again",
+        # No example: a page or a tool would send it with every request.
         json_schema_extra={"pattern": f"^{_PATTERN}$"},
-        examples=["5f2c7a60-6c1e-4f0e-9a53-0f1f6f2b8f11"],
     ),
 ]
 """The header, for a route's parameter; None without it."""

@@ -388,6 +388,21 @@ async def test_a_hundred_rows_are_written_in_less_than_a_hundred_commits(tmp_pat
 # Synchronous functions
 
 
+def test_a_model_that_is_stored_again_is_one_row(tmp_path: Path) -> None:
+    uri, row = str(tmp_path / "db"), run()
+    for _ in range(2):
+        db.log_run(row, uri=uri)
+    db.log_run(run(), uri=uri)
+
+    async def count() -> int:
+        store = await Store.open(uri)
+        found = len(await store.last("orchestrator_runs", 0))
+        await store.close()
+        return found
+
+    assert asyncio.run(count()) == 2
+
+
 def test_synchronous_functions_accept_models_and_dicts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
 import logging
-import math
-import os
-import time
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Any, Final
 
 from llm_sidecar.db.compaction import Compactor
-from llm_sidecar.db.encoding import decoded
+from llm_sidecar.db.encoding import decoded, keep
 from llm_sidecar.db.lance import one_line
 from llm_sidecar.db.location import Location
 from llm_sidecar.db.old_log import OldLogs
@@ -22,8 +17,7 @@ from llm_sidecar.db.rows import FEEDBACK, WITHDRAWALS
 from llm_sidecar.db.tables import MOVING, Tables, open_tables
 from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.journal.journal import Journal
-from llm_sidecar.journal.locks import held, sync_folder
-from llm_sidecar.journal.rows import Entry
+from llm_sidecar.journal.locks import held
 from llm_sidecar.journal.writer import JournalUnavailable
 from llm_sidecar.logs import start_detached
 
@@ -40,8 +34,6 @@ _STALLED_SECONDS: Final = 10.0
 _BACKOFF_FIRST: Final = 0.5
 _BACKOFF_MOST: Final = 30.0
 _OPEN_SECONDS: Final = 60.0
-_IDLE_SECONDS: Final = 600.0
-"""Seconds after the last row until unused versions are deleted."""
 _CLOSE_SECONDS: Final = 10.0
 
 
@@ -76,8 +68,6 @@ class Mover:
         self._changed = asyncio.Condition()
         self._begun = self._done = 0
         self._end = asyncio.Event()
-        self._last_move = time.monotonic()
-        self._tidied = True
         self._in_flight: asyncio.Future[Any] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -87,7 +77,7 @@ class Mover:
             self._journal.start()
         self._tasks = [
             start_detached(self._keep_moving()),
-            start_detached(self._keep_compacting()),
+            start_detached(self.compactor.run(lambda: self.tables, self._end)),
         ]
 
     def note(self, done: str) -> None:
@@ -197,13 +187,11 @@ class Mover:
                 if is_last:
                     return
                 delay = _BACKOFF_FIRST
-                self._tidy_if_idle()
+                self.compactor.tidy_if_idle()
                 await _wait(self._every, self._asked)
                 self._asked.clear()
 
     async def _open(self) -> None:
-        if self._create:
-            await self._journal.opened()
         async with asyncio.timeout(_OPEN_SECONDS):
             tables = await open_tables(self._location, create=self._create)
         try:
@@ -211,6 +199,7 @@ class Mover:
                 # There is a database, so it may have a journal.
                 self._journal.start()
                 self._create = True
+            await self._journal.opened()
             await self._old_logs.read(wait=True)
         except BaseException:
             await tables.close()
@@ -236,7 +225,7 @@ class Mover:
                 "check LANCEDB_URI.",
                 retry_after=5,
             )
-        if not isinstance(error, JournalUnavailable):
+        if self.tables is None or not isinstance(error, JournalUnavailable):
             if self._failure.detail != self.reason:
                 log.error("%s", self._failure.detail)
             self.state, self.reason = "away", self._failure.detail
@@ -272,12 +261,14 @@ class Mover:
                 merges = again or table in (FEEDBACK, WITHDRAWALS) or self._location.folder is None
                 await self._awaited((self.tables.merge if merges else self.tables.add)(table, data))
             if found.unreadable:
-                await asyncio.to_thread(self._set_aside, found.unreadable)
+                kept = await asyncio.to_thread(keep, found.unreadable, self._location.set_aside)
+                self.note(
+                    f"{len(found.unreadable)} rows are damaged or of another version of the "
+                    f"sidecar; they are kept as {kept.name}"
+                )
             await self.tables.sync({table for table, _ in found.tables})
             await self._journal.delete(journal_id, batch)
-            self._last_move, self._tidied = time.monotonic(), False
-            await self.compactor.count(self.tables)
-            self.compactor.request_if_many()
+            await self.compactor.rows_added(self.tables)
 
     async def _awaited(self, writing: Coroutine[Any, Any, None]) -> None:
         """Waits for a write without a deadline: an abandoned write may still succeed, and a retry
@@ -291,36 +282,8 @@ class Mover:
         self._in_flight.result()
         self.state, self.reason = "open", None
 
-    def _set_aside(self, entries: list[Entry]) -> None:
-        """Keeps rows that cannot be read, so that they block no others."""
-        self._location.set_aside.mkdir(parents=True, exist_ok=True)
-        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
-        kept = Path(self._location.set_aside, f"{stamp}-rows.jsonl")
-        with kept.open("xb") as file:
-            for entry in entries:
-                file.write(entry.target.encode() + b"\t" + entry.data + b"\n")
-        with kept.open("rb") as file:
-            os.fsync(file.fileno())
-        sync_folder(self._location.set_aside)
-        self.note(
-            f"{len(entries)} rows are damaged or of another version of the sidecar; they are kept "
-            f"as {kept.name}"
-        )
-
-    def _tidy_if_idle(self) -> None:
-        if not self._tidied and time.monotonic() - self._last_move > _IDLE_SECONDS:
-            self._tidied = True
-            self.compactor.due.set()
-
-    async def _keep_compacting(self) -> None:
-        while not self._end.is_set():
-            await _wait(math.inf, self.compactor.due)
-            pause = await self.compactor.compact_if_due(self.tables)
-            await _wait(pause, self._end)
-
 
 async def _wait(seconds: float, unless: asyncio.Event) -> None:
     """Waits for `seconds`, or until the event is set."""
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(None if seconds == math.inf else seconds):
-            await unless.wait()
+        await asyncio.wait_for(unless.wait(), seconds)

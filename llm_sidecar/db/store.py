@@ -144,9 +144,14 @@ class Store:
         """Whether queries are possible now, and the last row could be stored."""
         return self._mover.state == "open" and self._journal.failure is None
 
-    async def append(self, row: AnyRow) -> None:
-        """Stores a row in the table of its type; see `commit`."""
-        await self.commit(Transaction(rows=(row,)))
+    async def append(self, row: AnyRow, *, again: bool = False) -> None:
+        """Stores a row in the table of its type; see `commit`.
+
+        Args:
+            again: whether this object may be stored already; then it is not stored twice.
+        """
+        await self._journal.commit([encoded(table_of(row), row.as_row(), again=again)])
+        self._mover.soon_if_many()
 
     async def commit(self, transaction: Transaction) -> None:
         """Stores rows, events and progress, and returns once they would survive a power loss.

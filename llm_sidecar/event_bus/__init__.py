@@ -109,7 +109,7 @@ class EventBus:
         )
         self._handlers = Handlers()
         self.events = EventStream(self._client, self._blocking, stream, polls=self._in_memory)
-        self.followed_events = FollowedStream(self._client, stream)
+        self.followed_events = FollowedStream(self._client, stream, polls=self._in_memory)
         self.dead_letters = DeadLetters(self._client)
         self._inbox: Inbox | None = None
         self._needs_durability = outbox is not None

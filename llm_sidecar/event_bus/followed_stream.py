@@ -30,6 +30,8 @@ WAIT_MS: Final = 2_000
 """How long Redis holds back an answer that there is nothing new; below its reply timeout."""
 PAUSE: Final = 0.02
 """Seconds between two times that readers are woken, so that a burst wakes them seldom."""
+POLL: Final = 0.05
+"""Seconds."""
 RETRY: Final = 1.0
 """Seconds between attempts while Redis does not answer."""
 
@@ -100,14 +102,17 @@ class FollowedStream:
     Args:
         client: must raise on errors, not retry.
         name: of the stream.
+        polls: whether to look again and again instead of waiting in Redis: the Redis inside the
+            process ends no read that is cancelled.
 
     Attributes:
         name: of the stream.
     """
 
-    def __init__(self, client: Redis, name: str) -> None:
+    def __init__(self, client: Redis, name: str, *, polls: bool = False) -> None:
         self.name = name
         self._client = client
+        self._polls = polls
         self._news = asyncio.Event()
         self._reading = asyncio.Semaphore(CONCURRENT_READS)
         self._followers = 0
@@ -194,10 +199,18 @@ class FollowedStream:
                 end = await self.end()
                 self._wake()
                 await asyncio.sleep(PAUSE)
-                await self._client.xread({self.name: str(end)}, count=1, block=WAIT_MS)
+                await self._wait_after(end)
             except RedisError as error:
                 log.debug("the watcher of %s waits: %s", self.name, error)
                 await asyncio.sleep(RETRY)
+
+    async def _wait_after(self, end: EntryId) -> None:
+        """Returns when there may be an entry after the end."""
+        if not self._polls:
+            await self._client.xread({self.name: str(end)}, count=1, block=WAIT_MS)
+            return
+        while self._followers and await self.end() == end:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(POLL)
 
     def _wake(self) -> None:
         self._news.set()

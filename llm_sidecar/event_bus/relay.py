@@ -94,7 +94,6 @@ class Relay:
         self._oldest: str | None = None
         # The record of a transaction that failed, if not as a whole.
         self._void: str | None = None
-        self._idle = True
 
     @property
     def oldest_seconds(self) -> float:

@@ -178,7 +178,7 @@ class JournalWriter:
 
     def _expire(self, unit: _Unit[Any]) -> None:
         known = "not stored" if self._withdraw(unit) else "not known to be stored"
-        detail = f"The row is {known}: {self._advice(_SLOW)}"
+        detail = f"The transaction is {known}: {self._advice(_SLOW)}"
         if not unit.done.done():
             unit.done.set_exception(JournalUnavailable(detail, retry_after=5))
 
@@ -294,7 +294,7 @@ class JournalWriter:
             log.error("the journal commits nothing: %s", reason)
         self._failure = f"The database accepts no rows: {self._advice(reason)}"
         failure = JournalUnavailable(
-            f"The row is not stored: {self._advice(reason)}", retry_after=5
+            f"The journal cannot be written: {self._advice(reason)}", retry_after=5
         )
         for unit in group:
             unit.error = failure

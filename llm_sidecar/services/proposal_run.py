@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Self
 
+from pydantic import TypeAdapter
+
 from llm_sidecar import timestamps
 from llm_sidecar.db import HermesScoreSchema, Latencies, OrchestratorRunSchema, ProposalSchema
 from llm_sidecar.models.base import Completion, GenerationRequest
@@ -18,6 +20,7 @@ from llm_sidecar.services.provenance import Provenance
 from llm_sidecar.services.rows import Row
 from llm_sidecar.services.score import Rating
 
+_COMPLETION: Final = TypeAdapter(Completion)
 UNFINISHED: Final = "The client disconnected, or the server ended, before Hermes had finished."
 """The error of a run that neither finished nor failed."""
 
@@ -70,18 +73,18 @@ class ProposalRun:
     _last: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def resumed(cls, prompt: str, state: Mapping[str, Any], api_key: str | None = None) -> Self:
+    def resumed(cls, prompt: str, state: Mapping[str, Any]) -> Self:
         """The run that an earlier attempt has begun, from its `state`."""
-        made, assessment, rating = state["made"], state["assessment"], state["rating"]
+        assessment, rating = state["assessment"], state["rating"]
+        completion = _COMPLETION.validate_python(state["completion"])
         return cls(
             prompt,
-            api_key,
-            uuid.UUID(state["transaction_id"]),
-            Proposed(made["proposal"], Completion(**made["completion"]), tuple(made["ungrounded"])),
-            None if assessment is None else Completion(**assessment),
-            None if rating is None else Rating(**rating),
-            Provenance.model_validate(state["provenance"]),
-            state["seconds"],
+            transaction_id=uuid.UUID(state["transaction_id"]),
+            made=Proposed(state["proposal"], completion, tuple(state["ungrounded"])),
+            assessment=None if assessment is None else _COMPLETION.validate_python(assessment),
+            rating=None if rating is None else Rating(**rating),
+            provenance=Provenance.model_validate(state["provenance"]),
+            _seconds=state["seconds"],
         )
 
     def state(self) -> dict[str, Any]:
@@ -90,12 +93,10 @@ class ProposalRun:
         assert self.provenance is not None
         return {
             "transaction_id": str(self.transaction_id),
-            "made": {
-                "proposal": self.made.proposal,
-                "completion": _kept(self.made.completion),
-                "ungrounded": self.made.ungrounded,
-            },
-            "assessment": None if self.assessment is None else _kept(self.assessment),
+            "proposal": self.made.proposal,
+            "completion": asdict(self.made.completion),
+            "ungrounded": list(self.made.ungrounded),
+            "assessment": None if self.assessment is None else asdict(self.assessment),
             "rating": None if self.rating is None else self.rating._asdict(),
             "provenance": self.provenance.model_dump(mode="json"),
             "seconds": self._seconds,
@@ -223,10 +224,3 @@ class ProposalRun:
         now = time.monotonic()
         self._seconds[name] = now - self._last
         self._last = now
-
-
-def _kept(completion: Completion) -> dict[str, Any]:
-    """The fields of a completion without its identity, which is in the provenance."""
-    fields = asdict(completion)
-    del fields["identity"]
-    return fields

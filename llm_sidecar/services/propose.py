@@ -156,8 +156,8 @@ class Orchestrator:
         self,
         prompt: str,
         max_tokens: int,
-        attempt: Attempt | None = None,
         api_key: str | None = None,
+        attempt: Attempt | None = None,
     ) -> AsyncGenerator[Delta | Proposed | AssessedProposal, None]:
         """One run, or the rest of one.
 
@@ -168,9 +168,9 @@ class Orchestrator:
             prompt: the market context.
             max_tokens: of the proposal, and of the critique; at least
                 `proposals.MAX_COMPLETION_TOKENS`.
+            api_key: the name of the key that the request came with, for the provenance.
             attempt: at a request with an `Idempotency-Key`; what an earlier attempt has finished is
                 not generated again.
-            api_key: the name of the key that the request came with.
 
         Yields:
             Deltas of Phi-3, the proposal, deltas of Hermes, and finally the result.
@@ -183,7 +183,7 @@ class Orchestrator:
         if attempt.state is None:
             run = ProposalRun(prompt, api_key)
         else:
-            run = ProposalRun.resumed(prompt, attempt.state, api_key)
+            run = ProposalRun.resumed(prompt, attempt.state)
             if run.rating is not None:
                 yield run.result(stored=True)
                 return
@@ -222,8 +222,8 @@ class Orchestrator:
         proposal = run.proposal
         assert proposal is not None
         if run.assessment is None:
-            request = self._judge.critique_request(proposal, run.prompt, max_tokens)
             deltas: list[Delta] = []
+            request = self._judge.critique_request(proposal, run.prompt, max_tokens)
             async with contextlib.aclosing(self._judge.assess(request, deadline)) as stream:
                 async for delta in stream:
                     deltas.append(delta)

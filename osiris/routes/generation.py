@@ -174,7 +174,7 @@ async def propose_trade_adjustments(
     check_length(sidecar, body)
 
     async def answer(attempt: Attempt) -> Response:
-        running = sidecar.orchestrator.propose(body.prompt, body.max_length, attempt, author)
+        running = sidecar.orchestrator.propose(body.prompt, body.max_length, author, attempt)
         return _assessed(await result_of(running, AssessedProposal))
 
     return await _answered(request, sidecar, idempotency_key, answer)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_sidecar.db import HermesScoreSchema, Store, compaction, mover, repair, tables
+from llm_sidecar.db import HermesScoreSchema, Store, compaction, lance, mover, repair, tables
 from llm_sidecar.db import store as store_module
 from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.journal import rows, writer
@@ -301,6 +303,31 @@ async def test_processes_that_write_one_row_each_compact_when_they_close(
     store = await Store.open(tmp_path)
     assert len(await store.last(SCORES, 0)) == 6
     await store.close()
+
+
+async def test_a_power_loss_during_compaction_loses_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lose_power(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    # So the compaction deletes every version that it may delete.
+    monkeypatch.setattr(lance, "_KEEP_VERSIONS", datetime.timedelta(milliseconds=1))
+    store = await Store.open(tmp_path / "db")
+    for number in range(5):
+        await store.append(score(str(number)))
+        await store.last(SCORES, 1)
+    monkeypatch.setattr(tables.Tables, "sync", lose_power)
+    with pytest.raises(DatabaseUnavailable, match="Input/output error"):
+        await store.compact()
+    lost = shutil.copytree(tmp_path / "db", tmp_path / "lost")
+    await store.close()
+    synced = json.loads((lost / "_log" / "synced.json").read_bytes())[SCORES]
+    newer = [path for path in manifests(lost) if 2**64 - 1 - int(path.stem) > synced]
+    assert newer
+    for manifest in newer:
+        manifest.unlink()
+    assert await names(lost) == [str(number) for number in range(5)]
 
 
 async def test_only_one_process_compacts_at_a_time(tmp_path: Path) -> None:

@@ -26,6 +26,11 @@ async def client(request: pytest.FixtureRequest) -> AsyncIterator[Any]:
         yield made
 
 
+@pytest.fixture
+def stream(client: Any, request: pytest.FixtureRequest) -> FollowedStream:
+    return FollowedStream(client, NAME, polls="memory" in request.node.name)
+
+
 async def add(client: Any, *values: str) -> list[EntryId]:
     return [EntryId.parse(await client.xadd(NAME, {"data": value})) for value in values]
 
@@ -43,8 +48,8 @@ async def following(
 
 async def test_the_end_of_a_stream_is_its_newest_id_even_if_that_was_removed(
     client: Any,
+    stream: FollowedStream,
 ) -> None:
-    stream = FollowedStream(client, NAME)
     assert await stream.end() == BEGINNING
     *_, last = await add(client, "a", "b")
     assert await stream.end() == last
@@ -53,10 +58,9 @@ async def test_the_end_of_a_stream_is_its_newest_id_even_if_that_was_removed(
 
 
 async def test_readers_get_every_entry_after_their_place_and_then_new_ones(
-    client: Any, monkeypatch: pytest.MonkeyPatch
+    client: Any, stream: FollowedStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "PAGE", 2)
-    stream = FollowedStream(client, NAME)
     first, *_ = await add(client, *"abcdef")
     old, new = stream.follow(first), stream.follow(await stream.end())
     assert [(await anext(old)).fields["data"] for _ in range(5)] == [*"bcdef"]  # type: ignore[union-attr]
@@ -69,8 +73,9 @@ async def test_readers_get_every_entry_after_their_place_and_then_new_ones(
     await new.aclose()
 
 
-async def test_a_reader_whose_entries_were_removed_gets_a_gap(client: Any) -> None:
-    stream = FollowedStream(client, NAME)
+async def test_a_reader_whose_entries_were_removed_gets_a_gap(
+    client: Any, stream: FollowedStream
+) -> None:
     ids = await add(client, *"abcd")
     await client.xtrim(NAME, 2, approximate=False)
     feed = stream.follow(ids[0])
@@ -85,8 +90,8 @@ async def test_a_reader_whose_entries_were_removed_gets_a_gap(client: Any) -> No
 
 async def test_a_reader_of_another_stream_gets_a_gap_and_what_is_added_from_then_on(
     client: Any,
+    stream: FollowedStream,
 ) -> None:
-    stream = FollowedStream(client, NAME)
     *_, last = await add(client, *"ab")
     elsewhere = EntryId(last.milliseconds + 1_000_000, 0)
     feed = stream.follow(elsewhere)
@@ -96,8 +101,9 @@ async def test_a_reader_of_another_stream_gets_a_gap_and_what_is_added_from_then
     await feed.aclose()
 
 
-async def test_stopping_ends_readers_that_wait_and_later_ones(client: Any) -> None:
-    stream = FollowedStream(client, NAME)
+async def test_stopping_ends_readers_that_wait_and_later_ones(
+    client: Any, stream: FollowedStream
+) -> None:
     _, first = await following(stream, BEGINNING)
     stream.stop_following()
     async with asyncio.timeout(1):
@@ -106,8 +112,7 @@ async def test_stopping_ends_readers_that_wait_and_later_ones(client: Any) -> No
     assert [item async for item in stream.follow(BEGINNING)] == []
 
 
-async def test_the_watcher_ends_with_the_last_reader(client: Any) -> None:
-    stream = FollowedStream(client, NAME)
+async def test_the_watcher_ends_with_the_last_reader(client: Any, stream: FollowedStream) -> None:
     (feed, first), (other, second) = [await following(stream, BEGINNING) for _ in range(2)]
     watching = stream._watching
     assert watching is not None

@@ -224,7 +224,7 @@ async def test_nothing_of_a_write_that_fails_stays(tmp_path: Path) -> None:
         await fill(journal)
         wal = (tmp_path / f"{NAME}-wal").stat().st_size
         with small_files(wal + 5000):
-            with pytest.raises(JournalUnavailable, match="The row is not stored") as caught:
+            with pytest.raises(JournalUnavailable, match="The journal cannot be written") as caught:
                 await journal.commit([row("big", b"x" * 100_000)], [event("big")])
             assert caught.value.retry_after == 5
             refusal = journal.refusal() or ""

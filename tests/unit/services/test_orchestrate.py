@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import time
 import uuid
@@ -23,7 +22,7 @@ from llm_sidecar.errors import (
     QueueFull,
     SidecarError,
 )
-from llm_sidecar.models.base import Completion, Delta, GenerationRequest
+from llm_sidecar.models.base import Delta, GenerationRequest
 from llm_sidecar.proposals import Proposed
 from llm_sidecar.services.idempotency import Attempt
 from llm_sidecar.services.proposal_run import AssessedProposal
@@ -40,11 +39,6 @@ from tests.unit.services.samples import (
     fake_sidecar,
     without,
 )
-
-
-def without_identity(completion: Completion) -> Completion:
-    """A completion as a resumed run has it: the identity of the model is in the provenance."""
-    return dataclasses.replace(completion, identity=None)
 
 
 async def propose(made: FakeSidecar) -> AssessedProposal:
@@ -426,7 +420,7 @@ class Retried:
         return Attempt(TaskSet(), REQUEST, self.state, Deadline.after(9.0))
 
     async def propose(self) -> AssessedProposal:
-        running = self.made.sidecar.orchestrator.propose(PROMPT, 300, self.attempt())
+        running = self.made.sidecar.orchestrator.propose(PROMPT, 300, "desk", self.attempt())
         return await last_of(running, AssessedProposal)
 
     def rows(self) -> dict[str, dict[str, Any]]:
@@ -478,8 +472,7 @@ async def test_a_retry_goes_on_with_the_assessment_of_the_same_proposal(
     assert str(result.transaction_id) == early_end.draft
     if isinstance(caught.value, SidecarError):
         assert caught.value.transaction_id == result.transaction_id
-    written = without_identity(WRITTEN)
-    assert (result.proposal, result.completion, result.grounded) == (PROPOSAL, written, "true")
+    assert (result.proposal, result.completion, result.grounded) == (PROPOSAL, WRITTEN, "true")
     assert len(made.phi3.calls) == 1
     assert made.store.commits[-1].replaces == early_end.draft
     rows = retried.rows()
@@ -498,19 +491,14 @@ async def test_a_retry_repeats_no_critique() -> None:
         await retried.propose()
     made.hermes.answers = [SURE]
     result = await retried.propose()
-    assert (result.assessment, result.score) == (without_identity(CRITIQUE), 0.75)
+    assert (result.assessment, result.score) == (CRITIQUE, 0.75)
 
 
 async def test_a_finished_run_is_neither_generated_nor_stored_again() -> None:
     retried = Retried()
     result = await retried.propose()
     commits = list(retried.made.store.commits)
-    again = await retried.propose()
-    assert again == dataclasses.replace(
-        result,
-        completion=without_identity(result.completion),
-        assessment=without_identity(result.assessment),
-    )
+    assert await retried.propose() == result
     assert retried.made.store.commits == commits
 
 
