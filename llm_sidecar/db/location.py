@@ -13,8 +13,8 @@ from llm_sidecar.settings import Database
 
 TABLE_SUFFIX: Final = ".lance"
 _LOG: Final = "_log"
-_SHARED: Final = ("opening.lock", "alive.lock", "compact.lock", "mover.lock", "journal.lock", NAME)
-"""Files in the log folder that every process opens for writing."""
+_SHARED: Final = (NAME, f"{NAME}-wal", f"{NAME}-shm")
+"""Files in the log folder that every process opens for writing, beside the locks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +46,16 @@ class Location:
         needed = [_nearest(self.log_folder)]
         try:
             if self.log_folder.exists():
-                needed += [path for path in self.log_folder.iterdir() if path.name in _SHARED]
+                needed += [path for path in self.log_folder.iterdir() if _is_shared(path.name)]
             if self.folder is not None and self.folder.exists():
                 needed += [self.folder, *self.folder.glob(f"*{TABLE_SUFFIX}")]
         except OSError:
             return False
         return all(os.access(path, os.W_OK, effective_ids=True) for path in needed)
+
+
+def _is_shared(name: str) -> bool:
+    return name in _SHARED or name.endswith(".lock")
 
 
 def _nearest(folder: Path) -> Path:

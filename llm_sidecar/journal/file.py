@@ -9,6 +9,7 @@ import fcntl
 import logging
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 NAME: Final = "journal.sqlite3"
 _LOCK: Final = "journal.lock"
 _TURN: Final = "turn.lock"
+SETTLE_SECONDS: Final = 0.5
 _PARTS: Final = ("", "-wal", "-shm")
 _DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
@@ -111,6 +113,8 @@ class JournalFile:
         """
         assert self._db is not None
         log.error("the files of the journal were deleted, replaced or damaged")
+        # Whoever is deleting the folder would fail if files appeared in it meanwhile.
+        time.sleep(SETTLE_SECONDS)
         make_folder(self.folder)
         with locked(self.folder / _LOCK):
             self._replace(self._db)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import sqlite3
@@ -11,11 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final, Generic, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
 from llm_sidecar.errors import DatabaseUnavailable, one_line
 from llm_sidecar.journal import events, requests
 from llm_sidecar.journal.file import JournalFile, is_damage
+from llm_sidecar.journal.group import Snapshot, Unit, Work, commit
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -35,57 +37,10 @@ _PROBE_BYTES: Final = 1 << 14
 """More than the size of most rows."""
 _LOW_BYTES: Final = 1 << 20
 """With less free space than this, each tick writes, because space may be reserved."""
-_OF_ONE_UNIT: Final = (
-    sqlite3.IntegrityError,
-    sqlite3.ProgrammingError,
-    sqlite3.InterfaceError,
-    sqlite3.DataError,
-)
-"""Errors of a single statement; other errors of SQLite are those of the whole file."""
 
 
 class JournalUnavailable(DatabaseUnavailable):
     """The journal cannot be opened or written."""
-
-
-Work = Callable[[sqlite3.Connection], T]
-
-
-class Snapshot(NamedTuple):
-    """What is in the journal: numbers, bytes, and the times of the oldest, but drafts, by its
-    clock."""
-
-    rows: int = 0
-    row_bytes: int = 0
-    oldest_row: float | None = None
-    events: int = 0
-    event_bytes: int = 0
-    oldest_event: float | None = None
-    newest_event: int = 0
-    requests: int = 0
-    request_bytes: int = 0
-
-
-class _Unit(Generic[T]):
-    """Work that is done completely or not at all, and the future of its caller."""
-
-    def __init__(self, work: Work[T], size: int, done: asyncio.Future[T]) -> None:
-        self.work = work
-        self.size = size
-        self.done = done
-        self.result: T | None = None
-        self.error: Exception | None = None
-
-    def resolve(self) -> None:
-        """Wakes the caller, unless its deadline has passed."""
-        if self.done.done():
-            return
-        if self.error is None:
-            self.done.set_result(self.result)  # type: ignore[arg-type]
-        else:
-            self.done.set_exception(self.error)
-            # Marks the exception as retrieved: the caller may be gone.
-            self.done.exception()
 
 
 class JournalWriter:
@@ -107,8 +62,8 @@ class JournalWriter:
         self.on_change: Callable[[], None] = lambda: None
         self.is_open = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._gathered: list[_Unit[Any]] = []
-        self._waiting: list[_Unit[Any]] = []
+        self._gathered: list[Unit[Any]] = []
+        self._waiting: list[Unit[Any]] = []
         self._waiting_bytes = 0
         self._failure: str | None = None
         self._began: float | None = None
@@ -163,7 +118,7 @@ class JournalWriter:
         if self._waiting_bytes + size > _MOST_BYTES:
             raise JournalUnavailable("The journal is busy: too much waits.", retry_after=5)
         loop = asyncio.get_running_loop()
-        unit = _Unit(work, size, loop.create_future())
+        unit = Unit(work, size, loop.create_future())
         if not self._gathered:
             # Callers that the last group has woken come together, so they are one group again.
             loop.call_soon(self._hand_over)
@@ -176,7 +131,7 @@ class JournalWriter:
         finally:
             deadline.cancel()
 
-    def _expire(self, unit: _Unit[Any]) -> None:
+    def _expire(self, unit: Unit[Any]) -> None:
         known = "not stored" if self._withdraw(unit) else "not known to be stored"
         detail = f"The transaction is {known}: {self._advice(_SLOW)}"
         if not unit.done.done():
@@ -188,7 +143,7 @@ class JournalWriter:
             self._arrived.notify()
         self._gathered = []
 
-    def _withdraw(self, unit: _Unit[Any]) -> bool:
+    def _withdraw(self, unit: Unit[Any]) -> bool:
         """Removes work that has not begun."""
         with self._arrived:
             waits = unit in self._waiting
@@ -197,7 +152,7 @@ class JournalWriter:
                 self._waiting_bytes -= unit.size
         return waits
 
-    def _resolve(self, group: Sequence[_Unit[Any]]) -> None:
+    def _resolve(self, group: Sequence[Unit[Any]]) -> None:
         self.on_change()
         for unit in group:
             self._waiting_bytes -= unit.size
@@ -258,7 +213,7 @@ class JournalWriter:
         self.events_dropped += events
         self.requests_dropped += requests
 
-    def _commit(self, group: Sequence[_Unit[Any]], chores: Sequence[Work[None]] = ()) -> None:
+    def _commit(self, group: Sequence[Unit[Any]], chores: Sequence[Work[None]] = ()) -> None:
         try:
             for _ in range(_ATTEMPTS):
                 if self._attempt(group, chores):
@@ -269,12 +224,12 @@ class JournalWriter:
         except Exception as error:  # noqa: BLE001 every caller gets it, and the thread goes on
             self._fail(group, error)
 
-    def _attempt(self, group: Sequence[_Unit[Any]], chores: Sequence[Work[None]]) -> bool:
+    def _attempt(self, group: Sequence[Unit[Any]], chores: Sequence[Work[None]]) -> bool:
         """Commits; returns False if the files have to be opened anew, so that nothing counts."""
         with self.file.turn() as db:
             try:
                 before = db.total_changes
-                snapshot = _transaction(db, group, chores)
+                snapshot = commit(db, group, chores)
                 has_written = db.total_changes > before
             except sqlite3.Error as error:
                 if is_damage(error):
@@ -288,7 +243,7 @@ class JournalWriter:
         self.is_open = True
         return True
 
-    def _fail(self, group: Sequence[_Unit[Any]], error: Exception) -> None:
+    def _fail(self, group: Sequence[Unit[Any]], error: Exception) -> None:
         reason = getattr(error, "strerror", None) or _reason(error)
         if self._failure is None:
             log.error("the journal commits nothing: %s", reason)
@@ -304,88 +259,13 @@ class JournalWriter:
                 self.file.close()
 
 
-class _UnitFailed(Exception):
-    """A unit failed, so the group is done again, each unit in a savepoint."""
-
-
-def _transaction(
-    db: sqlite3.Connection, group: Sequence[_Unit[Any]], chores: Sequence[Work[None]]
-) -> Snapshot:
-    """Commits a group. A unit that fails gets its error and leaves nothing; the others stay."""
-    try:
-        return _pass(db, group, chores, _do)
-    except _UnitFailed:
-        return _pass(db, group, chores, _do_alone)
-
-
-def _pass(
-    db: sqlite3.Connection,
-    group: Sequence[_Unit[Any]],
-    chores: Sequence[Work[None]],
-    do: Callable[[sqlite3.Connection, _Unit[Any]], None],
-) -> Snapshot:
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        for chore in chores:
-            chore(db)
-        for unit in group:
-            do(db, unit)
-        snapshot = _snapshot(db)
-        db.execute("COMMIT")
-    except BaseException:
-        with contextlib.suppress(sqlite3.Error):
-            db.execute("ROLLBACK")
-        raise
-    return snapshot
-
-
-def _do(db: sqlite3.Connection, unit: _Unit[Any]) -> None:
-    unit.error = None
-    try:
-        unit.result = unit.work(db)
-    except Exception as error:
-        if _is_of_file(error):
-            raise
-        raise _UnitFailed from error
-
-
-def _do_alone(db: sqlite3.Connection, unit: _Unit[Any]) -> None:
-    db.execute("SAVEPOINT unit")
-    try:
-        unit.result = unit.work(db)
-    except Exception as error:
-        if _is_of_file(error):
-            raise
-        unit.error = error
-        db.execute("ROLLBACK TO unit")
-    db.execute("RELEASE unit")
-
-
-def _is_of_file(error: Exception) -> bool:
-    """Whether an error is SQLite's, and not of a single statement."""
-    return isinstance(error, sqlite3.Error) and not isinstance(error, _OF_ONE_UNIT)
-
-
 def _probe(db: sqlite3.Connection) -> None:
     """Writes as much as a row needs."""
     db.execute(f"INSERT OR REPLACE INTO meta VALUES ('probe', randomblob({_PROBE_BYTES}))")
 
 
-def _snapshot(db: sqlite3.Connection) -> Snapshot:
-    (of_events, of_requests, of_rows) = db.execute(
-        "SELECT number, bytes FROM totals ORDER BY name"
-    ).fetchall()
-    (oldest_row, oldest_event, newest_event) = db.execute(
-        "SELECT (SELECT time FROM rows WHERE draft IS NULL ORDER BY id LIMIT 1), "
-        "(SELECT time FROM events ORDER BY id LIMIT 1), coalesce((SELECT max(id) FROM events), 0)"
-    ).fetchone()
-    return Snapshot._make(
-        [*of_rows, oldest_row, *of_events, oldest_event, newest_event, *of_requests]
-    )
-
-
 def _reason(error: Exception) -> str:
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code == sqlite3.SQLITE_FULL:
-        return os.strerror(28)
+        return os.strerror(errno.ENOSPC)
     return one_line(error)

@@ -15,9 +15,9 @@ from llm_sidecar.journal.locks import locked
 from tests.integration.test_db_mover import until
 from tests.old_log import record, write_old_log
 
-DATABASE = Path(__file__).parent / "database_of_0_2.tar.gz"
-"""A database that was killed while the last release wrote to it: 60 rows of three tables were
-acknowledged, the last of them only in the log."""
+DATABASE = Path(__file__).parent / "database_with_log.tar.gz"
+"""A database that a version before the journal has left when it was killed: 60 rows of three tables
+were acknowledged, the last ten of them are only in the log."""
 
 
 def score(name: str, **changes: Any) -> bytes:
@@ -102,7 +102,7 @@ async def test_the_log_of_a_living_process_is_read_after_its_end(
     await store.close()
 
 
-def test_a_database_of_the_last_release_opens_with_all_rows(
+def test_a_database_with_a_log_opens_with_all_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.unpack_archive(DATABASE, tmp_path)

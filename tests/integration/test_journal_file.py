@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_sidecar.journal import clock, writer
+from llm_sidecar.journal import clock, file, writer
 from llm_sidecar.journal.file import NAME
 from llm_sidecar.journal.journal import Journal
 from llm_sidecar.journal.requests import Claim, Progress
@@ -25,6 +25,7 @@ from tests.integration.test_journal import KEY, event, keys, opened, row, sent, 
 @pytest.fixture(autouse=True)
 def short_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "TICK_SECONDS", 0.02)
+    monkeypatch.setattr(file, "SETTLE_SECONDS", 0.0)
 
 
 async def fill(journal: Journal) -> None:
@@ -353,3 +354,18 @@ async def test_a_journal_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / NAME)) as db:
         assert db.execute("SELECT key FROM rows").fetchall() == [("a",)]
     assert not (tmp_path / "set_aside").exists()
+
+
+async def test_a_folder_can_be_deleted_while_the_journal_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(file, "SETTLE_SECONDS", 0.3)
+    async with opened(tmp_path / "log") as journal:
+        await journal.commit([row("a")])
+        (tmp_path / "log" / NAME).unlink()
+        committing = asyncio.create_task(journal.commit([row("b")]))
+        await until(lambda: any("were deleted" in message for message in caplog.messages))
+        # As the rest of a deletion that takes its time.
+        await asyncio.to_thread(shutil.rmtree, tmp_path / "log")
+        await committing
+        assert sorted(await keys(journal)) == ["a", "b"]
