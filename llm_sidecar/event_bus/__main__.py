@@ -202,7 +202,7 @@ def _show_letter(letter: DeadLetter, full: bool, as_json: bool) -> None:
 
 
 def _one_line(text: Any) -> str:
-    # Text of others may hold characters that change what a terminal shows.
+    # Text of other services may contain control characters of the terminal.
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
 
 

@@ -1,4 +1,4 @@
-"""Whether a Redis keeps what it has confirmed."""
+"""Checks whether Redis may lose acknowledged writes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 
 async def durability(client: Redis) -> list[str]:
-    """One line for each option with which Redis may lose events; also logs them.
+    """One line for each option with which Redis may lose events; each is logged, too.
 
-    Without the permission to look, it logs that, and returns nothing.
+    Without permission to read the options, it logs that and returns an empty list.
     """
     try:
         options = await _options(client)
@@ -36,7 +36,7 @@ async def durability(client: Redis) -> list[str]:
         if options.get(name, wanted) != wanted
     ]
     if options.get("appendonly") == "no":
-        # Without the file it does not matter when it is written.
+        # Without `appendonly`, `appendfsync` has no effect.
         warnings = [line for line in warnings if not line.startswith("appendfsync")]
     for line in warnings:
         log.warning(line)
@@ -50,7 +50,7 @@ async def _options(client: Redis) -> dict[str, Any]:
             found: Any = await client.config_get(name)
             options |= found
     except (NoPermissionError, ResponseError):
-        # INFO says less, but more users may ask for it.
+        # INFO has fewer of these options, but more users have permission for it.
         info = await client.info("persistence") | await client.info("memory")
         options["appendonly"] = "yes" if info["aof_enabled"] else "no"
         options["maxmemory-policy"] = info["maxmemory_policy"]

@@ -30,13 +30,14 @@ _MOST_BYTES: Final = 64 << 20
 _MOST_UNITS: Final = 2000
 """The maximum size of a group: other processes wait for its end."""
 TICK_SECONDS: Final = 1.0
-"""Seconds between two looks at the file and its disk while nothing is committed."""
+"""Seconds between two checks of the file and its disk while nothing is committed."""
 _MAINTAIN_TICKS: Final = 60
 _ATTEMPTS: Final = 3
 _PROBE_BYTES: Final = 1 << 14
-"""More than the size of most rows."""
+"""The size of a probe write: larger than most rows."""
 _LOW_BYTES: Final = 1 << 20
-"""With less free space than this, each tick writes, because space may be reserved."""
+"""With less free space than this, each tick writes a probe, because not all free space is
+usable."""
 
 
 class JournalUnavailable(DatabaseUnavailable):
@@ -110,7 +111,7 @@ class JournalWriter:
             size: the bytes that it holds in memory.
 
         Raises:
-            JournalUnavailable: it is not committed or, after the deadline, may not be committed.
+            JournalUnavailable: it is not committed; after the deadline, the outcome is unknown.
             Exception: whatever the work raises; then it is not committed.
         """
         if self._end:
@@ -120,7 +121,7 @@ class JournalWriter:
         loop = asyncio.get_running_loop()
         unit = Unit(work, size, loop.create_future())
         if not self._gathered:
-            # Callers that the last group has woken come together, so they are one group again.
+            # Callers that the last group woke arrive together; this commits them as one group.
             loop.call_soon(self._hand_over)
         self._gathered.append(unit)
         self._waiting_bytes += size
@@ -191,7 +192,7 @@ class JournalWriter:
             self._loop.call_soon_threadsafe(work)
 
     def _chores(self) -> list[Work[None]]:
-        """What is due every second."""
+        """Runs the checks that are due every second."""
         chores: list[Work[None]] = []
         self._ticks += 1
         if self._ticks % _MAINTAIN_TICKS == 0 and self.is_open:
@@ -225,7 +226,8 @@ class JournalWriter:
             self._fail(group, error)
 
     def _attempt(self, group: Sequence[Unit[Any]], chores: Sequence[Work[None]]) -> bool:
-        """Commits; returns False if the files have to be opened anew, so that nothing counts."""
+        """Commits. Returns False if the files must be opened again; then nothing is
+        acknowledged."""
         with self.file.turn() as db:
             try:
                 before = db.total_changes
@@ -260,7 +262,7 @@ class JournalWriter:
 
 
 def _probe(db: sqlite3.Connection) -> None:
-    """Writes as much as a row needs."""
+    """Writes about as much as a row."""
     db.execute(f"INSERT OR REPLACE INTO meta VALUES ('probe', randomblob({_PROBE_BYTES}))")
 
 
