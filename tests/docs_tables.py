@@ -89,9 +89,9 @@ COLUMNS: Final = {
 """What each column of the database means; with its table where tables differ."""
 
 EVENTS: Final = {
-    PROPOSAL_CREATED: "Phi-3 has finished a proposal, and it is stored if that was possible",
-    PROPOSAL_ASSESSED: "Hermes has criticised and scored the proposal; its rows are stored if that "
-    "was possible",
+    PROPOSAL_CREATED: "Phi-3 has finished a proposal, after the attempt to store it",
+    PROPOSAL_ASSESSED: "Hermes has criticised and scored the proposal, after the attempt to "
+    "store it",
     FEEDBACK_SUBMITTED: "feedback is stored",
     ADAPTER_SWAPPED: "Phi-3 uses another adapter",
     AUDIO_BYTES: "a part of a text has been spoken",

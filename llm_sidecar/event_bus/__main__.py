@@ -139,7 +139,7 @@ def _requeue(
     async def work(_: EventStream, dead: DeadLetters) -> None:
         ids = [which] if which != "all" else await _all_ids(dead)
         for dead_id in ids:
-            typer.echo(f"{dead_id} is entry {await dead.requeue(dead_id)} of the inbox")
+            typer.echo(f"{dead_id} is back in the inbox as {await dead.requeue(dead_id)}")
         if not ids:
             typer.echo("There are no dead letters.")
 

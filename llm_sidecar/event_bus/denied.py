@@ -26,7 +26,7 @@ class Denied:
     def add(self, operation: str) -> None:
         """Notes that Redis has denied an operation now."""
         if operation not in self._since:
-            log.error("Redis denies: %s; everything else goes on without it", operation)
+            log.error("Redis denies: %s; other operations continue", operation)
         self._since[operation] = time.monotonic()
 
     def remove(self, operation: str) -> None:

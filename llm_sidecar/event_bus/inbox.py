@@ -33,7 +33,7 @@ BATCH: Final = 500
 BLOCK: Final = 2.0
 """Seconds for which a read waits for a new entry."""
 CLAIM_AFTER: Final = 60.0
-"""Seconds without a claim after which a pending entry counts as abandoned."""
+"""Idle seconds after which a pending entry counts as abandoned."""
 CLAIM_EVERY: Final = 5.0
 """Seconds between two searches for abandoned entries."""
 MOST_DELIVERIES: Final = 5
@@ -118,9 +118,9 @@ class Inbox:
             return
         while entry := await self._group.claim(CLAIM_AFTER):
             self._counts["claimed"] += 1
-            log.warning("entry %s of the inbox was left by a consumer", entry.id)
+            log.warning("claimed the abandoned entry %s of the inbox", entry.id)
             if entry.deliveries > MOST_DELIVERIES:
-                await self._bury(entry, f"its consumer ended {MOST_DELIVERIES} times")
+                await self._bury(entry, f"its consumer died {MOST_DELIVERIES} times")
             else:
                 await self._handle([entry])
         self._counts["pending"] = await self._group.pending()

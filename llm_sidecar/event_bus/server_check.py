@@ -11,9 +11,9 @@ from redis.exceptions import NoPermissionError, RedisError, ResponseError
 from llm_sidecar.event_bus.redis_errors import reason
 
 ADVICE: Final = {
-    "appendonly": ("yes", "it keeps nothing over a restart"),
-    "appendfsync": ("always", "it loses up to a second of events when its machine stops"),
-    "maxmemory-policy": ("noeviction", "it drops events when its memory is full"),
+    "appendonly": ("yes", "a restart of Redis loses everything"),
+    "appendfsync": ("always", "a power failure loses up to a second of events"),
+    "maxmemory-policy": ("noeviction", "a full Redis deletes events"),
 }
 """What each option should be, and what happens otherwise."""
 

@@ -77,7 +77,7 @@ class Claims:
         try:
             self._owner.enter()
         except OSError as error:
-            raise JournalUnavailable(f"The request is not stored: {error.strerror}.") from None
+            raise JournalUnavailable(f"The request cannot be claimed: {error.strerror}.") from None
         now, owner = self._writer.file.clock.now(), self._owner
         return requests.claim(db, request, fingerprint, owner.id, owner.is_alive, now)
 

@@ -17,11 +17,11 @@ from llm_sidecar.event_bus.server_check import durability
 from tests.redis_server import RedisServer, require_redis
 
 WARNINGS = {
-    "appendonly": "appendonly of Redis is no, not yes: it keeps nothing over a restart",
+    "appendonly": "appendonly of Redis is no, not yes: a restart of Redis loses everything",
     "appendfsync": "appendfsync of Redis is everysec, not always: "
-    "it loses up to a second of events when its machine stops",
+    "a power failure loses up to a second of events",
     "maxmemory-policy": "maxmemory-policy of Redis is allkeys-lru, not noeviction: "
-    "it drops events when its memory is full",
+    "a full Redis deletes events",
 }
 
 

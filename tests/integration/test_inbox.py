@@ -214,7 +214,7 @@ async def test_an_entry_that_kills_its_consumers_is_dead_and_no_other(
     await until(lambda: left(probe) == (0, 0))
     assert store.stored == ["innocent"]
     [letter] = await bus.dead_letters.page(10)
-    assert (letter.entry, letter.reason) == (first, "its consumer ended 5 times")
+    assert (letter.entry, letter.reason) == (first, "its consumer died 5 times")
     assert second != first
     await bus.close()
 

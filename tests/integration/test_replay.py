@@ -174,7 +174,7 @@ def test_a_newer_adapter_and_feedback_since_then_change_nothing(
     assert cli_main(["replay", made.name]) == 0
     assert capsys.readouterr() == (
         "proposal: the same\ncritique: the same\nscore: the same\n"
-        "All that is recorded is as it was then.\n",
+        "Nothing that is recorded has changed.\n",
         "",
     )
 
