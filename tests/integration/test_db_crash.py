@@ -1,4 +1,5 @@
-"""Kills and power losses: all that was acknowledged is there once. `tests/long` has long series."""
+"""After kills and power losses, everything acknowledged is stored once. `tests/long` has long
+series."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def test_power_losses_lose_and_double_nothing_that_was_acknowledged(tmp_path: Pa
     found = crash("power", tmp_path / "db", 3)
     assert found["losses"] == 3
     assert found["rows"] > 0
-    # Otherwise everything was synced, and the test shows nothing.
+    # If everything was synced, the test proves nothing.
     assert found["undone"] > 0
 
 

@@ -1,4 +1,4 @@
-"""Reading the stream of events, and looking at how a Redis keeps it."""
+"""Reads the stream of events, and checks the options of Redis that may lose events."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from llm_sidecar.event_bus.consumer_group import Entry
 from tests.redis_server import RedisServer, require_redis
 
 TIMEOUT = 10.0
-"""Seconds within which whatever a test waits for has happened, or it fails."""
+"""Seconds that a test waits for a condition before it fails."""
 INBOX, DEAD, GROUP = "osiris.inbox", "osiris.inbox.dead", "osiris.sidecars"
 
 
@@ -35,7 +35,7 @@ def probe(server: RedisServer) -> Iterator[redis.Redis]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waits of seconds become fractions of them."""
+    """Shortens waits to fractions of a second."""
     monkeypatch.setattr("llm_sidecar.event_bus.inbox.FIRST_DELAY", 0.01)
     monkeypatch.setattr("llm_sidecar.event_bus.inbox.LONGEST_DELAY", 0.02)
     monkeypatch.setattr("llm_sidecar.event_bus.inbox.BLOCK", 0.05)
@@ -178,7 +178,7 @@ async def test_an_entry_that_fails_five_times_is_dead_and_holds_up_no_other(
     [letter] = await bus.dead_letters.page(10)
     assert letter.reason == "handling it failed 5 times: RuntimeError"
     assert letter.deliveries == 5
-    # Once all together, then five times alone.
+    # Once with the whole batch, then five times alone.
     assert bus.status()["inbox"]["failures"] == 6
     assert "SECRETMARK" not in caplog.text
     await bus.close()
@@ -300,7 +300,7 @@ async def test_a_dead_letter_goes_back_into_the_inbox_once(
     await until(lambda: probe.xlen(DEAD) == 1)
     [letter] = await bus.dead_letters.page(1)
     entry = await bus.dead_letters.requeue(letter.id)
-    # It is handled once more, and is as invalid as before.
+    # It is handled again, and is still invalid.
     await until(lambda: probe.xlen(DEAD) == 1 and left(probe) == (0, 0))
     [again] = await bus.dead_letters.page(1)
     assert (again.entry, again.fields) == (entry, letter.fields)

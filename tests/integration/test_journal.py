@@ -194,7 +194,7 @@ async def test_a_draft_that_is_never_replaced_is_moved_as_it_is(
     monkeypatch.setattr(rows, "DRAFT_SECONDS", 0.0)
     assert await keys(journal) == ["run"]
     monkeypatch.undo()
-    # It may be in its table now, so it is not deleted any more.
+    # It may be in its table now, so it is no longer deleted.
     await journal.commit([row("final")], replaces="t-1")
     assert await keys(journal) == ["run", "final"]
 

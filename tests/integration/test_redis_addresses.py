@@ -17,7 +17,7 @@ from llm_sidecar.event_bus import EventBus, RedisError
 from tests.redis_server import RedisServer, entries, free_port, require_redis
 
 TIMEOUT = 20.0
-"""Seconds within which whatever a test waits for has happened, or it fails."""
+"""Seconds that a test waits for a condition before it fails."""
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -27,7 +27,8 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 async def arrives(bus: EventBus, payload: str) -> None:
-    """A published event comes back, and is the last one of the stream."""
+    """Asserts that a subscriber gets a published event, and that it is the last entry of the
+    stream."""
     queue: asyncio.Queue[str] = asyncio.Queue()
     await bus.register_listener_queue("phi3.test", queue)
     await bus.publish("phi3.test", payload)

@@ -29,7 +29,7 @@ def use(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]) -> None:
 def test_proposals_of_a_batch_are_the_same_texts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the demo models, with an example in the prompt; proposals are sampled."""
+    """The demo models sample proposals with an example in the prompt."""
     use(monkeypatch, DEMO | {"LANCEDB_URI": str(tmp_path / "lancedb"), "PHI3_TEMPERATURE": "0.8"})
     names = asyncio.run(stored(tmp_path, 8, PHI3_TEMPERATURE="0.8"))
     reports = asyncio.run(replayed(names))
@@ -38,7 +38,7 @@ def test_proposals_of_a_batch_are_the_same_texts(
     assert [report.same for report in reports] == [True] * 8
 
 
-# With models of random weights, which load in no time
+# With models of random weights, which load quickly
 
 
 KEY = "0123456789abcdef"
@@ -52,8 +52,8 @@ class Made(NamedTuple):
         environ: of the sidecar.
         phi3, adapters: folders of the model and of its adapters; 20260101 was in use.
         example: the feedback_id of the example in its prompt.
-        beside: exit status and output of the command while the sidecar ran.
-        models: what `/health` said of the sidecar's models before that, and after it.
+        beside: exit status and output of a replay while the sidecar ran.
+        models: the sidecar's models in `/health` before and after this replay.
     """
 
     name: str
@@ -80,7 +80,7 @@ def original(
         "LANCEDB_URI": str(folder / "lancedb"),
         "PHI3_TEMPERATURE": "0.7",
         "HERMES_TEMPERATURE": "0.7",
-        # Random weights write a ticker that the prompt does not have.
+        # Random weights generate a ticker that the prompt does not contain.
         "GROUNDING": "retry",
         "SIDECAR_API_KEYS": f"desk={KEY}",
     }
@@ -130,7 +130,7 @@ def made(original: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mad
 
 
 class Replayed(NamedTuple):
-    """What the command says: its exit status, its JSON, and the differences by fact."""
+    """The exit status of the command, its JSON, and the differences by fact."""
 
     status: int
     found: dict[str, Any]

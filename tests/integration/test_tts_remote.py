@@ -54,7 +54,7 @@ class House:
         return worker
 
     async def process(self, held: str) -> asyncio.subprocess.Process:
-        """A worker in a process of its own; writes what it begins to speak."""
+        """A worker in its own process, which prints each word before it speaks it."""
         worker = await asyncio.create_subprocess_exec(
             *[sys.executable, "-m", "tests.tones", self.url, held],
             cwd=ROOT,
@@ -83,13 +83,13 @@ class House:
         return sidecar, worker
 
     async def work(self, stale_after: float = STALE) -> Work:
-        """The stream of requests, as a worker sees it, with a sign that a worker is running."""
+        """The worker's side of the stream of requests, after one heartbeat."""
         work = Work(self.redis, stale_after)
         await work.show()
         return work
 
     async def is_empty(self) -> bool:
-        """Whether Redis has nothing of any request."""
+        """Whether no request is left in Redis."""
         pending = await self.redis.xpending_range(STREAM, GROUP, "-", "+", 1)
         keys = await self.redis.keys("osiris.speech.request.*")
         return not (keys or pending or await self.redis.xlen(STREAM))
@@ -215,7 +215,7 @@ async def test_a_voice_that_fails_fails_the_request_and_not_the_worker(
     with pytest.raises(VoiceUnavailable, match=r"^the voice failed: see the worker's log$"):
         await say(sidecar, "first break")
     assert "the voice failed: RuntimeError" in caplog.text
-    assert "first break" not in caplog.text  # what was to be said
+    assert "first break" not in caplog.text  # the text of the request
     assert same(await say(sidecar, "word"), tones("word"))
 
 
@@ -469,7 +469,7 @@ async def test_a_text_that_ends_its_workers_is_given_up(
 
 
 async def lie(house: House, sidecar: RemoteVoice, text: str, *messages: str) -> list[Wav]:
-    """Has a text spoken by a worker that answers with these messages."""
+    """Requests a speech from a worker that answers with these messages."""
     work = await house.work()
     await until(lambda: sidecar.workers())
     asking = asyncio.create_task(say(sidecar, text))

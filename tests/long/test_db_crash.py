@@ -1,4 +1,4 @@
-"""Long series of kills and power losses: all that was acknowledged is there once."""
+"""Long series of kills and power losses: everything acknowledged is stored once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_a_hundred_kills_lose_and_double_nothing(tmp_path: Path) -> None:
 def test_fifty_power_losses_lose_and_double_nothing(tmp_path: Path) -> None:
     found = crash("power", tmp_path / "db", 50)
     assert found["rows"] > 500
-    # Otherwise everything was synced, and the test shows nothing.
+    # If everything was synced, the test proves nothing.
     assert found["undone"] > 50
 
 

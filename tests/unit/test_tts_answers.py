@@ -1,4 +1,4 @@
-"""What a speech worker may answer, and what it may not."""
+"""Valid and invalid answers of a speech worker."""
 
 from __future__ import annotations
 
