@@ -117,7 +117,9 @@ class JournalWriter:
         if self._end:
             raise JournalUnavailable("The database is closed.", retry_after=5)
         if self._waiting_bytes + size > _MOST_BYTES:
-            raise JournalUnavailable("The journal is busy: too much waits.", retry_after=5)
+            raise JournalUnavailable(
+                "The journal is busy: too many transactions wait.", retry_after=5
+            )
         loop = asyncio.get_running_loop()
         unit = Unit(work, size, loop.create_future())
         if not self._gathered:

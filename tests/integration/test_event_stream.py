@@ -109,7 +109,7 @@ async def test_a_redis_that_may_lose_events_is_named(
 @pytest.mark.parametrize(
     ("denied", "expected"), [(["-config"], ["appendonly"]), (["-config", "-info"], [])]
 )
-async def test_without_the_permission_to_ask_less_is_known(
+async def test_without_permission_for_config_fewer_options_are_checked(
     server: RedisServer,
     probe: redis.Redis,
     caplog: pytest.LogCaptureFixture,

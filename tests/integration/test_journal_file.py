@@ -63,7 +63,7 @@ def paths(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("gone", ["folder", "files", NAME, f"{NAME}-wal", f"{NAME}-shm"])
-async def test_what_is_only_in_deleted_files_is_rescued(tmp_path: Path, gone: str) -> None:
+async def test_entries_that_are_only_in_deleted_files_are_copied(tmp_path: Path, gone: str) -> None:
     folder = tmp_path / "log"
     async with opened(folder) as journal:
         await fill(journal)
@@ -90,7 +90,7 @@ async def test_a_deleted_journal_is_made_again_without_a_commit(tmp_path: Path) 
         await require_filled(journal)
 
 
-async def test_a_deleted_journal_of_several_processes_is_rescued_once(tmp_path: Path) -> None:
+async def test_the_deleted_journal_of_several_processes_is_copied_once(tmp_path: Path) -> None:
     folder = tmp_path / "log"
     async with opened(folder) as one, opened(folder) as other:
         await one.commit([row("one")], [event("one")])

@@ -163,7 +163,7 @@ async def test_a_connection_that_ends_in_a_transaction_loses_nothing(
         await bus.close()
 
 
-async def test_a_record_that_is_no_id_counts_as_none() -> None:
+async def test_a_record_that_is_not_an_id_is_ignored() -> None:
     def script(name: str, _: list[str]) -> str | None:
         return None
 
@@ -257,7 +257,7 @@ async def test_events_that_could_not_be_removed_are_not_added_again(
     await bus.close()
 
 
-async def test_after_an_end_between_exec_and_removal_nothing_is_added_twice(
+async def test_a_crash_between_exec_and_removal_adds_nothing_twice(
     server: RedisServer, probe: redis.Redis
 ) -> None:
     outbox = outbox_of(PAYLOADS)
@@ -341,7 +341,7 @@ async def test_a_transaction_that_arrives_late_is_aborted(
         await bus.close()
 
 
-async def test_a_slow_redis_delays_no_publish_and_gets_all_in_order(
+async def test_a_slow_redis_delays_no_publish_and_gets_everything_in_order(
     server: RedisServer, probe: redis.Redis
 ) -> None:
     async with Proxy(server.port, delay=0.2) as proxy:
@@ -487,7 +487,7 @@ async def test_a_full_redis_takes_nothing_until_it_has_memory(
         await bus.close()
 
 
-async def test_a_denied_channel_costs_only_itself(
+async def test_a_denied_channel_does_not_affect_others(
     server: RedisServer, probe: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     probe.acl_setuser("default", enabled=True, nopass=True, keys=["*"], reset_channels=True)
@@ -519,7 +519,7 @@ async def test_a_denied_channel_costs_only_itself(
     await bus.close()
 
 
-async def test_what_was_denied_is_tried_again(
+async def test_a_denied_operation_is_tried_again(
     server: RedisServer, probe: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm_sidecar.event_bus.denied.TRY_AGAIN", 0.1)
@@ -553,7 +553,7 @@ async def test_what_was_denied_is_tried_again(
         (["osiris.events.relay:*"], ["XADD osiris.events"]),
     ],
 )
-async def test_a_denied_key_costs_only_itself(
+async def test_a_denied_key_does_not_affect_others(
     server: RedisServer, probe: redis.Redis, keys: list[str], denied: list[str]
 ) -> None:
     probe.acl_setuser(

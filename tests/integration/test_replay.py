@@ -151,7 +151,7 @@ def replay(made: Made, capsys: pytest.CaptureFixture[str]) -> Any:
     return run
 
 
-def test_what_made_it_is_stored(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_provenance_is_stored(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli_main(["query-runs", "--table", "proposals", "--last", "0", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     (found,) = [row["provenance"] for row in rows if row["transaction_id"] == made.name]

@@ -266,7 +266,7 @@ async def test_a_text_beyond_the_queues_length_is_refused(
         assert same(await asked, tones("word"))
 
 
-async def test_a_cancelled_text_is_not_spoken_on(house: House) -> None:
+async def test_a_worker_stops_a_cancelled_text(house: House) -> None:
     voice = Tones(held="first")
     sidecar, _ = await house.pair(voice)
     first = asyncio.create_task(say(sidecar, "first never"))
@@ -285,7 +285,7 @@ async def test_a_cancelled_text_is_not_spoken_on(house: House) -> None:
     assert await house.is_empty()
 
 
-async def test_the_text_of_a_sidecar_that_died_is_not_spoken_on(house: House) -> None:
+async def test_a_worker_stops_the_text_of_a_dead_sidecar(house: House) -> None:
     voice = Tones(held="first")
     await house.worker(voice)
     requests = Requests(house.redis)
@@ -322,7 +322,7 @@ async def test_a_worker_that_comes_later_is_found_and_one_that_ends_is_gone(hous
     assert sidecar.workers() == []
 
 
-async def test_only_names_of_workers_that_were_seen_lately_count(house: House) -> None:
+async def test_only_workers_with_a_recent_heartbeat_count(house: House) -> None:
     now = time.time()
     shown = {"alive": now, "dead": now - 60, "from-the-future": now + 60, "two\nlines": now}
     await house.redis.zadd(WORKERS, {**shown, "long" * 33: now})
@@ -447,7 +447,7 @@ async def test_a_worker_that_has_lost_its_text_does_not_fail_it(house: House) ->
     assert same(await asking, tones("break"))
 
 
-async def test_a_text_that_ends_its_workers_is_given_up(
+async def test_a_text_that_crashes_its_workers_fails(
     house: House, caplog: pytest.LogCaptureFixture
 ) -> None:
     work, sidecar = await house.work(stale_after=0.0), await house.sidecar()
@@ -500,7 +500,7 @@ async def test_a_part_that_two_workers_have_sent_is_heard_once(house: House) -> 
         ([part(0), part(1), part(2)], "there are more parts than the text has characters"),
     ],
 )
-async def test_workers_that_answer_wrongly_are_left_aside_for_a_while(
+async def test_workers_with_wrong_answers_are_not_used_for_a_while(
     house: House,
     messages: list[str],
     reason: str,
@@ -521,7 +521,7 @@ async def test_workers_that_answer_wrongly_are_left_aside_for_a_while(
     assert same(await say(sidecar, "word"), tones("word"))
 
 
-async def test_a_part_that_takes_too_long_ends_the_text_and_leaves_the_workers_aside(
+async def test_after_a_part_that_takes_too_long_no_worker_is_used(
     house: House,
 ) -> None:
     voice = Tones(held="word")
@@ -535,7 +535,7 @@ async def test_a_part_that_takes_too_long_ends_the_text_and_leaves_the_workers_a
     await until(lambda: voice.given_up)
 
 
-async def test_workers_that_begin_no_text_are_left_aside(house: House) -> None:
+async def test_workers_that_begin_no_text_are_not_used(house: House) -> None:
     await house.work()
     sidecar = await house.sidecar(part_timeout=0.2)
     await until(lambda: sidecar.unavailable is None)
@@ -544,7 +544,7 @@ async def test_workers_that_begin_no_text_are_left_aside(house: House) -> None:
     assert "not used" in str(sidecar.unavailable)
 
 
-async def test_workers_that_are_busy_with_other_texts_are_not_left_aside(house: House) -> None:
+async def test_workers_that_are_busy_with_other_texts_are_still_used(house: House) -> None:
     voice = Tones(held="word")
     sidecar, other = await house.sidecar(part_timeout=0.2), await house.sidecar()
     await house.worker(voice)
@@ -558,7 +558,7 @@ async def test_workers_that_are_busy_with_other_texts_are_not_left_aside(house: 
     assert same(await asking, tones("word"))
 
 
-async def test_requests_of_strangers_are_refused_and_go(
+async def test_invalid_requests_are_refused_and_removed(
     house: House, caplog: pytest.LogCaptureFixture
 ) -> None:
     for field, value in (("no", "id"), ("id", "SECRET"), ("id", "0" * 32), ("id", "1" * 32)):

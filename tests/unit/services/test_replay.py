@@ -153,7 +153,7 @@ async def test_another_version_of_sidecar_and_prompts_is_named(
     ]
 
 
-async def test_of_a_model_that_did_not_say_what_it_is_made_of_nothing_differs() -> None:
+async def test_a_model_without_an_identity_has_no_differences() -> None:
     found = recorded()
     silent = found.provenance.proposal.model_copy(update={"identity": None})
     found = replace(found, provenance=found.provenance.model_copy(update={"proposal": silent}))
