@@ -181,7 +181,7 @@ def _channel(address: str, description: str, *messages: str) -> dict[str, Any]:
 
 
 def _operations() -> Iterator[tuple[str, dict[str, Any]]]:
-    """What the sidecar does."""
+    """The operations of the sidecar."""
     for channel, model in PAYLOADS.items():
         yield f"publish{model.__name__}", _operation("send", _id(channel), model.__name__)
     yield "publishAudioBytes", _operation("send", _id(AUDIO_BYTES), "AudioBytes")

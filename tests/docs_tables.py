@@ -72,7 +72,8 @@ COLUMNS: Final = {
     "model": "The model that wrote the proposal.",
     "prompt": "The prompt.",
     "proposal": "The proposal as JSON.",
-    "provenance": "What [made](#provenance) the proposal, as JSON. Null in rows of older versions.",
+    "provenance": "The [provenance](#provenance) of the proposal, as JSON. Null in rows of "
+    "older versions.",
     "rationale": "The critique of the run; of a score alone, the rationale of the proposal.",
     "received": "When the sidecar received the feedback. It orders feedback.",
     "row_id": "The key. A row that is written twice is one row.",

@@ -52,7 +52,7 @@ class RedisServer:
 
     @property
     def folder(self) -> Path:
-        """Its folder, which exists from now on."""
+        """Its folder, which is created if it is missing."""
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="redis-test-")
         return Path(self._folder.name)

@@ -233,7 +233,7 @@ class ProposalSchema(_Numbered):
         adapter: the name of its adapter; None without one.
         grounded: `true`, or the fields whose ticker or numbers are not in the prompt, separated by
             commas; None if it was not checked.
-        provenance: what made it; see `services.provenance`.
+        provenance: JSON text; see `services.provenance`.
     """
 
     transaction_id: str = Field(min_length=1)

@@ -1,4 +1,4 @@
-"""What the access rules of Redis deny to this bus
+"""The operations that the access rules of Redis deny to this bus
 (https://redis.io/docs/latest/operate/oss_and_stack/management/security/acl/).
 
 A missing permission is an error of configuration, not an outage. The bus reports the denied

@@ -50,7 +50,7 @@ class Inbox:
 
     Args:
         group: the inbox and its consumers.
-        dead: takes what cannot be handled.
+        dead: gets entries that cannot be stored.
         handler: stores entries.
         subscriber: reports whether Redis is connected.
         denied: what Redis denies.

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class Publisher:
-    """Sends what is published, and the events of another outbox.
+    """Sends published messages, and the events of a durable outbox.
 
     Args:
         client: must raise on errors, not retry.
@@ -41,7 +41,7 @@ class Publisher:
         denied: what Redis denies.
         stream: the name of the stream of events.
         maxlen: about how many entries the stream keeps.
-        outbox: events that are durable elsewhere.
+        outbox: the durable outbox.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What an error of Redis means."""
+"""Classifies errors of Redis."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def is_denial(error: object) -> bool:
 
 
 def is_answer(error: RedisError) -> bool:
-    """Whether Redis has answered with this error; otherwise it is not known what Redis did."""
+    """Whether Redis has answered with this error; otherwise the outcome of the command is
+    unknown."""
     return isinstance(error, _ANSWERS)
 
 

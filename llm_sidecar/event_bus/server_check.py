@@ -15,7 +15,7 @@ ADVICE: Final = {
     "appendfsync": ("always", "a power failure loses up to a second of events"),
     "maxmemory-policy": ("noeviction", "a full Redis deletes events"),
 }
-"""What each option should be, and what happens otherwise."""
+"""The recommended value of each option, and the consequence of any other value."""
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ _OF_ONE_UNIT: Final = (
 
 
 class Snapshot(NamedTuple):
-    """What is in the journal. Times are on its clock; a draft does not count as the oldest row."""
+    """The content of the journal. Times are on its clock; a draft does not count as the oldest
+    row."""
 
     rows: int = 0
     row_bytes: int = 0

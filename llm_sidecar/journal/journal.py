@@ -46,7 +46,7 @@ class Journal:
         self._writer.start()
 
     async def close(self) -> None:
-        """Commits what waits and closes the file.
+        """Commits the waiting transactions and closes the file.
 
         Raises:
             TimeoutError: the disk took too long.

@@ -141,8 +141,7 @@ def release(db: sqlite3.Connection, request: RequestKey, owner: str) -> None:
 
 
 def bound(db: sqlite3.Connection) -> int:
-    """Drops the oldest requests that nobody answers now, beyond the number and size; returns how
-    many."""
+    """Drops the oldest requests beyond the bounds, except running ones; returns how many."""
     dropped = 0
     while True:
         number, size = db.execute(

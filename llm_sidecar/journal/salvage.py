@@ -1,4 +1,4 @@
-"""Copies what is readable from one journal to another: damaged or deleted files."""
+"""Copies the readable entries of a damaged or deleted journal to another journal."""
 
 from __future__ import annotations
 

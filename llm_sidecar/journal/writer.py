@@ -1,4 +1,4 @@
-"""The thread that owns the journal's file: it commits what waits as one group."""
+"""The thread that owns the journal's file: it commits the waiting work in groups."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _COMMIT_SECONDS: Final = 5.0
 """The deadline of a commit."""
 _SLOW: Final = f"the disk takes longer than {_COMMIT_SECONDS:g} s"
 _MOST_BYTES: Final = 64 << 20
-"""The maximum size of what waits to be committed."""
+"""The maximum size of the work that waits for a commit."""
 _MOST_UNITS: Final = 2000
-"""The maximum size of a group: other processes wait for its end."""
+"""The maximum number of units in a group, because other processes wait for its end."""
 TICK_SECONDS: Final = 1.0
 """Seconds between two checks of the file and its disk while nothing is committed."""
 _MAINTAIN_TICKS: Final = 60
@@ -49,7 +49,7 @@ class JournalWriter:
 
     Attributes:
         file: used by the thread, and by work that runs in it.
-        snapshot: what is in the journal, of all processes; at most a second old.
+        snapshot: the content of the journal, of all processes; at most a second old.
         events_dropped, requests_dropped: by this process, because the journal was full or they were
             too old.
         on_change: called in the event loop after the snapshot has changed.
@@ -92,7 +92,7 @@ class JournalWriter:
         threading.Thread(target=self._run, name="journal", daemon=True).start()
 
     async def close(self) -> None:
-        """Commits what waits, then closes the file.
+        """Commits the waiting work, then closes the file.
 
         Raises:
             TimeoutError: the disk took too long.
@@ -107,7 +107,7 @@ class JournalWriter:
         """Runs work in a transaction, and returns its result once it would survive a power loss.
 
         Args:
-            work: runs in the thread of the journal, and again if the file has to be opened anew.
+            work: runs in the thread of the journal; runs again if the file has to be opened again.
             size: the bytes that it holds in memory.
 
         Raises:
@@ -210,7 +210,7 @@ class JournalWriter:
         requests.expire(db, clock.now())
 
     def count_dropped(self, events: int = 0, requests: int = 0) -> None:
-        """Counts what was dropped."""
+        """Counts and logs dropped events and requests."""
         if events or requests:
             log.error("the journal dropped %d events and %d requests", events, requests)
         self.events_dropped += events
@@ -223,7 +223,7 @@ class JournalWriter:
                     break
                 self.file.reopen()
             else:
-                raise OSError("its files are removed again and again")
+                raise OSError("its files are removed repeatedly")
         except Exception as error:  # noqa: BLE001 every caller gets it, and the thread goes on
             self._fail(group, error)
 

@@ -19,7 +19,7 @@ class EventFeed:
     """Opens feeds of one stream.
 
     Attributes:
-        count: how many listen now.
+        count: the number of listeners now.
     """
 
     def __init__(self, stream: FollowedStream, limit: int) -> None:

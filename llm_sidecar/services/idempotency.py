@@ -98,7 +98,7 @@ class Idempotency:
         Raises:
             RequestKeyReused: the key belongs to a request with another content.
             DeadlineExceeded: the other attempt takes too long.
-            DatabaseUnavailable: the journal takes no claims.
+            DatabaseUnavailable: the journal accepts no claims.
         """
         deadline = Deadline.after(self._timeout)
         try:

@@ -59,7 +59,7 @@ class ProposalRun:
         made: Phi-3's valid proposal.
         assessment: Hermes' critique.
         rating: Hermes' score.
-        provenance: what made proposal and critique.
+        provenance: the provenance of proposal and critique.
     """
 
     prompt: str

@@ -61,7 +61,7 @@ class Generated(_Record):
     Attributes:
         label: of the model, as in `X-Model`.
         adapter: the name of its adapter.
-        identity: what the model is made of; None if it does not say.
+        identity: the files and runtime of the model; None if unknown.
         prompt_version: of the texts that our code puts around the input.
         chat: SHA-256 of the whole chat.
         guidance: None without one.
@@ -95,7 +95,7 @@ class Generated(_Record):
 
 
 class Provenance(_Record):
-    """What made a proposal and its critique.
+    """The provenance of a proposal and its critique.
 
     Attributes:
         sidecar: the version of this package.

@@ -39,7 +39,7 @@ class Recorded:
         proposal: as JSON types.
         critique: Hermes' text; empty without one.
         score: in [0, 1], or None.
-        provenance: what made it.
+        provenance: its provenance.
         examples: its few-shot examples that are still stored, by feedback_id.
     """
 
@@ -77,7 +77,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a replay found.
+    """The result of a replay.
 
     Attributes:
         results: `proposal`; `critique` and `score` too if they are stored.

@@ -66,8 +66,8 @@ async def recorded(tables: Tables, waiting: JournalRows, transaction_id: str) ->
     row = max(rows, key=lambda row: (row["assessment"] != "", row["timestamp"]))
     if row["provenance"] is None:
         raise CommandFailed(
-            "The proposal cannot be replayed: a version of the sidecar stored it that did not "
-            "record what makes a proposal."
+            "The proposal cannot be replayed: the version of the sidecar that stored it did not "
+            "record its provenance."
         )
     try:
         provenance = Provenance.model_validate_json(row["provenance"])

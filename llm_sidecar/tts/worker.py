@@ -135,7 +135,7 @@ class SpeechWorker:
         """Renews the claim on a request; stops speaking it if the claim is lost."""
         taken = self._taken
         lost = taken is not None and not await self._work.keep(taken)
-        # It may have ended meanwhile.
+        # It may have ended in between.
         if lost and self._taken is taken and self._speaking is not None:
             self._speaking.cancel()
         await asyncio.sleep(self._sign_every)

@@ -77,8 +77,8 @@ async def _listening(
     last_event_id: Annotated[
         Annotated[str, BeforeValidator(_entry_id)] | None,
         Header(
-            description="the `id` of the last event that the client has; the stream goes on after "
-            "it. `0-0` begins with the oldest event that Redis has",
+            description="the `id` of the last event that the client has; the stream continues "
+            "after it. `0-0` begins with the oldest event that Redis has",
             examples=["1769853600123-0"],
         ),
     ] = None,
@@ -190,7 +190,7 @@ async def requeue_dead_letter(
 ) -> Response:
     """Puts a dead letter back into the inbox as a new entry, which a sidecar then tries to store.
 
-    What is stored already is not stored twice.
+    An entry that is already stored is not stored twice.
     """
 
     # Without a key, a retry gets 404, because the dead letter has gone.

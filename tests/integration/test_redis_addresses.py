@@ -39,7 +39,7 @@ async def arrives(bus: EventBus, payload: str) -> None:
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the certificate of an authority, of another one, and of what it has signed."""
+    """A folder with the certificates of two authorities, and those that the first has signed."""
     folder, authority = tmp_path_factory.mktemp("certificates"), trustme.CA()
     authority.cert_pem.write_to_path(str(folder / "ca.pem"))
     trustme.CA().cert_pem.write_to_path(str(folder / "other.pem"))
@@ -51,7 +51,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def tls_server(certificates: Path) -> Iterator[int]:
-    """A server that takes clients with a certificate only; its port."""
+    """A server that accepts only clients with a certificate; yields its port."""
     require_redis()
     port, pem = free_port(), str(certificates / "localhost.pem")
     with RedisServer(

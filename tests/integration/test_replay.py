@@ -245,7 +245,7 @@ def test_an_unknown_proposal_and_one_of_an_older_version_cannot_be_replayed(
     assert capsys.readouterr().err == "No proposal with this transaction_id is stored.\n"
     assert cli_main(["replay", "old"]) == 1
     assert capsys.readouterr().err == (
-        "The proposal cannot be replayed: a version of the sidecar stored it that did not record "
-        "what makes a proposal.\n"
+        "The proposal cannot be replayed: the version of the sidecar that stored it did not "
+        "record its provenance.\n"
     )
     assert cli_main(["replay"]) == 2

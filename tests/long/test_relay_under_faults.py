@@ -93,7 +93,7 @@ async def test_every_event_is_in_the_stream_once_and_in_order(seed: int) -> None
             async with asyncio.timeout(TIMEOUT):
                 while len(outbox) > 0:
                     await asyncio.sleep(0.05)
-            await asyncio.sleep(1.0)  # what is late arrives, too
+            await asyncio.sleep(1.0)  # late bytes arrive, too
             assert stream(probe) == [str(number) for number in range(count)]
             assert outbox.dropped == 0
             for bus in buses:
