@@ -2,9 +2,9 @@
 
 In one run: durable appends a second with many callers at once, in turns with a bare loop that
 commits the same rows to SQLite in groups, and single rows added to a LanceDB table one after the
-other; what is on disk afterwards; and each query at ten thousand and at a million rows. Rows come
-at a steady rate of ten thousand a day, so that a large table is one that has run for a hundred
-times as long, and its last day is as full as that of a small one.
+other; what is on disk afterwards; and each query at ten thousand and at a million rows. Rows arrive
+at a steady rate of ten thousand a day. So a large table covers a hundred times as many days as a
+small one, and its last day has as many rows.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ async def in_turn(append: Append, callers: int, count: int) -> tuple[float, floa
 
 @contextlib.asynccontextmanager
 async def bare_loop(folder: Path) -> AsyncIterator[Append]:
-    """Appends to a SQLite table through a thread that commits whatever waits; nothing else."""
+    """Only appends to a SQLite table, through a thread with group commits."""
     db = sqlite3.connect(f"{folder}.sqlite3", isolation_level=None, check_same_thread=False)
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = FULL")

@@ -114,7 +114,7 @@ async def bus_publisher(url: str) -> AsyncIterator[Publish]:
     bus = EventBus(url)
 
     async def publish(payload: str) -> None:
-        # Its outbox drops the oldest of more than 10,000 events.
+        # Its outbox holds 10,000 events and drops the oldest ones beyond that.
         while bus.status()["waiting"] > 5_000:  # noqa: ASYNC110 - only counts are there
             await asyncio.sleep(0.001)
         await bus.publish(CHANNEL, payload)

@@ -19,9 +19,9 @@ class CloudEvent:
     Attributes:
         type: the name of the event, which is also its channel.
         data: the payload as JSON text.
-        source: the service that it comes from, a URI reference.
-        dataschema: where the schema of the data is described, a URI reference.
-        id: unique for a source. A receiver that gets an event twice recognises it by its id.
+        source: the service that produced the event, as a URI reference.
+        dataschema: a URI reference to the schema of the data.
+        id: unique within a source. Receivers use it to recognise duplicates.
         time: when it happened, in RFC 3339 and UTC.
         traceparent: the W3C trace context of the request, or None.
     """
@@ -35,7 +35,7 @@ class CloudEvent:
     traceparent: str | None = None
 
     def fields(self) -> dict[str, str]:
-        """The fields of its entry in a Redis stream."""
+        """The fields of the event's entry in a Redis stream."""
         fields = {
             "id": self.id,
             "source": self.source,

@@ -93,9 +93,9 @@ class Proposed(NamedTuple):
     """A valid proposal.
 
     Attributes:
-        completion: with its text.
+        completion: the completion that contains it.
         ungrounded: its ungrounded fields.
-        request: what the completion answers; None if an earlier attempt at a request wrote it.
+        request: the request that Phi-3 answered; None if an earlier attempt generated it.
         examples: the feedback_ids of the examples in the request, oldest first.
     """
 

@@ -116,7 +116,7 @@ def _database(text: str) -> int:
 
 def _options(query: str, known: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
     options: dict[str, Any] = {}
-    # Also refuses what is no `name=value`.
+    # Also refuses options that are not `name=value`.
     for name, value in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)):
         if name not in known or name in options:
             raise ValueError

@@ -45,7 +45,7 @@ class Sidecar:
         chat, proposer, judge, orchestrator, feedback, few_shot, adapters, idempotency, health: the
             services.
         speaker, listeners: the voice, and the listeners of its stream.
-        event_feed, dead_letters: the listeners of the events, and what the inbox could not store.
+        event_feed, dead_letters: the listeners of the events, and the dead letters of the inbox.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class Sidecar:
         # Models first: the results of running requests are still stored.
         await asyncio.gather(*(model.close(grace) for model in self.models))
         await self._tasks.join()
-        # The bus still carries the last speech, and then sends the events of the journal.
+        # Before it closes, the bus carries the last speech and sends the events of the journal.
         await self.speaker.close()
         if self._connecting is not None:
             self._connecting.cancel()
@@ -205,5 +205,5 @@ def _remote_voice(settings: Settings) -> RemoteVoice | None:
     url = settings.events.url.get_secret_value()
     if settings.speech.voice == "espeak" or url.startswith(MEMORY):
         return None
-    # Time remains for the embedded voice if no part comes.
+    # Leaves time for the embedded voice if no part arrives.
     return RemoteVoice(make_client(url), part_timeout=settings.speech.timeout / 2)

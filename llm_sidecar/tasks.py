@@ -24,7 +24,7 @@ class TaskSet:
         """Starts nothing.
 
         Args:
-            whole: a set that these tasks belong to, too.
+            whole: a larger set, to which these tasks belong as well.
         """
         self._running: set[asyncio.Task[Any]] = set()
         self._whole = whole

@@ -29,7 +29,7 @@ def now() -> datetime.datetime:
 
 
 def since(text: str) -> datetime.datetime:
-    """The time that a person means: ISO 8601, in UTC without an offset, or an age such as 7d.
+    """Parses a time on a command line: ISO 8601 (UTC if it has no offset), or an age such as 7d.
 
     Raises:
         ValueError: it is neither; the message is a sentence.

@@ -41,7 +41,7 @@ IdempotencyKey = Annotated[
         alias="Idempotency-Key",
         description="identifies this request for 24 hours: if you send it again with the same key "
         "and body, you get the first answer again",
-        # No example: a page or a tool would send it with every request.
+        # No example: a tool would send the same key with every request.
         json_schema_extra={"pattern": f"^{_PATTERN}$"},
     ),
 ]
@@ -96,14 +96,14 @@ def _request_key(request: Request, key: str) -> RequestKey:
 
 
 async def _fingerprint(request: Request) -> str:
-    """A hash of the method, the path in either spelling, the query in any order, and the body."""
+    """A hash of the method, the path without a trailing slash, the sorted query, and the body."""
     query = sorted(urllib.parse.parse_qsl(request.url.query, keep_blank_values=True))
     head = [request.method, route_path(request.scope).rstrip("/"), query]
     return hashlib.sha256(json.dumps(head).encode() + b"\n" + await request.body()).hexdigest()
 
 
 def _packed(response: Response) -> bytes:
-    """A response with a text as its body, as it is kept."""
+    """Encodes a response for the journal; its body must be text."""
     headers = [
         [name.decode("latin-1"), value.decode("latin-1")] for name, value in response.raw_headers
     ]

@@ -28,10 +28,10 @@ from osiris.schemas.feedback import FeedbackRequest
 _HEADER: Final = "# Generated from the code by `.venv/bin/python -m tests.docs_tables`.\n"
 _DESCRIPTION: Final = (
     "Proposals, critiques and feedback, as the sidecar and other services exchange them in Redis. "
-    "A pub/sub channel keeps nothing: who is not connected misses its messages. A stream keeps its "
-    "entries. Every event but `audio.bytes` is a message of its channel and an entry of the stream "
-    "of events, whose fields are the attributes of CloudEvents 1.0 and `data`, the payload as JSON "
-    "text."
+    "A pub/sub channel keeps nothing: a client that is not connected misses its messages. A stream "
+    "keeps its entries. Every event but `audio.bytes` is a message of its channel and an entry of "
+    "the stream of events, whose fields are the attributes of CloudEvents 1.0 and `data`, the "
+    "payload as JSON text."
 )
 _ENTRY_ID: Final = "6f1c2a9e-5b0d-4a38-9d55-0c8f3e0b7f11"
 _MOMENT: Final = "2026-01-31T10:00:00.123456+00:00"
@@ -52,7 +52,7 @@ _INBOX_ENTRY: Final = {
 _FEEDBACK_FIELDS: Final = {
     **{name: field.description for name, field in FeedbackRequest.model_fields.items()},
     "feedback_id": "feedback with the same id is stored once; default: a hash of the feedback",
-    "stored_in": "leave it out: sidecars mark with it what they have stored themselves",
+    "stored_in": "leave it out: a sidecar sets it on feedback that it has stored",
     "author": "leave it out: only the sidecar knows who sent feedback over HTTP",
 }
 """The fields of feedback, over HTTP as on the bus."""
@@ -68,8 +68,8 @@ CLOUD_EVENT: Final[Schema] = {
     "type": "object",
     "description": "The attributes of an event, as CloudEvents 1.0 has them. Every value is text.",
     "properties": {
-        "id": _text("unique for a source: an event that comes twice has the same id"),
-        "source": _text("the service that the event comes from", format="uri-reference"),
+        "id": _text("unique within a source: a duplicate has the same id"),
+        "source": _text("the service that produced the event", format="uri-reference"),
         "type": _text("the type of the event, which is also its channel"),
         "time": _text("when it happened", format="date-time"),
         "specversion": _text("the version of CloudEvents", const=SPEC_VERSION),
@@ -96,7 +96,7 @@ DEAD_LETTER: Final[Schema] = {
     "type": "object",
     "description": "An entry of the inbox that no sidecar could store. Every value is text.",
     "properties": {
-        "time": _text("when the sidecar gave up", format="date-time"),
+        "time": _text("when the entry became a dead letter", format="date-time"),
         "reason": _text("why, without any text of the entry"),
         "entry": _text("the id that the entry had in the inbox", pattern="^[0-9]+-[0-9]+$"),
         "deliveries": _text("how often a sidecar received it", pattern="^[0-9]+$"),
@@ -152,7 +152,9 @@ def _channels() -> dict[str, Any]:
             *(f"{model.__name__}Entry" for model in PAYLOADS.values()),
         ),
         "inbox": _channel(
-            INBOX, "A stream, to which other services add what they want stored.", "InboxEntry"
+            INBOX,
+            "A stream to which other services add feedback for the sidecars to store.",
+            "InboxEntry",
         ),
         "deadLetters": _channel(
             DEAD, "A stream with the entries of the inbox that could not be stored.", "DeadLetter"
@@ -179,7 +181,7 @@ def _channel(address: str, description: str, *messages: str) -> dict[str, Any]:
 
 
 def _operations() -> Iterator[tuple[str, dict[str, Any]]]:
-    """What the sidecar does."""
+    """The operations of the sidecar."""
     for channel, model in PAYLOADS.items():
         yield f"publish{model.__name__}", _operation("send", _id(channel), model.__name__)
     yield "publishAudioBytes", _operation("send", _id(AUDIO_BYTES), "AudioBytes")

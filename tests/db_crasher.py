@@ -2,7 +2,7 @@
 
 Run as a program, it imports lancedb once and forks a process for each round, so that fifty kills
 take seconds. Forking is safe as long as this process has not used lancedb. Each process has 16
-callers and a relay, and says through a pipe what was acknowledged and what was sent:
+callers and a relay, and reports through a pipe what was acknowledged and sent:
 
     A <key>     the transaction of this key: a row, an event and the response of a request
     E <key>     the relay has sent the event of this key, to a stream that survives everything
@@ -49,12 +49,13 @@ from tests import power_loss
 
 _CALLERS = 16
 _WAITING = 0.7
-"""How many processes begin to commit when LanceDB is open, so that a kill interrupts moves."""
+"""The share of processes that start to commit after LanceDB is open, so that kills interrupt
+moves."""
 
 
 @dataclass(slots=True)
 class Heard:
-    """What the processes said.
+    """What the processes reported.
 
     Attributes:
         acknowledged: keys of transactions.
@@ -65,7 +66,7 @@ class Heard:
     sent: list[str] = field(default_factory=list)
 
     def add(self, text: str) -> None:
-        """Adds what a process said; a line that its kill has truncated says nothing."""
+        """Adds the reports of a process. A line that its kill has truncated does not count."""
         for line in text.splitlines(keepends=True):
             if line.endswith("\n"):
                 kind, key = line.split()
@@ -127,7 +128,7 @@ async def send(store: Store, say: Callable[[str], None]) -> None:
 
 
 async def write(folder: Path, name: str, pipe: int, seconds: float) -> None:
-    """Commits with several callers, and says what is acknowledged and sent."""
+    """Commits with several callers, and reports what is acknowledged and sent."""
     rng = random.Random(name)
     store = Store(folder)
     store.start()
@@ -152,10 +153,10 @@ async def write(folder: Path, name: str, pipe: int, seconds: float) -> None:
 
 
 async def check(folder: Path, heard: Heard, exact: bool) -> None:
-    """Opens the database and asserts that it has all that was acknowledged, and nothing twice.
+    """Opens the database and asserts that everything acknowledged is in it exactly once.
 
     Args:
-        exact: whether it must have no other row.
+        exact: whether it must have no other rows.
     """
     store = await Store.open(folder)
     try:
@@ -265,7 +266,7 @@ def kills(folder: Path, rounds: int, rng: random.Random) -> None:
 
 
 def power_losses(folder: Path, rounds: int, rng: random.Random) -> None:
-    """In each round kills a writer, loses what it has not synced, and checks the database."""
+    """In each round, kills a writer, undoes what it has not synced, and checks the database."""
     heard, undone = Heard(), 0
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(rounds):
@@ -294,7 +295,7 @@ def concurrent(folder: Path, processes: int, seconds: float) -> None:
 
 
 def main() -> None:
-    # Deadlines are not what is tested here, and the machine may be busy.
+    # This does not test deadlines, and the machine may be busy.
     writer._COMMIT_SECONDS = store_module._QUERY_SECONDS = 60.0  # type: ignore[misc]
     what, folder, amount, seed = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
     rng = random.Random(seed)

@@ -72,7 +72,8 @@ COLUMNS: Final = {
     "model": "The model that wrote the proposal.",
     "prompt": "The prompt.",
     "proposal": "The proposal as JSON.",
-    "provenance": "What [made](#provenance) the proposal, as JSON. Null in rows of older versions.",
+    "provenance": "The [provenance](#provenance) of the proposal, as JSON. Null in rows of "
+    "older versions.",
     "rationale": "The critique of the run; of a score alone, the rationale of the proposal.",
     "received": "When the sidecar received the feedback. It orders feedback.",
     "row_id": "The key. A row that is written twice is one row.",
@@ -89,9 +90,9 @@ COLUMNS: Final = {
 """What each column of the database means; with its table where tables differ."""
 
 EVENTS: Final = {
-    PROPOSAL_CREATED: "Phi-3 has finished a proposal, and it is stored if that was possible",
-    PROPOSAL_ASSESSED: "Hermes has criticised and scored the proposal; its rows are stored if that "
-    "was possible",
+    PROPOSAL_CREATED: "Phi-3 has finished a proposal, after the attempt to store it",
+    PROPOSAL_ASSESSED: "Hermes has criticised and scored the proposal, after the attempt to "
+    "store it",
     FEEDBACK_SUBMITTED: "feedback is stored",
     ADAPTER_SWAPPED: "Phi-3 uses another adapter",
     AUDIO_BYTES: "a part of a text has been spoken",

@@ -1,4 +1,4 @@
-"""Imitates power losses: what a process wrote and did not sync may be lost, in part or whole.
+"""Imitates power losses: what a process wrote but did not sync may be lost, in part or as a whole.
 
 `build` makes a library to preload, which records how to undo what is not synced. After a kill,
 `lose_power` undoes a random part of it:
@@ -28,7 +28,7 @@ _HEAD: Final = struct.Struct("<4Q")
 
 
 class _Replaced(NamedTuple):
-    """What a write replaced."""
+    """The bytes that a write replaced."""
 
     offset: int
     old: bytes
@@ -59,7 +59,7 @@ def start(folder: Path, undo: Path) -> None:
 
 
 def lose_power(folder: Path, undo: Path, rng: random.Random, before: set[Path]) -> int:
-    """Loses what the recorded process has not synced; returns the number of changes undone.
+    """Undoes changes that the recorded process has not synced; returns their number.
 
     Args:
         before: what was in the folder when the recording began.
@@ -76,7 +76,7 @@ def lose_power(folder: Path, undo: Path, rng: random.Random, before: set[Path]) 
 
 
 def _renamed(ops: list[str], new: set[Path]) -> list[str]:
-    """The changes, where a file that was renamed in an unseen way was created with its last name.
+    """The changes, in which a file that was renamed unseen is created with its last name.
 
     lancedb writes small files under another name and renames them by a system call of its own,
     which no library sees.
@@ -111,7 +111,7 @@ def _unsynced(ops: list[str]) -> list[list[str]]:
 
 def _undo_change(change: list[str], undo: Path) -> None:
     kind, _, path, *rest = change
-    # What a change of the same entry before it has left may be in another state.
+    # An earlier change of the same entry may have left it in another state.
     with contextlib.suppress(FileNotFoundError, FileExistsError):
         if kind == "C":
             Path(path).unlink()

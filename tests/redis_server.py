@@ -28,14 +28,14 @@ def require_redis() -> None:
 
 
 class RedisServer:
-    """One redis-server on a loopback port that stays the same over restarts.
+    """One redis-server on a loopback port, which a restart does not change.
 
-    It keeps nothing on disk but its temporary folder, which goes with it. Use it as a context
-    manager, which starts and stops it, or start it later for a server that comes late.
+    Its only files are in a temporary folder, which is removed with it. Use it as a context manager,
+    or call `start` later for a server that becomes available late.
 
     Args:
         options: further options of redis-server.
-        keep: whether the folder stays over a restart; `remove` ends that.
+        keep: whether the folder survives a restart; `remove` deletes it.
 
     Attributes:
         port, url: its address.
@@ -52,7 +52,7 @@ class RedisServer:
 
     @property
     def folder(self) -> Path:
-        """Its folder, which exists from now on."""
+        """Its folder, which is created if it is missing."""
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="redis-test-")
         return Path(self._folder.name)
@@ -128,7 +128,7 @@ def entries(client: redis.Redis, stream: str) -> list[tuple[str, dict[str, str]]
 
 
 def free_port() -> int:
-    """A port of this machine that nothing uses now."""
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

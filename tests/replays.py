@@ -50,7 +50,7 @@ async def propose(client: httpx.AsyncClient, prompt: str) -> str:
 
 
 async def correct(client: httpx.AsyncClient, transaction_id: str) -> str:
-    """The feedback_id of a correction that is an example from now on."""
+    """Submits a correction that becomes an example; returns its feedback_id."""
     feedback = {
         "transaction_id": transaction_id,
         "feedback_type": "correction",

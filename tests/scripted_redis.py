@@ -21,8 +21,8 @@ class ScriptedRedis:
     """
 
     def __init__(self, script: Script, *, abort: bool = True) -> None:
-        """With `abort`, an error of a queued command aborts its transaction, as in Redis; else it
-        is an item of EXEC's answer, as of some proxies."""
+        """With `abort`, an error of a queued command aborts its transaction, as in Redis. Otherwise
+        the error is an item of the reply to EXEC, as with some proxies."""
         self.entries: list[str] = []
         self.published: list[str] = []
         self._script = script
@@ -111,7 +111,7 @@ class Proxy:
 
     Attributes:
         delay: seconds for which it holds back each piece that goes to the server.
-        gate: what goes to the server from now on waits until this is set.
+        gate: while it is not set, the proxy holds back what goes to the server.
     """
 
     def __init__(self, port: int, delay: float = 0.0) -> None:
@@ -131,7 +131,7 @@ class Proxy:
         await _end(self._pumps)
 
     def break_some(self, count: int) -> None:
-        """Ends the passing on of bytes of `count` directions, any ones, at once."""
+        """Stops forwarding in `count` random directions, at once."""
         for pump in random.sample(list(self._pumps), min(count, len(self._pumps))):
             pump.cancel()
 
@@ -152,7 +152,7 @@ class Proxy:
                     await asyncio.sleep(self.delay)
                 target.write(data)
                 await target.drain()
-        # What the client has sent before it hung up still arrives.
+        # What the client sent before it disconnected still arrives.
         await _close(target)
 
 

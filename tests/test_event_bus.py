@@ -427,7 +427,7 @@ async def test_a_kill_in_the_middle_of_ten_thousand_messages_loses_and_reorders_
     sent = []
     for number in range(10_000):
         if number == 5_000:
-            # In the middle of a transaction: most of the events before wait to be sent.
+            # In the middle of a transaction, while most of the earlier events wait to be sent.
             mortal.kill()
             await until(lambda: not bus.status()["connected"])
         if number == 5_500:
@@ -435,7 +435,7 @@ async def test_a_kill_in_the_middle_of_ten_thousand_messages_loses_and_reorders_
             await until(lambda: bus.status()["connected"] and not bus.status()["waiting"])
         sent.append(await bus.publish("c", str(number)))
     await until(lambda: received[-1] == 9_999 and not bus.status()["waiting"])
-    # A subscriber may get again what Redis took and could not confirm.
+    # A subscriber may get an event twice if Redis could not acknowledge it.
     assert list(dict.fromkeys(received)) == list(range(10_000))
     assert sent == [not 5_000 <= number < 5_500 for number in range(10_000)]
     status = bus.status()

@@ -1,6 +1,6 @@
 """A voice for tests: `python -m tests.tones REDIS_URL HELD` is a speech worker with it.
 
-The worker's process writes each word before it speaks it, and never speaks the word `HELD`.
+The worker's process prints each word before it speaks it, and never speaks the word `HELD`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def tone(word: str, exaggeration: float = 0.5, reference: Reference | None = Non
 
 
 class _Told(Tones):
-    """Tones that tell the parent process what they begin."""
+    """Tones that report each word to the parent process."""
 
     async def begin(self, word: str) -> None:
         sys.stdout.write(f"{word}\n")

@@ -1,7 +1,7 @@
 """`python -m llm_sidecar.db`.
 
-The commands `export` and `replay` are here, because packages above the database make training data
-from feedback, and generate proposals.
+The commands `export` and `replay` are here, not in `cli`, because they need packages that import
+the database.
 """
 
 from __future__ import annotations

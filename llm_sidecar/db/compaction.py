@@ -20,7 +20,7 @@ _SHARE: Final = 20.0
 """The minimum pause between two compactions: in seconds, and as a multiple of the last one's
 duration."""
 _IDLE_SECONDS: Final = 600.0
-"""Seconds after the last rows until unused versions are deleted."""
+"""Seconds from the last added rows until unused versions are deleted."""
 _COUNT_SECONDS: Final = 5.0
 
 
@@ -59,16 +59,16 @@ class Compactor:
             self.due.set()
 
     def tidy_if_idle(self) -> None:
-        """Makes one compaction due some time after the last rows, which deletes old versions."""
+        """Makes one compaction due some time after the last rows, to delete old versions."""
         if self._last_rows is not None and time.monotonic() - self._last_rows > _IDLE_SECONDS:
             self._last_rows = None
             self.due.set()
 
     async def run(self, tables: Callable[[], Tables | None], end: asyncio.Event) -> None:
-        """Compacts whenever that is due, until `end` is set.
+        """Runs each compaction when it is due, until `end` is set.
 
         Args:
-            tables: returns None while they are not open.
+            tables: returns the tables, or None while they are not open.
         """
         while not end.is_set():
             await self.due.wait()

@@ -1,4 +1,4 @@
-"""Rows as the journal keeps them, JSON text, and as LanceDB takes them, Arrow."""
+"""Encodes rows as JSON text for the journal, and as Arrow tables for LanceDB."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Decoded(NamedTuple):
     """Rows for LanceDB.
 
     Attributes:
-        tables: an Arrow table by the name of its table and by whether that may have rows of it.
-        unreadable: rows that are damaged, or of an unknown version.
+        tables: Arrow tables, by (name of the table, whether it may already contain these rows).
+        unreadable: rows that are damaged, or have columns of another version.
     """
 
     tables: dict[tuple[str, bool], Any]
@@ -34,8 +34,8 @@ def encoded(table: str, values: Mapping[str, Any], *, again: bool = False) -> En
     """A row for the journal.
 
     Args:
-        values: of the columns.
-        again: whether the table may have the row already.
+        values: by column.
+        again: whether the table may already contain the row.
     """
     return Entry(table, values[KEYS[table]], _encode(values).encode(), again)
 
@@ -48,7 +48,7 @@ _encode: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), def
 
 
 def decoded(entries: Iterable[Entry]) -> Decoded:
-    """Rows of the journal, in the current version, for LanceDB."""
+    """Converts rows of the journal to Arrow tables."""
     rows: dict[tuple[str, bool], list[tuple[Entry, dict[str, Any]]]] = defaultdict(list)
     unreadable = []
     for entry in entries:
@@ -91,7 +91,7 @@ def arrow(table: str, rows: Sequence[Mapping[str, Any]]) -> Any:
     schema = arrow_schemas()[table]
     found = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
     for field in schema:
-        # pyarrow does not check this.
+        # pyarrow does not check for nulls.
         if not field.nullable and found[field.name].null_count:
             raise ValueError(f"{field.name} is null")
     return found

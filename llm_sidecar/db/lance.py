@@ -67,10 +67,10 @@ async def merge_fragments(table: Any) -> None:
 async def delete_old_versions(table: Any, *, unverified: bool = False) -> None:
     """Deletes the files of versions that nothing reads any more.
 
-    A power loss may destroy a version that is not synced, so the newest one has to be synced.
+    Sync the newest version first: a power loss may destroy a version that is not synced.
 
     Args:
-        unverified: whether to delete files of incomplete writes too; there must be no writer.
+        unverified: whether to delete files of incomplete writes too; only safe without a writer.
     """
     await table.optimize(cleanup_older_than=_KEEP_VERSIONS, delete_unverified=unverified)
 

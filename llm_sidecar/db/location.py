@@ -42,7 +42,7 @@ class Location:
         return self.log_folder / "set_aside"
 
     def may_write(self) -> bool:
-        """Whether this user may write what opening the database writes: tables, locks, journal."""
+        """Whether this user has permission to write tables, locks and journal."""
         needed = [_nearest(self.log_folder)]
         try:
             if self.log_folder.exists():

@@ -103,15 +103,15 @@ class Mover:
         return self.tables
 
     async def flush(self) -> None:
-        """Returns once every row of every process that is committed by now is in its table, but
+        """Returns once every row that any process has committed so far is in its table, except
         drafts.
 
         Raises:
-            DatabaseUnavailable: it cannot be moved now.
+            DatabaseUnavailable: the rows cannot be moved now.
         """
         if await self._journal.last_movable() is None:
             return
-        # A move that has begun may have missed the newest rows.
+        # A move that is already running may miss the newest rows.
         wanted = self._begun + 1
         self.soon()
         async with self._changed:
@@ -131,7 +131,8 @@ class Mover:
             self._asked.set()
 
     async def close(self) -> None:
-        """Moves what waits, within a time limit, then stops. The rest stays in the journal."""
+        """Moves the waiting rows within a time limit, then stops. Other rows stay in the
+        journal."""
         if self._end.is_set() or not self._tasks:
             return
         self._end.set()
@@ -143,7 +144,7 @@ class Mover:
                     # The task may be waiting for a database that is unavailable.
                     moving.cancel()
                 await asyncio.wait([moving])
-                # A script may open, write one row and close, so compaction is due here too.
+                # A script may open the database, write one row and close it, so compact here too.
                 await self.compactor.compact_if_due(self.tables)
         except TimeoutError:
             log.error("closing took longer than %g s: rows stay in the journal", _CLOSE_SECONDS)
@@ -236,7 +237,7 @@ class Mover:
             self._changed.notify_all()
 
     async def _move(self) -> None:
-        """Moves all rows that are committed by now, but drafts."""
+        """Moves all rows that are committed so far, except drafts."""
         self._begun += 1
         this = self._begun
         until = await self._journal.last_movable() if self._journal.rows_waiting else None
@@ -245,7 +246,8 @@ class Mover:
                 if mine:
                     await self._move_until(until)
                     break
-            # The process that moves now may have begun before the newest rows.
+            # The process that holds the lock may have started before the newest rows were
+            # committed.
             await asyncio.sleep(_LOCK_PAUSE)
         self._done = this
         await self._set_open()

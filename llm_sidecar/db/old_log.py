@@ -1,7 +1,7 @@
 """Reads the write-ahead logs of versions before the journal into the journal.
 
-Such a log is a folder with a `lock` file, which its process keeps locked until it ends, and
-segments. A segment is a sequence of records: a marker, the length and the CRC-32 of the payload
+Such a log is a folder of segments, with a `lock` file that its process keeps locked until it ends.
+A segment is a sequence of records: a marker, the length and the CRC-32 of the payload
 (little-endian), and the payload, the JSON text `[table, {column: value}]`. A record that a crash
 has truncated was never acknowledged.
 """
@@ -31,7 +31,7 @@ _LOCK: Final = "lock"
 _AT_ONCE: Final = 2000
 _PAUSE: Final = 0.02
 _AGAIN_SECONDS: Final = 30.0
-"""Seconds between two looks for logs whose process has ended meanwhile."""
+"""Seconds between two searches for logs of processes that have ended."""
 
 
 class Segment(NamedTuple):
@@ -99,10 +99,10 @@ class OldLogs:
     async def read(self, *, wait: bool = False) -> None:
         """Reads the logs of processes that have ended, then removes them.
 
-        A process of an older version may still run, so it looks again from time to time.
+        Repeats this from time to time, because a process of an older version may still run.
 
         Args:
-            wait: for another process that reads them now.
+            wait: whether to wait for another process that is reading them.
         """
         if time.monotonic() < self._next:
             return

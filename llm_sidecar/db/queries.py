@@ -207,10 +207,11 @@ async def _corrections(
 
 
 async def corrections(tables: Tables, feedback_ids: Iterable[str]) -> dict[str, Correction]:
-    """The corrections with these ids, withdrawn ones too, by id; none without a stored run.
+    """The corrections with these ids, by id, including withdrawn ones. Corrections without a stored
+    run are left out.
 
-    Another service may have published other feedback with the id of feedback that came directly;
-    the latter counts.
+    If feedback over HTTP and feedback of another service have the same id, the one over HTTP
+    counts.
     """
     from lancedb.expr import col
 

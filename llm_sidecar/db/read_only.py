@@ -53,7 +53,8 @@ async def opened_read_only(location: Location) -> AsyncIterator[tuple[Tables, Jo
     """
     try:
         async with asyncio.timeout(_OPEN_SECONDS):
-            # Reads the journal first: a row that moves to its table meanwhile is then in the table.
+            # Reads the journal before the tables, so that a row that moves in between is not
+            # missed.
             waiting, unreadable = await asyncio.to_thread(_read_journal, location)
             tables = await open_tables(location, create=False, write=False)
     except DatabaseUnavailable:
@@ -75,12 +76,12 @@ def _unavailable(location: Location, why: str) -> DatabaseUnavailable:
 
 
 def _read_journal(location: Location) -> tuple[list[tuple[str, bytes]], bool]:
-    """The table and columns of every row but drafts, and whether the journal cannot be read."""
+    """The table and columns of every row except drafts, and whether the journal is unreadable."""
     path = location.log_folder / NAME
     try:
         if not path.exists():
             return [], False
-        # While nobody has it open there is no log beside it, and SQLite may not create one.
+        # Without an open process there is no `-wal` file, and a read-only SQLite cannot create one.
         alone = "" if Path(f"{path}-wal").exists() else "&immutable=1"
         with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro{alone}", uri=True)) as db:
             return db.execute("SELECT target, data FROM rows WHERE draft IS NULL").fetchall(), False

@@ -91,7 +91,7 @@ class _Numbered(_Row):
     _row_id: str = PrivateAttr(default_factory=lambda: uuid.uuid4().hex)
 
     def keyed(self, row_id: str) -> Self:
-        """A copy with this key: of several rows with one key, the first is stored."""
+        """A copy with this key. Of several rows with the same key, only the first is stored."""
         copy = self.model_copy()
         copy._row_id = row_id
         return copy
@@ -147,10 +147,11 @@ class PublishedFeedback(Phi3FeedbackSchema):
     """Feedback that another service published on the event bus.
 
     Its `row_id` has a prefix, because the publisher chooses the `feedback_id` and must not be able
-    to replace a row that came over HTTP. An entry of a stream is stored once by its own id.
+    to replace a row that came over HTTP. The key of feedback from the inbox is the id of its entry,
+    so each entry is stored once.
 
     Attributes:
-        stored_in: the id of the database or sidecar that has stored it already, according to its
+        stored_in: the id of the database or sidecar that has already stored it, according to its
             publisher.
         author: according to its publisher; ignored, because messages have no API key.
     """
@@ -161,7 +162,7 @@ class PublishedFeedback(Phi3FeedbackSchema):
     _entry_id: str | None = PrivateAttr(None)
 
     def from_entry(self, entry_id: str) -> Self:
-        """A copy that came as the entry with this id."""
+        """A copy whose key is this id of an inbox entry."""
         copy = self.model_copy()
         copy._entry_id = entry_id
         return copy
@@ -232,7 +233,7 @@ class ProposalSchema(_Numbered):
         adapter: the name of its adapter; None without one.
         grounded: `true`, or the fields whose ticker or numbers are not in the prompt, separated by
             commas; None if it was not checked.
-        provenance: what made it; see `services.provenance`.
+        provenance: JSON text; see `services.provenance`.
     """
 
     transaction_id: str = Field(min_length=1)

@@ -120,10 +120,10 @@ class Store:
         return await self._mover.opened(timeout)
 
     async def moved(self, timeout: float = _OPEN_SECONDS) -> Tables:
-        """The tables, once they have every row that any process has committed by now.
+        """The tables, once they contain every row that any process has committed so far.
 
         Raises:
-            DatabaseUnavailable: they do not within `timeout` seconds.
+            DatabaseUnavailable: the rows cannot be moved within `timeout` seconds.
         """
         return await self._query(_themselves, seconds=timeout)
 
@@ -148,7 +148,7 @@ class Store:
         """Stores a row in the table of its type; see `commit`.
 
         Args:
-            again: whether this object may be stored already; then it is not stored twice.
+            again: whether this object may already be stored; it is then not stored twice.
         """
         await self._journal.commit([encoded(table_of(row), row.as_row(), again=again)])
         self._mover.soon_if_many()
@@ -159,7 +159,7 @@ class Store:
         Feedback with the same `feedback_id` is stored once, also across processes.
 
         Raises:
-            DatabaseUnavailable: nothing is stored or, after the deadline, may not be stored.
+            DatabaseUnavailable: nothing is stored; after the deadline, the outcome is unknown.
         """
         await self._journal.commit(
             [encoded(table_of(row), row.as_row()) for row in transaction.rows],
@@ -171,9 +171,9 @@ class Store:
         self._mover.soon_if_many()
 
     async def claim(self, request: RequestKey, fingerprint: str) -> Claim:
-        """Waits until no other live process answers a request, then makes it this one's.
+        """Claims a request for this process. Waits while another live process answers it.
 
-        A claim without a response ends with a `Transaction` that has the response, or with
+        End a claim that has no response with a `Transaction` that contains the response, or with
         `release`.
 
         Args:
@@ -189,7 +189,7 @@ class Store:
         """Ends a claim without a response: the next claim gets its state.
 
         Raises:
-            DatabaseUnavailable: others see it only when this process ends.
+            DatabaseUnavailable: the request stays claimed until this process ends.
         """
         await self._journal.claims.release(request)
 

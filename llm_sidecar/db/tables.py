@@ -129,7 +129,7 @@ class Tables:
         """Adds the rows of an Arrow table whose key is not in the table yet.
 
         Args:
-            rows: with different keys: of equal ones both would be added.
+            rows: at most one row per key; of two rows with the same key, both would be added.
 
         Raises:
             Exception: whatever lancedb raises.
@@ -202,7 +202,7 @@ class Tables:
                 if await table.count_rows():
                     await build_indices(table)
                 await merge_fragments(table)
-            # Nobody adds a version meanwhile, which would not be synced.
+            # The lock keeps other processes from adding a version that is not synced.
             async with _lock(self._location.log_folder / MOVING):
                 await self.sync()
                 for table in self._tables.values():

@@ -1,4 +1,4 @@
-"""What one request makes durable at once."""
+"""What one request commits together."""
 
 from __future__ import annotations
 

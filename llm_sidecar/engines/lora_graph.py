@@ -124,7 +124,7 @@ def _added(
 
 
 def with_constants(serialized: bytes, matrices: Mapping[str, npt.NDArray[Any]]) -> bytes:
-    """A serialized graph in which these inputs are constants of their shapes, without values.
+    """A serialized graph in which these inputs are constants with shapes but without values.
 
     The session gets the values from `SessionOptions.add_external_initializers`.
     """

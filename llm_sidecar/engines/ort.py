@@ -71,15 +71,16 @@ class OrtRows:
     def forward(self, pending: Mapping[int, Sequence[int]]) -> dict[int, Logits]:
         """See `Rows`.
 
-        A row gets the same logits as alone, bit for bit, so that a proposal can be generated again:
-        kernels differ numerically between one token and several, but not with the number of rows.
+        Each row gets the same logits as alone, bit for bit, so that a proposal can be generated
+        again. Kernels differ numerically between one token and several, but not with the number of
+        rows.
         """
         several = {row for row, number in enumerate(self._numbers) if len(pending[number]) > 1}
         found: dict[int, Logits] = {}
         if len(several) < len(self._numbers):
             ids = np.array([pending[number][:1] for number in self._numbers], dtype=np.int64)
             found = dict(zip(self._numbers, self._model.run(ids, self._states)[:, -1], strict=True))
-            # A pass for all rows is contiguous; that of several forced tokens overwrites this one.
+            # The pass has to include every row. Rows with several tokens run again below.
             for row in several:
                 self._states.lengths[row] -= 1
         for row in several:

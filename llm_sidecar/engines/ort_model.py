@@ -134,7 +134,7 @@ class OrtModel:
             graph, matrices = _with_adapter(folder / decoder["filename"], adapter)
             options.add_external_initializers([*matrices], [*matrices.values()])
             options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
-            # Otherwise it warns that the projections without an adapter are not constants.
+            # Hides the warning that projections without an adapter are not constants.
             options.log_severity_level = _ERROR
         self.session = onnxruntime.InferenceSession(
             graph, options, providers=["CPUExecutionProvider"]
@@ -189,7 +189,7 @@ class OrtModel:
         return logits[:, tokens - keep :].astype(np.float32, copy=False)
 
     def _bind(self, states: States, first: int, rows: int) -> Any:
-        """Binds some rows of the states; the rest changes with every run."""
+        """Binds some rows of the states. All other inputs change with every run."""
         binding = self.session.io_binding()
         for (past, present), array in zip(self._names, states.arrays, strict=True):
             part = array[first : first + rows]
@@ -201,10 +201,10 @@ class OrtModel:
 
 
 def _with_adapter(graph: Path, adapter: Path) -> tuple[bytes, dict[str, Any]]:
-    """The graph with an adapter's projections, and the adapter's matrices, which are its constants.
+    """The graph with an adapter's projections, and the matrices for its constants.
 
-    The session packs constants. Of an input, its kernels would compute one row otherwise than
-    several.
+    The matrices are constants, because the session packs constants. With inputs, its kernels would
+    compute one row and several rows with different rounding.
 
     Raises:
         AdapterRejected: the adapter does not fit.

@@ -56,8 +56,7 @@ BATCH: Final = 500
 MEMORY_MAXLEN: Final = 1_000
 """Maximum number of events in the stream of a bus inside the process."""
 DRAIN_TIMEOUT: Final = 5.0
-"""Seconds that waiting events have to be sent, and handlers to process waiting messages, when the
-bus closes."""
+"""When the bus closes, it waits this many seconds for events to be sent, and then for handlers."""
 CANCEL_TIMEOUT: Final = 5.0
 """Seconds after which the bus no longer waits for a cancelled task."""
 
@@ -73,11 +72,11 @@ class EventBus:
             this bus, or `memory://name`, one that all buses with that name share.
         stream: the name of the Redis stream that keeps the events.
         stream_maxlen: about how many of them it keeps.
-        outbox: events that are durable elsewhere, which this bus sends too. Close the bus first.
+        outbox: a durable outbox whose events this bus sends too. Close the bus before its owner.
 
     Attributes:
         events, followed_events: read the stream of events, the latter for many readers.
-        dead_letters: entries of the inbox that were given up.
+        dead_letters: entries of the inbox that no sidecar could store.
 
     Raises:
         ValueError: the URL cannot be read; the message does not repeat it.
@@ -93,7 +92,7 @@ class EventBus:
     ) -> None:
         self._url = masked(redis_url)
         self._in_memory = redis_url.startswith(MEMORY)
-        # Both clients have to reach the same Redis.
+        # Both clients have to use the same Redis in memory.
         url = f"{MEMORY}{uuid.uuid4()}" if redis_url == MEMORY else redis_url
         self._client = make_client(url)
         self._blocking = make_client(url, blocks=LONGEST_BLOCK)
@@ -160,14 +159,14 @@ class EventBus:
         stream, and is lost while Redis is unavailable. Every lost message is counted.
 
         Returns:
-            Whether Redis is connected, so that the message is sent now.
+            True if Redis is connected, so that the message is sent now.
 
         Raises:
             TypeError: the payload is not a str.
         """
         if not isinstance(payload, str):
             raise TypeError(f"an event's payload is a str, not {type(payload).__name__}")
-        # Nothing below waits, so a looping caller would block the connection.
+        # Nothing below awaits, so a caller in a loop would starve the tasks of the connection.
         await asyncio.sleep(0)
         if self._closed:
             self._publisher.refuse(event_type, "the event bus is closed")
@@ -204,7 +203,7 @@ class EventBus:
     async def read_inbox(self, handler: InboxHandler) -> None:
         """Call the handler with the entries of the inbox; see `Inbox`.
 
-        Nobody can write to the inbox of a `memory://` bus, so it is not read.
+        A `memory://` bus has no inbox, because no other process could write to it.
         """
         if self._refused("read_inbox") or self._in_memory:
             return
@@ -214,8 +213,8 @@ class EventBus:
             self._run("inbox", self._inbox.run())
 
     async def register_listener_queue(self, channel: str, queue: asyncio.Queue[str]) -> None:
-        """Put each payload of a channel into the queue; a full queue loses its oldest, which is
-        counted, so that a listener holds up nobody.
+        """Put each payload of a channel into the queue. A full queue drops its oldest payload, so
+        that a slow listener delays no other one; dropped payloads are counted.
 
         Returns when Redis has confirmed the subscription, or at once while Redis is unavailable.
         """
@@ -237,9 +236,9 @@ class EventBus:
         log.error("a message on %s is refused: %s", event_type, reason)
 
     async def close(self) -> None:
-        """Give waiting messages and handlers a few seconds, then end all tasks.
+        """Wait a few seconds for messages and handlers, then end all tasks.
 
-        Events that Redis does not take in this time stay in the outbox that the bus was given.
+        Events of `outbox` that are not sent by then stay there.
         """
         if self._closed:
             return
@@ -259,7 +258,7 @@ class EventBus:
 
     @property
     def connected(self) -> bool:
-        """Whether Redis is connected. A channel that it denies does not count."""
+        """Whether Redis is connected. A denied channel does not matter."""
         return self._subscriber.connected
 
     def status(self) -> dict[str, Any]:
@@ -291,7 +290,7 @@ class EventBus:
         self._running.append(start_detached(job, name=f"event-bus {name}"))
 
     async def _check_server(self) -> None:
-        """Warns once about a Redis that may lose what it has confirmed."""
+        """Logs a warning, once, if Redis may lose acknowledged writes."""
         await self._subscriber.here.wait()
         self._warnings = await durability(self._client)
 

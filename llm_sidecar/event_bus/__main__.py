@@ -139,7 +139,7 @@ def _requeue(
     async def work(_: EventStream, dead: DeadLetters) -> None:
         ids = [which] if which != "all" else await _all_ids(dead)
         for dead_id in ids:
-            typer.echo(f"{dead_id} is entry {await dead.requeue(dead_id)} of the inbox")
+            typer.echo(f"{dead_id} is back in the inbox as {await dead.requeue(dead_id)}")
         if not ids:
             typer.echo("There are no dead letters.")
 
@@ -202,7 +202,7 @@ def _show_letter(letter: DeadLetter, full: bool, as_json: bool) -> None:
 
 
 def _one_line(text: Any) -> str:
-    # Text of others may hold characters that change what a terminal shows.
+    # Text of other services may contain control characters of the terminal.
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
 
 

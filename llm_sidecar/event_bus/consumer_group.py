@@ -1,11 +1,11 @@
-"""One consumer of a Redis stream whose entries several consumers share out among them.
+"""One consumer of a consumer group: each entry of a Redis stream goes to one consumer.
 
     group = ConsumerGroup(client, blocking, "osiris.inbox", "osiris.sidecars")
     for entry in await group.read(100, block_seconds=2.0):
         ...
         await group.done(entry.id)
 
-An entry stays pending until it is done. `claim` takes over what a consumer that died has left
+An entry stays pending until it is done. `claim` takes over the pending entries of a dead consumer
 (https://redis.io/docs/latest/develop/data-types/streams/#consumer-groups). This needs Redis 6.2.
 """
 
@@ -22,11 +22,11 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 FORGOTTEN_AFTER: Final = 24 * 3600.0
-"""Seconds after which a consumer that reads no more is removed from the group."""
+"""Seconds without a read after which a consumer is removed from the group."""
 
 
 class Entry(NamedTuple):
-    """An entry of a stream, and how often it was delivered, this time included."""
+    """An entry of a stream, and the number of its deliveries, including this one."""
 
     id: str
     fields: Mapping[str, str]
@@ -34,8 +34,8 @@ class Entry(NamedTuple):
 
 
 class ConsumerGroup:
-    """Reads as one consumer of a group. The stream and the group are created where they are
-    missing, from the first entry on.
+    """One consumer of a group. Creates the stream and the group if they are missing; a new group
+    starts at the first entry.
 
     Every method raises RedisError if Redis is away or denies the stream.
 
@@ -106,7 +106,7 @@ class ConsumerGroup:
         return entry._replace(deliveries=entry.deliveries + 1)
 
     async def hold(self, ids: Sequence[str]) -> None:
-        """Keeps other consumers from claiming these entries, from now on; counts no delivery."""
+        """Resets the idle time of these entries, so that no other consumer claims them."""
         await self._client.xclaim(
             self.stream,
             self.group,
@@ -125,13 +125,13 @@ class ConsumerGroup:
                 await pipe.execute()
 
     async def pending(self) -> int:
-        """How many entries the consumers of the group have read and not finished."""
+        """The number of entries that the group has read and not acknowledged."""
         summary = await self._in_group(lambda: self._client.xpending(self.stream, self.group))
         return int(summary["pending"])
 
     async def leave(self) -> None:
-        """Removes this consumer from the group, unless it has pending entries, and those that
-        have read nothing for a day."""
+        """Removes this consumer from the group, and those that have read nothing for a day. A
+        consumer with pending entries stays."""
         for consumer in await self._client.xinfo_consumers(self.stream, self.group):
             gone = consumer["idle"] > 1000 * FORGOTTEN_AFTER
             # Redis would forget the pending entries of a consumer that is deleted.
@@ -148,7 +148,7 @@ class ConsumerGroup:
         try:
             return await command()
         except ResponseError as error:
-            # Nobody has created it, or somebody has emptied Redis.
+            # The group does not exist yet, or Redis was emptied.
             if not str(error).startswith("NOGROUP"):
                 raise
         await self._create()
@@ -158,6 +158,6 @@ class ConsumerGroup:
         try:
             await self._client.xgroup_create(self.stream, self.group, id="0", mkstream=True)
         except ResponseError as error:
-            # Another consumer was quicker.
+            # Another consumer has just created it.
             if not str(error).startswith("BUSYGROUP"):
                 raise

@@ -1,4 +1,4 @@
-"""Entries of the inbox that no sidecar could handle: they wait in a stream for a person."""
+"""Dead letters: entries of the inbox that no sidecar could store. They wait for an operator."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class DeadLetter:
     """A dead letter.
 
     Attributes:
-        id: its entry in the stream of dead letters.
+        id: the id of its entry in the stream of dead letters.
         time: when it was given up, RFC 3339 in UTC.
-        reason: why, without any text of the entry.
-        entry: its entry in the inbox, as it was.
+        reason: why it was given up, without any text of the entry.
+        entry: the id that the entry had in the inbox.
         deliveries: how often it was delivered.
         fields: the fields of the entry.
     """
@@ -56,7 +56,7 @@ class DeadLetters:
         self._client = client
 
     async def add(self, group: ConsumerGroup, entry: Entry, reason: str) -> None:
-        """Moves a pending entry here."""
+        """Moves a pending entry of the inbox to the dead letters."""
         fields: dict[Any, Any] = {
             "time": timestamps.now().isoformat(),
             "reason": reason,

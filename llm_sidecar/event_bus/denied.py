@@ -1,8 +1,8 @@
-"""What the access rules of Redis deny to this bus
+"""The operations that the access rules of Redis deny to this bus
 (https://redis.io/docs/latest/operate/oss_and_stack/management/security/acl/).
 
-A permission is configuration, not an outage: what is denied is named, left out, and tried again
-now and then; everything else goes on.
+A missing permission is an error of configuration, not an outage. The bus reports the denied
+operation, skips it, and retries it from time to time. All other operations continue.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from typing import Final
 
 TRY_AGAIN: Final = 30.0
-"""Seconds after which something that was denied is tried again."""
+"""Seconds after which a denied operation is tried again."""
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Denied:
     def add(self, operation: str) -> None:
         """Notes that Redis has denied an operation now."""
         if operation not in self._since:
-            log.error("Redis denies: %s; everything else goes on without it", operation)
+            log.error("Redis denies: %s; other operations continue", operation)
         self._since[operation] = time.monotonic()
 
     def remove(self, operation: str) -> None:
@@ -35,7 +35,7 @@ class Denied:
             log.info("Redis permits again: %s", operation)
 
     def permits(self, operation: str) -> bool:
-        """Whether to try an operation: it was not denied, or that was a while ago."""
+        """Whether to try an operation: Redis has not denied it recently."""
         since = self._since.get(operation)
         return since is None or time.monotonic() - since >= TRY_AGAIN
 

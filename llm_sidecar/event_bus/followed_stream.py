@@ -1,11 +1,11 @@
-"""Reads a Redis stream for many readers, each from a place of its own, and loses no entry.
+"""Reads a Redis stream for many readers, each at its own position, without losing entries.
 
     stream = FollowedStream(client, "osiris.events")
     async for item in stream.follow(await stream.end()):
         ...
 
-A reader holds one page in memory, and no connection while it waits: one task waits in Redis for all
-of them.
+A reader holds one page in memory. It holds no connection while it waits, because one task waits for
+new entries for all readers.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from redis.exceptions import NoPermissionError, RedisError, ResponseError
 from llm_sidecar.logs import start_detached
 
 PAGE: Final = 16
-"""Entries that a reader holds at most; one can have hundreds of kilobytes."""
+"""Maximum number of entries that a reader holds; one entry can have hundreds of kilobytes."""
 CONCURRENT_READS: Final = 8
-"""Connections that readers use at once."""
+"""Maximum number of connections that the readers use at once."""
 WAIT_MS: Final = 2_000
-"""How long Redis holds back an answer that there is nothing new; below its reply timeout."""
+"""Milliseconds for which Redis waits for a new entry; less than the reply timeout."""
 PAUSE: Final = 0.02
-"""Seconds between two times that readers are woken, so that a burst wakes them seldom."""
+"""Minimum seconds between two wake-ups of the readers, so that a burst wakes them only a few
+times."""
 POLL: Final = 0.05
 """Seconds."""
 RETRY: Final = 1.0
@@ -68,7 +69,7 @@ class EntryId(NamedTuple):
 
 
 BEGINNING: Final = EntryId(0, 0)
-"""The place before every entry."""
+"""The position before the first entry."""
 
 
 class Entry(NamedTuple):
@@ -82,9 +83,9 @@ class Gap(NamedTuple):
     """Entries between two ids may have been removed before they were read.
 
     Attributes:
-        after: the id from which the reader went on.
-        to: the id at which it goes on now: the oldest entry, or the end of an empty stream. It is
-            below `after` if the stream has begun anew, for example in another Redis.
+        after: the id after which entries may be missing.
+        to: the id at which the reader continues: the oldest entry, or the end of an empty stream.
+            It is lower than `after` if the stream was created again, for example in another Redis.
     """
 
     after: EntryId
@@ -102,8 +103,8 @@ class FollowedStream:
     Args:
         client: must raise on errors, not retry.
         name: of the stream.
-        polls: whether to look again and again instead of waiting in Redis: the Redis inside the
-            process ends no read that is cancelled.
+        polls: whether to poll instead of waiting in Redis. The Redis inside the process cannot
+            cancel a read that waits.
 
     Attributes:
         name: of the stream.
@@ -136,7 +137,8 @@ class FollowedStream:
         return EntryId.parse(info["last-generated-id"])
 
     async def follow(self, after: EntryId) -> AsyncGenerator[Entry | Gap, None]:
-        """The entries after an id, and new ones as they are added, through outages of Redis.
+        """Yields the entries after an id, then new ones as they are added. Waits during an outage
+        of Redis.
 
         Ends only after `stop_following`.
 
@@ -167,7 +169,7 @@ class FollowedStream:
         self._wake()
 
     async def _page(self, after: EntryId) -> _Page:
-        """What follows an id. One transaction, so that nothing is removed in between."""
+        """The page after an id, read in one transaction so that nothing is removed in between."""
         async with self._reading, self._client.pipeline(transaction=True) as pipe:
             pipe.xinfo_stream(self.name)
             pipe.xrange(self.name, f"({after}", "+", count=PAGE)
@@ -205,11 +207,11 @@ class FollowedStream:
                 await asyncio.sleep(RETRY)
 
     async def _wait_after(self, end: EntryId) -> None:
-        """Returns when there may be an entry after the end."""
+        """Returns when there may be an entry after this id."""
         if not self._polls:
             await self._client.xread({self.name: str(end)}, count=1, block=WAIT_MS)
             return
-        while self._followers and await self.end() == end:  # noqa: ASYNC110 - nobody tells
+        while self._followers and await self.end() == end:  # noqa: ASYNC110 - no event to wait for
             await asyncio.sleep(POLL)
 
     def _wake(self) -> None:
@@ -218,7 +220,7 @@ class FollowedStream:
 
 
 def _is_missing(error: Exception) -> bool:
-    """Whether an error of XINFO says that nothing was added yet."""
+    """Whether an error of XINFO says that the stream does not exist."""
     return isinstance(error, ResponseError) and "no such key" in str(error)
 
 
@@ -228,13 +230,13 @@ def _page_of(info: dict[str, Any] | None, entries: list[Entry], after: EntryId) 
     Args:
         info: the answer of XINFO STREAM; None if there is no stream.
         entries: the oldest ones after `after`.
-        after: the id from which the reader goes on.
+        after: the id after which the reader continues.
     """
     last = BEGINNING if info is None else EntryId.parse(info["last-generated-id"])
     if after > last:
         return _Page([Gap(after, last)], last)
     first = EntryId.parse(info["first-entry"][0]) if info and info["first-entry"] else last
-    # Redis 7 counts the entries that it has removed, too.
+    # In Redis 7, `entries-added` also counts removed entries. Redis 6.2 does not have it.
     is_whole = info is None or info.get("entries-added") == info["length"]
     items: list[Entry | Gap] = [Gap(after, first)] if after < first and not is_whole else []
     items += entries

@@ -30,12 +30,12 @@ class Handlers:
         self._queues: dict[asyncio.Task[None], PayloadQueue] = {}
 
     def add(self, channel: str, handler: BatchHandler, queue: PayloadQueue, most: int) -> None:
-        """Calls a handler with at most `most` payloads at once, from now on."""
+        """Starts to call a handler, with at most `most` payloads at once."""
         work = self._serve(channel, handler, queue, most)
         self._queues[start_detached(work, name=f"event-bus {channel}")] = queue
 
     async def close(self, *, drain: float, patience: float) -> None:
-        """Gives the handlers `drain` seconds for what waits, then ends them."""
+        """Gives the handlers `drain` seconds for the waiting payloads, then ends them."""
         try:
             async with asyncio.timeout(drain):
                 for queue in self._queues.values():

@@ -1,8 +1,8 @@
-"""Takes the entries of the inbox, which all sidecars share, and hands them to one handler.
+"""Reads the inbox, which all sidecars share, and passes its entries to one handler.
 
-An entry is acknowledged after the handler has stored it. What a sidecar that died has left is
-claimed by another one. An entry that is invalid, or has failed `MOST_DELIVERIES` times, becomes a
-dead letter.
+An entry is acknowledged after the handler has stored it. If a sidecar dies, another one claims its
+pending entries. An entry that is invalid, or has failed `MOST_DELIVERIES` times, becomes a dead
+letter.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from llm_sidecar.event_bus.redis_errors import is_denial, reason
 from llm_sidecar.event_bus.subscriber import Subscriber
 
 InboxHandler = Callable[[Sequence[Entry]], Awaitable[Sequence[str | None]]]
-"""Stores entries. Returns for each None if it is stored, or why it is invalid, without any text of
-it. A SidecarError means that none is stored now, through no fault of theirs."""
+"""Stores entries. Returns for each entry None, or why it is invalid, without any text of it. A
+SidecarError means that the database cannot store them now, and that they are tried again."""
 
 GROUP: Final = "osiris.sidecars"
 BATCH: Final = 500
-"""Entries that the handler gets at once, at most."""
+"""Maximum number of entries that the handler gets at once."""
 BLOCK: Final = 2.0
 """Seconds for which a read waits for a new entry."""
 CLAIM_AFTER: Final = 60.0
-"""Seconds after which a pending entry counts as left by a sidecar that died."""
+"""Idle seconds after which a pending entry counts as abandoned."""
 CLAIM_EVERY: Final = 5.0
-"""Seconds between two looks for such entries."""
+"""Seconds between two searches for abandoned entries."""
 MOST_DELIVERIES: Final = 5
 FIRST_DELAY: Final = 0.1
 LONGEST_DELAY: Final = 5.0
@@ -50,7 +50,7 @@ class Inbox:
 
     Args:
         group: the inbox and its consumers.
-        dead: takes what cannot be handled.
+        dead: gets entries that cannot be stored.
         handler: stores entries.
         subscriber: reports whether Redis is connected.
         denied: what Redis denies.
@@ -74,8 +74,9 @@ class Inbox:
         self._counts = dict.fromkeys(("pending", "dead", "handled", "claimed", "failures"), 0)
 
     def status(self) -> dict[str, int]:
-        """Counts for `/health`: entries pending in the group and dead letters as of the last look;
-        entries handled and claimed, and failed calls of the handler, since the start."""
+        """Counts for `/health`. `pending` (of the group) and `dead` are as of the last search for
+        abandoned entries; `handled`, `claimed` and `failures` (of the handler) count from the
+        start."""
         return dict(self._counts)
 
     async def run(self) -> None:
@@ -117,9 +118,9 @@ class Inbox:
             return
         while entry := await self._group.claim(CLAIM_AFTER):
             self._counts["claimed"] += 1
-            log.warning("entry %s of the inbox was left by a consumer", entry.id)
+            log.warning("claimed the abandoned entry %s of the inbox", entry.id)
             if entry.deliveries > MOST_DELIVERIES:
-                await self._bury(entry, f"its consumer ended {MOST_DELIVERIES} times")
+                await self._bury(entry, f"its consumer died {MOST_DELIVERIES} times")
             else:
                 await self._handle([entry])
         self._counts["pending"] = await self._group.pending()
@@ -127,7 +128,7 @@ class Inbox:
         self._next_claim = time.monotonic() + CLAIM_EVERY
 
     async def _handle(self, entries: Sequence[Entry]) -> None:
-        """Hands entries over until each is stored or a dead letter."""
+        """Passes entries to the handler until each is stored or is a dead letter."""
         try:
             reasons = await self._store(entries)
         except Exception as error:  # noqa: BLE001 - whatever the handler raises concerns an entry
@@ -142,13 +143,13 @@ class Inbox:
                 await self._bury(entry, why)
 
     async def _store(self, entries: Sequence[Entry]) -> Sequence[str | None]:
-        """Calls the handler, again and again while it cannot store anything."""
+        """Calls the handler, and retries while the database cannot store anything."""
         delay = FIRST_DELAY
         while True:
             try:
                 reasons = await self._handler(entries)
                 if len(reasons) != len(entries):
-                    raise ValueError("one result for each entry")
+                    raise ValueError("the handler must return one result per entry")
                 return reasons
             except SidecarError as error:
                 if delay == FIRST_DELAY:
@@ -158,10 +159,10 @@ class Inbox:
             try:
                 await self._group.hold([entry.id for entry in entries])
             except RedisError as error:
-                log.debug("entries of the inbox are not held: %s", reason(error))
+                log.debug("the claim on entries of the inbox is not renewed: %s", reason(error))
 
     async def _failed(self, entries: Sequence[Entry], error: Exception) -> None:
-        """Handles entries one by one, of which one has made the handler fail."""
+        """Handles entries one by one, because one of them has made the handler fail."""
         self._counts["failures"] += 1
         name = type(error).__name__
         if len(entries) > 1:

@@ -1,6 +1,6 @@
-"""Publishes messages that are useless later: at once, or never.
+"""Publishes live-only messages: at once or never, because they are useless later.
 
-A slow Redis delays nobody: what waits is sent together, one round trip after the other.
+A slow Redis delays no caller: all waiting messages are sent in the next round trip.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from llm_sidecar.event_bus.redis_errors import is_denial, reason
 from llm_sidecar.event_bus.subscriber import Subscriber
 
 LIVE_ONLY: Final = frozenset(("audio.bytes",))
-"""The channels whose messages are useless later."""
+"""The channels whose messages are live-only."""
 LIVE_MESSAGES: Final = 1_000
 LIVE_CHARACTERS: Final = 32 << 20
-"""Maximum number of messages that wait for the round trip before them, and of their characters in
+"""Maximum number of messages that wait for the current round trip, and of their characters in
 total; beyond either, the oldest message is dropped."""
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,8 @@ class LivePublisher:
 
     Attributes:
         published: messages that Redis has confirmed.
-        lost: messages that were not sent: without a connection, denied, or too many at once.
+        lost: messages that were not sent, because Redis was away or denied them, or too many
+            waited.
     """
 
     def __init__(self, client: Redis, subscriber: Subscriber, denied: Denied) -> None:
@@ -57,7 +58,7 @@ class LivePublisher:
         self._sending = False
 
     def publish(self, channel: str, payload: str) -> bool:
-        """Sends a message soon; returns False if it is lost already."""
+        """Queues a message to be sent; returns False if it is lost."""
         permitted = self._denied.permits(f"PUBLISH {channel}")
         if not (permitted and self._subscriber.connected) or len(payload) > LIVE_CHARACTERS:
             self.lost += 1
@@ -76,7 +77,7 @@ class LivePublisher:
         return not (self._waiting or self._sending)
 
     async def run(self) -> None:
-        """Sends what waits, until cancelled."""
+        """Sends the queued messages, until cancelled."""
         while True:
             await self._filled.wait()
             self._filled.clear()

@@ -1,7 +1,6 @@
 """Where events wait until Redis has them.
 
-`MemoryOutbox` loses them when the process ends. The journal of the database implements `Outbox`
-too, and does not.
+`MemoryOutbox` loses them when the process ends. The outbox of the journal does not.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from llm_sidecar.cloud_event import CloudEvent
 
 
 class Queued(NamedTuple):
-    """An event with its place in the order of its outbox, which starts at 1 and has gaps."""
+    """An event and its number. Numbers increase within an outbox, and may have gaps."""
 
     number: int
     event: CloudEvent
 
 
 class Outbox(Protocol):
-    """Events in the order in which they were committed; several processes may share it.
+    """Events in commit order. Several processes may share an outbox.
 
     Attributes:
-        id: identifies the outbox, and stays the same as long as its numbers go on.
+        id: identifies the outbox. It changes when the numbers start again.
         filled: set when events were added. The relay clears it before it reads.
     """
 
@@ -36,7 +35,8 @@ class Outbox(Protocol):
     filled: asyncio.Event
 
     def sending(self) -> AbstractAsyncContextManager[bool]:
-        """Held by the only process that sends now; False, at once, if another one is sending."""
+        """Makes this process the only sender; yields False, at once, if another process is
+        sending."""
         ...
 
     async def head(self, count: int) -> Sequence[Queued]:
@@ -75,7 +75,7 @@ class MemoryOutbox:
         """Adds an event as the newest."""
         self._number += 1
         if len(event.data) > self._max_characters:
-            # Otherwise it would drop all others, and then itself.
+            # It would push out all other events, and then itself.
             self.dropped += 1
             return
         self._events.append(Queued(self._number, event))

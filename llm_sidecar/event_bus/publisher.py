@@ -1,6 +1,6 @@
-"""The sending half of the bus: events into outboxes, and live messages at once.
+"""The sending side of the bus: events go through outboxes, live messages directly.
 
-Nothing here waits for Redis but the tasks of `jobs`.
+Only the tasks of `jobs` wait for Redis.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llm_sidecar.event_bus.subscriber import Subscriber
 SOURCE: Final = "/osiris/llm-sidecar"
 """The source of this service's events."""
 SCHEMAS: Final = "docs/asyncapi.yaml"
-"""Where their payloads are described."""
+"""The document with the schemas of their payloads."""
 OUTBOX_MESSAGES: Final = 10_000
 OUTBOX_CHARACTERS: Final = 16 << 20
 """Maximum number of published events that wait for Redis, and of their characters in total; beyond
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class Publisher:
-    """Sends what is published, and the events of another outbox.
+    """Sends published messages, and the events of a durable outbox.
 
     Args:
         client: must raise on errors, not retry.
@@ -41,7 +41,7 @@ class Publisher:
         denied: what Redis denies.
         stream: the name of the stream of events.
         maxlen: about how many entries the stream keeps.
-        outbox: events that are durable elsewhere.
+        outbox: the durable outbox.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class Publisher:
         ]
 
     def publish(self, event_type: str, payload: str) -> bool:
-        """Takes a message; returns whether it is sent now, as Redis is connected."""
+        """Accepts a message; returns True if Redis is connected, so that it is sent now."""
         if event_type in LIVE_ONLY:
             return self._live.publish(event_type, payload)
         self.send(CloudEvent(type=event_type, data=payload, source=SOURCE, dataschema=SCHEMAS))
         return self._subscriber.connected
 
     def send(self, event: CloudEvent) -> None:
-        """Takes an event, which waits here until Redis has it."""
+        """Adds an event to the outbox in memory."""
         self._outbox.add(event)
 
     def refuse(self, event_type: str, reason: str) -> None:
@@ -88,7 +88,7 @@ class Publisher:
     async def drain(self) -> None:
         """Returns when nothing waits, or Redis is away; the caller sets a time limit.
 
-        If Redis takes no events, those of the other outbox stay there.
+        Events of the durable outbox that Redis does not accept stay there.
         """
         while self._subscriber.connected and self._busy():  # noqa: ASYNC110 - only at the close
             await asyncio.sleep(_POLL)
@@ -98,7 +98,7 @@ class Publisher:
         return sending or len(self._outbox) > 0 or not self._live.idle
 
     def stop(self) -> None:
-        """Counts all that waits here as lost; the jobs have ended."""
+        """Counts all waiting messages as lost. Call it after the jobs have ended."""
         if (count := self._outbox.clear()) > 0:
             log.error("%d messages were never published", count)
 

@@ -1,4 +1,4 @@
-"""What an error of Redis means."""
+"""Classifies errors of Redis."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ _ANSWERS: Final = (ResponseError, BusyLoadingError, AuthenticationError)
 
 
 def is_denial(error: object) -> bool:
-    """Whether an error concerns one channel or key for good, and not Redis as a whole.
+    """Whether Redis refuses one channel or key permanently, and not all commands.
 
-    A key that holds something else than a stream counts too: it takes no entry until a person
-    changes that.
+    A key that is not a stream counts too, because it refuses entries until an operator deletes it.
     """
     return isinstance(error, NoPermissionError) or (
         isinstance(error, ResponseError) and str(error).startswith("WRONGTYPE")
@@ -34,12 +33,13 @@ def is_denial(error: object) -> bool:
 
 
 def is_answer(error: RedisError) -> bool:
-    """Whether Redis has answered with this error; otherwise it is not known what Redis did."""
+    """Whether Redis has answered with this error; otherwise the outcome of the command is
+    unknown."""
     return isinstance(error, _ANSWERS)
 
 
 def reason(error: Exception) -> str:
-    """What an error says, without the arguments of the command that Redis or redis-py quotes."""
+    """The message of an error, without the command's arguments, which Redis and redis-py quote."""
     if isinstance(error, SidecarError):
         return error.detail
     if not isinstance(error, RedisError):

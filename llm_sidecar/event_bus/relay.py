@@ -1,9 +1,9 @@
 """Sends the events of an outbox to Redis: each once into a stream, and to the channel of its type.
 
-A batch is one transaction (MULTI). It also sets a key to the id of its last event, and that key is
-watched. So after an unknown outcome, or when another process goes on with the outbox, the key says
-up to which event Redis has all; and a transaction that arrives late, after a newer one, is
-aborted by its own WATCH (https://redis.io/docs/latest/develop/using-commands/transactions/).
+Each batch is one transaction (MULTI). It also sets a key, the record, to the id of its last event,
+and watches that key. After an unknown outcome, or when another process becomes the sender, the
+record says which events Redis already has. A transaction that arrives after a newer one is aborted
+by its own WATCH (https://redis.io/docs/latest/develop/using-commands/transactions/).
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from llm_sidecar.event_bus.redis_errors import is_answer, is_denial, reason
 from llm_sidecar.event_bus.subscriber import Subscriber
 
 MOST_EVENTS: Final = 256
-"""Events in one transaction at most. After a failure the first has one event, the next two, …"""
+"""Maximum number of events in one transaction. After a failure, it starts at 1 and doubles."""
 MOST_CHARACTERS: Final = 32 << 10
-"""Characters of the events of one transaction, unless the first alone has more: a slow line has to
-carry them within the reply timeout."""
+"""Maximum number of characters in one transaction, so that a slow connection carries them within
+the reply timeout. A longer event is sent alone."""
 FIRST_DELAY: Final = 0.1
 LONGEST_DELAY: Final = 5.0
 LOOK_AGAIN: Final = 1.0
-"""Seconds after which the relay looks again whether another process still sends."""
+"""Seconds between two attempts to become the sender while another process is the sender."""
 KEPT_SECONDS: Final = 8 * 24 * 3600
-"""How long Redis keeps the id of the last event: longer than any outbox keeps an event."""
+"""Seconds for which Redis keeps the record: longer than any outbox keeps an event."""
 
 _COMMAND: Final = re.compile(r"Command # (\d+) \(")
 
@@ -47,9 +47,10 @@ log = logging.getLogger(__name__)
 
 
 class Relay:
-    """Sends the events of one outbox in their order, each until Redis has it.
+    """Sends the events of one outbox in order, and retries each until Redis has it.
 
-    What Redis denies is left out: an event then goes to its channel only, or to the stream only.
+    If Redis denies the stream, events go only to their channels; if it denies a channel, its events
+    go only to the stream.
 
     Args:
         client: must raise on errors, not retry.
@@ -62,7 +63,7 @@ class Relay:
     Attributes:
         sent: events that Redis has.
         late: how many of them had to wait for Redis.
-        lost: how many events went nowhere, as both the stream and their channel are denied.
+        lost: events that were not sent, because both the stream and their channel are denied.
         failing: why the last attempt to send has failed, or None.
     """
 
@@ -92,7 +93,7 @@ class Relay:
         self._behind = False
         self._told = False
         self._oldest: str | None = None
-        # The record of a transaction that failed, if not as a whole.
+        # A record that is not valid, because its transaction failed.
         self._void: str | None = None
 
     @property
@@ -105,7 +106,7 @@ class Relay:
 
     @property
     def idle(self) -> bool:
-        """Whether no event waits, or another process sends what waits."""
+        """Whether no event waits, or another process is the sender."""
         return self._idle and not self._outbox.filled.is_set()
 
     async def run(self) -> None:
@@ -166,7 +167,7 @@ class Relay:
         self.failing = reason(error)
 
     async def _pause(self) -> None:
-        """Waits before the next attempt, but only while the connection stays as it is."""
+        """Waits before the next attempt; returns early when Redis connects or disconnects."""
         change = self._subscriber.away if self._subscriber.connected else self._subscriber.here
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._delay * random.uniform(0.5, 1.0)):
@@ -190,7 +191,7 @@ class Relay:
                 self._denied.add(_refused(error, operations))
                 return 0
             except WatchError:
-                return 0  # a transaction that had been late: look again what Redis has
+                return 0  # a late transaction has set the record: read it again
             except RedisError as error:
                 if is_answer(error):
                     self._void = batch[-1].event.id
@@ -198,7 +199,7 @@ class Relay:
         return await self._check(batch, operations, results)
 
     async def _watch(self, pipe: Pipeline, head: Sequence[Queued]) -> int:
-        """Watches the record; returns how many of the events Redis has already."""
+        """Watches the record; returns how many of these events Redis already has."""
         if not self._denied.permits(self._record_operation):
             return 0
         try:
@@ -223,8 +224,8 @@ class Relay:
         return head[:count]
 
     def _fill(self, pipe: Pipeline, batch: Sequence[Queued]) -> list[tuple[int, str]]:
-        """Adds the commands to the transaction; returns what each is: the index of its event, and
-        the operation."""
+        """Adds the commands to the transaction; returns the index of the event and the operation of
+        each command."""
         pipe.multi()  # type: ignore[no-untyped-call]
         operations: list[tuple[int, str]] = []
         for index, (_, event) in enumerate(batch):
@@ -248,7 +249,7 @@ class Relay:
             if is_denial(result):
                 self._denied.add(operation)
             elif isinstance(result, RedisError):
-                # The record says that Redis has all of them.
+                # The record says that Redis has the whole batch, which is not true.
                 self._void = batch[-1].event.id
                 if index == 0:
                     raise result

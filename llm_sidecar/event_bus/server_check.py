@@ -1,4 +1,4 @@
-"""Whether a Redis keeps what it has confirmed."""
+"""Checks whether Redis may lose acknowledged writes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from redis.exceptions import NoPermissionError, RedisError, ResponseError
 from llm_sidecar.event_bus.redis_errors import reason
 
 ADVICE: Final = {
-    "appendonly": ("yes", "it keeps nothing over a restart"),
-    "appendfsync": ("always", "it loses up to a second of events when its machine stops"),
-    "maxmemory-policy": ("noeviction", "it drops events when its memory is full"),
+    "appendonly": ("yes", "a restart of Redis loses everything"),
+    "appendfsync": ("always", "a power failure loses up to a second of events"),
+    "maxmemory-policy": ("noeviction", "a full Redis deletes events"),
 }
-"""What each option should be, and what happens otherwise."""
+"""The recommended value of each option, and the consequence of any other value."""
 
 log = logging.getLogger(__name__)
 
 
 async def durability(client: Redis) -> list[str]:
-    """One line for each option with which Redis may lose events; also logs them.
+    """One line for each option with which Redis may lose events; each is logged, too.
 
-    Without the permission to look, it logs that, and returns nothing.
+    Without permission to read the options, it logs that and returns an empty list.
     """
     try:
         options = await _options(client)
@@ -36,7 +36,7 @@ async def durability(client: Redis) -> list[str]:
         if options.get(name, wanted) != wanted
     ]
     if options.get("appendonly") == "no":
-        # Without the file it does not matter when it is written.
+        # Without `appendonly`, `appendfsync` has no effect.
         warnings = [line for line in warnings if not line.startswith("appendfsync")]
     for line in warnings:
         log.warning(line)
@@ -50,7 +50,7 @@ async def _options(client: Redis) -> dict[str, Any]:
             found: Any = await client.config_get(name)
             options |= found
     except (NoPermissionError, ResponseError):
-        # INFO says less, but more users may ask for it.
+        # INFO has fewer of these options, but more users have permission for it.
         info = await client.info("persistence") | await client.info("memory")
         options["appendonly"] = "yes" if info["aof_enabled"] else "no"
         options["maxmemory-policy"] = info["maxmemory_policy"]

@@ -22,8 +22,7 @@ class EventStream:
         client: must raise on errors, not retry.
         blocking: the same with a longer timeout, for reads that wait.
         name: of the stream.
-        polls: whether to look again and again instead of waiting in Redis: the Redis inside the
-            process ends no read that is cancelled.
+        polls: see `FollowedStream`.
     """
 
     def __init__(self, client: Redis, blocking: Redis, name: str, *, polls: bool) -> None:
@@ -54,7 +53,7 @@ class EventStream:
         return entries
 
     async def last_id(self) -> str:
-        """The newest id that was ever given, or 0-0."""
+        """The id of the newest entry that was ever added, or 0-0."""
         try:
             return str((await self._client.xinfo_stream(self.name))["last-generated-id"])
         except ResponseError as error:

@@ -1,6 +1,6 @@
-"""The receiving half of the bus: one connection, whose messages go to the queues.
+"""The receiving side of the bus: one connection, whose messages go to the queues.
 
-While the queue of a handler is full, the connection is not read, and Redis keeps what comes, up to
+While the queue of a handler is full, the connection is not read. Redis then buffers messages up to
 its `client-output-buffer-limit` for pub/sub.
 
 One task reads the connection, and one other task writes to it. So a caller that is cancelled in the
@@ -40,8 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class _Channel:
-    """The queues of a channel, and whether Redis has answered our subscription to it: confirmed or
-    denied it."""
+    """The queues of a channel, and whether Redis has confirmed or denied its subscription."""
 
     queues: set[asyncio.Queue[str]] = field(default_factory=set)
     answered: asyncio.Event = field(default_factory=asyncio.Event)
@@ -54,7 +53,7 @@ class Subscriber:
     Args:
         client: provides the connection; it must raise on errors, not retry.
         name: of this Redis in log lines.
-        denied: what Redis denies; a denied channel costs only itself.
+        denied: what Redis denies; a denied channel does not affect others.
 
     Attributes:
         here: set while Redis is connected and has answered every subscription.
@@ -76,8 +75,8 @@ class Subscriber:
         self._client = client
         self._name = name
         self._denied = denied
-        # Of the connection: channels that were asked for, and those of them that Redis has not
-        # answered, in the order of the commands.
+        # On the current connection: the channels with a SUBSCRIBE command, and those of them that
+        # Redis has not answered yet, in the order of the commands.
         self._held: set[str] = set()
         self._asked: deque[str] = deque()
         self._held_up_now = False
@@ -127,8 +126,8 @@ class Subscriber:
             self._changed.set()
 
     def check(self) -> None:
-        """Find out now whether Redis still answers: a sender has found trouble, which the reader
-        may notice much later."""
+        """Check the connection now: a sender has failed, and the reader may notice an outage much
+        later."""
         self._doubted = True
         self._changed.set()
 
@@ -205,7 +204,7 @@ class Subscriber:
             async with asyncio.timeout(REPLY_TIMEOUT):
                 await self._heard.wait()
         except TimeoutError:
-            # While it waits for a queue, the reader does not hear the answer.
+            # While the reader waits for a full queue, it does not read the answer.
             if not self._held_up_now:
                 raise RedisTimeoutError("no answer to PING") from None
 
@@ -220,7 +219,7 @@ class Subscriber:
                 )
             except NoPermissionError:
                 self._heard.set()
-                if self._asked:  # otherwise it answers PING
+                if self._asked:  # otherwise Redis has denied PING
                     self._answered(self._asked.popleft(), permitted=False)
                 continue
             if message is None:
@@ -258,7 +257,7 @@ class Subscriber:
             queue.put_nowait(payload)
 
     async def _hand_over(self, queue: PayloadQueue, payload: str) -> None:
-        """Put a payload into the queue of a handler, which may have to make room first."""
+        """Put a payload into the queue of a handler; wait while it is full."""
         if not queue.full():
             queue.put_nowait(payload)
             return

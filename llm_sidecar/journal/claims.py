@@ -19,7 +19,7 @@ from llm_sidecar.logs import start_detached
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS: Final = 0.1
-"""Seconds between two looks at a request that another process answers."""
+"""Seconds between two polls of a request that another process answers."""
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ class Claims:
         """Does no I/O yet.
 
         Args:
-            owners: the folder in which processes are visible to each other.
+            owners: the folder with a lock file for each live process.
         """
         self._writer = writer
         self._owner = Owner(owners)
@@ -65,7 +65,7 @@ class Claims:
             self._end(request)
             raise
         except BaseException:
-            # The claim may still succeed, without anybody who answers the request.
+            # The claim may still succeed, although its caller no longer answers the request.
             start_detached(self._give_up(request))
             raise
         if found is None or found.response is not None:
@@ -77,7 +77,7 @@ class Claims:
         try:
             self._owner.enter()
         except OSError as error:
-            raise JournalUnavailable(f"The request is not stored: {error.strerror}.") from None
+            raise JournalUnavailable(f"The request cannot be claimed: {error.strerror}.") from None
         now, owner = self._writer.file.clock.now(), self._owner
         return requests.claim(db, request, fingerprint, owner.id, owner.is_alive, now)
 
@@ -110,5 +110,5 @@ class Claims:
             mine.ended.set()
 
     def close(self) -> None:
-        """Makes all requests of this process free for others."""
+        """Releases all requests of this process."""
         self._owner.leave()

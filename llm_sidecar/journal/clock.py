@@ -1,7 +1,7 @@
-"""The clock of a journal: seconds that pass while the machine is on, over all its processes.
+"""The clock of a journal: it counts seconds while the machine is on, and all processes share it.
 
 The ages of rows, events and requests are measured by it, so setting the system's clock expires
-nothing. The journal keeps its last reading, because `CLOCK_BOOTTIME` starts at 0 with every boot.
+nothing. The journal stores the last reading, because `CLOCK_BOOTTIME` starts at 0 with every boot.
 """
 
 from __future__ import annotations
@@ -37,6 +37,6 @@ class Clock:
         return time.clock_gettime(time.CLOCK_BOOTTIME) + self._offset
 
     def save(self, db: sqlite3.Connection) -> None:
-        """Keeps the time for the next boot; called every minute."""
+        """Stores the time for the next boot; called every minute."""
         value = json.dumps([self._boot, self._offset, self.now()])
         db.execute("INSERT OR REPLACE INTO meta VALUES ('clock', ?)", [value])

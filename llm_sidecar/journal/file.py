@@ -80,8 +80,8 @@ class JournalFile:
     def turn(self) -> Iterator[sqlite3.Connection]:
         """The connection, for one transaction.
 
-        SQLite waits for other processes by polling, so one that commits all the time would starve
-        them. A lock of the kernel wakes whoever waits.
+        SQLite polls for its lock, so a process that commits all the time would starve the others. A
+        kernel lock wakes the next one.
         """
         db = self.opened()
         fcntl.flock(self._turn, fcntl.LOCK_EX)
@@ -91,9 +91,9 @@ class JournalFile:
             fcntl.flock(self._turn, fcntl.LOCK_UN)
 
     def is_current(self) -> bool:
-        """Whether the files at the path are those that are open.
+        """Whether the files at the path are still the open ones.
 
-        SQLite goes on writing to deleted files.
+        SQLite does not check: it writes to deleted files without an error.
         """
         try:
             return self._identity == self._found()
@@ -109,13 +109,13 @@ class JournalFile:
         return bool(disk.f_flag & os.ST_RDONLY) or disk.f_bavail * disk.f_frsize < low
 
     def reopen(self) -> sqlite3.Connection:
-        """Opens the journal anew after its files were deleted, replaced or damaged.
+        """Opens the journal again after its files were deleted, replaced or damaged.
 
-        What is readable through the old connection is copied: it may be the only copy.
+        Copies what the old connection can still read, because it may be the only copy.
         """
         assert self._db is not None
         log.error("the files of the journal were deleted, replaced or damaged")
-        # Whoever is deleting the folder would fail if files appeared in it meanwhile.
+        # A process that is deleting the folder fails if new files appear in it.
         time.sleep(SETTLE_SECONDS)
         make_folder(self.folder)
         with locked(self.folder / _LOCK):
@@ -123,7 +123,7 @@ class JournalFile:
         return self._db
 
     def close(self) -> None:
-        """Closes the file; what is only in a deleted file is copied first."""
+        """Closes the file. First copies what is only in a deleted file."""
         db = self._db
         if db is not None and not self.is_current():
             _keep_open(db)
@@ -178,7 +178,7 @@ class JournalFile:
             with _transaction(old):
                 salvage.clear(old)
         except sqlite3.Error as error:
-            log.warning("the old journal stays as it is: %s", error)
+            log.warning("the copied journal is not emptied: %s", error)
 
     def _set_aside(self, content: salvage.Content) -> None:
         self._aside.mkdir(parents=True, exist_ok=True)
@@ -215,10 +215,10 @@ def _inode(path: Path) -> tuple[int, int]:
 
 
 def _keep_open(db: sqlite3.Connection) -> None:
-    """Prevents that a connection to files that are no longer at their path is ever closed.
+    """Keeps a connection to replaced files open until the process ends.
 
-    The last connection to a database deletes its log by name, so it would delete that of the new
-    file at the path.
+    When SQLite closes the last connection, it deletes the `-wal` file by its name. That name now
+    belongs to the new journal.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(db))
 

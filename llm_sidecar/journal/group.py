@@ -1,4 +1,4 @@
-"""What the thread of the journal commits at once: the work of many callers, in one transaction."""
+"""Group commit: the work of many callers in one transaction."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 T = TypeVar("T")
 
 Work = Callable[[sqlite3.Connection], T]
-"""Runs inside a transaction, and again if that has to be done again."""
+"""Runs inside a transaction; runs again if the transaction is repeated."""
 _OF_ONE_UNIT: Final = (
     sqlite3.IntegrityError,
     sqlite3.ProgrammingError,
     sqlite3.InterfaceError,
     sqlite3.DataError,
 )
-"""Errors of a single statement; other errors of SQLite are those of the whole file."""
+"""Errors of a single statement; other errors of SQLite concern the whole file."""
 
 
 class Snapshot(NamedTuple):
-    """What is in the journal: numbers, bytes, and the times of the oldest, but drafts, by its
-    clock."""
+    """The content of the journal. Times are on its clock; a draft does not count as the oldest
+    row."""
 
     rows: int = 0
     row_bytes: int = 0
@@ -59,13 +59,13 @@ class Unit(Generic[T]):
 
 
 class _UnitFailed(Exception):
-    """A unit failed, so the group is done again, each unit in a savepoint."""
+    """A unit failed, so the group runs again with a savepoint for each unit."""
 
 
 def commit(
     db: sqlite3.Connection, group: Sequence[Unit[Any]], chores: Sequence[Work[None]]
 ) -> Snapshot:
-    """Commits a group. A unit that fails gets its error and leaves nothing; the others stay."""
+    """Commits a group. If a unit fails, only this unit is undone, and its caller gets the error."""
     try:
         return _pass(db, group, chores, _do)
     except _UnitFailed:
@@ -116,7 +116,7 @@ def _do_alone(db: sqlite3.Connection, unit: Unit[Any]) -> None:
 
 
 def _is_of_file(error: Exception) -> bool:
-    """Whether an error is SQLite's, and not of a single statement."""
+    """Whether an error of SQLite concerns the whole file."""
     return isinstance(error, sqlite3.Error) and not isinstance(error, _OF_ONE_UNIT)
 
 

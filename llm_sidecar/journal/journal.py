@@ -18,7 +18,7 @@ from llm_sidecar.journal.writer import JournalWriter
 
 
 class Journal:
-    """The journal in a folder of this machine; its processes share it.
+    """The journal in a local folder, which all processes of this machine share.
 
     Every method that waits raises DatabaseUnavailable if the journal cannot be used now.
 
@@ -46,7 +46,7 @@ class Journal:
         self._writer.start()
 
     async def close(self) -> None:
-        """Commits what waits and closes the file.
+        """Commits the waiting transactions and closes the file.
 
         Raises:
             TimeoutError: the disk took too long.
@@ -156,5 +156,6 @@ class Journal:
         await self._writer.run(delete)
 
     async def find(self, target: str, keys: Sequence[str]) -> bytes | None:
-        """The columns of a row that is not in its table yet, as JSON; None without it."""
+        """The columns of a row that is not in its table yet, as JSON; None if there is no such
+        row."""
         return await self._writer.run(lambda db: rows.find(db, target, keys))

@@ -23,7 +23,7 @@ class JournalOutbox:
     """Implements `event_bus.outbox.Outbox`; its methods raise DatabaseUnavailable.
 
     Attributes:
-        id: of the journal that the last `head` has read. Another file has another one.
+        id: the id of the journal that the last `head` has read. It changes if the file is replaced.
     """
 
     def __init__(self, writer: JournalWriter) -> None:
@@ -33,7 +33,7 @@ class JournalOutbox:
         self._newest = 0
 
     def look(self) -> None:
-        """Sets `filled` if there are events that were not there at the last look."""
+        """Sets `filled` if events were added since the last call."""
         newest = self._writer.snapshot.newest_event
         if newest != self._newest and newest:
             self.filled.set()
@@ -42,7 +42,7 @@ class JournalOutbox:
     @asynccontextmanager
     async def sending(self) -> AsyncIterator[bool]:
         """See `Outbox`."""
-        # Waits until there is a folder for the lock.
+        # Waits until the journal is open, so that the folder of the lock exists.
         await self._writer.run(lambda _: None)
         try:
             lock = held(self._writer.file.folder / _LOCK)

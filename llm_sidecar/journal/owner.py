@@ -28,7 +28,7 @@ class Owner:
         self._file: int | None = None
 
     def enter(self) -> None:
-        """Makes this owner visible, also again after its file was deleted.
+        """Creates and locks the file of this owner, if it is missing.
 
         Raises:
             OSError
@@ -41,7 +41,7 @@ class Owner:
         for other in self._folder.iterdir():
             if not other.name.startswith("."):
                 self.is_alive(other.name)
-        # Locked before it has its name, so that it never looks dead.
+        # Locked before it gets its name, so that no process sees the file without a lock.
         unnamed = self._folder / f".{self.id}"
         self._file = os.open(unnamed, os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(self._file, fcntl.LOCK_EX)
@@ -63,7 +63,7 @@ class Owner:
         return False
 
     def leave(self) -> None:
-        """Ends this owner, as the end of the process does."""
+        """Releases the lock, as the end of the process does."""
         if self._file is not None:
             (self._folder / self.id).unlink(missing_ok=True)
             os.close(self._file)

@@ -48,11 +48,11 @@ class RequestKey:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a request with an `Idempotency-Key` has come.
+    """The progress of a request with an `Idempotency-Key`.
 
     Attributes:
-        request: whose progress it is; `Store.claim` must have returned it.
-        state: JSON text of the service, from which a repeated request goes on; None to keep it.
+        request: its key. This process must have claimed it with `Store.claim`.
+        state: JSON text, from which a retry continues; None to keep the stored one.
         response: the whole answer as bytes, once there is one.
     """
 
@@ -63,7 +63,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A request that the caller has to answer: with the response, if it has one.
+    """A claimed request. The caller answers it, with the response if there is one.
 
     Attributes:
         state: the progress of an earlier attempt that died or failed; None for a new request.
@@ -141,8 +141,7 @@ def release(db: sqlite3.Connection, request: RequestKey, owner: str) -> None:
 
 
 def bound(db: sqlite3.Connection) -> int:
-    """Drops the oldest requests that nobody answers now, beyond the number and size; returns how
-    many."""
+    """Drops the oldest requests beyond the bounds, except running ones; returns how many."""
     dropped = 0
     while True:
         number, size = db.execute(

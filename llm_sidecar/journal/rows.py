@@ -111,9 +111,9 @@ def last_movable(db: sqlite3.Connection, now: float) -> int | None:
 
 
 def take(db: sqlite3.Connection, now: float, until: int, most: int) -> Batch | None:
-    """The oldest rows up to an id, at most `most`, marked as moved once; None without any.
+    """Takes the oldest rows up to an id, at most `most`; None if there are none.
 
-    From now on their tables may have them, and none of them is a draft any more.
+    Marks them: from now on their tables may contain them, and they are no longer drafts.
     """
     (tried,) = db.execute("SELECT value FROM meta WHERE name = 'tried'").fetchone()
     found = db.execute(
@@ -139,7 +139,7 @@ def take(db: sqlite3.Connection, now: float, until: int, most: int) -> Batch | N
 
 
 def delete(db: sqlite3.Connection, batch: Batch) -> None:
-    """Deletes the rows of a batch: all between its ends but the drafts, which it left out."""
+    """Deletes the rows of a batch: all in its range of ids, except drafts, which were not in it."""
     db.execute(
         "DELETE FROM rows WHERE id BETWEEN ? AND ? AND draft IS NULL", [batch.first, batch.last]
     )

@@ -1,4 +1,4 @@
-"""Copies what is readable from one journal to another: damaged or deleted files."""
+"""Copies the readable entries of a damaged or deleted journal to another journal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _entries(db: sqlite3.Connection, table: str) -> list[tuple[Any, ...]]:
     select = f"SELECT id, {', '.join(COLUMNS[table])} FROM {table}"
     found: dict[int, tuple[Any, ...]] = {}
     if not _scan(db, f"{select} ORDER BY id", found):
-        # From the other end, down to the damage; then one by one in between.
+        # Reads from the other end back to the damage, then row by row in between.
         before = max(found, default=0)
         _scan(db, f"{select} ORDER BY id DESC", found)
         after = min((number for number in found if number > before), default=before)

@@ -81,7 +81,7 @@ def _create(db: sqlite3.Connection) -> None:
     db.executemany("INSERT INTO totals VALUES (?, 0, 0)", [[table] for table in _SIZES])
     meta = {"version": _VERSION, "id": uuid.uuid4().hex, "tried": 0}
     db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
-    # A relay may still know the numbers of a journal that was here before: these are higher.
+    # A relay may still remove events by the numbers of an earlier file, so these start higher.
     db.execute("INSERT INTO sqlite_sequence VALUES ('events', ?)", [int(time.time() * 1000)])
 
 

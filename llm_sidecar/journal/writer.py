@@ -1,4 +1,4 @@
-"""The thread that owns the journal's file: it commits what waits as one group."""
+"""The thread that owns the journal's file: it commits the waiting work in groups."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ _COMMIT_SECONDS: Final = 5.0
 """The deadline of a commit."""
 _SLOW: Final = f"the disk takes longer than {_COMMIT_SECONDS:g} s"
 _MOST_BYTES: Final = 64 << 20
-"""The maximum size of what waits to be committed."""
+"""The maximum size of the work that waits for a commit."""
 _MOST_UNITS: Final = 2000
-"""The maximum size of a group: other processes wait for its end."""
+"""The maximum number of units in a group, because other processes wait for its end."""
 TICK_SECONDS: Final = 1.0
-"""Seconds between two looks at the file and its disk while nothing is committed."""
+"""Seconds between two checks of the file and its disk while nothing is committed."""
 _MAINTAIN_TICKS: Final = 60
 _ATTEMPTS: Final = 3
 _PROBE_BYTES: Final = 1 << 14
-"""More than the size of most rows."""
+"""The size of a probe write: larger than most rows."""
 _LOW_BYTES: Final = 1 << 20
-"""With less free space than this, each tick writes, because space may be reserved."""
+"""With less free space than this, each tick writes a probe, because not all free space is
+usable."""
 
 
 class JournalUnavailable(DatabaseUnavailable):
@@ -48,7 +49,7 @@ class JournalWriter:
 
     Attributes:
         file: used by the thread, and by work that runs in it.
-        snapshot: what is in the journal, of all processes; at most a second old.
+        snapshot: the content of the journal, of all processes; at most a second old.
         events_dropped, requests_dropped: by this process, because the journal was full or they were
             too old.
         on_change: called in the event loop after the snapshot has changed.
@@ -91,7 +92,7 @@ class JournalWriter:
         threading.Thread(target=self._run, name="journal", daemon=True).start()
 
     async def close(self) -> None:
-        """Commits what waits, then closes the file.
+        """Commits the waiting work, then closes the file.
 
         Raises:
             TimeoutError: the disk took too long.
@@ -106,21 +107,23 @@ class JournalWriter:
         """Runs work in a transaction, and returns its result once it would survive a power loss.
 
         Args:
-            work: runs in the thread of the journal, and again if the file has to be opened anew.
+            work: runs in the thread of the journal; runs again if the file has to be opened again.
             size: the bytes that it holds in memory.
 
         Raises:
-            JournalUnavailable: it is not committed or, after the deadline, may not be committed.
+            JournalUnavailable: it is not committed; after the deadline, the outcome is unknown.
             Exception: whatever the work raises; then it is not committed.
         """
         if self._end:
             raise JournalUnavailable("The database is closed.", retry_after=5)
         if self._waiting_bytes + size > _MOST_BYTES:
-            raise JournalUnavailable("The journal is busy: too much waits.", retry_after=5)
+            raise JournalUnavailable(
+                "The journal is busy: too many transactions wait.", retry_after=5
+            )
         loop = asyncio.get_running_loop()
         unit = Unit(work, size, loop.create_future())
         if not self._gathered:
-            # Callers that the last group has woken come together, so they are one group again.
+            # Callers that the last group woke arrive together; this commits them as one group.
             loop.call_soon(self._hand_over)
         self._gathered.append(unit)
         self._waiting_bytes += size
@@ -191,7 +194,7 @@ class JournalWriter:
             self._loop.call_soon_threadsafe(work)
 
     def _chores(self) -> list[Work[None]]:
-        """What is due every second."""
+        """Runs the checks that are due every second."""
         chores: list[Work[None]] = []
         self._ticks += 1
         if self._ticks % _MAINTAIN_TICKS == 0 and self.is_open:
@@ -207,7 +210,7 @@ class JournalWriter:
         requests.expire(db, clock.now())
 
     def count_dropped(self, events: int = 0, requests: int = 0) -> None:
-        """Counts what was dropped."""
+        """Counts and logs dropped events and requests."""
         if events or requests:
             log.error("the journal dropped %d events and %d requests", events, requests)
         self.events_dropped += events
@@ -220,12 +223,13 @@ class JournalWriter:
                     break
                 self.file.reopen()
             else:
-                raise OSError("its files are removed again and again")
+                raise OSError("its files are removed repeatedly")
         except Exception as error:  # noqa: BLE001 every caller gets it, and the thread goes on
             self._fail(group, error)
 
     def _attempt(self, group: Sequence[Unit[Any]], chores: Sequence[Work[None]]) -> bool:
-        """Commits; returns False if the files have to be opened anew, so that nothing counts."""
+        """Commits. Returns False if the files must be opened again; then nothing is
+        acknowledged."""
         with self.file.turn() as db:
             try:
                 before = db.total_changes
@@ -260,7 +264,7 @@ class JournalWriter:
 
 
 def _probe(db: sqlite3.Connection) -> None:
-    """Writes as much as a row needs."""
+    """Writes about as much as a row."""
     db.execute(f"INSERT OR REPLACE INTO meta VALUES ('probe', randomblob({_PROBE_BYTES}))")
 
 

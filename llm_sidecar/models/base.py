@@ -66,7 +66,7 @@ class Delta:
         prompt_tokens, completion_tokens: so far.
         cached_tokens: prompt tokens whose prefill was reused from an earlier prompt.
         finish_reason: set in the last delta only; `deadline` if the deadline truncated the text.
-        identity: what the model is made of; None if it does not say.
+        identity: the files and runtime of the model; None if unknown.
     """
 
     text: str

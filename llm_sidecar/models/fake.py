@@ -28,7 +28,7 @@ IDENTITY: Final = ModelIdentity(
     processor="of the test",
     threads=1,
 )
-"""The identity of every fake model."""
+"""The identity of each fake model."""
 
 
 @dataclass(frozen=True, slots=True)

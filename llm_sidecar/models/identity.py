@@ -1,4 +1,4 @@
-"""What a loaded model is made of, so that a stored text can be traced to it."""
+"""The identity of a loaded model, so that a stored text can be traced to it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """The files of a model, and what runs it; None for what a remote server does not say.
+    """The files and the runtime of a model. A field is None if a remote server does not report it.
 
     Attributes:
         model_files, adapter_files, tokenizer_files: fingerprints; that of the adapter is None

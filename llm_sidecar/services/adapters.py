@@ -56,8 +56,8 @@ class Adapters:
         Runs to completion even if the client disconnects.
 
         Args:
-            name: `YYYYMMDD` or `YYYYMMDD-dpo`. Without one: the newest adapter, or none if there
-                are none.
+            name: `YYYYMMDD` or `YYYYMMDD-dpo`. Default: the newest adapter, or none if there are
+                none.
 
         Returns:
             The date of the adapter in use.

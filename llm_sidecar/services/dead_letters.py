@@ -1,4 +1,4 @@
-"""Pages of dead letters, and their way back into the inbox."""
+"""Lists dead letters in pages, and puts them back into the inbox."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llm_sidecar.services.redis_errors import as_unavailable
 _CHUNK: Final = 20
 """Dead letters that are read from Redis at once."""
 _PAGE_CHARACTERS: Final = 4 << 20
-"""A page ends early beyond this size: other services choose how long their entries are."""
+"""A page ends early beyond this size, because other services choose the length of their entries."""
 
 
 class Page(NamedTuple):
@@ -18,7 +18,7 @@ class Page(NamedTuple):
 
     Attributes:
         letters: of this page.
-        next: the id after which the next page begins; None on the last page.
+        next: `before` for the next page; None on the last page.
     """
 
     letters: list[DeadLetter]

@@ -19,7 +19,7 @@ class EventFeed:
     """Opens feeds of one stream.
 
     Attributes:
-        count: how many listen now.
+        count: the number of listeners now.
     """
 
     def __init__(self, stream: FollowedStream, limit: int) -> None:
@@ -39,7 +39,7 @@ class EventFeed:
 
     @contextlib.asynccontextmanager
     async def listen(self, after: EntryId | None) -> AsyncIterator[Feed]:
-        """The events after an id; None for those from now on.
+        """The events after an id, or, if it is None, the events from now on.
 
         Raises:
             QueueFull: there are too many listeners.

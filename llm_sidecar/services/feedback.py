@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 _RETRY_SECONDS: Final = 1.0
 """Seconds after which feedback that could not be stored is tried again."""
 _CHUNK: Final = 100
-"""Messages that are read without a pause, which takes about 10 ms."""
+"""Number of messages that are parsed without a pause for other tasks; this takes about 10 ms."""
 _LONGEST_ENTRY_ID: Final = 256
-"""Characters of the `id` of an entry of the inbox."""
+"""Maximum number of characters in the `id` of an inbox entry."""
 
 
 class Feedback:
@@ -95,7 +95,7 @@ class Feedback:
         """
         attempt = attempt or Attempt(self._tasks)
         if attempt.state is not None:
-            # Stored already. Its id may depend on the time at which it was stored.
+            # An earlier attempt has stored it. Its id may depend on the time of that attempt.
             feedback = feedback.model_copy(update=attempt.state)
         else:
             await attempt.tasks.finish(self._submit(feedback.written_by(author), author, attempt))
@@ -158,7 +158,7 @@ class Feedback:
             For each entry None, or why it is not stored.
 
         Raises:
-            DatabaseUnavailable: not all of it is stored; another attempt stores none twice.
+            DatabaseUnavailable: not every entry is stored; a retry stores none twice.
         """
         refusals: list[str | None] = []
         for start in range(0, len(entries), _CHUNK):
@@ -190,8 +190,8 @@ class Feedback:
         return None if feedback is None else feedback.from_entry(entry_id)
 
     def _read(self, payload: str) -> PublishedFeedback | None:
-        """The feedback in a payload; None if it is stored already: feedback of a sidecar on the
-        same database. (A payload with a forged `stored_in` is not stored.)
+        """The feedback in a payload; None if a sidecar has already stored it in the same database.
+        `stored_in` says so; a payload that forges it is not stored.
 
         Raises:
             _Refused: it is invalid.
@@ -213,7 +213,8 @@ class Feedback:
         return feedback
 
     def _refresh_examples(self, received: Sequence[PublishedFeedback | None]) -> None:
-        """Refreshes the examples after feedback that may change them; None is another sidecar's."""
+        """Refreshes the examples if this feedback may change them. None stands for feedback that
+        another sidecar has stored."""
         if any(row is None or self._examples_from_bus for row in received):
             self._few_shot.refresh_soon()
 
@@ -221,7 +222,7 @@ class Feedback:
         await self._store.commit(Transaction([feedback]))
 
     async def _store_patiently(self, rows: Sequence[PublishedFeedback]) -> None:
-        """Tries again until the database has accepted each row."""
+        """Retries until the database has accepted every row."""
         logged = False
         while rows:
             # At once, because the journal commits in groups.

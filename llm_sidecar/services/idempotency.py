@@ -10,7 +10,7 @@
         idempotency.end(begun)
 
 A service adds `Attempt.progress` to its transactions. If an attempt fails, or its process ends, the
-next one gets the state of the last transaction, and goes on from there.
+next attempt continues from the state of the last transaction.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Attempt:
         tasks: its work that runs to completion even if the client disconnects.
         request: None for a request without a key, of which nothing is kept.
         state: the progress of the last attempt, or None.
-        deadline: by which the request must be answered; None if that is up to the service.
+        deadline: the deadline of the request; None if the service sets its own.
         kept: whether the answer is kept.
     """
 
@@ -81,7 +81,7 @@ class Idempotency:
         self._timeout = timeout
 
     def without_key(self) -> Attempt:
-        """An attempt at a request of which nothing is kept."""
+        """An attempt whose progress and answer are not kept."""
         return Attempt(TaskSet(self._tasks))
 
     async def begin(self, request: RequestKey, fingerprint: str) -> Attempt | bytes:
@@ -92,12 +92,13 @@ class Idempotency:
             fingerprint: identifies its content.
 
         Returns:
-            A new attempt, which `end` must get, or the answer of an earlier one.
+            A new attempt, which the caller must pass to `end`, or the kept answer of an earlier
+            one.
 
         Raises:
             RequestKeyReused: the key belongs to a request with another content.
             DeadlineExceeded: the other attempt takes too long.
-            DatabaseUnavailable: the journal takes no claims.
+            DatabaseUnavailable: the journal accepts no claims.
         """
         deadline = Deadline.after(self._timeout)
         try:
@@ -118,7 +119,7 @@ class Idempotency:
     async def keep(self, attempt: Attempt, answer: bytes) -> None:
         """Keeps the answer of an attempt that has succeeded.
 
-        Where that is impossible, it is logged, and the next attempt goes on from the last state.
+        If that fails, the failure is logged, and the next attempt continues from the last state.
         """
         if attempt.request is None:
             return

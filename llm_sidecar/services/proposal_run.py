@@ -59,7 +59,7 @@ class ProposalRun:
         made: Phi-3's valid proposal.
         assessment: Hermes' critique.
         rating: Hermes' score.
-        provenance: what made proposal and critique.
+        provenance: the provenance of proposal and critique.
     """
 
     prompt: str
@@ -88,7 +88,7 @@ class ProposalRun:
         )
 
     def state(self) -> dict[str, Any]:
-        """What `resumed` needs, as JSON types, once there is a proposal."""
+        """The state for `resumed`, as JSON types. The run must have a proposal."""
         assert self.made is not None
         assert self.provenance is not None
         return {
@@ -126,12 +126,12 @@ class ProposalRun:
         self._lap("score")
 
     def created_event(self) -> ProposalCreated:
-        """The payload of the event that the proposal exists."""
+        """The payload of `phi3.proposal.created`."""
         assert self.made is not None
         return ProposalCreated(**self.made.proposal, transaction_id=self.transaction_id)
 
     def assessed_event(self) -> ProposalAssessed:
-        """The payload of the event that the run is finished."""
+        """The payload of `phi3.proposal.assessed`."""
         assert self.assessment is not None
         assert self.rating is not None
         return ProposalAssessed(
@@ -161,7 +161,7 @@ class ProposalRun:
         """The rows to store.
 
         The rows of a finished run have the run's id as their key, so that a run is stored once. A
-        run that ended early may go on later: its rows have keys of their own.
+        run that ended early may continue later, so its rows have keys of their own.
 
         Args:
             error: why the run ended early, or None for a finished one.

@@ -159,18 +159,18 @@ class Orchestrator:
         api_key: str | None = None,
         attempt: Attempt | None = None,
     ) -> AsyncGenerator[Delta | Proposed | AssessedProposal, None]:
-        """One run, or the rest of one.
+        """Runs a proposal from prompt to score, or continues an earlier attempt.
 
-        The proposal is durable before Hermes is asked: as a draft, which the rows of the finished
-        run replace.
+        The proposal is stored as a draft before Hermes is asked. The rows of the finished run
+        replace the draft.
 
         Args:
             prompt: the market context.
             max_tokens: of the proposal, and of the critique; at least
                 `proposals.MAX_COMPLETION_TOKENS`.
             api_key: the name of the key that the request came with, for the provenance.
-            attempt: at a request with an `Idempotency-Key`; what an earlier attempt has finished is
-                not generated again.
+            attempt: at a request with an `Idempotency-Key`; results of an earlier attempt are not
+                generated again.
 
         Yields:
             Deltas of Phi-3, the proposal, deltas of Hermes, and finally the result.
@@ -206,7 +206,8 @@ class Orchestrator:
     async def _run(
         self, run: ProposalRun, max_tokens: int, attempt: Attempt
     ) -> AsyncGenerator[Delta | Proposed, None]:
-        """Generates what the run lacks of proposal, critique and score, and records each in it."""
+        """Generates the missing results (proposal, critique, score), and records each in the
+        run."""
         deadline = attempt.deadline or Deadline.after(self._timeout)
         if run.made is not None:
             yield run.made
@@ -254,7 +255,7 @@ class Orchestrator:
 
 
 def _draft(run: ProposalRun, attempt: Attempt) -> Transaction:
-    """The rows of a run with a proposal, with the event that it exists."""
+    """The rows of a run with a proposal, as a draft, with the event `phi3.proposal.created`."""
     return Transaction(
         run.rows(UNFINISHED),
         [cloud_event(run.created_event())],
@@ -264,7 +265,8 @@ def _draft(run: ProposalRun, attempt: Attempt) -> Transaction:
 
 
 def _early_end(run: ProposalRun, attempt: Attempt, reason: str) -> Transaction:
-    """The rows of a run that ended early. They remain a draft if another attempt can finish it."""
+    """The rows of a run that ended early. They are a draft if another attempt can finish the
+    run."""
     transaction_id = str(run.transaction_id)
     if run.made is None:
         return Transaction(run.rows(reason))

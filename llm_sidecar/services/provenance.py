@@ -1,6 +1,7 @@
-"""What made a proposal, in its row: enough to generate it again and to find what differs.
+"""The provenance of a proposal, in its row: enough to generate it again and to find what differs.
 
-A version is a SHA-256 over all texts that our code adds, so nobody has to remember to raise it.
+A prompt version is a SHA-256 over all texts that our code adds, so it changes whenever one of them
+changes.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class Guidance(_Record):
 
     Attributes:
         kind: `proposal`, or `grounded` for the one that is limited to the context.
-        ticker: the first ticker that `grounded` offers, from which and from the prompt
-            `proposals.grounded_guidance` makes it again.
+        ticker: the first ticker that `grounded` offers. `proposals.grounded_guidance` makes the
+            guidance again from it and the prompt.
         version: SHA-256 of the JSON schema.
     """
 
@@ -47,7 +48,8 @@ class Guidance(_Record):
         return cls(kind="grounded", ticker=first, version=_digest(text))
 
     def text(self, prompt: str) -> str | None:
-        """The guidance for this prompt by today's code; None if the prompt has no ticker."""
+        """The guidance that the current code makes for this prompt; None if the prompt has no
+        ticker."""
         if self.ticker is None:
             return proposals.GUIDANCE
         return proposals.grounded_guidance(prompt, [self.ticker])
@@ -59,7 +61,7 @@ class Generated(_Record):
     Attributes:
         label: of the model, as in `X-Model`.
         adapter: the name of its adapter.
-        identity: what the model is made of; None if it does not say.
+        identity: the files and runtime of the model; None if unknown.
         prompt_version: of the texts that our code puts around the input.
         chat: SHA-256 of the whole chat.
         guidance: None without one.
@@ -93,7 +95,7 @@ class Generated(_Record):
 
 
 class Provenance(_Record):
-    """What made a proposal and its critique.
+    """The provenance of a proposal and its critique.
 
     Attributes:
         sidecar: the version of this package.
@@ -129,14 +131,14 @@ class Provenance(_Record):
 
 @functools.cache
 def proposal_prompt_version() -> str:
-    """SHA-256 of the chat for Phi-3 around a prompt and an example that are placeholders."""
+    """SHA-256 of the chat for Phi-3, with placeholders for the prompt and one example."""
     example: dict[str, Any] = dict.fromkeys(proposals.Proposal.model_fields)
     return _digest(proposals.build_messages("prompt", [Example("example", example)]))
 
 
 @functools.cache
 def critique_prompt_version() -> str:
-    """SHA-256 of the chats for Hermes around a proposal and a context that are placeholders."""
+    """SHA-256 of the chats for Hermes, with placeholders for the proposal and the context."""
     tasks = (hermes_plugin.CRITIQUE_TASK, hermes_plugin.SCORE_TASK)
     chats: Sequence[list[Message]] = [
         hermes_plugin.build_messages(task, {"ticker": "proposal"}, "context") for task in tasks

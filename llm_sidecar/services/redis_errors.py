@@ -1,4 +1,4 @@
-"""Errors of Redis, for a caller who asks for what only Redis has."""
+"""Converts errors of Redis for a caller that asks for data that only Redis has."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from llm_sidecar.errors import Unavailable
 
 _RETRY_AWAY: Final = 5
 _RETRY_DENIED: Final = 30
-"""Seconds; a person has to change the permission."""
+"""Seconds; long, because an operator has to change the permission."""
 
 
 @contextlib.contextmanager
 def as_unavailable(stream: str) -> Iterator[None]:
-    """Replaces an error of Redis by one for the caller.
+    """Converts an error of Redis to one for the caller.
 
     Args:
         stream: the name of the stream that is read or written.

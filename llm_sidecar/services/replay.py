@@ -1,6 +1,7 @@
-"""Generates a stored proposal again, and finds what differs from then.
+"""Generates a stored proposal again, and finds what differs.
 
-The critique is one of the stored proposal, so a proposal that differs does not make it differ too.
+The critique and the score are generated for the stored proposal, so they do not depend on the new
+one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from llm_sidecar.services.provenance import (
 from llm_sidecar.settings import Settings
 
 _SCORE_TOLERANCE: Final = 1e-4
-"""A score is a number, not a text: two this close are the same."""
+"""Maximum difference of two scores that count as the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Recorded:
         proposal: as JSON types.
         critique: Hermes' text; empty without one.
         score: in [0, 1], or None.
-        provenance: what made it.
+        provenance: its provenance.
         examples: its few-shot examples that are still stored, by feedback_id.
     """
 
@@ -67,7 +68,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A recorded fact that is another one now; None for what is absent."""
+    """A recorded fact with another value now; None for an absent value."""
 
     fact: str
     then: str | None
@@ -76,7 +77,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a replay found.
+    """The result of a replay.
 
     Attributes:
         results: `proposal`; `critique` and `score` too if they are stored.
@@ -93,7 +94,7 @@ class Report:
 
 
 async def replay(recorded: Recorded, models: Models, settings: Settings) -> Report:
-    """Generates proposal, critique and score again, with the sampling and the examples of then.
+    """Generates proposal, critique and score again, with the recorded sampling and examples.
 
     Args:
         models: neither is started; they are loaded one after the other, to save memory.
@@ -157,7 +158,7 @@ def _critique_request(recorded: Recorded, then: Generated) -> GenerationRequest:
 
 
 def _adapter_of_then(settings: Settings, name: str | None) -> Adapter | None:
-    """The adapter of this exact name; None if there is none any more."""
+    """The adapter with exactly this name; None if it no longer exists."""
     if name is None:
         return None
     folder = settings.models.adapter_dir / name
@@ -209,7 +210,7 @@ def _differences(
     """The facts about one model's text that differ.
 
     Args:
-        temperature: the one in the settings; the replay itself has that of then.
+        temperature: that of the settings; the replay itself uses the recorded one.
     """
     if then.identity is None:
         now = now.model_copy(update={"identity": None})

@@ -1,5 +1,5 @@
-"""The command `replay` of `python -m llm_sidecar.db`: reads a proposal, generates it again, says
-what it found."""
+"""The command `replay` of `python -m llm_sidecar.db`: reads a proposal, generates it again, and
+reports the differences."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def command(transaction_id: str, *, as_json: bool) -> int:
 
 
 async def recorded(tables: Tables, waiting: JournalRows, transaction_id: str) -> Recorded:
-    """What is stored of a proposal.
+    """Reads a stored proposal.
 
     Raises:
         CommandFailed: it is not stored, or its provenance is not.
@@ -66,8 +66,8 @@ async def recorded(tables: Tables, waiting: JournalRows, transaction_id: str) ->
     row = max(rows, key=lambda row: (row["assessment"] != "", row["timestamp"]))
     if row["provenance"] is None:
         raise CommandFailed(
-            "The proposal cannot be replayed: a version of the sidecar stored it that did not "
-            "record what makes a proposal."
+            "The proposal cannot be replayed: the version of the sidecar that stored it did not "
+            "record its provenance."
         )
     try:
         provenance = Provenance.model_validate_json(row["provenance"])
@@ -106,11 +106,11 @@ def _as_text(report: Report) -> list[str]:
         else:
             lines += [f"{name}: differs", f"  then: {result.then}", f"  now:  {result.now}"]
     if report.differences:
-        lines += ["What is not as it was then:", *map(_line_of, report.differences)]
+        lines += ["What has changed since then:", *map(_line_of, report.differences)]
     elif report.same:
-        lines.append("All that is recorded is as it was then.")
+        lines.append("Nothing that is recorded has changed.")
     else:
-        lines.append("All that is recorded is as it was then, and yet the result differs.")
+        lines.append("Nothing that is recorded has changed, but the result differs.")
     return lines
 
 

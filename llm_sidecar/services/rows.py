@@ -1,4 +1,4 @@
-"""Makes transactions durable whose failure never fails the request, and keeps the mean score."""
+"""Commits transactions so that a failure never fails the request, and keeps the mean score."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Rows:
 
         Args:
             store: the database.
-            bus: takes the events that the journal does not take.
+            bus: gets the events that the journal does not accept.
             metrics: counts rows that are lost.
         """
         self.mean_score: float | None = None
@@ -59,12 +59,12 @@ class Rows:
     async def commit(self, transaction: Transaction, *, preliminary: bool = False) -> bool:
         """Tries for a few seconds to make a transaction durable.
 
-        If the journal does not take it, its rows are lost, which is logged and counted. Its events
-        wait in the memory of the event bus, where only the end of this process can lose them.
+        If the journal does not accept it, its rows are lost; each is logged and counted. Its events
+        wait in the memory of the event bus instead, and are lost if the process ends.
 
         Args:
             transaction: rows, events and progress.
-            preliminary: whether other rows follow that say the same, so that none is lost.
+            preliminary: whether later rows repeat these, so that a failure does not lose them.
 
         Returns:
             Whether the transaction is durable.

@@ -47,7 +47,7 @@ class ModelCall:
         finished: when it ended.
         served_by: the label of the model that served it, as in `X-Model`.
         adapter: the name of the adapter it was served with.
-        identity: what the model that served it is made of.
+        identity: the files and runtime of that model.
         prompt_tokens, completion_tokens: so far.
         cached_tokens: prompt tokens whose prefill was reused from an earlier prompt.
         steps: (seconds, tokens) of each progress after the first token.

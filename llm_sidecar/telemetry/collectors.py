@@ -56,7 +56,7 @@ _EVENT_BUS: Final = (
         CounterMetricFamily,
         "held_up",
         "held_up",
-        "Times that the bus read no further because a handler had too many messages.",
+        "Times that the bus stopped reading because the queue of a handler was full.",
     ),
     (GaugeMetricFamily, "listeners", "listeners", "Listeners of /events/."),
 )
@@ -72,23 +72,23 @@ _INBOX: Final = (
         CounterMetricFamily,
         "inbox_claimed",
         "claimed",
-        "Entries of the inbox that another sidecar had left.",
+        "Entries of the inbox that this sidecar claimed from a dead one.",
     ),
     (
         CounterMetricFamily,
         "inbox_failures",
         "failures",
-        "Times that entries of the inbox could not be stored.",
+        "Failed attempts to store entries of the inbox.",
     ),
     (
         GaugeMetricFamily,
         "dead_letters",
         "dead",
-        "Entries of the inbox that nobody could store.",
+        "Dead letters: entries of the inbox that no sidecar could store.",
     ),
 )
 _NO_INBOX: Final = dict.fromkeys(("pending", "handled", "claimed", "failures", "dead"), 0)
-"""`memory://`: nobody can add an entry."""
+"""For `memory://`, which has no inbox."""
 _ROWS: Final = (
     (
         CounterMetricFamily,
@@ -121,7 +121,7 @@ _JOURNAL: Final = (
         GaugeMetricFamily,
         "oldest_row_seconds",
         "oldest_seconds",
-        "Age of the oldest row that waits in the journal. 0 without one.",
+        "Age of the oldest row that waits in the journal; 0 if none waits.",
     ),
     (GaugeMetricFamily, "events", "events", "Events that wait in the journal for Redis."),
     (GaugeMetricFamily, "event_bytes", "event_bytes", "Size of the events that wait for Redis."),
@@ -129,13 +129,13 @@ _JOURNAL: Final = (
         GaugeMetricFamily,
         "oldest_event_seconds",
         "oldest_event_seconds",
-        "Age of the oldest event that waits in the journal. 0 without one.",
+        "Age of the oldest event that waits in the journal; 0 if none waits.",
     ),
     (
         CounterMetricFamily,
         "events_dropped",
         "events_dropped",
-        "Events that the journal dropped, because they were too many or too old.",
+        "Events that the journal dropped, because there were too many or they were too old.",
     ),
     (
         GaugeMetricFamily,
@@ -143,12 +143,17 @@ _JOURNAL: Final = (
         "requests",
         "Requests with an Idempotency-Key whose progress or answer the journal keeps.",
     ),
-    (GaugeMetricFamily, "request_bytes", "request_bytes", "Size of these requests."),
+    (
+        GaugeMetricFamily,
+        "request_bytes",
+        "request_bytes",
+        "Size of the requests with an Idempotency-Key in the journal.",
+    ),
     (
         CounterMetricFamily,
         "requests_dropped",
         "requests_dropped",
-        "Requests with an Idempotency-Key that were forgotten within 24 hours.",
+        "Requests with an Idempotency-Key that this sidecar dropped before 24 hours.",
     ),
 )
 _SPEECH: Final = (
@@ -258,7 +263,7 @@ def _event_bus(status: Health) -> Iterator[Metric]:
     yield from _plain("sidecar_event_bus", _INBOX, status["inbox"] or _NO_INBOX)
     yield GaugeMetricFamily(
         "sidecar_event_bus_failing",
-        "1 while Redis is connected and takes no events, else 0.",
+        "1 while Redis is connected but accepts no events, else 0.",
         status["failing"] is not None,
     )
     yield GaugeMetricFamily(
@@ -268,7 +273,7 @@ def _event_bus(status: Health) -> Iterator[Metric]:
     )
     yield GaugeMetricFamily(
         "sidecar_event_bus_warnings",
-        "Options with which this Redis may lose what it has confirmed.",
+        "Options with which this Redis may lose acknowledged writes.",
         len(status["warnings"]),
     )
 

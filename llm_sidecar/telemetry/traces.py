@@ -6,11 +6,10 @@
     ...
     await traces.close()
 
-Events carry the trace context of their request; the relay that sends them belongs to no request.
 Model calls follow the conventions for generative AI
 (https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/), without any content: no prompt,
-no completion, no query string and no text of an exception leaves this process. No request waits
-for Redis, so its commands are not traced; an event carries the `traceparent` of its request.
+no completion, no query string and no text of an exception leaves this process. No request waits for
+Redis, so its commands are not traced. An event carries the `traceparent` of its request.
 """
 
 from __future__ import annotations
@@ -161,7 +160,7 @@ class _InSpan:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         response = TrackedSend(send)
-        # Without a span this is what the client sent, or nothing.
+        # Without a span, this is the client's trace context, or None.
         carrier: dict[str, str] = {}
         _PROPAGATOR.inject(carrier)
         if "traceparent" in carrier:

@@ -1,4 +1,4 @@
-"""Checks what a speech worker answers to one request, and decodes it."""
+"""Checks and decodes the answers of a speech worker to one request."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ RETRY_AFTER: Final = 5
 
 
 class WrongAnswer(Exception):
-    """A worker's answer is not what the protocol allows; the message quotes nothing of it."""
+    """A worker's answer violates the protocol; the message quotes nothing of it."""
 
 
 class Answers:
     """The answers to one request, read one by one.
 
     Args:
-        text: what is to be spoken; its speech has at most one part for each of its characters.
+        text: the text to speak; its speech has at most one part per character.
 
     Attributes:
         ended: whether the speech is complete.
@@ -50,17 +50,17 @@ class Answers:
         """The next part; None for the end, and for a part that two workers have sent.
 
         Raises:
-            WrongAnswer: it is no answer, or not the one that is due, or the speech is too long.
+            WrongAnswer: it is not an answer, not the next answer, or the speech is too long.
             InvalidRequest, QueueFull, DeadlineExceeded, VoiceUnavailable: the worker's own error.
         """
         answer = _parse(message)
         if isinstance(answer, Failure):
             raise _error(answer)
         if isinstance(answer, Part):
-            # Both attempts of a request split the text alike.
+            # A second worker splits the text into the same parts, so it is a duplicate.
             return None if answer.index < self._count else self._next(answer)
         if answer.end != self._count:
-            raise WrongAnswer("it says the wrong number of parts")
+            raise WrongAnswer("the number of parts is wrong")
         self.ended = True
         return None
 
@@ -71,7 +71,7 @@ class Answers:
             raise WrongAnswer("there are more parts than the text has characters")
         wav = _decode(part)
         if not MIN_RATE <= wav.sample_rate <= MAX_RATE or self._rate not in (None, wav.sample_rate):
-            raise WrongAnswer("a part has the wrong number of samples a second")
+            raise WrongAnswer("a part has a wrong sample rate")
         self._bytes += wav.samples.nbytes
         if self._bytes > MAX_SPEECH:
             raise WrongAnswer("the speech is too long")

@@ -25,11 +25,12 @@ from llm_sidecar.tts.voice import Reference, Wav
 PART_TIMEOUT: Final = 60.0
 """Seconds to wait for the next part of a text."""
 ASIDE_FOR: Final = 60.0
-"""Seconds for which workers are not asked after a wrong answer or none."""
+"""Seconds for which no worker is used after a wrong or missing answer."""
 GONE_AFTER: Final = 10.0
-"""Seconds without a sign of any worker after which a text fails. A restart of Redis takes less."""
+"""Seconds without a heartbeat of any worker after which a text fails. A restart of Redis takes
+less."""
 LOOK_EVERY: Final = 2.0
-"""Seconds between two looks at the workers."""
+"""Seconds between two polls of the list of workers."""
 MOST_WAITING: Final = 32
 """Maximum number of requests in Redis; with the largest references they take 450 MB."""
 REMOVE_TIMEOUT: Final = 1.0
@@ -39,9 +40,9 @@ CANCEL_TIMEOUT: Final = 1.0
 RETRY_READ: Final = 0.5
 """Seconds between two attempts to read an answer while Redis is unavailable."""
 
-_AWAY: Final = "Redis does not answer, so no Chatterbox worker can be asked."
+_AWAY: Final = "Redis does not answer, so no Chatterbox worker can be used."
 _LOST: Final = "Redis no longer has the text; send it again."
-_DENIED: Final = "Redis denies the keys osiris.speech*, so no Chatterbox worker can be asked."
+_DENIED: Final = "Redis denies the keys osiris.speech*, so no Chatterbox worker can be used."
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ class RemoteVoice:
     Args:
         client: must raise on errors, not retry; the voice closes it.
         part_timeout: seconds that the next part of a text may take.
-        gone_after: seconds without a sign of any worker after which a text fails.
-        look_every: seconds between two looks at the workers.
+        gone_after: seconds without a heartbeat of any worker after which a text fails.
+        look_every: seconds between two polls of the list of workers.
 
     Attributes:
         queued: requests of all sidecars that are not finished.
@@ -94,7 +95,7 @@ class RemoteVoice:
 
     @property
     def unavailable(self) -> str | None:
-        """Why no worker can be asked now, in one sentence, or None."""
+        """Why no worker can be used now, in one sentence, or None."""
         if self._trouble is not None:
             return self._trouble
         if not self._workers:
@@ -105,7 +106,7 @@ class RemoteVoice:
         aside = self._aside_until - time.monotonic()
         if aside > 0:
             return (
-                f"The Chatterbox workers are left aside for {aside:.0f} s, because one of them "
+                f"The Chatterbox workers are not used for {aside:.0f} s, because one of them "
                 "answered wrongly or not at all: see the sidecar's log, or set TTS_VOICE=auto."
             )
         return None
@@ -192,17 +193,17 @@ class RemoteVoice:
         )
 
     def _leave_aside(self, reason: str) -> None:
-        log.error("speech workers are left aside for %.0f s: %s", ASIDE_FOR, reason)
+        log.error("speech workers are not used for %.0f s: %s", ASIDE_FOR, reason)
         self._aside_until = time.monotonic() + ASIDE_FOR
 
     async def _remove(self, asked: Asked) -> None:
-        """Removes a request; if that fails or takes too long, it expires by itself."""
+        """Removes a request. If that fails or takes too long, the request expires by itself."""
         with contextlib.suppress(RedisError, TimeoutError):
             async with asyncio.timeout(REMOVE_TIMEOUT):
                 await self._requests.remove(asked)
 
     async def _look(self) -> None:
-        """Looks at the workers again and again."""
+        """Polls the list of workers."""
         while True:
             try:
                 workers, self.queued = await self._requests.overview()
@@ -217,7 +218,7 @@ class RemoteVoice:
     def _set_trouble(self, error: Exception | None) -> None:
         reason = None if error is None else _reason(error)
         if error is not None and reason != self._trouble:
-            log.error("no speech worker can be asked: %s", one_line(error))
+            log.error("no speech worker can be used: %s", one_line(error))
         self._trouble = reason
 
     def _set_workers(self, workers: dict[str, float]) -> None:

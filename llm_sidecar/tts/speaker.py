@@ -168,7 +168,8 @@ class Speaker:
         try:
             await self._publish(voice, text, exaggeration, reference, parts)
         except (DeadlineExceeded, QueueFull, VoiceUnavailable) as error:
-            # A text is spoken in one voice, so the embedded one never continues the remote one's.
+            # A text is spoken in one voice, so the embedded voice continues no text of the remote
+            # one.
             if parts or voice is self._embedded or self._setting != "auto":
                 raise
             log.warning("the embedded voice speaks instead of %s: %s", voice.name, error.detail)

@@ -2,14 +2,15 @@
 
     osiris.speech               a stream: the ids of all requests that are not finished
     osiris.speech.request.<id>  a stream: one request, then its answers
-    osiris.speech.workers       a sorted set: workers, by the time when each last showed itself
+    osiris.speech.workers       a sorted set: workers, by the time of their last heartbeat
 
-The consumer group `chatterbox` gives each request to one worker. While it speaks, the worker keeps
-its claim fresh. A request whose claim is stale goes to another worker, which reads in the stream of
-the request how far the first one came.
+The consumer group `chatterbox` gives each request to one worker. While it speaks, the worker renews
+its claim. If the claim is stale, another worker claims the request, and reads in the stream of the
+request which parts exist.
 
-The stream of a request lives only as long as the sidecar reads it. Without it nobody listens, so a
-worker drops the request: this is how a sidecar cancels, on purpose or by dying.
+The stream of a request exists only while its sidecar reads it. Without the stream, a worker drops
+the request. A sidecar cancels a request by deleting the stream; if the sidecar dies, the stream
+expires.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ STREAM: Final = "osiris.speech"
 GROUP: Final = "chatterbox"
 WORKERS: Final = "osiris.speech.workers"
 LISTENED_FOR: Final = 30
-"""Seconds for which the stream of a request lives after the sidecar has last read it."""
+"""Seconds after the sidecar's last read until the stream of a request expires."""
 BLOCK: Final = 1.0
 """Seconds that a read waits; less than `redis_url.REPLY_TIMEOUT`."""
 SHOWN_FOR: Final = 10.0
-"""Seconds for which a worker counts as running after it has shown itself."""
+"""Seconds after its last heartbeat for which a worker counts as running."""
 MOST_WORKERS: Final = 100
-"""Maximum number of workers that a sidecar looks at."""
+"""Maximum number of workers that a sidecar reads."""
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class Requests:
         self._client = client
 
     async def add(self, request: str) -> Asked:
-        """Adds a request as the last one."""
+        """Appends a request to the queue."""
         request_id = uuid.uuid4().hex
         key = key_of(request_id)
         async with self._client.pipeline() as transaction:
@@ -100,7 +101,7 @@ class Requests:
         return answer
 
     async def is_waiting(self, asked: Asked, workers: int) -> bool:
-        """Whether so many workers are all busy with other requests."""
+        """Whether this many workers are all busy with other requests."""
         taken = await self._client.xpending_range(STREAM, GROUP, "-", "+", workers + 1)
         entries = {claim["message_id"] for claim in taken}
         return asked.entry not in entries and len(entries) >= workers
@@ -114,7 +115,7 @@ class Requests:
             await transaction.execute()
 
     async def overview(self) -> tuple[dict[str, float], int]:
-        """The running workers, with the seconds since each has shown itself, and the number of
+        """The running workers with the seconds since their last heartbeat, and the number of
         requests that are not finished."""
         async with self._client.pipeline(transaction=False) as pipeline:
             pipeline.time()
@@ -123,7 +124,7 @@ class Requests:
             time, workers, length = await pipeline.execute()
         now = _seconds(time)
         ages = {name: now - shown for name, shown in workers if _WORKER_ID.fullmatch(name)}
-        # A time in the future is from before a jump of the clock.
+        # A time in the future was written before the clock was set back.
         return {name: age for name, age in ages.items() if abs(age) < SHOWN_FOR}, length
 
 
@@ -133,7 +134,7 @@ class Taken:
 
     Attributes:
         entry: its id in `STREAM`.
-        deliveries: how many workers have had it, this one included.
+        deliveries: how many workers have claimed it, including this one.
     """
 
     key: str
@@ -145,7 +146,7 @@ class Work:
     """The worker's side. Every method raises RedisError if Redis does not do it in time.
 
     Args:
-        stale_after: seconds without a sign of its worker, after which another one takes a request.
+        stale_after: seconds without a renewal after which another worker may claim a request.
 
     Attributes:
         worker_id: the name of the worker in the group and among `WORKERS`.
@@ -158,7 +159,7 @@ class Work:
         self.worker_id = self._group.consumer
 
     async def show(self) -> None:
-        """Tells sidecars that this worker is running; forgets those that are long dead."""
+        """Sends a heartbeat, and removes workers that are long dead."""
         now = _seconds(await self._client.time())
         async with self._client.pipeline(transaction=False) as pipeline:
             pipeline.zadd(WORKERS, {self.worker_id: now})
@@ -166,13 +167,13 @@ class Work:
             await pipeline.execute()
 
     async def leave(self) -> None:
-        """Tells sidecars and the group that this worker ends."""
+        """Removes this worker from the list of workers and from the group."""
         await self._client.zrem(WORKERS, self.worker_id)
         await self._group.leave()
 
     async def take(self) -> Taken | None:
-        """Takes a request of a dead worker, or else a new one; None if there is none for a
-        second."""
+        """Claims a request of a dead worker, or else reads a new one; None if there is none within
+        a second."""
         entry = await self._group.claim(self._stale_after)
         if entry is None:
             entry = next(iter(await self._group.read(1, BLOCK)), None)
@@ -181,12 +182,12 @@ class Work:
         request_id = entry.fields.get(_ID, "")
         if _REQUEST_ID.fullmatch(request_id):
             return Taken(key_of(request_id), entry.id, entry.deliveries)
-        log.error("an entry of %s is refused: it has no id of a request", STREAM)
+        log.error("an entry of %s is refused: it has no request id", STREAM)
         await self._group.done(entry.id)
         return None
 
     async def read(self, taken: Taken) -> tuple[str, str | None] | None:
-        """The request, and its latest answer if there is one; None if nobody listens."""
+        """The request, and its latest answer if there is one; None if its sidecar has gone."""
         async with self._client.pipeline(transaction=False) as pipeline:
             pipeline.xrange(taken.key, count=1)
             pipeline.xrevrange(taken.key, count=1)
@@ -198,8 +199,8 @@ class Work:
         return request.get(_DATA, ""), answer
 
     async def keep(self, taken: Taken) -> bool:
-        """Keeps the claim fresh. False if there is none: nobody listens, or another worker has
-        it."""
+        """Renews the claim. False if the sidecar has gone, or another worker has claimed the
+        request."""
         if not await self._client.exists(taken.key):
             return False
         pending = await self._client.xpending_range(STREAM, GROUP, taken.entry, taken.entry, 1)
@@ -210,7 +211,7 @@ class Work:
         return True
 
     async def answer(self, taken: Taken, answer: str) -> bool:
-        """Adds an answer; False if nobody listens."""
+        """Adds an answer; False if the sidecar has gone."""
         return bool(await self._client.xadd(taken.key, {_DATA: answer}, nomkstream=True))
 
     async def finish(self, taken: Taken, answer: str | None = None) -> None:
@@ -223,7 +224,7 @@ class Work:
             await transaction.execute()
 
     async def hand_back(self, taken: Taken) -> None:
-        """Lets another worker take the request now, as if this one had never had it."""
+        """Makes the request available to other workers at once, without counting this delivery."""
         if await self.keep(taken):
             await self._client.xclaim(
                 STREAM,
@@ -238,5 +239,5 @@ class Work:
 
 
 def _seconds(time: tuple[int, int]) -> float:
-    """The answer of TIME: seconds and microseconds."""
+    """The reply of TIME (seconds and microseconds) in seconds."""
     return time[0] + time[1] / 1e6

@@ -32,12 +32,13 @@ from llm_sidecar.tts.speech_stream import Taken, Work
 from llm_sidecar.tts.voice import Reference, Voice, Wav
 
 SIGN_EVERY: Final = 2.0
-"""Seconds between two signs of life, which tell sidecars that the worker is running and keep its
+"""Seconds between two heartbeats. A heartbeat shows that the worker is running, and renews its
 claim on a request."""
 STALE_AFTER: Final = 10.0
-"""Seconds without a sign after which another worker takes the request."""
+"""Seconds without a heartbeat after which another worker may claim the request."""
 MOST_DELIVERIES: Final = 3
-"""Maximum number of workers that try to speak a request; it may be what ended the former ones."""
+"""Maximum number of workers that try to speak a request, because the request itself may crash
+them."""
 RETRY_EVERY: Final = 1.0
 """Seconds between two attempts while Redis is unavailable."""
 CANCEL_TIMEOUT: Final = 1.0
@@ -68,8 +69,8 @@ class SpeechWorker:
     Args:
         client: may connect later; its owner closes it, after the worker.
         voice: its owner closes it, after the worker.
-        sign_every: seconds between two signs of life.
-        stale_after: seconds without a sign after which another worker takes the request.
+        sign_every: seconds between two heartbeats.
+        stale_after: seconds without a heartbeat after which another worker may claim the request.
 
     Attributes:
         worker_id: its name in `/health` of the sidecars.
@@ -104,7 +105,7 @@ class SpeechWorker:
         await cancel(*self._tasks, patience=CANCEL_TIMEOUT)
         if self._speaking is not None:
             await cancel(self._speaking, patience=CANCEL_TIMEOUT)
-        with contextlib.suppress(RedisError, TimeoutError):  # then the claim gets stale
+        with contextlib.suppress(RedisError, TimeoutError):  # then the claim becomes stale
             async with asyncio.timeout(LEAVE_TIMEOUT):
                 if self._taken is not None:
                     await self._work.hand_back(self._taken)
@@ -119,22 +120,22 @@ class SpeechWorker:
             except Exception as error:  # noqa: BLE001 - something else may answer at Redis' address
                 if not self._failing:
                     log.error(
-                        "Redis does not serve this worker, which goes on trying: %s",
+                        "Redis does not serve this worker; trying again: %s",
                         one_line(error),
                     )
                 self._failing = True
                 await asyncio.sleep(RETRY_EVERY)
 
     async def _show(self) -> None:
-        """Tells sidecars that this worker is running."""
+        """Sends heartbeats."""
         await self._work.show()
         await asyncio.sleep(self._sign_every)
 
     async def _keep(self) -> None:
-        """Keeps the claim on a request; stops speaking it if the claim is lost."""
+        """Renews the claim on a request; stops speaking it if the claim is lost."""
         taken = self._taken
         lost = taken is not None and not await self._work.keep(taken)
-        # It may have ended meanwhile.
+        # It may have ended in between.
         if lost and self._taken is taken and self._speaking is not None:
             self._speaking.cancel()
         await asyncio.sleep(self._sign_every)
@@ -156,18 +157,18 @@ class SpeechWorker:
         except SidecarError as error:
             last = Failure(error=error.detail[:1000], kind=type(error).__name__)
         except RedisError:
-            raise  # the claim gets stale, and a worker continues
+            raise  # the claim becomes stale, and another worker continues
         except Exception as error:  # noqa: BLE001 - a voice's package raises anything
             # Only the type and the location: its message may quote the text.
             where = "".join(traceback.format_tb(error.__traceback__))
             log.error("the voice failed: %s\n%s", type(error).__name__, where)
             last = Failure(error="the voice failed: see the worker's log")
-        # If another worker has it now, that one ends it.
+        # If another worker has claimed it, that worker ends it.
         if last is None or await self._work.keep(taken):
             await self._work.finish(taken, None if last is None else last.model_dump_json())
 
     async def _answer(self, taken: Taken) -> End | None:
-        """Sends the parts that are missing; None if nobody listens."""
+        """Sends the missing parts; None if the sidecar has gone."""
         if taken.deliveries > MOST_DELIVERIES:
             log.error("a request is given up: %d workers ended or lost it", MOST_DELIVERIES)
             raise VoiceUnavailable(f"{MOST_DELIVERIES} speech workers ended while they spoke this")
@@ -194,7 +195,7 @@ class SpeechWorker:
 
 
 def _parse(message: str, latest: str | None) -> tuple[SpeechRequest, Reference | None, int]:
-    """A request, its reference, and the number of parts that a former worker has sent."""
+    """A request, its reference, and the number of parts that an earlier worker has sent."""
     if len(message) > LONGEST_REQUEST:
         raise InvalidRequest("the request for speech is too long")
     try:

@@ -1,4 +1,4 @@
-"""What identifies a request: its id, in its answer and in its log lines, and its trace."""
+"""Identifies a request: its id in the response and in log lines, and its trace in events."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ async def swap_adapters(
     Running requests keep the adapter that they began with.
     """
 
-    # A retry with a key must not undo a swap that somebody else has made meanwhile.
+    # A retry with a key must not undo a swap that another client has made in between.
     async def answer(_: Attempt) -> Response:
         date = await sidecar.adapters.swap(None if requested is None else requested.adapter)
         swapped = AdapterSwapped(

@@ -77,13 +77,13 @@ async def _listening(
     last_event_id: Annotated[
         Annotated[str, BeforeValidator(_entry_id)] | None,
         Header(
-            description="the `id` of the last event that the client has; the stream goes on after "
-            "it. `0-0` begins with the oldest event that Redis has",
+            description="the `id` of the last event that the client has; the stream continues "
+            "after it. `0-0` begins with the oldest event that Redis has",
             examples=["1769853600123-0"],
         ),
     ] = None,
 ) -> AsyncIterator[AsyncIterator[ServerSentEvent]]:
-    """Reads the stream from before the response starts until it has ended.
+    """Opens the stream before the response starts, so that an error gets a status code.
 
     A HEAD request opens no stream, and gets no events.
     """
@@ -114,8 +114,8 @@ async def stream_events(
     """Server-sent events with every event that any sidecar adds to the stream in Redis.
 
     `Last-Event-ID` resumes a stream. If events after that id may be missing, because Redis keeps a
-    limited number or has lost them, an event `gap` comes first. The stream goes on through outages
-    of Redis. A reader that is slow gets the same events later.
+    limited number or has lost them, an event `gap` comes first. The stream continues after an
+    outage of Redis. A slow reader gets the same events later.
     """
     return EventSourceResponse(
         events,
@@ -190,10 +190,10 @@ async def requeue_dead_letter(
 ) -> Response:
     """Puts a dead letter back into the inbox as a new entry, which a sidecar then tries to store.
 
-    What is stored already is not stored twice.
+    An entry that is already stored is not stored twice.
     """
 
-    # Without a key, a retry finds no dead letter any more.
+    # Without a key, a retry gets 404, because the dead letter has gone.
     async def answer(_: Attempt) -> Response:
         entry = await dead_letters.requeue(sidecar.dead_letters, letter_id)
         requeued = Requeued(message="The entry is in the inbox again.", id=letter_id, entry=entry)

@@ -167,8 +167,8 @@ async def propose_trade_adjustments(
 
     The generation headers are those of the proposal; `X-Hermes-Score` is Hermes' score, and
     `X-Grounded` is `true`, or the fields whose ticker or numbers are not in the prompt. If Hermes
-    fails, the proposal is stored, and the error's body has its `transaction_id`: the same request
-    with the same `Idempotency-Key` goes on with the assessment of this proposal.
+    fails, the proposal is stored, and the error's body has its `transaction_id`. The same request
+    with the same `Idempotency-Key` continues with the assessment of this proposal.
     `X-Stored: false` means that a row could not be stored.
     """
     check_length(sidecar, body)

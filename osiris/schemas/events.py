@@ -29,8 +29,8 @@ class StreamEvent(BaseModel):
     )
     data: str = Field(
         description="the data of the event as JSON text; of a `gap`, an object with `from` (the id "
-        "after which events may be missing) and `to` (the id at which the stream goes on; if it is "
-        "before `from`, the stream has begun anew)",
+        "after which events may be missing) and `to` (the id at which the stream continues; if it "
+        "is lower than `from`, the stream was created again)",
         examples=['{"ticker": "AAPL", ...}', f'{{"from": "1-0", "to": "{samples.ENTRY_ID}"}}'],
     )
 

@@ -158,9 +158,9 @@ class InboxHealth(BaseModel):
     )
     handled: int = Field(description="entries that this sidecar stored", examples=[230])
     claimed: int = Field(
-        description="entries that this sidecar took over from one that ended", examples=[0]
+        description="entries that this sidecar claimed from a dead one", examples=[0]
     )
-    failures: int = Field(description="how often storing entries failed", examples=[0])
+    failures: int = Field(description="failed attempts to store entries", examples=[0])
 
 
 class EventBusHealth(BaseModel):
@@ -182,10 +182,10 @@ class EventBusHealth(BaseModel):
     )
     unpublished: int = Field(description="messages that were never published", examples=[0])
     oldest_seconds: float = Field(
-        description="age of the oldest event that waits for Redis; 0 without", examples=[0.0]
+        description="age of the oldest event that waits for Redis; 0 if none waits", examples=[0.0]
     )
     failing: str | None = Field(
-        description="why Redis takes no events although it is connected; null if it takes them",
+        description="why Redis accepts no events although it is connected; null if it accepts them",
         examples=["You can't write against a read only replica."],
     )
     handler_errors: int = Field(description="messages whose handler raised an error", examples=[0])
@@ -196,26 +196,26 @@ class EventBusHealth(BaseModel):
         description="messages that were dropped because listeners were too slow", examples=[0]
     )
     held_up: int = Field(
-        description="how often the bus read no further because a handler had too many messages",
+        description="how often the bus stopped reading because the queue of a handler was full",
         examples=[0],
     )
     denied: list[str] = Field(
-        description="what the access rules of Redis deny to the sidecar",
+        description="operations that the access rules of Redis deny to the sidecar",
         examples=[["PUBLISH audio.bytes"]],
     )
     warnings: list[str] = Field(
-        description="options with which this Redis may lose what it has confirmed",
-        examples=[["appendonly of Redis is no, not yes: it keeps nothing over a restart"]],
+        description="options with which this Redis may lose acknowledged writes",
+        examples=[["appendonly of Redis is no, not yes: a restart of Redis loses everything"]],
     )
     inbox: InboxHealth | None = Field(
-        description="the inbox; null with `memory://`, to which nobody else can write",
+        description="the inbox; null with `memory://`, which has no inbox",
         examples=[_INBOX],
     )
     listeners: int = Field(description="clients that listen to `/events/` now", examples=[2])
 
 
 class JournalHealth(BaseModel):
-    """The journal of all processes of this machine: what is durable and not yet carried on."""
+    """The journal, which all processes of this machine share: what waits for LanceDB and Redis."""
 
     accepts_rows: bool = Field(
         description="whether it accepts rows now, even if the database is unavailable",
@@ -226,22 +226,25 @@ class JournalHealth(BaseModel):
     most_bytes: int = Field(
         description="bytes that it can hold; further rows are refused", examples=[67108864]
     )
-    oldest_seconds: float = Field(description="age of the oldest row; 0 without", examples=[0.4])
+    oldest_seconds: float = Field(
+        description="age of the oldest row; 0 if there is none", examples=[0.4]
+    )
     events: int = Field(description="events that Redis does not have yet", examples=[1])
     event_bytes: int = Field(description="their bytes", examples=[612])
     oldest_event_seconds: float = Field(
-        description="age of the oldest event; 0 without", examples=[0.1]
+        description="age of the oldest event; 0 if there is none", examples=[0.1]
     )
     events_dropped: int = Field(
-        description="events that this sidecar dropped, because they were too many or too old",
+        description="events that this sidecar dropped, because there were too many or they were "
+        "too old",
         examples=[0],
     )
     requests: int = Field(
-        description="requests with an `Idempotency-Key` that it knows", examples=[40]
+        description="requests with an `Idempotency-Key` in the journal", examples=[40]
     )
     request_bytes: int = Field(description="their bytes", examples=[51200])
     requests_dropped: int = Field(
-        description="requests that this sidecar forgot early, because they were too many",
+        description="requests that this sidecar dropped early, because there were too many",
         examples=[0],
     )
 
@@ -288,7 +291,7 @@ class VoiceWorker(BaseModel):
     """A worker that speaks for this sidecar."""
 
     worker_id: str = Field(description="its name", examples=["gpu-1-8c2f61d0"])
-    seconds_ago: float = Field(description="since its last sign of life", examples=[0.8])
+    seconds_ago: float = Field(description="since its last heartbeat", examples=[0.8])
 
 
 class SpeechHealth(BaseModel):

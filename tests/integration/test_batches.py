@@ -398,7 +398,7 @@ class Sampled:
         self._monkeypatch = monkeypatch
 
     def of(self, engine: Engine, requests: list[GenerationRequest]) -> list[list[Logits]]:
-        """Of requests that join one batch two steps after each other."""
+        """The logits of requests that join one batch, each two steps after the last."""
         found: dict[int, list[Logits]] = {}
         started: list[Generation] = []
         start, sample = OrtEngine.start, Generation.sample

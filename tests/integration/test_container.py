@@ -169,7 +169,7 @@ def test_every_variable_is_a_setting_or_documented(name: str) -> None:
     used = set(re.findall(r"\$\{(\w+)", text)) | set(re.findall(r"^ARG (\w+)", text, re.MULTILINE))
     if name != "Dockerfile":
         for service, content in services_of(name).items():
-            # Those of Grafana and Redis are in their own documentation.
+            # The variables of Grafana and Redis are in their own documentation.
             if service not in ("grafana", "redis"):
                 used |= content.get("environment", {}).keys()
     unknown = {variable for variable in used - ALIASES if f"`{variable}`" not in CONFIGURATION}

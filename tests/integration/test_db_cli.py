@@ -718,7 +718,8 @@ def only_reading(folder: Path) -> Iterator[None]:
 
 
 def leave_row(folder: Path, row: OrchestratorRunSchema | HermesScoreSchema) -> Path:
-    """Leaves a row in the journal, as a process that dies at once; returns the journal's file."""
+    """Leaves a row in the journal, like a process that dies after its commit; returns the journal's
+    file."""
 
     async def leave() -> None:
         journal = Journal(folder / "_log", folder / "_log" / "set_aside", lambda _: None)
@@ -763,7 +764,7 @@ def test_rows_that_are_only_in_the_journal_are_shown_without_writing(
             assert capsys.readouterr().err.splitlines()[-1] == (
                 "1 row is still in the journal and not counted here."
             )
-    # The next command with write permission moves it. A row in both is shown once.
+    # The next command with write permission moves it. A row that is in both places is shown once.
     assert len(lines_of(capsys, *command)) == 3
     with only_reading(readable_folder):
         assert len(lines_of(capsys, *command)) == 3

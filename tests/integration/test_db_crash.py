@@ -1,4 +1,5 @@
-"""Kills and power losses: all that was acknowledged is there once. `tests/long` has long series."""
+"""After kills and power losses, everything acknowledged is stored once. `tests/long` has long
+series."""
 
 from __future__ import annotations
 
@@ -33,21 +34,21 @@ def crash(what: str, folder: Path, amount: float, seed: int = 1) -> dict[str, An
     return found
 
 
-def test_kills_lose_and_double_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+def test_kills_neither_lose_nor_duplicate_acknowledged_data(tmp_path: Path) -> None:
     found = crash("kills", tmp_path / "db", 5)
     assert found["kills"] == 5
     assert found["rows"] > 0
 
 
-def test_power_losses_lose_and_double_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+def test_power_losses_neither_lose_nor_duplicate_acknowledged_data(tmp_path: Path) -> None:
     found = crash("power", tmp_path / "db", 3)
     assert found["losses"] == 3
     assert found["rows"] > 0
-    # Otherwise everything was synced, and the test shows nothing.
+    # If everything was synced, the test proves nothing.
     assert found["undone"] > 0
 
 
-def test_four_processes_at_once_lose_and_double_nothing(tmp_path: Path) -> None:
+def test_four_processes_neither_lose_nor_duplicate_data(tmp_path: Path) -> None:
     found = crash("concurrent", tmp_path / "db", 0.5)
     assert found["processes"] == 4
     assert found["rows"] > 0

@@ -46,8 +46,8 @@ async def names(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def dead(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A database as a crash leaves it while the newest rows are in LanceDB, but not synced: to be
-    copied, and the keys of its rows, which are scores."""
+    """A database after a crash in which the newest rows are in LanceDB but not synced, and the keys
+    of its rows, which are scores. Tests copy it."""
     folder = tmp_path_factory.mktemp("dead")
     return folder / "copy", asyncio.run(_die(folder))
 
@@ -311,7 +311,7 @@ async def test_a_power_loss_during_compaction_loses_no_row(
     async def lose_power(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    # So the compaction deletes every version that it may delete.
+    # Makes the compaction delete every version that it may delete.
     monkeypatch.setattr(lance, "_KEEP_VERSIONS", datetime.timedelta(milliseconds=1))
     store = await Store.open(tmp_path / "db")
     for number in range(5):

@@ -16,8 +16,8 @@ from tests.integration.test_db_mover import until
 from tests.old_log import record, write_old_log
 
 DATABASE = Path(__file__).parent / "database_with_log.tar.gz"
-"""A database that a version before the journal has left when it was killed: 60 rows of three tables
-were acknowledged, the last ten of them are only in the log."""
+"""A database of a killed process of the version before the journal. It acknowledged 60 rows of
+three tables; the last ten are only in the log."""
 
 
 def score(name: str, **changes: Any) -> bytes:

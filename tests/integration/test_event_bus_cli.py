@@ -136,7 +136,7 @@ def test_requeue_puts_one_or_all_back(
         add_letter(probe, f"{number}-0", str(number))
     assert main(["requeue", "2-0"]) == 0
     [(entry, fields)] = entries(probe, INBOX)
-    assert capsys.readouterr().out == f"2-0 is entry {entry} of the inbox\n"
+    assert capsys.readouterr().out == f"2-0 is back in the inbox as {entry}\n"
     assert fields == {"id": "x", "data": "2"}
     assert main(["requeue", "all"]) == 0
     assert [fields["data"] for _, fields in entries(probe, INBOX)] == ["2", "1", "3"]

@@ -1,4 +1,4 @@
-"""Reading the stream of events, and looking at how a Redis keeps it."""
+"""Reads the stream of events, and checks the options of Redis that may lose events."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from llm_sidecar.event_bus.server_check import durability
 from tests.redis_server import RedisServer, require_redis
 
 WARNINGS = {
-    "appendonly": "appendonly of Redis is no, not yes: it keeps nothing over a restart",
+    "appendonly": "appendonly of Redis is no, not yes: a restart of Redis loses everything",
     "appendfsync": "appendfsync of Redis is everysec, not always: "
-    "it loses up to a second of events when its machine stops",
+    "a power failure loses up to a second of events",
     "maxmemory-policy": "maxmemory-policy of Redis is allkeys-lru, not noeviction: "
-    "it drops events when its memory is full",
+    "a full Redis deletes events",
 }
 
 
@@ -109,7 +109,7 @@ async def test_a_redis_that_may_lose_events_is_named(
 @pytest.mark.parametrize(
     ("denied", "expected"), [(["-config"], ["appendonly"]), (["-config", "-info"], [])]
 )
-async def test_without_the_permission_to_ask_less_is_known(
+async def test_without_permission_for_config_fewer_options_are_checked(
     server: RedisServer,
     probe: redis.Redis,
     caplog: pytest.LogCaptureFixture,

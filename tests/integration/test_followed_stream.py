@@ -146,7 +146,7 @@ async def test_a_reader_goes_on_after_an_outage_without_loss(
                 except RedisConnectionError:
                     break
             redis.start()
-            # The same stream, as a Redis that keeps its entries has it.
+            # The same entries, as in a Redis with persistence.
             for entry, value in zip(ids, "abc", strict=True):
                 await client.xadd(NAME, {"data": value}, id=str(entry))
             async with asyncio.timeout(5):

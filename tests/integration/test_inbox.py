@@ -15,7 +15,7 @@ from llm_sidecar.event_bus.consumer_group import Entry
 from tests.redis_server import RedisServer, require_redis
 
 TIMEOUT = 10.0
-"""Seconds within which whatever a test waits for has happened, or it fails."""
+"""Seconds that a test waits for a condition before it fails."""
 INBOX, DEAD, GROUP = "osiris.inbox", "osiris.inbox.dead", "osiris.sidecars"
 
 
@@ -35,7 +35,7 @@ def probe(server: RedisServer) -> Iterator[redis.Redis]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waits of seconds become fractions of them."""
+    """Shortens waits to fractions of a second."""
     monkeypatch.setattr("llm_sidecar.event_bus.inbox.FIRST_DELAY", 0.01)
     monkeypatch.setattr("llm_sidecar.event_bus.inbox.LONGEST_DELAY", 0.02)
     monkeypatch.setattr("llm_sidecar.event_bus.inbox.BLOCK", 0.05)
@@ -111,7 +111,9 @@ async def test_entries_are_stored_once_and_in_order_and_leave_the_inbox(
     assert probe.xinfo_consumers(INBOX, GROUP) == []
 
 
-async def test_sidecars_share_the_inbox_out(server: RedisServer, probe: redis.Redis) -> None:
+async def test_each_entry_of_the_inbox_goes_to_one_sidecar(
+    server: RedisServer, probe: redis.Redis
+) -> None:
     stores = [Store(), Store()]
     buses = [await started(server, store) for store in stores]
     data = [str(number) for number in range(2000)]
@@ -122,7 +124,7 @@ async def test_sidecars_share_the_inbox_out(server: RedisServer, probe: redis.Re
         await bus.close()
 
 
-async def test_while_the_database_is_away_entries_wait_and_nothing_counts_as_their_failure(
+async def test_entries_wait_while_the_database_is_away_and_do_not_count_as_failed(
     server: RedisServer,
     probe: redis.Redis,
     caplog: pytest.LogCaptureFixture,
@@ -135,7 +137,7 @@ async def test_while_the_database_is_away_entries_wait_and_nothing_counts_as_the
     data = [str(number) for number in range(10)]
     add(probe, *data)
     await until(lambda: store.calls == 1)
-    # It claims what is pending for long, and the first one holds its entries.
+    # It claims long-pending entries, but the first sidecar renews its claim on them.
     second = await started(server, other)
     await until(lambda: store.calls > 60)
     assert (store.stored, other.stored, probe.xlen(DEAD)) == ([], [], 0)
@@ -150,7 +152,7 @@ async def test_while_the_database_is_away_entries_wait_and_nothing_counts_as_the
     await second.close()
 
 
-async def test_invalid_entries_are_dead_at_once_and_the_others_stored(
+async def test_invalid_entries_become_dead_letters_at_once_and_the_others_are_stored(
     server: RedisServer, probe: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = Store()
@@ -167,7 +169,7 @@ async def test_invalid_entries_are_dead_at_once_and_the_others_stored(
     await bus.close()
 
 
-async def test_an_entry_that_fails_five_times_is_dead_and_holds_up_no_other(
+async def test_an_entry_that_fails_five_times_becomes_a_dead_letter_and_delays_no_other(
     server: RedisServer, probe: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = Store()
@@ -178,13 +180,13 @@ async def test_an_entry_that_fails_five_times_is_dead_and_holds_up_no_other(
     [letter] = await bus.dead_letters.page(10)
     assert letter.reason == "handling it failed 5 times: RuntimeError"
     assert letter.deliveries == 5
-    # Once all together, then five times alone.
+    # Once with the whole batch, then five times alone.
     assert bus.status()["inbox"]["failures"] == 6
     assert "SECRETMARK" not in caplog.text
     await bus.close()
 
 
-async def test_what_a_dead_consumer_has_left_is_claimed(
+async def test_pending_entries_of_a_dead_consumer_are_claimed(
     server: RedisServer, probe: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm_sidecar.event_bus.inbox.CLAIM_AFTER", 0.2)
@@ -200,7 +202,7 @@ async def test_what_a_dead_consumer_has_left_is_claimed(
     await bus.close()
 
 
-async def test_an_entry_that_kills_its_consumers_is_dead_and_no_other(
+async def test_only_the_entry_that_kills_its_consumers_becomes_a_dead_letter(
     server: RedisServer, probe: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm_sidecar.event_bus.inbox.CLAIM_AFTER", 0.0)
@@ -214,7 +216,7 @@ async def test_an_entry_that_kills_its_consumers_is_dead_and_no_other(
     await until(lambda: left(probe) == (0, 0))
     assert store.stored == ["innocent"]
     [letter] = await bus.dead_letters.page(10)
-    assert (letter.entry, letter.reason) == (first, "its consumer ended 5 times")
+    assert (letter.entry, letter.reason) == (first, "its consumer died 5 times")
     assert second != first
     await bus.close()
 
@@ -232,7 +234,7 @@ async def test_a_redis_that_was_emptied_gets_its_group_again(
     await bus.close()
 
 
-async def test_an_inbox_that_is_denied_is_named_and_costs_nothing_else(
+async def test_a_denied_inbox_is_reported_and_affects_nothing_else(
     server: RedisServer, probe: redis.Redis
 ) -> None:
     probe.acl_setuser(
@@ -253,7 +255,7 @@ async def test_an_inbox_that_is_denied_is_named_and_costs_nothing_else(
     probe.acl_deluser("desk")
 
 
-async def test_an_outage_costs_no_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_outage_loses_no_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     require_redis()
     monkeypatch.setattr("llm_sidecar.event_bus.inbox.CLAIM_AFTER", 0.2)
     own = RedisServer("--appendonly", "yes", "--appendfsync", "always", keep=True)
@@ -300,7 +302,7 @@ async def test_a_dead_letter_goes_back_into_the_inbox_once(
     await until(lambda: probe.xlen(DEAD) == 1)
     [letter] = await bus.dead_letters.page(1)
     entry = await bus.dead_letters.requeue(letter.id)
-    # It is handled once more, and is as invalid as before.
+    # It is handled again, and is still invalid.
     await until(lambda: probe.xlen(DEAD) == 1 and left(probe) == (0, 0))
     [again] = await bus.dead_letters.page(1)
     assert (again.entry, again.fields) == (entry, letter.fields)
@@ -310,7 +312,7 @@ async def test_a_dead_letter_goes_back_into_the_inbox_once(
     await bus.close()
 
 
-async def test_a_handler_that_answers_for_fewer_entries_loses_none(
+async def test_a_handler_that_returns_too_few_results_loses_no_entry(
     server: RedisServer, probe: redis.Redis
 ) -> None:
     async def wrong(entries: Sequence[Entry]) -> Sequence[str | None]:

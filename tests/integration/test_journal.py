@@ -85,7 +85,7 @@ async def test_rows_and_events_stay_after_a_restart(tmp_path: Path) -> None:
         assert [queued.event for queued in await journal.outbox.head(9)] == [written]
 
 
-async def test_of_equal_keys_the_first_row_stays(journal: Journal) -> None:
+async def test_the_first_row_with_a_key_stays(journal: Journal) -> None:
     await journal.commit([row("a", b"first"), row("a", b"second", target="runs")])
     await journal.commit([row("a", b"third"), row("b")])
     assert await journal.find("scores", ["a"]) == b"first"
@@ -153,7 +153,7 @@ async def test_rows_are_bounded_by_number_too(
     assert await keys(journal) == ["a", "b"]
 
 
-async def test_a_row_that_was_taken_once_may_be_in_its_table(journal: Journal) -> None:
+async def test_a_row_that_was_moved_before_is_marked(journal: Journal) -> None:
     await journal.commit([row("a")])
     assert await keys(journal) == ["a"]
     await journal.commit([row("b")])
@@ -194,7 +194,7 @@ async def test_a_draft_that_is_never_replaced_is_moved_as_it_is(
     monkeypatch.setattr(rows, "DRAFT_SECONDS", 0.0)
     assert await keys(journal) == ["run"]
     monkeypatch.undo()
-    # It may be in its table now, so it is not deleted any more.
+    # It may be in its table now, so it is no longer deleted.
     await journal.commit([row("final")], replaces="t-1")
     assert await keys(journal) == ["run", "final"]
 

@@ -36,7 +36,7 @@ async def fill(journal: Journal) -> None:
 
 
 async def require_filled(journal: Journal, *more: str, again: bool = True) -> None:
-    """All of `fill` is there.
+    """Asserts that the journal has everything that `fill` added.
 
     Args:
         again: whether the row may be in its table.
@@ -63,7 +63,7 @@ def paths(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("gone", ["folder", "files", NAME, f"{NAME}-wal", f"{NAME}-shm"])
-async def test_what_is_only_in_deleted_files_is_rescued(tmp_path: Path, gone: str) -> None:
+async def test_entries_that_are_only_in_deleted_files_are_copied(tmp_path: Path, gone: str) -> None:
     folder = tmp_path / "log"
     async with opened(folder) as journal:
         await fill(journal)
@@ -90,7 +90,7 @@ async def test_a_deleted_journal_is_made_again_without_a_commit(tmp_path: Path) 
         await require_filled(journal)
 
 
-async def test_a_deleted_journal_of_several_processes_is_rescued_once(tmp_path: Path) -> None:
+async def test_the_deleted_journal_of_several_processes_is_copied_once(tmp_path: Path) -> None:
     folder = tmp_path / "log"
     async with opened(folder) as one, opened(folder) as other:
         await one.commit([row("one")], [event("one")])
@@ -102,7 +102,7 @@ async def test_a_deleted_journal_of_several_processes_is_rescued_once(tmp_path: 
         assert taken is not None
         await one.delete(*taken)
         await one.outbox.sent((await one.outbox.head(99))[-1].number)
-        # Nobody copies the same rows and events again from the old files.
+        # No process copies the same rows and events from the old files again.
         await other.commit()
         assert await keys(other) == []
         assert await sent(other) == []
@@ -365,7 +365,7 @@ async def test_a_folder_can_be_deleted_while_the_journal_is_used(
         (tmp_path / "log" / NAME).unlink()
         committing = asyncio.create_task(journal.commit([row("b")]))
         await until(lambda: any("were deleted" in message for message in caplog.messages))
-        # As the rest of a deletion that takes its time.
+        # As a slow deletion does.
         await asyncio.to_thread(shutil.rmtree, tmp_path / "log")
         await committing
         assert sorted(await keys(journal)) == ["a", "b"]

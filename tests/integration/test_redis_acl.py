@@ -29,7 +29,7 @@ ADMIN: Final = "user admin on >ADMIN_PASSWORD ~* &* +@all\n"
 
 @pytest.fixture(scope="module")
 def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A Redis with the rules, with the passwords as they stand in the documentation."""
+    """A Redis with the rules and passwords of the documentation."""
     require_redis()
     (rules,) = (block.text for block in all_blocks() if block.language == "acl")
     file = tmp_path_factory.mktemp("redis") / "users.acl"
@@ -43,7 +43,7 @@ def url(redis: RedisServer, user: str) -> str:
 
 
 def connected(redis: RedisServer, user: str) -> Any:
-    # In the newer protocol, a subscription has no answer.
+    # In RESP3, a subscription has no direct reply.
     return Redis.from_url(url(redis, user), decode_responses=True, protocol=2)
 
 

@@ -17,7 +17,7 @@ from llm_sidecar.event_bus import EventBus, RedisError
 from tests.redis_server import RedisServer, entries, free_port, require_redis
 
 TIMEOUT = 20.0
-"""Seconds within which whatever a test waits for has happened, or it fails."""
+"""Seconds that a test waits for a condition before it fails."""
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -27,7 +27,8 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 async def arrives(bus: EventBus, payload: str) -> None:
-    """A published event comes back, and is the last one of the stream."""
+    """Asserts that a subscriber gets a published event, and that it is the last entry of the
+    stream."""
     queue: asyncio.Queue[str] = asyncio.Queue()
     await bus.register_listener_queue("phi3.test", queue)
     await bus.publish("phi3.test", payload)
@@ -38,7 +39,7 @@ async def arrives(bus: EventBus, payload: str) -> None:
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the certificate of an authority, of another one, and of what it has signed."""
+    """A folder with the certificates of two authorities, and those that the first has signed."""
     folder, authority = tmp_path_factory.mktemp("certificates"), trustme.CA()
     authority.cert_pem.write_to_path(str(folder / "ca.pem"))
     trustme.CA().cert_pem.write_to_path(str(folder / "other.pem"))
@@ -50,7 +51,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def tls_server(certificates: Path) -> Iterator[int]:
-    """A server that takes clients with a certificate only; its port."""
+    """A server that accepts only clients with a certificate; yields its port."""
     require_redis()
     port, pem = free_port(), str(certificates / "localhost.pem")
     with RedisServer(

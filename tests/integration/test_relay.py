@@ -19,7 +19,7 @@ from tests.redis_server import RedisServer, entries, require_redis
 from tests.scripted_redis import Proxy, ScriptedRedis
 
 TIMEOUT = 10.0
-"""Seconds within which whatever a test waits for has happened, or it fails."""
+"""Seconds that a test waits for a condition before it fails."""
 COUNT = 300
 PAYLOADS = [str(number) for number in range(COUNT)]
 
@@ -41,7 +41,7 @@ PASSING = (
 
 
 class SharedOutbox(MemoryOutbox):
-    """An outbox of several relays, of which one sends at a time, and which can fail.
+    """An outbox that several relays share, one sender at a time, and that can fail.
 
     Attributes:
         failures: how often `sent` fails from now on.
@@ -111,7 +111,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize(
     ("error", "abort"),
-    # A server that has too many clients says so to a new one only, and hangs up.
+    # With too many clients, a server sends this error to a new client and closes the connection.
     [(error, abort) for error in PASSING for abort in (True, False) if abort or "max" not in error],
     ids=lambda value: value.split()[-1] if isinstance(value, str) else f"abort={value}",
 )
@@ -135,7 +135,7 @@ async def test_a_passing_error_loses_nothing_and_changes_no_order(
             await bus.publish("phi3.test", payload)
         await until(lambda: bus.status()["waiting"] == 0)
         assert fake.entries == PAYLOADS[:20]
-        # With the last error still in one answer of EXEC, the first event is published twice.
+        # The last error was one item of the reply to EXEC, so the first event is published twice.
         assert list(dict.fromkeys(fake.published)) == PAYLOADS[:20]
         assert (bus.status()["published"], bus.status()["unpublished"]) == (20, 0)
         assert (bus.status()["denied"], bus.status()["failing"]) == ([], None)
@@ -163,7 +163,7 @@ async def test_a_connection_that_ends_in_a_transaction_loses_nothing(
         await bus.close()
 
 
-async def test_a_record_that_is_no_id_counts_as_none() -> None:
+async def test_a_record_that_is_not_an_id_is_ignored() -> None:
     def script(name: str, _: list[str]) -> str | None:
         return None
 
@@ -257,7 +257,7 @@ async def test_events_that_could_not_be_removed_are_not_added_again(
     await bus.close()
 
 
-async def test_after_an_end_between_exec_and_removal_nothing_is_added_twice(
+async def test_a_crash_between_exec_and_removal_adds_nothing_twice(
     server: RedisServer, probe: redis.Redis
 ) -> None:
     outbox = outbox_of(PAYLOADS)
@@ -277,7 +277,7 @@ async def test_after_an_end_between_exec_and_removal_nothing_is_added_twice(
 async def test_an_outbox_that_starts_anew_with_the_same_id_loses_nothing(
     server: RedisServer, probe: redis.Redis
 ) -> None:
-    """As a journal that was restored from a backup: its numbers begin below those of the record."""
+    """As with a journal restored from a backup, the numbers start below those of the record."""
     outbox = outbox_of(PAYLOADS)
     bus = EventBus(server.url, outbox=outbox)
     await bus.start()
@@ -305,7 +305,7 @@ async def test_two_relays_on_one_outbox_add_each_event_once_and_in_order(
         await asyncio.sleep(0)
     await until(lambda: len(outbox) == 0)
     assert stream(probe) == PAYLOADS
-    # The other one goes on where this one ends.
+    # The other relay continues where this one ends.
     await buses[0].close()
     outbox.add(event("last"))
     await until(lambda: stream(probe)[-1] == "last")
@@ -341,7 +341,7 @@ async def test_a_transaction_that_arrives_late_is_aborted(
         await bus.close()
 
 
-async def test_a_slow_redis_delays_no_publish_and_gets_all_in_order(
+async def test_a_slow_redis_delays_no_publish_and_gets_everything_in_order(
     server: RedisServer, probe: redis.Redis
 ) -> None:
     async with Proxy(server.port, delay=0.2) as proxy:
@@ -377,7 +377,7 @@ async def test_live_messages_beyond_the_bound_lose_their_oldest(
         await bus.connect()
         opened, proxy.gate = proxy.gate, asyncio.Event()
         await bus.publish("audio.bytes", "0")
-        await asyncio.sleep(0.02)  # it is on its way
+        await asyncio.sleep(0.02)  # it is already being sent
         for payload in PAYLOADS[1:6]:
             assert await bus.publish("audio.bytes", payload)
         proxy.gate.set()
@@ -487,7 +487,7 @@ async def test_a_full_redis_takes_nothing_until_it_has_memory(
         await bus.close()
 
 
-async def test_a_denied_channel_costs_only_itself(
+async def test_a_denied_channel_does_not_affect_others(
     server: RedisServer, probe: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     probe.acl_setuser("default", enabled=True, nopass=True, keys=["*"], reset_channels=True)
@@ -519,7 +519,7 @@ async def test_a_denied_channel_costs_only_itself(
     await bus.close()
 
 
-async def test_what_was_denied_is_tried_again(
+async def test_a_denied_operation_is_tried_again(
     server: RedisServer, probe: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm_sidecar.event_bus.denied.TRY_AGAIN", 0.1)
@@ -553,7 +553,7 @@ async def test_what_was_denied_is_tried_again(
         (["osiris.events.relay:*"], ["XADD osiris.events"]),
     ],
 )
-async def test_a_denied_key_costs_only_itself(
+async def test_a_denied_key_does_not_affect_others(
     server: RedisServer, probe: redis.Redis, keys: list[str], denied: list[str]
 ) -> None:
     probe.acl_setuser(

@@ -29,7 +29,7 @@ def use(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]) -> None:
 def test_proposals_of_a_batch_are_the_same_texts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the demo models, with an example in the prompt; proposals are sampled."""
+    """The demo models sample proposals with an example in the prompt."""
     use(monkeypatch, DEMO | {"LANCEDB_URI": str(tmp_path / "lancedb"), "PHI3_TEMPERATURE": "0.8"})
     names = asyncio.run(stored(tmp_path, 8, PHI3_TEMPERATURE="0.8"))
     reports = asyncio.run(replayed(names))
@@ -38,7 +38,7 @@ def test_proposals_of_a_batch_are_the_same_texts(
     assert [report.same for report in reports] == [True] * 8
 
 
-# With models of random weights, which load in no time
+# With models of random weights, which load quickly
 
 
 KEY = "0123456789abcdef"
@@ -52,8 +52,8 @@ class Made(NamedTuple):
         environ: of the sidecar.
         phi3, adapters: folders of the model and of its adapters; 20260101 was in use.
         example: the feedback_id of the example in its prompt.
-        beside: exit status and output of the command while the sidecar ran.
-        models: what `/health` said of the sidecar's models before that, and after it.
+        beside: exit status and output of a replay while the sidecar ran.
+        models: the sidecar's models in `/health` before and after this replay.
     """
 
     name: str
@@ -80,7 +80,7 @@ def original(
         "LANCEDB_URI": str(folder / "lancedb"),
         "PHI3_TEMPERATURE": "0.7",
         "HERMES_TEMPERATURE": "0.7",
-        # Random weights write a ticker that the prompt does not have.
+        # Random weights generate a ticker that the prompt does not contain.
         "GROUNDING": "retry",
         "SIDECAR_API_KEYS": f"desk={KEY}",
     }
@@ -134,7 +134,7 @@ def made(original: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mad
 
 
 class Replayed(NamedTuple):
-    """What the command says: its exit status, its JSON, and the differences by fact."""
+    """The exit status of the command, its JSON, and the differences by fact."""
 
     status: int
     found: dict[str, Any]
@@ -155,7 +155,7 @@ def replay(made: Made, capsys: pytest.CaptureFixture[str]) -> Any:
     return run
 
 
-def test_what_made_it_is_stored(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_provenance_is_stored(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli_main(["query-runs", "--table", "proposals", "--last", "0", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     (found,) = [row["provenance"] for row in rows if row["transaction_id"] == made.name]
@@ -178,7 +178,7 @@ def test_a_newer_adapter_and_feedback_since_then_change_nothing(
     assert cli_main(["replay", made.name]) == 0
     assert capsys.readouterr() == (
         "proposal: the same\ncritique: the same\nscore: the same\n"
-        "All that is recorded is as it was then.\n",
+        "Nothing that is recorded has changed.\n",
         "",
     )
 
@@ -249,7 +249,7 @@ def test_an_unknown_proposal_and_one_of_an_older_version_cannot_be_replayed(
     assert capsys.readouterr().err == "No proposal with this transaction_id is stored.\n"
     assert cli_main(["replay", "old"]) == 1
     assert capsys.readouterr().err == (
-        "The proposal cannot be replayed: a version of the sidecar stored it that did not record "
-        "what makes a proposal.\n"
+        "The proposal cannot be replayed: the version of the sidecar that stored it did not "
+        "record its provenance.\n"
     )
     assert cli_main(["replay"]) == 2

@@ -303,7 +303,7 @@ async def test_without_a_redis_for_workers_the_error_names_the_settings(bus: Eve
 
 
 class FailingVoice(SlowVoice):
-    """Yields a part for each word but the last, instead of which it fails."""
+    """Yields a part for each word except the last, at which it fails."""
 
     def __init__(self, error: SidecarError) -> None:
         super().__init__()

@@ -54,7 +54,7 @@ class House:
         return worker
 
     async def process(self, held: str) -> asyncio.subprocess.Process:
-        """A worker in a process of its own; writes what it begins to speak."""
+        """A worker in its own process, which prints each word before it speaks it."""
         worker = await asyncio.create_subprocess_exec(
             *[sys.executable, "-m", "tests.tones", self.url, held],
             cwd=ROOT,
@@ -83,13 +83,13 @@ class House:
         return sidecar, worker
 
     async def work(self, stale_after: float = STALE) -> Work:
-        """The stream of requests, as a worker sees it, with a sign that a worker is running."""
+        """The worker's side of the stream of requests, after one heartbeat."""
         work = Work(self.redis, stale_after)
         await work.show()
         return work
 
     async def is_empty(self) -> bool:
-        """Whether Redis has nothing of any request."""
+        """Whether no request is left in Redis."""
         pending = await self.redis.xpending_range(STREAM, GROUP, "-", "+", 1)
         keys = await self.redis.keys("osiris.speech.request.*")
         return not (keys or pending or await self.redis.xlen(STREAM))
@@ -215,7 +215,7 @@ async def test_a_voice_that_fails_fails_the_request_and_not_the_worker(
     with pytest.raises(VoiceUnavailable, match=r"^the voice failed: see the worker's log$"):
         await say(sidecar, "first break")
     assert "the voice failed: RuntimeError" in caplog.text
-    assert "first break" not in caplog.text  # what was to be said
+    assert "first break" not in caplog.text  # the text of the request
     assert same(await say(sidecar, "word"), tones("word"))
 
 
@@ -266,7 +266,7 @@ async def test_a_text_beyond_the_queues_length_is_refused(
         assert same(await asked, tones("word"))
 
 
-async def test_a_cancelled_text_is_not_spoken_on(house: House) -> None:
+async def test_a_worker_stops_a_cancelled_text(house: House) -> None:
     voice = Tones(held="first")
     sidecar, _ = await house.pair(voice)
     first = asyncio.create_task(say(sidecar, "first never"))
@@ -285,7 +285,7 @@ async def test_a_cancelled_text_is_not_spoken_on(house: House) -> None:
     assert await house.is_empty()
 
 
-async def test_the_text_of_a_sidecar_that_died_is_not_spoken_on(house: House) -> None:
+async def test_a_worker_stops_the_text_of_a_dead_sidecar(house: House) -> None:
     voice = Tones(held="first")
     await house.worker(voice)
     requests = Requests(house.redis)
@@ -322,7 +322,7 @@ async def test_a_worker_that_comes_later_is_found_and_one_that_ends_is_gone(hous
     assert sidecar.workers() == []
 
 
-async def test_only_names_of_workers_that_were_seen_lately_count(house: House) -> None:
+async def test_only_workers_with_a_recent_heartbeat_count(house: House) -> None:
     now = time.time()
     shown = {"alive": now, "dead": now - 60, "from-the-future": now + 60, "two\nlines": now}
     await house.redis.zadd(WORKERS, {**shown, "long" * 33: now})
@@ -447,7 +447,7 @@ async def test_a_worker_that_has_lost_its_text_does_not_fail_it(house: House) ->
     assert same(await asking, tones("break"))
 
 
-async def test_a_text_that_ends_its_workers_is_given_up(
+async def test_a_text_that_crashes_its_workers_fails(
     house: House, caplog: pytest.LogCaptureFixture
 ) -> None:
     work, sidecar = await house.work(stale_after=0.0), await house.sidecar()
@@ -469,7 +469,7 @@ async def test_a_text_that_ends_its_workers_is_given_up(
 
 
 async def lie(house: House, sidecar: RemoteVoice, text: str, *messages: str) -> list[Wav]:
-    """Has a text spoken by a worker that answers with these messages."""
+    """Requests a speech from a worker that answers with these messages."""
     work = await house.work()
     await until(lambda: sidecar.workers())
     asking = asyncio.create_task(say(sidecar, text))
@@ -500,7 +500,7 @@ async def test_a_part_that_two_workers_have_sent_is_heard_once(house: House) -> 
         ([part(0), part(1), part(2)], "there are more parts than the text has characters"),
     ],
 )
-async def test_workers_that_answer_wrongly_are_left_aside_for_a_while(
+async def test_workers_with_wrong_answers_are_not_used_for_a_while(
     house: House,
     messages: list[str],
     reason: str,
@@ -511,17 +511,17 @@ async def test_workers_that_answer_wrongly_are_left_aside_for_a_while(
     sidecar = await house.sidecar()
     with pytest.raises(VoiceUnavailable, match=rf"^A speech worker answered wrongly: {reason}.$"):
         await lie(house, sidecar, "no", *messages)
-    with pytest.raises(VoiceUnavailable, match="left aside"):
+    with pytest.raises(VoiceUnavailable, match="not used"):
         await say(sidecar, "word")
     assert await house.is_empty()
-    assert f"left aside for 0 s: an answer is wrong: {reason}" in caplog.text
+    assert f"not used for 0 s: an answer is wrong: {reason}" in caplog.text
     assert "SECRET" not in caplog.text
     await house.worker()
     await until(lambda: sidecar.unavailable is None)
     assert same(await say(sidecar, "word"), tones("word"))
 
 
-async def test_a_part_that_takes_too_long_ends_the_text_and_leaves_the_workers_aside(
+async def test_after_a_part_that_takes_too_long_no_worker_is_used(
     house: House,
 ) -> None:
     voice = Tones(held="word")
@@ -531,20 +531,20 @@ async def test_a_part_that_takes_too_long_ends_the_text_and_leaves_the_workers_a
     with pytest.raises(DeadlineExceeded, match="spoke no further part of the text") as caught:
         await say(sidecar, "word")
     assert caught.value.retry_after == RETRY_AFTER
-    assert "left aside" in str(sidecar.unavailable)
+    assert "not used" in str(sidecar.unavailable)
     await until(lambda: voice.given_up)
 
 
-async def test_workers_that_begin_no_text_are_left_aside(house: House) -> None:
+async def test_workers_that_begin_no_text_are_not_used(house: House) -> None:
     await house.work()
     sidecar = await house.sidecar(part_timeout=0.2)
     await until(lambda: sidecar.unavailable is None)
     with pytest.raises(DeadlineExceeded, match="spoke no further part of the text"):
         await say(sidecar, "word")
-    assert "left aside" in str(sidecar.unavailable)
+    assert "not used" in str(sidecar.unavailable)
 
 
-async def test_workers_that_are_busy_with_other_texts_are_not_left_aside(house: House) -> None:
+async def test_workers_that_are_busy_with_other_texts_are_still_used(house: House) -> None:
     voice = Tones(held="word")
     sidecar, other = await house.sidecar(part_timeout=0.2), await house.sidecar()
     await house.worker(voice)
@@ -558,7 +558,7 @@ async def test_workers_that_are_busy_with_other_texts_are_not_left_aside(house: 
     assert same(await asking, tones("word"))
 
 
-async def test_requests_of_strangers_are_refused_and_go(
+async def test_invalid_requests_are_refused_and_removed(
     house: House, caplog: pytest.LogCaptureFixture
 ) -> None:
     for field, value in (("no", "id"), ("id", "SECRET"), ("id", "0" * 32), ("id", "1" * 32)):
@@ -571,7 +571,7 @@ async def test_requests_of_strangers_are_refused_and_go(
     answer = str((await house.redis.xrevrange(key_of("1" * 32), count=1))[0][1]["data"])  # type: ignore[index]
     assert json.loads(answer)["kind"] == "InvalidRequest"
     assert await house.redis.xlen(STREAM) == 0
-    assert caplog.text.count("it has no id of a request") == 2
+    assert caplog.text.count("it has no request id") == 2
     assert "SECRET" not in caplog.text + answer
 
 
@@ -678,4 +678,4 @@ async def test_something_else_at_redis_address_is_no_worker(
         await until(lambda: sidecar.unavailable == remote._AWAY)
         await asyncio.sleep(0.1)
         await sidecar.close()
-    assert caplog.text.count("no speech worker can be asked") == 1
+    assert caplog.text.count("no speech worker can be used") == 1

@@ -26,7 +26,7 @@ from tests.live_server import LiveServer, free_port, serve
 STREAM, DEAD, INBOX = "osiris.events", "osiris.inbox.dead", "osiris.inbox"
 CREATED, ASSESSED = "phi3.proposal.created", "phi3.proposal.assessed"
 BLIND: Final = ("blind", "on", ">secret-4711", "+@all", "~other", "allchannels")
-"""A user of Redis who may do everything but use the stream."""
+"""A user of Redis with all permissions except those for the stream."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def redis(redis_url: str) -> Iterator[Any]:
 
 
 class Event(NamedTuple):
-    """What a listener gets, without the empty lines around it."""
+    """A server-sent event, without the empty lines around it."""
 
     id: str | None
     event: str
@@ -309,7 +309,7 @@ def test_a_requeued_dead_letter_is_in_the_inbox_again_once(
         "id": dead,
         "entry": entry,
     }
-    # It is as invalid as before.
+    # It is still invalid.
     again = streaming.wait_until(lambda: redis.xrange(DEAD, f"({dead}"))
     assert [(found["entry"], found["fields"]) for _, found in again] == [
         (entry, '{"id": "a", "data": "again"}')
@@ -320,7 +320,7 @@ def test_a_requeued_dead_letter_is_in_the_inbox_again_once(
 
 
 def ever_in_the_inbox(redis: Any) -> int:
-    """The number of entries that were ever added; the server creates the stream."""
+    """The number of entries that were ever added to the inbox. The server creates the stream."""
     added: int = redis.xinfo_stream(INBOX)["entries-added"]
     return added
 
@@ -350,7 +350,7 @@ def test_an_open_stream_does_not_hold_up_a_shutdown(
     redis_url: str, redis: Any, tmp_path: Path
 ) -> None:
     with serve(tmp_path, REDIS_URL=redis_url) as server:
-        # The server would wait for its idle connection.
+        # Otherwise the server waits for its idle connection.
         server.client.close()
         with listener(server) as lines:
             added = add(redis, "1")

@@ -315,7 +315,7 @@ async def test_a_killed_server_leaves_no_worker_and_loses_no_acknowledged_row(
     feedback = {"transaction_id": "t", "feedback_type": "rating", "feedback_content": "5"}
     with serve(tmp_path, **random_models) as server:
         workers = load_both(server)
-        # At once, so that most likely nothing has left the journal yet.
+        # Immediately, so that the rows are most likely still in the journal.
         responses = [server.client.post("/feedback/phi3", json=feedback) for _ in range(3)]
         server.stop(signal.SIGKILL)
         wait_until_gone(server, workers)

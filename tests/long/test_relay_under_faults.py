@@ -18,12 +18,12 @@ from tests.redis_server import RedisServer, require_redis
 from tests.scripted_redis import Proxy
 
 SECONDS = 8.0
-"""How long faults happen in each round."""
+"""Seconds of faults in each round."""
 TIMEOUT = 30.0
 
 
 class FlakyOutbox(SharedOutbox):
-    """An outbox whose events cannot be removed now and then."""
+    """An outbox that sometimes fails to remove events."""
 
     async def sent(self, number: int) -> None:
         if random.random() < 0.1:
@@ -33,7 +33,7 @@ class FlakyOutbox(SharedOutbox):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waits of seconds become fractions of them, so that more happens."""
+    """Shortens waits to fractions of a second, so that more happens."""
     for name, seconds in {
         "redis_url.REPLY_TIMEOUT": 0.15,
         "subscriber.REPLY_TIMEOUT": 0.15,
@@ -57,7 +57,7 @@ async def make_faults(server: RedisServer, proxy: Proxy) -> None:
             case 1:
                 proxy.break_some(2)
             case 2:
-                # What was sent in this moment arrives later than what is sent after it.
+                # Bytes that were sent before this moment arrive after those that are sent next.
                 proxy.gate = asyncio.Event()
                 asyncio.get_running_loop().call_later(random.uniform(0.1, 0.6), proxy.gate.set)
                 await asyncio.sleep(0.05)
@@ -93,7 +93,7 @@ async def test_every_event_is_in_the_stream_once_and_in_order(seed: int) -> None
             async with asyncio.timeout(TIMEOUT):
                 while len(outbox) > 0:
                     await asyncio.sleep(0.05)
-            await asyncio.sleep(1.0)  # what is late arrives, too
+            await asyncio.sleep(1.0)  # late bytes arrive, too
             assert stream(probe) == [str(number) for number in range(count)]
             assert outbox.dropped == 0
             for bus in buses:

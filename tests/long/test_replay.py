@@ -1,4 +1,4 @@
-"""Every one of a hundred proposals that were made in batches is generated again with its texts."""
+"""Replays of a hundred proposals that were generated in batches have the same texts."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class PausedModel(FakeModel):
 
 
 class Happened:
-    """What happens around a sidecar, in order.
+    """Everything that a sidecar stores, publishes and counts, in order.
 
     Attributes:
         log: (`row` or `draft`, the name of its class, its columns), (`event`, its channel, its

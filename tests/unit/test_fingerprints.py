@@ -36,7 +36,7 @@ def test_another_content_name_or_division_has_another(
 
 
 @pytest.mark.parametrize(("position", "differs"), [(0, True), (5, False), (7, True), (14, True)])
-def test_of_a_large_file_blocks_at_equal_distances_count(
+def test_the_fingerprint_of_a_large_file_covers_evenly_spaced_blocks(
     position: int, differs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fingerprints, "_BLOCK", 3)
@@ -49,7 +49,7 @@ def test_of_a_large_file_blocks_at_equal_distances_count(
     assert (before != after) is differs
 
 
-def test_of_a_file_of_64_mib_everything_counts(
+def test_the_fingerprint_of_a_file_of_64_mib_covers_everything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fingerprints, "_BLOCK", 3)
@@ -73,7 +73,9 @@ def test_of_a_file_of_64_mib_everything_counts(
         ("model__safetensors", ""),
     ],
 )
-def test_of_an_onnx_model_its_own_files_count(changed: str, parts: str, tmp_path: Path) -> None:
+def test_the_fingerprint_of_an_onnx_model_covers_its_files(
+    changed: str, parts: str, tmp_path: Path
+) -> None:
     names = ("model__onnx", "genai_config__json", "tokenizer__json")
     folder = written(tmp_path, **dict.fromkeys(names, b"1"))
     before = fingerprints_of(folder, None)
@@ -85,7 +87,7 @@ def test_of_an_onnx_model_its_own_files_count(changed: str, parts: str, tmp_path
     assert before.adapter is None
 
 
-def test_of_a_transformers_model_its_weights_count(tmp_path: Path) -> None:
+def test_the_fingerprint_of_a_transformers_model_covers_its_weights(tmp_path: Path) -> None:
     folder = written(tmp_path, config__json=b"1", model__safetensors=b"1")
     before = fingerprints_of(folder, None)
     after = fingerprints_of(written(folder, model__safetensors=b"2"), None)

@@ -52,16 +52,16 @@ NEXT = Entry(EntryId(7, 0), {"type": "t"})
 @pytest.mark.parametrize(
     ("found", "after", "gap_to", "position"),
     [
-        # (XINFO STREAM, the reader's place, where a gap ends, the next place)
+        # (XINFO STREAM, the reader's position, the end of a gap, the next position)
         (None, BEGINNING, None, BEGINNING),
-        # There is no stream, and there was one.
+        # The stream was deleted.
         (None, EntryId(5, 0), BEGINNING, BEGINNING),
         # Nothing new.
         (info("3-0", "5-0", 2, 9), EntryId(5, 0), None, EntryId(5, 0)),
-        # Everything was removed: read before, or not.
+        # Everything was removed, before or after it was read.
         (info(None, "5-0", 0, 9), EntryId(5, 0), None, EntryId(5, 0)),
         (info(None, "5-0", 0, 9), EntryId(4, 0), EntryId(5, 0), EntryId(5, 0)),
-        # The stream has begun anew.
+        # The stream was created again.
         (info("3-0", "5-0", 2, 2), EntryId(6, 0), EntryId(5, 0), EntryId(5, 0)),
     ],
 )

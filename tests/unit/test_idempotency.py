@@ -35,7 +35,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 
 
 def prepared(path: str, **settings: Any) -> FakeSidecar:
-    """A sidecar whose models have one answer for this path, and no other."""
+    """A sidecar whose models have exactly one answer for this path."""
     made = fake_sidecar(**settings)
     if path in ("/generate/", "/generate/hermes/"):
         made.hermes.answers = [CRITIQUE]
@@ -46,7 +46,7 @@ def prepared(path: str, **settings: Any) -> FakeSidecar:
 
 @functools.cache
 def app_with(api_keys: str) -> FastAPI:
-    """An app, which takes longer to build than to ask."""
+    """A shared app, because building one takes longer than a request."""
     return create_app(Settings.from_environ({"SIDECAR_API_KEYS": api_keys} if api_keys else {}))
 
 
@@ -57,7 +57,7 @@ def asking(made: FakeSidecar, api_keys: str = "") -> httpx.AsyncClient:
 
 
 def own_headers(response: httpx.Response) -> dict[str, str]:
-    """The headers but those that are new in every answer."""
+    """The headers, without those that differ in every answer."""
     left_out = ("x-request-id", "idempotent-replayed")
     return {name: value for name, value in response.headers.items() if name not in left_out}
 
@@ -68,7 +68,7 @@ async def test_a_request_that_is_sent_again_gets_the_first_answer(path: str) -> 
     async with asking(made) as asked:
         first = await asked.post(path, json=REQUESTS[path], headers=KEY)
         happened = list(made.happened.log)
-        # In the other spelling of its path.
+        # With the other form of its path, with or without a trailing slash.
         other = path.rstrip("/") if path.endswith("/") else f"{path}/"
         again = await asked.post(other, json=REQUESTS[path], headers=KEY)
     assert (first.status_code, again.status_code) == (200, 200)

@@ -1,4 +1,4 @@
-"""What a speech worker may answer, and what it may not."""
+"""Valid and invalid answers of a speech worker."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ def test_a_part_that_two_workers_have_sent_is_heard_once() -> None:
         (['{"index": -1, "wav_b64": ""}'], "it is not a message"),
         ([part(1)], "a part is missing"),
         ([part(0), part(2)], "a part is missing"),
-        ([part(0), end(2)], "it says the wrong number of parts"),
-        ([part(0), part(1), end(1)], "it says the wrong number of parts"),
+        ([part(0), end(2)], "the number of parts is wrong"),
+        ([part(0), part(1), end(1)], "the number of parts is wrong"),
         (['{"index": 0, "wav_b64": "SECRET"}'], "a part is not a WAV"),
         (['{"index": 0, "wav_b64": "U0VDUkVU"}'], "a part is not a WAV"),
         ([part(0).replace("UklGR", "Ukl-GR")], "a part is not a WAV"),
-        ([part(0, rate=7_999)], "a part has the wrong number of samples a second"),
-        ([part(0, rate=192_001)], "a part has the wrong number of samples a second"),
-        ([part(0), part(1, rate=8_001)], "a part has the wrong number of samples a second"),
+        ([part(0, rate=7_999)], "a part has a wrong sample rate"),
+        ([part(0, rate=192_001)], "a part has a wrong sample rate"),
+        ([part(0), part(1, rate=8_001)], "a part has a wrong sample rate"),
         (
             [part(0), part(1), part(2), part(3), part(4)],
             "there are more parts than the text has characters",

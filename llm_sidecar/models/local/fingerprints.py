@@ -1,10 +1,10 @@
 """Fingerprints of the files that a runtime loads.
 
 A fingerprint is a SHA-256 over the name, the size and the content of each file, in the order of the
-names. Of a file above 64 MiB it takes 64 blocks of 1 MiB instead of the whole content: at equal
-distances, the first at the beginning and the last at the end. So the model of any size takes
-a fraction of a second, and other weights, which differ everywhere, still have another fingerprint;
-a change of a few bytes in such a file may not show.
+names. Of a file above 64 MiB it takes 64 evenly spaced blocks of 1 MiB instead of the whole
+content, including the first and the last. So a model of any size takes a fraction of a second.
+Other weights differ everywhere, so they have another fingerprint. The fingerprint may miss a change
+of a few bytes.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _files(folder: Path, patterns: Iterable[str]) -> set[Path]:
 
 
 def _blocks(path: Path, size: int) -> Iterator[bytes]:
-    """The blocks of a file that count: all, or 64 of a large file."""
+    """The content of a file that counts: all of it, or 64 blocks of a large file."""
     with path.open("rb") as file:
         if size <= _BLOCK * _BLOCKS:
             while block := file.read(_BLOCK):

@@ -25,7 +25,7 @@ _PACKAGES: Final = {
     "torch": "torch",
     "transformers": "transformers",
 }
-"""The packages that decide a text, from chat template to sampling, and their modules."""
+"""The packages that affect a generated text, from chat template to sampling, and their modules."""
 _CPUS: Final = Path("/proc/cpuinfo")
 
 
@@ -36,7 +36,7 @@ def load_identified(load: Load) -> tuple[Engine, ModelIdentity]:
         SidecarError: the model cannot be loaded; says why.
         OSError: a file cannot be read.
     """
-    # Beside the load, because reading and hashing release the GIL.
+    # In parallel with the load, because reading and hashing release the GIL.
     with ThreadPoolExecutor(1) as executor:
         adapter = None if load.adapter is None else Path(load.adapter)
         fingerprints = executor.submit(fingerprints_of, Path(load.folder), adapter)

@@ -79,7 +79,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     """The model is loaded.
 
     Attributes:
-        identity: what it is made of.
+        identity: its files and runtime.
         context_length: maximum number of prompt and completion tokens of a request.
         capacity: requests that are generated at the same time.
     """

@@ -1,4 +1,4 @@
-"""A known seed, where a request gets a random one."""
+"""Replaces the random seed of requests by a known one."""
 
 from __future__ import annotations
 

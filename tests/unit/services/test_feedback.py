@@ -92,7 +92,7 @@ async def test_feedback_is_one_transaction() -> None:
 async def test_feedback_that_is_sent_again_with_its_key_is_stored_once() -> None:
     made, request = fake_sidecar(), RequestKey("desk", "k-1")
     made.store.claimed.add(request)
-    # Its id depends on the time, which is another one at the second attempt.
+    # Its id depends on the time, which differs at the second attempt.
     sent = [feedback().model_copy(update={"timestamp": timestamps.now()}) for _ in range(2)]
     first = await made.sidecar.feedback.submit(sent[0], "desk", Attempt(TaskSet(), request))
     state = json.loads(made.store.requests[request].state or "")
@@ -387,7 +387,7 @@ def entry(**fields: str) -> Entry:
 
 
 async def take(made: FakeSidecar, *entries: Entry) -> list[str | None]:
-    """As the event bus does it; returns what is wrong with each entry."""
+    """Passes entries to the handler as the event bus does; returns the reason of each refusal."""
     await made.sidecar.feedback.subscribe()
     return list(await made.bus.subscribers["osiris.inbox"](entries))
 
@@ -398,7 +398,7 @@ async def test_entries_of_the_inbox_are_stored_once_by_their_ids() -> None:
     rows = [row for _, row in made.happened.of("row")]
     assert [row["row_id"] for row in rows] == ["inbox:e-1", "inbox:e-2", "inbox:e-1"]
     assert {row["source"] for row in rows} == {"bus"}
-    # They say the same.
+    # They have the same content.
     assert len({row["feedback_id"] for row in rows}) == 1
     assert made.happened.of("event") == []
 

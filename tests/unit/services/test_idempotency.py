@@ -1,4 +1,4 @@
-"""Requests with an `Idempotency-Key`: one attempt at a time, and the answer that is kept."""
+"""Requests with an `Idempotency-Key`: one attempt at a time, and kept answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stored proposal records of its making."""
+"""The provenance of a stored proposal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXAMPLE = Correction("Long XYZ.", PROPOSAL, "t-1", "f-1")
 
 
 async def stored(made: FakeSidecar, api_key: str | None = None) -> Provenance:
-    """What is stored of one run."""
+    """The stored provenance of one run."""
     await last_of(made.sidecar.orchestrator.propose(PROMPT, 300, api_key=api_key), AssessedProposal)
     (row,) = [row for name, row in made.happened.of("row") if name == "ProposalSchema"]
     return Provenance.model_validate_json(row["provenance"])

@@ -39,7 +39,7 @@ def recorded(**changes: Any) -> Recorded:
 
 
 def models(**answers: Any) -> Models:
-    """Models that answer as then, unless `phi3` or `hermes` say otherwise."""
+    """Models that give the recorded answers, unless `phi3` or `hermes` replace them."""
     return Models(
         FakeModel(*answers.get("phi3", [WRITTEN])),
         FakeModel(*answers.get("hermes", [CRITIQUE, SURE])),
@@ -62,7 +62,7 @@ async def test_the_same_texts_and_score_are_the_same() -> None:
         "score": Result(0.75, 0.75),
     }
     assert report.differences == []
-    # The requests are those of then: examples, guidance, temperature, seed and length.
+    # The requests are the recorded ones: examples, guidance, temperature, seed and length.
     phi3, hermes = asked
     assert isinstance(phi3, FakeModel)
     assert isinstance(hermes, FakeModel)
@@ -153,7 +153,7 @@ async def test_another_version_of_sidecar_and_prompts_is_named(
     ]
 
 
-async def test_of_a_model_that_did_not_say_what_it_is_made_of_nothing_differs() -> None:
+async def test_a_model_without_an_identity_has_no_differences() -> None:
     found = recorded()
     silent = found.provenance.proposal.model_copy(update={"identity": None})
     found = replace(found, provenance=found.provenance.model_copy(update={"proposal": silent}))
@@ -161,7 +161,7 @@ async def test_of_a_model_that_did_not_say_what_it_is_made_of_nothing_differs() 
     assert report.differences == []
 
 
-# The adapter of then
+# The recorded adapter
 
 
 def adapted(name: str) -> Recorded:
