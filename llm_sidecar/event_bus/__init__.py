@@ -41,7 +41,6 @@ from llm_sidecar.event_bus.redis_url import (
     masked,
 )
 from llm_sidecar.event_bus.server_check import durability
-from llm_sidecar.event_bus.stream import EventStream
 from llm_sidecar.event_bus.subscriber import Subscriber, cancel
 from llm_sidecar.logs import start_detached
 
@@ -76,7 +75,7 @@ class EventBus:
         outbox: events that are durable elsewhere, which this bus sends too. Close the bus first.
 
     Attributes:
-        events, followed_events: read the stream of events, the latter for many readers.
+        events: reads the stream of events.
         dead_letters: entries of the inbox that were given up.
 
     Raises:
@@ -108,8 +107,7 @@ class EventBus:
             outbox=outbox,
         )
         self._handlers = Handlers()
-        self.events = EventStream(self._client, self._blocking, stream, polls=self._in_memory)
-        self.followed_events = FollowedStream(self._client, stream, polls=self._in_memory)
+        self.events = FollowedStream(self._client, stream, polls=self._in_memory)
         self.dead_letters = DeadLetters(self._client)
         self._inbox: Inbox | None = None
         self._needs_durability = outbox is not None

@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 from llm_sidecar import timestamps
 from llm_sidecar.errors import NotFound
 from llm_sidecar.event_bus.consumer_group import ConsumerGroup, Entry
+from llm_sidecar.event_bus.followed_stream import EntryId
 
 INBOX: Final = "osiris.inbox"
 DEAD: Final = "osiris.inbox.dead"
@@ -80,7 +81,7 @@ class DeadLetters:
         Raises:
             ValueError: `before` is not an id.
         """
-        newest = "+" if before is None else f"({check_id(before)}"
+        newest = "+" if before is None else f"({EntryId.parse(before)}"
         entries: Any = await self._client.xrevrange(self.dead, newest, "-", count=limit)
         return [_dead_letter(entry_id, fields) for entry_id, fields in entries]
 
@@ -90,9 +91,9 @@ class DeadLetters:
         Raises:
             NotFound: there is no such dead letter.
         """
-        found: Any
         try:
-            found = await self._client.xrange(self.dead, check_id(dead_id), dead_id, count=1)
+            letter = str(EntryId.parse(dead_id))
+            found: Any = await self._client.xrange(self.dead, letter, letter, count=1)
         except ValueError:
             found = []
         if not found:
@@ -100,28 +101,13 @@ class DeadLetters:
         fields: Any = _dead_letter(*found[0]).fields
         async with self._client.pipeline(transaction=True) as pipe:
             pipe.xadd(self.inbox, fields)
-            pipe.xdel(self.dead, dead_id)
+            pipe.xdel(self.dead, letter)
             entry_id, _ = await pipe.execute()
         return str(entry_id)
 
     async def count(self) -> int:
         """How many dead letters there are."""
         return int(await self._client.xlen(self.dead))
-
-
-def check_id(text: str) -> str:
-    """The id of a stream entry, as it is.
-
-    Raises:
-        ValueError: it is not `MILLISECONDS-NUMBER`.
-    """
-    first, dash, second = text.partition("-")
-    numbers = (first, second)
-    if not dash or not all(part.isascii() and part.isdecimal() for part in numbers):
-        raise ValueError("not the id of a stream entry")
-    if any(int(part) >= 1 << 64 for part in numbers):
-        raise ValueError("not the id of a stream entry")
-    return text
 
 
 def _dead_letter(entry_id: str, entry: Mapping[str, str]) -> DeadLetter:

@@ -91,7 +91,14 @@ class Gap(NamedTuple):
     to: EntryId
 
 
-class _Page(NamedTuple):
+class Page(NamedTuple):
+    """What follows an id.
+
+    Attributes:
+        items: oldest first; a gap comes only in front.
+        position: the id after which the next page begins.
+    """
+
     items: Sequence[Entry | Gap]
     position: EntryId
 
@@ -148,17 +155,19 @@ class FollowedStream:
             while not self._ended:
                 news = self._news
                 try:
-                    page = await self._page(position)
+                    page = await self.page(position)
                 except NoPermissionError:
                     raise
                 except RedisError as error:
                     log.debug("a reader of %s waits: %s", self.name, error)
+                    _raise_if_cancelled()
                     await news.wait()
                     continue
                 for item in page.items:
                     yield item
                 position = page.position
                 if not page.items:
+                    _raise_if_cancelled()
                     await news.wait()
 
     def stop_following(self) -> None:
@@ -166,11 +175,16 @@ class FollowedStream:
         self._ended = True
         self._wake()
 
-    async def _page(self, after: EntryId) -> _Page:
-        """What follows an id. One transaction, so that nothing is removed in between."""
+    async def page(self, after: EntryId, count: int = PAGE) -> Page:
+        """At most `count` entries after an id.
+
+        Raises:
+            RedisError: Redis does not answer, or denies it.
+        """
+        # One transaction, so that nothing is removed in between.
         async with self._reading, self._client.pipeline(transaction=True) as pipe:
             pipe.xinfo_stream(self.name)
-            pipe.xrange(self.name, f"({after}", "+", count=PAGE)
+            pipe.xrange(self.name, f"({after}", "+", count=count)
             info, found = await pipe.execute(raise_on_error=False)
         if isinstance(info, Exception) and not _is_missing(info):
             raise info
@@ -217,12 +231,19 @@ class FollowedStream:
         self._news = asyncio.Event()
 
 
+def _raise_if_cancelled() -> None:
+    """Repeats a cancellation that got lost, see `subscriber.cancel`."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 def _is_missing(error: Exception) -> bool:
     """Whether an error of XINFO says that nothing was added yet."""
     return isinstance(error, ResponseError) and "no such key" in str(error)
 
 
-def _page_of(info: dict[str, Any] | None, entries: list[Entry], after: EntryId) -> _Page:
+def _page_of(info: dict[str, Any] | None, entries: list[Entry], after: EntryId) -> Page:
     """The page, with a gap in front if entries after `after` may have been removed.
 
     Args:
@@ -232,10 +253,10 @@ def _page_of(info: dict[str, Any] | None, entries: list[Entry], after: EntryId) 
     """
     last = BEGINNING if info is None else EntryId.parse(info["last-generated-id"])
     if after > last:
-        return _Page([Gap(after, last)], last)
+        return Page([Gap(after, last)], last)
     first = EntryId.parse(info["first-entry"][0]) if info and info["first-entry"] else last
     # Redis 7 counts the entries that it has removed, too.
     is_whole = info is None or info.get("entries-added") == info["length"]
     items: list[Entry | Gap] = [Gap(after, first)] if after < first and not is_whole else []
     items += entries
-    return _Page(items, entries[-1].id if entries else max(after, first))
+    return Page(items, entries[-1].id if entries else max(after, first))
