@@ -161,6 +161,7 @@ class FakeStore:
         requests: the progress of each request with a key.
         fingerprints: of each request with a key that is claimed or has progress.
         claimed: the requests that run.
+        released: the requests that were released.
         corrections: newest first.
         prompts: the prompts of the runs, by transaction_id.
         withdrawn: the ids of withdrawn feedback.
@@ -183,6 +184,7 @@ class FakeStore:
         self.requests: dict[RequestKey, Progress] = {}
         self.fingerprints: dict[RequestKey, str] = {}
         self.claimed: set[RequestKey] = set()
+        self.released: list[RequestKey] = []
         self.corrections: list[Correction] = []
         self.prompts: dict[str, str] = {}
         self.withdrawn: set[str] = set()
@@ -251,6 +253,7 @@ class FakeStore:
         return Claim(kept.state, kept.response)
 
     async def release(self, request: RequestKey) -> None:
+        self.released.append(request)
         self.claimed.discard(request)
         if self.full is not None:
             raise self.full

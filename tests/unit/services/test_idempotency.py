@@ -53,6 +53,8 @@ async def test_an_answer_is_kept_and_repeated() -> None:
     attempt = await made.begin()
     await made.idempotency.keep(attempt, b"the answer")
     await made.end(attempt)
+    # The answer has ended the claim.
+    assert made.store.released == []
     assert await made.idempotency.begin(REQUEST, "f-1") == b"the answer"
     assert made.happened.of("metric") == [("replayed", None)]
 
@@ -183,7 +185,7 @@ async def test_nothing_is_kept_of_a_request_without_a_key() -> None:
     assert attempt.progress({"step": 1}) is None
     await made.idempotency.keep(attempt, b"the answer")
     await made.end(attempt)
-    assert (made.store.commits, made.store.requests) == ([], {})
+    assert (made.store.commits, made.store.requests, made.store.released) == ([], {}, [])
 
 
 async def test_progress_is_json_text() -> None:
