@@ -28,7 +28,6 @@ _MOVE_EVERY: Final = 1.0
 one at once."""
 _MOVE_EVERY_REMOTE: Final = 5.0
 _MOVE_ROWS: Final = 10_000
-_LOCK_PAUSE: Final = 0.02
 _STALLED_SECONDS: Final = 10.0
 """After this time a write counts as stalled. The mover still waits for it."""
 _BACKOFF_FIRST: Final = 0.5
@@ -240,13 +239,10 @@ class Mover:
         self._begun += 1
         this = self._begun
         until = await self._journal.last_movable() if self._journal.rows_waiting else None
-        while until is not None:
-            async with held(self._location.log_folder / MOVING) as mine:
-                if mine:
-                    await self._move_until(until)
-                    break
+        if until is not None:
             # The process that moves now may have begun before the newest rows.
-            await asyncio.sleep(_LOCK_PAUSE)
+            async with held(self._location.log_folder / MOVING):
+                await self._move_until(until)
         self._done = this
         await self._set_open()
 

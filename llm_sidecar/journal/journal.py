@@ -117,6 +117,8 @@ class Journal:
             return replaced, dropped, forgotten
 
         size = sum(len(entry.data) for entry in entries)
+        size += sum(len(event.data) for event in new_events)
+        size += 0 if progress is None else len(progress.response or b"")
         replaced, dropped, forgotten = await self._writer.run(write, size)
         self.rows_written += len(entries) - replaced
         self._writer.count_dropped(dropped, forgotten)

@@ -61,24 +61,21 @@ class Batch(NamedTuple):
 
 def add(
     db: sqlite3.Connection, entries: Sequence[Entry], now: float, draft: str | None = None
-) -> int:
+) -> None:
     """Adds rows; the first of equal keys stays.
-
-    Returns:
-        The number of added rows.
 
     Raises:
         DatabaseUnavailable: the journal is full.
     """
     if not entries:
-        return 0
+        return
     number, size = db.execute("SELECT number, bytes FROM totals WHERE name = 'rows'").fetchone()
     if (
         number + len(entries) > MOST_ROWS
         or size + sum(len(one.data) for one in entries) > MOST_BYTES
     ):
         raise DatabaseUnavailable(FULL, retry_after=30)
-    return insert(db, entries, now, draft)
+    insert(db, entries, now, draft)
 
 
 FULL: Final = "The journal is full until LanceDB takes its rows; check LANCEDB_URI."
@@ -86,14 +83,13 @@ FULL: Final = "The journal is full until LanceDB takes its rows; check LANCEDB_U
 
 def insert(
     db: sqlite3.Connection, entries: Sequence[Entry], now: float, draft: str | None = None
-) -> int:
-    """Adds rows, also to a full journal; returns their number."""
-    done = db.executemany(
+) -> None:
+    """Adds rows, also to a full journal."""
+    db.executemany(
         "INSERT OR IGNORE INTO rows (target, key, data, time, again, draft) "
         "VALUES (?, ?, ?, ?, ?, ?)",
         [(one.target, one.key, one.data, now, one.again, draft) for one in entries],
     )
-    return done.rowcount
 
 
 def delete_draft(db: sqlite3.Connection, draft: str) -> int:
