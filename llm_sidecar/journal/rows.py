@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.journal import totals
 
 MOST_ROWS: Final = 200_000
 MOST_BYTES: Final = 64 << 20
@@ -69,11 +70,9 @@ def add(
     """
     if not entries:
         return
-    number, size = db.execute("SELECT number, bytes FROM totals WHERE name = 'rows'").fetchone()
-    if (
-        number + len(entries) > MOST_ROWS
-        or size + sum(len(one.data) for one in entries) > MOST_BYTES
-    ):
+    number, size = totals.total(db, "rows")
+    added = sum(len(one.data) for one in entries)
+    if number + len(entries) > MOST_ROWS or size + added > MOST_BYTES:
         raise DatabaseUnavailable(FULL, retry_after=30)
     insert(db, entries, now, draft)
 
