@@ -41,8 +41,9 @@ from llm_sidecar.event_bus.redis_url import (
     masked,
 )
 from llm_sidecar.event_bus.server_check import durability
-from llm_sidecar.event_bus.subscriber import Subscriber, cancel
+from llm_sidecar.event_bus.subscriber import Subscriber
 from llm_sidecar.logs import start_detached
+from llm_sidecar.tasks import cancel
 
 __all__ = ["SOURCE", "BatchHandler", "EventBus", "Handler", "InboxHandler", "RedisError"]
 

@@ -21,6 +21,7 @@ from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from llm_sidecar.logs import start_detached
+from llm_sidecar.tasks import raise_if_cancelled
 
 PAGE: Final = 16
 """Entries that a reader holds at most; one can have hundreds of kilobytes."""
@@ -160,14 +161,14 @@ class FollowedStream:
                     raise
                 except RedisError as error:
                     log.debug("a reader of %s waits: %s", self.name, error)
-                    _raise_if_cancelled()
+                    raise_if_cancelled()
                     await news.wait()
                     continue
                 for item in page.items:
                     yield item
                 position = page.position
                 if not page.items:
-                    _raise_if_cancelled()
+                    raise_if_cancelled()
                     await news.wait()
 
     def stop_following(self) -> None:
@@ -207,7 +208,7 @@ class FollowedStream:
                 self._watching.cancel()
 
     async def _watch(self) -> None:
-        # A cancellation can get lost, see `subscriber.cancel`.
+        # A cancellation can get lost, see `tasks`.
         while self._followers:
             try:
                 end = await self.end()
@@ -229,13 +230,6 @@ class FollowedStream:
     def _wake(self) -> None:
         self._news.set()
         self._news = asyncio.Event()
-
-
-def _raise_if_cancelled() -> None:
-    """Repeats a cancellation that got lost, see `subscriber.cancel`."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
 
 
 def _is_missing(error: Exception) -> bool:
