@@ -206,14 +206,16 @@ class FollowedStream:
             self._followers -= 1
             if not self._followers:
                 self._watching.cancel()
+                # The next reader needs another one, even before this one has ended.
+                self._watching = None
 
     async def _watch(self) -> None:
-        # A cancellation can get lost, see `tasks`.
-        while self._followers:
+        while self._watching is asyncio.current_task():
             try:
                 end = await self.end()
                 self._wake()
                 await asyncio.sleep(PAUSE)
+                raise_if_cancelled()
                 await self._wait_after(end)
             except RedisError as error:
                 log.debug("the watcher of %s waits: %s", self.name, error)
@@ -224,7 +226,8 @@ class FollowedStream:
         if not self._polls:
             await self._client.xread({self.name: str(end)}, count=1, block=WAIT_MS)
             return
-        while self._followers and await self.end() == end:  # noqa: ASYNC110 - nobody tells
+        while await self.end() == end:
+            raise_if_cancelled()
             await asyncio.sleep(POLL)
 
     def _wake(self) -> None:

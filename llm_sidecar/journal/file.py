@@ -98,10 +98,10 @@ class JournalFile:
             return False
 
     def is_almost_full(self, low: int) -> bool:
-        """Whether the disk is read-only, or has less than `low` free bytes."""
+        """Whether the disk is read-only, or has less than `low` free bytes; False if unknown."""
         try:
             disk = os.statvfs(self.folder)
-        except FileNotFoundError:
+        except OSError:
             return False
         return bool(disk.f_flag & os.ST_RDONLY) or disk.f_bavail * disk.f_frsize < low
 

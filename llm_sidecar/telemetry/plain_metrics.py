@@ -78,7 +78,7 @@ INBOX: Final = (
         "Entries of the inbox that nobody could store.",
     ),
 )
-_NOINBOX: Final = dict.fromkeys(("pending", "handled", "claimed", "failures", "dead"), 0)
+NO_INBOX: Final = dict.fromkeys(("pending", "handled", "claimed", "failures", "dead"), 0)
 """`memory://`: nobody can add an entry."""
 ROWS: Final = (
     (
