@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Coroutine
 from typing import Any, Final
 
@@ -33,6 +34,7 @@ _STALLED_SECONDS: Final = 10.0
 _BACKOFF_FIRST: Final = 0.5
 _BACKOFF_MOST: Final = 30.0
 _OPEN_SECONDS: Final = 60.0
+_MOST_REPAIRS: Final = 20
 _CLOSE_SECONDS: Final = 10.0
 
 
@@ -45,7 +47,7 @@ class Mover:
             `closed`.
         reason: why the state is `away`; None otherwise.
         compactor: compacts the tables.
-        repairs: what was repaired, in words.
+        repairs: what was repaired last, in words.
         database_id: the database's own id; None until it has been opened.
     """
 
@@ -55,7 +57,7 @@ class Mover:
         self.state = "opening"
         self.reason: str | None = None
         self.compactor = Compactor()
-        self.repairs: list[str] = []
+        self.repairs: deque[str] = deque(maxlen=_MOST_REPAIRS)
         self.database_id: str | None = None
         self._failure: DatabaseUnavailable | None = None
         self._location = location

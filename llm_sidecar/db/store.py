@@ -50,7 +50,6 @@ _UNBOUNDED: Final = 2**31 - 1
 _QUERY_SECONDS: Final = 5.0
 """The deadline of a query, because a remote store takes much longer to fail."""
 _OPEN_SECONDS: Final = 30.0
-_SHOWN_REPAIRS: Final = 20
 
 
 def table_of(row: AnyRow) -> str:
@@ -326,7 +325,7 @@ class Store:
             "last_compaction": None if compaction is None else compaction.isoformat(),
             "compaction_failure": mover.compactor.failure,
             "compaction_failures": mover.compactor.failures,
-            "repairs": mover.repairs[-_SHOWN_REPAIRS:],
+            "repairs": list(mover.repairs),
         }
 
     async def _query(

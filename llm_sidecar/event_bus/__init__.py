@@ -123,7 +123,8 @@ class EventBus:
         Raises:
             RedisError: Redis cannot be reached within a few seconds, or the bus is closed.
         """
-        self._check_open()
+        if self._closed:
+            raise RedisError("the event bus is closed")
         await self._client.ping()
         await self.start()
         # After a failed start the next attempt may be half a minute away.
@@ -293,10 +294,6 @@ class EventBus:
         """Warns once about a Redis that may lose what it has confirmed."""
         await self._subscriber.here.wait()
         self._warnings = await durability(self._client)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RedisError("the event bus is closed")
 
     def _refused(self, operation: str) -> bool:
         if self._closed:
