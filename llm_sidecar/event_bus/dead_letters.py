@@ -51,9 +51,7 @@ class DeadLetters:
     Every method raises RedisError if Redis is away or denies the stream.
     """
 
-    def __init__(self, client: Redis, inbox: str = INBOX, dead: str = DEAD) -> None:
-        self.inbox = inbox
-        self.dead = dead
+    def __init__(self, client: Redis) -> None:
         self._client = client
 
     async def add(self, group: ConsumerGroup, entry: Entry, reason: str) -> None:
@@ -66,7 +64,7 @@ class DeadLetters:
             "fields": json.dumps(dict(entry.fields)),
         }
         async with self._client.pipeline(transaction=True) as pipe:
-            pipe.xadd(self.dead, fields, maxlen=MOST_DEAD, approximate=True)
+            pipe.xadd(DEAD, fields, maxlen=MOST_DEAD, approximate=True)
             pipe.xack(group.stream, group.group, entry.id)
             pipe.xdel(group.stream, entry.id)
             await pipe.execute()
@@ -82,7 +80,7 @@ class DeadLetters:
             ValueError: `before` is not an id.
         """
         newest = "+" if before is None else f"({EntryId.parse(before)}"
-        entries: Any = await self._client.xrevrange(self.dead, newest, "-", count=limit)
+        entries: Any = await self._client.xrevrange(DEAD, newest, "-", count=limit)
         return [_dead_letter(entry_id, fields) for entry_id, fields in entries]
 
     async def requeue(self, dead_id: str) -> str:
@@ -93,21 +91,21 @@ class DeadLetters:
         """
         try:
             letter = str(EntryId.parse(dead_id))
-            found: Any = await self._client.xrange(self.dead, letter, letter, count=1)
+            found: Any = await self._client.xrange(DEAD, letter, letter, count=1)
         except ValueError:
             found = []
         if not found:
             raise NotFound("There is no dead letter with this id.")
         fields: Any = _dead_letter(*found[0]).fields
         async with self._client.pipeline(transaction=True) as pipe:
-            pipe.xadd(self.inbox, fields)
-            pipe.xdel(self.dead, letter)
+            pipe.xadd(INBOX, fields)
+            pipe.xdel(DEAD, letter)
             entry_id, _ = await pipe.execute()
         return str(entry_id)
 
     async def count(self) -> int:
         """How many dead letters there are."""
-        return int(await self._client.xlen(self.dead))
+        return int(await self._client.xlen(DEAD))
 
 
 def _dead_letter(entry_id: str, entry: Mapping[str, str]) -> DeadLetter:

@@ -6,7 +6,6 @@
     ...
     await traces.close()
 
-Events carry the trace context of their request; the relay that sends them belongs to no request.
 Model calls follow the conventions for generative AI
 (https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/), without any content: no prompt,
 no completion, no query string and no text of an exception leaves this process. No request waits
