@@ -6,6 +6,7 @@ import fcntl
 import functools
 import gc
 import json
+import logging
 import os
 import shutil
 import time
@@ -129,3 +130,11 @@ def in_tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         time.tzset()
         yield
     time.tzset()
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """Restores the level of the log, which commands set for their process."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)

@@ -305,10 +305,17 @@ class Store:
         """The local folder of the journal."""
         return self._location.log_folder
 
-    @property
-    def database_id(self) -> str | None:
-        """The database's own id, the same for every process; None until it has been opened."""
-        return self._mover.database_id
+    async def id(self) -> str:
+        """Identifies the database in events: its own id, or its journal's until it is open.
+
+        Raises:
+            DatabaseUnavailable: neither is known, because the journal cannot be used.
+        """
+        return self._mover.database_id or await self._journal.run(lambda _: self._journal.file.id)
+
+    def has_id(self, name: str) -> bool:
+        """Whether `id` has returned this name, in this process or in one with the same journal."""
+        return name in (self._mover.database_id, *self._journal.file.ids)
 
     def status(self) -> dict[str, Any]:
         """The state for `/health`, as JSON types."""

@@ -35,6 +35,7 @@ class JournalFile:
     Attributes:
         folder: the folder of the file.
         id: of the journal in the file; another file has another one.
+        ids: of all files that were open at this path.
         clock: of the journal.
     """
 
@@ -50,6 +51,7 @@ class JournalFile:
             note: called with each repair, in words.
         """
         self.folder = folder
+        self.ids: frozenset[str] = frozenset()
         self._aside = set_aside
         self._note = note
         self._db: sqlite3.Connection | None = None
@@ -145,6 +147,7 @@ class JournalFile:
     def _use(self, db: sqlite3.Connection, content: salvage.Content | None = None) -> None:
         with _transaction(db):
             self.id = schema.create(db)
+            self.ids |= {self.id}
             self.clock = Clock(db)
             if content is not None:
                 salvage.write(db, content, self.clock.now())

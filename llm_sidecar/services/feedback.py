@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import uuid
 from collections.abc import Sequence
 from typing import Final
 
@@ -69,8 +68,6 @@ class Feedback:
         self._tasks = tasks
         self._max_chars = max_chars
         self._examples_from_bus = examples_from_bus
-        # Marks this sidecar's own events until the database's id is known.
-        self._sender_id = uuid.uuid4().hex
 
     async def subscribe(self) -> None:
         """Starts to store the feedback that other services send, over the channel and the inbox."""
@@ -111,7 +108,7 @@ class Feedback:
         feedback_id = feedback_id_of(feedback)
         values = feedback.model_dump() | {
             "feedback_id": feedback_id,
-            "stored_in": self._store.database_id or self._sender_id,
+            "stored_in": await self._store.id(),
         }
         if author is not None:
             # Omitted otherwise, because version 0.1.0 refuses the field.
@@ -206,8 +203,7 @@ class Feedback:
             check_length(feedback, self._max_chars)
         except ValidationError as error:
             raise _Refused(summary(error)) from None
-        own = (self._sender_id, self._store.database_id)
-        if feedback.stored_in is not None and feedback.stored_in in own:
+        if feedback.stored_in is not None and self._store.has_id(feedback.stored_in):
             return None
         if feedback.feedback_id is None and not json.loads(payload).get("timestamp"):
             # Each sidecar that receives it sets another time, so the id must not depend on the

@@ -215,7 +215,9 @@ async def test_a_proposal_and_its_assessment_go_out_on_redis(
     finally:
         await bus.close()
     assert created == body["phi3_proposal"] | {"transaction_id": body["transaction_id"]}
-    assert set(assessed) == {"proposal_transaction_id", "assessment_text", "timestamp"}
+    assert set(assessed) == {
+        *("proposal_transaction_id", "assessment_text", "timestamp", "score", "answer_mass")
+    }
     assert assessed["proposal_transaction_id"] == body["transaction_id"]
     assert assessed["assessment_text"] == body["hermes_assessment"]
 

@@ -174,7 +174,8 @@ class FakeStore:
         full: raised instead of storing a row.
         readable: until it is set, queries for corrections wait.
         is_away: whether it is not open.
-        database_id: the database's own id, once that is known.
+        database_id: the database's own id, once that is known; until then that of the journal
+            stands for it.
     """
 
     def __init__(self, happened: Happened | None = None) -> None:
@@ -200,6 +201,12 @@ class FakeStore:
         self.is_away = False
         self.log_folder = Path("/log")
         self.database_id: str | None = None
+
+    async def id(self) -> str:
+        return self.database_id or "journal"
+
+    def has_id(self, name: str) -> bool:
+        return name in (self.database_id, "journal")
 
     @property
     def store(self) -> Store:
