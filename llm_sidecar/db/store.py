@@ -311,11 +311,11 @@ class Store:
         Raises:
             DatabaseUnavailable: neither is known, because the journal cannot be used.
         """
-        return self._mover.database_id or await self._journal.run(lambda _: self._journal.file.id)
+        return self._mover.database_id or await self._journal.id()
 
     def has_id(self, name: str) -> bool:
         """Whether `id` has returned this name, in this process or in one with the same journal."""
-        return name in (self._mover.database_id, *self._journal.file.ids)
+        return name in (self._mover.database_id, *self._journal.ids)
 
     def status(self) -> dict[str, Any]:
         """The state for `/health`, as JSON types."""

@@ -125,6 +125,15 @@ class Journal:
         if progress is not None:
             self.claims.saved(progress)
 
+    async def id(self) -> str:
+        """The id of the journal in the file; another file has another one."""
+        return await self._writer.run(lambda _: self._writer.file.id)
+
+    @property
+    def ids(self) -> frozenset[str]:
+        """The ids of all files that this process has opened."""
+        return self._writer.file.ids
+
     async def opened(self) -> None:
         """Waits until the journal is open, or cannot be opened."""
         await self._writer.run(lambda _: None)
