@@ -78,7 +78,7 @@ class Sidecar:
         self._connecting: asyncio.Task[None] | None = None
         self._build_speech(settings)
         self._build_memory(settings, metrics)
-        self.event_feed = EventFeed(self._bus.followed_events, settings.events.max_listeners)
+        self.event_feed = EventFeed(self._bus.events, settings.events.max_listeners)
         self.dead_letters = self._bus.dead_letters
         self._build_services(settings, metrics)
 

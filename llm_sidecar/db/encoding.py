@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from llm_sidecar.db.rows import KEYS
 from llm_sidecar.db.schema import arrow_schemas, upgraded
-from llm_sidecar.journal.locks import sync_folder
+from llm_sidecar.journal.locks import dated, sync_folder
 from llm_sidecar.journal.rows import Entry
 
 _TIMES: Final = ("timestamp", "received")
@@ -107,9 +107,7 @@ def _is_arrow(table: str, row: Mapping[str, Any]) -> bool:
 
 def keep(entries: Sequence[Entry], folder: Path) -> Path:
     """Writes rows to a new file, one a line, which survives a power loss; returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
-    path = folder / f"{stamp}-rows.jsonl"
+    path = dated(folder, "rows.jsonl")
     with path.open("xb") as file:
         for entry in entries:
             file.write(entry.target.encode() + b"\t" + entry.data + b"\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Coroutine
 from typing import Any, Final
 
@@ -28,12 +29,12 @@ _MOVE_EVERY: Final = 1.0
 one at once."""
 _MOVE_EVERY_REMOTE: Final = 5.0
 _MOVE_ROWS: Final = 10_000
-_LOCK_PAUSE: Final = 0.02
 _STALLED_SECONDS: Final = 10.0
 """After this time a write counts as stalled. The mover still waits for it."""
 _BACKOFF_FIRST: Final = 0.5
 _BACKOFF_MOST: Final = 30.0
 _OPEN_SECONDS: Final = 60.0
+_MOST_REPAIRS: Final = 20
 _CLOSE_SECONDS: Final = 10.0
 
 
@@ -46,7 +47,7 @@ class Mover:
             `closed`.
         reason: why the state is `away`; None otherwise.
         compactor: compacts the tables.
-        repairs: what was repaired, in words.
+        repairs: what was repaired last, in words.
         database_id: the database's own id; None until it has been opened.
     """
 
@@ -56,7 +57,7 @@ class Mover:
         self.state = "opening"
         self.reason: str | None = None
         self.compactor = Compactor()
-        self.repairs: list[str] = []
+        self.repairs: deque[str] = deque(maxlen=_MOST_REPAIRS)
         self.database_id: str | None = None
         self._failure: DatabaseUnavailable | None = None
         self._location = location
@@ -241,14 +242,11 @@ class Mover:
         self._begun += 1
         this = self._begun
         until = await self._journal.last_movable() if self._journal.rows_waiting else None
-        while until is not None:
-            async with held(self._location.log_folder / MOVING) as mine:
-                if mine:
-                    await self._move_until(until)
-                    break
+        if until is not None:
             # The process that holds the lock may have started before the newest rows were
             # committed.
-            await asyncio.sleep(_LOCK_PAUSE)
+            async with held(self._location.log_folder / MOVING):
+                await self._move_until(until)
         self._done = this
         await self._set_open()
 

@@ -21,7 +21,7 @@ from typing import Final, NamedTuple
 from llm_sidecar.db.encoding import encoded, values_of
 from llm_sidecar.db.location import Location
 from llm_sidecar.journal.journal import Journal
-from llm_sidecar.journal.locks import locked
+from llm_sidecar.journal.locks import dated, held
 from llm_sidecar.journal.rows import Entry
 
 _MARKER: Final = b"\xf5ROW"
@@ -29,7 +29,6 @@ _MARKER: Final = b"\xf5ROW"
 _HEADER: Final = struct.Struct("<4sII")
 _LOCK: Final = "lock"
 _AT_ONCE: Final = 2000
-_PAUSE: Final = 0.02
 _AGAIN_SECONDS: Final = 30.0
 """Seconds between two searches for logs of processes that have ended."""
 
@@ -106,22 +105,16 @@ class OldLogs:
         """
         if time.monotonic() < self._next:
             return
-        while folders := await asyncio.to_thread(self._folders):
-            if await self._read_all(folders):
-                break
-            if not wait:
-                return
-            await asyncio.sleep(_PAUSE)
+        if await asyncio.to_thread(self._folders):
+            # Processes of older versions hold it too while they create and remove folders.
+            async with held(self._location.log_folder / _LOCK, wait=wait) as mine:
+                if not mine:
+                    return
+                for folder in await asyncio.to_thread(self._folders):
+                    async with held(folder / _LOCK, wait=False) as has_ended:
+                        if has_ended:
+                            await self._read(folder)
         self._next = time.monotonic() + _AGAIN_SECONDS
-
-    async def _read_all(self, folders: list[Path]) -> bool:
-        # Processes of older versions hold the outer lock too while they create and remove folders.
-        with locked(self._location.log_folder / _LOCK, wait=False) as mine:
-            for folder in folders if mine else ():
-                with locked(folder / _LOCK, wait=False) as has_ended:
-                    if has_ended:
-                        await self._read(folder)
-        return mine
 
     def _folders(self) -> list[Path]:
         logs = self._location.log_folder
@@ -145,7 +138,6 @@ class OldLogs:
         await asyncio.to_thread(shutil.rmtree, folder)
 
     def _keep(self, path: Path, why: str) -> None:
-        self._location.set_aside.mkdir(parents=True, exist_ok=True)
-        kept = self._location.set_aside / f"{path.parent.name}-{path.name}"
+        kept = dated(self._location.set_aside, f"{path.parent.name}-{path.name}")
         path.replace(kept)
         self._note(f"a log has {why}; it is kept as {kept.name}")

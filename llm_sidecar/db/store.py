@@ -50,7 +50,6 @@ _UNBOUNDED: Final = 2**31 - 1
 _QUERY_SECONDS: Final = 5.0
 """The deadline of a query, because a remote store takes much longer to fail."""
 _OPEN_SECONDS: Final = 30.0
-_SHOWN_REPAIRS: Final = 20
 
 
 def table_of(row: AnyRow) -> str:
@@ -312,11 +311,11 @@ class Store:
         Raises:
             DatabaseUnavailable: neither is known, because the journal cannot be used.
         """
-        return self._mover.database_id or await self._journal.run(lambda _: self._journal.file.id)
+        return self._mover.database_id or await self._journal.id()
 
     def has_id(self, name: str) -> bool:
         """Whether `id` has returned this name, in this process or in one with the same journal."""
-        return name in (self._mover.database_id, *self._journal.file.ids)
+        return name in (self._mover.database_id, *self._journal.ids)
 
     def status(self) -> dict[str, Any]:
         """The state for `/health`, as JSON types."""
@@ -333,7 +332,7 @@ class Store:
             "last_compaction": None if compaction is None else compaction.isoformat(),
             "compaction_failure": mover.compactor.failure,
             "compaction_failures": mover.compactor.failures,
-            "repairs": mover.repairs[-_SHOWN_REPAIRS:],
+            "repairs": list(mover.repairs),
         }
 
     async def _query(

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import datetime
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 from llm_sidecar.db.disk import Disk
@@ -21,7 +20,7 @@ from llm_sidecar.db.schema import (
     require_not_newer,
 )
 from llm_sidecar.errors import DatabaseUnavailable
-from llm_sidecar.journal.locks import locked
+from llm_sidecar.journal.locks import held, locked
 
 _LOCK_PAUSE: Final = 0.02
 FRAGMENTS: Final = 32
@@ -69,7 +68,7 @@ class Tables:
 
     async def open_all(self, *, create: bool) -> None:
         """See `open_tables`."""
-        opening = _lock(self._location.log_folder / "opening.lock")
+        opening = held(self._location.log_folder / "opening.lock")
         async with opening if self._may_write else contextlib.nullcontext():
             if self._may_write:
                 await self._enter()
@@ -83,7 +82,7 @@ class Tables:
     async def _enter(self) -> None:
         """Repairs the database if no other process has it open, then acquires the shared lock."""
         alive = self._location.log_folder / "alive.lock"
-        with locked(alive, wait=False) as alone:
+        async with held(alive, wait=False) as alone:
             if alone and self._disk is not None:
                 repair = Repair(self._disk, self._connection)
                 self.repairs = repair.done
@@ -190,11 +189,11 @@ class Tables:
         if not self._may_write:
             yield
             return
-        async with _lock(self._location.log_folder / COMPACTING, shared=True):
+        async with held(self._location.log_folder / COMPACTING, shared=True):
             yield
 
     async def _compact(self) -> bool:
-        with locked(self._location.log_folder / COMPACTING, wait=False) as mine:
+        async with held(self._location.log_folder / COMPACTING, wait=False) as mine:
             if not mine:
                 return False
             for table in self._tables.values():
@@ -203,7 +202,7 @@ class Tables:
                     await build_indices(table)
                 await merge_fragments(table)
             # The lock keeps other processes from adding a version that is not synced.
-            async with _lock(self._location.log_folder / MOVING):
+            async with held(self._location.log_folder / MOVING):
                 await self.sync()
                 for table in self._tables.values():
                     await delete_old_versions(table)
@@ -246,14 +245,3 @@ async def open_tables(location: Location, *, create: bool, write: bool = True) -
         await tables.close()
         raise
     return tables
-
-
-@contextlib.asynccontextmanager
-async def _lock(path: Path, *, shared: bool = False) -> AsyncIterator[None]:
-    """Holds the lock on a file; waits for it without blocking the event loop."""
-    while True:
-        with locked(path, wait=False, shared=shared) as mine:
-            if mine:
-                yield
-                return
-        await asyncio.sleep(_LOCK_PAUSE)

@@ -41,9 +41,9 @@ from llm_sidecar.event_bus.redis_url import (
     masked,
 )
 from llm_sidecar.event_bus.server_check import durability
-from llm_sidecar.event_bus.stream import EventStream
-from llm_sidecar.event_bus.subscriber import Subscriber, cancel
+from llm_sidecar.event_bus.subscriber import Subscriber
 from llm_sidecar.logs import start_detached
+from llm_sidecar.tasks import cancel
 
 __all__ = ["SOURCE", "BatchHandler", "EventBus", "Handler", "InboxHandler", "RedisError"]
 
@@ -75,7 +75,7 @@ class EventBus:
         outbox: a durable outbox whose events this bus sends too. Close the bus before its owner.
 
     Attributes:
-        events, followed_events: read the stream of events, the latter for many readers.
+        events: reads the stream of events.
         dead_letters: entries of the inbox that no sidecar could store.
 
     Raises:
@@ -107,8 +107,7 @@ class EventBus:
             outbox=outbox,
         )
         self._handlers = Handlers()
-        self.events = EventStream(self._client, self._blocking, stream, polls=self._in_memory)
-        self.followed_events = FollowedStream(self._client, stream, polls=self._in_memory)
+        self.events = FollowedStream(self._client, stream, polls=self._in_memory)
         self.dead_letters = DeadLetters(self._client)
         self._inbox: Inbox | None = None
         self._needs_durability = outbox is not None
@@ -123,7 +122,8 @@ class EventBus:
         Raises:
             RedisError: Redis cannot be reached within a few seconds, or the bus is closed.
         """
-        self._check_open()
+        if self._closed:
+            raise RedisError("the event bus is closed")
         await self._client.ping()
         await self.start()
         # After a failed start the next attempt may be half a minute away.
@@ -293,10 +293,6 @@ class EventBus:
         """Logs a warning, once, if Redis may lose acknowledged writes."""
         await self._subscriber.here.wait()
         self._warnings = await durability(self._client)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RedisError("the event bus is closed")
 
     def _refused(self, operation: str) -> bool:
         if self._closed:

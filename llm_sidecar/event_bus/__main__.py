@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import json
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any, Final
 
 import typer
@@ -14,16 +15,10 @@ from redis.exceptions import RedisError
 
 from llm_sidecar import command_line, timestamps
 from llm_sidecar.errors import CommandFailed
-from llm_sidecar.event_bus.dead_letters import DeadLetter, DeadLetters, check_id
+from llm_sidecar.event_bus.dead_letters import DeadLetter, DeadLetters
+from llm_sidecar.event_bus.followed_stream import BEGINNING, Entry, EntryId, FollowedStream, Gap
 from llm_sidecar.event_bus.redis_errors import reason
-from llm_sidecar.event_bus.redis_url import (
-    LONGEST_BLOCK,
-    MEMORY,
-    close_client,
-    make_client,
-    masked,
-)
-from llm_sidecar.event_bus.stream import EventStream
+from llm_sidecar.event_bus.redis_url import MEMORY, close_client, make_client, masked
 from llm_sidecar.settings import Settings
 
 PROG: Final = "python -m llm_sidecar.event_bus"
@@ -55,9 +50,9 @@ def _since(text: str) -> datetime.datetime:
         raise typer.BadParameter(str(error)) from None
 
 
-def _entry_id(text: str) -> str:
+def _entry_id(text: str) -> EntryId:
     try:
-        return check_id(text)
+        return EntryId.parse(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not an id such as 1769850000000-0.") from None
 
@@ -66,16 +61,11 @@ def _entry_id(text: str) -> str:
 def _tail(as_json: AsJson = False) -> None:
     """Show new events, until Ctrl-C."""
 
-    async def work(events: EventStream, _: DeadLetters) -> None:
-        after, task = await events.last_id(), asyncio.current_task()
-        # redis-py sends with `wait_for`, which loses a cancellation that arrives as it ends
-        # (https://github.com/python/cpython/issues/86296).
-        while task is not None and not task.cancelling():
-            found = await events.read(after, LONGEST_BLOCK, PAGE)
-            for after, fields in found:
-                _show_event(after, fields, as_json)
-            sys.stdout.flush()
-        raise asyncio.CancelledError
+    async def work(events: FollowedStream, _: DeadLetters) -> None:
+        async with contextlib.aclosing(events.follow(await events.end())) as feed:
+            async for item in feed:
+                _show_event(item, as_json)
+                sys.stdout.flush()
 
     _run(work)
 
@@ -83,8 +73,9 @@ def _tail(as_json: AsJson = False) -> None:
 @app.command("replay")
 def _replay(
     after: Annotated[
-        str, typer.Argument(parser=_entry_id, metavar="[ID]", help="Only events after this entry.")
-    ] = "0-0",
+        EntryId | None,
+        typer.Argument(parser=_entry_id, metavar="[ID]", help="Only events after this entry."),
+    ] = None,
     since: Annotated[
         datetime.datetime | None,
         typer.Option(
@@ -98,14 +89,15 @@ def _replay(
 ) -> None:
     """Show the events that the stream has, oldest first."""
 
-    async def work(events: EventStream, _: DeadLetters) -> None:
-        start, last = after, await events.last_id()
+    async def work(events: FollowedStream, _: DeadLetters) -> None:
+        position, last = after or BEGINNING, await events.end()
         if since is not None:
-            # The entry before the first one of that millisecond.
-            start = max(start, f"{int(since.timestamp() * 1000) - 1}-{(1 << 64) - 1}", key=_order)
-        while _order(start) < _order(last) and (found := await events.read(start, 0, PAGE)):
-            for start, fields in found:
-                _show_event(start, fields, as_json)
+            # The place before the first entry of that millisecond.
+            position = max(position, EntryId(int(since.timestamp() * 1000) - 1, (1 << 64) - 1))
+        while position < last and (page := await events.page(position, PAGE)).items:
+            for item in page.items:
+                _show_event(item, as_json)
+            position = page.position
 
     _run(work)
 
@@ -118,7 +110,7 @@ def _dead(
 ) -> None:
     """Show the dead letters of the inbox, newest first."""
 
-    async def work(_: EventStream, dead: DeadLetters) -> None:
+    async def work(_: FollowedStream, dead: DeadLetters) -> None:
         letters = await dead.page(last)
         for letter in letters:
             _show_letter(letter, full, as_json)
@@ -136,7 +128,7 @@ def _requeue(
 ) -> None:
     """Put dead letters back into the inbox."""
 
-    async def work(_: EventStream, dead: DeadLetters) -> None:
+    async def work(_: FollowedStream, dead: DeadLetters) -> None:
         ids = [which] if which != "all" else await _all_ids(dead)
         for dead_id in ids:
             typer.echo(f"{dead_id} is back in the inbox as {await dead.requeue(dead_id)}")
@@ -154,7 +146,7 @@ async def _all_ids(dead: DeadLetters) -> list[str]:
     return ids[::-1]
 
 
-def _run(work: Callable[[EventStream, DeadLetters], Awaitable[None]]) -> None:
+def _run(work: Callable[[FollowedStream, DeadLetters], Awaitable[None]]) -> None:
     """Runs a command with the Redis of the settings.
 
     Raises:
@@ -167,13 +159,11 @@ def _run(work: Callable[[EventStream, DeadLetters], Awaitable[None]]) -> None:
         raise CommandFailed("REDIS_URL=memory:// is a bus inside one process: nothing to read here")
 
     async def with_redis() -> None:
-        client, blocking = make_client(url), make_client(url, blocks=LONGEST_BLOCK)
+        client = make_client(url)
         try:
-            events = EventStream(client, blocking, settings.stream, polls=False)
-            await work(events, DeadLetters(client))
+            await work(FollowedStream(client, settings.stream), DeadLetters(client))
         finally:
             await close_client(client)
-            await close_client(blocking)
 
     try:
         asyncio.run(with_redis())
@@ -181,12 +171,15 @@ def _run(work: Callable[[EventStream, DeadLetters], Awaitable[None]]) -> None:
         raise CommandFailed(f"Redis at {masked(url)} cannot be used: {reason(error)}") from None
 
 
-def _show_event(entry_id: str, fields: Mapping[str, str], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps({"entry": entry_id, **fields}))
-        return
-    shown = (entry_id, fields.get("time", ""), fields.get("type", ""), fields.get("data", ""))
-    typer.echo("  ".join(map(_one_line, shown)))
+def _show_event(item: Entry | Gap, as_json: bool) -> None:
+    if isinstance(item, Gap):
+        if item.after != BEGINNING:
+            command_line.say(f"Redis may have removed events between {item.after} and {item.to}.")
+    elif as_json:
+        typer.echo(json.dumps({"entry": str(item.id), **item.fields}))
+    else:
+        fields = [item.fields.get(name, "") for name in ("time", "type", "data")]
+        typer.echo("  ".join(map(_one_line, [item.id, *fields])))
 
 
 def _show_letter(letter: DeadLetter, full: bool, as_json: bool) -> None:
@@ -204,11 +197,6 @@ def _show_letter(letter: DeadLetter, full: bool, as_json: bool) -> None:
 def _one_line(text: Any) -> str:
     # Text of other services may contain control characters of the terminal.
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
-
-
-def _order(entry_id: str) -> tuple[int, int]:
-    first, _, second = entry_id.partition("-")
-    return int(first), int(second)
 
 
 if __name__ == "__main__":

@@ -43,16 +43,15 @@ class ConsumerGroup:
         client: must raise on errors, not retry.
         blocking: the same with a longer timeout, for reads that wait.
         stream, group: names in Redis.
-        consumer: the name of this consumer, unique in the group; default: a name of this machine
-            and process.
+
+    Attributes:
+        consumer: the name of this consumer, unique in the group.
     """
 
-    def __init__(
-        self, client: Redis, blocking: Redis, stream: str, group: str, consumer: str | None = None
-    ) -> None:
+    def __init__(self, client: Redis, blocking: Redis, stream: str, group: str) -> None:
         self.stream = stream
         self.group = group
-        self.consumer = consumer or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.consumer = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._client = client
         self._blocking = blocking
 

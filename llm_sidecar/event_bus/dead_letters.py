@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 from llm_sidecar import timestamps
 from llm_sidecar.errors import NotFound
 from llm_sidecar.event_bus.consumer_group import ConsumerGroup, Entry
+from llm_sidecar.event_bus.followed_stream import EntryId
 
 INBOX: Final = "osiris.inbox"
 DEAD: Final = "osiris.inbox.dead"
@@ -50,9 +51,7 @@ class DeadLetters:
     Every method raises RedisError if Redis is away or denies the stream.
     """
 
-    def __init__(self, client: Redis, inbox: str = INBOX, dead: str = DEAD) -> None:
-        self.inbox = inbox
-        self.dead = dead
+    def __init__(self, client: Redis) -> None:
         self._client = client
 
     async def add(self, group: ConsumerGroup, entry: Entry, reason: str) -> None:
@@ -65,7 +64,7 @@ class DeadLetters:
             "fields": json.dumps(dict(entry.fields)),
         }
         async with self._client.pipeline(transaction=True) as pipe:
-            pipe.xadd(self.dead, fields, maxlen=MOST_DEAD, approximate=True)
+            pipe.xadd(DEAD, fields, maxlen=MOST_DEAD, approximate=True)
             pipe.xack(group.stream, group.group, entry.id)
             pipe.xdel(group.stream, entry.id)
             await pipe.execute()
@@ -80,8 +79,8 @@ class DeadLetters:
         Raises:
             ValueError: `before` is not an id.
         """
-        newest = "+" if before is None else f"({check_id(before)}"
-        entries: Any = await self._client.xrevrange(self.dead, newest, "-", count=limit)
+        newest = "+" if before is None else f"({EntryId.parse(before)}"
+        entries: Any = await self._client.xrevrange(DEAD, newest, "-", count=limit)
         return [_dead_letter(entry_id, fields) for entry_id, fields in entries]
 
     async def requeue(self, dead_id: str) -> str:
@@ -90,38 +89,23 @@ class DeadLetters:
         Raises:
             NotFound: there is no such dead letter.
         """
-        found: Any
         try:
-            found = await self._client.xrange(self.dead, check_id(dead_id), dead_id, count=1)
+            letter = str(EntryId.parse(dead_id))
+            found: Any = await self._client.xrange(DEAD, letter, letter, count=1)
         except ValueError:
             found = []
         if not found:
             raise NotFound("There is no dead letter with this id.")
         fields: Any = _dead_letter(*found[0]).fields
         async with self._client.pipeline(transaction=True) as pipe:
-            pipe.xadd(self.inbox, fields)
-            pipe.xdel(self.dead, dead_id)
+            pipe.xadd(INBOX, fields)
+            pipe.xdel(DEAD, letter)
             entry_id, _ = await pipe.execute()
         return str(entry_id)
 
     async def count(self) -> int:
         """How many dead letters there are."""
-        return int(await self._client.xlen(self.dead))
-
-
-def check_id(text: str) -> str:
-    """The id of a stream entry, as it is.
-
-    Raises:
-        ValueError: it is not `MILLISECONDS-NUMBER`.
-    """
-    first, dash, second = text.partition("-")
-    numbers = (first, second)
-    if not dash or not all(part.isascii() and part.isdecimal() for part in numbers):
-        raise ValueError("not the id of a stream entry")
-    if any(int(part) >= 1 << 64 for part in numbers):
-        raise ValueError("not the id of a stream entry")
-    return text
+        return int(await self._client.xlen(DEAD))
 
 
 def _dead_letter(entry_id: str, entry: Mapping[str, str]) -> DeadLetter:

@@ -21,6 +21,7 @@ from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from llm_sidecar.logs import start_detached
+from llm_sidecar.tasks import raise_if_cancelled
 
 PAGE: Final = 16
 """Maximum number of entries that a reader holds; one entry can have hundreds of kilobytes."""
@@ -92,7 +93,14 @@ class Gap(NamedTuple):
     to: EntryId
 
 
-class _Page(NamedTuple):
+class Page(NamedTuple):
+    """What follows an id.
+
+    Attributes:
+        items: oldest first; a gap comes only in front.
+        position: the id after which the next page begins.
+    """
+
     items: Sequence[Entry | Gap]
     position: EntryId
 
@@ -150,17 +158,19 @@ class FollowedStream:
             while not self._ended:
                 news = self._news
                 try:
-                    page = await self._page(position)
+                    page = await self.page(position)
                 except NoPermissionError:
                     raise
                 except RedisError as error:
                     log.debug("a reader of %s waits: %s", self.name, error)
+                    raise_if_cancelled()
                     await news.wait()
                     continue
                 for item in page.items:
                     yield item
                 position = page.position
                 if not page.items:
+                    raise_if_cancelled()
                     await news.wait()
 
     def stop_following(self) -> None:
@@ -168,11 +178,16 @@ class FollowedStream:
         self._ended = True
         self._wake()
 
-    async def _page(self, after: EntryId) -> _Page:
-        """The page after an id, read in one transaction so that nothing is removed in between."""
+    async def page(self, after: EntryId, count: int = PAGE) -> Page:
+        """At most `count` entries after an id.
+
+        Raises:
+            RedisError: Redis does not answer, or denies it.
+        """
+        # One transaction, so that no entry is removed between the two commands.
         async with self._reading, self._client.pipeline(transaction=True) as pipe:
             pipe.xinfo_stream(self.name)
-            pipe.xrange(self.name, f"({after}", "+", count=PAGE)
+            pipe.xrange(self.name, f"({after}", "+", count=count)
             info, found = await pipe.execute(raise_on_error=False)
         if isinstance(info, Exception) and not _is_missing(info):
             raise info
@@ -193,14 +208,16 @@ class FollowedStream:
             self._followers -= 1
             if not self._followers:
                 self._watching.cancel()
+                # The next reader needs another one, even before this one has ended.
+                self._watching = None
 
     async def _watch(self) -> None:
-        # A cancellation can get lost, see `subscriber.cancel`.
-        while self._followers:
+        while self._watching is asyncio.current_task():
             try:
                 end = await self.end()
                 self._wake()
                 await asyncio.sleep(PAUSE)
+                raise_if_cancelled()
                 await self._wait_after(end)
             except RedisError as error:
                 log.debug("the watcher of %s waits: %s", self.name, error)
@@ -211,7 +228,8 @@ class FollowedStream:
         if not self._polls:
             await self._client.xread({self.name: str(end)}, count=1, block=WAIT_MS)
             return
-        while self._followers and await self.end() == end:  # noqa: ASYNC110 - no event to wait for
+        while await self.end() == end:
+            raise_if_cancelled()
             await asyncio.sleep(POLL)
 
     def _wake(self) -> None:
@@ -224,7 +242,7 @@ def _is_missing(error: Exception) -> bool:
     return isinstance(error, ResponseError) and "no such key" in str(error)
 
 
-def _page_of(info: dict[str, Any] | None, entries: list[Entry], after: EntryId) -> _Page:
+def _page_of(info: dict[str, Any] | None, entries: list[Entry], after: EntryId) -> Page:
     """The page, with a gap in front if entries after `after` may have been removed.
 
     Args:
@@ -234,10 +252,10 @@ def _page_of(info: dict[str, Any] | None, entries: list[Entry], after: EntryId) 
     """
     last = BEGINNING if info is None else EntryId.parse(info["last-generated-id"])
     if after > last:
-        return _Page([Gap(after, last)], last)
+        return Page([Gap(after, last)], last)
     first = EntryId.parse(info["first-entry"][0]) if info and info["first-entry"] else last
     # In Redis 7, `entries-added` also counts removed entries. Redis 6.2 does not have it.
     is_whole = info is None or info.get("entries-added") == info["length"]
     items: list[Entry | Gap] = [Gap(after, first)] if after < first and not is_whole else []
     items += entries
-    return _Page(items, entries[-1].id if entries else max(after, first))
+    return Page(items, entries[-1].id if entries else max(after, first))

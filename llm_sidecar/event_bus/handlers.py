@@ -7,8 +7,8 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from llm_sidecar.event_bus.payload_queue import PayloadQueue
-from llm_sidecar.event_bus.subscriber import cancel
 from llm_sidecar.logs import start_detached
+from llm_sidecar.tasks import cancel
 
 Handler = Callable[[str], Awaitable[None]]
 """Takes the payload of one message."""

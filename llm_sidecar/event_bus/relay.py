@@ -245,6 +245,7 @@ class Relay:
         self, batch: Sequence[Queued], operations: list[tuple[int, str]], results: list[Any]
     ) -> int:
         """Returns how many events of a transaction Redis has; raises its error if it has none."""
+        sent = set()
         for (index, operation), result in zip(operations, results, strict=True):
             if is_denial(result):
                 self._denied.add(operation)
@@ -256,8 +257,8 @@ class Relay:
                 return index
             else:
                 self._denied.remove(operation)
-        sent_somewhere = {index for index, _ in operations}
-        self.lost += len(set(range(len(batch))) - sent_somewhere)
+                sent.add(index)
+        self.lost += len(set(range(len(batch))) - sent)
         self._void = None
         return len(batch)
 

@@ -27,6 +27,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from llm_sidecar.event_bus.denied import Denied
 from llm_sidecar.event_bus.payload_queue import PayloadQueue
 from llm_sidecar.event_bus.redis_url import REPLY_TIMEOUT
+from llm_sidecar.tasks import cancel
 
 FIRST_DELAY: Final = 1.0
 LONGEST_DELAY: Final = 30.0
@@ -297,21 +298,3 @@ class Subscriber:
     def _set_away(self) -> None:
         self.here.clear()
         self.away.set()
-
-
-async def cancel(*tasks: asyncio.Task[None], patience: float) -> None:
-    """Cancel tasks and return when they have ended, or after `patience` seconds.
-
-    Each task is cancelled ten times, because a cancellation can get lost: `wait_for` of Python
-    3.11, with which redis-py sends, swallows it if it arrives as the sending ends
-    (https://github.com/python/cpython/issues/86296).
-    """
-    for _ in range(10):
-        if not (pending := [task for task in tasks if not task.done()]):
-            break
-        for task in pending:
-            task.cancel()
-        await asyncio.wait(pending, timeout=patience / 10)
-    for task in tasks:
-        if task.done() and not task.cancelled() and (error := task.exception()) is not None:
-            log.debug("a task of the event bus ended with %r", error)

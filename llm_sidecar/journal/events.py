@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
 from llm_sidecar.cloud_event import CloudEvent
+from llm_sidecar.journal import totals
 
 if TYPE_CHECKING:
     from llm_sidecar.event_bus.outbox import Queued
@@ -39,20 +40,7 @@ def add(db: sqlite3.Connection, events: Sequence[CloudEvent], now: float) -> int
         "INSERT OR IGNORE INTO events (key, data, time) VALUES (?, ?, ?)",
         [(event.id, json.dumps(asdict(event)).encode(), now) for event in events],
     )
-    return bound(db)
-
-
-def bound(db: sqlite3.Connection) -> int:
-    """Drops the oldest events beyond the number and size; returns how many."""
-    dropped = 0
-    while True:
-        number, size = db.execute(
-            "SELECT number, bytes FROM totals WHERE name = 'events'"
-        ).fetchone()
-        if number <= MOST_EVENTS and size <= MOST_BYTES:
-            return dropped
-        db.execute("DELETE FROM events WHERE id = (SELECT min(id) FROM events)")
-        dropped += 1
+    return totals.drop_oldest(db, "events", MOST_EVENTS, MOST_BYTES)
 
 
 def expire(db: sqlite3.Connection, now: float) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import datetime
 import fcntl
 import logging
 import os
@@ -16,7 +15,7 @@ from typing import Final
 
 from llm_sidecar.journal import salvage, schema
 from llm_sidecar.journal.clock import Clock
-from llm_sidecar.journal.locks import locked, make_folder, sync_folder
+from llm_sidecar.journal.locks import dated, locked, make_folder, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +69,7 @@ class JournalFile:
             with locked(self.folder / _LOCK):
                 db = self._connect()
                 if db is None or not _is_sound(db):
-                    self._replace_damaged(db)
+                    self._replace(db)
                 else:
                     self._use(db)
         assert self._db is not None
@@ -101,10 +100,10 @@ class JournalFile:
             return False
 
     def is_almost_full(self, low: int) -> bool:
-        """Whether the disk is read-only, or has less than `low` free bytes."""
+        """Whether the disk is read-only, or has less than `low` free bytes; False if unknown."""
         try:
             disk = os.statvfs(self.folder)
-        except FileNotFoundError:
+        except OSError:
             return False
         return bool(disk.f_flag & os.ST_RDONLY) or disk.f_bavail * disk.f_frsize < low
 
@@ -158,38 +157,31 @@ class JournalFile:
             os.close(turn)
         self._identity, self._db = self._found(), db
 
-    def _replace_damaged(self, db: sqlite3.Connection | None) -> None:
-        content = {} if db is None else salvage.read(db)
-        if db is not None:
-            _keep_open(db)
-        self._set_aside(content)
-        self._use(schema.connect(self.folder / NAME), content)
-
-    def _replace(self, old: sqlite3.Connection) -> None:
-        if old.in_transaction:
-            old.execute("ROLLBACK")
-        content = salvage.read(old)
-        _keep_open(old)
+    def _replace(self, old: sqlite3.Connection | None) -> None:
+        """Opens a new file, after setting the one at the path aside unless it is new already."""
+        content: salvage.Content = {}
+        if old is not None:
+            if old.in_transaction:
+                old.execute("ROLLBACK")
+            content = salvage.read(old)
+            _keep_open(old)
         with contextlib.suppress(FileNotFoundError):
-            if _inode(self.folder / NAME) == self._identity[0]:
+            if self._db is None or _inode(self.folder / NAME) == self._identity[0]:
                 self._set_aside(content)
         self._use(schema.connect(self.folder / NAME), content)
-        try:
-            with _transaction(old):
-                salvage.clear(old)
-        except sqlite3.Error as error:
-            log.warning("the copied journal is not emptied: %s", error)
+        if old is not None:
+            _clear(old)
 
     def _set_aside(self, content: salvage.Content) -> None:
-        self._aside.mkdir(parents=True, exist_ok=True)
-        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
-        kept = f"{stamp}-{NAME}"
+        kept = dated(self._aside, NAME)
         for part in _PARTS:
             with contextlib.suppress(FileNotFoundError):
-                Path(f"{self.folder / NAME}{part}").rename(f"{self._aside / kept}{part}")
+                Path(f"{self.folder / NAME}{part}").rename(f"{kept}{part}")
         sync_folder(self._aside)
         count = len(content.get("rows", ()))
-        self._note(f"the journal is damaged and kept as {kept}; {count} rows of it are readable")
+        self._note(
+            f"the journal is damaged and kept as {kept.name}; {count} rows of it are readable"
+        )
 
     def _found(self) -> Identity:
         return tuple(_inode(Path(f"{self.folder / NAME}{part}")) for part in _PARTS)
@@ -221,6 +213,14 @@ def _keep_open(db: sqlite3.Connection) -> None:
     belongs to the new journal.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(db))
+
+
+def _clear(old: sqlite3.Connection) -> None:
+    try:
+        with _transaction(old):
+            salvage.clear(old)
+    except sqlite3.Error as error:
+        log.warning("the old journal stays as it is: %s", error)
 
 
 @contextlib.contextmanager

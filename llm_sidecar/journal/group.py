@@ -104,6 +104,7 @@ def _do(db: sqlite3.Connection, unit: Unit[Any]) -> None:
 
 
 def _do_alone(db: sqlite3.Connection, unit: Unit[Any]) -> None:
+    unit.error = None
     db.execute("SAVEPOINT unit")
     try:
         unit.result = unit.work(db)

@@ -117,11 +117,22 @@ class Journal:
             return replaced, dropped, forgotten
 
         size = sum(len(entry.data) for entry in entries)
+        size += sum(len(event.data) for event in new_events)
+        size += 0 if progress is None else len(progress.response or b"")
         replaced, dropped, forgotten = await self._writer.run(write, size)
         self.rows_written += len(entries) - replaced
         self._writer.count_dropped(dropped, forgotten)
         if progress is not None:
             self.claims.saved(progress)
+
+    async def id(self) -> str:
+        """The id of the journal in the file; another file has another one."""
+        return await self._writer.run(lambda _: self._writer.file.id)
+
+    @property
+    def ids(self) -> frozenset[str]:
+        """The ids of all files that this process has opened."""
+        return self._writer.file.ids
 
     async def opened(self) -> None:
         """Waits until the journal is open, or cannot be opened."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import fcntl
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Final
+
+_PAUSE: Final = 0.02
 
 
 @contextlib.contextmanager
@@ -32,11 +36,16 @@ def locked(path: Path, *, wait: bool = True, shared: bool = False) -> Iterator[b
 
 
 @contextlib.asynccontextmanager
-async def held(path: Path) -> AsyncIterator[bool]:
-    """Holds the lock on a file without blocking the event loop; yields False, at once, if another
-    process has it."""
-    with contextlib.ExitStack() as stack:
-        yield await asyncio.to_thread(stack.enter_context, locked(path, wait=False))
+async def held(path: Path, *, wait: bool = True, shared: bool = False) -> AsyncIterator[bool]:
+    """The same as `locked`, without blocking the event loop."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            lock = locked(path, wait=False, shared=shared)
+            mine = await asyncio.to_thread(stack.enter_context, lock)
+            if mine or not wait:
+                yield mine
+                return
+        await asyncio.sleep(_PAUSE)
 
 
 def sync_folder(folder: Path) -> None:
@@ -54,3 +63,9 @@ def make_folder(folder: Path) -> None:
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         sync_folder(folder.parent)
+
+
+def dated(folder: Path, name: str) -> Path:
+    """A new path in a folder, which is created if it is missing: the time, then the name."""
+    make_folder(folder)
+    return folder / f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S%f}-{name}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 from llm_sidecar.errors import DatabaseUnavailable
@@ -44,15 +44,15 @@ class JournalOutbox:
         """See `Outbox`."""
         # Waits until the journal is open, so that the folder of the lock exists.
         await self._writer.run(lambda _: None)
-        try:
-            lock = held(self._writer.file.folder / _LOCK)
-            mine = await lock.__aenter__()
-        except OSError as error:
-            raise DatabaseUnavailable(f"The events cannot be locked: {error.strerror}") from None
-        try:
+        lock = held(self._writer.file.folder / _LOCK, wait=False)
+        async with AsyncExitStack() as stack:
+            try:
+                mine = await stack.enter_async_context(lock)
+            except OSError as error:
+                raise DatabaseUnavailable(
+                    f"The events cannot be locked: {error.strerror}"
+                ) from None
             yield mine
-        finally:
-            await lock.__aexit__(None, None, None)
 
     async def head(self, count: int) -> Sequence[Queued]:
         """See `Outbox`."""

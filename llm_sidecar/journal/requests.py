@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from llm_sidecar.errors import RequestKeyReused
+from llm_sidecar.journal import totals
 
 MOST_REQUESTS: Final = 100_000
 MOST_BYTES: Final = 128 << 20
@@ -129,7 +130,9 @@ def save(
             now,
         ],
     )
-    return bound(db)
+    # Not those that are being answered now.
+    ended = "response IS NOT NULL OR owner IS NULL"
+    return totals.drop_oldest(db, "requests", MOST_REQUESTS, MOST_BYTES, ended)
 
 
 def release(db: sqlite3.Connection, request: RequestKey, owner: str) -> None:
@@ -138,24 +141,6 @@ def release(db: sqlite3.Connection, request: RequestKey, owner: str) -> None:
     condition = "WHERE caller = ? AND key = ? AND owner = ? AND response IS NULL"
     db.execute(f"DELETE FROM requests {condition} AND state IS NULL", mine)
     db.execute(f"UPDATE requests SET owner = NULL {condition}", mine)
-
-
-def bound(db: sqlite3.Connection) -> int:
-    """Drops the oldest requests beyond the bounds, except running ones; returns how many."""
-    dropped = 0
-    while True:
-        number, size = db.execute(
-            "SELECT number, bytes FROM totals WHERE name = 'requests'"
-        ).fetchone()
-        if number <= MOST_REQUESTS and size <= MOST_BYTES:
-            return dropped
-        done = db.execute(
-            "DELETE FROM requests WHERE id = "
-            "(SELECT min(id) FROM requests WHERE response IS NOT NULL OR owner IS NULL)"
-        )
-        if not done.rowcount:
-            return dropped
-        dropped += 1
 
 
 def expire(db: sqlite3.Connection, now: float) -> None:

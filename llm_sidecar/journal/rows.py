@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.journal import totals
 
 MOST_ROWS: Final = 200_000
 MOST_BYTES: Final = 64 << 20
@@ -61,24 +62,19 @@ class Batch(NamedTuple):
 
 def add(
     db: sqlite3.Connection, entries: Sequence[Entry], now: float, draft: str | None = None
-) -> int:
+) -> None:
     """Adds rows; the first of equal keys stays.
-
-    Returns:
-        The number of added rows.
 
     Raises:
         DatabaseUnavailable: the journal is full.
     """
     if not entries:
-        return 0
-    number, size = db.execute("SELECT number, bytes FROM totals WHERE name = 'rows'").fetchone()
-    if (
-        number + len(entries) > MOST_ROWS
-        or size + sum(len(one.data) for one in entries) > MOST_BYTES
-    ):
+        return
+    number, size = totals.total(db, "rows")
+    added = sum(len(one.data) for one in entries)
+    if number + len(entries) > MOST_ROWS or size + added > MOST_BYTES:
         raise DatabaseUnavailable(FULL, retry_after=30)
-    return insert(db, entries, now, draft)
+    insert(db, entries, now, draft)
 
 
 FULL: Final = "The journal is full until LanceDB takes its rows; check LANCEDB_URI."
@@ -86,14 +82,13 @@ FULL: Final = "The journal is full until LanceDB takes its rows; check LANCEDB_U
 
 def insert(
     db: sqlite3.Connection, entries: Sequence[Entry], now: float, draft: str | None = None
-) -> int:
-    """Adds rows, also to a full journal; returns their number."""
-    done = db.executemany(
+) -> None:
+    """Adds rows, also to a full journal."""
+    db.executemany(
         "INSERT OR IGNORE INTO rows (target, key, data, time, again, draft) "
         "VALUES (?, ?, ?, ?, ?, ?)",
         [(one.target, one.key, one.data, now, one.again, draft) for one in entries],
     )
-    return done.rowcount
 
 
 def delete_draft(db: sqlite3.Connection, draft: str) -> int:

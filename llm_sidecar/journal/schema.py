@@ -9,17 +9,11 @@ from pathlib import Path
 from typing import Final
 
 from llm_sidecar.errors import DatabaseUnavailable
-from llm_sidecar.journal import events, requests, rows
+from llm_sidecar.journal import events, requests, rows, totals
 
 _VERSION: Final = 1
 _BUSY_SECONDS: Final = 4.0
 """How long a transaction waits for those of other processes; less than the deadline of a commit."""
-_SIZES: Final = {
-    "rows": "length({0}.data)",
-    "events": "length({0}.data)",
-    "requests": "200 + length(coalesce({0}.state, '')) + length(coalesce({0}.response, x''))",
-}
-"""The bytes of an entry of each table, in SQL."""
 COLUMNS: Final = {
     "rows": ("target", "key", "data", "time", "again", "draft"),
     "events": ("key", "data", "time"),
@@ -68,30 +62,13 @@ def create(db: sqlite3.Connection) -> str:
 
 
 def _create(db: sqlite3.Connection) -> None:
-    statements = [
-        "CREATE TABLE meta (name TEXT PRIMARY KEY, value)",
-        "CREATE TABLE totals (name TEXT PRIMARY KEY, number INTEGER, bytes INTEGER)",
-    ]
     for schema in (rows.SCHEMA, events.SCHEMA, requests.SCHEMA):
-        statements += [part for part in schema.split(";") if part.strip()]
-    statements += [_counting(table, change) for table in _SIZES for change in ("INSERT", "DELETE")]
-    statements.append(_counting("requests", "UPDATE"))
-    for statement in statements:
-        db.execute(statement)
-    db.executemany("INSERT INTO totals VALUES (?, 0, 0)", [[table] for table in _SIZES])
+        # Not `executescript`, which commits the transaction.
+        for statement in schema.split(";"):
+            db.execute(statement)
+    totals.create(db)
+    db.execute("CREATE TABLE meta (name TEXT PRIMARY KEY, value)")
     meta = {"version": _VERSION, "id": uuid.uuid4().hex, "tried": 0}
     db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
     # A relay may still remove events by the numbers of an earlier file, so these start higher.
     db.execute("INSERT INTO sqlite_sequence VALUES ('events', ?)", [int(time.time() * 1000)])
-
-
-def _counting(table: str, change: str) -> str:
-    """A trigger that keeps the number and size of a table's entries."""
-    number = {"INSERT": "+ 1", "DELETE": "- 1", "UPDATE": ""}[change]
-    added = "" if change == "DELETE" else f"+ {_SIZES[table].format('new')}"
-    removed = "" if change == "INSERT" else f"- ({_SIZES[table].format('old')})"
-    return (
-        f"CREATE TRIGGER {table}_{change.lower()} AFTER {change} ON {table} BEGIN "
-        f"UPDATE totals SET number = number {number}, bytes = bytes {added} {removed} "
-        f"WHERE name = '{table}'; END"
-    )

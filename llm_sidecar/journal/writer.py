@@ -183,7 +183,7 @@ class JournalWriter:
             self._tell(partial(self._resolve, group))
         try:
             self.file.close()
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, DatabaseUnavailable) as error:
             log.error("the journal could not be closed: %s", one_line(error))
         self._tell(self._ended.set)
 
@@ -259,7 +259,7 @@ class JournalWriter:
             unit.error = failure
         if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
             # After a failed sync the state of a file is unknown, so it is opened and checked again.
-            with contextlib.suppress(sqlite3.Error, OSError):
+            with contextlib.suppress(sqlite3.Error, OSError, DatabaseUnavailable):
                 self.file.close()
 
 

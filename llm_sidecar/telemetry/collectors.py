@@ -9,159 +9,13 @@ from typing import Any, Final
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from llm_sidecar.telemetry.plain_metrics import EVENT_BUS, INBOX, JOURNAL, NO_INBOX, ROWS, SPEECH
+
 Health = Mapping[str, Any]
 """The result of `Health.report`."""
 
 _MODEL_STATES: Final = ("unloaded", "loading", "ready", "failed")
 _DATABASE_STATES: Final = ("opening", "open", "away", "closed")
-
-_EVENT_BUS: Final = (
-    (GaugeMetricFamily, "connected", "connected", "1 while Redis is connected, else 0."),
-    (CounterMetricFamily, "outages", "outages", "Times that the connection to Redis was lost."),
-    (
-        CounterMetricFamily,
-        "away_seconds",
-        "seconds_away",
-        "Time without Redis, the current outage included.",
-    ),
-    (CounterMetricFamily, "published", "published", "Messages that Redis accepted."),
-    (
-        CounterMetricFamily,
-        "published_late",
-        "published_late",
-        "Published messages that had to wait for Redis.",
-    ),
-    (
-        GaugeMetricFamily,
-        "waiting",
-        "waiting",
-        "Messages that wait for Redis in memory. Events wait in the journal.",
-    ),
-    (
-        GaugeMetricFamily,
-        "oldest_seconds",
-        "oldest_seconds",
-        "Age of the oldest event that waits for Redis, in memory or in the journal.",
-    ),
-    (CounterMetricFamily, "unpublished", "unpublished", "Messages that were never published."),
-    (
-        CounterMetricFamily,
-        "handler_errors",
-        "handler_errors",
-        "Received messages whose handler failed.",
-    ),
-    (CounterMetricFamily, "refused", "refused", "Received messages that were invalid and refused."),
-    (CounterMetricFamily, "dropped", "dropped", "Messages that a slow listener lost."),
-    (
-        CounterMetricFamily,
-        "held_up",
-        "held_up",
-        "Times that the bus stopped reading because the queue of a handler was full.",
-    ),
-    (GaugeMetricFamily, "listeners", "listeners", "Listeners of /events/."),
-)
-_INBOX: Final = (
-    (
-        GaugeMetricFamily,
-        "inbox_pending",
-        "pending",
-        "Entries of the inbox that a sidecar has read and not stored yet.",
-    ),
-    (CounterMetricFamily, "inbox_handled", "handled", "Entries of the inbox that were stored."),
-    (
-        CounterMetricFamily,
-        "inbox_claimed",
-        "claimed",
-        "Entries of the inbox that this sidecar claimed from a dead one.",
-    ),
-    (
-        CounterMetricFamily,
-        "inbox_failures",
-        "failures",
-        "Failed attempts to store entries of the inbox.",
-    ),
-    (
-        GaugeMetricFamily,
-        "dead_letters",
-        "dead",
-        "Dead letters: entries of the inbox that no sidecar could store.",
-    ),
-)
-_NO_INBOX: Final = dict.fromkeys(("pending", "handled", "claimed", "failures", "dead"), 0)
-"""For `memory://`, which has no inbox."""
-_ROWS: Final = (
-    (
-        CounterMetricFamily,
-        "rows_written",
-        "rows_written",
-        "Rows acknowledged by this sidecar.",
-    ),
-    (
-        GaugeMetricFamily,
-        "rows_waiting",
-        "rows_waiting",
-        "Rows that are in the journal and not yet in their tables.",
-    ),
-)
-_JOURNAL: Final = (
-    (GaugeMetricFamily, "bytes", "bytes", "Size of the rows that wait in the journal."),
-    (
-        GaugeMetricFamily,
-        "limit_bytes",
-        "most_bytes",
-        "Size from which the journal accepts no more rows.",
-    ),
-    (
-        GaugeMetricFamily,
-        "accepts_rows",
-        "accepts_rows",
-        "1 while the journal accepts rows, 0 if it or the disk is full.",
-    ),
-    (
-        GaugeMetricFamily,
-        "oldest_row_seconds",
-        "oldest_seconds",
-        "Age of the oldest row that waits in the journal; 0 if none waits.",
-    ),
-    (GaugeMetricFamily, "events", "events", "Events that wait in the journal for Redis."),
-    (GaugeMetricFamily, "event_bytes", "event_bytes", "Size of the events that wait for Redis."),
-    (
-        GaugeMetricFamily,
-        "oldest_event_seconds",
-        "oldest_event_seconds",
-        "Age of the oldest event that waits in the journal; 0 if none waits.",
-    ),
-    (
-        CounterMetricFamily,
-        "events_dropped",
-        "events_dropped",
-        "Events that the journal dropped, because there were too many or they were too old.",
-    ),
-    (
-        GaugeMetricFamily,
-        "requests",
-        "requests",
-        "Requests with an Idempotency-Key whose progress or answer the journal keeps.",
-    ),
-    (
-        GaugeMetricFamily,
-        "request_bytes",
-        "request_bytes",
-        "Size of the requests with an Idempotency-Key in the journal.",
-    ),
-    (
-        CounterMetricFamily,
-        "requests_dropped",
-        "requests_dropped",
-        "Requests with an Idempotency-Key that this sidecar dropped before 24 hours.",
-    ),
-)
-_SPEECH: Final = (
-    (GaugeMetricFamily, "requests_waiting", "waiting", "Texts that are spoken or wait."),
-    (CounterMetricFamily, "spoken", "spoken", "Texts spoken."),
-    (GaugeMetricFamily, "listeners", "listeners", "Listeners of /stream/audio."),
-    (CounterMetricFamily, "lost", "lost", "Audio events that slow listeners lost."),
-)
 
 
 class HealthCollector(Collector):
@@ -259,8 +113,8 @@ def _scores(health: Health) -> Iterator[Metric]:
 
 
 def _event_bus(status: Health) -> Iterator[Metric]:
-    yield from _plain("sidecar_event_bus", _EVENT_BUS, status)
-    yield from _plain("sidecar_event_bus", _INBOX, status["inbox"] or _NO_INBOX)
+    yield from _plain("sidecar_event_bus", EVENT_BUS, status)
+    yield from _plain("sidecar_event_bus", INBOX, status["inbox"] or NO_INBOX)
     yield GaugeMetricFamily(
         "sidecar_event_bus_failing",
         "1 while Redis is connected but accepts no events, else 0.",
@@ -295,8 +149,8 @@ def _database(status: Health) -> Iterator[Metric]:
     for table, count in status["fragments"].items():
         fragments.add_metric([table], count)
     yield fragments
-    yield from _plain("sidecar_database", _ROWS, status)
-    yield from _plain("sidecar_database_journal", _JOURNAL, status["journal"])
+    yield from _plain("sidecar_database", ROWS, status)
+    yield from _plain("sidecar_database_journal", JOURNAL, status["journal"])
     yield from _compaction(status)
 
 
@@ -330,7 +184,7 @@ def _speech(status: Health) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "sidecar_speech_workers", "Chatterbox workers on the same Redis.", len(status["workers"])
     )
-    yield from _plain("sidecar_speech", _SPEECH, status)
+    yield from _plain("sidecar_speech", SPEECH, status)
 
 
 def _plain(

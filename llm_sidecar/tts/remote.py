@@ -15,8 +15,8 @@ from redis.exceptions import NoPermissionError, RedisError
 
 from llm_sidecar.errors import DeadlineExceeded, QueueFull, VoiceUnavailable, one_line
 from llm_sidecar.event_bus.redis_url import close_client
-from llm_sidecar.event_bus.subscriber import cancel
 from llm_sidecar.logs import start_detached
+from llm_sidecar.tasks import cancel
 from llm_sidecar.tts.answers import RETRY_AFTER, Answers, WrongAnswer
 from llm_sidecar.tts.messages import SpeechRequest
 from llm_sidecar.tts.speech_stream import Asked, Requests

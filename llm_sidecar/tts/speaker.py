@@ -23,6 +23,7 @@ from llm_sidecar.errors import (
     VoiceUnavailable,
 )
 from llm_sidecar.event_bus import EventBus
+from llm_sidecar.tasks import raise_if_cancelled
 from llm_sidecar.tts import wav
 from llm_sidecar.tts.espeak import EspeakVoice
 from llm_sidecar.tts.text import speakable
@@ -198,7 +199,7 @@ class Speaker:
             async for part in speech:
                 parts.append(part)
                 await self._bus.publish(AUDIO_BYTES, base64.b64encode(wav.encode(part)).decode())
-                _stop_if_cancelled()
+                raise_if_cancelled()
 
     @contextlib.contextmanager
     def _admission(self) -> Iterator[None]:
@@ -238,14 +239,6 @@ class Speaker:
             for voice in (self._embedded, self._remote):
                 if voice is not None:
                     await voice.close()
-
-
-def _stop_if_cancelled() -> None:
-    """Repeats a lost cancellation: redis-py sends with `wait_for`, which in Python 3.11 swallows
-    one that arrives as it ends (https://github.com/python/cpython/issues/86296)."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
 
 
 @contextlib.asynccontextmanager

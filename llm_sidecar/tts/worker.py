@@ -15,8 +15,8 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from llm_sidecar.errors import InvalidRequest, SidecarError, VoiceUnavailable, one_line
-from llm_sidecar.event_bus.subscriber import cancel
 from llm_sidecar.input_model import summary
+from llm_sidecar.tasks import cancel
 from llm_sidecar.tts import wav as wavs
 from llm_sidecar.tts.messages import (
     ANSWER,

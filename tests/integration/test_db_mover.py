@@ -446,3 +446,23 @@ async def test_rows_that_cannot_be_read_are_set_aside_and_block_no_others(tmp_pa
     assert repair == (
         "1 rows are damaged or of another version of the sidecar; they are kept as " + kept.name
     )
+
+
+async def test_until_the_database_is_open_its_journal_identifies_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mover, "open_tables", fail)
+        store = Store(tmp_path)
+        store.start()
+        name = await store.id()
+        assert store.has_id(name)
+        await store.close()
+    again = await Store.open(tmp_path)
+    own = await again.id()
+    assert own != name
+    assert [again.has_id(each) for each in (name, own, "another")] == [True, True, False]
+    await again.close()

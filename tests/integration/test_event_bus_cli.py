@@ -75,6 +75,20 @@ def test_replay_since_a_time(probe: redis.Redis, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out == ""
 
 
+def test_replay_says_that_events_after_the_id_may_be_missing(
+    probe: redis.Redis, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(1, 4):
+        add_event(probe, f"{number}-0", "x")
+    probe.xtrim(EVENTS, 1, approximate=False)
+    assert main(["replay", "1-0"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "3-0  t  phi3.test  x\n"
+    assert shown.err == "Redis may have removed events between 1-0 and 3-0.\n"
+    assert main(["replay"]) == 0
+    assert capsys.readouterr() == (shown.out, "")
+
+
 def test_replay_of_an_empty_stream_shows_nothing(
     probe: redis.Redis, capsys: pytest.CaptureFixture[str]
 ) -> None:

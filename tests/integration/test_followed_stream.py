@@ -125,6 +125,35 @@ async def test_the_watcher_ends_with_the_last_reader(client: Any, stream: Follow
         await asyncio.wait([watching])
 
 
+async def test_a_reader_that_comes_as_the_last_one_goes_is_woken(
+    client: Any, stream: FollowedStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed, first = await following(stream, BEGINNING)
+    (added,) = await add(client, "a")
+    await first
+    page, found_nothing = stream.page, asyncio.Event()
+
+    async def noted(after: EntryId) -> module.Page:
+        found = await page(after)
+        found_nothing.set()
+        return found
+
+    async def add_later() -> None:
+        await found_nothing.wait()
+        await add(client, "b")
+
+    monkeypatch.setattr(stream, "page", noted)
+    await feed.aclose()
+    following_one = stream.follow(added)
+    adding = asyncio.create_task(add_later())
+    async with asyncio.timeout(5):
+        item = await anext(following_one)
+    assert isinstance(item, Entry)
+    assert item.fields == {"data": "b"}
+    await adding
+    await following_one.aclose()
+
+
 async def test_a_reader_goes_on_after_an_outage_without_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import resource
 import shutil
 import sqlite3
@@ -264,6 +266,25 @@ async def test_a_journal_on_a_read_only_disk_opens_once_it_can_be_written(mounte
         await until(lambda: journal.refusal() is None)
         await journal.commit([row("after")])
         assert await keys(journal) == ["after"]
+
+
+async def test_a_disk_that_cannot_be_asked_for_its_space_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def refuse(path: object) -> None:
+        asked.append(path)
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    async with opened(tmp_path) as journal:
+        await journal.commit([row("a")])
+        monkeypatch.setattr(os, "statvfs", refuse)
+        async with asyncio.timeout(10):
+            while len(asked) < 2:
+                await asyncio.sleep(0.01)
+            await journal.commit([row("b")])
+        assert journal.refusal() is None
 
 
 async def test_a_full_disk_refuses_rows_and_loses_none(mounted: Path) -> None:

@@ -14,6 +14,7 @@ import redis
 import trustme
 
 from llm_sidecar.event_bus import EventBus, RedisError
+from llm_sidecar.event_bus.followed_stream import BEGINNING, Entry
 from tests.redis_server import RedisServer, entries, free_port, require_redis
 
 TIMEOUT = 20.0
@@ -34,7 +35,8 @@ async def arrives(bus: EventBus, payload: str) -> None:
     await bus.publish("phi3.test", payload)
     assert await asyncio.wait_for(queue.get(), TIMEOUT) == payload
     await bus.unregister_listener_queue("phi3.test", queue)
-    assert [fields["data"] for _, fields in await bus.events.read("0-0", 1.0, 1000)][-1] == payload
+    [*_, last] = (await bus.events.page(BEGINNING, 1000)).items
+    assert isinstance(last, Entry) and last.fields["data"] == payload
 
 
 @pytest.fixture(scope="module")

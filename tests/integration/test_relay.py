@@ -13,6 +13,7 @@ import redis
 from llm_sidecar.cloud_event import CloudEvent
 from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.event_bus import EventBus
+from llm_sidecar.event_bus.followed_stream import BEGINNING, Entry
 from llm_sidecar.event_bus.outbox import MemoryOutbox, Queued
 from llm_sidecar.event_bus.relay import Relay
 from tests.redis_server import RedisServer, entries, require_redis
@@ -237,8 +238,8 @@ async def test_the_stream_of_a_bus_in_memory_is_capped(monkeypatch: pytest.Monke
     bus = EventBus("memory://", outbox=outbox)
     await bus.start()
     await until(lambda: len(outbox) == 0)
-    entries = await bus.events.read("0-0", 0, count=COUNT)
-    kept = [fields["data"] for _, fields in entries]
+    page = await bus.events.page(BEGINNING, COUNT)
+    kept = [item.fields["data"] for item in page.items if isinstance(item, Entry)]
     assert kept == PAYLOADS[-len(kept) :]
     assert 10 <= len(kept) < 50  # it trims in steps, too
     await bus.close()
