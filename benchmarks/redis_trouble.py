@@ -23,19 +23,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each kind of trouble")
     parser.add_argument("--turns", type=int, default=2, help="into which they are divided")
+    parser.add_argument("--kinds", nargs="+", choices=TROUBLES, default=TROUBLES)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(run(Path(folder), options.seconds, options.turns))
+        asyncio.run(run(Path(folder), options.kinds, options.seconds, options.turns))
 
 
-async def run(folder: Path, seconds: float, turns: int) -> None:
+async def run(folder: Path, kinds: Sequence[str], seconds: float, turns: int) -> None:
     well: list[Answered] = []
-    ill: dict[str, list[Answered]] = {kind: [] for kind in TROUBLES}
-    beside: dict[str, list[Answered]] = {kind: [] for kind in TROUBLES}
+    ill: dict[str, list[Answered]] = {kind: [] for kind in kinds}
+    beside: dict[str, list[Answered]] = {kind: [] for kind in kinds}
+    ratios = []
     async with sidecar(folder) as troubled:
         await troubled.load.run(2.0)  # warms up
         for turn in range(turns):
-            for kind in TROUBLES:
+            for kind in kinds:
+                since = len(beside[kind]), len(ill[kind])
                 # The sides change their order, so that neither always follows the other.
                 for side in sorted(("ill", "well"), reverse=bool(turn % 2)):
                     if side == "well":
@@ -44,13 +47,19 @@ async def run(folder: Path, seconds: float, turns: int) -> None:
                         async with troubled.trouble(kind):
                             ill[kind] += await troubled.load.run(seconds / turns)
                         await troubled.recovered()
+                (_, usual), (_, p99) = (
+                    percentiles(answers[first:])
+                    for answers, first in zip((beside[kind], ill[kind]), since, strict=True)
+                )
+                ratios.append(p99 / usual)
         troubled.check()
         count = len(troubled.load.answers)
     print(f"{RATE:g} requests/s, {seconds:g} s of each trouble and as much without beside it")
-    for kind in TROUBLES:
+    for kind in kinds:
         well += beside[kind]
         show(kind, beside[kind], ill[kind])
     show("all", well, [answer for answers in ill.values() for answer in answers])
+    print(f"median of the ratios of {len(ratios)} turns: {statistics.median(ratios):.2f}")
     print(f"of {count} requests none failed; every event is in the stream once, in order")
 
 
