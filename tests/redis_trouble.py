@@ -242,16 +242,25 @@ class Troubled:
                 case _:
                     self._proxy.error = None
 
+    async def events_waiting(self) -> int:
+        """The number of events that Redis does not have yet."""
+        health = await asyncio.to_thread(self._health)
+        return int(health["database"]["journal"]["events"])
+
     async def recovered(self) -> None:
         """Returns when Redis has every event."""
 
         def has_all() -> bool:
-            health: dict[str, Any] = self._server.client.get("/health").json()
+            health = self._health()
             return bool(
                 health["event_bus"]["connected"] and health["database"]["journal"]["events"] == 0
             )
 
         await asyncio.to_thread(self._server.wait_until, has_all, RECOVERY_SECONDS, 0.1)
+
+    def _health(self) -> dict[str, Any]:
+        health: dict[str, Any] = self._server.client.get("/health").json()
+        return health
 
     def check(self) -> None:
         """Asserts that no request has failed, and that the stream has every event once, in the

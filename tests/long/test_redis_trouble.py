@@ -20,6 +20,8 @@ async def test_no_request_fails_and_no_event_is_lost(kind: str, tmp_path: Path) 
     async with sidecar(tmp_path) as troubled:
         async with troubled.trouble(kind):
             await troubled.load.run(SECONDS)
+            # Otherwise there was no trouble.
+            assert await troubled.events_waiting() > 0
         await troubled.recovered()
         await troubled.load.run(1.0)
         await troubled.recovered()
