@@ -52,6 +52,7 @@ async def run(folder: Path, kinds: Sequence[str], seconds: float, turns: int) ->
                     for answers, first in zip((beside[kind], ill[kind]), since, strict=True)
                 )
                 ratios.append(p99 / usual)
+        await troubled.recovered()
         troubled.check()
         count = len(troubled.load.answers)
     print(f"{RATE:g} requests/s, {seconds:g} s of each trouble and as much without beside it")

@@ -270,7 +270,8 @@ class Troubled:
         answer_of = {event: answer for answer in answers for event in answer.events}
         with Redis(port=self._redis.port, decode_responses=True) as client:
             found = [_event(fields) for _, fields in entries(client, STREAM)]
-        assert Counter(found) == Counter(answer_of.keys())
+        wanted, there = Counter(answer_of.keys()), Counter(found)
+        assert wanted == there, f"lost: {wanted - there}, too many: {there - wanted}"
         latest_sent = 0.0
         for event in found:
             # An event comes into being between the request and its answer.
