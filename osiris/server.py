@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from llm_sidecar import __version__
 from llm_sidecar.errors import SettingsError
 from llm_sidecar.logs import log_unhandled, start_detached
+from llm_sidecar.memory_trim import keep_little
 from llm_sidecar.models.base import Models
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
@@ -153,6 +154,7 @@ def _lifespan(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_exception_handler(log_unhandled)
+        keep_little()
         telemetry.start()
         sidecar = Sidecar(settings, models=models, metrics=metrics, telemetry=telemetry)
         metrics.watch(sidecar.health.report)

@@ -47,7 +47,7 @@ class ScriptedRedis:
         aborted = False
         with suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             while True:
-                words = await _command(reader)
+                words = await read_command(reader)
                 name = words[0].upper()
                 if name == "MULTI":
                     queued, aborted, answer = [], False, "+OK\r\n"
@@ -68,7 +68,7 @@ class ScriptedRedis:
                 writer.write(answer.encode())
                 await writer.drain()
         self._clients.discard(task)
-        await _close(writer)
+        await close(writer)
 
     def _execute(self, queued: list[list[str]], aborted: bool) -> str:
         if aborted:
@@ -98,7 +98,8 @@ class ScriptedRedis:
         return "+PONG\r\n" if name == "PING" else "+OK\r\n"
 
 
-async def _command(reader: asyncio.StreamReader) -> list[str]:
+async def read_command(reader: asyncio.StreamReader) -> list[str]:
+    """The words of the next command of a client."""
     words = []
     for _ in range(int((await reader.readuntil(b"\r\n"))[1:])):
         size = int((await reader.readuntil(b"\r\n"))[1:])
@@ -153,7 +154,7 @@ class Proxy:
                 target.write(data)
                 await target.drain()
         # What the client sent before it disconnected still arrives.
-        await _close(target)
+        await close(target)
 
 
 async def _end(tasks: set[asyncio.Task[None]]) -> None:
@@ -163,7 +164,8 @@ async def _end(tasks: set[asyncio.Task[None]]) -> None:
         await asyncio.wait(list(tasks))
 
 
-async def _close(writer: asyncio.StreamWriter) -> None:
+async def close(writer: asyncio.StreamWriter) -> None:
+    """Ends a connection, even if the other side has ended it."""
     writer.close()
     with suppress(ConnectionError):
         await writer.wait_closed()

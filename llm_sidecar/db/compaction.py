@@ -12,6 +12,7 @@ from typing import Final
 from llm_sidecar.db.lance import one_line
 from llm_sidecar.db.rows import TABLES
 from llm_sidecar.db.tables import FRAGMENTS, Tables
+from llm_sidecar.memory_trim import trim_heap
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,8 @@ class Compactor:
             Exception: whatever lancedb raises.
         """
         done = await tables.compact()
+        # Merges and compactions free many megabytes, which glibc would keep.
+        await asyncio.to_thread(trim_heap)
         await self.count(tables)
         return done
 

@@ -288,6 +288,18 @@ async def test_fragments_and_files_stay_bounded(
     await store.close()
 
 
+async def test_a_compaction_gives_back_the_memory_that_it_has_freed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trimmed: list[bool] = []
+    monkeypatch.setattr(compaction, "trim_heap", lambda: trimmed.append(True))
+    store = await Store.open(tmp_path)
+    await store.append(score())
+    await store.compact()
+    assert trimmed == [True]
+    await store.close()
+
+
 async def test_processes_that_write_one_row_each_compact_when_they_close(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
