@@ -8,10 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
+from redis.exceptions import WatchError
 
 from llm_sidecar import timestamps
 from llm_sidecar.errors import NotFound
 from llm_sidecar.event_bus.consumer_group import ConsumerGroup, Entry
+from llm_sidecar.event_bus.followed_stream import BEGINNING, EntryId
 
 INBOX: Final = "osiris.inbox"
 DEAD: Final = "osiris.inbox.dead"
@@ -57,6 +60,7 @@ class DeadLetters:
 
     async def add(self, group: ConsumerGroup, entry: Entry, reason: str) -> None:
         """Moves a pending entry here."""
+        await self._require_stream(self.dead)
         fields: dict[Any, Any] = {
             "time": timestamps.now().isoformat(),
             "reason": reason,
@@ -80,7 +84,9 @@ class DeadLetters:
         Raises:
             ValueError: `before` is not an id.
         """
-        newest = "+" if before is None else f"({check_id(before)}"
+        if before is not None and EntryId.parse(before) == BEGINNING:
+            return []  # Redis refuses to look for an id before the smallest
+        newest = "+" if before is None else f"({before}"
         entries: Any = await self._client.xrevrange(self.dead, newest, "-", count=limit)
         return [_dead_letter(entry_id, fields) for entry_id, fields in entries]
 
@@ -90,19 +96,34 @@ class DeadLetters:
         Raises:
             NotFound: there is no such dead letter.
         """
-        found: Any
+        while True:
+            async with self._client.pipeline(transaction=True) as pipe:
+                # Two requests for one dead letter must not make two entries of it.
+                await pipe.watch(self.dead)
+                fields = await self._fields(pipe, dead_id)
+                await self._require_stream(self.inbox)
+                pipe.multi()  # type: ignore[no-untyped-call]
+                pipe.xadd(self.inbox, fields)
+                pipe.xdel(self.dead, dead_id)
+                try:
+                    entry_id, _ = await pipe.execute()
+                except WatchError:
+                    continue
+                return str(entry_id)
+
+    async def _fields(self, pipe: Pipeline, dead_id: str) -> dict[Any, Any]:
         try:
-            found = await self._client.xrange(self.dead, check_id(dead_id), dead_id, count=1)
+            found = await pipe.xrange(self.dead, check_id(dead_id), dead_id, count=1)
         except ValueError:
             found = []
         if not found:
             raise NotFound("There is no dead letter with this id.")
-        fields: Any = _dead_letter(*found[0]).fields
-        async with self._client.pipeline(transaction=True) as pipe:
-            pipe.xadd(self.inbox, fields)
-            pipe.xdel(self.dead, dead_id)
-            entry_id, _ = await pipe.execute()
-        return str(entry_id)
+        return dict(_dead_letter(*found[0]).fields)
+
+    async def _require_stream(self, key: str) -> None:
+        """Raises ResponseError if a key holds something else than a stream: a transaction would
+        not add to it, but remove the entry from the other stream all the same."""
+        await self._client.xlen(key)
 
     async def count(self) -> int:
         """How many dead letters there are."""
@@ -130,6 +151,24 @@ def _dead_letter(entry_id: str, entry: Mapping[str, str]) -> DeadLetter:
         time=entry.get("time", ""),
         reason=entry.get("reason", ""),
         entry=entry.get("entry", ""),
-        deliveries=int(entry.get("deliveries", "0")),
-        fields=json.loads(entry.get("fields", "{}")),
+        deliveries=_number(entry.get("deliveries", "")),
+        fields=_fields_of(entry),
     )
+
+
+def _number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        return 0
+
+
+def _fields_of(entry: Mapping[str, str]) -> Mapping[str, str]:
+    """The fields of the entry in the inbox. What somebody else has added here has none: then its
+    own fields."""
+    try:
+        fields = json.loads(entry.get("fields", ""))
+    except (ValueError, RecursionError):
+        return entry
+    is_whole = isinstance(fields, dict) and all(isinstance(text, str) for text in fields.values())
+    return fields if fields and is_whole else entry

@@ -69,6 +69,8 @@ class EntryId(NamedTuple):
 
 BEGINNING: Final = EntryId(0, 0)
 """The place before every entry."""
+_LAST: Final = EntryId((1 << 64) - 1, (1 << 64) - 1)
+"""The largest id. Redis refuses to look for one after it."""
 
 
 class Entry(NamedTuple):
@@ -168,9 +170,10 @@ class FollowedStream:
 
     async def _page(self, after: EntryId) -> _Page:
         """What follows an id. One transaction, so that nothing is removed in between."""
+        start = str(after) if after == _LAST else f"({after}"
         async with self._reading, self._client.pipeline(transaction=True) as pipe:
             pipe.xinfo_stream(self.name)
-            pipe.xrange(self.name, f"({after}", "+", count=PAGE)
+            pipe.xrange(self.name, start, "+", count=PAGE)
             info, found = await pipe.execute(raise_on_error=False)
         if isinstance(info, Exception) and not _is_missing(info):
             raise info

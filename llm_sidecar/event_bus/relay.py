@@ -20,7 +20,7 @@ from typing import Any, Final
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoPermissionError, RedisError, WatchError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError, WatchError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from llm_sidecar import timestamps
@@ -207,6 +207,10 @@ class Relay:
         except NoPermissionError:
             self._denied.add(self._record_operation)
             return 0
+        except ResponseError as error:
+            if not is_denial(error):
+                raise
+            return 0  # the key holds something else than text: no record, and SET replaces it
         if last is not None and last != self._void:
             for count, queued in enumerate(head, 1):
                 if queued.event.id == last:

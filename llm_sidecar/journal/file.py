@@ -99,11 +99,13 @@ class JournalFile:
             return False
 
     def is_almost_full(self, low: int) -> bool:
-        """Whether the disk is read-only, or has less than `low` free bytes."""
+        """Whether the disk is read-only, has less than `low` free bytes, or cannot be asked."""
         try:
             disk = os.statvfs(self.folder)
         except FileNotFoundError:
             return False
+        except OSError:
+            return True
         return bool(disk.f_flag & os.ST_RDONLY) or disk.f_bavail * disk.f_frsize < low
 
     def reopen(self) -> sqlite3.Connection:

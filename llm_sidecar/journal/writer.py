@@ -227,6 +227,8 @@ class JournalWriter:
     def _attempt(self, group: Sequence[Unit[Any]], chores: Sequence[Work[None]]) -> bool:
         """Commits; returns False if the files have to be opened anew, so that nothing counts."""
         with self.file.turn() as db:
+            if not self.file.is_current():
+                return False
             try:
                 before = db.total_changes
                 snapshot = commit(db, group, chores)

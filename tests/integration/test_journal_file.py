@@ -90,6 +90,28 @@ async def test_a_deleted_journal_is_made_again_without_a_commit(tmp_path: Path) 
         await require_filled(journal)
 
 
+@pytest.mark.parametrize("instead", ["file", "loop"])
+async def test_a_folder_that_is_no_folder_stops_the_journal_only_for_a_while(
+    tmp_path: Path, instead: str
+) -> None:
+    folder = tmp_path / "log"
+    async with opened(folder) as journal:
+        await journal.commit([row("before")])
+        folder.rename(tmp_path / "elsewhere")
+        if instead == "file":
+            folder.touch()
+        else:
+            folder.symlink_to(folder)
+        await until(lambda: journal.failure is not None)
+        with pytest.raises(JournalUnavailable):
+            await journal.commit([row("refused")])
+        folder.unlink()
+        await until(lambda: journal.failure is None)
+        await journal.commit([row("after")])
+        # A client sends again what was refused, so it must not be stored.
+        assert await keys(journal) == ["before", "after"]
+
+
 async def test_a_deleted_journal_of_several_processes_is_rescued_once(tmp_path: Path) -> None:
     folder = tmp_path / "log"
     async with opened(folder) as one, opened(folder) as other:

@@ -177,6 +177,19 @@ async def test_a_record_that_is_no_id_counts_as_none() -> None:
         await bus.close()
 
 
+async def test_a_record_that_is_no_text_counts_as_none(
+    server: RedisServer, probe: redis.Redis
+) -> None:
+    outbox = outbox_of(PAYLOADS[:3])
+    probe.lpush(f"osiris.events.relay:{outbox.id}", "x")
+    bus = EventBus(server.url, outbox=outbox)
+    await bus.start()
+    await until(lambda: len(outbox) == 0)
+    assert stream(probe) == PAYLOADS[:3]
+    assert probe.get(f"osiris.events.relay:{outbox.id}") == "id-2"
+    await bus.close()
+
+
 async def test_an_entry_of_the_stream_is_a_cloud_event(
     server: RedisServer, probe: redis.Redis
 ) -> None:
