@@ -66,8 +66,9 @@ class JournalFile:
         if self._db is None:
             make_folder(self.folder)
             with locked(self.folder / _LOCK):
+                is_whole = self._complete()
                 db = self._connect()
-                if db is None or not _is_sound(db):
+                if db is None or not is_whole or not _is_sound(db):
                     self._replace_damaged(db)
                 else:
                     self._use(db)
@@ -136,6 +137,20 @@ class JournalFile:
             os.close(self._turn)
             self._turn = -1
 
+    def _complete(self) -> bool:
+        """Puts an empty page where the file itself is missing or empty, but not its `-wal`, which
+        SQLite would delete. That may have every page.
+
+        Returns:
+            Whether nothing was missing. Otherwise the files must be replaced: another process may
+            still write to this `-wal`.
+        """
+        path = self.folder / NAME
+        is_whole = _size(path) > 0 or _size(Path(f"{path}-wal")) == 0
+        if not is_whole:
+            path.write_bytes(bytes(4096))
+        return is_whole
+
     def _connect(self) -> sqlite3.Connection | None:
         """A connection; None if the file is no database."""
         try:
@@ -146,23 +161,36 @@ class JournalFile:
             return None
 
     def _use(self, db: sqlite3.Connection, content: salvage.Content | None = None) -> None:
-        with _transaction(db):
-            self.id = schema.create(db)
-            self.clock = Clock(db)
-            if content is not None:
-                salvage.write(db, content, self.clock.now())
-        sync_folder(self.folder)
-        turn, self._turn = self._turn, os.open(self.folder / _TURN, os.O_RDWR | os.O_CREAT, 0o600)
-        if turn >= 0:
-            os.close(turn)
+        try:
+            with _transaction(db):
+                self.id = schema.create(db)
+                self.clock = Clock(db)
+                if content is not None:
+                    salvage.write(db, content, self.clock.now())
+            sync_folder(self.folder)
+            turn = os.open(self.folder / _TURN, os.O_RDWR | os.O_CREAT, 0o600)
+        except BaseException:
+            db.close()
+            raise
+        if self._turn >= 0:
+            os.close(self._turn)
+        self._turn = turn
         self._identity, self._db = self._found(), db
 
     def _replace_damaged(self, db: sqlite3.Connection | None) -> None:
         content = {} if db is None else salvage.read(db)
+        kept = self._set_aside()
+        try:
+            self._use(schema.connect(self.folder / NAME), content)
+        except BaseException:
+            # Nothing else has what is readable, and the disk may be full only for a while.
+            self._put_back(kept)
+            if db is not None:
+                db.close()
+            raise
         if db is not None:
             _keep_open(db)
-        self._set_aside(content)
-        self._use(schema.connect(self.folder / NAME), content)
+        self._note_damage(kept, content)
 
     def _replace(self, old: sqlite3.Connection) -> None:
         if old.in_transaction:
@@ -171,7 +199,7 @@ class JournalFile:
         _keep_open(old)
         with contextlib.suppress(FileNotFoundError):
             if _inode(self.folder / NAME) == self._identity[0]:
-                self._set_aside(content)
+                self._note_damage(self._set_aside(), content)
         self._use(schema.connect(self.folder / NAME), content)
         try:
             with _transaction(old):
@@ -179,16 +207,26 @@ class JournalFile:
         except sqlite3.Error as error:
             log.warning("the old journal stays as it is: %s", error)
 
-    def _set_aside(self, content: salvage.Content) -> None:
+    def _set_aside(self) -> Path:
+        """Moves the files; returns the new path of the first."""
         self._aside.mkdir(parents=True, exist_ok=True)
         stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
-        kept = f"{stamp}-{NAME}"
-        for part in _PARTS:
-            with contextlib.suppress(FileNotFoundError):
-                Path(f"{self.folder / NAME}{part}").rename(f"{self._aside / kept}{part}")
+        kept = self._aside / f"{stamp}-{NAME}"
+        _move(self.folder / NAME, kept)
         sync_folder(self._aside)
+        return kept
+
+    def _put_back(self, kept: Path) -> None:
+        """Undoes `_set_aside`."""
+        for part in _PARTS:
+            Path(f"{self.folder / NAME}{part}").unlink(missing_ok=True)
+        _move(kept, self.folder / NAME)
+
+    def _note_damage(self, kept: Path, content: salvage.Content) -> None:
         count = len(content.get("rows", ()))
-        self._note(f"the journal is damaged and kept as {kept}; {count} rows of it are readable")
+        self._note(
+            f"the journal is damaged and kept as {kept.name}; {count} rows of it are readable"
+        )
 
     def _found(self) -> Identity:
         return tuple(_inode(Path(f"{self.folder / NAME}{part}")) for part in _PARTS)
@@ -206,6 +244,20 @@ def _is_sound(db: sqlite3.Connection) -> bool:
         if not is_damage(error):
             raise
         return False
+
+
+def _move(path: Path, to: Path) -> None:
+    """Renames the file of a journal together with its `-wal` and `-shm`."""
+    for part in _PARTS:
+        with contextlib.suppress(FileNotFoundError):
+            Path(f"{path}{part}").rename(f"{to}{part}")
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _inode(path: Path) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import uuid
@@ -39,8 +40,10 @@ class Owner:
         self.leave()
         make_folder(self._folder)
         for other in self._folder.iterdir():
-            if not other.name.startswith("."):
-                self.is_alive(other.name)
+            # Whatever cannot be opened, such as a file of another user, stays.
+            with contextlib.suppress(OSError):
+                if not other.name.startswith("."):
+                    self.is_alive(other.name)
         # Locked before it has its name, so that it never looks dead.
         unnamed = self._folder / f".{self.id}"
         self._file = os.open(unnamed, os.O_RDWR | os.O_CREAT, 0o600)
