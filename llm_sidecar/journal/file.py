@@ -37,6 +37,7 @@ class JournalFile:
         folder: the folder of the file.
         id: of the journal in the file; another file has another one.
         clock: of the journal.
+        waits: whether the thread waits for the transaction of another process.
     """
 
     id: str
@@ -56,6 +57,7 @@ class JournalFile:
         self._db: sqlite3.Connection | None = None
         self._identity: Identity = ()
         self._turn = -1
+        self.waits = False
 
     def opened(self) -> sqlite3.Connection:
         """The connection, which is opened if it is not.
@@ -83,7 +85,11 @@ class JournalFile:
         them. A lock of the kernel wakes whoever waits.
         """
         db = self.opened()
-        fcntl.flock(self._turn, fcntl.LOCK_EX)
+        self.waits = True
+        try:
+            fcntl.flock(self._turn, fcntl.LOCK_EX)
+        finally:
+            self.waits = False
         try:
             yield db
         finally:

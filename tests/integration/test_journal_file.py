@@ -18,6 +18,7 @@ import pytest
 from llm_sidecar.journal import clock, file, writer
 from llm_sidecar.journal.file import NAME
 from llm_sidecar.journal.journal import Journal
+from llm_sidecar.journal.locks import locked
 from llm_sidecar.journal.requests import Claim, Progress
 from llm_sidecar.journal.writer import JournalUnavailable
 from tests.integration.test_journal import KEY, event, keys, opened, row, sent, until
@@ -373,6 +374,22 @@ async def test_a_transaction_of_another_process_that_takes_long_is_waited_for(
         await committing
         assert journal.refusal() is None
         assert await keys(journal) == ["a", "b"]
+
+
+async def test_a_process_that_keeps_the_journal_is_not_taken_for_a_slow_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_COMMIT_SECONDS", 0.05)
+    async with opened(tmp_path) as journal:
+        await until(lambda: journal.refusal() is None)
+        with locked(tmp_path / "turn.lock"):
+            await until(journal.refusal)
+            with pytest.raises(
+                JournalUnavailable,
+                match="stored: another process has kept the journal for longer than 5 s",
+            ):
+                await journal.commit([row("a")])
+        await until(lambda: journal.refusal() is None)
 
 
 # Clocks
