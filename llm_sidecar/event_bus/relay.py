@@ -179,6 +179,8 @@ class Relay:
         Raises:
             RedisError: Redis has taken none of them, or its answer is unknown.
         """
+        if self._most == 1:
+            await self._require_transactions()
         async with self._client.pipeline(transaction=True) as pipe:
             if (count := await self._watch(pipe, head)) > 0:
                 return count
@@ -192,10 +194,23 @@ class Relay:
             except WatchError:
                 return 0  # a transaction that had been late: look again what Redis has
             except RedisError as error:
-                if is_answer(error):
+                # Without MULTI, Redis has carried out the commands one by one, the record last.
+                if is_answer(error) and not _lacks_multi(error):
                     self._void = batch[-1].event.id
                 raise
         return await self._check(batch, operations, results)
+
+    async def _require_transactions(self) -> None:
+        """Raises RedisError if Redis denies MULTI: it would carry out the commands one by one, so
+        that every attempt would add the event again."""
+        try:
+            async with self._client.pipeline(transaction=True) as pipe:
+                pipe.ping()
+                await pipe.execute()
+        except NoPermissionError:
+            return  # it denies PING, and only within a transaction
+        except ResponseError as error:
+            raise ResponseError("it denies MULTI") if _lacks_multi(error) else error from None
 
     async def _watch(self, pipe: Pipeline, head: Sequence[Queued]) -> int:
         """Watches the record; returns how many of the events Redis has already."""
@@ -271,6 +286,10 @@ class Relay:
     @property
     def _record_operation(self) -> str:
         return f"SET {self._stream}.relay:*"
+
+
+def _lacks_multi(error: RedisError) -> bool:
+    return str(error).startswith("EXEC without MULTI")
 
 
 def _refused(error: NoPermissionError, operations: list[tuple[int, str]]) -> str:

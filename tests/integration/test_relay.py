@@ -349,7 +349,8 @@ async def test_a_transaction_that_arrives_late_is_aborted(
         proxy.gate = opened
         await until(lambda: len(outbox) == 0)
         late.set()
-        await until(lambda: probe.info("commandstats")["cmdstat_exec"]["calls"] == 2)
+        # The late one and its repetition, each after a look whether there are transactions.
+        await until(lambda: probe.info("commandstats")["cmdstat_exec"]["calls"] == 4)
         assert stream(probe) == ["1"]
         await bus.close()
 
@@ -588,6 +589,33 @@ async def test_a_denied_key_costs_only_itself(
     assert stream(probe) == ([] if "XADD osiris.events" in denied else PAYLOADS)
     await bus.close()
     probe.acl_deluser("desk")
+
+
+async def test_without_multi_events_wait_and_are_added_once(
+    server: RedisServer, probe: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_sidecar.event_bus.relay.LONGEST_DELAY", 0.02)
+    attempts: list[Exception] = []
+    failed = Relay._failed
+
+    def count(relay: Relay, error: Exception) -> None:
+        attempts.append(error)
+        failed(relay, error)
+
+    monkeypatch.setattr(Relay, "_failed", count)
+    bus = EventBus(server.url)
+    await bus.connect()
+    await bus.publish("phi3.test", "0")
+    await until(lambda: bus.status()["waiting"] == 0)
+    probe.acl_setuser("default", enabled=True, nopass=True, commands=["-multi"])
+    await bus.publish("phi3.test", "1")
+    await bus.publish("phi3.test", "2")
+    await until(lambda: len(attempts) > 5)
+    assert bus.status()["failing"] == "it denies MULTI"
+    probe.acl_setuser("default", enabled=True, nopass=True, commands=["+multi"])
+    await until(lambda: bus.status()["waiting"] == 0)
+    assert stream(probe) == ["0", "1", "2"]
+    await bus.close()
 
 
 async def test_a_key_that_is_no_stream_counts_as_denied(
