@@ -207,10 +207,13 @@ class Relay:
             async with self._client.pipeline(transaction=True) as pipe:
                 pipe.ping()
                 await pipe.execute()
-        except NoPermissionError:
-            return  # it denies PING, and only within a transaction
+        except NoPermissionError as error:
+            if "'ping'" not in str(error):
+                raise ResponseError("it denies MULTI or EXEC") from None
         except ResponseError as error:
-            raise ResponseError("it denies MULTI") if _lacks_multi(error) else error from None
+            if _lacks_multi(error):
+                raise ResponseError("it denies MULTI or EXEC") from None
+            raise
 
     async def _watch(self, pipe: Pipeline, head: Sequence[Queued]) -> int:
         """Watches the record; returns how many of the events Redis has already."""
@@ -221,6 +224,8 @@ class Relay:
             last = await pipe.get(self._record)
         except NoPermissionError:
             self._denied.add(self._record_operation)
+            # It may be WATCH that is denied, and MULTI with it.
+            await self._require_transactions()
             return 0
         except ResponseError as error:
             if not is_denial(error):

@@ -591,8 +591,9 @@ async def test_a_denied_key_costs_only_itself(
     probe.acl_deluser("desk")
 
 
+@pytest.mark.parametrize("denied", ["multi", "@transaction"])
 async def test_without_multi_events_wait_and_are_added_once(
-    server: RedisServer, probe: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    server: RedisServer, probe: redis.Redis, monkeypatch: pytest.MonkeyPatch, denied: str
 ) -> None:
     monkeypatch.setattr("llm_sidecar.event_bus.relay.LONGEST_DELAY", 0.02)
     attempts: list[Exception] = []
@@ -607,12 +608,12 @@ async def test_without_multi_events_wait_and_are_added_once(
     await bus.connect()
     await bus.publish("phi3.test", "0")
     await until(lambda: bus.status()["waiting"] == 0)
-    probe.acl_setuser("default", enabled=True, nopass=True, commands=["-multi"])
+    probe.execute_command("ACL", "SETUSER", "default", f"-{denied}")
     await bus.publish("phi3.test", "1")
     await bus.publish("phi3.test", "2")
     await until(lambda: len(attempts) > 5)
-    assert bus.status()["failing"] == "it denies MULTI"
-    probe.acl_setuser("default", enabled=True, nopass=True, commands=["+multi"])
+    assert bus.status()["failing"] == "it denies MULTI or EXEC"
+    probe.execute_command("ACL", "SETUSER", "default", f"+{denied}")
     await until(lambda: bus.status()["waiting"] == 0)
     assert stream(probe) == ["0", "1", "2"]
     await bus.close()
