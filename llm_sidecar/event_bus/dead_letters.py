@@ -112,6 +112,7 @@ class DeadLetters:
                 return str(entry_id)
 
     async def _fields(self, pipe: Pipeline, dead_id: str) -> dict[Any, Any]:
+        found: Any
         try:
             found = await pipe.xrange(self.dead, check_id(dead_id), dead_id, count=1)
         except ValueError:

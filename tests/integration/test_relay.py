@@ -591,6 +591,11 @@ async def test_a_denied_key_costs_only_itself(
     probe.acl_deluser("desk")
 
 
+def permit(probe: redis.Redis, rule: str) -> None:
+    """Adds a rule to those of the default user."""
+    probe.execute_command("ACL", "SETUSER", "default", rule)  # type: ignore[no-untyped-call]
+
+
 @pytest.mark.parametrize("denied", ["multi", "@transaction"])
 async def test_without_multi_events_wait_and_are_added_once(
     server: RedisServer, probe: redis.Redis, monkeypatch: pytest.MonkeyPatch, denied: str
@@ -608,12 +613,12 @@ async def test_without_multi_events_wait_and_are_added_once(
     await bus.connect()
     await bus.publish("phi3.test", "0")
     await until(lambda: bus.status()["waiting"] == 0)
-    probe.execute_command("ACL", "SETUSER", "default", f"-{denied}")
+    permit(probe, f"-{denied}")
     await bus.publish("phi3.test", "1")
     await bus.publish("phi3.test", "2")
     await until(lambda: len(attempts) > 5)
     assert bus.status()["failing"] == "it denies MULTI or EXEC"
-    probe.execute_command("ACL", "SETUSER", "default", f"+{denied}")
+    permit(probe, f"+{denied}")
     await until(lambda: bus.status()["waiting"] == 0)
     assert stream(probe) == ["0", "1", "2"]
     await bus.close()
