@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
+from redis.exceptions import WatchError
 
 from llm_sidecar import timestamps
 from llm_sidecar.errors import NotFound
 from llm_sidecar.event_bus.consumer_group import ConsumerGroup, Entry
-from llm_sidecar.event_bus.followed_stream import EntryId
+from llm_sidecar.event_bus.followed_stream import BEGINNING, EntryId
 
 INBOX: Final = "osiris.inbox"
 DEAD: Final = "osiris.inbox.dead"
@@ -56,6 +58,7 @@ class DeadLetters:
 
     async def add(self, group: ConsumerGroup, entry: Entry, reason: str) -> None:
         """Moves a pending entry of the inbox to the dead letters."""
+        await self._require_stream(DEAD)
         fields: dict[Any, Any] = {
             "time": timestamps.now().isoformat(),
             "reason": reason,
@@ -79,7 +82,9 @@ class DeadLetters:
         Raises:
             ValueError: `before` is not an id.
         """
-        newest = "+" if before is None else f"({EntryId.parse(before)}"
+        if before is not None and EntryId.parse(before) == BEGINNING:
+            return []  # Redis refuses to look for an id before the smallest
+        newest = "+" if before is None else f"({before}"
         entries: Any = await self._client.xrevrange(DEAD, newest, "-", count=limit)
         return [_dead_letter(entry_id, fields) for entry_id, fields in entries]
 
@@ -89,19 +94,39 @@ class DeadLetters:
         Raises:
             NotFound: there is no such dead letter.
         """
+        while True:
+            async with self._client.pipeline(transaction=True) as pipe:
+                # Two requests for one dead letter must not add two entries.
+                await pipe.watch(DEAD)
+                letter, fields = await self._found(pipe, dead_id)
+                await self._require_stream(INBOX)
+                pipe.multi()  # type: ignore[no-untyped-call]
+                pipe.xadd(INBOX, fields)
+                pipe.xdel(DEAD, letter)
+                try:
+                    entry_id, _ = await pipe.execute()
+                except WatchError:
+                    continue
+                return str(entry_id)
+
+    async def _found(self, pipe: Pipeline, dead_id: str) -> tuple[str, dict[Any, Any]]:
+        """The id of a dead letter as Redis writes it, and the fields of its entry."""
+        found: Any
         try:
             letter = str(EntryId.parse(dead_id))
-            found: Any = await self._client.xrange(DEAD, letter, letter, count=1)
+            found = await pipe.xrange(DEAD, letter, letter, count=1)
         except ValueError:
             found = []
         if not found:
             raise NotFound("There is no dead letter with this id.")
-        fields: Any = _dead_letter(*found[0]).fields
-        async with self._client.pipeline(transaction=True) as pipe:
-            pipe.xadd(INBOX, fields)
-            pipe.xdel(DEAD, letter)
-            entry_id, _ = await pipe.execute()
-        return str(entry_id)
+        return letter, dict(_dead_letter(*found[0]).fields)
+
+    async def _require_stream(self, key: str) -> None:
+        """Raises ResponseError if the key is not a stream.
+
+        A transaction would fail to add to it, and still remove the entry from the other stream.
+        """
+        await self._client.xlen(key)
 
     async def count(self) -> int:
         """How many dead letters there are."""
@@ -114,6 +139,24 @@ def _dead_letter(entry_id: str, entry: Mapping[str, str]) -> DeadLetter:
         time=entry.get("time", ""),
         reason=entry.get("reason", ""),
         entry=entry.get("entry", ""),
-        deliveries=int(entry.get("deliveries", "0")),
-        fields=json.loads(entry.get("fields", "{}")),
+        deliveries=_number(entry.get("deliveries", "")),
+        fields=_fields_of(entry),
     )
+
+
+def _number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        return 0
+
+
+def _fields_of(entry: Mapping[str, str]) -> Mapping[str, str]:
+    """The fields of the entry in the inbox. What somebody else has added here has none: then its
+    own fields."""
+    try:
+        fields = json.loads(entry.get("fields", ""))
+    except (ValueError, RecursionError):
+        return entry
+    is_whole = isinstance(fields, dict) and all(isinstance(text, str) for text in fields.values())
+    return fields if fields and is_whole else entry

@@ -71,6 +71,8 @@ class EntryId(NamedTuple):
 
 BEGINNING: Final = EntryId(0, 0)
 """The position before the first entry."""
+_LAST: Final = EntryId((1 << 64) - 1, (1 << 64) - 1)
+"""The largest id. Redis refuses to look for one after it."""
 
 
 class Entry(NamedTuple):
@@ -184,10 +186,11 @@ class FollowedStream:
         Raises:
             RedisError: Redis does not answer, or denies it.
         """
+        start = str(after) if after == _LAST else f"({after}"
         # One transaction, so that no entry is removed between the two commands.
         async with self._reading, self._client.pipeline(transaction=True) as pipe:
             pipe.xinfo_stream(self.name)
-            pipe.xrange(self.name, f"({after}", "+", count=count)
+            pipe.xrange(self.name, start, "+", count=count)
             info, found = await pipe.execute(raise_on_error=False)
         if isinstance(info, Exception) and not _is_missing(info):
             raise info

@@ -8,17 +8,18 @@ letter.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Final
 
 from redis.exceptions import RedisError
 
 from llm_sidecar.errors import SidecarError
 from llm_sidecar.event_bus.consumer_group import ConsumerGroup, Entry
-from llm_sidecar.event_bus.dead_letters import DeadLetters
+from llm_sidecar.event_bus.dead_letters import DEAD, DeadLetters
 from llm_sidecar.event_bus.denied import TRY_AGAIN, Denied
 from llm_sidecar.event_bus.redis_errors import is_denial, reason
 from llm_sidecar.event_bus.subscriber import Subscriber
@@ -124,7 +125,8 @@ class Inbox:
             else:
                 await self._handle([entry])
         self._counts["pending"] = await self._group.pending()
-        self._counts["dead"] = await self._dead.count()
+        with self._dead_letters():
+            self._counts["dead"] = await self._dead.count()
         self._next_claim = time.monotonic() + CLAIM_EVERY
 
     async def _handle(self, entries: Sequence[Entry]) -> None:
@@ -177,6 +179,21 @@ class Inbox:
             await self._handle([await self._group.again(entries[0])])
 
     async def _bury(self, entry: Entry, why: str) -> None:
-        log.error("entry %s of the inbox is a dead letter: %s", entry.id, why)
-        await self._dead.add(self._group, entry, why)
-        self._counts["dead"] += 1
+        with self._dead_letters():
+            await self._dead.add(self._group, entry, why)
+            log.error("entry %s of the inbox is a dead letter: %s", entry.id, why)
+            self._counts["dead"] += 1
+
+    @contextlib.contextmanager
+    def _dead_letters(self) -> Iterator[None]:
+        """Goes on without the dead letters if Redis denies them: what should become one stays
+        pending, and is claimed again."""
+        operation = f"XADD {DEAD}"
+        try:
+            yield
+        except RedisError as error:
+            if not is_denial(error):
+                raise
+            self._denied.add(operation)
+        else:
+            self._denied.remove(operation)

@@ -20,7 +20,7 @@ from typing import Any, Final
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoPermissionError, RedisError, WatchError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError, WatchError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from llm_sidecar import timestamps
@@ -180,6 +180,8 @@ class Relay:
         Raises:
             RedisError: Redis has taken none of them, or its answer is unknown.
         """
+        if self._most == 1:
+            await self._require_transactions()
         async with self._client.pipeline(transaction=True) as pipe:
             if (count := await self._watch(pipe, head)) > 0:
                 return count
@@ -193,10 +195,26 @@ class Relay:
             except WatchError:
                 return 0  # a late transaction has set the record: read it again
             except RedisError as error:
-                if is_answer(error):
+                # Without MULTI, Redis has carried out the commands one by one, the record last.
+                if is_answer(error) and not _lacks_multi(error):
                     self._void = batch[-1].event.id
                 raise
         return await self._check(batch, operations, results)
+
+    async def _require_transactions(self) -> None:
+        """Raises RedisError if Redis denies MULTI: it would carry out the commands one by one, so
+        that every attempt would add the event again."""
+        try:
+            async with self._client.pipeline(transaction=True) as pipe:
+                pipe.ping()
+                await pipe.execute()
+        except NoPermissionError as error:
+            if "'ping'" not in str(error):
+                raise ResponseError("it denies MULTI or EXEC") from None
+        except ResponseError as error:
+            if _lacks_multi(error):
+                raise ResponseError("it denies MULTI or EXEC") from None
+            raise
 
     async def _watch(self, pipe: Pipeline, head: Sequence[Queued]) -> int:
         """Watches the record; returns how many of these events Redis already has."""
@@ -207,7 +225,13 @@ class Relay:
             last = await pipe.get(self._record)
         except NoPermissionError:
             self._denied.add(self._record_operation)
+            # It may be WATCH that is denied, and MULTI with it.
+            await self._require_transactions()
             return 0
+        except ResponseError as error:
+            if not is_denial(error):
+                raise
+            return 0  # the key holds something else than text: no record, and SET replaces it
         if last is not None and last != self._void:
             for count, queued in enumerate(head, 1):
                 if queued.event.id == last:
@@ -269,6 +293,10 @@ class Relay:
     @property
     def _record_operation(self) -> str:
         return f"SET {self._stream}.relay:*"
+
+
+def _lacks_multi(error: RedisError) -> bool:
+    return str(error).startswith("EXEC without MULTI")
 
 
 def _refused(error: NoPermissionError, operations: list[tuple[int, str]]) -> str:

@@ -74,12 +74,12 @@ class Claims:
         return found
 
     def _claim(self, db: sqlite3.Connection, request: RequestKey, fingerprint: str) -> Claim | None:
+        now, owner = self._writer.file.clock.now(), self._owner
         try:
-            self._owner.enter()
+            owner.enter()
+            return requests.claim(db, request, fingerprint, owner.id, owner.is_alive, now)
         except OSError as error:
             raise JournalUnavailable(f"The request cannot be claimed: {error.strerror}.") from None
-        now, owner = self._writer.file.clock.now(), self._owner
-        return requests.claim(db, request, fingerprint, owner.id, owner.is_alive, now)
 
     async def release(self, request: RequestKey) -> None:
         """See `Store.release`."""

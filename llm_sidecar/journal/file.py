@@ -37,6 +37,7 @@ class JournalFile:
         id: of the journal in the file; another file has another one.
         ids: of all files that were open at this path.
         clock: of the journal.
+        waits: whether the thread waits for the transaction of another process.
     """
 
     id: str
@@ -57,6 +58,7 @@ class JournalFile:
         self._db: sqlite3.Connection | None = None
         self._identity: Identity = ()
         self._turn = -1
+        self.waits = False
 
     def opened(self) -> sqlite3.Connection:
         """The connection, which is opened if it is not.
@@ -67,9 +69,10 @@ class JournalFile:
         if self._db is None:
             make_folder(self.folder)
             with locked(self.folder / _LOCK):
+                is_whole = self._complete()
                 db = self._connect()
-                if db is None or not _is_sound(db):
-                    self._replace(db)
+                if db is None or not is_whole or not _is_sound(db):
+                    self._replace_damaged(db)
                 else:
                     self._use(db)
         assert self._db is not None
@@ -83,7 +86,11 @@ class JournalFile:
         kernel lock wakes the next one.
         """
         db = self.opened()
-        fcntl.flock(self._turn, fcntl.LOCK_EX)
+        self.waits = True
+        try:
+            fcntl.flock(self._turn, fcntl.LOCK_EX)
+        finally:
+            self.waits = False
         try:
             yield db
         finally:
@@ -100,11 +107,13 @@ class JournalFile:
             return False
 
     def is_almost_full(self, low: int) -> bool:
-        """Whether the disk is read-only, or has less than `low` free bytes; False if unknown."""
+        """Whether the disk is read-only, has less than `low` free bytes, or cannot be asked."""
         try:
             disk = os.statvfs(self.folder)
-        except OSError:
+        except FileNotFoundError:
             return False
+        except OSError:
+            return True
         return bool(disk.f_flag & os.ST_RDONLY) or disk.f_bavail * disk.f_frsize < low
 
     def reopen(self) -> sqlite3.Connection:
@@ -135,6 +144,21 @@ class JournalFile:
             os.close(self._turn)
             self._turn = -1
 
+    def _complete(self) -> bool:
+        """Puts an empty page in place of a missing or empty file if its `-wal` is there.
+
+        SQLite would delete that `-wal`, which may have every page.
+
+        Returns:
+            Whether nothing was missing. Otherwise the files must be replaced: another process may
+            still write to this `-wal`.
+        """
+        path = self.folder / NAME
+        is_whole = _size(path) > 0 or _size(Path(f"{path}-wal")) == 0
+        if not is_whole:
+            path.write_bytes(bytes(4096))
+        return is_whole
+
     def _connect(self) -> sqlite3.Connection | None:
         """A connection; None if the file is no database."""
         try:
@@ -145,39 +169,64 @@ class JournalFile:
             return None
 
     def _use(self, db: sqlite3.Connection, content: salvage.Content | None = None) -> None:
-        with _transaction(db):
-            self.id = schema.create(db)
-            self.ids |= {self.id}
-            self.clock = Clock(db)
-            if content is not None:
-                salvage.write(db, content, self.clock.now())
-        sync_folder(self.folder)
-        turn, self._turn = self._turn, os.open(self.folder / _TURN, os.O_RDWR | os.O_CREAT, 0o600)
-        if turn >= 0:
-            os.close(turn)
+        try:
+            with _transaction(db):
+                self.id = schema.create(db)
+                self.ids |= {self.id}
+                self.clock = Clock(db)
+                if content is not None:
+                    salvage.write(db, content, self.clock.now())
+            sync_folder(self.folder)
+            turn = os.open(self.folder / _TURN, os.O_RDWR | os.O_CREAT, 0o600)
+        except BaseException:
+            db.close()
+            raise
+        if self._turn >= 0:
+            os.close(self._turn)
+        self._turn = turn
         self._identity, self._db = self._found(), db
 
-    def _replace(self, old: sqlite3.Connection | None) -> None:
-        """Opens a new file, after setting the one at the path aside unless it is new already."""
-        content: salvage.Content = {}
-        if old is not None:
-            if old.in_transaction:
-                old.execute("ROLLBACK")
-            content = salvage.read(old)
-            _keep_open(old)
-        with contextlib.suppress(FileNotFoundError):
-            if self._db is None or _inode(self.folder / NAME) == self._identity[0]:
-                self._set_aside(content)
-        self._use(schema.connect(self.folder / NAME), content)
-        if old is not None:
-            _clear(old)
+    def _replace_damaged(self, db: sqlite3.Connection | None) -> None:
+        content = {} if db is None else salvage.read(db)
+        kept = self._set_aside()
+        try:
+            self._use(schema.connect(self.folder / NAME), content)
+        except BaseException:
+            # The damaged file is the only copy, and the disk may be full only for a while.
+            self._put_back(kept)
+            if db is not None:
+                db.close()
+            raise
+        if db is not None:
+            _keep_open(db)
+        self._note_damage(kept, content)
 
-    def _set_aside(self, content: salvage.Content) -> None:
+    def _replace(self, old: sqlite3.Connection) -> None:
+        """Opens a new file, after setting the one at the path aside unless it is new already."""
+        if old.in_transaction:
+            old.execute("ROLLBACK")
+        content = salvage.read(old)
+        _keep_open(old)
+        with contextlib.suppress(FileNotFoundError):
+            if _inode(self.folder / NAME) == self._identity[0]:
+                self._note_damage(self._set_aside(), content)
+        self._use(schema.connect(self.folder / NAME), content)
+        _clear(old)
+
+    def _set_aside(self) -> Path:
+        """Moves the files; returns the new path of the first."""
         kept = dated(self._aside, NAME)
-        for part in _PARTS:
-            with contextlib.suppress(FileNotFoundError):
-                Path(f"{self.folder / NAME}{part}").rename(f"{kept}{part}")
+        _move(self.folder / NAME, kept)
         sync_folder(self._aside)
+        return kept
+
+    def _put_back(self, kept: Path) -> None:
+        """Undoes `_set_aside`."""
+        for part in _PARTS:
+            Path(f"{self.folder / NAME}{part}").unlink(missing_ok=True)
+        _move(kept, self.folder / NAME)
+
+    def _note_damage(self, kept: Path, content: salvage.Content) -> None:
         count = len(content.get("rows", ()))
         self._note(
             f"the journal is damaged and kept as {kept.name}; {count} rows of it are readable"
@@ -199,6 +248,20 @@ def _is_sound(db: sqlite3.Connection) -> bool:
         if not is_damage(error):
             raise
         return False
+
+
+def _move(path: Path, to: Path) -> None:
+    """Renames the file of a journal together with its `-wal` and `-shm`."""
+    for part in _PARTS:
+        with contextlib.suppress(FileNotFoundError):
+            Path(f"{path}{part}").rename(f"{to}{part}")
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _inode(path: Path) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import uuid
@@ -39,8 +40,10 @@ class Owner:
         self.leave()
         make_folder(self._folder)
         for other in self._folder.iterdir():
-            if not other.name.startswith("."):
-                self.is_alive(other.name)
+            # A file that cannot be opened, such as that of another user, stays.
+            with contextlib.suppress(OSError):
+                if not other.name.startswith("."):
+                    self.is_alive(other.name)
         # Locked before it gets its name, so that no process sees the file without a lock.
         unnamed = self._folder / f".{self.id}"
         self._file = os.open(unnamed, os.O_RDWR | os.O_CREAT, 0o600)

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 _COMMIT_SECONDS: Final = 5.0
 """The deadline of a commit."""
 _SLOW: Final = f"the disk takes longer than {_COMMIT_SECONDS:g} s"
+_TAKEN: Final = f"another process has kept the journal for longer than {_COMMIT_SECONDS:g} s."
 _MOST_BYTES: Final = 64 << 20
 """The maximum size of the work that waits for a commit."""
 _MOST_UNITS: Final = 2000
@@ -79,8 +80,11 @@ class JournalWriter:
         """Why nothing can be committed now; None if it can."""
         began = self._began
         if began is not None and time.monotonic() - began > _COMMIT_SECONDS:
-            return f"The database accepts no rows: {self._advice(_SLOW)}"
+            return f"The database accepts no rows: {self._delay()}"
         return self._failure
+
+    def _delay(self) -> str:
+        return _TAKEN if self.file.waits else self._advice(_SLOW)
 
     def _advice(self, reason: str) -> str:
         return f"{reason}; free space at {self.file.folder} or check LANCEDB_URI."
@@ -136,7 +140,7 @@ class JournalWriter:
 
     def _expire(self, unit: Unit[Any]) -> None:
         known = "not stored" if self._withdraw(unit) else "not known to be stored"
-        detail = f"The transaction is {known}: {self._advice(_SLOW)}"
+        detail = f"The transaction is {known}: {self._delay()}"
         if not unit.done.done():
             unit.done.set_exception(JournalUnavailable(detail, retry_after=5))
 
@@ -231,6 +235,8 @@ class JournalWriter:
         """Commits. Returns False if the files must be opened again; then nothing is
         acknowledged."""
         with self.file.turn() as db:
+            if not self.file.is_current():
+                return False
             try:
                 before = db.total_changes
                 snapshot = commit(db, group, chores)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Final
+
+from redis.exceptions import NoPermissionError
 
 from llm_sidecar.errors import QueueFull
 from llm_sidecar.event_bus.followed_stream import Entry, EntryId, FollowedStream, Gap
 from llm_sidecar.services.redis_errors import as_unavailable
+
+log = logging.getLogger(__name__)
 
 _RETRY_FULL: Final = 5
 
@@ -50,10 +55,19 @@ class EventFeed:
         try:
             end = await self._end()
             start = end if after is None else after
-            async with contextlib.aclosing(self._stream.follow(start)) as feed:
+            async with contextlib.aclosing(self._follow(start)) as feed:
                 yield feed
         finally:
             self.count -= 1
+
+    async def _follow(self, start: EntryId) -> Feed:
+        """Ends when Redis denies the stream, because the response has begun."""
+        async with contextlib.aclosing(self._stream.follow(start)) as feed:
+            try:
+                async for item in feed:
+                    yield item
+            except NoPermissionError:
+                log.error("Redis denies reading %s now: a listener ends", self._stream.name)
 
     def drain(self) -> None:
         """Ends every feed, because the server shuts down."""

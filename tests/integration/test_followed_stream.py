@@ -88,12 +88,12 @@ async def test_a_reader_whose_entries_were_removed_gets_a_gap(
     await feed.aclose()
 
 
+@pytest.mark.parametrize("text", ["9999999999999-0", f"{(1 << 64) - 1}-{(1 << 64) - 1}"])
 async def test_a_reader_of_another_stream_gets_a_gap_and_what_is_added_from_then_on(
-    client: Any,
-    stream: FollowedStream,
+    client: Any, stream: FollowedStream, text: str
 ) -> None:
     *_, last = await add(client, *"ab")
-    elsewhere = EntryId(last.milliseconds + 1_000_000, 0)
+    elsewhere = EntryId.parse(text)
     feed = stream.follow(elsewhere)
     assert await anext(feed) == Gap(elsewhere, last)
     (added,) = await add(client, "c")

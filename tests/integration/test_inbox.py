@@ -314,6 +314,74 @@ async def test_a_dead_letter_goes_back_into_the_inbox_once(
     await bus.close()
 
 
+async def test_a_dead_letter_that_is_requeued_by_many_at_once_is_one_entry(
+    server: RedisServer, probe: redis.Redis
+) -> None:
+    letter = str(probe.xadd(DEAD, {"fields": '{"id": "1"}'}))
+    bus = EventBus(server.url)
+    requeued = await asyncio.gather(
+        *(bus.dead_letters.requeue(letter) for _ in range(20)), return_exceptions=True
+    )
+    assert sum(isinstance(one, NotFound) for one in requeued) == 19
+    assert [fields for _, fields in probe.xrange(INBOX) or ()] == [{"id": "1"}]
+    assert probe.xlen(DEAD) == 0
+    await bus.close()
+
+
+async def test_a_dead_letter_stays_if_the_inbox_is_no_stream(
+    server: RedisServer, probe: redis.Redis
+) -> None:
+    letter = str(probe.xadd(DEAD, {"fields": '{"id": "1"}'}))
+    probe.set(INBOX, "not a stream")
+    bus = EventBus(server.url)
+    with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
+        await bus.dead_letters.requeue(letter)
+    assert probe.xlen(DEAD) == 1
+    await bus.close()
+
+
+async def test_an_entry_stays_if_the_dead_letters_are_no_stream_and_holds_up_no_other(
+    server: RedisServer, probe: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_sidecar.event_bus.inbox.CLAIM_AFTER", 0.05)
+    probe.set(DEAD, "not a stream")
+    add(probe, "invalid")
+    store = Store()
+    bus = await started(server, store)
+    await until(lambda: bus.status()["denied"] == [f"XADD {DEAD}"])
+    add(probe, "1")
+    await until(lambda: store.stored == ["1"])
+    assert probe.xlen(INBOX) == 1
+    probe.delete(DEAD)
+    await until(lambda: probe.xlen(DEAD) == 1 and left(probe) == (0, 0))
+    await until(lambda: bus.status()["denied"] == [])
+    await bus.close()
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        {"a": "b"},
+        {"fields": "["},
+        {"fields": "{}"},
+        {"fields": '{"a": [1]}'},
+        {"fields": "[" * 100_000},
+        {"deliveries": "x"},
+    ],
+)
+async def test_what_somebody_else_has_added_to_the_dead_letters_is_shown_as_it_is(
+    server: RedisServer, probe: redis.Redis, added: dict[Any, Any]
+) -> None:
+    entry = str(probe.xadd(DEAD, added))
+    bus = EventBus(server.url)
+    [letter] = await bus.dead_letters.page(1)
+    assert (letter.deliveries, letter.fields) == (0, added)
+    assert await bus.dead_letters.page(1, before="0-0") == []
+    await bus.dead_letters.requeue(entry)
+    assert [fields for _, fields in probe.xrange(INBOX) or ()] == [added]
+    await bus.close()
+
+
 async def test_a_handler_that_returns_too_few_results_loses_no_entry(
     server: RedisServer, probe: redis.Redis
 ) -> None:

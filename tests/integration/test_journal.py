@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -18,6 +19,7 @@ from llm_sidecar.cloud_event import CloudEvent
 from llm_sidecar.errors import DatabaseUnavailable, RequestKeyReused
 from llm_sidecar.journal import events, requests, rows, writer
 from llm_sidecar.journal.clock import Clock
+from llm_sidecar.journal.file import NAME
 from llm_sidecar.journal.journal import Journal
 from llm_sidecar.journal.requests import Claim, Progress, RequestKey
 from llm_sidecar.journal.rows import Entry
@@ -412,3 +414,17 @@ async def test_transactions_that_fail_together_leave_the_others(
         False, True, False, True
     ]  # fmt: skip
     assert await keys(journal) == ["3", "4"]
+
+
+async def test_what_is_no_owner_costs_only_the_requests_that_it_owns(tmp_path: Path) -> None:
+    (tmp_path / "owners" / "folder").mkdir(parents=True)
+    async with opened(tmp_path) as journal:
+        assert await journal.claims.claim(KEY, "f") == Claim()
+    db = sqlite3.connect(tmp_path / NAME)
+    with db:
+        db.execute("UPDATE requests SET owner = 'folder'")
+    db.close()
+    async with opened(tmp_path) as journal:
+        with pytest.raises(DatabaseUnavailable, match="The request is not stored: Is a directory"):
+            await journal.claims.claim(KEY, "f")
+        assert await journal.claims.claim(RequestKey("desk", "other"), "f") == Claim()

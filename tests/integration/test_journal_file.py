@@ -19,6 +19,7 @@ import pytest
 from llm_sidecar.journal import clock, file, writer
 from llm_sidecar.journal.file import NAME
 from llm_sidecar.journal.journal import Journal
+from llm_sidecar.journal.locks import locked
 from llm_sidecar.journal.requests import Claim, Progress
 from llm_sidecar.journal.writer import JournalUnavailable
 from tests.integration.test_journal import KEY, event, keys, opened, row, sent, until
@@ -90,6 +91,28 @@ async def test_a_deleted_journal_is_made_again_without_a_commit(tmp_path: Path) 
         folder.rename(tmp_path / "elsewhere")
         await until((folder / NAME).exists)
         await require_filled(journal)
+
+
+@pytest.mark.parametrize("instead", ["file", "loop"])
+async def test_a_folder_that_is_no_folder_stops_the_journal_only_for_a_while(
+    tmp_path: Path, instead: str
+) -> None:
+    folder = tmp_path / "log"
+    async with opened(folder) as journal:
+        await journal.commit([row("before")])
+        folder.rename(tmp_path / "elsewhere")
+        if instead == "file":
+            folder.touch()
+        else:
+            folder.symlink_to(folder)
+        await until(lambda: journal.failure is not None)
+        with pytest.raises(JournalUnavailable):
+            await journal.commit([row("refused")])
+        folder.unlink()
+        await until(lambda: journal.failure is None)
+        await journal.commit([row("after")])
+        # A client sends again what was refused, so it must not be stored.
+        assert await keys(journal) == ["before", "after"]
 
 
 async def test_the_deleted_journal_of_several_processes_is_copied_once(tmp_path: Path) -> None:
@@ -187,6 +210,22 @@ async def test_a_file_that_is_no_database_is_set_aside(
     assert notes == [f"the journal is damaged and kept as {kept.name}; 0 rows of it are readable"]
 
 
+@pytest.mark.parametrize("is_missing", [True, False])
+async def test_the_log_of_a_file_that_is_missing_or_empty_is_read(
+    tmp_path: Path, is_missing: bool
+) -> None:
+    kept = tmp_path / "kept"
+    async with opened(tmp_path / "log") as journal:
+        await fill(journal)
+        # As a killed process leaves it.
+        shutil.copytree(tmp_path / "log", kept)
+    (kept / NAME).unlink()
+    if not is_missing:
+        (kept / NAME).touch()
+    async with opened(kept) as journal:
+        await require_filled(journal)
+
+
 async def test_damage_that_shows_later_is_repaired_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +291,10 @@ def mounted(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def remount(folder: Path, mode: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{mode}", str(folder)], check=True)
 
@@ -305,6 +348,34 @@ async def test_a_full_disk_refuses_rows_and_loses_none(mounted: Path) -> None:
         await require_filled(journal, "after", again=False)
 
 
+async def test_a_damaged_journal_on_a_full_disk_is_salvaged_once_there_is_space(
+    mounted: Path,
+) -> None:
+    folder, ballast = mounted / "log", mounted / "ballast"
+    async with opened(folder) as journal:
+        for number in range(100):
+            await journal.commit([row(f"{number:03}", b"x" * 9000)], [event(f"{number:03}")])
+    damage(folder / NAME, 40 * 4096, 4096)
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    # Enough to open a journal, and too little for what is in this one.
+    os.truncate(ballast, ballast.stat().st_size - (300 << 10))
+    async with opened(folder) as journal:
+        with pytest.raises(JournalUnavailable, match="No space left on device"):
+            await journal.opened()
+        before = open_files()
+        for _ in range(20):
+            with pytest.raises(JournalUnavailable, match="No space left on device"):
+                await journal.commit([row("refused")])
+        assert open_files() <= before
+        assert list((folder / "set_aside").iterdir()) == []
+        ballast.unlink()
+        await until(lambda: journal.refusal() is None)
+        assert len(await keys(journal)) == 99
+        assert len(await sent(journal)) == 100
+
+
 async def test_a_transaction_of_another_process_that_takes_long_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,6 +394,22 @@ async def test_a_transaction_of_another_process_that_takes_long_is_waited_for(
         await committing
         assert journal.refusal() is None
         assert await keys(journal) == ["a", "b"]
+
+
+async def test_a_process_that_keeps_the_journal_is_not_taken_for_a_slow_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_COMMIT_SECONDS", 0.05)
+    async with opened(tmp_path) as journal:
+        await until(lambda: journal.refusal() is None)
+        with locked(tmp_path / "turn.lock"):
+            await until(journal.refusal)
+            with pytest.raises(
+                JournalUnavailable,
+                match="stored: another process has kept the journal for longer than 5 s",
+            ):
+                await journal.commit([row("a")])
+        await until(lambda: journal.refusal() is None)
 
 
 # Clocks

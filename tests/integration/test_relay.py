@@ -178,6 +178,19 @@ async def test_a_record_that_is_not_an_id_is_ignored() -> None:
         await bus.close()
 
 
+async def test_a_record_that_is_no_text_counts_as_none(
+    server: RedisServer, probe: redis.Redis
+) -> None:
+    outbox = outbox_of(PAYLOADS[:3])
+    probe.lpush(f"osiris.events.relay:{outbox.id}", "x")
+    bus = EventBus(server.url, outbox=outbox)
+    await bus.start()
+    await until(lambda: len(outbox) == 0)
+    assert stream(probe) == PAYLOADS[:3]
+    assert probe.get(f"osiris.events.relay:{outbox.id}") == "id-2"
+    await bus.close()
+
+
 async def test_an_entry_of_the_stream_is_a_cloud_event(
     server: RedisServer, probe: redis.Redis
 ) -> None:
@@ -337,7 +350,8 @@ async def test_a_transaction_that_arrives_late_is_aborted(
         proxy.gate = opened
         await until(lambda: len(outbox) == 0)
         late.set()
-        await until(lambda: probe.info("commandstats")["cmdstat_exec"]["calls"] == 2)
+        # The late one and its repetition, each after a look whether there are transactions.
+        await until(lambda: probe.info("commandstats")["cmdstat_exec"]["calls"] == 4)
         assert stream(probe) == ["1"]
         await bus.close()
 
@@ -576,6 +590,39 @@ async def test_a_denied_key_does_not_affect_others(
     assert stream(probe) == ([] if "XADD osiris.events" in denied else PAYLOADS)
     await bus.close()
     probe.acl_deluser("desk")
+
+
+def permit(probe: redis.Redis, rule: str) -> None:
+    """Adds a rule to those of the default user."""
+    probe.execute_command("ACL", "SETUSER", "default", rule)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("denied", ["multi", "@transaction"])
+async def test_without_multi_events_wait_and_are_added_once(
+    server: RedisServer, probe: redis.Redis, monkeypatch: pytest.MonkeyPatch, denied: str
+) -> None:
+    monkeypatch.setattr("llm_sidecar.event_bus.relay.LONGEST_DELAY", 0.02)
+    attempts: list[Exception] = []
+    failed = Relay._failed
+
+    def count(relay: Relay, error: Exception) -> None:
+        attempts.append(error)
+        failed(relay, error)
+
+    monkeypatch.setattr(Relay, "_failed", count)
+    bus = EventBus(server.url)
+    await bus.connect()
+    await bus.publish("phi3.test", "0")
+    await until(lambda: bus.status()["waiting"] == 0)
+    permit(probe, f"-{denied}")
+    await bus.publish("phi3.test", "1")
+    await bus.publish("phi3.test", "2")
+    await until(lambda: len(attempts) > 5)
+    assert bus.status()["failing"] == "it denies MULTI or EXEC"
+    permit(probe, f"+{denied}")
+    await until(lambda: bus.status()["waiting"] == 0)
+    assert stream(probe) == ["0", "1", "2"]
+    await bus.close()
 
 
 async def test_a_key_that_is_no_stream_counts_as_denied(

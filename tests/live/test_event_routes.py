@@ -14,8 +14,11 @@ from typing import Any, Final, NamedTuple
 import httpx
 import pytest
 from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
 from starlette.types import Message
 
+from llm_sidecar.event_bus.followed_stream import FollowedStream
+from llm_sidecar.services.event_feed import EventFeed
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from osiris.routes import events
@@ -215,6 +218,22 @@ async def test_a_stream_that_redis_denies_is_503_and_says_so(
         "detail": "Redis denies the stream osiris.events to the sidecar's user; "
         "docs/operations.md lists the permissions that it needs."
     }
+
+
+async def test_a_stream_that_redis_denies_later_ends(
+    redis_url: str, redis: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    redis.execute_command("ACL", "SETUSER", "reader", "on", ">secret-4711", "~*", "&*", "+@all")
+    client = AsyncRedis.from_url(
+        redis_url.replace("//", "//reader:secret-4711@"), decode_responses=True, protocol=2
+    )
+    feed = EventFeed(FollowedStream(client, "osiris.events"), 1)
+    async with asyncio.timeout(10), feed.listen(None) as events:
+        redis.execute_command("ACL", "SETUSER", "reader", "-xrange")
+        assert [item async for item in events] == []
+    assert caplog.messages == ["Redis denies reading osiris.events now: a listener ends"]
+    await client.aclose()
+    redis.execute_command("ACL", "DELUSER", "reader")
 
 
 async def test_a_silent_stream_has_comments(
