@@ -425,6 +425,8 @@ async def test_what_is_no_owner_costs_only_the_requests_that_it_owns(tmp_path: P
         db.execute("UPDATE requests SET owner = 'folder'")
     db.close()
     async with opened(tmp_path) as journal:
-        with pytest.raises(DatabaseUnavailable, match="The request cannot be claimed: Is a directory"):
+        with pytest.raises(
+            DatabaseUnavailable, match="The request cannot be claimed: Is a directory"
+        ):
             await journal.claims.claim(KEY, "f")
         assert await journal.claims.claim(RequestKey("desk", "other"), "f") == Claim()
