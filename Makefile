@@ -9,7 +9,7 @@ BENCH_VENV := .venv-bench
 CHATTERBOX_VENV := .venv-chatterbox
 STAND_IN := .data/chatterbox-stand-in
 
-.PHONY: serve test-unit test test-long test-chatterbox mutants lint docs bench train evaluate clean
+.PHONY: .env serve test-unit test test-long test-chatterbox mutants lint docs bench train evaluate clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve
@@ -18,6 +18,13 @@ serve: $(VENV)/.serve
 	REDIS_URL=$${REDIS_URL:-memory://} LANCEDB_URI=$${LANCEDB_URI:-.data/lancedb} \
 	ALLOWED_HOSTS=$${ALLOWED_HOSTS-localhost,127.0.0.1,[::1],$(HOST)} \
 	exec $(BIN)/python -m osiris --host $(HOST) --port $(PORT)
+
+# A password for the Redis of docker-compose, in a file that git and Docker ignore. The file keeps its
+# other lines.
+.env:
+	@if grep -Eqs '^REDIS_(PASSWORD|URL)=' $@; then echo "$@ already names a Redis"; else \
+	  umask 077; password=$$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n'); \
+	  printf '\nREDIS_PASSWORD=%s\nREDIS_URL=redis://:%s@redis:6379/0\n' $$password $$password >> $@; fi
 
 # One module over fakes, in seconds.
 test-unit: $(VENV)/.test

@@ -11,10 +11,13 @@ import multiprocessing
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
-from typing import cast
+from typing import Final, cast
 from urllib.parse import urlsplit
 
 import uvloop
+
+NUMBER: Final = "#" * 9
+"""In a message, this becomes the number of the request, counted from 0."""
 
 
 def request(
@@ -59,14 +62,18 @@ class _Work:
     """The requests that all clients share."""
 
     def __init__(self, message: bytes, requests: int, over: asyncio.Future[None]) -> None:
-        self.message = message
         self.over = over
-        self._unsent = self._unanswered = requests
+        self._parts = message.split(NUMBER.encode())
+        self._requests = self._unanswered = requests
+        self._sent = 0
 
-    def take(self) -> bool:
-        """Whether there is one more request to send."""
-        self._unsent -= 1
-        return self._unsent >= 0
+    def take(self) -> bytes | None:
+        """The next request to send, or None."""
+        if self._sent == self._requests:
+            return None
+        number = b"%09d" % self._sent
+        self._sent += 1
+        return number.join(self._parts)
 
     def answered(self) -> None:
         self._unanswered -= 1
@@ -112,5 +119,5 @@ class _Client(asyncio.Protocol):
         self._work.fail("the server ended a connection")
 
     def _send(self) -> None:
-        if self._work.take():
-            self._transport.write(self._work.message)
+        if message := self._work.take():
+            self._transport.write(message)

@@ -55,6 +55,10 @@ class InvalidRequest(SidecarError):
     """The request is well-formed but cannot be fulfilled."""
 
 
+class RequestKeyReused(SidecarError):
+    """An `Idempotency-Key` belongs to another request."""
+
+
 class NotFound(SidecarError):
     """The object that the request names does not exist."""
 

@@ -78,18 +78,32 @@ class Proposal(InputModel):
 
 
 class Example(NamedTuple):
-    """A few-shot example: the prompt of an earlier request and its corrected proposal."""
+    """A few-shot example: the prompt of an earlier request and its corrected proposal.
+
+    Attributes:
+        feedback_id: of the correction, if it comes from feedback.
+    """
 
     prompt: str
     proposal: dict[str, Any]
+    feedback_id: str | None = None
 
 
 class Proposed(NamedTuple):
-    """A valid proposal, its completion, and its ungrounded fields."""
+    """A valid proposal.
+
+    Attributes:
+        completion: the completion that contains it.
+        ungrounded: its ungrounded fields.
+        request: the request that Phi-3 answered; None if an earlier attempt generated it.
+        examples: the feedback_ids of the examples in the request, oldest first.
+    """
 
     proposal: dict[str, Any]
     completion: Completion
     ungrounded: tuple[str, ...]
+    request: GenerationRequest | None = None
+    examples: tuple[str, ...] = ()
 
     @property
     def grounded(self) -> str:

@@ -8,6 +8,7 @@ import logging
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.db import Store
 from llm_sidecar.event_bus import EventBus
+from llm_sidecar.event_bus.redis_url import MEMORY, make_client
 from llm_sidecar.logs import start_detached
 from llm_sidecar.models import files
 from llm_sidecar.models.adapter_state import AdapterState
@@ -15,9 +16,11 @@ from llm_sidecar.models.base import Models
 from llm_sidecar.models.registry import create_models
 from llm_sidecar.services.adapters import Adapters
 from llm_sidecar.services.chat import Chat
+from llm_sidecar.services.event_feed import EventFeed
 from llm_sidecar.services.feedback import Feedback
 from llm_sidecar.services.few_shot import FewShotExamples
 from llm_sidecar.services.health import Health
+from llm_sidecar.services.idempotency import Idempotency
 from llm_sidecar.services.propose import Orchestrator, Proposer
 from llm_sidecar.services.rows import Rows
 from llm_sidecar.services.score import Judge
@@ -39,8 +42,10 @@ class Sidecar:
     Attributes:
         settings: of all components.
         models: phi3 and hermes.
-        chat, proposer, judge, orchestrator, feedback, few_shot, adapters, health: the services.
+        chat, proposer, judge, orchestrator, feedback, few_shot, adapters, idempotency, health: the
+            services.
         speaker, listeners: the voice, and the listeners of its stream.
+        event_feed, dead_letters: the listeners of the events, and the dead letters of the inbox.
     """
 
     def __init__(
@@ -62,16 +67,23 @@ class Sidecar:
         metrics, telemetry = metrics or MetricsSink(), telemetry or Instrument()
         observers = Observers(metrics, telemetry)
         self.models = models or create_models(settings, observers, telemetry.worker_died)
-        self._bus = EventBus(settings.events.url.get_secret_value())
         self._store = Store(settings.database.uri, log_dir=settings.database.log_dir)
+        self._bus = EventBus(
+            settings.events.url.get_secret_value(),
+            stream=settings.events.stream,
+            stream_maxlen=settings.events.stream_maxlen,
+            outbox=self._store.outbox,
+        )
         self._tasks = TaskSet()
         self._connecting: asyncio.Task[None] | None = None
         self._build_speech(settings)
         self._build_memory(settings, metrics)
+        self.event_feed = EventFeed(self._bus.events, settings.events.max_listeners)
+        self.dead_letters = self._bus.dead_letters
         self._build_services(settings, metrics)
 
     def _build_speech(self, settings: Settings) -> None:
-        self._remote_voice = None if settings.speech.voice == "espeak" else RemoteVoice(self._bus)
+        self._remote_voice = _remote_voice(settings)
         self.speaker = Speaker(
             self._bus,
             voice=settings.speech.voice,
@@ -82,7 +94,10 @@ class Sidecar:
         self.listeners = AudioListeners(self._bus, settings.speech.max_listeners)
 
     def _build_memory(self, settings: Settings, metrics: MetricsSink) -> None:
-        self._rows = Rows(self._store, metrics)
+        self._rows = Rows(self._store, self._bus, metrics)
+        self.idempotency = Idempotency(
+            self._store, self._tasks, metrics, timeout=settings.limits.request_timeout
+        )
         self.few_shot = FewShotExamples(
             self._store,
             count=files.few_shot_examples(settings),
@@ -94,12 +109,17 @@ class Sidecar:
             self._store,
             self._bus,
             self.few_shot,
+            self._tasks,
             max_chars=settings.limits.max_prompt_chars,
             examples_from_bus=settings.proposals.examples_from_bus,
         )
         self._adapter_state = AdapterState(self._store.log_folder, settings.models.adapter_dir)
         self.adapters = Adapters(
-            self.models.phi3, settings.models.adapter_dir, self._adapter_state, self._tasks
+            self.models.phi3,
+            settings.models.adapter_dir,
+            self._adapter_state,
+            self._rows,
+            self._tasks,
         )
 
     def _build_services(self, settings: Settings, metrics: MetricsSink) -> None:
@@ -116,12 +136,7 @@ class Sidecar:
             self.models.hermes, self._rows, self._tasks, metrics, settings.models.hermes_temperature
         )
         self.orchestrator = Orchestrator(
-            self.proposer,
-            self.judge,
-            self._rows,
-            self._bus,
-            self._tasks,
-            settings.limits.request_timeout,
+            self.proposer, self.judge, self._rows, self._tasks, settings.limits.request_timeout
         )
         self.health = Health(
             settings,
@@ -133,6 +148,7 @@ class Sidecar:
             speaker=self.speaker,
             remote_voice=self._remote_voice,
             listeners=self.listeners,
+            event_feed=self.event_feed,
         )
 
     async def start(self) -> None:
@@ -153,17 +169,18 @@ class Sidecar:
         await self.models.hermes.start()
 
     def drain(self) -> None:
-        """Refuses requests that wait for a model to load, from now on."""
+        """Refuses requests that wait for a model to load, and ends the streams of events."""
         for model in self.models:
             model.drain()
+        self.event_feed.drain()
 
     async def close(self) -> None:
         """Gives running generations the grace period to finish, then stops every component."""
         grace = self.settings.limits.shutdown_grace
-        # Models first: the results of running requests are still stored and published.
+        # Models first: the results of running requests are still stored.
         await asyncio.gather(*(model.close(grace) for model in self.models))
         await self._tasks.join()
-        # The bus still carries the last speech.
+        # Before it closes, the bus carries the last speech and sends the events of the journal.
         await self.speaker.close()
         if self._connecting is not None:
             self._connecting.cancel()
@@ -171,6 +188,7 @@ class Sidecar:
         await self._bus.close()
         await self.few_shot.close()
         await self._rows.close()
+        # Last, because everything above may still write to the journal.
         await self._store.close()
 
     def _prefill_examples(self) -> None:
@@ -180,3 +198,12 @@ class Sidecar:
     async def _prefill_phi3(self) -> None:
         temperature = self.settings.models.phi3_temperature
         await self.models.phi3.prefill(proposals.prefix(self.few_shot.examples, temperature))
+
+
+def _remote_voice(settings: Settings) -> RemoteVoice | None:
+    """The voice of speech workers, if it is wanted and a worker could be on the same Redis."""
+    url = settings.events.url.get_secret_value()
+    if settings.speech.voice == "espeak" or url.startswith(MEMORY):
+        return None
+    # Leaves time for the embedded voice if no part arrives.
+    return RemoteVoice(make_client(url), part_timeout=settings.speech.timeout / 2)

@@ -1,14 +1,20 @@
-"""Tasks that outlive the request that starts them."""
+"""Tasks that outlive the request that starts them, and the end of tasks.
+
+A cancellation can get lost: `wait_for` of Python 3.11, with which redis-py sends, swallows it if it
+arrives as the sending ends (https://github.com/python/cpython/issues/86296).
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from llm_sidecar.logs import start_owned
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class TaskSet:
@@ -20,12 +26,18 @@ class TaskSet:
     await tasks.join()
     """
 
-    def __init__(self) -> None:
+    def __init__(self, whole: TaskSet | None = None) -> None:
+        """Starts nothing.
+
+        Args:
+            whole: a larger set, to which these tasks belong as well.
+        """
         self._running: set[asyncio.Task[Any]] = set()
+        self._whole = whole
 
     def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Starts a task for the work; await it through `asyncio.shield`."""
-        task = start_owned(work)
+        task = start_owned(work) if self._whole is None else self._whole.start(work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return task
@@ -38,3 +50,26 @@ class TaskSet:
         """Waits until all work is done, including work that starts meanwhile."""
         while self._running:
             await asyncio.wait(self._running)
+
+
+async def cancel(*tasks: asyncio.Task[None], patience: float) -> None:
+    """Cancels tasks, each up to ten times, because a cancellation can get lost.
+
+    Returns when they have ended, or after `patience` seconds.
+    """
+    for _ in range(10):
+        if not (pending := [task for task in tasks if not task.done()]):
+            break
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending, timeout=patience / 10)
+    for task in tasks:
+        if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+            log.debug("a cancelled task ended with %r", error)
+
+
+def raise_if_cancelled() -> None:
+    """Repeats a cancellation of the current task that got lost."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

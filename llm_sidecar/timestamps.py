@@ -18,6 +18,7 @@ ISO_8601: Final = rf"^({_EXTENDED}|{_BASIC})$"
 """A calendar date, with or without a time, in ISO 8601's extended format, or a date and time in its
 basic format. A date alone in the basic format is not accepted: its digits may mean seconds."""
 _PATTERN: Final = re.compile(ISO_8601)
+_SPANS: Final = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 MAX_AHEAD: Final = datetime.timedelta(minutes=5)
 """The maximum time that a caller's clock may be ahead of this one."""
 
@@ -25,6 +26,22 @@ MAX_AHEAD: Final = datetime.timedelta(minutes=5)
 def now() -> datetime.datetime:
     """The current time in UTC."""
     return datetime.datetime.now(datetime.UTC)
+
+
+def since(text: str) -> datetime.datetime:
+    """Parses a time on a command line: ISO 8601 (UTC if it has no offset), or an age such as 7d.
+
+    Raises:
+        ValueError: it is neither; the message is a sentence.
+    """
+    try:
+        if text[-1:] in _SPANS:
+            return now() - datetime.timedelta(**{_SPANS[text[-1]]: float(text[:-1])})
+        found = datetime.datetime.fromisoformat(text)
+        aware = found.replace(tzinfo=datetime.UTC) if found.tzinfo is None else found
+        return aware.astimezone(datetime.UTC)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{text!r} is not a time such as 2026-01-31 or 7d.") from None
 
 
 def _read(value: object) -> object:

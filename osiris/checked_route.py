@@ -1,5 +1,5 @@
-"""A FastAPI route with checks that FastAPI lacks: the encoding of the body, and query parameters
-that are sent twice."""
+"""A FastAPI route with checks that FastAPI lacks: the encoding of the body, and parameters that are
+sent twice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ _CONTENT_ENCODING: Final = (
 
 
 class CheckedRoute(APIRoute):
-    """Refuses a body that is not a JSON object, and a repeated query parameter.
+    """Refuses a body that is not a JSON object, and a parameter that is sent twice, in the query or
+    as a header.
 
     An empty body counts as no body, whatever the headers say.
     """
@@ -36,24 +37,31 @@ class CheckedRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def check_and_handle(request: Request) -> Response:
-            self._check_query(request)
+            self._check_repeated(request)
             if self.body_field is not None:
                 await _check_body(request)
             return await handle(request)
 
         return check_and_handle
 
-    def _check_query(self, request: Request) -> None:
-        """Raises RequestValidationError for a parameter that is sent twice: FastAPI would take the
-        last one and drop the others."""
+    def _check_repeated(self, request: Request) -> None:
+        """Raises RequestValidationError for a parameter that is sent twice: FastAPI would take one
+        of them and drop the others."""
+        sent = [
+            ("query", parameter.alias, request.query_params.getlist(parameter.alias))
+            for parameter in self.dependant.query_params
+        ] + [
+            ("header", parameter.alias, request.headers.getlist(parameter.alias))
+            for parameter in self.dependant.header_params
+        ]
         repeated = [
             {
                 "type": "repeated_parameter",
-                "loc": ("query", parameter.alias),
+                "loc": (where, name),
                 "msg": "Parameter should be sent once",
             }
-            for parameter in self.dependant.query_params
-            if len(request.query_params.getlist(parameter.alias)) > 1
+            for where, name, values in sent
+            if len(values) > 1
         ]
         if repeated:
             raise RequestValidationError(repeated)

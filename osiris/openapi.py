@@ -16,6 +16,7 @@ from llm_sidecar.settings import Settings
 from osiris import docs_page
 from osiris.paths import METRICS, PROBES
 from osiris.response_headers import HEADERS, declared
+from osiris.schemas.events import StreamEvent
 from osiris.schemas.health import EXAMPLES
 from osiris.schemas.speech import AudioEvent
 
@@ -36,6 +37,7 @@ _TAGS: Final = {
     "generation": "Proposals from Phi-3, free text from Hermes, and both in one request.",
     "scoring": "Hermes' score of a proposal.",
     "feedback": "Feedback on proposals, and the few-shot examples made from it.",
+    "events": "The events of the bus as they happen.",
     "speech": "Text to speech, and a stream of all speech.",
     "operations": "Probes, metrics, profiles and adapters.",
 }
@@ -124,8 +126,9 @@ def _describe(made: dict[str, Any], settings: Settings) -> None:
 def _describe_components(components: dict[str, Any], settings: Settings) -> None:
     components["securitySchemes"] = _SCHEMES
     components["headers"] = HEADERS
-    # No route returns this model: it describes the events of a stream.
-    components["schemas"]["AudioEvent"] = AudioEvent.model_json_schema()
+    # No route returns these models: they describe the events of a stream.
+    for event in (AudioEvent, StreamEvent):
+        components["schemas"][event.__name__] = event.model_json_schema()
     for field, example in EXAMPLES.items():
         components["schemas"]["Health"]["properties"][field]["examples"] = [example]
     for schema, fields in _LIMITED_TEXTS.items():

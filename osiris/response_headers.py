@@ -22,6 +22,12 @@ def _header(
 
 
 HEADERS: Final[dict[str, dict[str, Any]]] = {
+    "Idempotent-Replayed": _header(
+        "`true` if this is the kept answer of an earlier request with the same `Idempotency-Key`; "
+        "absent otherwise",
+        "true",
+        {"type": "string", "enum": ["true"]},
+    ),
     "Retry-After": _header("Seconds after which the same request may succeed", 5, _COUNT),
     "WWW-Authenticate": _header(
         "How to send a key", 'Bearer realm="sidecar"', _TEXT, required=True

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from llm_sidecar import __version__
 from llm_sidecar.errors import SettingsError
 from llm_sidecar.logs import log_unhandled, start_detached
+from llm_sidecar.memory_trim import keep_little
 from llm_sidecar.models.base import Models
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
@@ -37,6 +38,7 @@ from osiris.middleware.unexpected_errors import UnexpectedErrors
 from osiris.paths import drop_repeated_root_path
 from osiris.routes import (
     adapters,
+    events,
     examples,
     feedback,
     generation,
@@ -117,7 +119,16 @@ def create_app(settings: Settings, models: Models | None = None) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     probes.install(app)
-    for routes in (generation, scoring, feedback, examples, speech, adapters, profiling):
+    for routes in (
+        generation,
+        scoring,
+        feedback,
+        examples,
+        events,
+        speech,
+        adapters,
+        profiling,
+    ):
         app.include_router(routes.router)
     errors.install(app)
     app.state.shutdown = shutdown
@@ -143,13 +154,14 @@ def _lifespan(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_exception_handler(log_unhandled)
+        keep_little()
         telemetry.start()
         sidecar = Sidecar(settings, models=models, metrics=metrics, telemetry=telemetry)
         metrics.watch(sidecar.health.report)
         app.state.sidecar = sidecar
         if uvicorn := shutdown.install():
             limit_connections(uvicorn.config, settings, lambda: shutdown.draining)
-        draining = start_detached(_refuse_waiting(shutdown, sidecar))
+        draining = start_detached(_drain(shutdown, sidecar))
         try:
             await sidecar.start()
             yield
@@ -161,8 +173,8 @@ def _lifespan(
     return lifespan
 
 
-async def _refuse_waiting(shutdown: Shutdown, sidecar: Sidecar) -> None:
-    """Once the server drains, refuses the requests that wait for a model to load."""
+async def _drain(shutdown: Shutdown, sidecar: Sidecar) -> None:
+    """Drains the sidecar once the server drains."""
     await shutdown.streams_end.wait()
     sidecar.drain()
 

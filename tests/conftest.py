@@ -6,6 +6,7 @@ import fcntl
 import functools
 import gc
 import json
+import logging
 import os
 import shutil
 import time
@@ -16,7 +17,7 @@ import pytest
 
 from tests.live_server import LiveServer, serve
 from tests.random_models import convert_to_onnx, write_transformers_folder
-from tests.redis_server import RedisServer
+from tests.redis_server import RedisServer, require_redis
 
 # The suite runs a process on each core. A second thread of torch would mostly wait, which takes as
 # much of a processor as work.
@@ -106,6 +107,7 @@ def random_models(random_phi3_onnx: Path, random_hermes_onnx: Path) -> dict[str,
 @pytest.fixture(scope="module")
 def redis_url() -> Iterator[str]:
     """A real Redis that a module's tests share."""
+    require_redis()
     with RedisServer() as redis:
         yield redis.url
 
@@ -128,3 +130,11 @@ def in_tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         time.tzset()
         yield
     time.tzset()
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """Restores the level of the log, which commands set for their process."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)

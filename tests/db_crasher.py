@@ -1,8 +1,11 @@
-"""Processes that write to one database and are killed while they write.
+"""Processes that write to one database and are killed, or lose power, while they write.
 
 Run as a program, it imports lancedb once and forks a process for each round, so that fifty kills
-take seconds. Forking is safe as long as this process has not used lancedb. Each process sends the
-keys of its acknowledged rows through a pipe.
+take seconds. Forking is safe as long as this process has not used lancedb. Each process has 16
+callers and a relay, and reports through a pipe what was acknowledged and sent:
+
+    A <key>     the transaction of this key: a row, an event and the response of a request
+    E <key>     the relay has sent the event of this key, to a stream that survives everything
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ from typing import Any
 import lancedb  # noqa: F401 otherwise each process would import it, which takes seconds
 import pyarrow  # noqa: F401 the same
 
+from llm_sidecar.cloud_event import CloudEvent
 from llm_sidecar.db import (
     FEEDBACK,
     RUNS,
@@ -33,22 +38,49 @@ from llm_sidecar.db import (
     Phi3FeedbackSchema,
     Store,
     compaction,
-    writer,
+    lance,
+    mover,
 )
-from llm_sidecar.db.log import segments
+from llm_sidecar.db import store as store_module
+from llm_sidecar.db.transaction import Progress, RequestKey, Transaction
 from llm_sidecar.db.verify import verify
+from llm_sidecar.journal import writer
+from tests import power_loss
 
-_CALLERS = 8
-_MOST_LOSSES = 20
+_CALLERS = 16
+_WAITING = 0.7
+"""The share of processes that start to commit after LanceDB is open, so that kills interrupt
+moves."""
+
+
+@dataclass(slots=True)
+class Heard:
+    """What the processes reported.
+
+    Attributes:
+        acknowledged: keys of transactions.
+        sent: keys of events, in the order of the stream; some twice.
+    """
+
+    acknowledged: list[str] = field(default_factory=list)
+    sent: list[str] = field(default_factory=list)
+
+    def add(self, text: str) -> None:
+        """Adds the reports of a process. A line that its kill has truncated does not count."""
+        for line in text.splitlines(keepends=True):
+            if line.endswith("\n"):
+                kind, key = line.split()
+                (self.acknowledged if kind == "A" else self.sent).append(key)
 
 
 def shorten_pauses() -> None:
-    """Makes moves and compactions so frequent that kills interrupt both."""
+    """Makes moves, compactions and cleanups so frequent that kills interrupt all of them."""
     shortened = (
-        (writer, "_MOVE_EVERY", 0.02),
+        (mover, "_MOVE_EVERY", 0.02),
         (compaction, "_PAUSE", 0.05),
         (compaction, "_SHARE", 1.0),
         (compaction, "FRAGMENTS", 3),
+        (lance, "_KEEP_VERSIONS", type(lance._KEEP_VERSIONS)(milliseconds=500)),
     )
     for module, name, value in shortened:
         assert hasattr(module, name)
@@ -69,53 +101,116 @@ def row(name: str, number: int) -> Phi3FeedbackSchema | OrchestratorRunSchema | 
     return HermesScoreSchema(run_id=key, score=0.5, rationale="x" * 50)
 
 
-async def write(folder: Path, name: str, acknowledged: int, seconds: float) -> None:
-    """Appends with several callers, and writes the key of each acknowledged row to a pipe."""
+async def commit(store: Store, name: str, number: int) -> None:
+    """A row, an event and a response, all of one key. Every fourth row was a draft before."""
+    key = f"{name}-{number}"
+    request = RequestKey("", key)
+    await store.claim(request, key)
+    if number % 4 == 0:
+        draft = HermesScoreSchema(run_id=f"draft-{key}", score=0.5)
+        progress = Progress(request, state="half")
+        await store.commit(Transaction(rows=(draft,), draft=key, progress=progress))
+    event = CloudEvent("t", key, "s", "d", id=key)
+    progress = Progress(request, response=key.encode())
+    await store.commit(Transaction((row(name, number),), (event,), progress, replaces=key))
+
+
+async def send(store: Store, say: Callable[[str], None]) -> None:
+    """Sends events as the relay does."""
+    while True:
+        await store.outbox.filled.wait()
+        store.outbox.filled.clear()
+        async with store.outbox.sending() as mine:
+            while mine and (queued := await store.outbox.head(16)):
+                for one in queued:
+                    say(f"E {one.event.id}\n")
+                await store.outbox.sent(queued[-1].number)
+
+
+async def write(folder: Path, name: str, pipe: int, seconds: float) -> None:
+    """Commits with several callers, and reports what is acknowledged and sent."""
+    rng = random.Random(name)
     store = Store(folder)
     store.start()
+    if rng.random() < _WAITING:
+        await store.opened()
     end = time.monotonic() + seconds
 
-    async def caller(first: int) -> None:
-        number = first
+    def say(line: str) -> None:
+        os.write(pipe, line.encode())
+
+    async def caller(number: int) -> None:
         while time.monotonic() < end:
-            await store.append(row(name, number))
-            os.write(acknowledged, f"{name}-{number}\n".encode())
+            await commit(store, name, number)
+            say(f"A {name}-{number}\n")
             number += _CALLERS
 
-    await asyncio.gather(*(caller(number) for number in range(_CALLERS)))
+    relay = asyncio.create_task(send(store, say))
+    await asyncio.gather(*map(caller, range(_CALLERS)))
+    relay.cancel()
+    await asyncio.wait([relay])
     await store.close()
 
 
-async def check(folder: Path, acknowledged: list[str], exact: bool) -> None:
-    """Opens the database and asserts that it has every acknowledged row, and no row twice.
+async def check(folder: Path, heard: Heard, exact: bool) -> None:
+    """Opens the database and asserts that everything acknowledged is in it exactly once.
 
     Args:
-        exact: whether it must have no other row.
+        exact: whether it must have no other rows.
     """
     store = await Store.open(folder)
     try:
-        results = await verify(await store.opened(), lambda _: None)
+        results = await verify(await store.moved(), lambda _: None)
         assert all(result.is_sound for result in results), results
         columns = {FEEDBACK: "transaction_id", RUNS: "run_id", SCORES: "run_id"}
         found: Counter[str] = Counter()
         for table, column in columns.items():
             found.update(line[column] for line in await store.last(table, 0))
+        sent = heard.sent + [queued.event.id for queued in await store.outbox.head(1_000_000)]
+        claims = await asyncio.gather(
+            *(store.claim(RequestKey("", key), key) for key in heard.acknowledged)
+        )
     finally:
         await store.close()
-    lost = set(acknowledged) - set(found)
-    assert not lost, f"lost {len(lost)} of {len(acknowledged)}: {sorted(lost)[:5]}"
+    lost = set(heard.acknowledged) - set(found)
+    assert not lost, f"lost {len(lost)} of {len(heard.acknowledged)}: {sorted(lost)[:5]}"
     duplicates = [key for key, count in found.items() if count > 1]
     assert not duplicates, f"duplicates: {duplicates[:5]}"
-    assert not exact or len(found) == len(acknowledged), f"{len(found)} of {len(acknowledged)}"
+    drafts = [key for key in found if key.startswith("draft")]
+    assert not drafts, f"drafts: {drafts[:5]}"
+    assert not exact or len(found) == len(heard.acknowledged)
+    unsent = set(heard.acknowledged) - set(sent)
+    assert not unsent, f"lost {len(unsent)} events: {sorted(unsent)[:5]}"
+    _check_order(sent)
+    wrong = [
+        key
+        for key, claim in zip(heard.acknowledged, claims, strict=True)
+        if claim.response != key.encode()
+    ]
+    assert not wrong, f"{len(wrong)} requests have no response: {wrong[:5]}"
 
 
-def run_writer(folder: Path, name: str, acknowledged: int, seconds: float) -> None:
+def _check_order(sent: list[str]) -> None:
+    """Asserts that each caller's events were first sent in the order of its commits."""
+    last: dict[tuple[str, int], int] = {}
+    for key in dict.fromkeys(sent):
+        name, _, number = key.partition("-")
+        caller = (name, int(number) % _CALLERS)
+        assert last.get(caller, -1) < int(number), f"{key} was sent after a later event"
+        last[caller] = int(number)
+
+
+def run_writer(
+    folder: Path, name: str, pipe: int, seconds: float, undo: Path | None = None
+) -> None:
     shorten_pauses()
-    asyncio.run(write(folder, name, acknowledged, seconds))
+    if undo is not None:
+        power_loss.start(folder, undo)
+    asyncio.run(write(folder, name, pipe, seconds))
 
 
-def run_check(folder: Path, acknowledged: list[str], exact: bool = False) -> None:
-    asyncio.run(check(folder, acknowledged, exact))
+def run_check(folder: Path, heard: Heard, exact: bool = False) -> None:
+    asyncio.run(check(folder, heard, exact))
 
 
 def say(**result: Any) -> None:
@@ -144,98 +239,72 @@ def succeeded(process: int) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
 
 
-def write_and_kill(folder: Path, name: str, seconds: float) -> list[str]:
-    """Kills a writing process after some seconds; returns the keys of its acknowledged rows."""
-    read, acknowledge = os.pipe()
-    process = forked(partial(run_writer, folder, name, acknowledge, 60.0))
-    os.close(acknowledge)
+def write_and_kill(
+    folder: Path, name: str, seconds: float, heard: Heard, undo: Path | None = None
+) -> None:
+    """Kills a writing process some seconds after its first acknowledgement."""
+    read, pipe = os.pipe()
+    process = forked(partial(run_writer, folder, name, pipe, 60.0, undo))
+    os.close(pipe)
+    first = os.read(read, 1)
+    assert first, "it ended before it was killed"
     time.sleep(seconds)
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
-    with os.fdopen(read) as pipe:
-        # A line that the kill has truncated is not an acknowledgement.
-        return [line.rstrip("\n") for line in pipe if line.endswith("\n")]
-
-
-def lose_power(folder: Path, rng: random.Random) -> None:
-    """Truncates, zeroes or deletes what is not synced yet: files of tables that are newer than the
-    note of synced versions, and bytes after the last record of a log."""
-    logs = folder / "_log"
-    note = logs / "synced.json"
-    synced = note.stat().st_mtime_ns if note.exists() else 0
-    for path in folder.glob("*.lance/**/*"):
-        if path.is_file() and path.stat().st_mtime_ns > synced and rng.random() < 0.7:
-            _damage(path, rng)
-    for own in logs.iterdir():
-        for segment in segments(own) if (own / "lock").exists() else []:
-            with segment.open("ab") as file:
-                file.write(rng.choice((b"\0" * 4096, b"\xf5ROW\x40", b"")))
-
-
-def _damage(path: Path, rng: random.Random) -> None:
-    size = path.stat().st_size
-    kind = rng.randrange(3)
-    if kind == 0:
-        path.unlink()
-    elif kind == 1:
-        os.truncate(path, rng.randrange(size + 1))
-    else:
-        start = rng.randrange(size + 1)
-        with path.open("r+b") as file:
-            file.seek(start)
-            file.write(b"\0" * (size - start))
+    with os.fdopen(read) as lines:
+        heard.add(first.decode() + lines.read())
 
 
 def kills(folder: Path, rounds: int, rng: random.Random) -> None:
     """Kills a writer in each round; checks the database after every tenth and after the last."""
-    acknowledged: list[str] = []
+    heard = Heard()
     for number in range(1, rounds + 1):
-        acknowledged += write_and_kill(folder, f"r{number}", rng.uniform(0.02, 0.5))
+        write_and_kill(folder, f"r{number}", rng.uniform(0.0, 0.6), heard)
         if number % 10 == 0 or number == rounds:
-            assert succeeded(forked(partial(run_check, folder, acknowledged)))
-    say(kills=rounds, rows=len(acknowledged))
+            assert succeeded(forked(partial(run_check, folder, heard)))
+    say(kills=rounds, rows=len(heard.acknowledged))
 
 
 def power_losses(folder: Path, rounds: int, rng: random.Random) -> None:
-    """In each round kills a writer, damages what was not synced, and checks the database.
-
-    More rounds follow, up to `_MOST_LOSSES`, until the damage makes a version unreadable.
-    """
-    aside = folder / "_log" / "set_aside"
-    acknowledged: list[str] = []
-    number = 0
-    while number < rounds or (not aside.exists() and number < _MOST_LOSSES):
-        number += 1
-        acknowledged += write_and_kill(folder, f"r{number}", rng.uniform(0.1, 0.5))
-        lose_power(folder, rng)
-        assert succeeded(forked(partial(run_check, folder, acknowledged)))
-    count = len(list(aside.iterdir())) if aside.exists() else 0
-    say(losses=number, rows=len(acknowledged), set_aside=count)
+    """In each round, kills a writer, undoes what it has not synced, and checks the database."""
+    heard, undone = Heard(), 0
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(rounds):
+        undo, before = folder.with_name("undo"), set(folder.resolve().rglob("*"))
+        write_and_kill(folder, f"r{number}", rng.uniform(0.0, 0.6), heard, undo)
+        undone += power_loss.lose_power(folder, undo, rng, before)
+        assert succeeded(forked(partial(run_check, folder, heard)))
+    say(losses=rounds, rows=len(heard.acknowledged), undone=undone)
 
 
 def concurrent(folder: Path, processes: int, seconds: float) -> None:
-    """Several processes append at the same time and end normally."""
-    read, acknowledge = os.pipe()
+    """Several processes commit at the same time and end normally."""
+    read, pipe = os.pipe()
     writers = [
-        forked(partial(run_writer, folder, f"p{number}", acknowledge, seconds))
+        forked(partial(run_writer, folder, f"p{number}", pipe, seconds))
         for number in range(processes)
     ]
-    os.close(acknowledge)
-    with os.fdopen(read) as pipe:
-        acknowledged = pipe.read().splitlines()
+    os.close(pipe)
+    heard = Heard()
+    with os.fdopen(read) as lines:
+        heard.add(lines.read())
     results = [succeeded(process) for process in writers]
     assert all(results)
-    assert succeeded(forked(partial(run_check, folder, acknowledged, exact=True)))
-    say(processes=processes, rows=len(acknowledged))
+    assert succeeded(forked(partial(run_check, folder, heard, exact=True)))
+    say(processes=processes, rows=len(heard.acknowledged))
 
 
 def main() -> None:
+    # This does not test deadlines, and the machine may be busy.
+    writer._COMMIT_SECONDS = store_module._QUERY_SECONDS = 60.0  # type: ignore[misc]
     what, folder, amount, seed = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
     rng = random.Random(seed)
     if what == "kills":
         kills(folder, int(amount), rng)
     elif what == "once":
-        say(keys=write_and_kill(folder, "r", amount))
+        heard = Heard()
+        write_and_kill(folder, "r", amount, heard)
+        say(keys=heard.acknowledged)
     elif what == "power":
         power_losses(folder, int(amount), rng)
     else:

@@ -34,10 +34,18 @@ NOT_RUN: Final = {
     # the first line of the block: why it is not run
     "make serve   # sets up .venv, then serves http://127.0.0.1:8000": "a server that stays",
     "make serve": "a server that stays",
+    "make .env": "writes a password into the checkout",
     "ENABLE_METRICS=true LOG_FORMAT=text make serve": "a server that stays",
     "python -m osiris --host 127.0.0.1 --port 8000": "a server that stays",
     "SIDECAR_DEMO=true REDIS_URL=memory:// LANCEDB_URI=.data/lancedb \\": "a server that stays",
     "redis-cli -u redis://localhost:6379/0 psubscribe 'phi3.*'": "needs a Redis, waits for ever",
+    "redis-cli -u redis://localhost:6379/0 xread count 100 streams osiris.events 0-0": (
+        "needs a Redis"
+    ),
+    "redis-cli -u redis://localhost:6379/0 xadd osiris.inbox '*' id 1 type "
+    "phi3.feedback.submitted data '{}'": "needs a Redis",
+    "python -m llm_sidecar.event_bus tail": "needs a Redis, waits for ever",
+    "python -m llm_sidecar.event_bus dead --full": "needs a Redis",
     "docker-compose up --build   # with a Redis and the demo models, on http://127.0.0.1:8000": (
         "needs Docker"
     ),
@@ -63,6 +71,9 @@ NOT_RUN: Final = {
     ".venv/bin/python -m tests.docs_tables": "writes into the checkout",
     "make test-unit   # tests/unit: less than half a minute": "runs this test",
     "pip install -r requirements-tests.txt": "downloads",
+    ".venv/bin/python -m llm_sidecar.db replay 0d6c1f0e-2a51-4c46-9d4e-5a8f3d1b7a60": (
+        "needs this proposal; tests/integration/test_replay.py replays others"
+    ),
     "make bench": "takes minutes",
     "make train": "takes an hour",
     ".venv/bin/python -m tests.mutants llm_sidecar.reward": "takes minutes",

@@ -4,7 +4,7 @@
 
 writes each table between its markers in `docs/`: `<!-- generated: NAME -->` and
 `<!-- end of NAME -->`. `tests/integration/test_docs_tables.py` fails while a table differs from the
-code.
+code. It also writes `docs/asyncapi.yaml`, see `tests.asyncapi`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,18 @@ from pydantic_core import PydanticUndefined
 
 from llm_sidecar.db import rows as db_rows
 from llm_sidecar.db import schema
-from llm_sidecar.proposals import Proposal
-from llm_sidecar.services.events import FEEDBACK_SUBMITTED, PROPOSAL_ASSESSED, PROPOSAL_CREATED
+from llm_sidecar.services.events import (
+    ADAPTER_SWAPPED,
+    FEEDBACK_SUBMITTED,
+    PAYLOADS,
+    PROPOSAL_ASSESSED,
+    PROPOSAL_CREATED,
+)
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.tts.voice import AUDIO_BYTES
 from osiris.middleware.metrics import sidecar_metrics
+from tests import asyncapi
 
 DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
 COMMAND: Final = ".venv/bin/python -m tests.docs_tables"
@@ -66,6 +72,8 @@ COLUMNS: Final = {
     "model": "The model that wrote the proposal.",
     "prompt": "The prompt.",
     "proposal": "The proposal as JSON.",
+    "provenance": "The [provenance](#provenance) of the proposal, as JSON. Null in rows of "
+    "older versions.",
     "rationale": "The critique of the run; of a score alone, the rationale of the proposal.",
     "received": "When the sidecar received the feedback. It orders feedback.",
     "row_id": "The key. A row that is written twice is one row.",
@@ -81,16 +89,15 @@ COLUMNS: Final = {
 }
 """What each column of the database means; with its table where tables differ."""
 
-PAYLOADS: Final = {
-    PROPOSAL_CREATED: ("Phi-3 has finished a proposal", (*Proposal.model_fields, "transaction_id")),
-    PROPOSAL_ASSESSED: (
-        "Hermes has criticised and scored the proposal; its rows are stored if that was possible",
-        ("proposal_transaction_id", "assessment_text", "timestamp"),
-    ),
-    FEEDBACK_SUBMITTED: ("feedback is stored", tuple(db_rows.PublishedFeedback.model_fields)),
-    AUDIO_BYTES: ("a part of a text has been spoken", ()),
+EVENTS: Final = {
+    PROPOSAL_CREATED: "Phi-3 has finished a proposal, after the attempt to store it",
+    PROPOSAL_ASSESSED: "Hermes has criticised and scored the proposal, after the attempt to "
+    "store it",
+    FEEDBACK_SUBMITTED: "feedback is stored",
+    ADAPTER_SWAPPED: "Phi-3 uses another adapter",
+    AUDIO_BYTES: "a part of a text has been spoken",
 }
-"""When each event is published, and the keys of its payload; no keys for one that is not JSON."""
+"""When each event is published."""
 
 
 def settings() -> str:
@@ -132,14 +139,11 @@ def metrics() -> str:
 
 def events() -> str:
     """Every channel: when an event is published, and its payload."""
-    rows = [
-        (
-            f"`{channel}`",
-            when,
-            ", ".join(f"`{key}`" for key in keys) or "base64 of one complete WAV",
-        )
-        for channel, (when, keys) in PAYLOADS.items()
-    ]
+    rows = []
+    for channel, when in EVENTS.items():
+        keys = PAYLOADS[channel].model_fields if channel in PAYLOADS else ()
+        payload = ", ".join(f"`{key}`" for key in keys) or "base64 of one complete WAV"
+        rows.append((f"`{channel}`", when, payload))
     return _table(("channel", "published when", "payload"), rows)
 
 
@@ -245,6 +249,7 @@ def _arrow_type(kind: object) -> str:
 
 
 if __name__ == "__main__":
+    (DOCS / "asyncapi.yaml").write_text(asyncapi.text())
     for generated, (its_page, _) in GENERATED.items():
         try:
             (DOCS / its_page).write_text(current(generated))

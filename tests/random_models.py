@@ -140,3 +140,24 @@ def write_adapter(model: Path, folder: Path, seed: int = 1, **settings: Any) -> 
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         get_peft_model(base, config).save_pretrained(str(folder))
     return folder
+
+
+def write_onnx_adapter(base: Path, folder: Path, seed: int = 1) -> Path:
+    """An adapter of rank 8 with random weights for every projection of the ONNX model in `base`."""
+    import numpy as np
+
+    from llm_sidecar.engines.lora_graph import ADAPTER_FILE, read_lora_graph
+    from llm_sidecar.engines.lora_graph import write_adapter as write_matrices
+
+    numbers = np.random.default_rng(seed)
+    matrices = {
+        name: tuple(
+            numbers.normal(0, 0.02, shape).astype(each.dtype)
+            for shape in ((each.inputs, 8), (8, each.outputs))
+        )
+        for name, each in read_lora_graph(base / "model.onnx").projections.items()
+    }
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
+    write_matrices(folder / ADAPTER_FILE, matrices)
+    return folder

@@ -8,8 +8,11 @@ import signal
 import socket
 import subprocess
 import tempfile
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+
+import redis
 
 
 def require_redis() -> None:
@@ -25,25 +28,41 @@ def require_redis() -> None:
 
 
 class RedisServer:
-    """One redis-server on a loopback port that stays the same over restarts.
+    """One redis-server on a loopback port, which a restart does not change.
 
-    It keeps nothing on disk but its temporary folder, which goes with it. Use it as a context
-    manager, which starts and stops it, or start it later for a server that comes late.
+    Its only files are in a temporary folder, which is removed with it. Use it as a context manager,
+    or call `start` later for a server that becomes available late.
+
+    Args:
+        options: further options of redis-server.
+        keep: whether the folder survives a restart; `remove` deletes it.
+
+    Attributes:
+        port, url: its address.
+        folder: its folder.
     """
 
-    def __init__(self, *options: str) -> None:
-        self.port = _free_port()
+    def __init__(self, *options: str, keep: bool = False) -> None:
+        self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._options = options
+        self._keep = keep
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Its folder, which is created if it is missing."""
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="redis-test-")
+        return Path(self._folder.name)
 
     def start(self) -> None:
         """Start it and return when it takes connections."""
-        self._folder = tempfile.TemporaryDirectory(prefix="redis-test-")
         settings = {
             "--port": str(self.port),
             "--bind": "127.0.0.1",
-            "--dir": self._folder.name,
+            "--dir": str(self.folder),
             "--save": "",
         }
         command = ["redis-server", *(word for pair in settings.items() for word in pair)]
@@ -68,7 +87,16 @@ class RedisServer:
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._process = None
-        self._folder.cleanup()
+        if not self._keep:
+            self.remove()
+
+    def remove(self) -> None:
+        """End it, and remove its folder."""
+        self._keep = False
+        self.kill()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
     def freeze(self) -> None:
         """Stop it answering while its connections stay open."""
@@ -93,7 +121,14 @@ class RedisServer:
         self.kill()
 
 
-def _free_port() -> int:
+def entries(client: redis.Redis, stream: str) -> list[tuple[str, dict[str, str]]]:
+    """The entries of a stream, oldest first; the client decodes responses."""
+    found: Any = client.xrange(stream)
+    return list(found)
+
+
+def free_port() -> int:
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

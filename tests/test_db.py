@@ -50,6 +50,7 @@ PROPOSAL: dict[str, Any] = {
     "adapter": None,
     "latencies": {"proposal": 0.25, "assessment": 0.5, "score": None},
     "grounded": "ticker,rationale",
+    "provenance": {"ticker": "ABC"},
 }
 HOSTILE = [
     "'; DROP TABLE phi3_feedback; --",
@@ -94,7 +95,8 @@ async def test_a_row_is_read_as_it_was_written(store: Store) -> None:
     assert await store.last("orchestrator_runs", 5) == [RUN | {"error_message": None}]
     (scored,) = await store.last("hermes_scores", 5)
     assert scored == {"run_id": "r-1", "timestamp": NOW, "score": 0.25, "rationale": ""}
-    assert await store.last("proposals", 5) == [PROPOSAL | {"proposal": '{"ticker":"ABC"}'}]
+    text = '{"ticker":"ABC"}'
+    assert await store.last("proposals", 5) == [PROPOSAL | {"proposal": text, "provenance": text}]
 
 
 async def test_an_object_is_stored_as_json(store: Store) -> None:
@@ -384,6 +386,21 @@ async def test_a_hundred_rows_are_written_in_less_than_a_hundred_commits(tmp_pat
 
 
 # Synchronous functions
+
+
+def test_a_model_that_is_stored_again_is_one_row(tmp_path: Path) -> None:
+    uri, row = str(tmp_path / "db"), run()
+    for _ in range(2):
+        db.log_run(row, uri=uri)
+    db.log_run(run(), uri=uri)
+
+    async def count() -> int:
+        store = await Store.open(uri)
+        found = len(await store.last("orchestrator_runs", 0))
+        await store.close()
+        return found
+
+    assert asyncio.run(count()) == 2
 
 
 def test_synchronous_functions_accept_models_and_dicts(

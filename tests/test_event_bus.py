@@ -14,7 +14,7 @@ import pytest
 import redis
 from redis.exceptions import RedisError as RedisPyError
 
-from llm_sidecar.event_bus import HANDLER_QUEUE, EventBus, RedisError
+from llm_sidecar.event_bus import BATCH, EventBus, RedisError
 from llm_sidecar.logs import log_context
 from tests.redis_server import RedisServer, require_redis
 
@@ -172,30 +172,68 @@ async def test_a_handler_that_never_ends_delays_no_other_handler(bus: EventBus) 
     release.set()
 
 
-async def test_a_slow_handler_loses_its_own_oldest_messages() -> None:
+@pytest.mark.parametrize(("messages", "characters"), [(4, 1000), (1000, 16)])
+async def test_a_slow_handler_loses_nothing_and_the_bus_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch, messages: int, characters: int
+) -> None:
+    monkeypatch.setattr("llm_sidecar.event_bus.HANDLER_QUEUE", messages)
+    monkeypatch.setattr("llm_sidecar.event_bus.HANDLER_CHARACTERS", characters)
     bus, inbox = EventBus("memory://"), Inbox()
-    seen: list[str] = []
     stuck, release = asyncio.Event(), asyncio.Event()
 
     async def slow(payload: str) -> None:
         stuck.set()
         await release.wait()
-        seen.append(payload)
+        await inbox(payload)
 
     await bus.connect()
     await bus.subscribe("c", slow)
-    await bus.subscribe("c", inbox)
     await bus.publish("c", "first")
     await asyncio.wait_for(stuck.wait(), TIMEOUT)
-    payloads = [str(n) for n in range(HANDLER_QUEUE + 2)]
+    payloads = [f"{n:04}" for n in range(20)]
     for payload in payloads:
         await bus.publish("c", payload)
-    assert await inbox.take(1 + len(payloads)) == ["first", *payloads]
-    assert bus.status()["dropped"] == 2
+    await until(lambda: bus.status()["held_up"] == 1)
     release.set()
-    await until(lambda: len(seen) == 1 + HANDLER_QUEUE)
-    assert seen == ["first", *payloads[2:]]
+    assert await inbox.take(21) == ["first", *payloads]
+    assert (bus.status()["dropped"], bus.status()["refused"]) == (0, 0)
     await bus.close()
+
+
+async def test_a_handler_of_batches_gets_what_has_arrived_in_order(bus: EventBus) -> None:
+    batches: list[list[str]] = []
+    started, release = asyncio.Event(), asyncio.Event()
+
+    async def handle(payloads: list[str]) -> None:
+        batches.append(payloads)
+        started.set()
+        await release.wait()
+
+    inbox = Inbox()
+    await bus.subscribe_batches("c", handle)
+    await bus.subscribe("c", inbox)
+    await bus.publish("c", "first")
+    await asyncio.wait_for(started.wait(), TIMEOUT)
+    payloads = [str(n) for n in range(BATCH + 1)]
+    for payload in payloads:
+        await bus.publish("c", payload)
+    await inbox.take(2 + BATCH)
+    release.set()
+    await until(lambda: sum(map(len, batches)) == 2 + BATCH)
+    assert batches == [["first"], payloads[:BATCH], payloads[BATCH:]]
+
+
+async def test_a_message_that_is_too_long_is_refused_and_the_next_one_arrives(
+    bus: EventBus, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("llm_sidecar.event_bus.subscriber.LONGEST_MESSAGE", 10)
+    inbox = Inbox()
+    await bus.subscribe("c", inbox)
+    await bus.publish("c", "x" * 11)
+    await bus.publish("c", "x" * 10)
+    assert await inbox.take() == ["x" * 10]
+    assert bus.status()["refused"] == 1
+    assert "a message on c is refused: it is too long" in caplog.messages
 
 
 @pytest.mark.parametrize("error", [RuntimeError, asyncio.CancelledError])
@@ -318,9 +356,15 @@ async def test_the_status_of_a_healthy_bus(bus: EventBus, url: str) -> None:
         "published_late": 0,
         "waiting": 0,
         "unpublished": 0,
+        "oldest_seconds": 0.0,
+        "failing": None,
         "handler_errors": 0,
         "refused": 0,
         "dropped": 0,
+        "held_up": 0,
+        "denied": [],
+        "warnings": [],
+        "inbox": None,
     }
 
 
@@ -342,10 +386,7 @@ async def test_starting_without_redis_keeps_what_is_published_and_says_so_once(
     bus = EventBus(mortal.url)
     await bus.start()
     assert [await bus.publish("c", "early") for _ in range(3)] == [False] * 3
-    assert [r.getMessage().partition(" at ")[0] for r in caplog.records] == [
-        "Redis is away",
-        "not published to c, more are only counted: not connected",
-    ]
+    assert [r.getMessage().partition(" at ")[0] for r in caplog.records] == ["Redis is away"]
     status = bus.status()
     assert (status["connected"], status["outages"], status["waiting"]) == (False, 1, 3)
     await bus.close()
@@ -362,10 +403,12 @@ async def test_what_an_outage_held_back_goes_out_in_order(mortal: RedisServer) -
         assert not await bus.publish("c", payload)
     mortal.start()
     assert await inbox.take(len(payloads)) == payloads
+    await until(lambda: bus.status()["waiting"] == 0)
     await flows(bus, "c", inbox)
+    await until(lambda: bus.status()["published"] == 101)
     status = bus.status()
-    assert (status["published"], status["published_late"]) == (101, 100)
-    assert (status["waiting"], status["unpublished"]) == (0, 0)
+    assert (status["published_late"], status["waiting"], status["unpublished"]) == (100, 0, 0)
+    assert (status["oldest_seconds"], status["failing"]) == (0.0, None)
     await bus.close()
 
 
@@ -384,17 +427,21 @@ async def test_a_kill_in_the_middle_of_ten_thousand_messages_loses_and_reorders_
     sent = []
     for number in range(10_000):
         if number == 5_000:
+            # In the middle of a transaction, while most of the earlier events wait to be sent.
             mortal.kill()
+            await until(lambda: not bus.status()["connected"])
         if number == 5_500:
             mortal.start()
             await until(lambda: bus.status()["connected"] and not bus.status()["waiting"])
         sent.append(await bus.publish("c", str(number)))
-    await until(lambda: len(received) >= 10_000)
-    assert received == list(range(10_000))
+    await until(lambda: received[-1] == 9_999 and not bus.status()["waiting"])
+    # A subscriber may get an event twice if Redis could not acknowledge it.
+    assert list(dict.fromkeys(received)) == list(range(10_000))
     assert sent == [not 5_000 <= number < 5_500 for number in range(10_000)]
     status = bus.status()
-    assert (status["published"], status["published_late"]) == (10_000, 500)
-    assert (status["unpublished"], status["outages"], status["dropped"]) == (0, 1, 0)
+    assert (status["published"], status["unpublished"]) == (10_000, 0)
+    assert (status["outages"], status["dropped"]) == (1, 0)
+    assert status["published_late"] >= 500
     await bus.close()
 
 
@@ -421,47 +468,6 @@ async def test_audio_does_not_wait_for_redis(mortal: RedisServer) -> None:
     await bus.start()
     assert not await bus.publish("audio.bytes", "UklGRg==")
     assert (bus.status()["waiting"], bus.status()["unpublished"]) == (0, 1)
-    await bus.close()
-
-
-async def test_what_redis_refuses_is_not_sent_again_and_holds_nothing_up() -> None:
-    require_redis()
-    with RedisServer() as server, redis.Redis(port=server.port) as operator:
-        bus, inbox = EventBus(server.url), Inbox()
-        await bus.connect()
-        await bus.subscribe("c", inbox)
-        operator.execute_command("ACL", "SETUSER", "default", "resetchannels", "&c")
-        assert not await bus.publish("secret", "1")
-        await flows(bus, "c", inbox)
-        assert (bus.status()["waiting"], bus.status()["unpublished"]) == (0, 1)
-        await bus.close()
-
-
-async def test_a_handlers_queue_is_bounded_in_characters_too(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("llm_sidecar.event_bus.HANDLER_CHARACTERS", 1000)
-    bus, inbox = EventBus("memory://"), Inbox()
-    seen: list[str] = []
-    stuck, release = asyncio.Event(), asyncio.Event()
-
-    async def slow(payload: str) -> None:
-        stuck.set()
-        await release.wait()
-        seen.append(payload[:1])
-
-    await bus.connect()
-    await bus.subscribe("c", slow)
-    await bus.subscribe("c", inbox)
-    await bus.publish("c", "0")
-    await asyncio.wait_for(stuck.wait(), TIMEOUT)
-    for number in range(1, 6):
-        await bus.publish("c", str(number) * 400)
-    await inbox.take(6)
-    assert bus.status()["dropped"] == 2
-    release.set()
-    await until(lambda: len(seen) == 4)
-    assert seen == ["0", "3", "4", "5"]
     await bus.close()
 
 
@@ -532,13 +538,15 @@ async def test_a_frozen_redis_is_found_by_the_publisher(
     mortal: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm_sidecar.event_bus.redis_url.REPLY_TIMEOUT", 0.2)
+    monkeypatch.setattr("llm_sidecar.event_bus.subscriber.REPLY_TIMEOUT", 0.3)
     mortal.start()
     bus, inbox = EventBus(mortal.url), Inbox()
     await bus.connect()
     await bus.subscribe("c", inbox)
     mortal.freeze()
-    assert not await bus.publish("c", "held back")
-    assert not bus.status()["connected"]
+    assert await bus.publish("c", "held back")
+    await until(lambda: not bus.status()["connected"])
+    assert bus.status()["waiting"] == 1
     mortal.thaw()
     await until(lambda: bus.status()["connected"])
     assert await inbox.take() == ["held back"]
@@ -551,6 +559,7 @@ async def test_an_outage_is_logged_without_the_id_of_the_request_that_finds_it(
     mortal: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("llm_sidecar.event_bus.redis_url.REPLY_TIMEOUT", 0.2)
+    monkeypatch.setattr("llm_sidecar.event_bus.subscriber.REPLY_TIMEOUT", 0.1)
     ids: list[tuple[str, str | None]] = []
 
     def note(record: logging.LogRecord) -> bool:
@@ -565,8 +574,9 @@ async def test_an_outage_is_logged_without_the_id_of_the_request_that_finds_it(
     token = log_context.set({"request_id": "one"})
     await bus.publish("c", "held back")
     log_context.reset(token)
+    await until(lambda: not bus.status()["connected"])
     caplog.handler.removeFilter(note)
-    assert ids == [("Redis is away", None), ("not published", "one")]
+    assert ids == [("Redis is away", None)]
     mortal.thaw()
     await bus.close()
 
@@ -687,6 +697,7 @@ async def test_closing_leaves_no_task_and_no_connection(server: RedisServer) -> 
         await bus.subscribe("c", Inbox())
         await bus.register_listener_queue("d", asyncio.Queue())
         await bus.publish("c", "1")
+        await until(lambda: bus.status()["published"] == 1)
         assert len(clients()) == len(before_clients) + 2
         await bus.close()
         assert asyncio.all_tasks() == before_tasks

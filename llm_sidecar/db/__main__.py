@@ -1,7 +1,7 @@
 """`python -m llm_sidecar.db`.
 
-The command `export` is here, because it also writes training data, which a package above the
-database makes from feedback.
+The commands `export` and `replay` are here, not in `cli`, because they need packages that import
+the database.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import typer
 
 from llm_sidecar import command_line
 from llm_sidecar.db import cli_commands
-from llm_sidecar.db.cli import PROG, Out, Since, app
+from llm_sidecar.db.cli import PROG, Out, Since, app, text
 from llm_sidecar.db.cli_output import reason
 from llm_sidecar.db.export import RECORDS, Content
 from llm_sidecar.db.interruptible import run
@@ -36,6 +36,23 @@ def _export(
 ) -> int:
     """Write training data from feedback, as JSON lines."""
     return run(cli_commands.export(_content(kind), since, out))
+
+
+@app.command("replay")
+def _replay(
+    transaction_id: Annotated[
+        str, typer.Argument(callback=text, help="The transaction_id of a stored proposal.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object.")] = False,
+) -> int:
+    """Generate a stored proposal again, and say what differs.
+
+    The exit status is 0 if proposal, critique and score are the same.
+    """
+    # Imported here, because no other command needs models.
+    from llm_sidecar.services import replay_command
+
+    return run(replay_command.command(transaction_id, as_json=as_json))
 
 
 def _content(kind: ExportFormat) -> Content:

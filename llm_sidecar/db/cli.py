@@ -10,6 +10,7 @@ from typing import Annotated, Final, Literal
 
 import typer
 
+from llm_sidecar import timestamps
 from llm_sidecar.db import cli_commands as commands
 from llm_sidecar.db.cli_rows import Format
 from llm_sidecar.db.filters import Filters
@@ -17,7 +18,6 @@ from llm_sidecar.db.interruptible import run
 from llm_sidecar.db.rows import RUNS, TABLES
 
 PROG: Final = "python -m llm_sidecar.db"
-_SPANS: Final = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 TableName = Literal[
     "phi3_feedback", "orchestrator_runs", "hermes_scores", "proposals", "feedback_withdrawals"
@@ -36,14 +36,9 @@ def _no_command(context: typer.Context) -> None:
 
 def _time(text: str) -> datetime.datetime:
     try:
-        if text[-1:] in _SPANS:
-            span = datetime.timedelta(**{_SPANS[text[-1]]: float(text[:-1])})
-            return datetime.datetime.now(datetime.UTC) - span
-        found = datetime.datetime.fromisoformat(text)
-        aware = found.replace(tzinfo=datetime.UTC) if found.tzinfo is None else found
-        return aware.astimezone(datetime.UTC)
-    except (ValueError, OverflowError):
-        raise typer.BadParameter(f"{text!r} is not a time such as 2026-01-31 or 7d.") from None
+        return timestamps.since(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _number(value: float | None) -> float | None:
@@ -52,7 +47,8 @@ def _number(value: float | None) -> float | None:
     return value
 
 
-def _text(value: str | None) -> str | None:
+def text(value: str | None) -> str | None:
+    """The callback of an argument that must be text."""
     # Python represents undecodable bytes of an argument as halves of surrogate pairs.
     if value is not None and any("\ud800" <= char <= "\udfff" for char in value):
         raise typer.BadParameter("it is not text in the encoding of this terminal.")
@@ -89,16 +85,16 @@ def _query_runs(
     since: Since = None,
     status: Annotated[
         str | None,
-        typer.Option(callback=_text, help="Only runs with this status, such as error."),
+        typer.Option(callback=text, help="Only runs with this status, such as error."),
     ] = None,
     ticker: Annotated[
-        str | None, typer.Option(callback=_text, help="Only proposals for this ticker.")
+        str | None, typer.Option(callback=text, help="Only proposals for this ticker.")
     ] = None,
     action: Annotated[Action | None, typer.Option(help="Only proposals with this action.")] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            callback=_text, help="Only proposals that this model wrote, such as phi3/demo."
+            callback=text, help="Only proposals that this model wrote, such as phi3/demo."
         ),
     ] = None,
     min_score: Annotated[

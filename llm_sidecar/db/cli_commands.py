@@ -9,9 +9,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from llm_sidecar import command_line
 from llm_sidecar.db import cli_output as output
@@ -23,7 +23,7 @@ from llm_sidecar.db.location import TABLE_SUFFIX, Location, location_of
 from llm_sidecar.db.migrate import migrate
 from llm_sidecar.db.nested import with_objects
 from llm_sidecar.db.queries import newest
-from llm_sidecar.db.read_only import LoggedRows, opened_read_only
+from llm_sidecar.db.read_only import JournalRows, opened_read_only
 from llm_sidecar.db.rows import ROW_ID
 from llm_sidecar.db.schema import arrow_schemas
 from llm_sidecar.db.statistics import statistics
@@ -32,6 +32,8 @@ from llm_sidecar.db.tables import Tables
 from llm_sidecar.db.verify import verify
 from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.settings import DEFAULT_LANCEDB_URI, Database
+
+T = TypeVar("T")
 
 _OPEN_SECONDS: Final = 60.0
 _MAKE_SERVE_URI: Final = Path(".data/lancedb")
@@ -56,11 +58,11 @@ async def query_runs(
 ) -> int:
     """Shows the newest rows of a table, newest first."""
     earliest = {} if since is None else {"since": since}
-    async with _opened() as (_, tables, logged):
+    async with _opened() as (_, tables, waiting):
         rows = await newest(tables, table, last, filters=filters, **earliest)
         added = [
             row
-            for row in logged.rows.get(table, [])
+            for row in waiting.rows.get(table, [])
             if (since is None or row["timestamp"] >= since)
             and filters.matches(table, row)
             and row not in rows
@@ -68,7 +70,7 @@ async def query_runs(
         if added:
             rows = sorted([*added, *rows], key=lambda row: row["timestamp"], reverse=True)
             rows = rows[: last if last > 0 else None]
-        _note_missing(LoggedRows(unreadable=logged.unreadable))
+        _note_missing(JournalRows(unreadable=waiting.unreadable))
     columns = [name for name in arrow_schemas()[table].names if name != ROW_ID]
     if not rows:
         filtered = since is not None or filters.names()
@@ -83,9 +85,9 @@ async def query_runs(
 
 async def stats(shape: Shape) -> int:
     """Shows how large each table is."""
-    async with _opened() as (location, tables, logged):
+    async with _opened() as (location, tables, waiting):
         found = await statistics(location, tables)
-        _note_missing(logged)
+        _note_missing(waiting)
     _write(found, list(found[0]), shape)
     return command_line.OK
 
@@ -113,7 +115,7 @@ async def upgrade() -> int:
 
 async def check() -> int:
     """Reads every row; fails if the database is damaged."""
-    async with _opened() as (_, tables, logged):
+    async with _opened() as (_, tables, waiting):
         async with tables.unchanging():
             found = await verify(tables, command_line.progress)
         for table in found:
@@ -123,14 +125,14 @@ async def check() -> int:
             output.line(
                 f"{table.table}: {table.rows} of {table.expected} rows are readable, {duplicates}"
             )
-        _note_missing(logged)
+        _note_missing(waiting)
     return command_line.OK if all(table.is_sound for table in found) else command_line.FAILED
 
 
 async def export(content: Content, since: datetime.datetime | None, out: Path | None) -> int:
     """Writes feedback, as JSON lines."""
     earliest = {} if since is None else {"since": since}
-    async with _opened() as (_, tables, logged):
+    async with _opened() as (_, tables, waiting):
         feedback = Export(tables, content)
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(tables.unchanging())
@@ -143,8 +145,14 @@ async def export(content: Content, since: datetime.datetime | None, out: Path | 
         reasons = [f"{number} {reason}" for reason, number in feedback.left_out.items() if number]
         left_out = f"; left out: {', '.join(reasons)}" if reasons else ""
         command_line.say(f"{count} rows{left_out}")
-        _note_missing(logged)
+        _note_missing(waiting)
     return command_line.OK
+
+
+async def read(query: Callable[[Tables, JournalRows], Awaitable[T]]) -> T:
+    """Runs a query for a command of another package."""
+    async with _opened() as (_, tables, waiting):
+        return await query(tables, waiting)
 
 
 def database_uri() -> str:
@@ -202,22 +210,22 @@ async def _store(location: Location) -> AsyncIterator[Store]:
 
 
 @contextlib.asynccontextmanager
-async def _opened() -> AsyncIterator[tuple[Location, Tables, LoggedRows]]:
+async def _opened() -> AsyncIterator[tuple[Location, Tables, JournalRows]]:
     location = location_of(database_uri())
     if not location.may_write():
-        async with opened_read_only(location) as (tables, logged):
-            yield location, tables, logged
+        async with opened_read_only(location) as (tables, waiting):
+            yield location, tables, waiting
         return
     async with _store(location) as store:
-        yield location, await store.opened(), LoggedRows()
+        yield location, await store.moved(_OPEN_SECONDS), JournalRows()
 
 
-def _note_missing(logged: LoggedRows) -> None:
-    if count := logged.count():
+def _note_missing(waiting: JournalRows) -> None:
+    if count := waiting.count():
         rows = "row is" if count == 1 else "rows are"
-        command_line.say(f"{count} {rows} still in the write-ahead log and not counted here.")
-    if logged.unreadable:
-        command_line.say("The newest rows may be missing: the write-ahead log cannot be read.")
+        command_line.say(f"{count} {rows} still in the journal and not counted here.")
+    if waiting.unreadable:
+        command_line.say("The newest rows may be missing: the journal cannot be read.")
 
 
 def _write(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
+from collections.abc import Callable
 from typing import Final
 
 from llm_sidecar.db.lance import one_line
 from llm_sidecar.db.rows import TABLES
 from llm_sidecar.db.tables import FRAGMENTS, Tables
+from llm_sidecar.memory_trim import trim_heap
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +20,8 @@ _PAUSE: Final = 5.0
 _SHARE: Final = 20.0
 """The minimum pause between two compactions: in seconds, and as a multiple of the last one's
 duration."""
+_IDLE_SECONDS: Final = 600.0
+"""Seconds from the last added rows until unused versions are deleted."""
 _COUNT_SECONDS: Final = 5.0
 
 
@@ -36,6 +41,7 @@ class Compactor:
         self.failure: str | None = None
         self.failures = 0
         self._busy = asyncio.Lock()
+        self._last_rows: float | None = None
 
     async def count(self, tables: Tables) -> None:
         """Counts the fragments of every table."""
@@ -46,10 +52,30 @@ class Compactor:
         except Exception as error:  # noqa: BLE001 lancedb raises many types
             log.warning("the fragments cannot be counted: %s", one_line(error))
 
-    def request_if_many(self) -> None:
+    async def rows_added(self, tables: Tables) -> None:
         """Makes a compaction due if a table has many fragments."""
+        self._last_rows = time.monotonic()
+        await self.count(tables)
         if max(self.fragments.values(), default=0) >= FRAGMENTS:
             self.due.set()
+
+    def tidy_if_idle(self) -> None:
+        """Makes one compaction due some time after the last rows, to delete old versions."""
+        if self._last_rows is not None and time.monotonic() - self._last_rows > _IDLE_SECONDS:
+            self._last_rows = None
+            self.due.set()
+
+    async def run(self, tables: Callable[[], Tables | None], end: asyncio.Event) -> None:
+        """Runs each compaction when it is due, until `end` is set.
+
+        Args:
+            tables: returns the tables, or None while they are not open.
+        """
+        while not end.is_set():
+            await self.due.wait()
+            pause = await self.compact_if_due(tables())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(end.wait(), pause)
 
     async def compact(self, tables: Tables) -> bool:
         """Compacts now; returns False if another process is compacting.
@@ -58,6 +84,8 @@ class Compactor:
             Exception: whatever lancedb raises.
         """
         done = await tables.compact()
+        # Merges and compactions free many megabytes, which glibc would keep.
+        await asyncio.to_thread(trim_heap)
         await self.count(tables)
         return done
 

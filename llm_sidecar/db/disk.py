@@ -1,7 +1,7 @@
 """Syncs the tables' files, because LanceDB does not: without it a power loss may destroy rows.
 
 `Disk.sync` syncs the files and records the synced version of each table. The rows of newer versions
-are still in a write-ahead log, so an unreadable newest version can be set aside without losing
+are still in the journal, so an unreadable newest version can be set aside without losing
 rows. The file names are those of Lance's table format (https://lance.org/format/table/):
 `_versions/N.manifest`, where N counts down from 2**64 - 1.
 """
@@ -9,7 +9,6 @@ rows. The file names are those of Lance's table format (https://lance.org/format
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import os
 import shutil
@@ -17,8 +16,8 @@ from pathlib import Path
 from typing import Final
 
 from llm_sidecar.db.location import Location
-from llm_sidecar.db.log import locked, sync_folder
 from llm_sidecar.db.rows import TABLES
+from llm_sidecar.journal.locks import dated, locked, sync_folder
 
 _NOTE: Final = "synced.json"
 _HINT: Final = "latest_version_hint.json"
@@ -116,9 +115,7 @@ class Disk:
         """
         manifests = self._manifests(table)
         if not manifests:
-            self._aside.mkdir(parents=True, exist_ok=True)
-            stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
-            shutil.move(self._table(table), self._aside / f"{stamp}-{table}.lance")
+            shutil.move(self._table(table), dated(self._aside, f"{table}.lance"))
             return f"{table}: no version can be read, so the table is set aside"
         return self._set_aside(table, *max(manifests))
 
@@ -139,9 +136,7 @@ class Disk:
 
     def _set_aside(self, table: str, version: int, manifest: Path) -> str:
         manifest.read_bytes()
-        self._aside.mkdir(parents=True, exist_ok=True)
-        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
-        shutil.move(manifest, self._aside / f"{stamp}-{table}-{version}{_MANIFEST}")
+        shutil.move(manifest, dated(self._aside, f"{table}-{version}{_MANIFEST}"))
         manifest.with_name(_HINT).unlink(missing_ok=True)
         self._synced.pop(table, None)
         sync_folder(manifest.parent)

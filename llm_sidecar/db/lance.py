@@ -14,8 +14,9 @@ from llm_sidecar.db.location import TABLE_SUFFIX, Location
 from llm_sidecar.db.rows import TRANSACTION
 from llm_sidecar.text import cleaned
 
-KEEP_VERSIONS: Final = datetime.timedelta(minutes=2)
+_KEEP_VERSIONS: Final = datetime.timedelta(minutes=2)
 """Old versions of a table are kept for this long, because a reader may still use them."""
+_KEEP_ALL: Final = datetime.timedelta(days=36500)
 _CACHE_BYTES: Final = 16 << 20
 _LINE_CHARS: Final = 200
 _REST_CLIENT: Final = "lance_namespace_urllib3_client"
@@ -56,6 +57,22 @@ async def build_indices(table: Any, *, again: bool = False) -> None:
     for column in ("timestamp", TRANSACTION[table.name]):
         if (column in present) is again:
             await table.create_index(column, config=BTree(), replace=again)
+
+
+async def merge_fragments(table: Any) -> None:
+    """Merges small fragments and updates the indices; deletes no files."""
+    await table.optimize(cleanup_older_than=_KEEP_ALL)
+
+
+async def delete_old_versions(table: Any, *, unverified: bool = False) -> None:
+    """Deletes the files of versions that nothing reads any more.
+
+    Sync the newest version first: a power loss may destroy a version that is not synced.
+
+    Args:
+        unverified: whether to delete files of incomplete writes too; only safe without a writer.
+    """
+    await table.optimize(cleanup_older_than=_KEEP_VERSIONS, delete_unverified=unverified)
 
 
 def one_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The locations of a database, its logs and its locks."""
+"""The locations of a database, its journal and its locks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from llm_sidecar.journal.file import NAME
 from llm_sidecar.settings import Database
 
 TABLE_SUFFIX: Final = ".lance"
 _LOG: Final = "_log"
-_LOCKS: Final = ("lock", "opening.lock", "alive.lock", "compact.lock")
-"""Files in the log folder that every process locks when it opens the database."""
+_SHARED: Final = (NAME, f"{NAME}-wal", f"{NAME}-shm")
+"""Files in the log folder that every process opens for writing, beside the locks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +25,8 @@ class Location:
         uri: for lancedb: an absolute folder, or an `s3://` address.
         shown: for people: the address as it was given, without credentials and query.
         folder: the local folder; None for an object store.
-        log_folder: the local folder of write-ahead logs and locks, for all processes of this
-            machine that use the database.
+        log_folder: the local folder of the journal and of locks, for all processes of this machine
+            that use the database.
         storage_options: lancedb's options for an object store.
     """
 
@@ -41,16 +42,20 @@ class Location:
         return self.log_folder / "set_aside"
 
     def may_write(self) -> bool:
-        """Whether this user may write what opening the database writes: tables, locks, logs."""
+        """Whether this user has permission to write tables, locks and journal."""
         needed = [_nearest(self.log_folder)]
         try:
             if self.log_folder.exists():
-                needed += [path for path in self.log_folder.iterdir() if path.name in _LOCKS]
+                needed += [path for path in self.log_folder.iterdir() if _is_shared(path.name)]
             if self.folder is not None and self.folder.exists():
                 needed += [self.folder, *self.folder.glob(f"*{TABLE_SUFFIX}")]
         except OSError:
             return False
         return all(os.access(path, os.W_OK, effective_ids=True) for path in needed)
+
+
+def _is_shared(name: str) -> bool:
+    return name in _SHARED or name.endswith(".lock")
 
 
 def _nearest(folder: Path) -> Path:
@@ -64,8 +69,8 @@ def _nearest(folder: Path) -> Path:
 def location_of(uri: str | Path, log_dir: Path | None = None) -> Location:
     """The location of the database at a folder or an address.
 
-    The log of a local database is inside its folder. An object store does not support appending, so
-    its log is below `log_dir`, which should outlive the container.
+    The journal of a local database is inside its folder. That of an object store is below
+    `log_dir`, which should outlive the container.
 
     Args:
         uri: a folder, or an `s3://` address.

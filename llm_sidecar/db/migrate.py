@@ -6,7 +6,6 @@ copied to the folder of files that are set aside.
 
 from __future__ import annotations
 
-import datetime
 import shutil
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 from llm_sidecar.db.disk import Disk
 from llm_sidecar.db.lance import connect
 from llm_sidecar.db.location import Location
-from llm_sidecar.db.log import locked
 from llm_sidecar.db.old_shapes import Converter
 from llm_sidecar.db.rows import TABLES
 from llm_sidecar.db.schema import (
@@ -24,6 +22,7 @@ from llm_sidecar.db.schema import (
     require_not_newer,
 )
 from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.journal.locks import dated, locked
 
 
 async def migrate(location: Location, progress: Callable[[str], None]) -> AsyncIterator[str]:
@@ -101,8 +100,7 @@ async def _sync(location: Location, table: Any) -> None:
 def _keep_copy(location: Location, name: str) -> str:
     if location.folder is None:
         return ""
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
-    kept = location.set_aside / f"{stamp}-{name}-before-migration.lance"
+    kept = dated(location.set_aside, f"{name}-before-migration.lance")
     try:
         shutil.copytree(location.folder / f"{name}.lance", kept)
     except BaseException:

@@ -11,7 +11,7 @@ from llm_sidecar.db.rows import FEEDBACK, PROPOSALS, RUNS
 JSON_COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     FEEDBACK: ("feedback_content", "corrected_proposal"),
     RUNS: ("final_output",),
-    PROPOSALS: ("proposal",),
+    PROPOSALS: ("proposal", "provenance"),
 }
 """The columns of each table that contain an object as JSON text. Text in other columns may look
 like JSON, but a person or a model wrote it, so it stays text."""

@@ -206,6 +206,30 @@ async def _corrections(
     ]
 
 
+async def corrections(tables: Tables, feedback_ids: Iterable[str]) -> dict[str, Correction]:
+    """The corrections with these ids, by id, including withdrawn ones. Corrections without a stored
+    run are left out.
+
+    If feedback over HTTP and feedback of another service have the same id, the one over HTTP
+    counts.
+    """
+    from lancedb.expr import col
+
+    columns = ["transaction_id", FEEDBACK_ID, "corrected_proposal", "source"]
+    rows: list[dict[str, Any]] = []
+    for some in _batches(feedback_ids):
+        query = tables[FEEDBACK].query().where(col(FEEDBACK_ID).isin(some))
+        rows += await query.select(columns).to_list()
+    rows.sort(key=lambda row: row["source"] == PublishedFeedback.SOURCE, reverse=True)
+    prompts = await _prompts(tables, {row["transaction_id"] for row in rows})
+    return {
+        row[FEEDBACK_ID]: Correction(prompts[name], proposal, name, row[FEEDBACK_ID])
+        for row in rows
+        if (name := row["transaction_id"]) in prompts
+        and (proposal := json_object(row["corrected_proposal"])) is not None
+    }
+
+
 async def _prompts(
     tables: Tables, run_ids: Iterable[str], most_bytes: int | None = None
 ) -> dict[str, str]:

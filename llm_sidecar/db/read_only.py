@@ -1,36 +1,39 @@
-"""Opens a database without write permission: no locks, no repair, no replay of logs.
+"""Opens a database without write permission: no locks, no repair, no moving of rows.
 
-Rows that are still in a write-ahead log are read from the log.
+Rows that are still in the journal are read from the journal.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import sqlite3
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
+from llm_sidecar.db.encoding import values_of
 from llm_sidecar.db.lance import one_line
 from llm_sidecar.db.location import Location
-from llm_sidecar.db.log import Row, read_segment, segments
 from llm_sidecar.db.rows import KEYS, ROW_ID
-from llm_sidecar.db.schema import arrow_schemas, upgraded
+from llm_sidecar.db.schema import arrow_schemas
 from llm_sidecar.db.tables import Tables, open_tables
 from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.journal.file import NAME
 
 _OPEN_SECONDS: Final = 60.0
 _KEYS_PER_QUERY: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
-class LoggedRows:
-    """Rows that are still in write-ahead logs.
+class JournalRows:
+    """Rows that are still in the journal.
 
     Attributes:
         rows: rows that are not in their tables yet, by table, oldest first.
-        unreadable: whether some log could not be read.
+        unreadable: whether the journal could not be read.
     """
 
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -42,7 +45,7 @@ class LoggedRows:
 
 
 @contextlib.asynccontextmanager
-async def opened_read_only(location: Location) -> AsyncIterator[tuple[Tables, LoggedRows]]:
+async def opened_read_only(location: Location) -> AsyncIterator[tuple[Tables, JournalRows]]:
     """The tables, and the rows that are not in them yet.
 
     Raises:
@@ -50,8 +53,9 @@ async def opened_read_only(location: Location) -> AsyncIterator[tuple[Tables, Lo
     """
     try:
         async with asyncio.timeout(_OPEN_SECONDS):
-            # Reads the logs first: a row that moves to its table meanwhile is then in the table.
-            logged, unreadable = await asyncio.to_thread(_read_logs, location)
+            # Reads the journal before the tables, so that a row that moves in between is not
+            # missed.
+            waiting, unreadable = await asyncio.to_thread(_read_journal, location)
             tables = await open_tables(location, create=False, write=False)
     except DatabaseUnavailable:
         raise
@@ -60,7 +64,7 @@ async def opened_read_only(location: Location) -> AsyncIterator[tuple[Tables, Lo
     except Exception as error:  # noqa: BLE001 lancedb raises many types
         raise _unavailable(location, getattr(error, "strerror", None) or one_line(error)) from None
     try:
-        yield tables, LoggedRows(await _not_stored(tables, logged), unreadable)
+        yield tables, JournalRows(await _not_stored(tables, waiting), unreadable)
     finally:
         await tables.close()
 
@@ -71,36 +75,28 @@ def _unavailable(location: Location, why: str) -> DatabaseUnavailable:
     )
 
 
-def _read_logs(location: Location) -> tuple[list[Row], bool]:
-    """The rows of all logs, and whether some log could not be read."""
-    rows: list[Row] = []
-    unreadable = False
+def _read_journal(location: Location) -> tuple[list[tuple[str, bytes]], bool]:
+    """The table and columns of every row except drafts, and whether the journal is unreadable."""
+    path = location.log_folder / NAME
     try:
-        folders = [path for path in sorted(location.log_folder.iterdir()) if path.is_dir()]
-    except FileNotFoundError:
-        return [], False
-    except OSError:
+        if not path.exists():
+            return [], False
+        # Without an open process there is no `-wal` file, and a read-only SQLite cannot create one.
+        alone = "" if Path(f"{path}-wal").exists() else "&immutable=1"
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro{alone}", uri=True)) as db:
+            return db.execute("SELECT target, data FROM rows WHERE draft IS NULL").fetchall(), False
+    except (sqlite3.Error, OSError):
         return [], True
-    for folder in folders:
-        if folder == location.set_aside:
-            continue
-        try:
-            for segment in segments(folder):
-                with contextlib.suppress(FileNotFoundError):
-                    rows += read_segment(segment).rows
-        except FileNotFoundError:
-            continue
-        except OSError:
-            unreadable = True
-    return rows, unreadable
 
 
-async def _not_stored(tables: Tables, logged: Iterable[Row]) -> dict[str, list[dict[str, Any]]]:
+async def _not_stored(
+    tables: Tables, waiting: Iterable[tuple[str, bytes]]
+) -> dict[str, list[dict[str, Any]]]:
     by_table: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for row in logged:
-        values = upgraded(row.table, row.values)
+    for table, data in waiting:
+        values = values_of(table, data)
         if values is not None:
-            by_table[row.table].setdefault(values[KEYS[row.table]], values)
+            by_table[table][values[KEYS[table]]] = values
     found = {}
     for table, rows in by_table.items():
         stored = await _stored_keys(tables, table, list(rows))

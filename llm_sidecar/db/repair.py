@@ -1,6 +1,6 @@
 """Repairs a local database after a crash: sets unreadable versions of tables aside.
 
-Their rows are not lost: rows that are not synced to the tables are still in a write-ahead log.
+Their rows are not lost: rows that are not synced to the tables are still in the journal.
 """
 
 from __future__ import annotations
@@ -9,17 +9,13 @@ import asyncio
 import errno
 import logging
 import os
-from pathlib import Path
 from typing import Any, Final
 
 from llm_sidecar.db.disk import Disk
-from llm_sidecar.db.lance import KEEP_VERSIONS, build_indices, one_line
-from llm_sidecar.db.log import locked, sweep
+from llm_sidecar.db.lance import build_indices, delete_old_versions, merge_fragments, one_line
 
 log = logging.getLogger(__name__)
 
-COMPACTING: Final = "compact.lock"
-"""The lock file of the process that compacts."""
 _MACHINE_ERRORS: Final = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -38,10 +34,9 @@ class Repair:
         done: what was done, in words.
     """
 
-    def __init__(self, disk: Disk, log_folder: Path, connection: Any) -> None:
+    def __init__(self, disk: Disk, connection: Any) -> None:
         self.done: list[str] = []
         self._disk = disk
-        self._log_folder = log_folder
         self._connection = connection
 
     async def run(self) -> None:
@@ -51,7 +46,6 @@ class Repair:
             Exception: an error of the machine, such as a full disk. It is not the table's fault, so
                 no version is set aside.
         """
-        await asyncio.to_thread(sweep, self._log_folder)
         tables = await asyncio.to_thread(self._disk.tables)
         synced = await asyncio.to_thread(self._disk.synced_versions)
         newest: dict[str, int] = {}
@@ -106,9 +100,11 @@ class Repair:
         """
         try:
             await build_indices(table, again=True)
-            with locked(self._log_folder / COMPACTING, wait=False) as mine:
-                if mine and intact:
-                    await table.optimize(cleanup_older_than=KEEP_VERSIONS, delete_unverified=True)
+            if intact:
+                await merge_fragments(table)
+                versions = {table.name: int(await table.version())}
+                await asyncio.to_thread(self._disk.sync, versions)
+                await delete_old_versions(table, unverified=True)
         except Exception as error:  # noqa: BLE001 the rows are readable, and that is what counts
             failed = f"{table.name}: tidying up after a crash failed: {one_line(error)}"
             log.error("%s", failed)

@@ -2,7 +2,7 @@
 
 Timestamps are aware UTC with microseconds; a naive one counts as UTC. Strings are text as defined
 in `llm_sidecar.text`. An object in a text column (`feedback_content`, `corrected_proposal`,
-`proposal`) is stored as compact JSON text.
+`proposal`, `provenance`) is stored as compact JSON text.
 
 Every table has a key, so that a row that is written twice, for example after a crash, is stored
 once: `feedback_id` for withdrawals, otherwise `row_id`, which callers do not see.
@@ -83,12 +83,18 @@ class _Row(InputModel):
         }
 
 
-_JSON_TEXT: Final = frozenset(("feedback_content", "corrected_proposal", "proposal"))
+_JSON_TEXT: Final = frozenset(("feedback_content", "corrected_proposal", "proposal", "provenance"))
 
 
 class _Numbered(_Row):
     # The id belongs to the object, so that storing an object twice stores one row.
     _row_id: str = PrivateAttr(default_factory=lambda: uuid.uuid4().hex)
+
+    def keyed(self, row_id: str) -> Self:
+        """A copy with this key. Of several rows with the same key, only the first is stored."""
+        copy = self.model_copy()
+        copy._row_id = row_id
+        return copy
 
     def as_row(self) -> dict[str, Any]:
         """The values of the columns, for Arrow."""
@@ -141,10 +147,11 @@ class PublishedFeedback(Phi3FeedbackSchema):
     """Feedback that another service published on the event bus.
 
     Its `row_id` has a prefix, because the publisher chooses the `feedback_id` and must not be able
-    to replace a row that came over HTTP.
+    to replace a row that came over HTTP. The key of feedback from the inbox is the id of its entry,
+    so each entry is stored once.
 
     Attributes:
-        stored_in: the id of the database or sidecar that has stored it already, according to its
+        stored_in: the id of the database or sidecar that has already stored it, according to its
             publisher.
         author: according to its publisher; ignored, because messages have no API key.
     """
@@ -152,6 +159,18 @@ class PublishedFeedback(Phi3FeedbackSchema):
     SOURCE: ClassVar[Literal["direct", "bus"]] = "bus"
     stored_in: str | None = Field(None, exclude=True)
     author: str | None = Field(None, exclude=True)
+    _entry_id: str | None = PrivateAttr(None)
+
+    def from_entry(self, entry_id: str) -> Self:
+        """A copy whose key is this id of an inbox entry."""
+        copy = self.model_copy()
+        copy._entry_id = entry_id
+        return copy
+
+    def as_row(self) -> dict[str, Any]:
+        """The values of the columns, for Arrow."""
+        row = super().as_row()
+        return row if self._entry_id is None else row | {ROW_ID: f"inbox:{self._entry_id}"}
 
 
 def feedback_key(row: Mapping[str, Any]) -> str:
@@ -214,6 +233,7 @@ class ProposalSchema(_Numbered):
         adapter: the name of its adapter; None without one.
         grounded: `true`, or the fields whose ticker or numbers are not in the prompt, separated by
             commas; None if it was not checked.
+        provenance: JSON text; see `services.provenance`.
     """
 
     transaction_id: str = Field(min_length=1)
@@ -225,6 +245,7 @@ class ProposalSchema(_Numbered):
     adapter: str | None = None
     latencies: Latencies = Latencies()
     grounded: str | None = None
+    provenance: JsonObject | None = None
 
 
 SCHEMAS: Final[dict[str, type[_Row]]] = {

@@ -29,10 +29,11 @@ from llm_sidecar.errors import DatabaseUnavailable
 if TYPE_CHECKING:
     import pyarrow as pa
 
-VERSION: Final = "4"
+VERSION: Final = "5"
 """The version of the schemas, in their Arrow metadata. Version 2 added keys and aware timestamps in
 microseconds; version 3 added the columns in `ADDED`, `grounded` and the table of withdrawals;
-version 4 added `author`. Version 1 is everything before. `migrate` upgrades all of them."""
+version 4 added `author`, version 5 `provenance`. Version 1 is everything before. `migrate` upgrades
+all of them."""
 _VERSION_KEY: Final = b"osiris_schema_version"
 _DATABASE_KEY: Final = b"osiris_database"
 
@@ -133,6 +134,7 @@ def arrow_schemas() -> dict[str, pa.Schema]:
                 nullable=False,
             ),
             text("grounded", nullable=True),
+            text("provenance", nullable=True),
         ],
         WITHDRAWALS: [text("transaction_id"), time],
     }

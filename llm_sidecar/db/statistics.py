@@ -11,13 +11,12 @@ from llm_sidecar.db.tables import Tables
 
 
 async def statistics(location: Location, tables: Tables) -> list[dict[str, Any]]:
-    """One entry per table, and a last one for the write-ahead logs.
+    """One entry per table, and a last one for the journal.
 
     Returns:
         For each table `rows`, `fragments` and `versions`; `files` and `bytes` on disk, or for an
         object store None and the bytes of the current version; `last_compaction`, an aware time or
-        None. The entry of the logs has the files and bytes of all processes' logs; the rest is
-        None.
+        None. The entry of the journal has the files and bytes of its folder; the rest is None.
     """
     found: list[dict[str, Any]] = []
     for name in TABLES:
@@ -38,8 +37,8 @@ async def statistics(location: Location, tables: Tables) -> list[dict[str, Any]]
             }
         )
     files, size = _on_disk(location.log_folder)
-    log = {"table": "(log)", "files": files, "bytes": size}
-    return [*found, {name: log.get(name) for name in found[0]}]
+    journal = {"table": "(journal)", "files": files, "bytes": size}
+    return [*found, {name: journal.get(name) for name in found[0]}]
 
 
 def _on_disk(folder: Path) -> tuple[int, int]:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import logging
 import math
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from llm_sidecar.db import queries
+from llm_sidecar.db.encoding import encoded, values_of
 from llm_sidecar.db.filters import Filters
 from llm_sidecar.db.lance import one_line
 from llm_sidecar.db.location import location_of
-from llm_sidecar.db.log import Row
+from llm_sidecar.db.mover import Mover
 from llm_sidecar.db.queries import Correction
 from llm_sidecar.db.rows import (
     FEEDBACK,
-    FEEDBACK_ID,
     SCHEMAS,
     FeedbackWithdrawalSchema,
     HermesScoreSchema,
@@ -27,10 +28,13 @@ from llm_sidecar.db.rows import (
     PublishedFeedback,
 )
 from llm_sidecar.db.tables import Tables
-from llm_sidecar.db.writer import Writer
+from llm_sidecar.db.transaction import Claim, RequestKey, Transaction
 from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.journal.journal import Journal
+from llm_sidecar.journal.outbox import JournalOutbox
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 AnyRow = (
     Phi3FeedbackSchema
@@ -46,12 +50,15 @@ _UNBOUNDED: Final = 2**31 - 1
 _QUERY_SECONDS: Final = 5.0
 """The deadline of a query, because a remote store takes much longer to fail."""
 _OPEN_SECONDS: Final = 30.0
-_SHOWN_REPAIRS: Final = 20
 
 
 def table_of(row: AnyRow) -> str:
     """The table that a row goes into."""
     return _TABLE_OF[type(row)]
+
+
+async def _themselves(tables: Tables) -> Tables:
+    return tables
 
 
 class Store:
@@ -68,17 +75,20 @@ class Store:
 
         Args:
             uri: a folder, which is created if it is missing, or an `s3://` address.
-            log_dir: the folder for the log of an object store; `LANCEDB_LOG_DIR` unless given.
+            log_dir: the folder for the journal of an object store; `LANCEDB_LOG_DIR` unless given.
             create: whether to create a missing database.
         """
         self._location = location_of(uri, log_dir)
-        self._writer = Writer(self._location, create=create)
+        folder, aside = self._location.log_folder, self._location.set_aside
+        self._journal = Journal(folder, aside, lambda done: self._mover.note(done))
+        self._mover = Mover(self._location, self._journal, create=create)
+        self._is_closed = False
 
     @classmethod
     async def open(
         cls, uri: str | Path, *, timeout: float = _OPEN_SECONDS, create: bool = True
     ) -> Store:
-        """Opens a database, repairs it after a crash and replays the rows that are only in a log.
+        """Opens a database, and repairs it after a crash.
 
         Args:
             uri, create: see `Store`.
@@ -98,7 +108,7 @@ class Store:
 
     def start(self) -> None:
         """Starts to accept rows and to open the database, in the background."""
-        self._writer.start()
+        self._mover.start()
 
     async def opened(self, timeout: float = _OPEN_SECONDS) -> Tables:
         """The tables, once the database is open.
@@ -106,29 +116,86 @@ class Store:
         Raises:
             DatabaseUnavailable: it is not within `timeout` seconds, or the last attempt failed.
         """
-        return await self._writer.opened(timeout)
+        return await self._mover.opened(timeout)
+
+    async def moved(self, timeout: float = _OPEN_SECONDS) -> Tables:
+        """The tables, once they contain every row that any process has committed so far.
+
+        Raises:
+            DatabaseUnavailable: the rows cannot be moved within `timeout` seconds.
+        """
+        return await self._query(_themselves, seconds=timeout)
 
     async def close(self) -> None:
-        """Moves the logged rows to the tables, within a time limit, then closes."""
-        await self._writer.close()
+        """Moves the rows of the journal to the tables, within a time limit, then closes."""
+        self._is_closed = True
+        await self._mover.close()
+        try:
+            await self._journal.close()
+        except TimeoutError:
+            log.error("the journal could not be closed: the disk takes too long")
 
     def refusal(self) -> str | None:
         """The reason why rows cannot be stored now, or None."""
-        return self._writer.refusal()
+        return "The database is closed." if self._is_closed else self._journal.refusal()
 
     def is_open(self) -> bool:
         """Whether queries are possible now, and the last row could be stored."""
-        return self._writer.state == "open" and self._writer.log_failure is None
+        return self._mover.state == "open" and self._journal.failure is None
 
-    async def append(self, row: AnyRow) -> None:
-        """Stores a row in the table of its type, and returns once it would survive a power loss.
+    async def append(self, row: AnyRow, *, again: bool = False) -> None:
+        """Stores a row in the table of its type; see `commit`.
+
+        Args:
+            again: whether this object may already be stored; it is then not stored twice.
+        """
+        await self._journal.commit([encoded(table_of(row), row.as_row(), again=again)])
+        self._mover.soon_if_many()
+
+    async def commit(self, transaction: Transaction) -> None:
+        """Stores rows, events and progress, and returns once they would survive a power loss.
 
         Feedback with the same `feedback_id` is stored once, also across processes.
 
         Raises:
-            DatabaseUnavailable: it is not stored or, after the deadline, may not be stored.
+            DatabaseUnavailable: nothing is stored; after the deadline, the outcome is unknown.
         """
-        await self._writer.append(Row(table_of(row), row.as_row()))
+        await self._journal.commit(
+            [encoded(table_of(row), row.as_row()) for row in transaction.rows],
+            transaction.events,
+            transaction.progress,
+            transaction.draft,
+            transaction.replaces,
+        )
+        self._mover.soon_if_many()
+
+    async def claim(self, request: RequestKey, fingerprint: str) -> Claim:
+        """Claims a request for this process. Waits while another live process answers it.
+
+        End a claim that has no response with a `Transaction` that contains the response, or with
+        `release`.
+
+        Args:
+            fingerprint: of the request's content.
+
+        Raises:
+            RequestKeyReused: the key belongs to a request with another fingerprint.
+            DatabaseUnavailable: it cannot be claimed now.
+        """
+        return await self._journal.claims.claim(request, fingerprint)
+
+    async def release(self, request: RequestKey) -> None:
+        """Ends a claim without a response: the next claim gets its state.
+
+        Raises:
+            DatabaseUnavailable: the request stays claimed until this process ends.
+        """
+        await self._journal.claims.release(request)
+
+    @property
+    def outbox(self) -> JournalOutbox:
+        """The events that are not sent yet, of all processes."""
+        return self._journal.outbox
 
     async def last(
         self,
@@ -214,15 +281,15 @@ class Store:
     async def feedback_transaction(self, feedback_id: str) -> str | None:
         """The transaction_id of feedback; None if it is not stored.
 
-        Feedback that is still in this process's log is found even if LanceDB is unavailable.
+        Feedback that is still in the journal is found even if LanceDB is unavailable.
 
         Raises:
             DatabaseUnavailable: it cannot be read.
         """
-        for row in self._writer.pending():
-            if row.table == FEEDBACK and row.values[FEEDBACK_ID] == feedback_id:
-                found: str = row.values["transaction_id"]
-                return found
+        keys = (feedback_id, f"{PublishedFeedback.SOURCE}:{feedback_id}")
+        data = await self._journal.find(FEEDBACK, keys)
+        if data is not None and (row := values_of(FEEDBACK, data)) is not None:
+            return str(row["transaction_id"])
         return await self._query(lambda tables: queries.feedback_transaction(tables, feedback_id))
 
     async def compact(self) -> bool:
@@ -231,34 +298,41 @@ class Store:
         Raises:
             DatabaseUnavailable: it failed.
         """
-        return await self._query(lambda _: self._writer.compact(), seconds=math.inf)
+        return await self._query(self._mover.compactor.compact, seconds=math.inf)
 
     @property
     def log_folder(self) -> Path:
-        """The local folder of the write-ahead logs."""
+        """The local folder of the journal."""
         return self._location.log_folder
 
-    @property
-    def database_id(self) -> str | None:
-        """The database's own id, the same for every process; None until it has been opened."""
-        return self._writer.database_id
+    async def id(self) -> str:
+        """Identifies the database in events: its own id, or its journal's until it is open.
+
+        Raises:
+            DatabaseUnavailable: neither is known, because the journal cannot be used.
+        """
+        return self._mover.database_id or await self._journal.id()
+
+    def has_id(self, name: str) -> bool:
+        """Whether `id` has returned this name, in this process or in one with the same journal."""
+        return name in (self._mover.database_id, *self._journal.ids)
 
     def status(self) -> dict[str, Any]:
         """The state for `/health`, as JSON types."""
-        writer = self._writer
-        compaction = None if writer.tables is None else writer.tables.last_compaction()
+        mover, journal = self._mover, self._journal
+        compaction = None if mover.tables is None else mover.tables.last_compaction()
         return {
-            "state": writer.state,
-            "reason": writer.reason or writer.log_failure,
+            "state": mover.state,
+            "reason": mover.reason or journal.failure,
             "uri": self._location.shown,
-            "rows_written": writer.rows_written,
-            "rows_waiting": writer.rows_waiting(),
-            "log": writer.log_status(),
-            "fragments": dict(writer.compactor.fragments),
+            "rows_written": journal.rows_written,
+            "rows_waiting": journal.rows_waiting,
+            "journal": journal.status(),
+            "fragments": dict(mover.compactor.fragments),
             "last_compaction": None if compaction is None else compaction.isoformat(),
-            "compaction_failure": writer.compactor.failure,
-            "compaction_failures": writer.compactor.failures,
-            "repairs": writer.repairs[-_SHOWN_REPAIRS:],
+            "compaction_failure": mover.compactor.failure,
+            "compaction_failures": mover.compactor.failures,
+            "repairs": list(mover.repairs),
         }
 
     async def _query(
@@ -272,8 +346,9 @@ class Store:
         seconds = seconds or _QUERY_SECONDS
         try:
             async with asyncio.timeout(None if seconds == math.inf else seconds):
-                await self._writer.flush()
-                return await query(await self._writer.opened(min(seconds, _OPEN_SECONDS)))
+                await self._mover.opened(min(seconds, _OPEN_SECONDS))
+                await self._mover.flush()
+                return await query(await self._mover.opened(_OPEN_SECONDS))
         except DatabaseUnavailable:
             raise
         except TimeoutError:

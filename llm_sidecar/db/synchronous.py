@@ -64,7 +64,7 @@ def _append(row: AnyRow, uri: str | None) -> None:
         store = Store(uri or default_uri())
         store.start()
         try:
-            await store.append(row)
+            await store.append(row, again=True)
         finally:
             await store.close()
 

@@ -6,27 +6,29 @@ import asyncio
 import contextlib
 import datetime
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 from llm_sidecar.db.disk import Disk
-from llm_sidecar.db.lance import KEEP_VERSIONS, build_indices, connect
+from llm_sidecar.db.lance import build_indices, connect, delete_old_versions, merge_fragments
 from llm_sidecar.db.location import Location
-from llm_sidecar.db.log import Row, locked
-from llm_sidecar.db.repair import COMPACTING, Repair
+from llm_sidecar.db.repair import Repair
 from llm_sidecar.db.rows import FEEDBACK, KEYS, TABLES
 from llm_sidecar.db.schema import (
-    arrow_schemas,
     database_id,
     is_current,
     new_table_schema,
     require_not_newer,
 )
 from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.journal.locks import held, locked
 
 _LOCK_PAUSE: Final = 0.02
 FRAGMENTS: Final = 32
 """A table with this many fragments should be compacted."""
+COMPACTING: Final = "compact.lock"
+"""The lock file of the process that compacts."""
+MOVING: Final = "mover.lock"
+"""The lock file of the process that adds rows to the tables."""
 _COMPACTED: Final = "compacted"
 """A file; its modification time is the time of the last compaction."""
 _OLD_SHAPE: Final = (
@@ -66,7 +68,7 @@ class Tables:
 
     async def open_all(self, *, create: bool) -> None:
         """See `open_tables`."""
-        opening = _lock(self._location.log_folder / "opening.lock")
+        opening = held(self._location.log_folder / "opening.lock")
         async with opening if self._may_write else contextlib.nullcontext():
             if self._may_write:
                 await self._enter()
@@ -80,9 +82,9 @@ class Tables:
     async def _enter(self) -> None:
         """Repairs the database if no other process has it open, then acquires the shared lock."""
         alive = self._location.log_folder / "alive.lock"
-        with locked(alive, wait=False) as alone:
+        async with held(alive, wait=False) as alone:
             if alone and self._disk is not None:
-                repair = Repair(self._disk, self._location.log_folder, self._connection)
+                repair = Repair(self._disk, self._connection)
                 self.repairs = repair.done
                 await repair.run()
         # While this holds the shared lock, no other process can repair the database.
@@ -103,7 +105,7 @@ class Tables:
         schema = await self._tables[name].schema()
         require_not_newer(name, schema)
         if not is_current(name, schema):
-            raise OldShape(_OLD_SHAPE.format(name))
+            raise OldShape(_OLD_SHAPE.format(name), retry_after=5)
 
     async def _create(self, name: str) -> Any:
         try:
@@ -114,24 +116,25 @@ class Tables:
             # Another machine has created it at the same time.
             return await self._connection.open_table(name)
 
-    async def add(self, table: str, rows: Sequence[Row]) -> None:
-        """Adds rows that are not in the table yet.
+    async def add(self, table: str, rows: Any) -> None:
+        """Adds the rows of an Arrow table, none of which is in the table yet.
 
         Raises:
             Exception: whatever lancedb raises.
         """
-        data = await asyncio.to_thread(_arrow, table, rows)
-        await self._complete(self._tables[table].add(data))
+        await self._complete(self._tables[table].add(rows))
 
-    async def merge(self, table: str, rows: Sequence[Row]) -> None:
-        """Adds the rows whose key is not in the table yet.
+    async def merge(self, table: str, rows: Any) -> None:
+        """Adds the rows of an Arrow table whose key is not in the table yet.
+
+        Args:
+            rows: at most one row per key; of two rows with the same key, both would be added.
 
         Raises:
             Exception: whatever lancedb raises.
         """
-        data = await asyncio.to_thread(_arrow, table, rows)
         merge = self._tables[table].merge_insert([KEYS[table]]).when_not_matched_insert_all()
-        await self._complete(merge.execute(data))
+        await self._complete(merge.execute(rows))
 
     async def _complete(self, writing: Coroutine[Any, Any, Any]) -> None:
         """Waits for a write, which runs to completion even if the caller is cancelled.
@@ -186,20 +189,23 @@ class Tables:
         if not self._may_write:
             yield
             return
-        async with _lock(self._location.log_folder / COMPACTING, shared=True):
+        async with held(self._location.log_folder / COMPACTING, shared=True):
             yield
 
     async def _compact(self) -> bool:
-        with locked(self._location.log_folder / COMPACTING, wait=False) as mine:
+        async with held(self._location.log_folder / COMPACTING, wait=False) as mine:
             if not mine:
                 return False
-            for name in TABLES:
-                table = self._tables[name]
+            for table in self._tables.values():
                 await table.checkout_latest()
                 if await table.count_rows():
                     await build_indices(table)
-                await table.optimize(cleanup_older_than=KEEP_VERSIONS)
-            await self.sync()
+                await merge_fragments(table)
+            # The lock keeps other processes from adding a version that is not synced.
+            async with held(self._location.log_folder / MOVING):
+                await self.sync()
+                for table in self._tables.values():
+                    await delete_old_versions(table)
             (self._location.log_folder / _COMPACTED).touch()
         return True
 
@@ -239,22 +245,3 @@ async def open_tables(location: Location, *, create: bool, write: bool = True) -
         await tables.close()
         raise
     return tables
-
-
-def _arrow(table: str, rows: Sequence[Row]) -> Any:
-    """The rows as an Arrow table, one per key: a merge would insert equal keys twice."""
-    import pyarrow as pa
-
-    unique = {row.values[KEYS[table]]: row.values for row in reversed(rows)}
-    return pa.Table.from_pylist(list(unique.values())[::-1], schema=arrow_schemas()[table])
-
-
-@contextlib.asynccontextmanager
-async def _lock(path: Path, *, shared: bool = False) -> AsyncIterator[None]:
-    """Holds the lock on a file; waits for it without blocking the event loop."""
-    while True:
-        with locked(path, wait=False, shared=shared) as mine:
-            if mine:
-                yield
-                return
-        await asyncio.sleep(_LOCK_PAUSE)

@@ -123,6 +123,27 @@ def _added(
     ]
 
 
+def with_constants(serialized: bytes, matrices: Mapping[str, npt.NDArray[Any]]) -> bytes:
+    """A serialized graph in which these inputs are constants with shapes but without values.
+
+    The session gets the values from `SessionOptions.add_external_initializers`.
+    """
+    model = onnx.load_model_from_string(serialized)
+    graph = model.graph
+    kept = [value for value in graph.input if value.name not in matrices]
+    del graph.input[:]
+    graph.input.extend(kept)
+    for tensor in graph.initializer:
+        if tensor.name in matrices:
+            del tensor.dims[:]
+            tensor.dims.extend(matrices[tensor.name].shape)
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+            tensor.external_data.add(key="location", value=ADAPTER_FILE)
+    changed: bytes = model.SerializeToString()
+    return changed
+
+
 def write_adapter(file: Path, matrices: Mapping[str, tuple[npt.NDArray[Any], ...]]) -> None:
     """Writes A and B of projections, by the projections' names."""
     adapter = onnxruntime.AdapterFormat()

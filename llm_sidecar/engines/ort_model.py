@@ -130,11 +130,11 @@ class OrtModel:
         # A spinning thread takes a core from the other model.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         graph: Path | bytes = folder / decoder["filename"]
-        self._adapter: dict[str, Any] = {}
         if adapter is not None:
-            graph, self._adapter = _with_adapter(folder / decoder["filename"], adapter)
+            graph, matrices = _with_adapter(folder / decoder["filename"], adapter)
+            options.add_external_initializers([*matrices], [*matrices.values()])
             options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
-            # Otherwise it warns that the adapter's matrices are not constants.
+            # Hides the warning that projections without an adapter are not constants.
             options.log_severity_level = _ERROR
         self.session = onnxruntime.InferenceSession(
             graph, options, providers=["CPUExecutionProvider"]
@@ -189,29 +189,31 @@ class OrtModel:
         return logits[:, tokens - keep :].astype(np.float32, copy=False)
 
     def _bind(self, states: States, first: int, rows: int) -> Any:
-        """Binds some rows of the states, and the adapter; the rest changes with every run."""
+        """Binds some rows of the states. All other inputs change with every run."""
         binding = self.session.io_binding()
         for (past, present), array in zip(self._names, states.arrays, strict=True):
             part = array[first : first + rows]
             # Input and output are the same memory: new states are written behind the others.
             binding.bind_input(past, "cpu", 0, self.dtype, part.shape, part.ctypes.data)
             binding.bind_output(present, "cpu", 0, self.dtype, part.shape, part.ctypes.data)
-        for name, matrix in self._adapter.items():
-            binding.bind_ortvalue_input(name, matrix)
         states.bindings[first, rows] = binding
         return binding
 
 
 def _with_adapter(graph: Path, adapter: Path) -> tuple[bytes, dict[str, Any]]:
-    """The graph with an adapter's projections, and the adapter's matrices, which are its inputs.
+    """The graph with an adapter's projections, and the matrices for its constants.
+
+    The matrices are constants, because the session packs constants. With inputs, its kernels would
+    compute one row and several rows with different rounding.
 
     Raises:
         AdapterRejected: the adapter does not fit.
     """
     # It takes 30 MB, which most workers do not need.
-    from llm_sidecar.engines.lora_graph import read_adapter, read_lora_graph
+    from llm_sidecar.engines.lora_graph import read_adapter, read_lora_graph, with_constants
 
     lora = read_lora_graph(graph)
     matrices = read_adapter(adapter, lora.projections)
     to_value = onnxruntime.OrtValue.ortvalue_from_numpy
-    return lora.serialized, {name: to_value(matrix) for name, matrix in matrices.items()}
+    values = {name: to_value(matrix) for name, matrix in matrices.items()}
+    return with_constants(lora.serialized, matrices), values

@@ -1,173 +1,116 @@
-"""The sending half of the bus: it keeps the order of the calls, even through an outage of Redis.
+"""The sending side of the bus: events go through outboxes, live messages directly.
 
-If Redis does not answer, it is unknown whether it has the message. The message is sent again, so a
-subscriber may get it twice; it can recognise the second one by the id in the payload.
+Only the tasks of `jobs` wait for Redis.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
-from collections import deque
-from typing import Final, NamedTuple
+from collections.abc import Coroutine, Mapping
+from typing import Any, Final
 
 from redis.asyncio import Redis
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from llm_sidecar.cloud_event import CloudEvent
+from llm_sidecar.event_bus.denied import Denied
+from llm_sidecar.event_bus.live import LIVE_ONLY, LivePublisher
+from llm_sidecar.event_bus.outbox import MemoryOutbox, Outbox
+from llm_sidecar.event_bus.relay import Relay
 from llm_sidecar.event_bus.subscriber import Subscriber
 
+SOURCE: Final = "/osiris/llm-sidecar"
+"""The source of this service's events."""
+SCHEMAS: Final = "docs/asyncapi.yaml"
+"""The document with the schemas of their payloads."""
 OUTBOX_MESSAGES: Final = 10_000
 OUTBOX_CHARACTERS: Final = 16 << 20
-"""Maximum number of messages that wait for Redis, and of their characters in total; beyond either,
-the oldest message is dropped."""
-LIVE_ONLY: Final = ("audio.bytes", "tts.")
-"""Prefixes of the channels whose messages are useless later: speech, and the messages of its
-workers."""
+"""Maximum number of published events that wait for Redis, and of their characters in total; beyond
+either, the oldest event is dropped."""
+_POLL: Final = 0.01
 
 log = logging.getLogger(__name__)
 
 
-class _Waiting(NamedTuple):
-    channel: str
-    payload: str
-
-
 class Publisher:
-    """Publishes while Redis is connected, and keeps a bounded number of messages while it is not.
+    """Sends published messages, and the events of a durable outbox.
 
     Args:
         client: must raise on errors, not retry.
         subscriber: reports whether Redis is connected.
-
-    Attributes:
-        published: number of messages that Redis has confirmed.
-        late: how many of them waited for Redis.
-        lost: number of messages that were never sent: dropped from a full outbox, live-only ones
-            during an outage, refused by Redis, or still waiting at the close.
+        denied: what Redis denies.
+        stream: the name of the stream of events.
+        maxlen: about how many entries the stream keeps.
+        outbox: the durable outbox.
     """
 
-    def __init__(self, client: Redis, subscriber: Subscriber) -> None:
-        self.published = 0
-        self.late = 0
-        self.lost = 0
-        self._client = client
+    def __init__(
+        self,
+        client: Redis,
+        subscriber: Subscriber,
+        denied: Denied,
+        *,
+        stream: str,
+        maxlen: int,
+        outbox: Outbox | None,
+    ) -> None:
         self._subscriber = subscriber
-        self._sending = asyncio.Lock()
-        self._outbox: deque[_Waiting] = deque()
-        self._characters = 0
-        self._filled = asyncio.Event()
-        self._quiet = False
+        self._live = LivePublisher(client, subscriber, denied)
+        self._outbox = MemoryOutbox(OUTBOX_MESSAGES, OUTBOX_CHARACTERS)
+        self._refused = 0
+        self._relays = [
+            Relay(client, each, subscriber, denied, stream=stream, maxlen=maxlen)
+            for each in (self._outbox, outbox)
+            if each is not None
+        ]
 
-    @property
-    def waiting(self) -> int:
-        """Messages that wait for Redis."""
-        return len(self._outbox)
+    def publish(self, event_type: str, payload: str) -> bool:
+        """Accepts a message; returns True if Redis is connected, so that it is sent now."""
+        if event_type in LIVE_ONLY:
+            return self._live.publish(event_type, payload)
+        self.send(CloudEvent(type=event_type, data=payload, source=SOURCE, dataschema=SCHEMAS))
+        return self._subscriber.connected
 
-    async def publish(self, channel: str, payload: str) -> bool:
-        """Sends the waiting messages, then this one; returns whether Redis accepted it.
+    def send(self, event: CloudEvent) -> None:
+        """Adds an event to the outbox in memory."""
+        self._outbox.add(event)
 
-        An error of Redis is not raised: the message waits, unless its channel is one of
-        `LIVE_ONLY` or Redis refused the message.
-        """
-        sent = False
-        async with self._sending:
-            try:
-                await self._flush()
-                await self._send(channel, payload)
-                sent, self._quiet = True, False
-            except (RedisConnectionError, RedisTimeoutError) as error:
-                self._tell(channel, error)
-                if channel.startswith(LIVE_ONLY):
-                    self.lost += 1
-                else:
-                    self._keep(_Waiting(channel, payload))
-            except RedisError as error:
-                self._tell(channel, error)
-                self.lost += 1
-        if not sent:
-            # Without Redis nothing above awaits, so a looping caller would block the connection
-            # attempts.
-            await asyncio.sleep(0)
-        return sent
+    def refuse(self, event_type: str, reason: str) -> None:
+        """Counts and logs a message that is not sent."""
+        log.error("not published to %s: %s", event_type, reason)
+        self._refused += 1
 
-    async def run(self) -> None:
-        """Sends the waiting messages whenever Redis is back, until cancelled."""
-        while True:
-            await self._filled.wait()
-            await self._subscriber.here.wait()
-            async with self._sending:
-                try:
-                    await self._flush()
-                except RedisError as error:
-                    log.debug("messages wait on: %s", error)
+    def jobs(self) -> Mapping[str, Coroutine[Any, Any, None]]:
+        """The work that sends, to be run as tasks until they are cancelled."""
+        relays = {f"relay {number}": each.run() for number, each in enumerate(self._relays)}
+        return {"live publisher": self._live.run(), **relays}
 
     async def drain(self) -> None:
-        """Returns when no message waits; the caller sets a time limit."""
-        while self._outbox and self._subscriber.connected:
-            async with self._sending:
-                try:
-                    await self._flush()
-                except RedisError as error:
-                    log.debug("messages wait on: %s", error)
+        """Returns when nothing waits, or Redis is away; the caller sets a time limit.
 
-    def refuse(self, channel: str, error: RedisError) -> None:
-        """Counts and logs a message that is not sent."""
-        log.error("not published to %s: %s", channel, error)
-        self.lost += 1
+        Events of the durable outbox that Redis does not accept stay there.
+        """
+        while self._subscriber.connected and self._busy():  # noqa: ASYNC110 - only at the close
+            await asyncio.sleep(_POLL)
 
-    async def stop(self) -> None:
-        """Waits for the message that is being sent, then counts all that still wait as lost."""
-        async with self._sending:
-            if self._outbox:
-                log.error("%d messages were never published", len(self._outbox))
-            self.lost += len(self._outbox)
-            self._outbox.clear()
+    def _busy(self) -> bool:
+        sending = any(not relay.idle and relay.failing is None for relay in self._relays)
+        return sending or len(self._outbox) > 0 or not self._live.idle
 
-    async def _flush(self) -> None:
-        """Sends the waiting messages, oldest first. After an error the message stays first, unless
-        Redis refused it."""
-        while self._outbox:
-            channel, payload = self._outbox[0]
-            try:
-                await self._send(channel, payload)
-                self.late += 1
-            except (RedisConnectionError, RedisTimeoutError):
-                raise
-            except RedisError as error:
-                # The log line gets no request id: the message belongs to another request.
-                contextvars.Context().run(self._tell, channel, error)
-                self.lost += 1
-            self._drop_oldest()
-        self._filled.clear()
+    def stop(self) -> None:
+        """Counts all waiting messages as lost. Call it after the jobs have ended."""
+        if (count := self._outbox.clear()) > 0:
+            log.error("%d messages were never published", count)
 
-    async def _send(self, channel: str, payload: str) -> None:
-        if not self._subscriber.connected:
-            raise RedisConnectionError("not connected")
-        try:
-            await self._client.publish(channel, payload)
-        except (RedisConnectionError, RedisTimeoutError) as error:
-            self._subscriber.restart(error)
-            raise
-        self.published += 1
-
-    def _keep(self, message: _Waiting) -> None:
-        self._outbox.append(message)
-        self._characters += len(message.payload)
-        while len(self._outbox) > OUTBOX_MESSAGES or self._characters > OUTBOX_CHARACTERS:
-            self._drop_oldest()
-            self.lost += 1
-        if self._outbox:
-            self._filled.set()
-
-    def _drop_oldest(self) -> None:
-        self._characters -= len(self._outbox.popleft().payload)
-
-    def _tell(self, channel: str, error: RedisError) -> None:
-        if not self._quiet:
-            # Redis quotes the arguments of an unknown command in its error.
-            reason = str(error).partition(", with args")[0]
-            log.error("not published to %s, more are only counted: %s", channel, reason)
-        self._quiet = True
+    def status(self) -> dict[str, Any]:
+        """Counts for `/health`."""
+        relays = self._relays
+        lost = self._refused + self._live.lost + self._outbox.dropped
+        return {
+            "published": self._live.published + sum(relay.sent for relay in relays),
+            "published_late": sum(relay.late for relay in relays),
+            "waiting": len(self._outbox),
+            "unpublished": lost + sum(relay.lost for relay in relays),
+            "oldest_seconds": round(max(relay.oldest_seconds for relay in relays), 3),
+            "failing": next((relay.failing for relay in relays if relay.failing), None),
+        }

@@ -8,7 +8,11 @@ from weakref import WeakValueDictionary
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
+
+from llm_sidecar import redis_address
+from llm_sidecar.redis_address import RedisAddress
 
 if TYPE_CHECKING:
     from fakeredis import FakeServer
@@ -17,16 +21,21 @@ CONNECT_TIMEOUT: Final = 3.0
 """Seconds to connect; after that, Redis counts as unavailable."""
 REPLY_TIMEOUT: Final = 5.0
 """Seconds to wait for a reply; after that, Redis counts as unavailable."""
+LONGEST_BLOCK: Final = 5.0
+"""Seconds for which a read may wait in Redis for the first entry."""
 
 MEMORY: Final = "memory://"
 _shared_servers: WeakValueDictionary[str, FakeServer] = WeakValueDictionary()
 
 
-def make_client(url: str) -> Redis:
+def make_client(url: str, *, blocks: float = 0.0) -> Redis:
     """A client that is not connected yet and tries every command once.
 
     By default redis-py reconnects and resubscribes silently. Without retries it raises at once, so
     that the caller notices every gap.
+
+    Args:
+        blocks: seconds for which its commands may wait in Redis.
 
     Raises:
         ValueError: the URL cannot be read; the message does not repeat it, for its password.
@@ -41,10 +50,32 @@ def make_client(url: str) -> Redis:
     }
     if url.startswith(MEMORY):
         return _memory_client(url.removeprefix(MEMORY), options)
-    try:
-        client: Redis = Redis.from_url(url, **options)
-    except ValueError:
-        raise ValueError("the Redis URL cannot be read") from None
+    address = redis_address.parse(url)
+    options |= address.options
+    options["socket_timeout"] += blocks
+    if address.master is not None:
+        return _sentinel_client(address, address.master, options)
+    client: Redis = Redis.from_url(address.url, **options)
+    return client
+
+
+async def close_client(client: Redis) -> None:
+    """Closes the connections of a client, and those to its sentinels."""
+    pool = client.connection_pool
+    await client.aclose()
+    if isinstance(pool, SentinelConnectionPool):
+        await pool.sentinel_manager.aclose()
+
+
+def _sentinel_client(address: RedisAddress, master: str, options: dict[str, Any]) -> Redis:
+    if address.tls:
+        options["ssl"] = True
+    shared = ("socket_", "ssl", "protocol", "retry", "decode_responses")
+    of_sentinels = {name: value for name, value in options.items() if name.startswith(shared)}
+    sentinels = Sentinel(  # type: ignore[no-untyped-call]
+        address.sentinels, sentinel_kwargs=of_sentinels | dict(address.sentinel_options or {})
+    )
+    client: Redis = sentinels.master_for(master, **options)
     return client
 
 

@@ -10,14 +10,16 @@ and let `registry` build it.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines.base import FinishReason, GenerationRequest, Message
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable
+from llm_sidecar.models.identity import ModelIdentity
 
 __all__ = [
     "Adapter",
@@ -27,11 +29,14 @@ __all__ = [
     "Delta",
     "GenerationRequest",
     "Message",
+    "ModelIdentity",
     "ModelStatus",
     "Models",
+    "new_seed",
 ]
 
 State = Literal["unloaded", "loading", "ready", "failed"]
+_SEED_BITS: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,7 @@ class Delta:
         prompt_tokens, completion_tokens: so far.
         cached_tokens: prompt tokens whose prefill was reused from an earlier prompt.
         finish_reason: set in the last delta only; `deadline` if the deadline truncated the text.
+        identity: the files and runtime of the model; None if unknown.
     """
 
     text: str
@@ -70,6 +76,7 @@ class Delta:
     completion_tokens: int = 0
     cached_tokens: int = 0
     finish_reason: FinishReason | Literal["deadline"] | None = None
+    identity: ModelIdentity | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +90,7 @@ class Completion:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    identity: ModelIdentity | None = None
 
     @classmethod
     def of(cls, deltas: Sequence[Delta]) -> Completion:
@@ -104,6 +112,7 @@ class Completion:
             last.prompt_tokens,
             last.completion_tokens,
             last.cached_tokens,
+            last.identity,
         )
 
 
@@ -245,3 +254,8 @@ class Models(NamedTuple):
 
     phi3: ChatModel
     hermes: ChatModel
+
+
+def new_seed(temperature: float) -> int | None:
+    """A random seed for a request with this temperature; None for a greedy one."""
+    return secrets.randbits(_SEED_BITS) if temperature else None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Final
 
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.models.base import (
@@ -14,8 +15,20 @@ from llm_sidecar.models.base import (
     Delta,
     GenerationRequest,
     Message,
+    ModelIdentity,
     ModelStatus,
 )
+
+IDENTITY: Final = ModelIdentity(
+    model_files="the model's",
+    tokenizer_files="the tokenizer's",
+    runtime="fake",
+    versions={"fake": "1.0"},
+    device="cpu",
+    processor="of the test",
+    threads=1,
+)
+"""The identity of each fake model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +125,8 @@ class FakeModel(ChatModel):
 
 def _deltas(completion: Completion) -> list[Delta]:
     """Splits the completion into two deltas, so that code which reads only one of them fails."""
-    whole = Delta(**asdict(completion))
+    whole = Delta(**{field.name: getattr(completion, field.name) for field in fields(completion)})
+    whole = replace(whole, identity=completion.identity or IDENTITY)
     half = len(completion.text) // 2
     first = replace(whole, text=completion.text[:half], completion_tokens=0, finish_reason=None)
     return [first, replace(whole, text=completion.text[half:])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 
 from llm_sidecar import hermes_plugin
+from llm_sidecar.deadline import Deadline
 from llm_sidecar.models.base import ChatModel, Delta, GenerationRequest
 
 
@@ -21,12 +22,19 @@ class Chat:
         self._hermes = hermes
         self._temperature = temperature
 
-    def answer(self, prompt: str, max_tokens: int) -> AsyncGenerator[Delta, None]:
-        """Streams Hermes' answer; at the model's own time limit it ends with the text so far.
+    def answer(
+        self, prompt: str, max_tokens: int, deadline: Deadline | None = None
+    ) -> AsyncGenerator[Delta, None]:
+        """Streams Hermes' answer; at the deadline it ends with the text so far.
+
+        Args:
+            prompt: the user's turn.
+            max_tokens: of the answer.
+            deadline: default: the model's own time limit.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
         """
         messages = hermes_plugin.chat_messages(prompt)
         request = GenerationRequest(messages, max_tokens, temperature=self._temperature)
-        return self._hermes.stream(request, allow_partial=True)
+        return self._hermes.stream(request, deadline, allow_partial=True)

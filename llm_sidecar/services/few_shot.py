@@ -64,7 +64,7 @@ class FewShotExamples:
     @property
     def examples(self) -> tuple[Example, ...]:
         """The examples in use, oldest first."""
-        return tuple(Example(c.prompt, c.proposal) for c in self.corrections)
+        return tuple(Example(c.prompt, c.proposal, c.feedback_id) for c in self.corrections)
 
     def start(self) -> None:
         """Starts to refresh the examples from the database."""

@@ -12,6 +12,7 @@ from llm_sidecar.event_bus import EventBus
 from llm_sidecar.models import files
 from llm_sidecar.models.base import Models, ModelStatus
 from llm_sidecar.services.adapters import Adapters
+from llm_sidecar.services.event_feed import EventFeed
 from llm_sidecar.services.rows import Rows
 from llm_sidecar.settings import Settings
 from llm_sidecar.tts.listeners import AudioListeners
@@ -34,6 +35,7 @@ class Health:
         speaker: Speaker,
         remote_voice: RemoteVoice | None,
         listeners: AudioListeners,
+        event_feed: EventFeed,
     ) -> None:
         """Starts to count the uptime."""
         self._began = time.monotonic()
@@ -46,6 +48,7 @@ class Health:
         self._speaker = speaker
         self._remote_voice = remote_voice
         self._listeners = listeners
+        self._event_feed = event_feed
 
     def missing(self) -> dict[str, str]:
         """Why the next proposal or feedback would fail, by component; empty if both would succeed.
@@ -83,11 +86,12 @@ class Health:
             "mean_hermes_score_last_24h": self._rows.mean_score,
             "num_hermes_scores_last_24h": self._rows.num_scores,
             "models": {"phi3": _model(phi3), "hermes": _model(hermes)},
-            "event_bus": self._bus.status(),
+            "event_bus": self._bus.status() | {"listeners": self._event_feed.count},
             "database": self._store.status(),
             "speech": {
                 **self._speaker.status(),
                 "workers": [] if self._remote_voice is None else self._remote_voice.workers(),
+                "queued": 0 if self._remote_voice is None else self._remote_voice.queued,
                 "listeners": self._listeners.count,
                 "lost": self._listeners.lost,
             },

@@ -8,14 +8,15 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 
-from llm_sidecar import grounding, proposals, timestamps
+from llm_sidecar import grounding, proposals
+from llm_sidecar.db.transaction import Transaction
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable, QueueFull, SidecarError
-from llm_sidecar.event_bus import EventBus
-from llm_sidecar.models.base import ChatModel, Completion, Delta, GenerationRequest
+from llm_sidecar.models.base import ChatModel, Completion, Delta, GenerationRequest, new_seed
 from llm_sidecar.proposals import Example, Proposed
-from llm_sidecar.services.events import PROPOSAL_ASSESSED, PROPOSAL_CREATED, publish
-from llm_sidecar.services.proposal_run import AssessedProposal, ProposalRun
+from llm_sidecar.services.events import cloud_event
+from llm_sidecar.services.idempotency import Attempt
+from llm_sidecar.services.proposal_run import UNFINISHED, AssessedProposal, ProposalRun
 from llm_sidecar.services.rows import Rows
 from llm_sidecar.services.score import Judge
 from llm_sidecar.tasks import TaskSet
@@ -74,13 +75,18 @@ class Proposer:
         """
         proposals.check_budget(max_tokens)
         deadline = deadline or Deadline.after(self._timeout)
-        examples = self._examples()
+        examples, seed = self._examples(), new_seed(self._temperature)
         while True:
             messages = proposals.build_messages(prompt, examples)
-            request = GenerationRequest(messages, max_tokens, proposals.GUIDANCE, self._temperature)
+            request = GenerationRequest(
+                messages, max_tokens, proposals.GUIDANCE, self._temperature, seed
+            )
             try:
                 async with contextlib.aclosing(self._attempt(request, prompt, deadline)) as items:
                     async for item in items:
+                        if isinstance(item, Proposed):
+                            ids = (one.feedback_id for one in examples)
+                            item = item._replace(examples=tuple(filter(None, ids)))
                         yield item
                 return
             except InvalidRequest:
@@ -99,7 +105,7 @@ class Proposer:
             async for delta in stream:
                 deltas.append(delta)
                 yield delta
-        proposed = await _proposed(deltas, prompt)
+        proposed = await _proposed(request, deltas, prompt)
         if again := await self._retry_request(request, prompt, proposed):
             # The other half of the time is for the assessment: a slow retry must not cause a 504.
             half, deltas = Deadline.after(deadline.remaining() / 2), []
@@ -108,7 +114,7 @@ class Proposer:
                     async for delta in stream:
                         deltas.append(delta)
                         yield delta
-                proposed = await _proposed(deltas, prompt)
+                proposed = await _proposed(again, deltas, prompt)
             except SidecarError as error:
                 log.warning("the retry of an ungrounded proposal failed: %s", type(error).__name__)
         self._metrics.proposed(proposed.proposal["action"], proposed.ungrounded)
@@ -130,39 +136,41 @@ class Orchestrator:
     """Generates, assesses, stores and publishes proposals."""
 
     def __init__(
-        self,
-        proposer: Proposer,
-        judge: Judge,
-        rows: Rows,
-        bus: EventBus,
-        tasks: TaskSet,
-        timeout: float,
+        self, proposer: Proposer, judge: Judge, rows: Rows, tasks: TaskSet, timeout: float
     ) -> None:
         """Calls no model yet.
 
         Args:
             proposer, judge: generate and assess the proposal.
-            rows: stores runs.
-            bus: gets the events of a run.
+            rows: makes runs and their events durable.
             tasks: run to completion even if the client disconnects.
             timeout: seconds that a run may take.
         """
         self._proposer = proposer
         self._judge = judge
         self._rows = rows
-        self._bus = bus
         self._tasks = tasks
         self._timeout = timeout
 
     async def propose(
-        self, prompt: str, max_tokens: int
+        self,
+        prompt: str,
+        max_tokens: int,
+        api_key: str | None = None,
+        attempt: Attempt | None = None,
     ) -> AsyncGenerator[Delta | Proposed | AssessedProposal, None]:
-        """One run.
+        """Runs a proposal from prompt to score, or continues an earlier attempt.
+
+        The proposal is stored as a draft before Hermes is asked. The rows of the finished run
+        replace the draft.
 
         Args:
             prompt: the market context.
             max_tokens: of the proposal, and of the critique; at least
                 `proposals.MAX_COMPLETION_TOKENS`.
+            api_key: the name of the key that the request came with, for the provenance.
+            attempt: at a request with an `Idempotency-Key`; results of an earlier attempt are not
+                generated again.
 
         Yields:
             Deltas of Phi-3, the proposal, deltas of Hermes, and finally the result.
@@ -171,69 +179,107 @@ class Orchestrator:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded: if Phi-3 had finished,
                 the proposal is stored, and the error has its `transaction_id`.
         """
-        run = ProposalRun(prompt)
+        attempt = attempt or Attempt(self._tasks)
+        if attempt.state is None:
+            run = ProposalRun(prompt, api_key)
+        else:
+            run = ProposalRun.resumed(prompt, attempt.state)
+            if run.rating is not None:
+                yield run.result(stored=True)
+                return
         try:
-            async with contextlib.aclosing(self._run(run, max_tokens)) as items:
+            async with contextlib.aclosing(self._run(run, max_tokens, attempt)) as items:
                 async for item in items:
                     yield item
         except SidecarError as error:
             if run.made is None and isinstance(error, InvalidRequest | QueueFull):
                 # Refused before the generation.
                 raise
-            raise await self._store_failed(run, error) from error
+            raise await self._store_failed(run, attempt, error) from error
         except BaseException as error:
             if run.made is not None:
                 # In the background, because a cancelled request cannot wait.
-                self._tasks.start(self._rows.store(run.rows(_end_reason(error))))
+                attempt.tasks.start(self._rows.commit(_early_end(run, attempt, _end_reason(error))))
             raise
-        yield await self._tasks.finish(self._finish(run))
+        yield await attempt.tasks.finish(self._finish(run, attempt))
 
     async def _run(
-        self, run: ProposalRun, max_tokens: int
+        self, run: ProposalRun, max_tokens: int, attempt: Attempt
     ) -> AsyncGenerator[Delta | Proposed, None]:
-        """Generates the proposal, the critique and the score, and records each in the run."""
-        deadline = Deadline.after(self._timeout)
-        generating = self._proposer.generate(run.prompt, max_tokens, deadline)
-        async with contextlib.aclosing(generating) as items:
-            async for item in items:
-                if isinstance(item, Proposed):
-                    run.proposed(item)
-                    created = {**item.proposal, "transaction_id": str(run.transaction_id)}
-                    await self._tasks.finish(publish(self._bus, PROPOSAL_CREATED, created))
-                yield item
+        """Generates the missing results (proposal, critique, score), and records each in the
+        run."""
+        deadline = attempt.deadline or Deadline.after(self._timeout)
+        if run.made is not None:
+            yield run.made
+        else:
+            generating = self._proposer.generate(run.prompt, max_tokens, deadline)
+            async with contextlib.aclosing(generating) as items:
+                async for item in items:
+                    if isinstance(item, Proposed):
+                        run.proposed(item)
+                        draft = self._rows.commit(_draft(run, attempt), preliminary=True)
+                        await attempt.tasks.finish(draft)
+                    yield item
         proposal = run.proposal
         assert proposal is not None
-        deltas: list[Delta] = []
-        assessing = self._judge.assess(
-            proposal, run.prompt, max_tokens=max_tokens, deadline=deadline
-        )
-        async with contextlib.aclosing(assessing) as stream:
-            async for delta in stream:
-                deltas.append(delta)
-                yield delta
-        run.assessed(Completion.of(deltas))
-        run.scored(await self._judge.rate(proposal, run.prompt, deadline))
+        if run.assessment is None:
+            deltas: list[Delta] = []
+            request = self._judge.critique_request(proposal, run.prompt, max_tokens)
+            async with contextlib.aclosing(self._judge.assess(request, deadline)) as stream:
+                async for delta in stream:
+                    deltas.append(delta)
+                    yield delta
+            run.assessed(Completion.of(deltas), request)
+        run.rated(await self._judge.rate(proposal, run.prompt, deadline))
 
-    async def _finish(self, run: ProposalRun) -> AssessedProposal:
-        """Stores a finished run, and publishes its assessment."""
-        assert run.assessment is not None
-        stored = await self._rows.store(run.rows())
-        event = {
-            "proposal_transaction_id": str(run.transaction_id),
-            "assessment_text": run.assessment.text,
-            "timestamp": timestamps.now().isoformat(),
-        }
-        await publish(self._bus, PROPOSAL_ASSESSED, event)
+    async def _finish(self, run: ProposalRun, attempt: Attempt) -> AssessedProposal:
+        """Stores a finished run with the event of its assessment."""
+        stored = await self._rows.commit(
+            Transaction(
+                run.rows(),
+                [cloud_event(run.assessed_event())],
+                attempt.progress(run.state()),
+                replaces=str(run.transaction_id),
+            )
+        )
         return run.result(stored=stored)
 
-    async def _store_failed(self, run: ProposalRun, error: SidecarError) -> SidecarError:
+    async def _store_failed(
+        self, run: ProposalRun, attempt: Attempt, error: SidecarError
+    ) -> SidecarError:
         """Stores a failed run; returns the error, with what is stored."""
-        stored = await self._tasks.finish(self._rows.store(run.rows(error.detail)))
+        early_end = _early_end(run, attempt, error.detail)
+        stored = await attempt.tasks.finish(self._rows.commit(early_end))
         has_proposal = stored and run.made is not None
         return error.of_request(run.transaction_id if has_proposal else None, stored=stored)
 
 
-async def _proposed(deltas: Sequence[Delta], prompt: str) -> Proposed:
+def _draft(run: ProposalRun, attempt: Attempt) -> Transaction:
+    """The rows of a run with a proposal, as a draft, with the event `phi3.proposal.created`."""
+    return Transaction(
+        run.rows(UNFINISHED),
+        [cloud_event(run.created_event())],
+        attempt.progress(run.state()),
+        draft=str(run.transaction_id),
+    )
+
+
+def _early_end(run: ProposalRun, attempt: Attempt, reason: str) -> Transaction:
+    """The rows of a run that ended early. They are a draft if another attempt can finish the
+    run."""
+    transaction_id = str(run.transaction_id)
+    if run.made is None:
+        return Transaction(run.rows(reason))
+    progress = attempt.progress(run.state())
+    return Transaction(
+        run.rows(reason),
+        progress=progress,
+        draft=None if progress is None else transaction_id,
+        replaces=transaction_id,
+    )
+
+
+async def _proposed(request: GenerationRequest, deltas: Sequence[Delta], prompt: str) -> Proposed:
     """The valid proposal of a finished generation.
 
     Raises:
@@ -251,11 +297,11 @@ async def _proposed(deltas: Sequence[Delta], prompt: str) -> Proposed:
         ) from None
     # In a thread, because a long context would block the event loop.
     ungrounded = await asyncio.to_thread(grounding.ungrounded_fields, proposal, prompt)
-    return Proposed(proposal, completion, ungrounded)
+    return Proposed(proposal, completion, ungrounded, request)
 
 
 def _end_reason(error: BaseException) -> str:
     """The error message for a run that an exception other than a `SidecarError` ended."""
     if isinstance(error, asyncio.CancelledError | GeneratorExit):
-        return "The client disconnected, or the server ended, before Hermes had finished."
+        return UNFINISHED
     return f"It failed unexpectedly: {type(error).__name__}."

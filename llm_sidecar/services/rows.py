@@ -1,11 +1,9 @@
-"""Stores rows of runs, proposals and scores. A failure is logged and never fails the request."""
+"""Commits transactions so that a failure never fails the request, and keeps the mean score."""
 
 from __future__ import annotations
 
-import asyncio
 import datetime
 import logging
-from collections.abc import Sequence
 from typing import Final
 
 from llm_sidecar.db import (
@@ -15,7 +13,9 @@ from llm_sidecar.db import (
     Store,
     table_of,
 )
+from llm_sidecar.db.transaction import Transaction
 from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.event_bus import EventBus
 from llm_sidecar.services.refresh import REFRESH_SECONDS, Refresher
 from llm_sidecar.telemetry.metrics import MetricsSink
 
@@ -26,23 +26,25 @@ _DAY: Final = datetime.timedelta(hours=24)
 
 
 class Rows:
-    """Stores rows, and keeps the mean of the last day's scores.
+    """Stores rows and events, and keeps the mean of the last day's scores.
 
     Attributes:
         mean_score: mean of the last 24 hours' scores in [0, 1], or None if there are none.
         num_scores: their number.
     """
 
-    def __init__(self, store: Store, metrics: MetricsSink) -> None:
+    def __init__(self, store: Store, bus: EventBus, metrics: MetricsSink) -> None:
         """Does no I/O yet.
 
         Args:
             store: the database.
+            bus: gets the events that the journal does not accept.
             metrics: counts rows that are lost.
         """
         self.mean_score: float | None = None
         self.num_scores = 0
         self._store = store
+        self._bus = bus
         self._metrics = metrics
         self._refresher = Refresher("the mean score", self._refresh)
 
@@ -54,23 +56,31 @@ class Rows:
         """Stops."""
         await self._refresher.close()
 
-    async def store(self, rows: Sequence[Row]) -> bool:
-        """Tries for a few seconds to store rows.
+    async def commit(self, transaction: Transaction, *, preliminary: bool = False) -> bool:
+        """Tries for a few seconds to make a transaction durable.
+
+        If the journal does not accept it, its rows are lost; each is logged and counted. Its events
+        wait in the memory of the event bus instead, and are lost if the process ends.
+
+        Args:
+            transaction: rows, events and progress.
+            preliminary: whether later rows repeat these, so that a failure does not lose them.
 
         Returns:
-            Whether all rows are stored; a failure is logged and counted, not raised.
+            Whether the transaction is durable.
         """
-        return all(await asyncio.gather(*map(self._store_one, rows)))
-
-    async def _store_one(self, row: Row) -> bool:
         try:
-            await self._store.append(row)
+            await self._store.commit(transaction)
         except DatabaseUnavailable as error:
-            table = table_of(row)
-            log.error("a row of %s is not stored: %s", table, error.detail)
-            self._metrics.row_lost(table)
+            for row in () if preliminary else transaction.rows:
+                table = table_of(row)
+                log.error("a row of %s is not stored: %s", table, error.detail)
+                self._metrics.row_lost(table)
+            for event in transaction.events:
+                log.error("%s is not durable: %s", event.type, error.detail)
+                self._bus.send(event)
             return False
-        if isinstance(row, HermesScoreSchema):
+        if any(isinstance(row, HermesScoreSchema) for row in transaction.rows):
             self._refresher.soon()
         return True
 

@@ -5,16 +5,29 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm_sidecar import hermes_plugin
 from llm_sidecar.db import HermesScoreSchema
+from llm_sidecar.db.transaction import Transaction
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.errors import InvalidRequest
-from llm_sidecar.models.base import ChatModel, Delta, GenerationRequest
+from llm_sidecar.models.base import ChatModel, Delta, GenerationRequest, new_seed
+from llm_sidecar.services.idempotency import Attempt
 from llm_sidecar.services.rows import Rows
 from llm_sidecar.tasks import TaskSet
 from llm_sidecar.telemetry.metrics import MetricsSink
+
+
+class Rating(NamedTuple):
+    """A score in [0, 1], and how far it can be relied on.
+
+    Attributes:
+        answer_mass: the probability of the eleven answers 0 to 10 in total, in [0, 1].
+    """
+
+    score: float
+    answer_mass: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +65,26 @@ class Judge:
         self._metrics = metrics
         self._temperature = temperature
 
-    def assess(
-        self, proposal: Mapping[str, Any], context: str, *, max_tokens: int, deadline: Deadline
-    ) -> AsyncGenerator[Delta, None]:
-        """Streams Hermes' critique of a proposal; the deadline never truncates it.
+    def critique_request(
+        self, proposal: Mapping[str, Any], context: str, max_tokens: int
+    ) -> GenerationRequest:
+        """The request for Hermes' critique of a proposal."""
+        messages = hermes_plugin.build_messages(hermes_plugin.CRITIQUE_TASK, proposal, context)
+        seed = new_seed(self._temperature)
+        return GenerationRequest(messages, max_tokens, temperature=self._temperature, seed=seed)
+
+    def assess(self, request: GenerationRequest, deadline: Deadline) -> AsyncGenerator[Delta, None]:
+        """Streams the critique that a request asks for; the deadline never truncates it.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
         """
-        messages = hermes_plugin.build_messages(hermes_plugin.CRITIQUE_TASK, proposal, context)
-        request = GenerationRequest(messages, max_tokens, temperature=self._temperature)
         return self._hermes.stream(request, deadline)
 
     async def rate(
         self, proposal: Mapping[str, Any], context: str | None, deadline: Deadline | None = None
-    ) -> float:
-        """Hermes' score of a proposal, in [0, 1]: deterministic, from one forward pass, not stored.
+    ) -> Rating:
+        """Hermes' score of a proposal: deterministic, from one forward pass, not stored.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
@@ -76,17 +93,29 @@ class Judge:
         scores = await self._hermes.score_choices(messages, hermes_plugin.SCORE_ANSWERS, deadline)
         score = hermes_plugin.read_score(scores)
         self._metrics.scored(score)
-        return score
+        # Rounding can take the sum a little above 1.
+        return Rating(score, min(1.0, scores.mass))
 
-    async def score(self, proposal: Mapping[str, Any], context: str | None) -> ScoredProposal:
+    async def score(
+        self, proposal: Mapping[str, Any], context: str | None, attempt: Attempt | None = None
+    ) -> ScoredProposal:
         """Scores a proposal and stores the score under the proposal's own id, or a new one.
+
+        Args:
+            proposal: as JSON types.
+            context: the market context.
+            attempt: at a request with an `Idempotency-Key`.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
         """
+        attempt = attempt or Attempt(self._tasks)
+        if attempt.state is not None:
+            kept = attempt.state
+            return ScoredProposal(uuid.UUID(kept["proposal_id"]), kept["score"], stored=True)
         proposal_id = _uuid_or_none(proposal.get("id")) or uuid.uuid4()
         try:
-            score = await self.rate(proposal, context)
+            rating = await self.rate(proposal, context, attempt.deadline)
         except InvalidRequest as error:
             # A model's errors are about the prompt, but the caller sent these fields.
             fields = "proposal: it" if context is None else "proposal and context: their text"
@@ -94,11 +123,12 @@ class Judge:
         rationale = proposal.get("rationale")
         row = HermesScoreSchema(
             run_id=str(proposal_id),
-            score=score,
+            score=rating.score,
             rationale=rationale if isinstance(rationale, str) else "",
         )
-        stored = await self._tasks.finish(self._rows.store([row]))
-        return ScoredProposal(proposal_id, score, stored)
+        progress = attempt.progress({"proposal_id": str(proposal_id), "score": rating.score})
+        storing = self._rows.commit(Transaction([row], progress=progress))
+        return ScoredProposal(proposal_id, rating.score, await attempt.tasks.finish(storing))
 
 
 def _uuid_or_none(value: object) -> uuid.UUID | None:

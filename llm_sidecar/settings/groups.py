@@ -155,9 +155,9 @@ class Database(Group):
     log_dir: Path = Field(
         Path("/app/lancedb_log"),
         alias="LANCEDB_LOG_DIR",
-        description="the path of a folder, for the log of a database on an s3:// address",
+        description="the path of a folder, for the journal of a database on an s3:// address",
     )
-    """The write-ahead log of a database on `s3://`. A local database has it in its own folder."""
+    """The journal of a database on `s3://`. A local database has it in its own folder."""
     s3_endpoint: str | None = Field(None, alias="AWS_ENDPOINT_URL_S3", description="a URL")
     """The endpoint of an object store other than Amazon's."""
     aws_endpoint: str | None = Field(None, alias="AWS_ENDPOINT_URL", description="a URL")
@@ -169,6 +169,14 @@ class Events(Group):
 
     url: RedisUrl = Field(SecretStr("redis://localhost:6379/0"), alias="REDIS_URL")
     """The event bus. `memory://` is a bus inside the process, which needs no Redis."""
+    stream: Annotated[str, Field(min_length=1)] = Field(
+        "osiris.events", alias="EVENT_STREAM", description="the name of a Redis stream"
+    )
+    """The Redis stream that keeps the events."""
+    stream_maxlen: Annotated[int, integer(1, 1 << 40)] = Field(100_000, alias="EVENT_STREAM_MAXLEN")
+    """About how many events the stream keeps. With `memory://`, at most 1,000."""
+    max_listeners: QueueLength = Field(64, alias="MAX_EVENT_LISTENERS")
+    """The maximum number of listeners of `/events/`. Further ones get 429."""
 
 
 class Speech(Group):

@@ -8,10 +8,10 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
+from llm_sidecar import redis_address
 from llm_sidecar.api_keys import KEYS_DESCRIPTION, ApiKey, parse_api_keys
 from llm_sidecar.host_names import allowed_host
 
-_REDIS_SCHEMES: Final = ("redis", "rediss", "unix", "memory")
 _ORIGIN: Final = re.compile(r"\*|https?://[^\s/?#@*]+")
 
 
@@ -36,10 +36,8 @@ def _origins(origins: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _redis_url(url: SecretStr) -> SecretStr:
-    parsed = urlsplit(url.get_secret_value())
-    # `parsed.port` raises ValueError if the port is not valid.
-    if parsed.scheme not in _REDIS_SCHEMES or parsed.port == 0:
-        raise ValueError
+    if urlsplit(url.get_secret_value()).scheme != redis_address.MEMORY:
+        redis_address.parse(url.get_secret_value())
     return url
 
 
@@ -87,7 +85,10 @@ Origins = Annotated[
 RedisUrl = Annotated[
     SecretStr,
     AfterValidator(_redis_url),
-    Field(description="a redis://, rediss:// or unix:// URL, or memory://"),
+    Field(
+        description="a redis://, rediss://, unix:// or redis+sentinel:// URL with the options of "
+        "docs/events.md, or memory://"
+    ),
 ]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 SentryDsn = Annotated[

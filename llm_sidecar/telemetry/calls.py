@@ -14,10 +14,13 @@ import contextvars
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 from llm_sidecar import errors
 from llm_sidecar.errors import SidecarError
+
+if TYPE_CHECKING:
+    from llm_sidecar.models.identity import ModelIdentity
 
 Operation = Literal["generate", "score_choices"]
 FinishReason = Literal["stop", "length", "deadline"]
@@ -44,6 +47,7 @@ class ModelCall:
         finished: when it ended.
         served_by: the label of the model that served it, as in `X-Model`.
         adapter: the name of the adapter it was served with.
+        identity: the files and runtime of that model.
         prompt_tokens, completion_tokens: so far.
         cached_tokens: prompt tokens whose prefill was reused from an earlier prompt.
         steps: (seconds, tokens) of each progress after the first token.
@@ -62,6 +66,7 @@ class ModelCall:
     finished: float | None = None
     served_by: str | None = None
     adapter: str | None = None
+    identity: ModelIdentity | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0

@@ -9,45 +9,13 @@ from typing import Any, Final
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from llm_sidecar.telemetry.plain_metrics import EVENT_BUS, INBOX, JOURNAL, NO_INBOX, ROWS, SPEECH
+
 Health = Mapping[str, Any]
 """The result of `Health.report`."""
 
 _MODEL_STATES: Final = ("unloaded", "loading", "ready", "failed")
 _DATABASE_STATES: Final = ("opening", "open", "away", "closed")
-
-_EVENT_BUS: Final = (
-    (GaugeMetricFamily, "connected", "connected", "1 while Redis is connected, else 0."),
-    (CounterMetricFamily, "outages", "outages", "Times that the connection to Redis was lost."),
-    (
-        CounterMetricFamily,
-        "away_seconds",
-        "seconds_away",
-        "Time without Redis, the current outage included.",
-    ),
-    (CounterMetricFamily, "published", "published", "Messages that Redis accepted."),
-    (
-        CounterMetricFamily,
-        "published_late",
-        "published_late",
-        "Published messages that had to wait for Redis.",
-    ),
-    (GaugeMetricFamily, "waiting", "waiting", "Messages that wait for Redis now."),
-    (CounterMetricFamily, "unpublished", "unpublished", "Messages that were never published."),
-    (
-        CounterMetricFamily,
-        "handler_errors",
-        "handler_errors",
-        "Received messages whose handler failed.",
-    ),
-    (CounterMetricFamily, "refused", "refused", "Received messages that were invalid and refused."),
-    (CounterMetricFamily, "dropped", "dropped", "Messages that a slow listener lost."),
-)
-_SPEECH: Final = (
-    (GaugeMetricFamily, "requests_waiting", "waiting", "Texts that are spoken or wait."),
-    (CounterMetricFamily, "spoken", "spoken", "Texts spoken."),
-    (GaugeMetricFamily, "listeners", "listeners", "Listeners of /stream/audio."),
-    (CounterMetricFamily, "lost", "lost", "Audio events that slow listeners lost."),
-)
 
 
 class HealthCollector(Collector):
@@ -67,7 +35,7 @@ class HealthCollector(Collector):
         health = self.health()
         yield from _models(health["models"])
         yield from _scores(health)
-        yield from _plain("sidecar_event_bus", _EVENT_BUS, health["event_bus"])
+        yield from _event_bus(health["event_bus"])
         yield from _database(health["database"])
         yield from _speech(health["speech"])
 
@@ -144,6 +112,26 @@ def _scores(health: Health) -> Iterator[Metric]:
     )
 
 
+def _event_bus(status: Health) -> Iterator[Metric]:
+    yield from _plain("sidecar_event_bus", EVENT_BUS, status)
+    yield from _plain("sidecar_event_bus", INBOX, status["inbox"] or NO_INBOX)
+    yield GaugeMetricFamily(
+        "sidecar_event_bus_failing",
+        "1 while Redis is connected but accepts no events, else 0.",
+        status["failing"] is not None,
+    )
+    yield GaugeMetricFamily(
+        "sidecar_event_bus_denied",
+        "Operations that the access rules of Redis deny to the sidecar.",
+        len(status["denied"]),
+    )
+    yield GaugeMetricFamily(
+        "sidecar_event_bus_warnings",
+        "Options with which this Redis may lose acknowledged writes.",
+        len(status["warnings"]),
+    )
+
+
 def _database(status: Health) -> Iterator[Metric]:
     states = GaugeMetricFamily(
         "sidecar_database_state",
@@ -161,37 +149,9 @@ def _database(status: Health) -> Iterator[Metric]:
     for table, count in status["fragments"].items():
         fragments.add_metric([table], count)
     yield fragments
-    yield from _rows_and_log(status)
+    yield from _plain("sidecar_database", ROWS, status)
+    yield from _plain("sidecar_database_journal", JOURNAL, status["journal"])
     yield from _compaction(status)
-
-
-def _rows_and_log(status: Health) -> Iterator[Metric]:
-    log = status["log"]
-    yield CounterMetricFamily(
-        "sidecar_database_rows_written",
-        "Rows acknowledged by this sidecar.",
-        status["rows_written"],
-    )
-    yield GaugeMetricFamily(
-        "sidecar_database_rows_waiting",
-        "Rows that are in the write-ahead log and not yet in their tables.",
-        status["rows_waiting"],
-    )
-    yield GaugeMetricFamily(
-        "sidecar_database_log_bytes",
-        "Size of the rows that wait in the write-ahead log.",
-        log["bytes"],
-    )
-    yield GaugeMetricFamily(
-        "sidecar_database_log_limit_bytes",
-        "Size from which the write-ahead log accepts no more rows.",
-        log["most_bytes"],
-    )
-    yield GaugeMetricFamily(
-        "sidecar_database_log_accepts_rows",
-        "1 while the write-ahead log accepts rows, 0 if it or the disk is full.",
-        log["accepts_rows"],
-    )
 
 
 def _compaction(status: Health) -> Iterator[Metric]:
@@ -222,9 +182,9 @@ def _speech(status: Health) -> Iterator[Metric]:
         status["state"] == "ready",
     )
     yield GaugeMetricFamily(
-        "sidecar_speech_workers", "Chatterbox workers on the event bus.", len(status["workers"])
+        "sidecar_speech_workers", "Chatterbox workers on the same Redis.", len(status["workers"])
     )
-    yield from _plain("sidecar_speech", _SPEECH, status)
+    yield from _plain("sidecar_speech", SPEECH, status)
 
 
 def _plain(

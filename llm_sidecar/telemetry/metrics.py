@@ -70,6 +70,9 @@ class MetricsSink(Observers):
     def row_lost(self, table: str) -> None:
         """A row of a run, a proposal or a score could not be stored."""
 
+    def replayed(self) -> None:
+        """A request got the kept answer of an earlier one."""
+
 
 class Metrics(MetricsSink):
     """The metrics of one sidecar."""
@@ -113,6 +116,10 @@ class Metrics(MetricsSink):
     def row_lost(self, table: str) -> None:
         """A row of a run, a proposal or a score could not be stored."""
         self._rows_lost.labels(table).inc()
+
+    def replayed(self) -> None:
+        """A request got the kept answer of an earlier one."""
+        self._replays.inc()
 
     def call_started(self, call: ModelCall) -> None:
         """Does nothing: the models report how many calls run and wait."""
@@ -237,6 +244,11 @@ class Metrics(MetricsSink):
             "Time until an HTTP response began.",
             ["method", "handler"],
             buckets=HTTP_SECONDS,
+            registry=self._registry,
+        )
+        self._replays = Counter(
+            "http_idempotent_replays",
+            "Requests that got the kept answer of an earlier one with the same Idempotency-Key.",
             registry=self._registry,
         )
 

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces: a span per HTTP request, per Redis command and per model call.
+"""OpenTelemetry traces: a span per HTTP request and per model call.
 
     traces = Traces("http://localhost:4318", "osiris_llm_sidecar")
     traces.install(app)
@@ -8,7 +8,8 @@
 
 Model calls follow the conventions for generative AI
 (https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/), without any content: no prompt,
-no completion, no query string and no text of an exception leaves this process.
+no completion, no query string and no text of an exception leaves this process. No request waits for
+Redis, so its commands are not traced. An event carries the `traceparent` of its request.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry import trace
@@ -26,17 +26,18 @@ from opentelemetry.instrumentation.propagators import (
     TraceResponsePropagator,
     set_global_response_propagator,
 )
-from opentelemetry.instrumentation.redis import RedisInstrumentor
 from opentelemetry.instrumentation.utils import suppress_http_instrumentation
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, format_trace_id
+from opentelemetry.trace import SpanKind, Status, StatusCode, format_trace_id
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from llm_sidecar.telemetry.asgi import TrackedSend, is_observed
 from llm_sidecar.telemetry.base import Instrument
 from llm_sidecar.telemetry.calls import ModelCall, Operation
 from llm_sidecar.telemetry.span_exporter import CarefulExporter
+from llm_sidecar.telemetry.trace_context import traceparent
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -54,6 +55,7 @@ OPERATIONS: Final[dict[Operation, str]] = {"generate": "chat", "score_choices": 
 """`gen_ai.operation.name`; scoring given answers has no name in the conventions."""
 _PROVIDER: Final = "osiris"
 _LOGGERS: Final = ("", "uvicorn", "uvicorn.access", "uvicorn.error")
+_PROPAGATOR: Final = TraceContextTextMapPropagator()
 
 
 class Traces(Instrument):
@@ -72,7 +74,6 @@ class Traces(Instrument):
             resource=Resource.create({"service.name": service_name}), shutdown_on_exit=False
         )
         self._tracer = self._provider.get_tracer("llm_sidecar")
-        self._redis = RedisInstrumentor()
 
     def install(self, app: FastAPI) -> None:
         """Traces the app's requests, which continue the caller's `traceparent`."""
@@ -85,7 +86,7 @@ class Traces(Instrument):
         )
         build = app.build_middleware_stack
         app.build_middleware_stack = lambda: _Observed(build())  # type: ignore[method-assign]
-        app.add_middleware(_RecordErrors)
+        app.add_middleware(_InSpan)
 
     def start(self) -> None:
         """Starts to deliver, and adds the trace's id to log lines and a `traceresponse` header."""
@@ -97,14 +98,12 @@ class Traces(Instrument):
                 schedule_delay_millis=DELIVERY_INTERVAL * 1000,
             )
         )
-        self._redis.instrument(tracer_provider=self._provider, request_hook=_name_channel)
         set_global_response_propagator(TraceResponsePropagator())  # type: ignore[no-untyped-call]
         for handler in {h for name in _LOGGERS for h in logging.getLogger(name).handlers}:
             handler.addFilter(TraceIdFilter())
 
     async def close(self) -> None:
         """Delivers pending spans, unless the endpoint takes too long."""
-        self._redis.uninstrument()
         set_global_response_propagator(None)  # type: ignore[no-untyped-call]
         # No longer wait: the SDK's own shutdown takes up to 30 s.
         flushing = threading.Thread(target=self._provider.shutdown, daemon=True)
@@ -148,8 +147,9 @@ class _Observed:
             await self._app(scope, receive, send)
 
 
-class _RecordErrors:
-    """ASGI middleware that records an unexpected error before the answer is sent.
+class _InSpan:
+    """ASGI middleware inside the span of a request: events get its trace context, and an unexpected
+    error is recorded before the answer is sent.
 
     The span ends with the answer, so OpenTelemetry's own middleware would record the error too
     late.
@@ -160,6 +160,11 @@ class _RecordErrors:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         response = TrackedSend(send)
+        # Without a span, this is the client's trace context, or None.
+        carrier: dict[str, str] = {}
+        _PROPAGATOR.inject(carrier)
+        if "traceparent" in carrier:
+            traceparent.set(carrier["traceparent"])
         try:
             await self._app(scope, receive, response)
         except Exception as error:
@@ -201,9 +206,3 @@ def _outcome(call: ModelCall) -> dict[str, Any]:
 
 def _unix_ns(call: ModelCall, moment: float) -> int:
     return int((call.queued_unix + moment - call.queued) * 1e9)
-
-
-def _name_channel(span: Span, client: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Adds the channel of a publish, without the payload that follows it."""
-    if args[0] == "PUBLISH" and span.is_recording():
-        span.set_attribute("messaging.destination.name", str(args[1]))

@@ -11,9 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from redis.asyncio import Redis
+
 from llm_sidecar import command_line
 from llm_sidecar.errors import SettingsError
-from llm_sidecar.event_bus import EventBus
+from llm_sidecar.event_bus.redis_url import MEMORY, close_client, make_client
 from llm_sidecar.logs import log_to_stderr
 from llm_sidecar.settings import Settings
 from llm_sidecar.tts.chatterbox import ChatterboxVoice
@@ -31,12 +33,12 @@ def _speak(options: argparse.Namespace) -> None:
     settings = Settings.from_environ()
     log_to_stderr(settings.telemetry.log_format)
     logging.getLogger().setLevel(logging.INFO)
-    bus = _bus(settings.events.url.get_secret_value())
+    client = _client(settings.events.url.get_secret_value())
     voice = ChatterboxVoice(
         options.model_dir or settings.speech.chatterbox_dir,
         options.device or settings.models.device,
     )
-    asyncio.run(_serve(bus, voice))
+    asyncio.run(_serve(client, voice))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,29 +55,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _bus(url: str) -> EventBus:
-    if url.startswith("memory://"):
+def _client(url: str) -> Redis:
+    if url.startswith(MEMORY):
         raise SettingsError("REDIS_URL=memory:// works in one process only; a worker needs a Redis")
     try:
-        return EventBus(url)
+        return make_client(url)
     except ValueError as error:
         raise SettingsError(f"REDIS_URL=*** is not valid: {error}") from None
 
 
-async def _serve(bus: EventBus, voice: ChatterboxVoice) -> None:
+async def _serve(client: Redis, voice: ChatterboxVoice) -> None:
     """Serves until a signal ends it."""
     stop = asyncio.Event()
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
     async with contextlib.AsyncExitStack() as stack:
-        # Closed in reverse order: the worker before the bus and the voice that it uses.
+        # Closed in reverse order: the worker before the client and the voice that it uses.
         stack.push_async_callback(voice.close)
+        stack.push_async_callback(close_client, client)
         if not await _loaded(voice, stop):
             return
-        stack.push_async_callback(bus.close)
-        connecting = asyncio.create_task(bus.start())
-        stack.callback(connecting.cancel)
-        worker = SpeechWorker(bus, voice)
+        worker = SpeechWorker(client, voice)
         stack.push_async_callback(worker.close)
         await worker.start()
         log.info("speech worker %s is ready", worker.worker_id)

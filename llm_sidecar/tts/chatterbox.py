@@ -127,9 +127,12 @@ class ChatterboxVoice:
         await self._run(self._loaded)
 
     async def speak(
-        self, text: str, *, exaggeration: float, reference: Reference | None
+        self, text: str, *, exaggeration: float, reference: Reference | None, first: int = 0
     ) -> AsyncIterator[Wav]:
         """Speaks a text part by part; stops within a speech token if it is cancelled.
+
+        Args:
+            first: the number of the first part to speak.
 
         Raises:
             InvalidRequest: the exaggeration is not from 0 to 2, or the reference has no speech.
@@ -141,7 +144,7 @@ class ChatterboxVoice:
         try:
             model = await self._run(self._loaded)
             speaker = await self._run(partial(model.speaker, reference))
-            for part in texts.split(text):
+            for part in texts.split(text)[first:]:
                 speech = await self._run(partial(model.speak, part, speaker, exaggeration, stop))
                 yield wavs.soften(speech, pause=0.0)
         finally:

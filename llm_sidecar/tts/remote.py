@@ -7,105 +7,57 @@ import base64
 import contextlib
 import logging
 import time
-import uuid
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
 from typing import Any, Final
 
-from pydantic import ValidationError
+from redis.asyncio import Redis
+from redis.exceptions import NoPermissionError, RedisError
 
-from llm_sidecar.errors import (
-    DeadlineExceeded,
-    InvalidRequest,
-    SidecarError,
-    VoiceUnavailable,
-)
-from llm_sidecar.event_bus import EventBus
-from llm_sidecar.event_bus.subscriber import cancel
-from llm_sidecar.input_model import summary
+from llm_sidecar.errors import DeadlineExceeded, QueueFull, VoiceUnavailable, one_line
+from llm_sidecar.event_bus.redis_url import close_client
 from llm_sidecar.logs import start_detached
-from llm_sidecar.tts import wav as wavs
-from llm_sidecar.tts.messages import (
-    ANNOUNCED,
-    ANSWER,
-    KINDS,
-    LONGEST_ANNOUNCEMENT,
-    LONGEST_ANSWER,
-    Announcement,
-    Answer,
-    Cancellation,
-    End,
-    Failure,
-    Part,
-    SpeechRequest,
-    cancelled,
-    requested,
-    spoken,
-)
+from llm_sidecar.tasks import cancel
+from llm_sidecar.tts.answers import RETRY_AFTER, Answers, WrongAnswer
+from llm_sidecar.tts.messages import SpeechRequest
+from llm_sidecar.tts.speech_stream import Asked, Requests
 from llm_sidecar.tts.voice import Reference, Wav
 
-ALIVE_FOR: Final = 6.0
-"""Seconds after its last announcement for which a worker counts as running."""
-PART_TIMEOUT: Final = 120.0
-"""Seconds to wait for the next part: the longest part on a CPU, behind one of another request."""
-LOST_AFTER: Final = 3.0
-"""Seconds for which a worker's announcements may lack a request before it counts as lost; longer
-than any message takes."""
-RETRY_AFTER: Final = 5
-"""Seconds after which a worker may be back."""
-ANSWERS: Final = 256
-"""Maximum number of unhandled messages of one channel."""
-PARTS_AHEAD: Final = 64
-"""Maximum number of received, unconsumed parts of one text."""
-CANCEL_TIMEOUT: Final = 5.0
+PART_TIMEOUT: Final = 60.0
+"""Seconds to wait for the next part of a text."""
+ASIDE_FOR: Final = 60.0
+"""Seconds for which no worker is used after a wrong or missing answer."""
+GONE_AFTER: Final = 10.0
+"""Seconds without a heartbeat of any worker after which a text fails. A restart of Redis takes
+less."""
+LOOK_EVERY: Final = 2.0
+"""Seconds between two polls of the list of workers."""
+MOST_WAITING: Final = 32
+"""Maximum number of requests in Redis; with the largest references they take 450 MB."""
+REMOVE_TIMEOUT: Final = 1.0
+"""Seconds that the removal of a request may take; if it takes longer, it expires by itself."""
+CANCEL_TIMEOUT: Final = 1.0
 """Seconds to wait for a cancelled task."""
+RETRY_READ: Final = 0.5
+"""Seconds between two attempts to read an answer while Redis is unavailable."""
 
-_LOST: Final = "a part of the speech was lost on its way"
+_AWAY: Final = "Redis does not answer, so no Chatterbox worker can be used."
+_LOST: Final = "Redis no longer has the text; send it again."
+_DENIED: Final = "Redis denies the keys osiris.speech*, so no Chatterbox worker can be used."
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Worker:
-    """A worker that has announced itself.
-
-    Attributes:
-        sent: this sidecar's requests to it; for each, the time since which announcements lack it,
-            or None.
-    """
-
-    announcement: Announcement
-    seen: float
-    sent: dict[str, float | None] = field(default_factory=dict)
-
-    @property
-    def load(self) -> int:
-        return max(self.announcement.waiting, len(self.sent))
-
-    def lost(self, now: float, patience: float) -> list[str]:
-        """The requests that its announcements have lacked for `patience` seconds or more."""
-        for request_id, since in self.sent.items():
-            here = request_id in self.announcement.requests
-            self.sent[request_id] = None if here else since or now
-        return [
-            request_id
-            for request_id, since in self.sent.items()
-            if since is not None and now - since >= patience
-        ]
 
 
 class RemoteVoice:
     """The voice of the speech workers that are running.
 
     Args:
-        bus: its owner closes it, after the voice.
-        alive_for: seconds after its last announcement for which a worker counts as running.
+        client: must raise on errors, not retry; the voice closes it.
         part_timeout: seconds that the next part of a text may take.
-        lost_after: seconds for which announcements may lack a request before it counts as lost.
+        gone_after: seconds without a heartbeat of any worker after which a text fails.
+        look_every: seconds between two polls of the list of workers.
 
     Attributes:
-        name: the voice in the latest announcement.
-        clones: whether a worker can clone the voice of a reference.
+        queued: requests of all sidecars that are not finished.
     """
 
     name = "chatterbox"
@@ -113,214 +65,179 @@ class RemoteVoice:
 
     def __init__(
         self,
-        bus: EventBus,
+        client: Redis,
         *,
-        alive_for: float = ALIVE_FOR,
         part_timeout: float = PART_TIMEOUT,
-        lost_after: float = LOST_AFTER,
+        gone_after: float = GONE_AFTER,
+        look_every: float = LOOK_EVERY,
     ) -> None:
-        self._bus = bus
-        self._lost_after = lost_after
-        self._alive_for = alive_for
+        self.queued = 0
+        self._client = client
+        self._requests = Requests(client)
         self._part_timeout = part_timeout
-        self._replies = spoken(uuid.uuid4().hex)
-        self._workers: dict[str, _Worker] = {}
-        self._waiting: dict[str, asyncio.Queue[Answer]] = {}
-        self._queues: dict[str, asyncio.Queue[str]] = {
-            ANNOUNCED: asyncio.Queue(ANSWERS),
-            self._replies: asyncio.Queue(ANSWERS),
-        }
-        self._tasks: list[asyncio.Task[None]] = []
+        self._gone_after = gone_after
+        self._look_every = look_every
+        self._workers: dict[str, float] = {}
+        self._seen = 0.0
+        self._trouble: str | None = None
+        self._aside_until = 0.0
+        self._looking: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Starts to receive messages; Redis may become available later."""
-        for channel, queue in self._queues.items():
-            await self._bus.register_listener_queue(channel, queue)
-        self._tasks = [
-            start_detached(
-                self._receive_announcements(self._queues[ANNOUNCED]), name="tts announced"
-            ),
-            start_detached(self._receive_answers(self._queues[self._replies]), name="tts spoken"),
-        ]
+        """Starts to look for workers; Redis may become available later."""
+        self._looking = start_detached(self._look(), name="speech workers")
 
     async def close(self) -> None:
-        """Stops receiving messages; requests that are not finished fail."""
-        for channel, queue in self._queues.items():
-            await self._bus.unregister_listener_queue(channel, queue)
-        await cancel(*self._tasks, patience=CANCEL_TIMEOUT)
-        self._workers.clear()
+        """Stops; a text that is being spoken fails."""
+        if self._looking is not None:
+            await cancel(self._looking, patience=CANCEL_TIMEOUT)
+        await close_client(self._client)
 
     @property
-    def available(self) -> bool:
-        """Whether Redis is connected and a worker has announced itself within the last seconds."""
-        return self._bus.connected and any(True for _ in self._alive())
+    def unavailable(self) -> str | None:
+        """Why no worker can be used now, in one sentence, or None."""
+        if self._trouble is not None:
+            return self._trouble
+        if not self._workers:
+            return (
+                "No Chatterbox worker is running: start one on the same REDIS_URL with "
+                "python -m llm_sidecar.tts --voice chatterbox, or set TTS_VOICE=auto."
+            )
+        aside = self._aside_until - time.monotonic()
+        if aside > 0:
+            return (
+                f"The Chatterbox workers are not used for {aside:.0f} s, because one of them "
+                "answered wrongly or not at all: see the sidecar's log, or set TTS_VOICE=auto."
+            )
+        return None
 
     def workers(self) -> list[dict[str, Any]]:
-        """The running workers and their load, for `/health`."""
+        """The running workers, for `/health`."""
         return [
-            {"worker_id": a.worker_id, "voice": a.voice, "waiting": a.waiting}
-            for a in (worker.announcement for worker in self._alive())
+            {"worker_id": worker_id, "seconds_ago": round(age, 3)}
+            for worker_id, age in self._workers.items()
         ]
 
     async def speak(
         self, text: str, *, exaggeration: float, reference: Reference | None
     ) -> AsyncIterator[Wav]:
-        """Speaks a text part by part, with the least busy worker.
+        """Speaks a text part by part; the first free worker does it.
 
         Raises:
-            VoiceUnavailable: no worker is running, it has ended, or a part was lost.
+            VoiceUnavailable: no worker is running, Redis is unavailable, or an answer is wrong.
             DeadlineExceeded: a part took too long.
-            QueueFull: the worker's queue is full.
+            QueueFull: too many requests wait for the workers.
             InvalidRequest: the worker refuses the text, the reference or the exaggeration.
         """
-        worker = self._least_busy(cloning=reference is not None)
-        worker_id = worker.announcement.worker_id
-        request_id = uuid.uuid4().hex
-        answers = self._waiting[request_id] = asyncio.Queue(PARTS_AHEAD)
-        worker.sent[request_id] = None
-        ended = False
+        request = await asyncio.to_thread(_request, text, exaggeration, reference)
+        asked = await self._ask(request)
+        answers = Answers(text)
         try:
-            payload = await asyncio.to_thread(
-                self._request, request_id, text, exaggeration, reference
-            )
-            if not await self._bus.publish(requested(worker_id), payload):
-                raise VoiceUnavailable(
-                    "Redis is unavailable, and so is the voice", retry_after=RETRY_AFTER
-                )
-            count = 0
-            while not ended:
-                answer = await self._next(answers, worker_id)
-                if isinstance(answer, Failure):
-                    ended = True
-                    raise _error(answer)
-                if isinstance(answer, Part) and answer.index == count:
-                    yield await asyncio.to_thread(_decode, answer)
-                    count += 1
-                elif isinstance(answer, End) and answer.end == count:
-                    ended = True
-                else:
-                    raise VoiceUnavailable(_LOST, retry_after=RETRY_AFTER)
-        finally:
-            del worker.sent[request_id]
-            del self._waiting[request_id]
-            if not ended:
-                cancellation = Cancellation(request_id=request_id)
-                await self._bus.publish(cancelled(worker_id), cancellation.model_dump_json())
-
-    def _request(
-        self, request_id: str, text: str, exaggeration: float, reference: Reference | None
-    ) -> str:
-        encoded = None if reference is None else base64.b64encode(reference.wav).decode()
-        # Not validated here, because the worker does that.
-        return SpeechRequest.model_construct(
-            request_id=request_id,
-            reply_to=self._replies,
-            text=text,
-            exaggeration=exaggeration,
-            ref_wav_b64=encoded,
-        ).model_dump_json()
-
-    async def _next(self, answers: asyncio.Queue[Answer], worker_id: str) -> Answer:
-        """The next answer, if it arrives in time and while the worker is running."""
-        deadline = time.monotonic() + self._part_timeout
-        while True:
-            patience = min(deadline, self._alive_until(worker_id)) - time.monotonic()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(patience):
-                    return await answers.get()
-            if time.monotonic() >= deadline:
-                raise DeadlineExceeded(
-                    f"the voice did not speak the next part within {self._part_timeout:.0f} s; "
-                    "try again later or with less text.",
-                    retry_after=RETRY_AFTER,
-                )
-            if time.monotonic() >= self._alive_until(worker_id):
-                raise VoiceUnavailable(
-                    "the speech worker ended in the middle of a text", retry_after=RETRY_AFTER
-                )
-
-    def _alive_until(self, worker_id: str) -> float:
-        worker = self._workers.get(worker_id)
-        return 0.0 if worker is None else worker.seen + self._alive_for
-
-    def _alive(self) -> Iterator[_Worker]:
-        now = time.monotonic()
-        return (w for w in self._workers.values() if now < w.seen + self._alive_for)
-
-    def _least_busy(self, *, cloning: bool) -> _Worker:
-        able = [worker for worker in self._alive() if worker.announcement.clones or not cloning]
-        # Without a worker that clones, the text is spoken in another voice.
-        able = able or list(self._alive())
-        if not able:
+            while not answers.ended:
+                message = await self._next(asked)
+                part = await asyncio.to_thread(answers.read, message)
+                if part is not None:
+                    yield part
+        except WrongAnswer as error:
+            self._leave_aside(f"an answer is wrong: {error}")
             raise VoiceUnavailable(
-                "no speech worker is running: start python -m llm_sidecar.tts --voice chatterbox "
-                "with the same REDIS_URL",
+                f"A speech worker answered wrongly: {error}.", retry_after=RETRY_AFTER
+            ) from None
+        finally:
+            await self._remove(asked)
+
+    async def _ask(self, request: str) -> Asked:
+        if (reason := self.unavailable) is not None:
+            raise VoiceUnavailable(reason, retry_after=RETRY_AFTER)
+        if self.queued >= MOST_WAITING:
+            raise QueueFull("the queue of the speech workers is full", retry_after=RETRY_AFTER)
+        try:
+            return await self._requests.add(request)
+        except RedisError as error:
+            log.error("Redis does not take a text to speak: %s", type(error).__name__)
+            raise VoiceUnavailable(_reason(error), retry_after=RETRY_AFTER) from None
+
+    async def _next(self, asked: Asked) -> str:
+        """The next answer, if it comes in time and while a worker is running."""
+        deadline = time.monotonic() + self._part_timeout
+        while time.monotonic() < min(deadline, self._seen + self._gone_after):
+            try:
+                message = await self._requests.read(asked)
+            except KeyError:
+                raise VoiceUnavailable(_LOST, retry_after=RETRY_AFTER) from None
+            except RedisError as error:
+                if isinstance(error, NoPermissionError):
+                    raise VoiceUnavailable(_DENIED, retry_after=RETRY_AFTER) from None
+                await asyncio.sleep(RETRY_READ)  # it may be back in a moment
+                continue
+            if message is not None:
+                return message
+        if time.monotonic() < deadline:
+            raise VoiceUnavailable(
+                self._trouble or "The speech workers ended in the middle of a text.",
                 retry_after=RETRY_AFTER,
             )
-        return min(able, key=lambda worker: worker.load)
+        raise await self._late(asked)
 
-    async def _receive_announcements(self, payloads: asyncio.Queue[str]) -> None:
+    async def _late(self, asked: Asked) -> DeadlineExceeded:
+        """The error for a part that did not come in time."""
+        waiting = False
+        with contextlib.suppress(RedisError):
+            waiting = await self._requests.is_waiting(asked, len(self._workers))
+        if not waiting:
+            self._leave_aside("there is no answer")
+        what = "were busy with other texts" if waiting else "spoke no further part of the text"
+        return DeadlineExceeded(
+            f"The speech workers {what} for {self._part_timeout:.0f} s; try again later.",
+            retry_after=RETRY_AFTER,
+        )
+
+    def _leave_aside(self, reason: str) -> None:
+        log.error("speech workers are not used for %.0f s: %s", ASIDE_FOR, reason)
+        self._aside_until = time.monotonic() + ASIDE_FOR
+
+    async def _remove(self, asked: Asked) -> None:
+        """Removes a request. If that fails or takes too long, the request expires by itself."""
+        with contextlib.suppress(RedisError, TimeoutError):
+            async with asyncio.timeout(REMOVE_TIMEOUT):
+                await self._requests.remove(asked)
+
+    async def _look(self) -> None:
+        """Polls the list of workers."""
         while True:
-            payload = await payloads.get()
-            if len(payload) > LONGEST_ANNOUNCEMENT:
-                self._bus.refuse(ANNOUNCED, "it is too long")
-                continue
             try:
-                announcement = Announcement.model_validate_json(payload)
-            except ValidationError as error:
-                self._bus.refuse(ANNOUNCED, f"it is not an announcement: {summary(error)}")
-                continue
-            self._update(announcement)
+                workers, self.queued = await self._requests.overview()
+            except Exception as error:  # noqa: BLE001 - something else may answer at Redis' address
+                self._workers = {}
+                self._set_trouble(error)
+            else:
+                self._set_trouble(None)
+                self._set_workers(workers)
+            await asyncio.sleep(self._look_every)
 
-    def _update(self, announcement: Announcement) -> None:
-        """Adds, updates and removes workers; fails requests that were lost."""
-        now = time.monotonic()
-        known = self._workers.get(announcement.worker_id)
-        if announcement.leaving:
-            self._workers.pop(announcement.worker_id, None)
-        elif known is None:
-            self._workers[announcement.worker_id] = _Worker(announcement, now)
-            log.info("speech worker %s is running", announcement.worker_id)
-        else:
-            known.announcement, known.seen = announcement, now
-            for request_id in known.lost(now, self._lost_after):
-                answers = self._waiting[request_id]
-                # Answers that have arrived are handled first.
-                if answers.empty():
-                    answers.put_nowait(Failure(request_id=request_id, error=_LOST))
-        for worker_id, worker in list(self._workers.items()):
-            if now >= worker.seen + self._alive_for:
-                del self._workers[worker_id]
-        self.name = announcement.voice
-        self.clones = any(worker.announcement.clones for worker in self._workers.values())
+    def _set_trouble(self, error: Exception | None) -> None:
+        reason = None if error is None else _reason(error)
+        if error is not None and reason != self._trouble:
+            log.error("no speech worker can be used: %s", one_line(error))
+        self._trouble = reason
 
-    async def _receive_answers(self, payloads: asyncio.Queue[str]) -> None:
-        while True:
-            payload = await payloads.get()
-            if len(payload) > LONGEST_ANSWER:
-                self._bus.refuse(self._replies, "it is too long")
-                continue
-            try:
-                answer = await asyncio.to_thread(ANSWER.validate_json, payload)
-            except ValidationError:
-                self._bus.refuse(self._replies, "it is not an answer")
-                continue
-            answers = self._waiting.get(answer.request_id)
-            # A cancelled request has no queue. An answer that is dropped here leaves a gap in the
-            # numbers of the parts, which fails the request.
-            if answers is not None and not answers.full():
-                answers.put_nowait(answer)
+    def _set_workers(self, workers: dict[str, float]) -> None:
+        for worker_id in workers.keys() - self._workers.keys():
+            log.info("speech worker %s is running", worker_id)
+        for worker_id in self._workers.keys() - workers.keys():
+            log.warning("speech worker %s has ended", worker_id)
+        self._workers = workers
+        if workers:
+            self._seen = time.monotonic() - min(workers.values())
 
 
-def _error(failure: Failure) -> SidecarError:
-    kind = KINDS.get(failure.kind, VoiceUnavailable)
-    return kind(failure.error, retry_after=None if kind is InvalidRequest else RETRY_AFTER)
+def _request(text: str, exaggeration: float, reference: Reference | None) -> str:
+    encoded = None if reference is None else base64.b64encode(reference.wav).decode()
+    # Not validated here, because the worker does that.
+    return SpeechRequest.model_construct(
+        text=text, exaggeration=exaggeration, ref_wav_b64=encoded
+    ).model_dump_json()
 
 
-def _decode(part: Part) -> Wav:
-    try:
-        return wavs.decode(base64.b64decode(part.wav_b64, validate=True))
-    except ValueError:
-        raise VoiceUnavailable(
-            "a part of the speech is not a WAV", retry_after=RETRY_AFTER
-        ) from None
+def _reason(error: Exception) -> str:
+    return _DENIED if isinstance(error, NoPermissionError) else _AWAY

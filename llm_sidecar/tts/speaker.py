@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from llm_sidecar.errors import (
     DeadlineExceeded,
@@ -22,10 +23,18 @@ from llm_sidecar.errors import (
     VoiceUnavailable,
 )
 from llm_sidecar.event_bus import EventBus
+from llm_sidecar.tasks import raise_if_cancelled
 from llm_sidecar.tts import wav
 from llm_sidecar.tts.espeak import EspeakVoice
 from llm_sidecar.tts.text import speakable
 from llm_sidecar.tts.voice import AUDIO_BYTES, Reference, Voice, Wav
+
+_NO_REMOTE: Final = (
+    "TTS_VOICE=chatterbox needs a Redis that its workers can reach, and REDIS_URL=memory:// is "
+    "inside this process: set another REDIS_URL, or TTS_VOICE=auto."
+)
+
+log = logging.getLogger(__name__)
 
 VoiceChoice = Literal["auto", "espeak", "chatterbox"]
 
@@ -34,8 +43,8 @@ class RemoteVoice(Voice, Protocol):
     """A voice in another process, which may be unavailable at times."""
 
     @property
-    def available(self) -> bool:
-        """Whether it has announced itself within the last seconds."""
+    def unavailable(self) -> str | None:
+        """Why it cannot speak now, in one sentence, or None."""
         ...
 
 
@@ -73,7 +82,8 @@ class Speaker:
         """Loads nothing.
 
         Args:
-            voice: `auto` takes the remote voice while it is available, else the embedded one.
+            voice: `auto` takes the remote voice while it is available, else the embedded one, also
+                for a text of which the remote one has spoken nothing when it fails.
             remote: Chatterbox in its worker.
             queue_length: requests that may speak and wait at once.
             timeout: seconds from admission to the whole WAV.
@@ -98,14 +108,12 @@ class Speaker:
         """
         if self._closed:
             raise VoiceUnavailable("The server is shutting down; try again.", retry_after=5)
-        if self._setting != "espeak" and self._remote is not None and self._remote.available:
-            return self._remote
+        remote = None if self._setting == "espeak" else self._remote
+        if remote is not None and remote.unavailable is None:
+            return remote
         if self._setting == "chatterbox":
-            raise VoiceUnavailable(
-                "No Chatterbox worker has announced itself: start one on the same REDIS_URL with "
-                "python -m llm_sidecar.tts --voice chatterbox, or set TTS_VOICE=auto.",
-                retry_after=5,
-            )
+            reason = _NO_REMOTE if remote is None else remote.unavailable
+            raise VoiceUnavailable(f"{reason}", retry_after=5)
         return self._embedded
 
     def check_capacity(self) -> None:
@@ -156,21 +164,42 @@ class Speaker:
     async def _speak(self, text: str, exaggeration: float, reference: Reference | None) -> Spoken:
         # The availability may have changed since the request was admitted.
         voice = self.current_voice()
-        reference = reference if voice.clones else None
         began = time.monotonic()
         parts: list[Wav] = []
+        try:
+            await self._publish(voice, text, exaggeration, reference, parts)
+        except (DeadlineExceeded, QueueFull, VoiceUnavailable) as error:
+            # A text is spoken in one voice, so the embedded voice continues no text of the remote
+            # one.
+            if parts or voice is self._embedded or self._setting != "auto":
+                raise
+            log.warning("the embedded voice speaks instead of %s: %s", voice.name, error.detail)
+            voice = self._embedded
+            await self._publish(voice, text, exaggeration, reference, parts)
+        if not parts:
+            raise InvalidRequest("text: the voice knows no sound for anything in it")
+        self._spoken += 1
+        self._recent_seconds += 0.2 * (time.monotonic() - began - self._recent_seconds)
+        cloned = voice.clones and reference is not None
+        return Spoken(wav.encode(wav.join(parts)), voice.name, cloned)
+
+    async def _publish(
+        self,
+        voice: Voice,
+        text: str,
+        exaggeration: float,
+        reference: Reference | None,
+        parts: list[Wav],
+    ) -> None:
+        """Publishes each part and appends it to `parts`."""
+        reference = reference if voice.clones else None
         async with _closing(
             voice.speak(text, exaggeration=exaggeration, reference=reference)
         ) as speech:
             async for part in speech:
                 parts.append(part)
                 await self._bus.publish(AUDIO_BYTES, base64.b64encode(wav.encode(part)).decode())
-                _stop_if_cancelled()
-        if not parts:
-            raise InvalidRequest("text: the voice knows no sound for anything in it")
-        self._spoken += 1
-        self._recent_seconds += 0.2 * (time.monotonic() - began - self._recent_seconds)
-        return Spoken(wav.encode(wav.join(parts)), voice.name, cloned=reference is not None)
+                raise_if_cancelled()
 
     @contextlib.contextmanager
     def _admission(self) -> Iterator[None]:
@@ -210,14 +239,6 @@ class Speaker:
             for voice in (self._embedded, self._remote):
                 if voice is not None:
                     await voice.close()
-
-
-def _stop_if_cancelled() -> None:
-    """Repeats a lost cancellation: redis-py sends with `wait_for`, which in Python 3.11 swallows
-    one that arrives as it ends (https://github.com/python/cpython/issues/86296)."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
 
 
 @contextlib.asynccontextmanager

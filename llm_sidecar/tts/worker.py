@@ -7,217 +7,207 @@ import base64
 import contextlib
 import logging
 import traceback
-import uuid
-from collections.abc import AsyncGenerator
-from typing import Final
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Final, Protocol
 
 from pydantic import ValidationError
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
-from llm_sidecar.errors import InvalidRequest, QueueFull, SidecarError, VoiceUnavailable
-from llm_sidecar.event_bus import EventBus
-from llm_sidecar.event_bus.subscriber import cancel
+from llm_sidecar.errors import InvalidRequest, SidecarError, VoiceUnavailable, one_line
+from llm_sidecar.input_model import summary
+from llm_sidecar.tasks import cancel
 from llm_sidecar.tts import wav as wavs
 from llm_sidecar.tts.messages import (
-    ANNOUNCED,
-    INCOMING,
+    ANSWER,
     LONGEST_REQUEST,
-    Announcement,
-    Answer,
-    Cancellation,
+    MAX_SPEECH,
     End,
     Failure,
     Part,
-    ReplyTo,
     SpeechRequest,
-    cancelled,
-    requested,
 )
 from llm_sidecar.tts.reference import read_reference
+from llm_sidecar.tts.speech_stream import Taken, Work
 from llm_sidecar.tts.voice import Reference, Voice, Wav
 
-ANNOUNCE_EVERY: Final = 2.0
-"""Seconds between two announcements."""
-MAX_WAITING: Final = 16
-"""Maximum number of requests of a worker; with the largest references they take 220 MB."""
-INBOX: Final = 64
-"""Maximum number of unhandled messages."""
-CANCEL_TIMEOUT: Final = 5.0
+SIGN_EVERY: Final = 2.0
+"""Seconds between two heartbeats. A heartbeat shows that the worker is running, and renews its
+claim on a request."""
+STALE_AFTER: Final = 10.0
+"""Seconds without a heartbeat after which another worker may claim the request."""
+MOST_DELIVERIES: Final = 3
+"""Maximum number of workers that try to speak a request, because the request itself may crash
+them."""
+RETRY_EVERY: Final = 1.0
+"""Seconds between two attempts while Redis is unavailable."""
+CANCEL_TIMEOUT: Final = 1.0
 """Seconds to wait for a cancelled task."""
+LEAVE_TIMEOUT: Final = 5.0
+"""Seconds to wait for Redis at the end."""
 
 log = logging.getLogger(__name__)
 
 
+class ResumableVoice(Voice, Protocol):
+    """A voice that can begin in the middle of a text."""
+
+    def speak(
+        self, text: str, *, exaggeration: float, reference: Reference | None, first: int = 0
+    ) -> AsyncIterator[Wav]:
+        """As `Voice.speak`.
+
+        Args:
+            first: the number of the first part to speak; equal texts have equal parts.
+        """
+        ...
+
+
 class SpeechWorker:
-    """Announces a voice on the event bus and speaks requests in order, one at a time.
+    """Speaks requests from Redis, one at a time.
 
     Args:
-        bus: may connect later; its owner closes it, after the worker.
+        client: may connect later; its owner closes it, after the worker.
         voice: its owner closes it, after the worker.
-        announce_every: seconds between two announcements.
-        max_waiting: requests that it accepts at a time; one more is answered with an error.
+        sign_every: seconds between two heartbeats.
+        stale_after: seconds without a heartbeat after which another worker may claim the request.
+
+    Attributes:
+        worker_id: its name in `/health` of the sidecars.
     """
 
     def __init__(
         self,
-        bus: EventBus,
-        voice: Voice,
+        client: Redis,
+        voice: ResumableVoice,
         *,
-        announce_every: float = ANNOUNCE_EVERY,
-        max_waiting: int = MAX_WAITING,
+        sign_every: float = SIGN_EVERY,
+        stale_after: float = STALE_AFTER,
     ) -> None:
-        self.worker_id = uuid.uuid4().hex
-        self._bus = bus
+        self._work = Work(client, stale_after)
+        self.worker_id = self._work.worker_id
         self._voice = voice
-        self._announce_every = announce_every
-        self._max_waiting = max_waiting
-        self._inbox: asyncio.Queue[str] = asyncio.Queue(INBOX)
-        # In the order of arrival; the first one is being spoken.
-        self._requests: dict[str, SpeechRequest] = {}
-        self._arrived = asyncio.Event()
+        self._sign_every = sign_every
+        self._failing = False
+        self._taken: Taken | None = None
         self._speaking: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Starts to serve; Redis may become available later."""
-        for channel in self._channels():
-            await self._bus.register_listener_queue(channel, self._inbox)
-        jobs = (self._receive, self._serve, self._announce)
-        self._tasks = [asyncio.create_task(job(), name=job.__name__) for job in jobs]
+        steps = (self._show, self._keep, self._serve)
+        self._tasks = [
+            asyncio.create_task(self._repeat(step), name=step.__name__) for step in steps
+        ]
 
     async def close(self) -> None:
-        """Accepts no more requests, and answers the waiting ones with an error."""
-        for channel in self._channels():
-            await self._bus.unregister_listener_queue(channel, self._inbox)
+        """Takes no more requests; another worker continues the one that is being spoken."""
         await cancel(*self._tasks, patience=CANCEL_TIMEOUT)
         if self._speaking is not None:
             await cancel(self._speaking, patience=CANCEL_TIMEOUT)
-        for request in self._requests.values():
-            await self._fail(request, VoiceUnavailable("the voice is shutting down"))
-        self._requests.clear()
-        if self._tasks and self._bus.connected:
-            await self._publish_announcement(leaving=True)
+        with contextlib.suppress(RedisError, TimeoutError):  # then the claim becomes stale
+            async with asyncio.timeout(LEAVE_TIMEOUT):
+                if self._taken is not None:
+                    await self._work.hand_back(self._taken)
+                await self._work.leave()
 
-    def _channels(self) -> tuple[str, str]:
-        # One queue for both: a cancellation must not overtake its request.
-        return requested(self.worker_id), cancelled(self.worker_id)
-
-    async def _announce(self) -> None:
+    async def _repeat(self, step: Callable[[], Awaitable[None]]) -> None:
+        """Repeats a step until it is cancelled; logs the first of several failures."""
         while True:
-            if self._bus.connected:
-                await self._publish_announcement()
-            await asyncio.sleep(self._announce_every)
-
-    async def _publish_announcement(self, *, leaving: bool = False) -> None:
-        announcement = Announcement(
-            worker_id=self.worker_id,
-            voice=self._voice.name,
-            clones=self._voice.clones,
-            sample_rate=getattr(self._voice, "sample_rate", None),
-            waiting=len(self._requests),
-            requests=frozenset(self._requests),
-            leaving=leaving,
-        )
-        await self._bus.publish(ANNOUNCED, announcement.model_dump_json())
-
-    async def _receive(self) -> None:
-        while True:
-            payload = await self._inbox.get()
-            if len(payload) > LONGEST_REQUEST:
-                self._bus.refuse(requested(self.worker_id), "it is too long")
-                continue
             try:
-                message = INCOMING.validate_json(payload)
-            except ValidationError as error:
-                await self._refuse(payload, error)
-                continue
-            if isinstance(message, Cancellation):
-                self._cancel(message.request_id)
-            elif len(self._requests) >= self._max_waiting:
-                await self._fail(message, QueueFull("the queue of the speech worker is full"))
-            else:
-                self._requests[message.request_id] = message
-                self._arrived.set()
+                await step()
+                self._failing = False
+            except Exception as error:  # noqa: BLE001 - something else may answer at Redis' address
+                if not self._failing:
+                    log.error(
+                        "Redis does not serve this worker; trying again: %s",
+                        one_line(error),
+                    )
+                self._failing = True
+                await asyncio.sleep(RETRY_EVERY)
 
-    async def _refuse(self, payload: str, error: ValidationError) -> None:
-        """Answers an invalid request with the reason, if it says where answers go."""
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        try:
-            request = ReplyTo.model_validate_json(payload)
-        except ValidationError:
-            self._bus.refuse(requested(self.worker_id), f"it is not a request: {first['msg']}")
-            return
-        await self._fail(request, InvalidRequest(f"{first['loc'][-1]}: {first['msg']}"))
+    async def _show(self) -> None:
+        """Sends heartbeats."""
+        await self._work.show()
+        await asyncio.sleep(self._sign_every)
 
-    def _cancel(self, request_id: str) -> None:
-        if self._speaking is not None and request_id == next(iter(self._requests), None):
+    async def _keep(self) -> None:
+        """Renews the claim on a request; stops speaking it if the claim is lost."""
+        taken = self._taken
+        lost = taken is not None and not await self._work.keep(taken)
+        # It may have ended in between.
+        if lost and self._taken is taken and self._speaking is not None:
             self._speaking.cancel()
-        else:
-            self._requests.pop(request_id, None)
+        await asyncio.sleep(self._sign_every)
 
     async def _serve(self) -> None:
-        while True:
-            await self._arrived.wait()
-            self._arrived.clear()
-            while self._requests:
-                request = next(iter(self._requests.values()))
-                self._speaking = asyncio.create_task(self._speak(request), name="speak")
-                await asyncio.wait([self._speaking])
-                self._speaking = None
-                del self._requests[request.request_id]
+        """Waits a moment for a request, and speaks it."""
+        self._taken = await self._work.take()
+        if self._taken is not None:
+            self._speaking = asyncio.create_task(self._speak(self._taken), name="speak")
+            await asyncio.wait([self._speaking])
+            speaking, self._speaking, self._taken = self._speaking, None, None
+            if not speaking.cancelled():
+                speaking.result()
 
-    async def _speak(self, request: SpeechRequest) -> None:
+    async def _speak(self, taken: Taken) -> None:
+        last: End | Failure | None
         try:
-            await self._answer(request)
-        except _NotSent:
-            # The bus has logged it, and the sidecar notices that the request was lost.
-            return
+            last = await self._answer(taken)
         except SidecarError as error:
-            await self._fail(request, error)
+            last = Failure(error=error.detail[:1000], kind=type(error).__name__)
+        except RedisError:
+            raise  # the claim becomes stale, and another worker continues
         except Exception as error:  # noqa: BLE001 - a voice's package raises anything
             # Only the type and the location: its message may quote the text.
             where = "".join(traceback.format_tb(error.__traceback__))
             log.error("the voice failed: %s\n%s", type(error).__name__, where)
-            await self._fail(request, VoiceUnavailable("the voice failed: see the worker's log"))
+            last = Failure(error="the voice failed: see the worker's log")
+        # If another worker has claimed it, that worker ends it.
+        if last is None or await self._work.keep(taken):
+            await self._work.finish(taken, None if last is None else last.model_dump_json())
 
-    async def _answer(self, request: SpeechRequest) -> None:
-        reference = await asyncio.to_thread(_reference, request)
-        count = 0
+    async def _answer(self, taken: Taken) -> End | None:
+        """Sends the missing parts; None if the sidecar has gone."""
+        if taken.deliveries > MOST_DELIVERIES:
+            log.error("a request is given up: %d workers ended or lost it", MOST_DELIVERIES)
+            raise VoiceUnavailable(f"{MOST_DELIVERIES} speech workers ended while they spoke this")
+        if (found := await self._work.read(taken)) is None:
+            return None
+        request, reference, count = await asyncio.to_thread(_parse, *found)
         parts = self._voice.speak(
-            request.text, exaggeration=request.exaggeration, reference=reference
+            request.text, exaggeration=request.exaggeration, reference=reference, first=count
         )
+        size = 0
         try:
             async for part in parts:
-                await self._send(request, await asyncio.to_thread(_part, request, count, part))
+                size += part.samples.nbytes
+                if size > MAX_SPEECH:
+                    raise VoiceUnavailable("the speech of this text is too long")
+                message = await asyncio.to_thread(_part, count, part)
+                if not await self._work.answer(taken, message):
+                    return None
                 count += 1
         finally:
             if isinstance(parts, AsyncGenerator):
                 await parts.aclose()
-        await self._send(request, End(request_id=request.request_id, end=count))
-
-    async def _send(self, request: ReplyTo, answer: Answer) -> None:
-        if not await self._bus.publish(request.reply_to, answer.model_dump_json()):
-            raise _NotSent
-
-    async def _fail(self, request: ReplyTo, error: SidecarError) -> None:
-        failure = Failure(
-            request_id=request.request_id,
-            error=error.detail[:1000],
-            kind=type(error).__name__,
-        )
-        with contextlib.suppress(_NotSent):
-            await self._send(request, failure)
+        return End(end=count)
 
 
-class _NotSent(Exception):
-    """An answer could not be published."""
+def _parse(message: str, latest: str | None) -> tuple[SpeechRequest, Reference | None, int]:
+    """A request, its reference, and the number of parts that an earlier worker has sent."""
+    if len(message) > LONGEST_REQUEST:
+        raise InvalidRequest("the request for speech is too long")
+    try:
+        request = SpeechRequest.model_validate_json(message)
+    except ValidationError as error:
+        raise InvalidRequest(summary(error)) from None
+    encoded = request.ref_wav_b64
+    reference = None if encoded is None else read_reference(encoded)
+    answer = None if latest is None else ANSWER.validate_json(latest)
+    return request, reference, answer.index + 1 if isinstance(answer, Part) else 0
 
 
-def _reference(request: SpeechRequest) -> Reference | None:
-    if request.ref_wav_b64 is None:
-        return None
-    return read_reference(request.ref_wav_b64)
-
-
-def _part(request: SpeechRequest, index: int, wav: Wav) -> Part:
+def _part(index: int, wav: Wav) -> str:
     encoded = base64.b64encode(wavs.encode(wav)).decode()
-    return Part(request_id=request.request_id, index=index, wav_b64=encoded)
+    return Part(index=index, wav_b64=encoded).model_dump_json()

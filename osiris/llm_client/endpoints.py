@@ -40,9 +40,9 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
     the sidecar cannot be reached, and `LLMClientError` if the answer cannot be parsed. Before that,
     they retry 5xx, 429 and connection errors.
 
-    Every POST except `speak` has an `Idempotency-Key`, the same for all attempts of a call. The
-    server does not use it yet. A caller that repeats a call itself, for example after a restart,
-    passes the same `idempotency_key` again: 1 to 255 visible ASCII characters, otherwise
+    Every POST except `speak` has an `Idempotency-Key`, the same for all attempts of a call, so that
+    the server generates and stores once. A caller that repeats a call itself, for example after a
+    restart, passes the same `idempotency_key` again: 1 to 255 visible ASCII characters, otherwise
     ValueError. The default is a new UUID.
     """
 
@@ -104,21 +104,23 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
     ) -> JSONAnswer:
         """Stores feedback on a proposal; returns `{"message": str, "transaction_id": str}`.
 
-        The sidecar answers once the row is durable. A retry has the same timestamp, so the sidecar
-        recognises the same feedback and stores it once.
+        The sidecar answers once the row is durable. A retry has the same key and the same
+        timestamp, so the sidecar recognises the same feedback and stores it once.
 
         Args:
             transaction_id: the id of the proposal's run.
             feedback_type: `correction`, `rating`, `qualitative_comment` or `human_edit`.
             feedback_content: text or an object.
-            timestamp: when the feedback was given; default: now. At most five minutes ahead of the
-                sidecar's clock. A naive `datetime` is in this machine's time zone, and is sent with
-                its offset from UTC. A text must be ISO 8601, and is sent unchanged.
+            timestamp: when the feedback was given; default: now, or with an `idempotency_key` when
+                the sidecar gets it, so that each call sends the same. At most five minutes ahead of
+                the sidecar's clock. A naive `datetime` is in this machine's time zone, and is sent
+                with its offset from UTC. A text must be ISO 8601, and is sent unchanged.
             corrected_proposal: the proposal as it should have been.
             schema_version: version of the feedback's format.
             idempotency_key: the same for every attempt of this call.
         """
-        when = datetime.now(UTC) if timestamp is None else timestamp
+        now = datetime.now(UTC) if idempotency_key is None else None
+        when = now if timestamp is None else timestamp
         body = _given(
             transaction_id=transaction_id,
             feedback_type=feedback_type,
@@ -161,14 +163,16 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
         wav: Wav = self._run(self._core.attempts(request, _read_wav))
         return wav
 
-    def swap_adapters(self, adapter: str | None = None) -> JSONAnswer:
+    def swap_adapters(
+        self, adapter: str | None = None, *, idempotency_key: str | None = None
+    ) -> JSONAnswer:
         """Switches the adapter; returns `{"status": "ok", "phi3_adapter_date": str or None}`.
 
         Args:
             adapter: `YYYYMMDD` or `YYYYMMDD-dpo`; default: the newest.
         """
         body = None if adapter is None else {"adapter": adapter}
-        return self._json("POST", "/adapters/swap", body)
+        return self._json("POST", "/adapters/swap", body, idempotency_key)
 
     def health(self) -> JSONAnswer:
         """The state of the sidecar and of each of its components."""

@@ -1,4 +1,4 @@
-"""Request ids: each request has one, in its answer and in its log lines."""
+"""Identifies a request: its id in the response and in log lines, and its trace in events."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llm_sidecar.logs import log_context
+from llm_sidecar.telemetry.trace_context import is_traceparent, traceparent
 
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -18,7 +19,8 @@ _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 class RequestId:
     """Echoes a well-formed `X-Request-ID`, or makes an id.
 
-    The id is in `scope["state"]["request_id"]` and in every log line of the request.
+    The id is in `scope["state"]["request_id"]` and in every log line of the request. The client's
+    `traceparent` is in every event of the request.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -28,11 +30,14 @@ class RequestId:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        sent = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        sent = headers.get("x-request-id", "")
         request_id = sent if _REQUEST_ID.fullmatch(sent) else str(uuid.uuid4())
         scope.setdefault("state", {})["request_id"] = request_id
         fields = {"request_id": request_id}
         log_context.set(fields)
+        trace = headers.get("traceparent", "")
+        traceparent.set(trace if is_traceparent(trace) else None)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

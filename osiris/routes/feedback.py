@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Final
 
-from fastapi import APIRouter, Path, Response
+from fastapi import APIRouter, Path, Request, Response
+from fastapi.responses import JSONResponse
 from pydantic import StringConstraints, ValidationError
 from starlette.convertors import Convertor, register_url_convertor
 
@@ -18,8 +19,10 @@ from llm_sidecar.services.example_rules import (
     MAX_TOKENS,
     Outcome,
 )
+from llm_sidecar.services.idempotency import Attempt
 from osiris.dependencies import CurrentSidecar, check_length
 from osiris.endpoint import endpoint
+from osiris.idempotency import REPLAYED, IdempotencyKey, answered_once
 from osiris.middleware.access import Author
 from osiris.schemas.feedback import FeedbackRequest, FeedbackStored, FeedbackWithdrawn
 
@@ -57,12 +60,18 @@ _MESSAGES: Final = {
     "/feedback/phi3/",
     422,
     503,
-    headers=("X-Feedback-ID",),
+    504,
+    headers=("X-Feedback-ID", REPLAYED),
+    response_model=FeedbackStored,
     response_description="The feedback is durable",
 )
 async def submit_feedback(
-    body: FeedbackRequest, sidecar: CurrentSidecar, author: Author, response: Response
-) -> FeedbackStored:
+    body: FeedbackRequest,
+    request: Request,
+    sidecar: CurrentSidecar,
+    author: Author,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
     """Stores feedback and answers once the row is durable; `X-Feedback-ID` is its id.
 
     The name of the request's API key is stored with it as `author`. If the client disconnects, the
@@ -75,10 +84,16 @@ async def submit_feedback(
         # Not pydantic's own text, which quotes the input.
         reasons = (f"{entry['loc'][0]}: {entry['msg']}" for entry in error.errors())
         raise InvalidRequest("; ".join(reasons)) from None
-    feedback_id, outcome = await sidecar.feedback.submit(row, author)
-    response.headers["X-Feedback-ID"] = feedback_id
-    return FeedbackStored(
-        message=_message(outcome, body.corrected_proposal), transaction_id=body.transaction_id
+
+    async def answer(attempt: Attempt) -> Response:
+        feedback_id, outcome = await sidecar.feedback.submit(row, author, attempt)
+        stored = FeedbackStored(
+            message=_message(outcome, body.corrected_proposal), transaction_id=body.transaction_id
+        )
+        return JSONResponse(stored.model_dump(), headers={"X-Feedback-ID": feedback_id})
+
+    return await answered_once(
+        request, idempotency_key, sidecar.idempotency, answer, refuse_unkept=True
     )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 
+from llm_sidecar.services.idempotency import Attempt
 from osiris.dependencies import CurrentSidecar, check_length
 from osiris.disconnects import cancel_on_disconnect
 from osiris.endpoint import endpoint
+from osiris.idempotency import REPLAYED, IdempotencyKey, answered_once
 from osiris.response_headers import stored_header
 from osiris.schemas.scoring import Score, ScoreRequest
 
@@ -21,17 +24,26 @@ router = APIRouter(tags=["scoring"])
     429,
     503,
     504,
-    headers=("X-Stored",),
+    headers=("X-Stored", REPLAYED),
+    response_model=Score,
     response_description="The score",
 )
 async def score_hermes(
-    body: ScoreRequest, request: Request, response: Response, sidecar: CurrentSidecar
-) -> Score:
+    body: ScoreRequest,
+    request: Request,
+    sidecar: CurrentSidecar,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
     """Scores a proposal from 0 to 1 and stores the score.
 
     `X-Stored: false` means that it could not be stored.
     """
     check_length(sidecar, body)
-    result = await cancel_on_disconnect(request, sidecar.judge.score(body.proposal, body.context))
-    response.headers.update(stored_header(result.stored))
-    return Score(proposal_id=result.proposal_id, score=result.score)
+
+    async def answer(attempt: Attempt) -> Response:
+        result = await sidecar.judge.score(body.proposal, body.context, attempt)
+        score = Score(proposal_id=result.proposal_id, score=result.score)
+        return JSONResponse(score.model_dump(mode="json"), headers=stored_header(result.stored))
+
+    answering = answered_once(request, idempotency_key, sidecar.idempotency, answer)
+    return await cancel_on_disconnect(request, answering)

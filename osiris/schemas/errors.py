@@ -23,8 +23,8 @@ class FieldError(BaseModel):
     """What is wrong with one field."""
 
     loc: list[str | int] = Field(
-        description="where the field is: `body`, `query` or `path`, then names and indexes; `*` "
-        "stands for a name that is in no schema",
+        description="where the field is: `body`, `query`, `path` or `header`, then names and "
+        "indexes; `*` stands for a name that is in no schema",
         examples=[["body", "prompt"]],
     )
     msg: str = Field(description="what is wrong, in words", examples=["Field required"])

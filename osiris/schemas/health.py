@@ -24,6 +24,13 @@ _MODEL: Final[dict[str, Any]] = {
     "queue_length": 64,
     "running": 2,
 }
+_INBOX: Final[dict[str, Any]] = {
+    "pending": 0,
+    "dead": 1,
+    "handled": 230,
+    "claimed": 0,
+    "failures": 0,
+}
 _EVENT_BUS: Final[dict[str, Any]] = {
     "connected": True,
     "url": "redis://localhost:6379/0",
@@ -33,25 +40,45 @@ _EVENT_BUS: Final[dict[str, Any]] = {
     "published_late": 0,
     "waiting": 0,
     "unpublished": 0,
+    "oldest_seconds": 0.0,
+    "failing": None,
     "handler_errors": 0,
     "refused": 0,
     "dropped": 0,
+    "held_up": 0,
+    "denied": [],
+    "warnings": [],
+    "inbox": _INBOX,
+    "listeners": 2,
 }
-_LOG: Final[dict[str, Any]] = {"accepts_rows": True, "bytes": 0, "most_bytes": 67108864}
+_JOURNAL: Final[dict[str, Any]] = {
+    "accepts_rows": True,
+    "rows": 2,
+    "bytes": 1480,
+    "most_bytes": 67108864,
+    "oldest_seconds": 0.4,
+    "events": 1,
+    "event_bytes": 612,
+    "oldest_event_seconds": 0.1,
+    "events_dropped": 0,
+    "requests": 40,
+    "request_bytes": 51200,
+    "requests_dropped": 0,
+}
 _DATABASE: Final[dict[str, Any]] = {
     "state": "open",
     "reason": None,
     "uri": "/app/lancedb_data",
     "rows_written": 5310,
-    "rows_waiting": 0,
-    "log": _LOG,
+    "rows_waiting": 2,
+    "journal": _JOURNAL,
     "fragments": {"proposals": 3},
     "last_compaction": "2026-01-31T10:00:00+00:00",
     "compaction_failure": None,
     "compaction_failures": 0,
     "repairs": [],
 }
-_WORKER: Final[dict[str, Any]] = {"worker_id": "gpu-1", "voice": "chatterbox", "waiting": 0}
+_WORKER: Final[dict[str, Any]] = {"worker_id": "gpu-1-8c2f61d0", "seconds_ago": 0.8}
 _SPEECH: Final[dict[str, Any]] = {
     "state": "ready",
     "reason": None,
@@ -59,6 +86,7 @@ _SPEECH: Final[dict[str, Any]] = {
     "waiting": 0,
     "spoken": 17,
     "workers": [_WORKER],
+    "queued": 0,
     "listeners": 1,
     "lost": 0,
 }
@@ -117,6 +145,24 @@ class ModelHealth(BaseModel):
     running: int = Field(description="requests that run now", examples=[2])
 
 
+class InboxHealth(BaseModel):
+    """The inbox, in which other services leave feedback; counts are since the server started."""
+
+    pending: int = Field(
+        description="entries that a sidecar has read and not stored yet", examples=[0]
+    )
+    dead: int = Field(
+        description="dead letters: entries that no sidecar could store; `GET /events/dead` lists "
+        "them",
+        examples=[1],
+    )
+    handled: int = Field(description="entries that this sidecar stored", examples=[230])
+    claimed: int = Field(
+        description="entries that this sidecar claimed from a dead one", examples=[0]
+    )
+    failures: int = Field(description="failed attempts to store entries", examples=[0])
+
+
 class EventBusHealth(BaseModel):
     """The connection to Redis; counts are since the server started."""
 
@@ -130,49 +176,98 @@ class EventBusHealth(BaseModel):
     published_late: int = Field(
         description="of these, events that were published after an outage", examples=[0]
     )
-    waiting: int = Field(description="events that wait for a connection now", examples=[0])
-    unpublished: int = Field(description="events that were never published", examples=[0])
+    waiting: int = Field(
+        description="messages that wait for Redis in memory; events wait in the journal",
+        examples=[0],
+    )
+    unpublished: int = Field(description="messages that were never published", examples=[0])
+    oldest_seconds: float = Field(
+        description="age of the oldest event that waits for Redis; 0 if none waits", examples=[0.0]
+    )
+    failing: str | None = Field(
+        description="why Redis accepts no events although it is connected; null if it accepts them",
+        examples=["You can't write against a read only replica."],
+    )
     handler_errors: int = Field(description="messages whose handler raised an error", examples=[0])
     refused: int = Field(
         description="messages of other services that were invalid and refused", examples=[0]
     )
     dropped: int = Field(
-        description="messages that were dropped because handlers were too slow", examples=[0]
+        description="messages that were dropped because listeners were too slow", examples=[0]
     )
+    held_up: int = Field(
+        description="how often the bus stopped reading because the queue of a handler was full",
+        examples=[0],
+    )
+    denied: list[str] = Field(
+        description="operations that the access rules of Redis deny to the sidecar",
+        examples=[["PUBLISH audio.bytes"]],
+    )
+    warnings: list[str] = Field(
+        description="options with which this Redis may lose acknowledged writes",
+        examples=[["appendonly of Redis is no, not yes: a restart of Redis loses everything"]],
+    )
+    inbox: InboxHealth | None = Field(
+        description="the inbox; null with `memory://`, which has no inbox",
+        examples=[_INBOX],
+    )
+    listeners: int = Field(description="clients that listen to `/events/` now", examples=[2])
 
 
 class JournalHealth(BaseModel):
-    """The write-ahead log: rows that are durable and not yet in the database."""
+    """The journal, which all processes of this machine share: what waits for LanceDB and Redis."""
 
     accepts_rows: bool = Field(
         description="whether it accepts rows now, even if the database is unavailable",
         examples=[True],
     )
-    bytes: int = Field(description="bytes of the rows in it", examples=[0])
+    rows: int = Field(description="rows that LanceDB does not have yet", examples=[2])
+    bytes: int = Field(description="their bytes", examples=[1480])
     most_bytes: int = Field(
         description="bytes that it can hold; further rows are refused", examples=[67108864]
+    )
+    oldest_seconds: float = Field(
+        description="age of the oldest row; 0 if there is none", examples=[0.4]
+    )
+    events: int = Field(description="events that Redis does not have yet", examples=[1])
+    event_bytes: int = Field(description="their bytes", examples=[612])
+    oldest_event_seconds: float = Field(
+        description="age of the oldest event; 0 if there is none", examples=[0.1]
+    )
+    events_dropped: int = Field(
+        description="events that this sidecar dropped, because there were too many or they were "
+        "too old",
+        examples=[0],
+    )
+    requests: int = Field(
+        description="requests with an `Idempotency-Key` in the journal", examples=[40]
+    )
+    request_bytes: int = Field(description="their bytes", examples=[51200])
+    requests_dropped: int = Field(
+        description="requests that this sidecar dropped early, because there were too many",
+        examples=[0],
     )
 
 
 class DatabaseHealth(BaseModel):
-    """The database and its write-ahead log; counts are since the server started."""
+    """The database and its journal; counts are since the server started."""
 
     state: Literal["opening", "open", "away", "closed"] = Field(
         description="`opening`: not yet open; `open`: rows are written; `away`: it cannot be "
-        "opened or written, see `reason`, and rows wait in the write-ahead log; `closed`: the "
-        "server is shutting down",
+        "opened or written, see `reason`, and rows wait in the journal; `closed`: the server is "
+        "shutting down",
         examples=["open"],
     )
     reason: str | None = Field(
-        description="why it is away, or why the write-ahead log failed; null if neither",
+        description="why it is away, or why the journal failed; null if neither",
         examples=["The folder of LANCEDB_URI cannot be written."],
     )
     uri: str = Field(description="`LANCEDB_URI`, without secrets", examples=["/app/lancedb_data"])
     rows_written: int = Field(description="rows that were acknowledged", examples=[5310])
     rows_waiting: int = Field(
-        description="rows in the write-ahead log that the database does not have yet", examples=[0]
+        description="rows in the journal that LanceDB does not have yet", examples=[2]
     )
-    log: JournalHealth = Field(description="the write-ahead log", examples=[_LOG])
+    journal: JournalHealth = Field(description="the journal", examples=[_JOURNAL])
     fragments: dict[str, int] = Field(
         description="the number of fragments of each table; compaction keeps it low",
         examples=[{"proposals": 3}],
@@ -195,9 +290,8 @@ class DatabaseHealth(BaseModel):
 class VoiceWorker(BaseModel):
     """A worker that speaks for this sidecar."""
 
-    worker_id: str = Field(description="its name", examples=["gpu-1"])
-    voice: str = Field(description="its voice", examples=["chatterbox"])
-    waiting: int = Field(description="texts that wait for it", examples=[0])
+    worker_id: str = Field(description="its name", examples=["gpu-1-8c2f61d0"])
+    seconds_ago: float = Field(description="since its last heartbeat", examples=[0.8])
 
 
 class SpeechHealth(BaseModel):
@@ -218,7 +312,10 @@ class SpeechHealth(BaseModel):
     waiting: int = Field(description="texts that are being spoken or wait now", examples=[0])
     spoken: int = Field(description="texts that were spoken", examples=[17])
     workers: list[VoiceWorker] = Field(
-        description="the speech workers on the event bus", examples=[[_WORKER]]
+        description="the Chatterbox workers on the same Redis", examples=[[_WORKER]]
+    )
+    queued: int = Field(
+        description="texts of all sidecars that the workers have not finished", examples=[0]
     )
     listeners: int = Field(description="clients that listen to `/stream/audio` now", examples=[1])
     lost: int = Field(
@@ -268,7 +365,7 @@ class Health(HealthSummary):
         description="each model by its name: `phi3` and `hermes`"
     )
     event_bus: EventBusHealth = Field(description="the connection to Redis")
-    database: DatabaseHealth = Field(description="the database and its write-ahead log")
+    database: DatabaseHealth = Field(description="the database and its journal")
     speech: SpeechHealth = Field(description="the voice and its listeners")
 
 

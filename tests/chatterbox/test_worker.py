@@ -22,6 +22,7 @@ import pytest
 
 from llm_sidecar.errors import InvalidRequest, VoiceUnavailable
 from llm_sidecar.event_bus import EventBus
+from llm_sidecar.event_bus.redis_url import make_client
 from llm_sidecar.tts import wav as wavs
 from llm_sidecar.tts.remote import RemoteVoice
 from llm_sidecar.tts.voice import Reference, Wav
@@ -88,7 +89,7 @@ def worker(server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Ite
     started = time.monotonic()
     worker = Worker(tmp_path_factory.mktemp("worker"), server.url)
     try:
-        while " ready, " not in worker.log.read_text():
+        while " is ready" not in worker.log.read_text():
             assert worker.process.poll() is None, worker.log.read_text()
             assert time.monotonic() < started + TIMEOUT, worker.log.read_text()
             time.sleep(0.1)
@@ -103,14 +104,11 @@ def worker(server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture
 async def voice(worker: Worker, server: RedisServer) -> AsyncIterator[RemoteVoice]:
-    bus = EventBus(server.url)
-    voice = RemoteVoice(bus, part_timeout=TIMEOUT)
-    await bus.connect()
+    voice = RemoteVoice(make_client(server.url), part_timeout=TIMEOUT)
     await voice.start()
-    await until(lambda: voice.available)
+    await until(lambda: voice.unavailable is None)
     yield voice
     await voice.close()
-    await bus.close()
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -213,7 +211,7 @@ def test_a_server_speaks_through_it(
 async def test_a_cancelled_text_makes_room_for_the_next(voice: RemoteVoice) -> None:
     long = "buy " * 60
     asking = asyncio.create_task(say(voice, long))
-    await until(lambda: voice.workers()[0]["waiting"] == 1)
+    await until(lambda: voice.queued == 1)
     asking.cancel()
     await asyncio.wait([asking])
     started = time.monotonic()
@@ -248,11 +246,11 @@ async def test_it_speaks_in_process_and_tells_the_bus(server: RedisServer) -> No
 
 async def test_a_signal_ends_it_in_the_middle_of_a_text(voice: RemoteVoice, worker: Worker) -> None:
     asking = asyncio.create_task(say(voice, "buy " * 60))
-    await until(lambda: voice.workers()[0]["waiting"] == 1)
+    await until(lambda: voice.queued == 1)
     assert await asyncio.to_thread(worker.stop) == 0
-    with pytest.raises(VoiceUnavailable, match="shutting down"):
+    with pytest.raises(VoiceUnavailable, match="ended in the middle"):
         await asking
-    await until(lambda: not voice.available)
+    assert voice.workers() == []
     assert "Traceback" not in worker.log.read_text()
     # torch has its own temporary files while it runs; a library notes its version in its cache.
     assert files(worker.temporary) == set()

@@ -20,14 +20,14 @@ from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
 from llm_sidecar.engines.base import Batch, Delta
 from llm_sidecar.engines.batch import MAX_ROWS
 from llm_sidecar.engines.chat import TextDecoder
-from llm_sidecar.engines.generation import Generation
+from llm_sidecar.engines.generation import Generation, Logits
 from llm_sidecar.engines.onnx import OnnxEngine
 from llm_sidecar.engines.ort import OrtEngine
 from llm_sidecar.engines.torch import TorchEngine
 from llm_sidecar.engines.torch_states import batch_capacity, empty_cache
 from llm_sidecar.errors import InvalidRequest
 from tests.live_server import ROOT
-from tests.random_models import convert_to_onnx, write_transformers_folder
+from tests.random_models import convert_to_onnx, write_onnx_adapter, write_transformers_folder
 
 AnyEngine = TorchEngine | OrtEngine
 
@@ -389,3 +389,60 @@ def test_guided_rows_beside_free_ones_get_what_they_get_alone(phi3: AnyEngine) -
         written.step()
     written.to_the_end()
     assert [written.ended[number] for number in range(len(requests))] == expected
+
+
+class Sampled:
+    """The logits that each completion of an engine is sampled from, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+
+    def of(self, engine: Engine, requests: list[GenerationRequest]) -> list[list[Logits]]:
+        """The logits of requests that join one batch, each two steps after the last."""
+        found: dict[int, list[Logits]] = {}
+        started: list[Generation] = []
+        start, sample = OrtEngine.start, Generation.sample
+
+        def noting(decoder: OrtEngine, one: GenerationRequest) -> Generation:
+            started.append(start(decoder, one))
+            return started[-1]
+
+        def sampling(generation: Generation, logits: Logits) -> Delta:
+            found.setdefault(id(generation), []).append(logits.copy())
+            return sample(generation, logits)
+
+        with self._monkeypatch.context() as patched:
+            patched.setattr(OrtEngine, "start", noting)
+            patched.setattr(Generation, "sample", sampling)
+            written = Written(engine.batch())
+            for number, one in enumerate(requests):
+                written.batch.add(number, one)
+                written.step()
+                written.step()
+            written.to_the_end()
+        return [found[id(generation)] for generation in started]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_row_of_a_batch_is_computed_as_alone_to_the_last_bit(
+    adapted: bool, random_phi3_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = write_onnx_adapter(random_phi3_onnx, tmp_path / "20260101") if adapted else None
+    engine = OrtEngine(random_phi3_onnx, adapter=adapter)
+    requests = [
+        GenerationRequest(
+            proposals.build_messages(f"Long {ticker} from 100, now {112 + number}."),
+            256,
+            proposals.GUIDANCE,
+            temperature=0.9 * (number % 2),
+            seed=number,
+        )
+        for number, ticker in enumerate(("ABC", "QX", "BRK.B", "MSFT", "X"))
+    ]
+    requests.append(request("Long ABC from 100.", 20))
+    sampled = Sampled(monkeypatch)
+    alone = [sampled.of(engine, [one])[0] for one in requests]
+    together = sampled.of(engine, requests)
+    assert list(map(len, together)) == list(map(len, alone))
+    for ours, theirs in zip(together, alone, strict=True):
+        assert all(map(np.array_equal, ours, theirs))

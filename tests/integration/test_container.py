@@ -18,9 +18,14 @@ from typing import Any
 
 import pytest
 import yaml
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, OutOfMemoryError
+from redis.retry import Retry
 
 from llm_sidecar.settings import DEFAULT_HERMES, DEFAULT_PHI3, Settings
 from tests.live_server import ROOT
+from tests.redis_server import RedisServer, require_redis
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
@@ -164,8 +169,8 @@ def test_every_variable_is_a_setting_or_documented(name: str) -> None:
     used = set(re.findall(r"\$\{(\w+)", text)) | set(re.findall(r"^ARG (\w+)", text, re.MULTILINE))
     if name != "Dockerfile":
         for service, content in services_of(name).items():
-            # Grafana's own are its documentation's.
-            if service != "grafana":
+            # The variables of Grafana and Redis are in their own documentation.
+            if service not in ("grafana", "redis"):
                 used |= content.get("environment", {}).keys()
     unknown = {variable for variable in used - ALIASES if f"`{variable}`" not in CONFIGURATION}
     assert not unknown
@@ -270,3 +275,125 @@ def test_the_collectors_pipeline_names_parts_that_it_has() -> None:
     for pipeline in config["service"]["pipelines"].values():
         for kind, names in pipeline.items():
             assert set(names) <= config[kind].keys()
+
+
+# Redis
+
+
+@pytest.fixture
+def secrets(tmp_path: Path) -> dict[str, str]:
+    """What `make .env` writes into an empty folder."""
+    make_env(tmp_path)
+    return dict(line.split("=", 1) for line in (tmp_path / ".env").read_text().split())
+
+
+def make_env(folder: Path) -> str:
+    command = ["make", "--silent", "-f", str(ROOT / "Makefile"), ".env"]
+    return subprocess.run(
+        command, cwd=folder, check=True, capture_output=True, text=True, env={"PATH": os.defpath}
+    ).stdout
+
+
+def redis_of(config: dict[str, Any], folder: Path) -> RedisServer:
+    """A Redis with exactly the options of the compose file, with its data in a folder."""
+    require_redis()
+    program, *options = config["services"]["redis"]["command"]
+    assert program == "redis-server"
+    folder.mkdir()
+    return RedisServer(*options, "--dir", str(folder))
+
+
+def healthcheck(config: dict[str, Any], redis: RedisServer, **environ: str) -> int:
+    """The exit status of the health check, which a container runs in its own network."""
+    kind, program, *words = config["services"]["redis"]["healthcheck"]["test"]
+    assert kind == "CMD"
+    command = [program, "-p", str(redis.port), *words]
+    environ = {"PATH": os.defpath, **config["services"]["redis"]["environment"], **environ}
+    return subprocess.run(command, env=environ, capture_output=True).returncode
+
+
+def test_redis_keeps_what_it_has_acknowledged_over_a_kill(tmp_path: Path) -> None:
+    with redis_of(compose_config(), tmp_path / "data") as redis:
+        with Redis(port=redis.port, decode_responses=True) as client:
+            added = client.xadd("osiris.events", {"data": "1"})
+            kept = client.config_get("appendfsync", "maxmemory-policy", "save")
+            limit = client.config_get("client-output-buffer-limit")
+            assert kept == {"appendfsync": "always", "maxmemory-policy": "noeviction", "save": ""}
+            assert f"pubsub {256 << 20} {64 << 20} 60" in limit["client-output-buffer-limit"]
+        redis.kill()
+        redis.start()
+        with Redis(port=redis.port, decode_responses=True) as client:
+            assert client.xrange("osiris.events") == [(added, {"data": "1"})]
+
+
+def test_redis_writes_its_data_to_a_volume() -> None:
+    config = compose_config()
+    assert config["services"]["redis"]["volumes"] == ["redis-data:/data:rw"]
+    assert "redis-data" in config["volumes"]
+
+
+def test_a_full_redis_refuses_entries_and_keeps_those_that_it_has(tmp_path: Path) -> None:
+    config = compose_config(REDIS_MAXMEMORY="3mb")
+    with (
+        redis_of(config, tmp_path / "data") as redis,
+        Redis(port=redis.port, decode_responses=True) as client,
+    ):
+        added = []
+        with pytest.raises(OutOfMemoryError):
+            while True:
+                added.append(client.xadd("osiris.events", {"data": "x" * 10_000}))
+        assert [entry for entry, _ in client.xrange("osiris.events")] == added
+
+
+def test_the_password_of_make_env_is_that_of_redis_and_of_the_services(
+    secrets: dict[str, str], tmp_path: Path
+) -> None:
+    config = compose_config(profile="speech", **secrets)
+    password = secrets["REDIS_PASSWORD"]
+    assert re.fullmatch("[0-9a-f]{48}", password)
+    for service in ("llm-sidecar", "chatterbox"):
+        url = environment(config, service)["REDIS_URL"]
+        assert url == f"redis://:{password}@redis:6379/0"
+        Settings.from_environ({"REDIS_URL": url})
+    with redis_of(config, tmp_path / "data") as redis:
+        inside = url.replace("redis:6379", f"127.0.0.1:{redis.port}")
+        with Redis.from_url(inside) as client:
+            assert client.ping()
+        once = Retry(NoBackoff(), 0)
+        with Redis(port=redis.port, retry=once) as stranger, pytest.raises(AuthenticationError):
+            stranger.ping()
+        assert healthcheck(config, redis) == 0
+        assert healthcheck(config, redis, REDISCLI_AUTH="wrong") != 0
+
+
+def test_without_a_password_redis_has_none(tmp_path: Path) -> None:
+    config = compose_config()
+    assert environment(config, "llm-sidecar")["REDIS_URL"] == "redis://redis:6379/0"
+    with (
+        redis_of(config, tmp_path / "data") as redis,
+        Redis(port=redis.port) as client,
+    ):
+        assert client.ping()
+        assert healthcheck(config, redis) == 0
+
+
+def test_make_env_keeps_what_the_file_has_and_is_private(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_text("SIDECAR_API_KEYS=desk=0123456789abcdef")
+    make_env(tmp_path)
+    written = file.read_text()
+    assert written.startswith("SIDECAR_API_KEYS=desk=0123456789abcdef\n")
+    assert len(re.findall("^REDIS_(PASSWORD|URL)=", written, re.MULTILINE)) == 2
+    assert make_env(tmp_path) == ".env already names a Redis\n"
+    assert file.read_text() == written
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    make_env(fresh)
+    assert (fresh / ".env").stat().st_mode & 0o777 == 0o600
+
+
+def test_neither_git_nor_an_image_takes_the_file_with_the_password() -> None:
+    assert "/.env" in (ROOT / ".gitignore").read_text().splitlines()
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert ignored[1] == "*"
+    assert "!.env" not in ignored

@@ -41,8 +41,10 @@ from llm_sidecar.db import (
     export,
     table_of,
 )
-from llm_sidecar.db.log import Log, Row, encode, locked
-from llm_sidecar.db.repair import COMPACTING
+from llm_sidecar.db.encoding import encoded
+from llm_sidecar.db.tables import COMPACTING
+from llm_sidecar.journal.journal import Journal
+from llm_sidecar.journal.locks import locked
 from tests.test_db import NOW, PROPOSAL, RUN, feedback, run, score
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -489,6 +491,7 @@ def test_jsonl_decodes_objects_and_keeps_text(
         "adapter": None,
         "latencies": {"proposal": 0.25, "assessment": 0.5, "score": None},
         "grounded": "ticker,rationale",
+        "provenance": {"ticker": "ABC"},
     }
     rows = map(json.loads, lines_of(capsys, "query-runs", "--table", FEEDBACK))
     assert [row["feedback_content"] for row in rows] == [{"a": [1.0, None]}, 'a, "b"\nc']
@@ -501,10 +504,10 @@ def test_csv_has_a_header_quotes_and_no_formula(capsys: pytest.CaptureFixture[st
     latencies = '{""proposal"":0.25,""assessment"":0.5,""score"":null}'
     assert capsys.readouterr().out == (
         "transaction_id,timestamp,prompt,proposal,assessment,score,model,adapter,latencies,"
-        "grounded\r\n"
+        "grounded,provenance\r\n"
         f'r-1,2026-01-02T03:04:05.678901+00:00,\'=1+1,"{proposal}",'
         '"{""looks"": ""like JSON""}",0.5,phi3,,'
-        f'"{latencies}","ticker,rationale"\r\n'
+        f'"{latencies}","ticker,rationale","{{""ticker"":""ABC""}}"\r\n'
     )
     assert cli_main(["query-runs", "--table", SCORES, "--format", "csv"]) == 0
     assert capsys.readouterr() == (
@@ -714,12 +717,18 @@ def only_reading(folder: Path) -> Iterator[None]:
             path.chmod(mode)
 
 
-def log_row(folder: Path, row: OrchestratorRunSchema | HermesScoreSchema) -> Path:
-    """Leaves a row in a log, as a process that dies at once; returns the file of the log."""
-    log = Log(folder / "_log")
-    log.append([encode(Row(table_of(row), row.as_row()))])
-    (path,) = log.seal()
-    log.close()
+def leave_row(folder: Path, row: OrchestratorRunSchema | HermesScoreSchema) -> Path:
+    """Leaves a row in the journal, like a process that dies after its commit; returns the journal's
+    file."""
+
+    async def leave() -> None:
+        journal = Journal(folder / "_log", folder / "_log" / "set_aside", lambda _: None)
+        journal.start()
+        await journal.commit([encoded(table_of(row), row.as_row())])
+        await journal.close()
+
+    asyncio.run(leave())
+    path = folder / "_log" / "journal.sqlite3"
     path.chmod(0o644)
     return path
 
@@ -739,11 +748,11 @@ def test_reading_needs_no_write_permission(
     assert files == {path: path.stat().st_mtime_ns for path in readable_folder.rglob("*")}
 
 
-def test_rows_that_are_only_in_a_log_are_shown_without_writing(
+def test_rows_that_are_only_in_the_journal_are_shown_without_writing(
     readable_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     later = NOW + datetime.timedelta(minutes=1)
-    log_row(readable_folder, score(run_id="logged", timestamp=later, score=0.9))
+    leave_row(readable_folder, score(run_id="logged", timestamp=later, score=0.9))
     with only_reading(readable_folder):
         command = ["query-runs", "--table", SCORES]
         assert ids(lines_of(capsys, *command, "--last", "1")) == ["logged"]
@@ -753,23 +762,23 @@ def test_rows_that_are_only_in_a_log_are_shown_without_writing(
         for rest in (["stats"], ["verify"], ["export", "--format", "sft"]):
             assert cli_main(rest) == 0
             assert capsys.readouterr().err.splitlines()[-1] == (
-                "1 row is still in the write-ahead log and not counted here."
+                "1 row is still in the journal and not counted here."
             )
-    # The next command with write permission moves it. A row in both log and table is shown once.
+    # The next command with write permission moves it. A row that is in both places is shown once.
     assert len(lines_of(capsys, *command)) == 3
     with only_reading(readable_folder):
         assert len(lines_of(capsys, *command)) == 3
 
 
-def test_an_unreadable_log_is_reported(
+def test_an_unreadable_journal_is_reported(
     readable_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log_row(readable_folder, score(run_id="logged")).chmod(0)
+    leave_row(readable_folder, score(run_id="logged")).chmod(0)
     with only_reading(readable_folder):
         assert cli_main(["query-runs", "--table", SCORES]) == 0
     output = capsys.readouterr()
     assert len(output.out.splitlines()) == 2
-    assert output.err == ("The newest rows may be missing: the write-ahead log cannot be read.\n")
+    assert output.err == ("The newest rows may be missing: the journal cannot be read.\n")
 
 
 @pytest.mark.parametrize("command", ["compact", "migrate"])
@@ -813,7 +822,7 @@ def test_an_unreadable_folder_is_not_reported_as_empty(
 def test_stats_are_json_lines_when_piped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fill_in_pieces(folder, 3)
     found = {row["table"]: row for row in map(json.loads, lines_of(capsys, "stats"))}
-    assert list(found) == [*TABLES, "(log)"]
+    assert list(found) == [*TABLES, "(journal)"]
     scores = found[SCORES]
     assert (scores["rows"], scores["fragments"], scores["last_compaction"]) == (3, 3, None)
     files = [path for path in (folder / f"{SCORES}.lance").rglob("*") if path.is_file()]
@@ -821,7 +830,7 @@ def test_stats_are_json_lines_when_piped(folder: Path, capsys: pytest.CaptureFix
     assert scores["bytes"] == sum(path.stat().st_size for path in files)
     assert scores["versions"] == 4  # one of the empty table, and one per row
     assert found[RUNS]["rows"] == 0
-    assert found["(log)"]["rows"] is None
+    assert found["(journal)"]["rows"] is None
     assert lines_of(capsys, "compact")
     (row,) = (row for row in map(json.loads, lines_of(capsys, "stats")) if row["table"] == SCORES)
     age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(
@@ -837,7 +846,7 @@ def test_stats_are_a_table_on_a_terminal(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     header, *lines = lines_of(capsys, "stats")
     assert header.split()[:4] == ["table", "rows", "fragments", "versions"]
-    assert [line.split()[0] for line in lines] == [*TABLES, "(log)"]
+    assert [line.split()[0] for line in lines] == [*TABLES, "(journal)"]
     assert lines[TABLES.index(SCORES)].split()[1:3] == ["1", "1"]
     assert all(json.loads(line) for line in lines_of(capsys, "stats", "--json"))
 
@@ -1032,3 +1041,13 @@ def test_ctrl_c_ends_a_script_that_waits_for_the_database(
         signal.signal(signal.SIGINT, before)
     # The command itself would give up only after half a minute.
     assert time.monotonic() - began < 15
+
+
+def test_rows_of_a_process_that_has_died_are_verified_and_counted(
+    readable_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_row(readable_folder, score(run_id="left"))
+    assert f"{SCORES}: 3 of 3 rows are readable, ids are unique" in lines_of(capsys, "verify")
+    leave_row(readable_folder, score(run_id="left too"))
+    lines = [json.loads(line) for line in lines_of(capsys, "stats")]
+    assert [row["rows"] for row in lines if row["table"] == SCORES] == [4]

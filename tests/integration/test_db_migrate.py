@@ -23,10 +23,10 @@ from llm_sidecar.db import (
     Store,
     cli_main,
 )
-from llm_sidecar.db.log import Log, Row, encode
 from llm_sidecar.db.rows import KEYS
 from llm_sidecar.db.schema import VERSION, arrow_schemas
 from llm_sidecar.errors import DatabaseUnavailable
+from tests.old_log import record, write_old_log
 from tests.test_db import NOW
 
 WRITTEN: Final = "2026-01-02T03:04:05.678901Z"
@@ -56,7 +56,8 @@ OF_VERSION_2: Final = {
     "adapter": None,
     "latencies": {"proposal": 0.25, "assessment": 0.5, "score": None},
 }
-"""A proposal without the column `grounded`."""
+"""A proposal without the columns `grounded` and `provenance`."""
+SINCE_THEN: Final = {"grounded": None, "provenance": None}
 OLD_SCORE: Final = {"run_id": "r-1", "timestamp": WRITTEN, "score": 0.5, "rationale": "Fine."}
 
 
@@ -233,7 +234,7 @@ def write_version_2(folder: Path) -> None:
     """The proposals of version 2."""
     today = arrow_schemas()[PROPOSALS]
     schema = pa.schema(
-        [field for field in today if field.name != "grounded"],
+        [field for field in today if field.name not in SINCE_THEN],
         metadata={"osiris_schema_version": "2"},
     )
     rows = [OF_VERSION_2 | {"row_id": "key"}]
@@ -247,22 +248,24 @@ def test_a_proposal_of_version_2_keeps_all_values(
     with pytest.raises(DatabaseUnavailable, match=r"proposals has the shape of an older version"):
         asyncio.run(Store.open(folder))
     assert cli_main(["migrate"]) == 0
-    message = f"proposals: 1 rows brought to version {VERSION}, with grounded added; the old table"
+    message = (
+        f"proposals: 1 rows brought to version {VERSION}, with grounded and provenance added; the"
+    )
     assert message in capsys.readouterr().out
-    assert read(folder, PROPOSALS) == [OF_VERSION_2 | {"row_id": "key", "grounded": None}]
-    assert opened(folder, PROPOSALS) == [OF_VERSION_2 | {"grounded": None}]
+    assert read(folder, PROPOSALS) == [OF_VERSION_2 | {"row_id": "key"} | SINCE_THEN]
+    assert opened(folder, PROPOSALS) == [OF_VERSION_2 | SINCE_THEN]
 
 
-def test_rows_in_a_log_of_version_2_are_replayed_after_migration(folder: Path) -> None:
+def test_rows_in_a_log_of_version_2_are_read_after_migration(folder: Path) -> None:
     write_version_2(folder)
-    log = Log(folder / "_log")
-    log.append([encode(Row(PROPOSALS, OF_VERSION_2 | {"prompt": "late", "row_id": "late"}))])
-    log.close()
+    write_old_log(
+        folder / "_log", record(PROPOSALS, OF_VERSION_2 | {"prompt": "late", "row_id": "late"})
+    )
     assert cli_main(["migrate"]) == 0
     rows = sorted(opened(folder, PROPOSALS), key=lambda row: str(row["prompt"]))
     assert rows == [
-        OF_VERSION_2 | {"grounded": None},
-        OF_VERSION_2 | {"prompt": "late", "grounded": None},
+        OF_VERSION_2 | SINCE_THEN,
+        OF_VERSION_2 | {"prompt": "late"} | SINCE_THEN,
     ]
 
 
@@ -330,7 +333,7 @@ def version_2(folder: Path) -> Path:
         FEEDBACK: without(FEEDBACK, "received", "source", "author", "row_id"),
         RUNS: without(RUNS),
         SCORES: without(SCORES),
-        PROPOSALS: without(PROPOSALS, "grounded"),
+        PROPOSALS: without(PROPOSALS, "grounded", "provenance"),
     }
     feedback = OLD_FEEDBACK | {"schema_version": "1.0", "corrected_proposal": None}
     future = NOW.replace(year=2099)
@@ -343,10 +346,8 @@ def version_2(folder: Path) -> Path:
     }
     for table, schema in schemas.items():
         write(folder, table, pa.Table.from_pylist(rows.get(table, []), schema=schema))
-    log = Log(folder / "_log")
     logged = feedback | {"timestamp": NOW, "feedback_id": "f-3"}
-    log.append([encode(Row(FEEDBACK, logged))])
-    log.close()
+    write_old_log(folder / "_log", record(FEEDBACK, logged))
     return folder
 
 
@@ -370,9 +371,7 @@ def test_version_3_loses_no_row_of_its_tables_and_logs(
         shape = without(table, *(["author"] if table == FEEDBACK else []), version="3")
         rows = [stored] if table == FEEDBACK else []
         write(folder, table, pa.Table.from_pylist(rows, schema=shape))
-    log = Log(folder / "_log")
-    log.append([encode(Row(FEEDBACK, logged))])
-    log.close()
+    write_old_log(folder / "_log", record(FEEDBACK, logged))
     with pytest.raises(DatabaseUnavailable, match=r"llm_sidecar\.db migrate"):
         asyncio.run(Store.open(folder))
     assert cli_main(["migrate"]) == 0
@@ -384,6 +383,18 @@ def test_version_3_loses_no_row_of_its_tables_and_logs(
     assert len(opened(folder, FEEDBACK)) == 2
     rows = sorted(read(folder, FEEDBACK), key=lambda row: str(row["feedback_id"]))
     assert rows == [stored | {"author": None}, logged | {"author": None}]
+
+
+def test_a_proposal_of_version_4_keeps_all_values(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [OF_VERSION_2 | {"row_id": "key", "grounded": "ticker"}]
+    shape = without(PROPOSALS, "provenance", version="4")
+    write(folder, PROPOSALS, pa.Table.from_pylist(rows, schema=shape))
+    assert cli_main(["migrate"]) == 0
+    message = f"proposals: 1 rows brought to version {VERSION}, with provenance added; the old"
+    assert message in capsys.readouterr().out
+    assert read(folder, PROPOSALS) == [rows[0] | {"provenance": None}]
 
 
 def test_opening_version_2_fails_with_instructions(version_2: Path) -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 import boto3
 import pytest
 
-from llm_sidecar.db import HermesScoreSchema, Phi3FeedbackSchema, Store, store, writer
+from llm_sidecar.db import HermesScoreSchema, Phi3FeedbackSchema, Store, mover, store
 from llm_sidecar.errors import DatabaseUnavailable
-from tests.integration.test_db_writer import until
+from tests.integration.test_db_mover import until
 
 SCORES = "hermes_scores"
 BUCKET = "osiris"
@@ -98,8 +98,9 @@ async def test_rows_are_stored_queried_and_compacted(uri: str, tmp_path: Path) -
     assert store.status()["fragments"][SCORES] == 1
     assert len(await store.last(SCORES, 0)) == 3
     await store.close()
-    # The log of an object store is on this machine, and empty when all rows are stored.
-    assert not list((tmp_path / "log").glob("*/*/*.log"))
+    # The journal of an object store is on this machine, and empty when all rows are stored.
+    assert store.status()["rows_waiting"] == 0
+    assert len(list((tmp_path / "log").glob("*/journal.sqlite3"))) == 1
 
 
 async def test_two_concurrent_writers_lose_and_duplicate_no_row(
@@ -126,10 +127,10 @@ async def test_a_server_that_hangs_and_recovers_loses_and_duplicates_no_row(
     uri: str, running: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "_QUERY_SECONDS", 1.0)
-    monkeypatch.setattr(writer, "_STALLED_SECONDS", 1.0)
+    monkeypatch.setattr(mover, "_STALLED_SECONDS", 1.0)
     opened = await Store.open(uri)
     running.send(signal.SIGSTOP)
-    # The row is acknowledged, because it is in the log.
+    # The row is acknowledged, because it is in the journal.
     async with asyncio.timeout(2):
         await opened.append(score("logged"))
     with pytest.raises(DatabaseUnavailable, match="longer than 1 s"):
@@ -143,10 +144,10 @@ async def test_a_server_that_hangs_and_recovers_loses_and_duplicates_no_row(
     await opened.close()
 
 
-async def test_rows_left_in_the_log_are_moved_by_the_next_process(
+async def test_rows_left_in_the_journal_are_moved_by_the_next_process(
     uri: str, running: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "_CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr(mover, "_CLOSE_SECONDS", 0.5)
     opened = await Store.open(uri)
     await opened.append(score("early"))
     await opened.last(SCORES, 1)

@@ -120,8 +120,8 @@ def test_a_block_is_of_a_language_that_is_checked(block: Block) -> None:
             # A picture.
             assert not re.search(r"^\s*(curl|make|python|docker)", block.text, re.MULTILINE)
         case language:
-            # Prometheus reads the queries in test_observability.py.
-            assert language in (*COMMANDS, "promql")
+            # test_observability.py and test_redis_acl.py give these to Prometheus and Redis.
+            assert language in (*COMMANDS, "promql", "acl")
 
 
 def test_every_command_of_a_page_has_an_answer_that_is_compared_or_none() -> None:

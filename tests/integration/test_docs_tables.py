@@ -11,11 +11,13 @@ import yaml
 
 from llm_sidecar.db import Phi3FeedbackSchema
 from llm_sidecar.models.base import ChoiceScores
+from llm_sidecar.services.events import ADAPTER_SWAPPED, PAYLOADS
 from llm_sidecar.services.proposal_run import AssessedProposal
 from llm_sidecar.settings import Settings
+from llm_sidecar.tts.voice import AUDIO_BYTES
 from osiris.server import create_app
 from tests.docs_pages import PAGES, anchors
-from tests.docs_tables import COMMAND, DOCS, GENERATED, PAYLOADS, current
+from tests.docs_tables import COMMAND, DOCS, EVENTS, GENERATED, current
 from tests.live_server import ROOT
 from tests.unit.fakes import FakeSidecar, completion, last_of
 
@@ -78,7 +80,10 @@ async def test_every_event_has_the_keys_that_its_row_says() -> None:
         Phi3FeedbackSchema(transaction_id="t", feedback_type="rating", feedback_content="5")
     )
     published = {channel: set(payload) for channel, payload in fake_sidecar.happened.of("event")}
-    # The author is left out of feedback without a named key.
+    # The author is left out of feedback without a named key, and no adapter is swapped here.
     assert published == {
-        channel: set(keys) - {"author"} for channel, (_, keys) in PAYLOADS.items() if keys
+        channel: payload.model_fields.keys() - {"author"}
+        for channel, payload in PAYLOADS.items()
+        if channel != ADAPTER_SWAPPED
     }
+    assert EVENTS.keys() == {*PAYLOADS, AUDIO_BYTES}

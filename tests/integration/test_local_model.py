@@ -30,6 +30,7 @@ from llm_sidecar.errors import (
     QueueFull,
 )
 from llm_sidecar.models.base import Adapter
+from llm_sidecar.models.fake import IDENTITY
 from llm_sidecar.models.files import ModelFiles
 from llm_sidecar.models.local import process
 from llm_sidecar.models.local.load_state import ModelLimits
@@ -869,7 +870,7 @@ async def test_a_worker_that_writes_no_valid_message_is_killed(
     "again",
     [
         # The first answers `Load` again; the second is too deep for the parser.
-        encode(Ready("fake", "cpu", 100, 1)).decode().strip(),
+        encode(Ready(IDENTITY, 100, 1)).decode().strip(),
         '{"type": "Done", "id": 1, "more": ' + "[" * 100_000,
     ],
     ids=["twice_ready", "too_deep"],
@@ -877,7 +878,7 @@ async def test_a_worker_that_writes_no_valid_message_is_killed(
 async def test_a_worker_that_writes_nonsense_later_is_killed(
     monkeypatch: pytest.MonkeyPatch, again: str
 ) -> None:
-    ready = encode(Ready("fake", "cpu", 100, 1)).decode().strip()
+    ready = encode(Ready(IDENTITY, 100, 1)).decode().strip()
     script = f"input(); print({ready!r}, flush=True); input(); print({again!r}, flush=True)"
     replace_worker(monkeypatch, f"{script}; input(); input()")
     worker = await process.WorkerProcess.start("phi3/fake")
@@ -895,7 +896,7 @@ async def test_a_worker_that_is_ready_too_late_still_ends(monkeypatch: pytest.Mo
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
             await worker.load(Load("/models/phi3", "cpu", 1))
-    ready = Ready("fake", "cpu", 100, 1)
+    ready = Ready(IDENTITY, 100, 1)
     worker._write(ready)
     async with asyncio.timeout(10):
         await worker.stop()

@@ -14,7 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from llm_sidecar.errors import DeadlineExceeded, InvalidRequest, QueueFull, VoiceUnavailable
+from llm_sidecar.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    QueueFull,
+    SidecarError,
+    VoiceUnavailable,
+)
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.tts import wav
 from llm_sidecar.tts.espeak import EspeakVoice
@@ -177,7 +183,7 @@ class SlowVoice:
 
     name = "chatterbox"
     clones = True
-    available = True
+    unavailable: str | None = None
 
     def __init__(self) -> None:
         self.go = asyncio.Semaphore(0)
@@ -282,13 +288,64 @@ async def test_the_setting_and_the_available_voices_decide_which_one_speaks(bus:
     voice = SlowVoice()
     assert Speaker(bus, voice="auto", remote=voice).current_voice() is voice
     assert Speaker(bus, voice="espeak", remote=voice).current_voice().name == "espeak"
-    voice.available = False
+    voice.unavailable = "There is none, because of the test."
     assert Speaker(bus, voice="auto", remote=voice).current_voice().name == "espeak"
     speaker = Speaker(bus, voice="chatterbox", remote=voice)
-    with pytest.raises(VoiceUnavailable, match="TTS_VOICE") as caught:
+    with pytest.raises(VoiceUnavailable, match=r"^There is none, because of the test\.$") as caught:
         await speaker.speak("Hello.")
-    assert caught.value.retry_after
+    assert caught.value.retry_after == 5
     assert speaker.status()["state"] == "unavailable"
+
+
+async def test_without_a_redis_for_workers_the_error_names_the_settings(bus: EventBus) -> None:
+    with pytest.raises(VoiceUnavailable, match=r"^TTS_VOICE=chatterbox needs .* REDIS_URL=memory"):
+        await Speaker(bus, voice="chatterbox").speak("Hello.")
+
+
+class FailingVoice(SlowVoice):
+    """Yields a part for each word except the last, at which it fails."""
+
+    def __init__(self, error: SidecarError) -> None:
+        super().__init__()
+        self._error = error
+
+    async def speak(
+        self, text: str, *, exaggeration: float, reference: Reference | None
+    ) -> AsyncIterator[Wav]:
+        for word in text.split()[:-1]:
+            yield Wav(np.full(10, int(word), np.int16), 24_000)
+        raise self._error
+
+
+@pytest.mark.parametrize("error", [VoiceUnavailable, DeadlineExceeded, QueueFull])
+async def test_the_embedded_voice_speaks_a_text_of_which_the_remote_one_spoke_nothing(
+    bus: EventBus, error: type[SidecarError], caplog: pytest.LogCaptureFixture
+) -> None:
+    queue, voice = await listen(bus), FailingVoice(error("it broke"))
+    spoken = await Speaker(bus, remote=voice).speak("1", 0.5, Reference(GOOD, 1.5))
+    assert (spoken.voice, spoken.cloned) == ("espeak", False)
+    assert await take(queue) == spoken.wav
+    assert queue.empty()
+    assert "the embedded voice speaks instead of chatterbox: it broke" in caplog.text
+
+
+async def test_a_text_is_not_spoken_in_two_voices(bus: EventBus) -> None:
+    queue, voice = await listen(bus), FailingVoice(VoiceUnavailable("it broke"))
+    with pytest.raises(VoiceUnavailable, match=r"^it broke$"):
+        await Speaker(bus, remote=voice).speak("1 2")
+    assert wav.decode(await take(queue)).samples[0] == 1
+    assert queue.empty()
+
+
+async def test_the_embedded_voice_speaks_neither_bad_input_nor_where_chatterbox_is_set(
+    bus: EventBus,
+) -> None:
+    refusing = FailingVoice(InvalidRequest("it is bad"))
+    with pytest.raises(InvalidRequest, match=r"^it is bad$"):
+        await Speaker(bus, remote=refusing).speak("1")
+    broken = FailingVoice(VoiceUnavailable("it broke"))
+    with pytest.raises(VoiceUnavailable, match=r"^it broke$"):
+        await Speaker(bus, voice="chatterbox", remote=broken).speak("1")
 
 
 async def test_only_a_voice_that_clones_is_given_the_reference(bus: EventBus) -> None:

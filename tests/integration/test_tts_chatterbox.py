@@ -9,7 +9,7 @@ import struct
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,9 +20,10 @@ from llm_sidecar.event_bus import EventBus
 from llm_sidecar.tts import ChatterboxTTS
 from llm_sidecar.tts import wav as wavs
 from llm_sidecar.tts.__main__ import main
-from llm_sidecar.tts.chatterbox import WEIGHTS
+from llm_sidecar.tts.chatterbox import WEIGHTS, ChatterboxVoice
+from llm_sidecar.tts.text import split
 from llm_sidecar.tts.voice import Wav
-from tests.integration.test_tts_remote import Tones
+from tests.tones import Tones
 
 
 @pytest.fixture
@@ -59,6 +60,7 @@ class RecordingPackage:
 
     conds = t3 = SimpleNamespace(hp=None)
     read: Any = None
+    spoken: ClassVar[list[str]] = []
 
     @classmethod
     def from_local(cls, folder: Path, device: str) -> RecordingPackage:
@@ -69,25 +71,43 @@ class RecordingPackage:
         type(self).read = soundfile.read(file, dtype="int16")
 
     def generate(self, text: str, exaggeration: float) -> Any:
+        self.spoken.append(text)
         samples = np.full((1, 2_400), 0.5, np.float32)
         return SimpleNamespace(squeeze=lambda axis: SimpleNamespace(numpy=lambda: samples[axis]))
 
 
-async def test_the_package_gets_all_samples_of_a_reference_that_was_written_to_a_pipe(
-    weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = ModuleType("chatterbox.tts")
-    package.ChatterboxTTS = RecordingPackage  # type: ignore[attr-defined]
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch) -> type[RecordingPackage]:
+    module = ModuleType("chatterbox.tts")
+    module.ChatterboxTTS = RecordingPackage  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
     monkeypatch.setitem(sys.modules, "chatterbox", ModuleType("chatterbox"))
-    monkeypatch.setitem(sys.modules, "chatterbox.tts", package)
+    monkeypatch.setitem(sys.modules, "chatterbox.tts", module)
+    RecordingPackage.spoken.clear()
+    return RecordingPackage
+
+
+async def test_a_text_can_be_continued_in_its_middle(
+    weights: Path, package: type[RecordingPackage]
+) -> None:
+    voice = ChatterboxVoice(weights, "cpu")
+    speech = voice.speak("Up. Down. Out.", exaggeration=0.5, reference=None, first=1)
+    parts = [part async for part in speech]
+    await voice.close()
+    assert package.spoken == split("Up. Down. Out.")[1:]
+    assert len(parts) == len(package.spoken)
+
+
+async def test_the_package_gets_all_samples_of_a_reference_that_was_written_to_a_pipe(
+    weights: Path, package: type[RecordingPackage]
+) -> None:
     spoken = np.arange(16_000, dtype=np.int16)
     file = wavs.encode(Wav(spoken, 16_000))
     piped = file[:4] + struct.pack("<I", 0) + file[8:40] + struct.pack("<I", 0) + file[44:]
     voice = ChatterboxTTS(weights, "cpu", EventBus("memory://"))
     await voice.synth("word", ref_wav=piped)
     await voice.close()
-    samples, rate = RecordingPackage.read
+    samples, rate = package.read
     assert rate == 16_000
     assert samples.tolist() == spoken.tolist()
 

@@ -1,126 +1,109 @@
-"""Speech workers and their sidecars, over an embedded Redis and over a real one."""
+"""Speech workers and their sidecars, over a real Redis."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import contextlib
-import itertools
 import json
+import os
+import signal
+import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from llm_sidecar.errors import DeadlineExceeded, InvalidRequest, QueueFull, VoiceUnavailable
-from llm_sidecar.event_bus import EventBus
+from llm_sidecar.event_bus import redis_url
+from llm_sidecar.event_bus.redis_url import make_client
+from llm_sidecar.tts import remote, speech_stream
 from llm_sidecar.tts import wav as wavs
-from llm_sidecar.tts.messages import ANNOUNCED, requested
-from llm_sidecar.tts.remote import RETRY_AFTER, RemoteVoice
+from llm_sidecar.tts.__main__ import _serve
+from llm_sidecar.tts.answers import RETRY_AFTER
+from llm_sidecar.tts.remote import RemoteVoice
+from llm_sidecar.tts.speech_stream import GROUP, STREAM, WORKERS, Requests, Work, key_of
 from llm_sidecar.tts.voice import Reference, Wav
-from llm_sidecar.tts.worker import SpeechWorker
+from llm_sidecar.tts.worker import MOST_DELIVERIES, SpeechWorker
+from tests.live_server import ROOT
 from tests.redis_server import RedisServer, require_redis
+from tests.tones import RATE, TONE, Tones, tone
 
 TIMEOUT = 10.0
 """Seconds that a test waits for a condition before it fails."""
-RATE = 8_000
-TONE = 400
-"""Samples of one word."""
-
-names = itertools.count()
-
-
-class Tones:
-    """A voice that speaks each word as a tone: the longer the word, the higher; the more
-    exaggeration, the louder.
-
-    Attributes:
-        gate: it waits for this event before each word.
-        held: the event is cleared before this word.
-        begun: words that it has begun to speak.
-    """
-
-    name = "tones"
-    clones = True
-    sample_rate = RATE
-
-    def __init__(self) -> None:
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.held = ""
-        self.begun: list[str] = []
-        self.given_up = 0
-
-    async def speak(
-        self, text: str, *, exaggeration: float, reference: Reference | None
-    ) -> AsyncIterator[Wav]:
-        ended = False
-        try:
-            for word in text.split():
-                self.begun.append(word)
-                if word == self.held:
-                    self.gate.clear()
-                await self.gate.wait()
-                if word == "break":
-                    raise RuntimeError(f"a string broke at {text}")
-                yield tone(word, exaggeration, reference)
-            ended = True
-        finally:
-            self.given_up += not ended
-
-    async def close(self) -> None:
-        pass
-
-
-def tone(word: str, exaggeration: float = 0.5, reference: Reference | None = None) -> Wav:
-    octave = 1 if reference is None else 2
-    phase = 2 * np.pi * 100 * octave * len(word) * np.arange(TONE) / RATE
-    return Wav((np.sin(phase) * 10_000 * (exaggeration + 0.1)).astype(np.int16), RATE)
+STALE = 0.3
 
 
 class House:
-    """Workers and sidecars on one Redis, each with a bus of its own."""
+    """Workers and sidecars on one Redis, each with a client of its own."""
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self.redis = make_client(url)
         self._stack = contextlib.AsyncExitStack()
+        self._stack.push_async_callback(self.redis.aclose)
 
-    async def bus(self) -> EventBus:
-        bus = EventBus(self.url)
-        self._stack.push_async_callback(bus.close)
-        await bus.connect()
-        return bus
-
-    async def worker(self, voice: Tones | None = None, *, max_waiting: int = 16) -> SpeechWorker:
-        worker = SpeechWorker(
-            await self.bus(), voice or Tones(), announce_every=0.05, max_waiting=max_waiting
-        )
+    async def worker(self, voice: Tones | None = None, *, sign_every: float = 0.05) -> SpeechWorker:
+        client = make_client(self.url)
+        self._stack.push_async_callback(client.aclose)
+        worker = SpeechWorker(client, voice or Tones(), sign_every=sign_every, stale_after=STALE)
         self._stack.push_async_callback(worker.close)
         await worker.start()
         return worker
 
+    async def process(self, held: str) -> asyncio.subprocess.Process:
+        """A worker in its own process, which prints each word before it speaks it."""
+        worker = await asyncio.create_subprocess_exec(
+            *[sys.executable, "-m", "tests.tones", self.url, held],
+            cwd=ROOT,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        self._stack.push_async_callback(worker.wait)
+        self._stack.callback(kill, worker)
+        return worker
+
     async def sidecar(
-        self,
-        *,
-        alive_for: float = TIMEOUT,
-        part_timeout: float = TIMEOUT,
-        lost_after: float = TIMEOUT,
+        self, *, part_timeout: float = TIMEOUT, gone_after: float = TIMEOUT
     ) -> RemoteVoice:
         voice = RemoteVoice(
-            await self.bus(),
-            alive_for=alive_for,
+            make_client(self.url),
             part_timeout=part_timeout,
-            lost_after=lost_after,
+            gone_after=gone_after,
+            look_every=0.02,
         )
         self._stack.push_async_callback(voice.close)
         await voice.start()
         return voice
+
+    async def pair(self, voice: Tones | None = None) -> tuple[RemoteVoice, SpeechWorker]:
+        sidecar, worker = await self.sidecar(), await self.worker(voice)
+        await until(lambda: sidecar.unavailable is None)
+        return sidecar, worker
+
+    async def work(self, stale_after: float = STALE) -> Work:
+        """The worker's side of the stream of requests, after one heartbeat."""
+        work = Work(self.redis, stale_after)
+        await work.show()
+        return work
+
+    async def is_empty(self) -> bool:
+        """Whether no request is left in Redis."""
+        pending = await self.redis.xpending_range(STREAM, GROUP, "-", "+", 1)
+        keys = await self.redis.keys("osiris.speech.request.*")
+        return not (keys or pending or await self.redis.xlen(STREAM))
 
     async def __aenter__(self) -> House:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
+
+
+def kill(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -130,18 +113,27 @@ def server() -> Iterator[RedisServer]:
         yield running
 
 
-@pytest.fixture(params=["memory", "redis"])
-async def house(request: pytest.FixtureRequest) -> AsyncIterator[House]:
-    url = f"memory://tts-{next(names)}"
-    if request.param == "redis":
-        url = request.getfixturevalue("server").url
-    async with House(url) as house:
+@pytest.fixture(autouse=True)
+def short_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speech_stream, "BLOCK", 0.1)
+
+
+@pytest.fixture
+async def house(server: RedisServer) -> AsyncIterator[House]:
+    async with House(server.url) as house:
+        await house.redis.flushall()
         yield house
 
 
 async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(TIMEOUT):
         while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def until_empty(house: House) -> None:
+    async with asyncio.timeout(TIMEOUT):
+        while not await house.is_empty():
             await asyncio.sleep(0.005)
 
 
@@ -157,12 +149,6 @@ async def say(
         return [part async for part in spoken]
 
 
-async def pair(house: House, voice: Tones | None = None) -> tuple[RemoteVoice, SpeechWorker]:
-    sidecar, worker = await house.sidecar(), await house.worker(voice)
-    await until(lambda: sidecar.available)
-    return sidecar, worker
-
-
 def same(spoken: list[Wav], expected: list[Wav]) -> bool:
     return len(spoken) == len(expected) and all(
         part.sample_rate == other.sample_rate and np.array_equal(part.samples, other.samples)
@@ -170,325 +156,526 @@ def same(spoken: list[Wav], expected: list[Wav]) -> bool:
     )
 
 
-async def test_the_parts_come_in_their_order(house: House) -> None:
-    sidecar, _ = await pair(house)
-    words = ["a", "bb", "ccc", "dddd", "eeeee"]
-    assert same(await say(sidecar, " ".join(words)), [tone(word) for word in words])
+def tones(text: str) -> list[Wav]:
+    return [tone(word) for word in text.split()]
+
+
+# A text
+
+
+async def test_the_parts_come_in_their_order_and_nothing_stays_in_redis(house: House) -> None:
+    sidecar, _ = await house.pair()
+    assert same(await say(sidecar, "a bb ccc dddd eeeee"), tones("a bb ccc dddd eeeee"))
+    assert await house.is_empty()
 
 
 async def test_a_part_comes_while_the_rest_is_still_to_be_spoken(house: House) -> None:
-    voice = Tones()
-    sidecar, _ = await pair(house, voice)
-    voice.held = "two"
+    voice = Tones(held="two")
+    sidecar, _ = await house.pair(voice)
     parts = sidecar.speak("one two three", exaggeration=0.5, reference=None)
-    assert same([await anext(parts)], [tone("one")])
+    assert same([await anext(parts)], tones("one"))
     voice.gate.set()
-    assert same([part async for part in parts], [tone("two"), tone("three")])
+    assert same([part async for part in parts], tones("two three"))
 
 
 async def test_exaggeration_and_reference_reach_the_voice(house: House) -> None:
-    sidecar, _ = await pair(house)
+    sidecar, _ = await house.pair()
     file = wavs.encode(wavs.join([tone("me")] * round(1.5 * RATE / TONE)))
     reference = Reference(file, 1.5)
     spoken = await say(sidecar, "word", exaggeration=1.7, reference=reference)
     assert same(spoken, [tone("word", 1.7, reference)])
 
 
-async def test_requests_at_once_are_not_mixed(house: House) -> None:
-    await house.worker()
-    sidecars = [await house.sidecar(), await house.sidecar()]
-    await until(lambda: all(sidecar.available for sidecar in sidecars))
-    texts = ["x " * n + "y" * n for n in range(1, 8)]
-    spoken = await asyncio.gather(
-        *(say(sidecars[n % 2], text) for n, text in enumerate(texts)),
-    )
-    for text, parts in zip(texts, spoken, strict=True):
-        assert same(parts, [tone(word) for word in text.split()])
-
-
-async def test_two_workers_share_the_work(house: House) -> None:
-    voices = [Tones(), Tones()]
-    sidecar = await house.sidecar()
-    for voice in voices:
-        voice.gate.clear()
-        await house.worker(voice)
-    await until(lambda: len(sidecar.workers()) == 2)
-    asking = [asyncio.create_task(say(sidecar, word)) for word in ("one", "three")]
-    await until(lambda: all(voice.begun for voice in voices))
-    for voice in voices:
-        voice.gate.set()
-    one, three = await asyncio.gather(*asking)
-    assert same(one, [tone("one")])
-    assert same(three, [tone("three")])
-    # Each text is spoken by one worker: neither by both, nor twice.
-    assert sorted(voice.begun for voice in voices) == [["one"], ["three"]]
-
-
-async def test_a_cancelled_request_is_not_spoken_on(house: House) -> None:
-    voice = Tones()
-    sidecar, _ = await pair(house, voice)
-    voice.gate.clear()
-    first = asyncio.create_task(say(sidecar, "first never"))
-    await until(lambda: voice.begun)
-    second = asyncio.create_task(say(sidecar, "second"))
-    third = asyncio.create_task(say(sidecar, "third"))
-    await until(lambda: sidecar.workers()[0]["waiting"] == 3)
-    second.cancel()
-    await until(lambda: sidecar.workers()[0]["waiting"] == 2)
-    first.cancel()
-    await asyncio.wait([first, second])
-    await until(lambda: voice.given_up)
-    voice.gate.set()
-    assert same(await third, [tone("third")])
-    assert voice.begun == ["first", "third"]
-
-
-async def test_a_request_beyond_the_queues_length_is_refused(house: House) -> None:
-    voice = Tones()
-    voice.gate.clear()
-    sidecar = await house.sidecar()
-    await house.worker(voice, max_waiting=2)
-    await until(lambda: sidecar.available)
-    asking = [asyncio.create_task(say(sidecar, "word")) for _ in range(2)]
-    await until(lambda: sidecar.workers()[0]["waiting"] == 2)
-    with pytest.raises(QueueFull):
-        await say(sidecar, "word")
-    voice.gate.set()
-    assert all(same(parts, [tone("word")]) for parts in await asyncio.gather(*asking))
-
-
-async def test_without_a_worker_the_error_names_the_command_to_start_one(house: House) -> None:
-    sidecar = await house.sidecar()
-    assert not sidecar.available
-    with pytest.raises(VoiceUnavailable, match=r"python -m llm_sidecar\.tts") as caught:
-        await say(sidecar, "word")
-    assert caught.value.retry_after
-
-
-async def test_a_worker_that_comes_later_is_found(house: House) -> None:
-    sidecar = await house.sidecar()
-    await house.worker()
-    await until(lambda: sidecar.available)
-    assert (sidecar.name, sidecar.clones) == ("tones", True)
-    assert same(await say(sidecar, "word"), [tone("word")])
-
-
-async def test_a_worker_that_closes_answers_what_it_has_and_is_gone(house: House) -> None:
-    voice = Tones()
-    sidecar, worker = await pair(house, voice)
-    voice.gate.clear()
-    asking = [asyncio.create_task(say(sidecar, "word")) for _ in range(2)]
-    await until(lambda: sidecar.workers()[0]["waiting"] == 2)
-    await worker.close()
-    for asked in asking:
-        with pytest.raises(VoiceUnavailable, match="shutting down"):
-            await asked
-    await until(lambda: not sidecar.available)
-
-
-async def test_a_worker_that_vanishes_in_the_middle_is_noticed(house: House) -> None:
-    voice = Tones()
-    sidecar, bus = await house.sidecar(alive_for=1.0), await house.bus()
-    worker = SpeechWorker(bus, voice, announce_every=0.05)
-    await worker.start()
-    await until(lambda: sidecar.available)
-    voice.gate.clear()
-    asking = asyncio.create_task(say(sidecar, "word"))
-    await until(lambda: voice.begun)
-    await bus.close()  # as when a process is killed: it does not say goodbye
-    with pytest.raises(VoiceUnavailable, match="ended in the middle"):
-        await asking
-    assert not sidecar.available
-    await worker.close()
-
-
-async def test_a_voice_that_fails_fails_the_request_and_not_the_worker(
-    house: House, caplog: pytest.LogCaptureFixture
-) -> None:
-    sidecar, _ = await pair(house)
-    with pytest.raises(VoiceUnavailable, match="failed"):
-        await say(sidecar, "first break")
-    assert "the voice failed: RuntimeError" in caplog.text
-    assert "first break" not in caplog.text  # what was to be said
-    assert same(await say(sidecar, "word"), [tone("word")])
-
-
 @pytest.mark.parametrize("exaggeration", [-0.1, 2.1, float("inf"), float("nan")])
 async def test_an_exaggeration_out_of_range_is_refused(house: House, exaggeration: float) -> None:
-    sidecar, _ = await pair(house)
+    sidecar, _ = await house.pair()
     with pytest.raises(InvalidRequest, match="exaggeration"):
         await say(sidecar, "word", exaggeration=exaggeration)
 
 
 @pytest.mark.parametrize("text", ["SECRET\0", "SECRET\x85", "SECRET" * 20_000])
 async def test_what_is_no_text_is_refused_and_not_quoted(house: House, text: str) -> None:
-    sidecar, _ = await pair(house)
+    sidecar, _ = await house.pair()
     with pytest.raises(InvalidRequest, match=r"^text: ") as caught:
         await say(sidecar, text)
     assert "SECRET" not in caught.value.detail
-    assert same(await say(sidecar, "word"), [tone("word")])
+    assert same(await say(sidecar, "word"), tones("word"))
 
 
 async def test_a_reference_that_is_no_wav_is_refused(house: House) -> None:
-    sidecar, _ = await pair(house)
-    with pytest.raises(InvalidRequest):
+    sidecar, _ = await house.pair()
+    with pytest.raises(InvalidRequest, match=r"^ref_wav_b64: "):
         await say(sidecar, "word", reference=Reference(b"RIFF but no WAV", 1.0))
 
 
-async def test_a_worker_answers_on_no_channel_but_a_sidecars(house: House) -> None:
-    sidecar, worker = await pair(house)
-    bus, received = await house.bus(), asyncio.Queue[str]()
-    await bus.register_listener_queue("phi3.feedback.submitted", received)
-    strange = {"request_id": "1", "reply_to": "phi3.feedback.submitted", "text": "word"}
-    for payload in (json.dumps({**strange, "exaggeration": 0.5}), "{", "[]", '{"request_id": 1}'):
-        assert await bus.publish(requested(worker.worker_id), payload)
-    assert same(await say(sidecar, "word"), [tone("word")])
-    assert received.empty()
-
-
-async def test_what_is_no_message_is_refused_counted_and_logged_without_its_content(
+async def test_a_voice_that_fails_fails_the_request_and_not_the_worker(
     house: House, caplog: pytest.LogCaptureFixture
 ) -> None:
-    buses = [await house.bus() for _ in range(3)]
-    stranger, *ours = buses
-    worker, sidecar = SpeechWorker(ours[0], Tones(), announce_every=0.05), RemoteVoice(ours[1])
-    await worker.start()
-    await sidecar.start()
-    try:
-        await until(lambda: sidecar.available)
-        announcement = {"worker_id": "w", "voice": "SECRET", "clones": False, "waiting": 0}
-        for voice in ("SECRET\n", "SECRET\0", "SECRET: 1\r\nX-Y: 2", "", "価格"):
-            await stranger.publish(ANNOUNCED, json.dumps(announcement | {"voice": voice}))
-        await stranger.publish(ANNOUNCED, "SECRET" * 100_000)
-        await until(lambda: ours[1].status()["refused"] == 6)
-        # There is no known sender to answer.
-        for payload in ("SECRET", '{"request_id": "SECRET\\u0000"}', "SECRET" * 3_000_000):
-            await stranger.publish(requested(worker.worker_id), payload)
-        await until(lambda: ours[0].status()["refused"] == 3)
-        assert [w["voice"] for w in sidecar.workers()] == ["tones"]
-        assert same(await say(sidecar, "word"), [tone("word")])
-    finally:
-        await sidecar.close()
-        await worker.close()
-    assert caplog.text.count("is refused: ") == 9
-    assert "SECRET" not in caplog.text
+    sidecar, _ = await house.pair()
+    with pytest.raises(VoiceUnavailable, match=r"^the voice failed: see the worker's log$"):
+        await say(sidecar, "first break")
+    assert "the voice failed: RuntimeError" in caplog.text
+    assert "first break" not in caplog.text  # the text of the request
+    assert same(await say(sidecar, "word"), tones("word"))
 
 
-class Liar:
-    """A worker that answers each request as the test says."""
-
-    def __init__(self, bus: EventBus, *answers: dict[str, object]) -> None:
-        self._bus = bus
-        self._answers = answers
-
-    async def __call__(self, payload: str) -> None:
-        request = json.loads(payload)
-        for answer in self._answers:
-            message = {"request_id": request["request_id"], **answer}
-            await self._bus.publish(request["reply_to"], json.dumps(message))
-
-    async def announce(self) -> None:
-        await self._bus.subscribe(requested("liar"), self)
-        await self.announce_itself()
-
-    async def announce_itself(self) -> None:
-        announcement = {"worker_id": "liar", "voice": "lies", "clones": False, "waiting": 0}
-        await self._bus.publish(ANNOUNCED, json.dumps(announcement))
+# Several workers and sidecars
 
 
-def part(index: int, wav: bytes | None = None) -> dict[str, object]:
-    file = wavs.encode(tone("word")) if wav is None else wav
-    return {"index": index, "wav_b64": base64.b64encode(file).decode()}
+async def test_two_sidecars_and_two_workers_share_the_texts(house: House) -> None:
+    voices = [Tones(), Tones()]
+    for voice in voices:
+        await house.worker(voice)
+    sidecars = [await house.sidecar(), await house.sidecar()]
+    await until(lambda: all(len(sidecar.workers()) == 2 for sidecar in sidecars))
+    texts = ["x " * n + "y" * n for n in range(1, 9)]
+    spoken = await asyncio.gather(*(say(sidecars[n % 2], text) for n, text in enumerate(texts)))
+    for text, parts in zip(texts, spoken, strict=True):
+        assert same(parts, tones(text))
+    # Each text is spoken once.
+    assert sum(len(voice.begun) for voice in voices) == sum(len(text.split()) for text in texts)
+
+
+async def test_each_of_two_workers_speaks_a_text_at_the_same_time(house: House) -> None:
+    voices = [Tones(held="one"), Tones(held="one")]
+    for voice in voices:
+        await house.worker(voice)
+    sidecar = await house.sidecar()
+    await until(lambda: len(sidecar.workers()) == 2)
+    asking = [asyncio.create_task(say(sidecar, "one")) for _ in range(2)]
+    await until(lambda: [voice.begun for voice in voices] == [["one"], ["one"]])
+    for voice in voices:
+        voice.gate.set()
+    for asked in asking:
+        assert same(await asked, tones("one"))
+
+
+async def test_a_text_beyond_the_queues_length_is_refused(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "MOST_WAITING", 2)
+    voice = Tones(held="word")
+    sidecar, _ = await house.pair(voice)
+    asking = [asyncio.create_task(say(sidecar, "word")) for _ in range(2)]
+    await until(lambda: sidecar.queued == 2)
+    with pytest.raises(QueueFull, match=r"^the queue of the speech workers is full$"):
+        await say(sidecar, "word")
+    voice.held = ""
+    voice.gate.set()
+    for asked in asking:
+        assert same(await asked, tones("word"))
+
+
+async def test_a_worker_stops_a_cancelled_text(house: House) -> None:
+    voice = Tones(held="first")
+    sidecar, _ = await house.pair(voice)
+    first = asyncio.create_task(say(sidecar, "first never"))
+    await until(lambda: voice.begun)
+    second = asyncio.create_task(say(sidecar, "second"))
+    third = asyncio.create_task(say(sidecar, "third"))
+    await until(lambda: sidecar.queued == 3)
+    second.cancel()
+    await until(lambda: sidecar.queued == 2)
+    first.cancel()
+    await asyncio.wait([first, second])
+    await until(lambda: voice.given_up)
+    voice.gate.set()
+    assert same(await third, tones("third"))
+    assert voice.begun == ["first", "third"]
+    assert await house.is_empty()
+
+
+async def test_a_worker_stops_the_text_of_a_dead_sidecar(house: House) -> None:
+    voice = Tones(held="first")
+    await house.worker(voice)
+    requests = Requests(house.redis)
+    message = json.dumps({"text": "first never", "exaggeration": 0.5})
+    dead = [await requests.add(message) for _ in range(2)]
+    await until(lambda: voice.begun)
+    for asked in dead:
+        assert 0 < await house.redis.ttl(asked.key) <= speech_stream.LISTENED_FOR
+        await house.redis.delete(asked.key)  # as when it expires
+    await until(lambda: voice.given_up)
+    await until_empty(house)
+    assert voice.begun == ["first"]
+
+
+# Workers come and go
+
+
+async def test_without_a_worker_the_error_names_the_command_to_start_one(house: House) -> None:
+    sidecar = await house.sidecar()
+    with pytest.raises(VoiceUnavailable, match=r"python -m llm_sidecar\.tts") as caught:
+        await say(sidecar, "word")
+    assert caught.value.retry_after == RETRY_AFTER
+
+
+async def test_a_worker_that_comes_later_is_found_and_one_that_ends_is_gone(house: House) -> None:
+    sidecar = await house.sidecar()
+    worker = await house.worker()
+    await until(lambda: sidecar.unavailable is None)
+    (shown,) = sidecar.workers()
+    assert shown["worker_id"] == worker.worker_id
+    assert same(await say(sidecar, "word"), tones("word"))
+    await worker.close()
+    await until(lambda: sidecar.unavailable is not None)
+    assert sidecar.workers() == []
+
+
+async def test_only_workers_with_a_recent_heartbeat_count(house: House) -> None:
+    now = time.time()
+    shown = {"alive": now, "dead": now - 60, "from-the-future": now + 60, "two\nlines": now}
+    await house.redis.zadd(WORKERS, {**shown, "long" * 33: now})
+    workers, _ = await Requests(house.redis).overview()
+    assert workers == {"alive": pytest.approx(0, abs=2)}
+
+
+async def test_workers_forget_those_that_are_long_dead(house: House) -> None:
+    await house.redis.zadd(WORKERS, {"dead": time.time() - 100})
+    await house.worker()
+    async with asyncio.timeout(TIMEOUT):
+        while "dead" in await house.redis.zrange(WORKERS, 0, -1):
+            await asyncio.sleep(0.005)
+
+
+async def test_a_worker_that_closes_hands_its_text_to_another_one(house: House) -> None:
+    voices = [Tones(held="two"), Tones()]
+    sidecar, worker = await house.pair(voices[0])
+    asking = asyncio.create_task(say(sidecar, "one two three"))
+    await until(lambda: voices[0].begun == ["one", "two"])
+    await house.worker(voices[1])
+    await worker.close()
+    assert same(await asking, tones("one two three"))
+    assert voices[1].begun == ["two", "three"]
+    assert await house.is_empty()
+
+
+class LoadedTones(Tones):
+    """Tones for the worker's program.
+
+    Attributes:
+        closed: the program has closed it.
+    """
+
+    closed = False
+
+    async def load(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+async def test_a_signal_ends_the_workers_program_in_the_middle_of_a_text(house: House) -> None:
+    sidecar, voice = await house.sidecar(), LoadedTones(held="two")
+    program = asyncio.create_task(_serve(make_client(house.url), voice))  # type: ignore[arg-type]
+    await until(lambda: sidecar.unavailable is None)
+    asking = asyncio.create_task(say(sidecar, "one two"))
+    await until(lambda: voice.begun == ["one", "two"])
+    os.kill(os.getpid(), signal.SIGTERM)
+    await program
+    assert (voice.given_up, voice.closed) == (1, True)
+    await until(lambda: not sidecar.workers())
+    await house.worker()
+    assert same(await asking, tones("one two"))
+
+
+async def test_the_text_of_the_last_worker_fails_when_it_closes(house: House) -> None:
+    voice = Tones(held="word")
+    sidecar, worker = await house.sidecar(gone_after=0.1), await house.worker(voice)
+    await until(lambda: sidecar.unavailable is None)
+    asking = asyncio.create_task(say(sidecar, "word"))
+    await until(lambda: voice.begun)
+    await worker.close()
+    with pytest.raises(VoiceUnavailable, match=r"ended in the middle of a text\.$") as caught:
+        await asking
+    assert caught.value.retry_after == RETRY_AFTER
+    assert await house.is_empty()
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGSTOP])
+async def test_another_worker_continues_the_text_of_one_that_is_killed_or_hangs(
+    house: House, ending: signal.Signals
+) -> None:
+    sidecar, process = await house.sidecar(), await house.process(held="three")
+    await until(lambda: sidecar.unavailable is None)
+    asking = asyncio.create_task(say(sidecar, "one two three four"))
+    assert process.stdout is not None
+    assert [await process.stdout.readline() for _ in range(3)] == [b"one\n", b"two\n", b"three\n"]
+    process.send_signal(ending)
+    voice = Tones()
+    await house.worker(voice)
+    assert same(await asking, tones("one two three four"))
+    assert voice.begun == ["three", "four"]
+    if ending is signal.SIGSTOP:
+        process.send_signal(signal.SIGCONT)  # it has lost its claim
+        assert same(await say(sidecar, "five"), tones("five"))
+    assert await house.is_empty()
+
+
+async def test_a_worker_that_has_lost_its_claim_neither_keeps_it_nor_hands_it_back(
+    house: House,
+) -> None:
+    work = await house.work(stale_after=0.0)
+    await Requests(house.redis).add("{}")
+    first, second = await work.take(), await work.take()
+    assert first is not None
+    assert second is not None
+    assert (first.entry, first.deliveries, second.deliveries) == (second.entry, 1, 2)
+    assert not await work.keep(first)
+    await work.hand_back(first)
+    assert await work.keep(second)
+    await work.hand_back(second)
+    third = await work.take()
+    assert third is not None
+    assert third.deliveries == 2  # handing back is no failure
+
+
+async def test_a_worker_that_has_lost_its_text_does_not_fail_it(house: House) -> None:
+    voice = Tones(held="break")
+    sidecar, worker = await house.sidecar(), await house.worker(voice, sign_every=TIMEOUT)
+    await until(lambda: sidecar.unavailable is None)
+    asking = asyncio.create_task(say(sidecar, "break"))
+    await until(lambda: voice.begun)
+    work = await house.work(stale_after=0.0)
+    taken = await work.take()
+    assert taken is not None
+    voice.gate.set()
+    await until(lambda: worker._speaking is None)
+    await work.answer(taken, part(0, "break"))
+    await work.finish(taken, '{"end": 1}')
+    assert same(await asking, tones("break"))
+
+
+async def test_a_text_that_crashes_its_workers_fails(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    work, sidecar = await house.work(stale_after=0.0), await house.sidecar()
+    await until(lambda: sidecar.unavailable is None)
+    asking = asyncio.create_task(say(sidecar, "poison"))
+    for _ in range(MOST_DELIVERIES):
+        assert await work.take() is not None
+    voice = Tones()
+    await house.worker(voice)
+    with pytest.raises(VoiceUnavailable, match=r"^3 speech workers ended while they spoke this$"):
+        await asking
+    assert voice.begun == []
+    assert "a request is given up" in caplog.text
+    assert "poison" not in caplog.text
+    assert await house.is_empty()
+
+
+# Wrong answers and none
+
+
+async def lie(house: House, sidecar: RemoteVoice, text: str, *messages: str) -> list[Wav]:
+    """Requests a speech from a worker that answers with these messages."""
+    work = await house.work()
+    await until(lambda: sidecar.workers())
+    asking = asyncio.create_task(say(sidecar, text))
+    taken = None
+    while taken is None:
+        taken = await work.take()
+    for message in messages:
+        await work.answer(taken, message)
+    return await asking
+
+
+def part(index: int, word: str = "word") -> str:
+    file = wavs.encode(tone(word))
+    return json.dumps({"index": index, "wav_b64": base64.b64encode(file).decode()})
+
+
+async def test_a_part_that_two_workers_have_sent_is_heard_once(house: House) -> None:
+    sidecar = await house.sidecar()
+    messages = [part(0, "a"), part(1, "bb"), part(0, "a"), part(1, "bb"), '{"end": 2}']
+    assert same(await lie(house, sidecar, "a bb", *messages), tones("a bb"))
 
 
 @pytest.mark.parametrize(
-    ("answers", "reason"),
+    ("messages", "reason"),
     [
-        ([part(0), part(2)], "lost"),
-        ([part(1), part(0)], "lost"),
-        ([part(0), part(0)], "lost"),
-        ([part(0), {"end": 2}], "lost"),
-        ([part(0, b"noise"), {"end": 1}], "not a WAV"),
+        (["SECRET"], "it is not a message"),
+        ([part(0), part(2)], "a part is missing"),
+        ([part(0), part(1), part(2)], "there are more parts than the text has characters"),
     ],
 )
-async def test_parts_are_never_joined_in_the_wrong_order(
-    house: House, answers: list[dict[str, object]], reason: str
+async def test_workers_with_wrong_answers_are_not_used_for_a_while(
+    house: House,
+    messages: list[str],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setattr(remote, "ASIDE_FOR", 0.2)
     sidecar = await house.sidecar()
-    await Liar(await house.bus(), *answers).announce()
-    await until(lambda: sidecar.available)
-    with pytest.raises(VoiceUnavailable, match=reason):
-        await say(sidecar, "word word word")
+    with pytest.raises(VoiceUnavailable, match=rf"^A speech worker answered wrongly: {reason}.$"):
+        await lie(house, sidecar, "no", *messages)
+    with pytest.raises(VoiceUnavailable, match="not used"):
+        await say(sidecar, "word")
+    assert await house.is_empty()
+    assert f"not used for 0 s: an answer is wrong: {reason}" in caplog.text
+    assert "SECRET" not in caplog.text
+    await house.worker()
+    await until(lambda: sidecar.unavailable is None)
+    assert same(await say(sidecar, "word"), tones("word"))
 
 
-@pytest.mark.parametrize("answers", [[], [part(0)]])
-async def test_a_lost_message_does_not_block_a_request(
-    house: House, answers: list[dict[str, object]]
+async def test_after_a_part_that_takes_too_long_no_worker_is_used(
+    house: House,
 ) -> None:
-    sidecar = await house.sidecar(lost_after=0.2)
-    liar = Liar(await house.bus(), *answers)
-    await liar.announce()
-    await until(lambda: sidecar.available)
-    asking = asyncio.create_task(say(sidecar, "word word"))
-    while not asking.done():
-        # It has no request, it says.
-        await liar.announce_itself()
-        await asyncio.wait([asking], timeout=0.05)
-    with pytest.raises(VoiceUnavailable, match="lost") as caught:
-        await asking
-    assert caught.value.retry_after
-
-
-async def test_a_long_wait_in_a_workers_queue_is_no_loss(house: House) -> None:
-    voice = Tones()
-    voice.gate.clear()
-    sidecar = await house.sidecar(lost_after=0.1)
-    await house.worker(voice)
-    await until(lambda: sidecar.available)
-    asking = [asyncio.create_task(say(sidecar, "word")) for _ in range(2)]
-    await until(lambda: sidecar.workers()[0]["waiting"] == 2)
-    await asyncio.wait(asking, timeout=0.5)
-    voice.gate.set()
-    for asked in asking:
-        assert same(await asked, [tone("word")])
-
-
-async def test_without_redis_no_worker_counts_as_running() -> None:
-    require_redis()
-    with RedisServer() as server:
-        async with House(server.url) as house:
-            sidecar, _ = await pair(house)
-            server.kill()
-            async with asyncio.timeout(2):
-                while sidecar.available:
-                    await asyncio.sleep(0.005)
-
-
-async def test_a_part_that_takes_too_long_ends_the_request(house: House) -> None:
-    voice = Tones()
-    voice.gate.clear()
+    voice = Tones(held="word")
     sidecar = await house.sidecar(part_timeout=0.2)
     await house.worker(voice)
-    await until(lambda: sidecar.available)
-    with pytest.raises(DeadlineExceeded) as caught:
+    await until(lambda: sidecar.unavailable is None)
+    with pytest.raises(DeadlineExceeded, match="spoke no further part of the text") as caught:
         await say(sidecar, "word")
     assert caught.value.retry_after == RETRY_AFTER
+    assert "not used" in str(sidecar.unavailable)
     await until(lambda: voice.given_up)
+
+
+async def test_workers_that_begin_no_text_are_not_used(house: House) -> None:
+    await house.work()
+    sidecar = await house.sidecar(part_timeout=0.2)
+    await until(lambda: sidecar.unavailable is None)
+    with pytest.raises(DeadlineExceeded, match="spoke no further part of the text"):
+        await say(sidecar, "word")
+    assert "not used" in str(sidecar.unavailable)
+
+
+async def test_workers_that_are_busy_with_other_texts_are_still_used(house: House) -> None:
+    voice = Tones(held="word")
+    sidecar, other = await house.sidecar(part_timeout=0.2), await house.sidecar()
+    await house.worker(voice)
+    await until(lambda: sidecar.unavailable is None and other.unavailable is None)
+    asking = asyncio.create_task(say(other, "word"))
+    await until(lambda: voice.begun)
+    with pytest.raises(DeadlineExceeded, match="were busy with other texts"):
+        await say(sidecar, "word")
+    assert sidecar.unavailable is None
+    voice.gate.set()
+    assert same(await asking, tones("word"))
+
+
+async def test_invalid_requests_are_refused_and_removed(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    for field, value in (("no", "id"), ("id", "SECRET"), ("id", "0" * 32), ("id", "1" * 32)):
+        await house.redis.xadd(STREAM, {field: value})
+    await house.redis.xadd(key_of("1" * 32), {"data": "SECRET"})
+    keys = set(await house.redis.keys())
+    sidecar, _ = await house.pair()
+    assert same(await say(sidecar, "word"), tones("word"))
+    assert set(await house.redis.keys()) == keys | {WORKERS}
+    answer = str((await house.redis.xrevrange(key_of("1" * 32), count=1))[0][1]["data"])  # type: ignore[index]
+    assert json.loads(answer)["kind"] == "InvalidRequest"
+    assert await house.redis.xlen(STREAM) == 0
+    assert caplog.text.count("it has no request id") == 2
+    assert "SECRET" not in caplog.text + answer
+
+
+# Redis comes and goes
 
 
 async def test_workers_are_found_once_redis_is_available() -> None:
     require_redis()
     server = RedisServer()
-    buses = [EventBus(server.url) for _ in range(2)]
-    worker = SpeechWorker(buses[0], Tones(), announce_every=0.05)
-    sidecar = RemoteVoice(buses[1])
-    try:
-        await asyncio.gather(worker.start(), sidecar.start(), *(bus.start() for bus in buses))
-        assert not sidecar.available
+    async with House(server.url) as house:
+        sidecar, _ = await house.sidecar(), await house.worker()
+        await until(lambda: sidecar.unavailable == remote._AWAY)
         server.start()
-        await until(lambda: sidecar.available)
-        assert same(await say(sidecar, "word"), [tone("word")])
+        try:
+            await until(lambda: sidecar.unavailable is None)
+            assert same(await say(sidecar, "word"), tones("word"))
+            server.kill()
+            await until(lambda: sidecar.unavailable == remote._AWAY)
+            with pytest.raises(VoiceUnavailable, match=r"^Redis does not answer"):
+                await say(sidecar, "word")
+        finally:
+            server.kill()
+
+
+async def test_a_text_goes_on_after_a_restart_of_a_redis_that_keeps_it(tmp_path: Path) -> None:
+    require_redis()
+    durable = ["--appendonly", "yes", "--appendfsync", "always", "--dir", str(tmp_path)]
+    voice = Tones(held="two")
+    with RedisServer(*durable) as server:
+        async with House(server.url) as house:
+            sidecar, _ = await house.pair(voice)
+            asking = asyncio.create_task(say(sidecar, "one two three"))
+            await until(lambda: voice.begun == ["one", "two"])
+            server.kill()
+            await until(lambda: sidecar.unavailable is not None)
+            server.start()
+            voice.gate.set()
+            assert same(await asking, tones("one two three"))
+            assert await house.is_empty()
+
+
+async def test_a_text_that_redis_lost_fails_at_once() -> None:
+    require_redis()
+    voice = Tones(held="two")
+    with RedisServer() as server:
+        async with House(server.url) as house:
+            sidecar, _ = await house.pair(voice)
+            asking = asyncio.create_task(say(sidecar, "one two three"))
+            await until(lambda: voice.begun == ["one", "two"])
+            server.kill()
+            server.start()
+            with pytest.raises(VoiceUnavailable, match=r"^Redis no longer has the text"):
+                await asking
+            await until(lambda: voice.given_up)
+            voice.gate.set()
+            await until(lambda: sidecar.unavailable is None)
+            assert same(await say(sidecar, "word"), tones("word"))
+
+
+async def test_a_redis_that_hangs_in_the_middle_of_a_text_ends_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    require_redis()
+    monkeypatch.setattr(redis_url, "REPLY_TIMEOUT", 0.2)
+    monkeypatch.setattr(speech_stream, "BLOCK", 0.05)
+    voice = Tones(held="word")
+    with RedisServer() as server:
+        async with House(server.url) as house:
+            sidecar, _ = await house.sidecar(gone_after=0.5), await house.worker(voice)
+            await until(lambda: sidecar.unavailable is None)
+            asking = asyncio.create_task(say(sidecar, "word"))
+            await until(lambda: voice.begun)
+            server.freeze()
+            with pytest.raises(VoiceUnavailable, match=r"^Redis does not answer"):
+                await asking
+            server.thaw()
+
+
+async def test_a_redis_that_denies_the_keys_is_named(house: House) -> None:
+    await house.redis.acl_setuser(
+        "bus", enabled=True, nopass=True, keys=["other"], commands=["+@all"]
+    )
+    denied = RemoteVoice(make_client(house.url.replace("//", "//bus:any@")), look_every=0.02)
+    await denied.start()
+    try:
+        await until(lambda: denied.unavailable == remote._DENIED)
     finally:
-        for close in (worker.close, sidecar.close, *(bus.close for bus in buses)):
-            await close()
-        server.kill()
+        await denied.close()
+        await house.redis.acl_deluser("bus")
+
+
+async def test_something_else_at_redis_address_is_no_worker(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def say_ok(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(1 << 16):
+            writer.write(b"+OK\r\n" * 3)
+        writer.close()
+
+    async with await asyncio.start_server(say_ok, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        sidecar = RemoteVoice(make_client(f"redis://127.0.0.1:{port}/0"), look_every=0.01)
+        await sidecar.start()
+        await until(lambda: sidecar.unavailable == remote._AWAY)
+        await asyncio.sleep(0.1)
+        await sidecar.close()
+    assert caplog.text.count("no speech worker can be used") == 1

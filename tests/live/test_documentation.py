@@ -176,6 +176,19 @@ def test_the_generated_client_speaks_and_listens(ask: Operations, models: Any) -
         assert next(line for line in stream.iter_lines() if line.startswith("data: UklGR"))
 
 
+def test_the_generated_client_follows_events_and_reads_dead_letters(
+    ask: Operations, models: Any
+) -> None:
+    listening = ask.module("stream_events")._get_kwargs(types="phi3.feedback.submitted")
+    with ask.client.get_httpx_client().stream(**listening) as stream:
+        sent = models.FeedbackRequest("t", models.FeedbackRequestFeedbackType.RATING, "5")
+        assert ask("submit_feedback", body=sent).transaction_id == "t"
+        assert "event: phi3.feedback.submitted" in stream.iter_lines()
+    assert ask("list_dead_letters", limit=5).items == []
+    missing = ask("requeue_dead_letter", "1-0")
+    assert isinstance(missing, models.ErrorBody)
+
+
 def test_the_generated_client_reads_states(ask: Operations, models: Any) -> None:
     health = ask("health")
     assert isinstance(health, models.Health)
@@ -266,7 +279,7 @@ def test_the_page_loads_nothing_from_other_servers_and_calls_with_a_key(
     guarded: LiveServer, browser: Browser
 ) -> None:
     with opened(browser, f"{guarded.url}/docs") as (page, faults):
-        expect(page.locator(".opblock")).to_have_count(16)
+        expect(page.locator(".opblock")).to_have_count(19)
         expect(page.locator("h1")).to_contain_text("Osiris LLM sidecar")
         proposing = operation(page, "generation", "propose_trade_adjustments")
         executed(proposing, 401)

@@ -9,7 +9,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,20 @@ import numpy.typing as npt
 import pytest
 from starlette.types import Message
 
+from llm_sidecar.event_bus.redis_url import make_client
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.tts import wav
 from llm_sidecar.tts.text import split
 from llm_sidecar.tts.voice import Wav
+from llm_sidecar.tts.worker import SpeechWorker
 from osiris.llm_client import LLMClient
 from osiris.routes import speech
 from osiris.server import create_app
 from tests.in_process import in_process
 from tests.integration.test_tts import BAD_REFERENCES, GOOD, LONG
 from tests.live_server import LiveServer, serve
+from tests.tones import TONE, Tones
 
 REFERENCE = base64.b64encode(GOOD).decode()
 
@@ -212,6 +215,40 @@ async def test_a_voice_that_is_not_there_is_503_and_says_what_to_do(tmp_path: Pa
         assert "TTS_VOICE" in response.json()["detail"]
         health = (await client.get("/health")).json()
         assert health["speech"]["state"] == "unavailable"
+
+
+async def test_a_worker_speaks_if_there_is_one_and_the_embedded_voice_if_it_fails(
+    redis_url: str, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, REDIS_URL=redis_url) as client, worker(redis_url) as worker_id:
+        speech: dict[str, Any] = {}
+        while not speech.get("workers"):
+            await asyncio.sleep(0.02)
+            speech = (await client.get("/health")).json()["speech"]
+        assert [shown["worker_id"] for shown in speech["workers"]] == [worker_id]
+        assert (speech["voice"], speech["queued"]) == ("chatterbox", 0)
+        responses = [
+            await client.post("/speak", json={"text": text, "ref_wav_b64": REFERENCE})
+            for text in ("Up we go.", "We break", "break")
+        ]
+    assert [response.status_code for response in responses] == [200, 503, 200]
+    spoken, broken, embedded = responses
+    assert spoken.headers["X-Voice"] == "chatterbox"
+    assert "X-Voice-Reference" not in spoken.headers
+    assert len(samples(spoken)) == 3 * TONE
+    assert broken.json()["detail"] == "the voice failed: see the worker's log"
+    assert embedded.headers["X-Voice"] == "espeak"
+    assert embedded.headers["X-Voice-Reference"] == "ignored"
+
+
+@contextlib.asynccontextmanager
+async def worker(redis_url: str) -> AsyncIterator[str]:
+    """The id of a speech worker."""
+    async with make_client(redis_url) as client:
+        worker = SpeechWorker(client, Tones())
+        await worker.start()
+        yield worker.worker_id
+        await worker.close()
 
 
 def test_a_client_that_hangs_up_stops_its_speech(voice: LiveServer) -> None:

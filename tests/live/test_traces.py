@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from opentelemetry.sdk.trace import TracerProvider
@@ -22,7 +23,6 @@ from opentelemetry.trace import use_span
 from llm_sidecar.telemetry.traces import TraceIdFilter
 from tests.live_server import ROOT, LiveServer, free_port, serve
 from tests.receiver import Receiver
-from tests.redis_server import RedisServer, require_redis
 
 SECRET = "ZXQSECRET"
 PROMPT = {"prompt": f"Long {SECRET} from 100, now 112.5.", "max_length": 256}
@@ -64,19 +64,18 @@ def receiver() -> Iterator[Receiver]:
 
 @pytest.fixture(scope="module")
 def traced(
-    receiver: Receiver, random_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    receiver: Receiver,
+    redis_url: str,
+    random_models: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[LiveServer]:
-    require_redis()
     environ = {
         **random_models,
         **PATIENT,
         "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url,
         "OTEL_SERVICE_NAME": "sidecar-under-test",
     }
-    with (
-        RedisServer() as redis,
-        serve(tmp_path_factory.mktemp("traced"), REDIS_URL=redis.url, **environ) as running,
-    ):
+    with serve(tmp_path_factory.mktemp("traced"), REDIS_URL=redis_url, **environ) as running:
         running.wait_until_ready()
 
         def is_connected() -> bool:
@@ -97,8 +96,8 @@ def trace_of(server: LiveServer, receiver: Receiver, trace_id: str) -> list[Span
     return result
 
 
-def test_a_proposal_is_a_request_three_model_calls_and_two_messages(
-    traced: LiveServer, receiver: Receiver
+def test_a_proposal_is_a_request_with_three_model_calls_and_two_events(
+    traced: LiveServer, receiver: Receiver, redis_url: str
 ) -> None:
     answer = traced.client.post(
         f"/propose_trade_adjustments/?note={SECRET}", json=PROMPT, headers=TRACEPARENT
@@ -108,8 +107,6 @@ def test_a_proposal_is_a_request_three_model_calls_and_two_messages(
     names = sorted(span.name for span in found)
     assert names == [
         "POST /propose_trade_adjustments/",
-        "PUBLISH",
-        "PUBLISH",
         "chat hermes",
         "chat phi3",
         "score hermes",
@@ -118,8 +115,12 @@ def test_a_proposal_is_a_request_three_model_calls_and_two_messages(
     assert request.parent_span_id.hex() == CALLER
     assert all(span.parent_span_id == request.span_id for span in found if span is not request)
     assert answer.headers["traceresponse"] == f"00-{TRACE}-{request.span_id.hex()}-01"
-    channels = {attributes(span)["messaging.destination.name"] for span in named(found, "PUBLISH")}
-    assert channels == {"phi3.proposal.created", "phi3.proposal.assessed"}
+    with redis.Redis.from_url(redis_url, decode_responses=True) as client:
+        traced.wait_until(lambda: client.xlen("osiris.events") == 2)
+        events = {fields["type"]: fields for _, fields in client.xrange("osiris.events")}
+    assert set(events) == {"phi3.proposal.created", "phi3.proposal.assessed"}
+    for fields in events.values():
+        assert fields["traceparent"] == answer.headers["traceresponse"]
 
 
 def test_a_model_call_has_the_attributes_of_the_conventions_and_its_phases(

@@ -75,7 +75,7 @@ def proposal_seconds(server: LiveServer) -> float:
 
 def processor_seconds(process: psutil.Process) -> float:
     times = process.cpu_times()
-    return times.user + times.system
+    return float(times.user + times.system)
 
 
 def any_text(rng: Random) -> str:

@@ -16,12 +16,14 @@ from types import ModuleType
 from typing import Any, TypeVar, cast
 
 from llm_sidecar import hermes_plugin
+from llm_sidecar.cloud_event import CloudEvent
 from llm_sidecar.db import Correction, Store
+from llm_sidecar.db.transaction import Claim, Progress, RequestKey, Transaction
 from llm_sidecar.deadline import Deadline
-from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.errors import DatabaseUnavailable, RequestKeyReused
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.models.base import ChoiceScores, Completion, Delta, GenerationRequest, Models
-from llm_sidecar.models.fake import FakeModel
+from llm_sidecar.models.fake import IDENTITY, FakeModel
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.telemetry.metrics import MetricsSink
@@ -37,6 +39,7 @@ def completion(text: str, **changes: object) -> Completion:
         "finish_reason": "stop",
         "prompt_tokens": 7,
         "completion_tokens": 9,
+        "identity": IDENTITY,
     }
     return Completion(text=text, **(values | changes))  # type: ignore[arg-type]
 
@@ -96,11 +99,11 @@ class PausedModel(FakeModel):
 
 
 class Happened:
-    """What happens around a sidecar, in order.
+    """Everything that a sidecar stores, publishes and counts, in order.
 
     Attributes:
-        log: (`row`, the name of its class, its columns), (`event`, its channel, its payload),
-            (`refusal`, a channel, the reason) and (`metric`, its name, its value).
+        log: (`row` or `draft`, the name of its class, its columns), (`event`, its channel, its
+            payload), (`refusal`, a channel, the reason) and (`metric`, its name, its value).
     """
 
     def __init__(self) -> None:
@@ -115,7 +118,7 @@ class FakeBus:
     """An event bus that accepts every event.
 
     Attributes:
-        subscribers: by channel.
+        subscribers: by channel; that of the inbox by the name of its stream.
         connected: whether Redis can be reached.
     """
 
@@ -131,8 +134,14 @@ class FakeBus:
         self._happened.log.append(("event", channel, json.loads(payload)))
         return True
 
-    async def subscribe(self, channel: str, receive: Any) -> None:
+    def send(self, event: CloudEvent) -> None:
+        self._happened.log.append(("event", event.type, json.loads(event.data)))
+
+    async def subscribe_batches(self, channel: str, receive: Any) -> None:
         self.subscribers[channel] = receive
+
+    async def read_inbox(self, receive: Any) -> None:
+        self.subscribers["osiris.inbox"] = receive
 
     def refuse(self, channel: str, reason: str) -> None:
         self._happened.log.append(("refusal", channel, reason))
@@ -147,7 +156,12 @@ class FakeStore:
     """A database in memory, which returns what a test prepares.
 
     Attributes:
-        rows: the appended rows.
+        rows: the rows that are stored.
+        commits: the transactions that are durable.
+        requests: the progress of each request with a key.
+        fingerprints: of each request with a key that is claimed or has progress.
+        claimed: the requests that run.
+        released: the requests that were released.
         corrections: newest first.
         prompts: the prompts of the runs, by transaction_id.
         withdrawn: the ids of withdrawn feedback.
@@ -160,12 +174,18 @@ class FakeStore:
         full: raised instead of storing a row.
         readable: until it is set, queries for corrections wait.
         is_away: whether it is not open.
-        database_id: the database's own id, once that is known.
+        database_id: the database's own id, once that is known; until then that of the journal
+            stands for it.
     """
 
     def __init__(self, happened: Happened | None = None) -> None:
         self._happened = happened or Happened()
         self.rows: list[Any] = []
+        self.commits: list[Transaction] = []
+        self.requests: dict[RequestKey, Progress] = {}
+        self.fingerprints: dict[RequestKey, str] = {}
+        self.claimed: set[RequestKey] = set()
+        self.released: list[RequestKey] = []
         self.corrections: list[Correction] = []
         self.prompts: dict[str, str] = {}
         self.withdrawn: set[str] = set()
@@ -181,6 +201,12 @@ class FakeStore:
         self.is_away = False
         self.log_folder = Path("/log")
         self.database_id: str | None = None
+
+    async def id(self) -> str:
+        return self.database_id or "journal"
+
+    def has_id(self, name: str) -> bool:
+        return name in (self.database_id, "journal")
 
     @property
     def store(self) -> Store:
@@ -200,11 +226,46 @@ class FakeStore:
     def status(self) -> dict[str, Any]:
         return {"state": "fake"}
 
-    async def append(self, row: Any) -> None:
+    async def commit(self, transaction: Transaction) -> None:
         if self.full is not None:
             raise self.full
-        self.rows.append(row)
-        self._happened.log.append(("row", type(row).__name__, row.as_row()))
+        self.commits.append(transaction)
+        kind = "row" if transaction.draft is None else "draft"
+        for row in transaction.rows:
+            self.rows.append(row)
+            self._happened.log.append((kind, type(row).__name__, row.as_row()))
+        for event in transaction.events:
+            self._happened.log.append(("event", event.type, json.loads(event.data)))
+        if (progress := transaction.progress) is not None:
+            assert progress.request in self.claimed
+            before = self.requests.get(progress.request, progress)
+            self.requests[progress.request] = Progress(
+                progress.request,
+                progress.state or before.state,
+                progress.response or before.response,
+            )
+            if progress.response is not None:
+                self.claimed.remove(progress.request)
+
+    async def claim(self, request: RequestKey, fingerprint: str) -> Claim:
+        if self.full is not None:
+            raise self.full
+        while request in self.claimed:
+            await asyncio.sleep(0)
+        if self.fingerprints.setdefault(request, fingerprint) != fingerprint:
+            raise RequestKeyReused("This Idempotency-Key was used for another request.")
+        kept = self.requests.get(request, Progress(request))
+        if kept.response is None:
+            self.claimed.add(request)
+        return Claim(kept.state, kept.response)
+
+    async def release(self, request: RequestKey) -> None:
+        self.released.append(request)
+        self.claimed.discard(request)
+        if self.full is not None:
+            raise self.full
+        if request not in self.requests:
+            del self.fingerprints[request]
 
     async def recent_corrections(
         self, count: int, usable: Callable[[Correction], bool], **options: Any
@@ -235,7 +296,7 @@ class FakeStore:
 
 
 class FakeMetrics(MetricsSink):
-    """Records proposals, scores and lost rows."""
+    """Records proposals, scores, lost rows and repeated answers."""
 
     def __init__(self, happened: Happened) -> None:
         self._happened = happened
@@ -248,6 +309,9 @@ class FakeMetrics(MetricsSink):
 
     def row_lost(self, table: str) -> None:
         self._happened.log.append(("metric", "row_lost", table))
+
+    def replayed(self) -> None:
+        self._happened.log.append(("metric", "replayed", None))
 
 
 class FakeSidecar:

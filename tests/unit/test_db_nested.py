@@ -26,7 +26,7 @@ def test_the_json_columns_are_those_with_objects() -> None:
     assert JSON_COLUMNS == {
         FEEDBACK: ("feedback_content", "corrected_proposal"),
         RUNS: ("final_output",),
-        PROPOSALS: ("proposal",),
+        PROPOSALS: ("proposal", "provenance"),
     }
 
 

@@ -90,6 +90,7 @@ def test_a_run_a_score_and_a_proposal_have_these_columns() -> None:
         "adapter": None,
         "latencies": {"proposal": None, "assessment": None, "score": None},
         "grounded": None,
+        "provenance": None,
     }
     assert row == expected
 

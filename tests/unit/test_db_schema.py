@@ -155,7 +155,7 @@ def test_a_new_feedback_table_has_a_new_database_id() -> None:
     assert len(name) == 32
     assert schema.database_id(other) != name
     assert one.equals(schema.arrow_schemas()["phi3_feedback"])
-    assert one.metadata[b"osiris_schema_version"] == b"4"
+    assert one.metadata[b"osiris_schema_version"] == b"5"
 
 
 def test_a_table_without_a_database_id_has_none() -> None:

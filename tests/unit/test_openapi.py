@@ -15,6 +15,7 @@ from llm_sidecar.errors import DatabaseUnavailable, DeadlineExceeded, InvalidReq
 from llm_sidecar.models.base import Completion
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
+from osiris.idempotency import REPLAYED
 from osiris.schemas.health import Health
 from osiris.server import create_app
 from tests.unit.asgi import client
@@ -33,6 +34,9 @@ OPERATIONS = {
     ("POST", "/feedback/phi3/"): "submit_feedback",
     ("DELETE", "/feedback/{feedback_id}"): "withdraw_feedback",
     ("GET", "/examples/"): "list_examples",
+    ("GET", "/events/"): "stream_events",
+    ("GET", "/events/dead"): "list_dead_letters",
+    ("POST", "/events/dead/{id}/requeue"): "requeue_dead_letter",
     ("POST", "/speak"): "speak",
     ("GET", "/stream/audio"): "stream_audio",
     ("POST", "/adapters/swap"): "swap_adapters",
@@ -85,7 +89,8 @@ def undescribed(document: dict[str, Any]) -> Iterator[str]:
         for parameter in operation.get("parameters", ()):
             if not parameter.get("description"):
                 yield f"{at} {parameter['name']}"
-            if not parameter["schema"].get("examples"):
+            # An example of a key would be sent with every request.
+            if parameter["in"] != "header" and not parameter["schema"].get("examples"):
                 yield f"{at} {parameter['name']} example"
         for status, response in operation["responses"].items():
             if response.get("description", "Successful Response") == "Successful Response":
@@ -177,11 +182,13 @@ def test_answers_other_than_json_have_their_media_type(document: dict[str, Any])
     assert others == {
         "speak": ["audio/wav"],
         "stream_audio": ["text/event-stream"],
+        "stream_events": ["text/event-stream"],
         "profile": ["text/html"],
         "scrape_metrics": ["text/plain; version=0.0.4; charset=utf-8"],
     }
-    stream = content[("stream_audio", "200")]["text/event-stream"]["schema"]
-    assert stream["contentSchema"] == {"$ref": "#/components/schemas/AudioEvent"}
+    for name, event in (("stream_audio", "AudioEvent"), ("stream_events", "StreamEvent")):
+        stream = content[(name, "200")]["text/event-stream"]["schema"]
+        assert stream["contentSchema"] == {"$ref": f"#/components/schemas/{event}"}
 
 
 def test_answers_declare_their_headers(document: dict[str, Any]) -> None:
@@ -203,12 +210,15 @@ def test_answers_declare_their_headers(document: dict[str, Any]) -> None:
         if status == "200"
     }
     assert {name: headers for name, headers in own.items() if headers} == {
-        "generate": generation | {"X-Grounded"},
-        "generate_hermes": generation,
-        "generate_phi3": generation | {"X-Grounded"},
-        "propose_trade_adjustments": generation | {"X-Grounded", "X-Hermes-Score", "X-Stored"},
-        "score_hermes": {"X-Stored"},
-        "submit_feedback": {"X-Feedback-ID"},
+        "generate": generation | {"X-Grounded", REPLAYED},
+        "generate_hermes": generation | {REPLAYED},
+        "generate_phi3": generation | {"X-Grounded", REPLAYED},
+        "propose_trade_adjustments": generation
+        | {"X-Grounded", "X-Hermes-Score", "X-Stored", REPLAYED},
+        "score_hermes": {"X-Stored", REPLAYED},
+        "submit_feedback": {"X-Feedback-ID", REPLAYED},
+        "swap_adapters": {REPLAYED},
+        "requeue_dead_letter": {REPLAYED},
         "speak": {"X-Voice", "X-Voice-Reference"},
     }
 
@@ -265,6 +275,10 @@ ERRORS: list[tuple[str, str, dict[str, Any], Answers, Answers, int]] = [
     ("DELETE", "/feedback/{feedback_id}", {}, [], [], 404),
     ("GET", "/examples/", {"params": {"limit": "0"}}, [], [], 422),
     ("GET", "/examples/", {"params": {"before": "nothing"}}, [], [], 422),
+    ("GET", "/events/", {"params": {"types": "audio.bytes"}}, [], [], 422),
+    ("GET", "/events/", {"headers": {"Last-Event-ID": "1"}}, [], [], 422),
+    ("GET", "/events/dead", {"params": {"before": "nothing"}}, [], [], 422),
+    ("POST", "/events/dead/{id}/requeue", {}, [], [], 404),
     ("GET", "/debug/prof", {"params": {"path": "\0"}}, [], [], 422),
     ("GET", "/debug/prof", {}, [], [], 404),
 ]
@@ -286,7 +300,7 @@ async def test_an_error_is_as_documented(
     app = create_app(Settings.from_environ(ENVIRON))
     app.state.sidecar = fake_sidecar.sidecar
     async with client(app) as asking:
-        response = await asking.request(method, path.format(feedback_id="f-1"), **sent)
+        response = await asking.request(method, path.format(feedback_id="f-1", id="1-0"), **sent)
     assert response.status_code == status, response.text
     check_documented(document, document["paths"][path][method.lower()], response)
     if path == PROPOSE and phi3 != [FULL] and phi3:
@@ -298,7 +312,7 @@ async def test_a_refused_key_is_as_documented(document: dict[str, Any]) -> None:
     async with client(app) as asking:
         for method, path, operation in operations(document):
             if "401" in operation["responses"]:
-                response = await asking.request(method, path.format(feedback_id="f-1"))
+                response = await asking.request(method, path.format(feedback_id="f-1", id="1-0"))
                 assert response.status_code == 401
                 check_documented(document, operation, response)
 

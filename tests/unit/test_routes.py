@@ -110,6 +110,24 @@ async def test_feedback_is_answered_once_it_is_stored(
     assert {column: row[column] for column in expected} == expected
 
 
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@pytest.mark.parametrize(
+    ("headers", "trace"),
+    [({"traceparent": TRACE}, TRACE), ({"traceparent": "x"}, None), ({}, None)],
+)
+async def test_an_event_belongs_to_the_trace_that_the_client_sent(
+    asking: httpx.AsyncClient,
+    fake_sidecar: FakeSidecar,
+    headers: dict[str, str],
+    trace: str | None,
+) -> None:
+    await asking.post("/feedback/phi3", json=FEEDBACK, headers=headers)
+    (transaction,) = fake_sidecar.store.commits
+    assert [event.traceparent for event in transaction.events] == [trace]
+
+
 KEY_OF_DESK, UNNAMED_KEY = "first-key-0123456789", "second-key-012345678"
 
 

@@ -27,6 +27,7 @@ EXPECTED = {
     "SettingsError": (500, "SettingsError", logging.ERROR, "server_error"),
     "CommandFailed": (500, "CommandFailed", logging.ERROR, "server_error"),
     "InvalidRequest": (422, "InvalidRequest", logging.DEBUG, "invalid_request_error"),
+    "RequestKeyReused": (422, "RequestKeyReused", logging.DEBUG, "invalid_request_error"),
     "NotFound": (404, "NotFound", logging.DEBUG, "invalid_request_error"),
     "AdapterRejected": (409, "AdapterRejected", logging.DEBUG, "invalid_request_error"),
     "QueueFull": (429, "QueueFull", logging.DEBUG, "rate_limit_exceeded"),

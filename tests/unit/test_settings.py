@@ -21,6 +21,8 @@ DEFAULTS: dict[str, object] = {
     "PHI3_ADAPTER_DIR": Path("/app/models/phi3/adapters"),
     "CHATTERBOX_MODEL_DIR": Path("/models/tts/chatterbox"),
     "REDIS_URL": SecretStr("redis://localhost:6379/0"),
+    "EVENT_STREAM": "osiris.events",
+    "EVENT_STREAM_MAXLEN": 100_000,
     "LANCEDB_URI": "/app/lancedb_data",
     "LANCEDB_LOG_DIR": Path("/app/lancedb_log"),
     "AWS_ENDPOINT_URL_S3": None,
@@ -41,6 +43,7 @@ DEFAULTS: dict[str, object] = {
     "TTS_QUEUE_LENGTH": 64,
     "TTS_TIMEOUT_SECONDS": 120.0,
     "MAX_AUDIO_LISTENERS": 64,
+    "MAX_EVENT_LISTENERS": 64,
     "SHUTDOWN_GRACE_SECONDS": 10.0,
     "ENABLE_METRICS": False,
     "MAX_BODY_BYTES": 1 << 20,
@@ -79,6 +82,7 @@ BOUNDS: dict[str, tuple[str, str, str, str]] = {
     "TTS_QUEUE_LENGTH": ("0", "1", "10000", "10001"),
     "TTS_TIMEOUT_SECONDS": ("0", "0.001", "3600", "3600.1"),
     "MAX_AUDIO_LISTENERS": ("0", "1", "10000", "10001"),
+    "MAX_EVENT_LISTENERS": ("0", "1", "10000", "10001"),
     "SHUTDOWN_GRACE_SECONDS": ("-0.1", "0", "3600", "3600.1"),
     "MAX_BODY_BYTES": ("1023", "1024", "1073741824", "1073741825"),
     "SENTRY_TRACES_SAMPLE_RATE": ("-0.01", "0", "1", "1.01"),
@@ -294,7 +298,11 @@ def test_a_bad_sentry_dsn_is_refused_without_its_key(dsn: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://h", "redis://u:hidden@h:port", "redis://u:hidden@h:0", "localhost:6379", "x"]
+    "url",
+    [
+        *("http://h", "redis://u:hidden@h:port", "redis://u:hidden@h:0", "localhost:6379", "x"),
+        *("redis://:hidden@h?timeout=5", "redis+sentinel://:hidden@h:1"),
+    ],
 )
 def test_a_bad_redis_url_is_refused_without_its_password(url: str) -> None:
     with pytest.raises(SettingsError, match=r"REDIS_URL=\*\*\* is not valid") as caught:

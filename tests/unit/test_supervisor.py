@@ -20,6 +20,7 @@ from llm_sidecar.engines import GenerationRequest
 from llm_sidecar.errors import AdapterRejected, DeadlineExceeded, ModelUnavailable, QueueFull
 from llm_sidecar.logs import log_context
 from llm_sidecar.models.base import Adapter, ModelStatus
+from llm_sidecar.models.fake import IDENTITY
 from llm_sidecar.models.files import ModelFiles
 from llm_sidecar.models.local import loader
 from llm_sidecar.models.local.load_state import ModelLimits
@@ -68,7 +69,7 @@ class FakeWorker:
 
     def __init__(self, label: str, adapter: str | None, on_tokens: Callable[[int], None]) -> None:
         self.label, self.adapter = label, adapter
-        self.ready = Ready("fake", "cpu", context_length=100, capacity=2)
+        self.ready = Ready(IDENTITY, context_length=100, capacity=2)
         self.loaded: Load | None = None
         self.sent: list[Job] = []
         self.calls: dict[int, ModelCall] = {}

@@ -82,8 +82,8 @@ class WorkerLoader:
             self.name,
             time.monotonic() - began,
             files.label,
-            ready.runtime,
-            ready.device,
+            ready.identity.runtime,
+            ready.identity.device,
         )
         return worker
 

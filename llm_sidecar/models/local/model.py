@@ -243,6 +243,7 @@ class LocalModel(ChatModel):
         assert worker.ready is not None
         self._queue.grow(worker.ready.capacity)
         call.served_by, call.adapter = worker.label, worker.adapter
+        call.identity = worker.ready.identity
         number, inbox = worker.send(job)
         worker.calls[number] = call
         answer: Answer | None = None
@@ -280,6 +281,7 @@ def _delta(call: ModelCall, text: str) -> Delta:
         call.completion_tokens,
         call.cached_tokens,
         call.finish_reason,
+        call.identity,
     )
 
 

@@ -21,6 +21,7 @@ import msgspec
 from llm_sidecar.engines.base import FinishReason, GenerationRequest
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable, SidecarError
 from llm_sidecar.logs import LogFormat
+from llm_sidecar.models.identity import ModelIdentity
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
@@ -78,14 +79,12 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     """The model is loaded.
 
     Attributes:
-        runtime: package that runs it.
-        device: `cpu` or `cuda`.
+        identity: its files and runtime.
         context_length: maximum number of prompt and completion tokens of a request.
         capacity: requests that are generated at the same time.
     """
 
-    runtime: str
-    device: str
+    identity: ModelIdentity
     context_length: int
     capacity: int
 

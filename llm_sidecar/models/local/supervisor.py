@@ -152,7 +152,7 @@ class Supervisor:
         unloaded = load.state == "unloaded"
         missing = self._loader.missing() if unloaded else None
         worker = self.slot.live_worker
-        info = worker.ready if worker else None
+        info = worker.ready.identity if worker and worker.ready else None
         return ModelStatus(
             state=load.state if missing is None else "failed",
             reason=missing or load.reason,

@@ -30,6 +30,7 @@ from llm_sidecar.engines.base import Batch
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable, SidecarError, one_line
 from llm_sidecar.logs import log_to_stderr
 from llm_sidecar.models.local.cpu_limit import CpuLimit
+from llm_sidecar.models.local.identity import load_identified
 from llm_sidecar.models.local.out_of_memory import ended_first
 from llm_sidecar.models.local.protocol import (
     FROM_SERVER,
@@ -49,7 +50,6 @@ from llm_sidecar.models.local.protocol import (
     Scores,
     encode,
 )
-from llm_sidecar.models.local.warm_up import load_warm
 from llm_sidecar.text import cleaned
 
 log = logging.getLogger(__name__)
@@ -105,14 +105,14 @@ class Worker:
         try:
             # Another worker may serve while this one loads.
             with ended_first():
-                engine = load_warm(load)
+                engine, identity = load_identified(load)
         except Exception as error:
             expected = isinstance(error, SidecarError)
             log.error("the model could not be loaded: %s", one_line(error), exc_info=not expected)
             self._send(LoadFailed(one_line(error)))
             return
         batch = engine.batch()
-        self._send(Ready(engine.runtime, engine.device, engine.context_length, batch.capacity))
+        self._send(Ready(identity, engine.context_length, batch.capacity))
         for received in (self._short, self._long):
             arguments = (engine, received)
             threading.Thread(target=self._tokenize_all, args=arguments, daemon=True).start()

@@ -20,6 +20,8 @@ PROPOSAL: dict[str, Any] = {
 }
 WRITTEN = completion(proposals.dumps(PROPOSAL), adapter="20260102", completion_tokens=40)
 CRITIQUE = completion("The target is thin.", model="hermes/fake")
+SEED = 1234567
+"""The seed of every request with a temperature."""
 SURE = scores(_0=0.25, _10=0.75)
 """The probabilities of the score 0.75."""
 UNGROUNDED = completion(proposals.dumps(PROPOSAL | {"ticker": "NEW", "rationale": "RSI is at 78."}))

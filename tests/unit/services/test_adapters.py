@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from llm_sidecar.errors import AdapterRejected
+from llm_sidecar.errors import AdapterRejected, DatabaseUnavailable
 from llm_sidecar.models.adapter_state import AdapterState
 from llm_sidecar.models.base import Adapter
 from llm_sidecar.models.fake import FakeModel
 from llm_sidecar.services.adapters import Adapters
+from llm_sidecar.services.rows import Rows
 from llm_sidecar.tasks import TaskSet
-from tests.unit.fakes import until
+from tests.unit.fakes import FakeBus, FakeMetrics, FakeStore, Happened, until
 
 
 class SwappingModel(FakeModel):
@@ -53,7 +54,11 @@ class Made:
         self.phi3 = SwappingModel(*bad)
         self.state = AdapterState(folder, self.folder)
         self.tasks = TaskSet()
-        self.adapters = Adapters(self.phi3, self.folder, self.state, self.tasks)
+        self.happened = Happened()
+        self.store = FakeStore(self.happened)
+        bus, metrics = FakeBus(self.happened), FakeMetrics(self.happened)
+        rows = Rows(self.store.store, bus.bus, metrics)
+        self.adapters = Adapters(self.phi3, self.folder, self.state, rows, self.tasks)
 
     @property
     def kept(self) -> str | None:
@@ -118,6 +123,33 @@ async def test_the_adapter_in_use_is_not_loaded_again(tmp_path: Path) -> None:
     assert made.phi3.swaps == ["20260101"]
 
 
+async def test_each_swap_is_an_event(tmp_path: Path) -> None:
+    made = Made(tmp_path)
+    for name in ("20260101", "20260101", "20260102"):
+        await made.adapters.swap(name)
+    shutil.rmtree(made.folder)
+    await made.adapters.swap()
+    events = made.happened.of("event")
+    assert {channel for channel, _ in events} == {"phi3.adapter.swapped"}
+    assert [(event["previous"], event["adapter"]) for _, event in events] == [
+        (None, "20260101"),
+        ("20260101", "20260102"),
+        ("20260102", None),
+    ]
+    assert all(event["timestamp"].endswith("+00:00") for _, event in events)
+    assert [len(transaction.events) for transaction in made.store.commits] == [1, 1, 1]
+
+
+async def test_a_swap_whose_event_is_not_durable_is_published_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = Made(tmp_path)
+    made.store.full = DatabaseUnavailable("The disk is full.")
+    assert await made.adapters.swap("20260101") == datetime.date(2026, 1, 1)
+    assert [channel for channel, _ in made.happened.of("event")] == ["phi3.adapter.swapped"]
+    assert caplog.messages == ["phi3.adapter.swapped is not durable: The disk is full."]
+
+
 async def test_a_rejected_adapter_changes_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -127,6 +159,7 @@ async def test_a_rejected_adapter_changes_nothing(
     with pytest.raises(AdapterRejected, match=r"^20260102 is broken\.$"):
         await made.adapters.swap()
     assert (made.kept, made.adapters.date()) == ("20260101", datetime.date(2026, 1, 1))
+    assert len(made.happened.of("event")) == 1
     assert caplog.messages == ["phi3 keeps its adapter: 20260102 is broken."]
 
 

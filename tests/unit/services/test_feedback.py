@@ -9,10 +9,15 @@ from typing import Any
 
 import pytest
 
+from llm_sidecar import timestamps
 from llm_sidecar.db import Correction, Phi3FeedbackSchema
+from llm_sidecar.db.transaction import RequestKey, Transaction
 from llm_sidecar.errors import DatabaseUnavailable, NotFound
+from llm_sidecar.event_bus.consumer_group import Entry
 from llm_sidecar.input_model import longest_payload
 from llm_sidecar.services.example_rules import Outcome
+from llm_sidecar.services.idempotency import Attempt
+from llm_sidecar.tasks import TaskSet
 from tests.unit.fakes import FakeSidecar
 from tests.unit.services.samples import PROPOSAL, fake_sidecar, without
 
@@ -27,7 +32,7 @@ def feedback() -> Phi3FeedbackSchema:
     )
 
 
-async def test_feedback_is_stored_and_then_published() -> None:
+async def test_feedback_is_stored_together_with_its_event() -> None:
     made = fake_sidecar()
     made.store.corrections = [Correction("Long ABC.", PROPOSAL, "t-1", "f-1")]
     sent = feedback().model_copy(update={"feedback_id": "f-1"})
@@ -65,10 +70,7 @@ async def test_the_event_names_the_database_that_stores_the_feedback() -> None:
     made.store.database_id = "d-1"
     await made.sidecar.feedback.submit(feedback())
     one, again, known = (event["stored_in"] for _, event in made.happened.of("event"))
-    # Until the database's id is known, the sidecar's own stands for it.
-    assert one == again
-    assert len(one) == 32
-    assert known == "d-1"
+    assert (one, again, known) == ("journal", "journal", "d-1")
 
 
 async def test_feedback_that_is_not_stored_is_not_published() -> None:
@@ -77,6 +79,47 @@ async def test_feedback_that_is_not_stored_is_not_published() -> None:
     with pytest.raises(DatabaseUnavailable, match=r"The disk is full\."):
         await made.sidecar.feedback.submit(feedback())
     assert made.happened.log == []
+
+
+async def test_feedback_is_one_transaction() -> None:
+    made = fake_sidecar()
+    await made.sidecar.feedback.submit(feedback())
+    (transaction,) = made.store.commits
+    assert (len(transaction.rows), len(transaction.events)) == (1, 1)
+    assert transaction.progress is None
+
+
+async def test_feedback_that_is_sent_again_with_its_key_is_stored_once() -> None:
+    made, request = fake_sidecar(), RequestKey("desk", "k-1")
+    made.store.claimed.add(request)
+    # Its id depends on the time, which differs at the second attempt.
+    sent = [feedback().model_copy(update={"timestamp": timestamps.now()}) for _ in range(2)]
+    first = await made.sidecar.feedback.submit(sent[0], "desk", Attempt(TaskSet(), request))
+    state = json.loads(made.store.requests[request].state or "")
+    again = await made.sidecar.feedback.submit(sent[1], "desk", Attempt(TaskSet(), request, state))
+    assert again == first
+    assert [kind for kind, *_ in made.happened.log] == ["row", "event"]
+
+
+async def test_feedback_is_stored_even_if_its_client_disconnects(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, committing = fake_sidecar(), asyncio.Event()
+    commit = made.store.commit
+
+    async def slow_commit(transaction: Transaction) -> None:
+        committing.set()
+        await asyncio.sleep(0)
+        await commit(transaction)
+
+    monkeypatch.setattr(made.store, "commit", slow_commit)
+    submitting = asyncio.create_task(made.sidecar.feedback.submit(feedback()))
+    await committing.wait()
+    submitting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await submitting
+    await made.sidecar._tasks.join()
+    assert [kind for kind, *_ in made.happened.log] == ["row", "event"]
 
 
 # Withdrawing
@@ -146,10 +189,10 @@ PUBLISHED: dict[str, Any] = {
 }
 
 
-async def receive(made: FakeSidecar, payload: str) -> None:
+async def receive(made: FakeSidecar, *payloads: str) -> None:
     """As the event bus does it."""
     await made.sidecar.feedback.subscribe()
-    await made.bus.subscribers["phi3.feedback.submitted"](payload)
+    await made.bus.subscribers["phi3.feedback.submitted"](payloads)
 
 
 async def test_a_publisher_cannot_write_in_the_name_of_an_api_key() -> None:
@@ -275,3 +318,141 @@ async def test_feedback_waits_for_a_database_that_is_away_and_is_logged_once(
     assert pauses == [1.0, 1.0, 1.0]
     assert caplog.messages == ["feedback of another service waits: The disk is full."]
     assert len(made.happened.of("row")) == 1
+
+
+async def test_many_messages_are_committed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, commit = fake_sidecar(), asyncio.Event()
+    waiting = most = 0
+
+    async def group_commit(transaction: Transaction) -> None:
+        nonlocal waiting, most
+        waiting, most = waiting + 1, max(most, waiting + 1)
+        await commit.wait()
+        waiting -= 1
+        made.store.rows += transaction.rows
+
+    monkeypatch.setattr(made.store, "commit", group_commit)
+    payloads = [json.dumps(PUBLISHED | {"feedback_id": f"f-{n}"}) for n in range(250)]
+    receiving = asyncio.create_task(receive(made, *payloads))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert waiting == 100
+    commit.set()
+    await receiving
+    assert (most, len(made.store.rows)) == (100, 250)
+
+
+async def test_only_the_messages_that_are_not_stored_are_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, refused = fake_sidecar(), [3, 2]
+    commit = made.store.commit
+
+    async def refuse_some(transaction: Transaction) -> None:
+        if refused[0]:
+            refused[0] -= 1
+            raise DatabaseUnavailable("The disk is full.")
+        await commit(transaction)
+
+    async def sleep(_: float) -> None:
+        refused.pop(0)
+
+    monkeypatch.setattr(made.store, "commit", refuse_some)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    refused.append(0)
+    await receive(made, *(json.dumps(PUBLISHED | {"feedback_id": f"f-{n}"}) for n in range(5)))
+    stored = [row["feedback_id"] for _, row in made.happened.of("row")]
+    assert sorted(stored) == ["f-0", "f-1", "f-2", "f-3", "f-4"]
+    assert caplog.messages == ["feedback of another service waits: The disk is full."]
+
+
+async def test_a_defect_of_the_database_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = fake_sidecar()
+
+    async def fail(_: Transaction) -> None:
+        raise KeyError("a defect")
+
+    monkeypatch.setattr(made.store, "commit", fail)
+    with pytest.raises(KeyError):
+        await receive(made, json.dumps(PUBLISHED))
+
+
+# Feedback in the inbox
+
+
+def entry(**fields: str) -> Entry:
+    """An entry with feedback, unless the fields say otherwise."""
+    whole = {"type": "phi3.feedback.submitted", "id": "e-1", "data": json.dumps(PUBLISHED)}
+    return Entry("1-1", whole | fields, 1)
+
+
+async def take(made: FakeSidecar, *entries: Entry) -> list[str | None]:
+    """Passes entries to the handler as the event bus does; returns the reason of each refusal."""
+    await made.sidecar.feedback.subscribe()
+    return list(await made.bus.subscribers["osiris.inbox"](entries))
+
+
+async def test_entries_of_the_inbox_are_stored_once_by_their_ids() -> None:
+    made = fake_sidecar()
+    assert await take(made, entry(), entry(id="e-2"), entry()) == [None, None, None]
+    rows = [row for _, row in made.happened.of("row")]
+    assert [row["row_id"] for row in rows] == ["inbox:e-1", "inbox:e-2", "inbox:e-1"]
+    assert {row["source"] for row in rows} == {"bus"}
+    # They have the same content.
+    assert len({row["feedback_id"] for row in rows}) == 1
+    assert made.happened.of("event") == []
+
+
+INVALID_ENTRIES = {
+    "type: Input should be phi3.feedback.submitted": {"type": "phi3.proposal.created"},
+    "id: Input should be text of 1 to 256 characters": {"id": "x" * 257},
+    "Invalid JSON: EOF while parsing a value at line 1 column 0": {"data": ""},
+    "feedback_content: Field required": {
+        "data": json.dumps(without(PUBLISHED, "feedback_content"))
+    },
+}
+
+
+@pytest.mark.parametrize("reason", INVALID_ENTRIES)
+async def test_an_invalid_entry_is_refused_with_the_reason_and_the_others_are_stored(
+    reason: str,
+) -> None:
+    made = fake_sidecar()
+    found = await take(made, entry(), entry(**INVALID_ENTRIES[reason]), entry(id="e-2"))
+    assert found == [None, reason, None]
+    assert len(made.happened.of("row")) == 2
+    assert made.happened.of("refusal") == []
+
+
+@pytest.mark.parametrize("bad", ["", "a\x00b", "\ud800"])
+async def test_the_id_of_an_entry_is_text(bad: str) -> None:
+    found = await take(fake_sidecar(), entry(id=bad))
+    assert found == ["id: Input should be text of 1 to 256 characters"]
+
+
+async def test_an_entry_without_fields_is_refused() -> None:
+    made = fake_sidecar()
+    assert await take(made, Entry("1-1", {}, 1)) == [
+        "type: Input should be phi3.feedback.submitted"
+    ]
+
+
+async def test_an_entry_waits_for_a_database_that_is_away() -> None:
+    made = fake_sidecar()
+    made.store.full = DatabaseUnavailable("The disk is full.")
+    with pytest.raises(DatabaseUnavailable):
+        await take(made, entry())
+    made.store.full = None
+    assert await take(made, entry()) == [None]
+
+
+async def test_an_entry_of_the_same_database_is_not_stored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = fake_sidecar()
+    made.store.database_id = "d-1"
+    refreshes: list[bool] = []
+    monkeypatch.setattr(made.sidecar.few_shot, "refresh_soon", lambda: refreshes.append(True))
+    data = json.dumps(PUBLISHED | {"stored_in": "d-1"})
+    assert await take(made, entry(data=data)) == [None]
+    assert (made.happened.log, refreshes) == ([], [True])

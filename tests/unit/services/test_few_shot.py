@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from llm_sidecar.db import Correction, Phi3FeedbackSchema
+from llm_sidecar.db.transaction import Transaction
 from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.proposals import Example
 from llm_sidecar.services import few_shot as module
@@ -65,7 +66,7 @@ class Made:
     async def correct(self, name: str, **changes: Any) -> Outcome:
         """Stores a correction and reads its outcome."""
         sent = feedback(name, **changes)
-        await self.store.append(sent)
+        await self.store.commit(Transaction([sent]))
         return await self.few_shot.outcome(sent)
 
     @property
@@ -95,7 +96,7 @@ async def test_the_examples_are_the_newest_corrections_oldest_first(made: Made) 
     assert await made.correct("D") is Outcome.EXAMPLE
     assert made.few_shot.corrections == tuple(correction(name) for name in ("B", "C", "D"))
     assert made.few_shot.examples == tuple(
-        Example(f"prompt of {name}", proposal(name)) for name in ("B", "C", "D")
+        Example(f"prompt of {name}", proposal(name), f"f-{name}") for name in ("B", "C", "D")
     )
     assert made.changes == 1
 

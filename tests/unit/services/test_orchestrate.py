@@ -12,6 +12,7 @@ import pytest
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.db import Correction
+from llm_sidecar.db.transaction import RequestKey
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.errors import (
     DatabaseUnavailable,
@@ -23,12 +24,16 @@ from llm_sidecar.errors import (
 )
 from llm_sidecar.models.base import Delta, GenerationRequest
 from llm_sidecar.proposals import Proposed
+from llm_sidecar.services.idempotency import Attempt
 from llm_sidecar.services.proposal_run import AssessedProposal
+from llm_sidecar.tasks import TaskSet
 from tests.unit.fakes import FakeSidecar, PausedModel, last_of, until
 from tests.unit.services.samples import (
     CRITIQUE,
     PROMPT,
     PROPOSAL,
+    SEED,
+    SURE,
     UNGROUNDED,
     WRITTEN,
     fake_sidecar,
@@ -51,7 +56,7 @@ async def test_phi3_is_asked_with_the_examples_oldest_first() -> None:
     assert [turn["content"] for turn in messages[1:]] == [
         *("older", '{"ticker":"A"}', "newer", '{"ticker":"B"}', PROMPT)
     ]
-    assert made.phi3.requests == [GenerationRequest(messages, 300, proposals.GUIDANCE, 0.4)]
+    assert made.phi3.requests == [GenerationRequest(messages, 300, proposals.GUIDANCE, 0.4, SEED)]
 
 
 async def test_hermes_is_asked_for_a_critique_and_then_for_a_score() -> None:
@@ -60,7 +65,7 @@ async def test_hermes_is_asked_for_a_critique_and_then_for_a_score() -> None:
     critique = hermes_plugin.build_messages(hermes_plugin.CRITIQUE_TASK, PROPOSAL, PROMPT)
     score = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, PROPOSAL, PROMPT)
     assert made.hermes.requests == [
-        GenerationRequest(critique, 300, None, 0.6),
+        GenerationRequest(critique, 300, None, 0.6, SEED),
         (score, hermes_plugin.SCORE_ANSWERS),
     ]
 
@@ -133,16 +138,19 @@ async def test_its_latencies_are_those_of_each_part(monkeypatch: pytest.MonkeyPa
     }
 
 
-async def test_a_proposal_is_published_at_once_and_its_assessment_once_it_is_stored() -> None:
+async def test_a_proposal_is_durable_with_its_event_before_it_is_judged() -> None:
     made = fake_sidecar()
-    published: list[int] = []
-    made.hermes.before_answer = lambda: published.append(len(made.happened.of("event")))
+    committed: list[int] = []
+    made.hermes.before_answer = lambda: committed.append(len(made.store.commits))
     name = str((await propose(made)).transaction_id)
-    # It was published before Hermes was asked for anything.
-    assert published == [1, 1]
+    # It was durable before Hermes was asked for anything.
+    assert committed == [1, 1]
     assert [kind for kind, *_ in made.happened.log if kind != "metric"] == [
-        *("event", "row", "row", "row", "event")
+        *("draft", "draft", "event"),
+        *("row", "row", "row", "event"),
     ]
+    first, second = made.store.commits
+    assert (first.draft, first.replaces, second.draft, second.replaces) == (name, None, None, name)
     (created, assessed) = made.happened.of("event")
     assert created == ("phi3.proposal.created", PROPOSAL | {"transaction_id": name})
     channel, payload = assessed
@@ -151,6 +159,8 @@ async def test_a_proposal_is_published_at_once_and_its_assessment_once_it_is_sto
     assert without(payload, "timestamp") == {
         "proposal_transaction_id": name,
         "assessment_text": "The target is thin.",
+        "score": 0.75,
+        "answer_mass": 1.0,
     }
 
 
@@ -381,7 +391,135 @@ async def test_a_database_that_is_away_costs_no_answer(caplog: pytest.LogCapture
     ]
     tables = ["hermes_scores", "orchestrator_runs", "proposals"]
     assert sorted(caplog.messages) == [
-        f"a row of {table} is not stored: The disk is full." for table in tables
+        *(f"a row of {table} is not stored: The disk is full." for table in tables),
+        "phi3.proposal.assessed is not durable: The disk is full.",
+        "phi3.proposal.created is not durable: The disk is full.",
     ]
     lost = [table for name, table in made.happened.of("metric") if name == "row_lost"]
     assert sorted(lost) == tables
+
+
+# With an `Idempotency-Key`
+
+REQUEST = RequestKey("desk", "k-1")
+
+
+class Retried:
+    """Attempts at one request; each gets the state that the last one has kept."""
+
+    def __init__(self) -> None:
+        self.made = fake_sidecar()
+        self.made.store.claimed.add(REQUEST)
+
+    @property
+    def state(self) -> dict[str, Any] | None:
+        kept = self.made.store.requests.get(REQUEST)
+        return None if kept is None else json.loads(kept.state or "")
+
+    def attempt(self) -> Attempt:
+        return Attempt(TaskSet(), REQUEST, self.state, Deadline.after(9.0))
+
+    async def propose(self) -> AssessedProposal:
+        running = self.made.sidecar.orchestrator.propose(PROMPT, 300, "desk", self.attempt())
+        return await last_of(running, AssessedProposal)
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """The only row of each table, drafts that were replaced left out."""
+        rows = self.made.happened.of("row")
+        assert len(dict(rows)) == len(rows)
+        return dict(rows)
+
+
+async def test_the_first_transaction_keeps_the_proposal_and_the_second_the_result() -> None:
+    retried = Retried()
+    result = await retried.propose()
+    first, second = (one.progress for one in retried.made.store.commits)
+    assert first is not None
+    assert second is not None
+    states = [json.loads(one.state or "") for one in (first, second)]
+    assert [state["transaction_id"] for state in states] == [str(result.transaction_id)] * 2
+    assert states[0]["assessment"] is states[0]["rating"] is None
+    assert states[1]["rating"] == {"score": 0.75, "answer_mass": 1.0}
+
+
+async def test_all_calls_of_an_attempt_have_its_deadline() -> None:
+    retried = Retried()
+    await retried.propose()
+    (deadline, *others) = (
+        call.deadline for call in (*retried.made.phi3.calls, *retried.made.hermes.calls)
+    )
+    assert isinstance(deadline, Deadline)
+    assert deadline.seconds == 9.0
+    assert others == [deadline, deadline]
+
+
+@pytest.mark.parametrize("failure", [DeadlineExceeded("hermes is late"), KeyError("a secret")])
+async def test_a_retry_goes_on_with_the_assessment_of_the_same_proposal(
+    failure: Exception,
+) -> None:
+    retried = Retried()
+    made = retried.made
+    made.hermes.answers = [failure]
+    with pytest.raises(type(failure)) as caught:
+        await retried.propose()
+    await until(lambda: len(made.store.commits) == 2)
+    early_end = made.store.commits[1]
+    # Nothing is final yet.
+    assert early_end.draft == early_end.replaces == made.store.commits[0].draft
+    assert made.happened.of("row") == []
+    made.hermes.answers = [CRITIQUE, SURE]
+    result = await retried.propose()
+    assert str(result.transaction_id) == early_end.draft
+    if isinstance(caught.value, SidecarError):
+        assert caught.value.transaction_id == result.transaction_id
+    assert (result.proposal, result.completion, result.grounded) == (PROPOSAL, WRITTEN, "true")
+    assert len(made.phi3.calls) == 1
+    assert made.store.commits[-1].replaces == early_end.draft
+    rows = retried.rows()
+    assert set(rows) == {"OrchestratorRunSchema", "ProposalSchema", "HermesScoreSchema"}
+    assert rows["OrchestratorRunSchema"]["status"] == "success"
+    assert [channel for channel, _ in made.happened.of("event")] == [
+        *("phi3.proposal.created", "phi3.proposal.assessed")
+    ]
+
+
+async def test_a_retry_repeats_no_critique() -> None:
+    retried = Retried()
+    made = retried.made
+    made.hermes.answers = [CRITIQUE, DeadlineExceeded("hermes is late")]
+    with pytest.raises(DeadlineExceeded):
+        await retried.propose()
+    made.hermes.answers = [SURE]
+    result = await retried.propose()
+    assert (result.assessment, result.score) == (CRITIQUE, 0.75)
+
+
+async def test_a_finished_run_is_neither_generated_nor_stored_again() -> None:
+    retried = Retried()
+    result = await retried.propose()
+    commits = list(retried.made.store.commits)
+    assert await retried.propose() == result
+    assert retried.made.store.commits == commits
+
+
+async def test_a_proposal_that_was_not_durable_is_written_anew() -> None:
+    retried = Retried()
+    made = retried.made
+    made.store.full = DatabaseUnavailable("The disk is full.")
+    made.hermes.answers = [ModelUnavailable("hermes is gone")]
+    with pytest.raises(ModelUnavailable) as caught:
+        await retried.propose()
+    assert (caught.value.transaction_id, caught.value.stored) == (None, False)
+    made.store.full = None
+    made.phi3.answers, made.hermes.answers = [WRITTEN], [CRITIQUE, SURE]
+    assert (await retried.propose()).stored
+    assert len(made.phi3.calls) == 2
+
+
+async def test_a_failure_of_phi3_leaves_no_state() -> None:
+    retried = Retried()
+    retried.made.phi3.answers = [ModelUnavailable("phi3 is gone")]
+    with pytest.raises(ModelUnavailable):
+        await retried.propose()
+    assert retried.state is None
+    assert retried.rows()["OrchestratorRunSchema"]["status"] == "error"

@@ -7,27 +7,33 @@ from typing import Any
 
 import pytest
 
+from llm_sidecar import proposals
 from llm_sidecar.db import HermesScoreSchema, OrchestratorRunSchema, ProposalSchema
-from llm_sidecar.models.base import Completion
+from llm_sidecar.models.base import Completion, GenerationRequest
+from llm_sidecar.models.fake import IDENTITY
 from llm_sidecar.proposals import Proposed
 from llm_sidecar.services.proposal_run import ProposalRun
 from llm_sidecar.services.rows import Row
+from llm_sidecar.services.score import Rating
 
 PROPOSAL = {"ticker": "ABC", "action": "pass", "confidence": 0.5, "rationale": "Nothing to do."}
 
+PROPOSE = GenerationRequest(proposals.build_messages("Long ABC."), 256, proposals.GUIDANCE, 0.5, 7)
+CRITICISE = GenerationRequest([{"role": "user", "content": "Criticise."}], 200)
+
 
 def completion(text: str, model: str) -> Completion:
-    return Completion(text, model, "20260102", "stop", 10, 5)
+    return Completion(text, model, "20260102", "stop", 10, 5, identity=IDENTITY)
 
 
 def run_until(*steps: str) -> ProposalRun:
-    run = ProposalRun("Long ABC.")
+    run = ProposalRun("Long ABC.", "desk")
     if "proposal" in steps:
-        run.proposed(Proposed(PROPOSAL, completion("{}", "phi3/x"), ("ticker",)))
+        run.proposed(Proposed(PROPOSAL, completion("{}", "phi3/x"), ("ticker",), PROPOSE, ("f1",)))
     if "assessment" in steps:
-        run.assessed(completion("Too tight.", "hermes/x"))
+        run.assessed(completion("Too tight.", "hermes/x"), CRITICISE)
     if "score" in steps:
-        run.scored(0.7)
+        run.rated(Rating(0.7, 0.9))
     return run
 
 
@@ -92,3 +98,36 @@ def test_a_run_without_a_proposal_is_an_error_alone() -> None:
 def test_a_score_without_a_critique_has_no_rationale() -> None:
     score = of_type(HermesScoreSchema, run_until("proposal", "score").rows())
     assert (score.score, score.rationale) == (0.7, "")
+
+
+@pytest.mark.parametrize(
+    "steps", [("proposal",), ("proposal", "assessment"), ("proposal", "assessment", "score")]
+)
+def test_a_run_goes_on_from_its_state(steps: tuple[str, ...]) -> None:
+    run = run_until(*steps)
+    resumed = ProposalRun.resumed(run.prompt, json.loads(json.dumps(run.state())))
+    assert resumed.transaction_id == run.transaction_id
+    assert run.made is not None
+    assert resumed.made == Proposed(run.made.proposal, run.made.completion, run.made.ungrounded)
+    assert (resumed.assessment, resumed.rating) == (run.assessment, run.rating)
+    assert resumed.provenance == run.provenance
+    seconds = of_type(ProposalSchema, resumed.rows("late")).latencies
+    assert seconds == of_type(ProposalSchema, run.rows("late")).latencies
+
+
+def keys(rows: list[Row]) -> list[str]:
+    return [row.as_row()["row_id"] for row in rows]
+
+
+def test_a_finished_run_has_its_own_id_as_the_key_of_its_rows() -> None:
+    run = run_until("proposal", "assessment", "score")
+    assert keys(run.rows()) == [run.transaction_id.hex] * 3
+    resumed = ProposalRun.resumed(run.prompt, run.state())
+    assert keys(resumed.rows()) == keys(run.rows())
+
+
+def test_a_run_that_ended_early_has_other_keys_each_time() -> None:
+    run = run_until("proposal")
+    seen = keys(run.rows("late")) + keys(run.rows("late"))
+    assert len(set(seen)) == 4
+    assert run.transaction_id.hex not in seen

@@ -19,7 +19,7 @@ from llm_sidecar.proposals import Example, Proposed
 from llm_sidecar.services.propose import Proposer
 from llm_sidecar.telemetry.metrics import MetricsSink
 from tests.unit.fakes import PausedModel, completion, last_of
-from tests.unit.services.samples import PROMPT, PROPOSAL, UNGROUNDED, fake_sidecar
+from tests.unit.services.samples import PROMPT, PROPOSAL, SEED, UNGROUNDED, fake_sidecar
 from tests.unit.services.samples import WRITTEN as WRITTEN_OF_ABC
 
 VALID: dict[str, Any] = {
@@ -64,7 +64,9 @@ async def propose(
 async def test_a_proposal_alone_is_neither_stored_nor_published() -> None:
     made = fake_sidecar()
     generating = made.sidecar.proposer.generate(PROMPT, 300)
-    assert await last_of(generating, Proposed) == (PROPOSAL, WRITTEN_OF_ABC, ())
+    made_now = await last_of(generating, Proposed)
+    assert made_now[:3] == (PROPOSAL, WRITTEN_OF_ABC, ())
+    assert (made_now.request, made_now.examples) == (made.phi3.requests[0], ())
     assert made.happened.log == [("metric", "proposed", ("adjust",))]
     messages = proposals.build_messages(PROMPT)
     assert made.phi3.requests == [GenerationRequest(messages, 300, proposals.GUIDANCE, 0.0)]
@@ -88,7 +90,8 @@ def request(
     examples: list[Example], max_tokens: int, temperature: float, prompt: str = "now"
 ) -> GenerationRequest:
     messages = proposals.build_messages(prompt, examples)
-    return GenerationRequest(messages, max_tokens, proposals.GUIDANCE, temperature, None)
+    seed = SEED if temperature else None
+    return GenerationRequest(messages, max_tokens, proposals.GUIDANCE, temperature, seed)
 
 
 async def test_phi3_is_asked_under_guidance_with_the_examples() -> None:

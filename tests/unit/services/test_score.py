@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from typing import Any
 
 import pytest
 
 from llm_sidecar import hermes_plugin
+from llm_sidecar.db.transaction import RequestKey
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.errors import DatabaseUnavailable, InvalidRequest, ModelUnavailable, QueueFull
 from llm_sidecar.models.base import Delta, GenerationRequest
+from llm_sidecar.services.idempotency import Attempt
+from llm_sidecar.tasks import TaskSet
 from tests.unit.fakes import FakeSidecar, PausedModel, scores, text_of
-from tests.unit.services.samples import CRITIQUE, PROMPT, PROPOSAL, SURE, fake_sidecar, without
+from tests.unit.services.samples import (
+    CRITIQUE,
+    PROMPT,
+    PROPOSAL,
+    SEED,
+    SURE,
+    fake_sidecar,
+    without,
+)
 
 SCORE, CRITICISE = hermes_plugin.SCORE_TASK, hermes_plugin.CRITIQUE_TASK
 
@@ -74,6 +86,31 @@ async def test_a_score_that_fails_is_not_stored() -> None:
     assert made.happened.log == []
 
 
+async def test_a_score_is_stored_with_its_progress() -> None:
+    made = fake_sidecar()
+    made.hermes.answers = [SURE]
+    deadline, request = Deadline.after(60), RequestKey("desk", "k-1")
+    made.store.claimed.add(request)
+    attempt = Attempt(TaskSet(), request, deadline=deadline)
+    result = await made.sidecar.judge.score(PROPOSAL, None, attempt)
+    (call,) = made.hermes.calls
+    assert call.deadline is deadline
+    (transaction,) = made.store.commits
+    assert transaction.progress is not None
+    state = json.loads(transaction.progress.state or "")
+    assert state == {"proposal_id": str(result.proposal_id), "score": 0.75}
+    # Another attempt neither asks the model nor stores anything.
+    again = Attempt(TaskSet(), request, state)
+    assert await made.sidecar.judge.score(PROPOSAL, None, again) == result
+    assert (len(made.hermes.calls), len(made.store.commits)) == (1, 1)
+
+
+async def test_a_sum_of_probabilities_is_at_most_1() -> None:
+    made = fake_sidecar()
+    made.hermes.answers = [scores(_5=1.0000001)]
+    assert (await made.sidecar.judge.rate(PROPOSAL, None)).answer_mass == 1.0
+
+
 @pytest.mark.parametrize(
     ("context", "fields"), [(None, "proposal: it"), ("c", "proposal and context: their text")]
 )
@@ -94,10 +131,10 @@ async def test_an_error_names_the_fields_that_the_caller_sent(
 
 async def test_a_score_is_read_from_the_probabilities_of_the_answers() -> None:
     made = fake_sidecar()
-    made.hermes.answers = [scores(_0=0.1, _10=0.9), scores(_5=1.0)]
-    assert await made.sidecar.judge.rate(PROPOSAL, PROMPT) == pytest.approx(0.9)
+    made.hermes.answers = [scores(_0=0.1, _10=0.9), scores(_5=0.25)]
+    assert await made.sidecar.judge.rate(PROPOSAL, PROMPT) == pytest.approx((0.9, 1.0))
     deadline = Deadline.after(60)
-    assert await made.sidecar.judge.rate(PROPOSAL, None, deadline) == pytest.approx(0.5)
+    assert await made.sidecar.judge.rate(PROPOSAL, None, deadline) == pytest.approx((0.5, 0.25))
     assert [call.deadline for call in made.hermes.calls] == [None, deadline]
     assert made.hermes.requests == [
         (hermes_plugin.build_messages(SCORE, PROPOSAL, PROMPT), hermes_plugin.SCORE_ANSWERS),
@@ -126,20 +163,22 @@ async def test_a_critique_is_asked_in_its_context() -> None:
     made = fake_sidecar(models={"hermes_temperature": 0.5})
     made.hermes.answers = [CRITIQUE]
     deadline = Deadline.after(60)
-    asking = made.sidecar.judge.assess(PROPOSAL, PROMPT, max_tokens=31, deadline=deadline)
+    asked = made.sidecar.judge.critique_request(PROPOSAL, PROMPT, 31)
+    asking = made.sidecar.judge.assess(asked, deadline)
     assert await text_of(asking) == CRITIQUE
     (call,) = made.hermes.calls
     # Half a critique is none.
     assert (call.deadline, call.allow_partial) == (deadline, False)
     messages = hermes_plugin.build_messages(CRITICISE, PROPOSAL, PROMPT)
-    assert call.request == GenerationRequest(messages, 31, None, 0.5, None)
+    assert call.request == GenerationRequest(messages, 31, None, 0.5, SEED)
     assert made.happened.log == []
 
 
 async def test_a_critique_streams_and_closing_it_stops_hermes() -> None:
     hermes = PausedModel("Thin", ".")
     made = FakeSidecar(hermes=hermes)
-    asking = made.sidecar.judge.assess(PROPOSAL, PROMPT, max_tokens=31, deadline=Deadline.after(60))
+    asked = made.sidecar.judge.critique_request(PROPOSAL, PROMPT, 31)
+    asking = made.sidecar.judge.assess(asked, Deadline.after(60))
     assert await anext(asking) == Delta("Thin", "paused/fake")
     await asking.aclose()
     assert hermes.closed == 1
@@ -151,6 +190,5 @@ async def test_an_error_of_the_model_reaches_the_caller() -> None:
     with pytest.raises(QueueFull, match="full"):
         await made.sidecar.judge.rate(PROPOSAL, None)
     with pytest.raises(QueueFull, match="full"):
-        await text_of(
-            made.sidecar.judge.assess(PROPOSAL, PROMPT, max_tokens=9, deadline=Deadline.after(60))
-        )
+        asked = made.sidecar.judge.critique_request(PROPOSAL, PROMPT, 9)
+        await text_of(made.sidecar.judge.assess(asked, Deadline.after(60)))

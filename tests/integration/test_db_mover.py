@@ -1,10 +1,12 @@
-"""The writer while the disk is full, LanceDB is unavailable, or a table is damaged."""
+"""The database while the disk is full, LanceDB is unavailable, or a table is damaged."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -14,10 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from llm_sidecar.db import HermesScoreSchema, Store, compaction, repair, writer
-from llm_sidecar.db.log import Log, Row, encode, locked, read_segment
+from llm_sidecar.db import HermesScoreSchema, Store, compaction, lance, mover, repair, tables
+from llm_sidecar.db import store as store_module
 from llm_sidecar.errors import DatabaseUnavailable
-from tests.integration.test_db_crash import crash
+from llm_sidecar.journal import rows, writer
+from llm_sidecar.journal.locks import locked
+from llm_sidecar.journal.rows import Entry
 
 SCORES = "hermes_scores"
 
@@ -40,29 +44,31 @@ async def names(folder: Path) -> list[str]:
         await store.close()
 
 
-async def row_names(store: Store) -> list[str]:
-    """The key of each row of every table."""
-    columns = {"phi3_feedback": "transaction_id", "orchestrator_runs": "run_id", SCORES: "run_id"}
-    return [
-        str(row[column]) for table, column in columns.items() for row in await store.last(table, 0)
-    ]
-
-
-def newest_segment(folder: Path) -> Path:
-    return max(folder.glob("_log/*/*.log"))
-
-
-def killed(folder: Path) -> list[str]:
-    """Kills a writing process; returns the keys of its acknowledged rows."""
-    found = crash("once", folder, 1.5)
-    return [str(key) for key in found["keys"]]
-
-
 @pytest.fixture(scope="module")
 def dead(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """The database of a killed process, to be copied, and the keys of its acknowledged rows."""
-    folder = tmp_path_factory.mktemp("dead") / "db"
-    return folder, killed(folder)
+    """A database after a crash in which the newest rows are in LanceDB but not synced, and the keys
+    of its rows, which are scores. Tests copy it."""
+    folder = tmp_path_factory.mktemp("dead")
+    return folder / "copy", asyncio.run(_die(folder))
+
+
+async def _die(folder: Path) -> list[str]:
+    async def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    keys = [str(number) for number in range(10)]
+    store = await Store.open(folder / "db")
+    for key in keys[:5]:
+        await store.append(score(key))
+        await store.last(SCORES, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables.Tables, "sync", fail)
+        for key in keys[5:]:
+            await store.append(score(key))
+        await until(lambda: store.status()["state"] == "away")
+        shutil.copytree(folder / "db", folder / "copy")
+    await store.close()
+    return keys
 
 
 def manifests(folder: Path) -> list[Path]:
@@ -121,10 +127,10 @@ async def test_rows_are_refused_while_the_disk_is_full_and_accepted_after(small_
 async def test_a_full_disk_is_detected_without_a_row(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "_CHECK_SECONDS", 0.02)
+    monkeypatch.setattr(writer, "TICK_SECONDS", 0.02)
     store = await Store.open(small_disk / "db")
     assert store.refusal() is None
-    assert store.status()["log"]["accepts_rows"] is True
+    assert store.status()["journal"]["accepts_rows"] is True
     ballast = small_disk / "ballast"
     with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
         while True:
@@ -134,7 +140,7 @@ async def test_a_full_disk_is_detected_without_a_row(
         "The database accepts no rows: No space left on device; free space at "
         f"{small_disk / 'db' / '_log'} or check LANCEDB_URI."
     )
-    assert store.status()["log"]["accepts_rows"] is False
+    assert store.status()["journal"]["accepts_rows"] is False
     ballast.unlink()
     await until(lambda: store.refusal() is None)
     await store.append(score("after"))
@@ -145,7 +151,7 @@ async def test_a_full_disk_is_detected_without_a_row(
 async def test_a_removed_database_is_created_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "_CHECK_SECONDS", 0.02)
+    monkeypatch.setattr(writer, "TICK_SECONDS", 0.02)
     folder = tmp_path / "db"
     store = await Store.open(folder)
     folder.rename(tmp_path / "removed")
@@ -157,7 +163,7 @@ async def test_a_removed_database_is_created_again(
     assert await names(folder) == ["after"]
 
 
-async def test_the_log_accepts_rows_while_a_table_is_missing(tmp_path: Path) -> None:
+async def test_the_journal_accepts_rows_while_a_table_is_missing(tmp_path: Path) -> None:
     store = await Store.open(tmp_path)
     table, hidden = tmp_path / f"{SCORES}.lance", tmp_path / "hidden"
     table.rename(hidden)
@@ -180,19 +186,19 @@ async def test_the_log_accepts_rows_while_a_table_is_missing(tmp_path: Path) -> 
 async def test_an_unavailable_database_accepts_rows_up_to_a_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "_LOG_BYTES", 2000)
+    monkeypatch.setattr(rows, "MOST_BYTES", 2000)
     store = await Store.open(tmp_path)
     table = tmp_path / f"{SCORES}.lance"
     table.rename(tmp_path / "hidden")
     table.write_text("in the way")
     accepted = []
-    with pytest.raises(DatabaseUnavailable, match="log is full") as caught:
+    with pytest.raises(DatabaseUnavailable, match="journal is full") as caught:
         for number in range(100):
             await store.append(score(f"{number:03}"))
             accepted.append(f"{number:03}")
     assert caught.value.retry_after
-    refusal = store.refusal() or ""
-    assert refusal.startswith("The write-ahead log is full until the database is back")
+    monkeypatch.setattr(rows, "MOST_BYTES", store.status()["journal"]["bytes"])
+    assert store.refusal() == "The journal is full until LanceDB takes its rows; check LANCEDB_URI."
     assert 5 < len(accepted) < 50
     table.unlink()
     (tmp_path / "hidden").rename(table)
@@ -202,10 +208,10 @@ async def test_an_unavailable_database_accepts_rows_up_to_a_limit(
     assert await names(tmp_path) == [*accepted, "after"]
 
 
-async def test_rows_left_in_the_log_are_replayed_at_the_next_start(
+async def test_rows_left_in_the_journal_are_moved_at_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "_BACKOFF_FIRST", 0.05)
+    monkeypatch.setattr(mover, "_BACKOFF_FIRST", 0.05)
     store = await Store.open(tmp_path)
     table = tmp_path / f"{SCORES}.lance"
     table.rename(tmp_path / "hidden")
@@ -227,7 +233,7 @@ async def test_rows_are_accepted_before_the_database_is_open(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "zeros"])
-async def test_an_unreadable_newest_version_is_set_aside_and_its_rows_replayed(
+async def test_an_unreadable_newest_version_is_set_aside_and_its_rows_moved_again(
     dead: tuple[Path, list[str]], tmp_path: Path, damage: str
 ) -> None:
     folder, keys = shutil.copytree(dead[0], tmp_path / "db"), dead[1]
@@ -236,9 +242,7 @@ async def test_an_unreadable_newest_version_is_set_aside_and_its_rows_replayed(
     damaged = {"empty": b"", "cut": content[:-10], "zeros": b"\0" * len(content)}[damage]
     newest.write_bytes(damaged)
     store = await Store.open(folder)
-    # Every third row is a score.
-    scores = {key for key in keys if int(key.partition("-")[2]) % 3 == 2}
-    assert {row["run_id"] for row in await store.last(SCORES, 0)} >= scores
+    assert sorted(row["run_id"] for row in await store.last(SCORES, 0)) == keys
     (repair,) = [text for text in store.status()["repairs"] if "set aside" in text]
     await store.close()
     assert SCORES in repair
@@ -267,27 +271,6 @@ async def test_a_table_without_read_permission_is_not_set_aside(tmp_path: Path) 
     assert all(manifest.is_dir() for manifest in manifests(tmp_path))
 
 
-async def test_a_damaged_log_is_kept_and_its_readable_rows_are_replayed(
-    dead: tuple[Path, list[str]], tmp_path: Path
-) -> None:
-    folder, keys = shutil.copytree(dead[0], tmp_path / "db"), dead[1]
-    # Damage is noticed if an intact record follows.
-    segment = max(path for path in folder.glob("_log/*/*.log") if len(read_segment(path).rows) > 2)
-    data = bytearray(segment.read_bytes())
-    data[len(data) // 2] ^= 1
-    segment.write_bytes(data)
-    store = await Store.open(folder)
-    found = await row_names(store)
-    (repair,) = [text for text in store.status()["repairs"] if "damaged" in text]
-    await store.close()
-    # At most the damaged row is missing, and no row is there twice.
-    assert len(set(keys) - set(found)) <= 1
-    assert len(found) == len(set(found))
-    (aside,) = (folder / "_log" / "set_aside").iterdir()
-    assert aside.name in repair
-    assert aside.read_bytes() == data
-
-
 async def test_fragments_and_files_stay_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,6 +285,18 @@ async def test_fragments_and_files_stay_bounded(
     await until(lambda: store.status()["fragments"][SCORES] < 10)
     assert store.status()["last_compaction"]
     assert len(await store.last(SCORES, 0)) == 30
+    await store.close()
+
+
+async def test_a_compaction_gives_back_the_memory_that_it_has_freed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trimmed: list[bool] = []
+    monkeypatch.setattr(compaction, "trim_heap", lambda: trimmed.append(True))
+    store = await Store.open(tmp_path)
+    await store.append(score())
+    await store.compact()
+    assert trimmed == [True]
     await store.close()
 
 
@@ -320,6 +315,31 @@ async def test_processes_that_write_one_row_each_compact_when_they_close(
     store = await Store.open(tmp_path)
     assert len(await store.last(SCORES, 0)) == 6
     await store.close()
+
+
+async def test_a_power_loss_during_compaction_loses_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lose_power(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    # Makes the compaction delete every version that it may delete.
+    monkeypatch.setattr(lance, "_KEEP_VERSIONS", datetime.timedelta(milliseconds=1))
+    store = await Store.open(tmp_path / "db")
+    for number in range(5):
+        await store.append(score(str(number)))
+        await store.last(SCORES, 1)
+    monkeypatch.setattr(tables.Tables, "sync", lose_power)
+    with pytest.raises(DatabaseUnavailable, match="Input/output error"):
+        await store.compact()
+    lost = shutil.copytree(tmp_path / "db", tmp_path / "lost")
+    await store.close()
+    synced = json.loads((lost / "_log" / "synced.json").read_bytes())[SCORES]
+    newer = [path for path in manifests(lost) if 2**64 - 1 - int(path.stem) > synced]
+    assert newer
+    for manifest in newer:
+        manifest.unlink()
+    assert await names(lost) == [str(number) for number in range(5)]
 
 
 async def test_only_one_process_compacts_at_a_time(tmp_path: Path) -> None:
@@ -346,17 +366,6 @@ async def test_a_cancelled_caller_loses_no_other_row(tmp_path: Path) -> None:
     assert sorted(others, key=int) == [str(n) for n in range(20) if n != 3]
 
 
-async def test_the_same_object_is_stored_once(tmp_path: Path) -> None:
-    store, row = await Store.open(tmp_path), score("once")
-    await store.append(row)
-    await store.last(SCORES, 1)
-    # As after a failure with an unknown result.
-    store._writer._certain = False
-    await store.append(row)
-    assert len(await store.last(SCORES, 0)) == 1
-    await store.close()
-
-
 async def test_a_machine_error_sets_no_version_aside(
     dead: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,65 +380,49 @@ async def test_a_machine_error_sets_no_version_aside(
         with pytest.raises(DatabaseUnavailable, match="No space left"):
             await Store.open(folder)
     store = await Store.open(folder)
-    found = await row_names(store)
+    found = sorted(row["run_id"] for row in await store.last(SCORES, 0))
     assert not any("set aside" in repair for repair in store.status()["repairs"])
     await store.close()
-    assert set(keys) - set(found) == set()
-    assert len(found) == len(set(found))
-
-
-async def test_rows_of_another_version_are_kept_and_block_no_other(tmp_path: Path) -> None:
-    await (await Store.open(tmp_path)).close()
-    log = Log(tmp_path / "_log")
-    log.append([encode(Row(SCORES, score("ours").as_row()))])
-    later = score("theirs").as_row() | {"mood": "good"}
-    log.append([encode(Row(SCORES, later)), encode(Row("moods", later))])
-    earlier = score("theirs").as_row()
-    del earlier["rationale"]
-    log.append([encode(Row(SCORES, earlier))])
-    log.close()
-    store = await Store.open(tmp_path)
-    (repair,) = [text for text in store.status()["repairs"] if "another version" in text]
-    assert "3 rows" in repair
-    assert [row["run_id"] for row in await store.last(SCORES, 0)] == ["ours"]
-    await store.close()
-    (aside,) = (tmp_path / "_log" / "set_aside").iterdir()
-    assert len(read_segment(aside).rows) == 4
+    assert found == keys
 
 
 async def test_a_hanging_disk_refuses_rows_within_the_deadline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "_LOG_SECONDS", 0.3)
+    monkeypatch.setattr(writer, "_COMMIT_SECONDS", 0.3)
     store = await Store.open(tmp_path)
-    release = threading.Event()
-    hanging = asyncio.get_running_loop().run_in_executor(store._writer._thread, release.wait)
-    begun = asyncio.create_task(store.append(score("begun")))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await store.append(score("before"))
+    release, hanging = threading.Event(), threading.Event()
+
+    def hang(_: object) -> None:
+        hanging.set()
+        release.wait()
+
+    blocking = asyncio.create_task(store._journal._writer.run(hang))
+    await until(hanging.is_set)
     with pytest.raises(DatabaseUnavailable, match="is not stored"):
         await store.append(score("not begun"))
     with pytest.raises(DatabaseUnavailable, match="is not known to be stored"):
-        await begun
+        await blocking
     release.set()
-    await hanging
     await store.append(score("after"))
     rows = await store.last(SCORES, 0)
     await store.close()
-    assert sorted(row["run_id"] for row in rows) == ["after", "begun"]
+    assert sorted(row["run_id"] for row in rows) == ["after", "before"]
 
 
-async def test_a_lock_of_another_process_blocks_no_request(
+async def test_a_process_that_moves_for_long_blocks_no_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "_SWEEP_SECONDS", 0.0)
-    monkeypatch.setattr(writer, "_MOVE_EVERY", 0.01)
+    monkeypatch.setattr(store_module, "_QUERY_SECONDS", 0.2)
     store = await Store.open(tmp_path)
-    with locked(tmp_path / "_log" / "lock"):
-        async with asyncio.timeout(5):
-            for number in range(5):
-                await store.append(score(str(number)))
-                assert len(await store.last(SCORES, 0)) == number + 1
+    with locked(tmp_path / "_log" / "mover.lock"):
+        for number in range(5):
+            await store.append(score(str(number)))
+        with pytest.raises(DatabaseUnavailable, match=r"longer than 0\.2 s"):
+            await store.last(SCORES, 0)
+    monkeypatch.undo()
+    assert len(await store.last(SCORES, 0)) == 5
     await store.close()
 
 
@@ -450,3 +443,38 @@ async def test_the_database_stays_locked_while_an_abandoned_write_runs(tmp_path:
 def is_free(path: Path) -> bool:
     with locked(path, wait=False) as mine:
         return mine
+
+
+async def test_rows_that_cannot_be_read_are_set_aside_and_block_no_others(tmp_path: Path) -> None:
+    store = await Store.open(tmp_path)
+    await store._journal.commit([Entry(SCORES, "bad", b'{"run_id":"bad"}')])
+    await store.append(score("good"))
+    assert [row["run_id"] for row in await store.last(SCORES, 0)] == ["good"]
+    (repair,) = store.status()["repairs"]
+    assert store.status()["rows_waiting"] == 0
+    await store.close()
+    (kept,) = (tmp_path / "_log" / "set_aside").iterdir()
+    assert kept.read_bytes() == b'hermes_scores\t{"run_id":"bad"}\n'
+    assert repair == (
+        "1 rows are damaged or of another version of the sidecar; they are kept as " + kept.name
+    )
+
+
+async def test_until_the_database_is_open_its_journal_identifies_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mover, "open_tables", fail)
+        store = Store(tmp_path)
+        store.start()
+        name = await store.id()
+        assert store.has_id(name)
+        await store.close()
+    again = await Store.open(tmp_path)
+    own = await again.id()
+    assert own != name
+    assert [again.has_id(each) for each in (name, own, "another")] == [True, True, False]
+    await again.close()
