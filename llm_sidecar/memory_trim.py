@@ -19,7 +19,7 @@ def keep_little() -> None:
     """
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
+    if mallopt is not None and os.environ.get("MALLOC_ARENA_MAX") is None:
         mallopt(_M_ARENA_MAX, _ARENAS)
 
 
