@@ -174,6 +174,7 @@ async def test_a_part_comes_while_the_rest_is_still_to_be_spoken(house: House) -
     sidecar, _ = await house.pair(voice)
     parts = sidecar.speak("one two three", exaggeration=0.5, reference=None)
     assert same([await anext(parts)], tones("one"))
+    await until(lambda: "two" in voice.begun)
     voice.gate.set()
     assert same([part async for part in parts], tones("two three"))
 
