@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
@@ -54,6 +54,10 @@ def _known_types(value: object) -> object:
     return value
 
 
+_DOCUMENTED_ID: Final[dict[str, Any]] = {"pattern": "^[0-9]{1,19}-[0-9]{1,19}$"}
+"""Narrower than what is accepted: a number of twenty digits may have more than 64 bits."""
+
+
 def _entry_id(value: object) -> object:
     try:
         EntryId.parse(str(value))
@@ -79,6 +83,7 @@ async def _listening(
         Header(
             description="the `id` of the last event that the client has; the stream continues "
             "after it. `0-0` begins with the oldest event that Redis has",
+            json_schema_extra=_DOCUMENTED_ID,
             examples=["1769853600123-0"],
         ),
     ] = None,
@@ -146,12 +151,20 @@ async def list_dead_letters(
     sidecar: CurrentSidecar,
     limit: Annotated[
         QueryInteger,
-        Query(ge=1, le=500, description="the maximum number of items on the page", examples=[100]),
+        Query(
+            ge=1,
+            le=500,
+            description="the maximum number of items on the page",
+            # The schema of `QueryInteger` drops the bounds.
+            json_schema_extra={"minimum": 1, "maximum": 500},
+            examples=[100],
+        ),
     ] = 100,
     before: Annotated[
         Annotated[str, BeforeValidator(_entry_id)] | None,
         Query(
             description="`next` of the previous page; leave it out for the first page",
+            json_schema_extra=_DOCUMENTED_ID,
             examples=["1769853600123-0"],
         ),
     ] = None,

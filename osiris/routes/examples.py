@@ -20,7 +20,14 @@ async def list_examples(
     sidecar: CurrentSidecar,
     limit: Annotated[
         QueryInteger,
-        Query(ge=1, le=500, description="the maximum number of items on the page", examples=[100]),
+        Query(
+            ge=1,
+            le=500,
+            description="the maximum number of items on the page",
+            # The schema of `QueryInteger` drops the bounds.
+            json_schema_extra={"minimum": 1, "maximum": 500},
+            examples=[100],
+        ),
     ] = 500,
     before: Annotated[
         Text | None,

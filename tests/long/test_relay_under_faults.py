@@ -17,6 +17,9 @@ from tests.integration.test_relay import SharedOutbox, event, stream
 from tests.redis_server import RedisServer, require_redis
 from tests.scripted_redis import Proxy
 
+# asyncio forgets a connection that it accepts while the proxy closes.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 SECONDS = 8.0
 """Seconds of faults in each round."""
 TIMEOUT = 30.0
