@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 from llm_sidecar import input_model
-from llm_sidecar.input_model import InputModel
+from llm_sidecar.input_model import InputModel, QueryInteger
 from llm_sidecar.sidecar import Sidecar
 
 
@@ -23,6 +23,18 @@ async def current_sidecar(request: Request) -> Sidecar:
 
 
 CurrentSidecar = Annotated[Sidecar, Depends(current_sidecar)]
+PageLimit = Annotated[
+    QueryInteger,
+    Query(
+        ge=1,
+        le=500,
+        description="the maximum number of items on the page",
+        # The schema of `QueryInteger` drops the bounds.
+        json_schema_extra={"minimum": 1, "maximum": 500},
+        examples=[100],
+    ),
+]
+"""The query parameter `limit` of a list."""
 
 
 def check_length(sidecar: Sidecar, body: InputModel) -> None:

@@ -152,8 +152,10 @@ def _number(text: str) -> int:
 
 
 def _fields_of(entry: Mapping[str, str]) -> Mapping[str, str]:
-    """The fields of the entry in the inbox. What somebody else has added here has none: then its
-    own fields."""
+    """The fields that the entry had in the inbox.
+
+    If another program added the dead letter, these are its own fields.
+    """
     try:
         fields = json.loads(entry.get("fields", ""))
     except (ValueError, RecursionError):

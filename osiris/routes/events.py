@@ -13,12 +13,12 @@ from pydantic_core import PydanticCustomError
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from llm_sidecar.event_bus.followed_stream import EntryId, Gap
-from llm_sidecar.input_model import QueryInteger, Text
+from llm_sidecar.input_model import Text
 from llm_sidecar.services import dead_letters
 from llm_sidecar.services.event_feed import Feed
 from llm_sidecar.services.events import PAYLOADS
 from llm_sidecar.services.idempotency import Attempt
-from osiris.dependencies import CurrentSidecar
+from osiris.dependencies import CurrentSidecar, PageLimit
 from osiris.endpoint import endpoint
 from osiris.idempotency import REPLAYED, IdempotencyKey, answered_once
 from osiris.schemas.events import DeadLetterItem, DeadLetterPage, Requeued
@@ -149,17 +149,7 @@ async def _no_events() -> AsyncIterator[ServerSentEvent]:
 @endpoint(router, "GET", "/events/dead", 422, 503, response_description="A page of dead letters")
 async def list_dead_letters(
     sidecar: CurrentSidecar,
-    limit: Annotated[
-        QueryInteger,
-        Query(
-            ge=1,
-            le=500,
-            description="the maximum number of items on the page",
-            # The schema of `QueryInteger` drops the bounds.
-            json_schema_extra={"minimum": 1, "maximum": 500},
-            examples=[100],
-        ),
-    ] = 100,
+    limit: PageLimit = 100,
     before: Annotated[
         Annotated[str, BeforeValidator(_entry_id)] | None,
         Query(

@@ -7,8 +7,8 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from llm_sidecar.errors import InvalidRequest
-from llm_sidecar.input_model import QueryInteger, Text
-from osiris.dependencies import CurrentSidecar
+from llm_sidecar.input_model import Text
+from osiris.dependencies import CurrentSidecar, PageLimit
 from osiris.endpoint import endpoint
 from osiris.schemas.examples import ExampleInUse, Examples
 
@@ -18,17 +18,7 @@ router = APIRouter(tags=["feedback"])
 @endpoint(router, "GET", "/examples/", 422, response_description="A page of examples")
 async def list_examples(
     sidecar: CurrentSidecar,
-    limit: Annotated[
-        QueryInteger,
-        Query(
-            ge=1,
-            le=500,
-            description="the maximum number of items on the page",
-            # The schema of `QueryInteger` drops the bounds.
-            json_schema_extra={"minimum": 1, "maximum": 500},
-            examples=[100],
-        ),
-    ] = 500,
+    limit: PageLimit = 500,
     before: Annotated[
         Text | None,
         Query(
