@@ -16,6 +16,8 @@ from llm_sidecar.journal.locks import dated, sync_folder
 from llm_sidecar.journal.rows import Entry
 
 _TIMES: Final = ("timestamp", "received")
+_STORED_IN: Final = "stored_in"
+"""Not a column: the id of the database that has published feedback, according to its publisher."""
 
 
 class Decoded(NamedTuple):
@@ -30,14 +32,19 @@ class Decoded(NamedTuple):
     unreadable: list[Entry]
 
 
-def encoded(table: str, values: Mapping[str, Any], *, again: bool = False) -> Entry:
+def encoded(
+    table: str, values: Mapping[str, Any], *, again: bool = False, stored_in: str | None = None
+) -> Entry:
     """A row for the journal.
 
     Args:
         values: by column.
         again: whether the table may already contain the row.
+        stored_in: the id of a database that has the row; `decoded` leaves it out there. The id of
+            this process's database may not be known yet.
     """
-    return Entry(table, values[KEYS[table]], _encode(values).encode(), again)
+    data = values if stored_in is None else {**values, _STORED_IN: stored_in}
+    return Entry(table, values[KEYS[table]], _encode(data).encode(), again)
 
 
 def _iso(value: datetime.datetime) -> str:
@@ -47,15 +54,19 @@ def _iso(value: datetime.datetime) -> str:
 _encode: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_iso).encode
 
 
-def decoded(entries: Iterable[Entry]) -> Decoded:
-    """Converts rows of the journal to Arrow tables."""
+def decoded(entries: Iterable[Entry], database_id: str | None = None) -> Decoded:
+    """Converts rows of the journal to Arrow tables.
+
+    Args:
+        database_id: of the database that they are for.
+    """
     rows: dict[tuple[str, bool], list[tuple[Entry, dict[str, Any]]]] = defaultdict(list)
     unreadable = []
     for entry in entries:
-        values = values_of(entry.target, entry.data)
+        values, stored_in = _parsed(entry.target, entry.data)
         if values is None:
             unreadable.append(entry)
-        else:
+        elif stored_in is None or stored_in != database_id:
             rows[entry.target, entry.again].append((entry, values))
     tables = {}
     for (table, again), found in rows.items():
@@ -74,14 +85,20 @@ _NOT_ARROW: Final = (ValueError, TypeError, KeyError, AttributeError, OverflowEr
 
 def values_of(table: str, data: bytes) -> dict[str, Any] | None:
     """The columns of a row of the journal; None if it is damaged or of an unknown version."""
+    return _parsed(table, data)[0]
+
+
+def _parsed(table: str, data: bytes) -> tuple[dict[str, Any] | None, str | None]:
+    """The columns of a row, and the id of the database that already has it."""
     try:
         values = json.loads(data)
+        stored_in = values.pop(_STORED_IN, None)
         for name in _TIMES:
             if name in values:
                 values[name] = datetime.datetime.fromisoformat(values[name])
-        return upgraded(table, values)
+        return upgraded(table, values), stored_in
     except _NOT_ARROW:
-        return None
+        return None, None
 
 
 def arrow(table: str, rows: Sequence[Mapping[str, Any]]) -> Any:

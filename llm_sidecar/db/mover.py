@@ -254,7 +254,7 @@ class Mover:
         assert self.tables is not None
         while (taken := await self._journal.take(until, _MOVE_ROWS)) is not None:
             journal_id, batch = taken
-            found = await asyncio.to_thread(decoded, batch.entries)
+            found = await asyncio.to_thread(decoded, batch.entries, self.database_id)
             for (table, again), data in found.tables.items():
                 # Several sidecars receive the same feedback, a client may repeat a withdrawal, and
                 # lancedb repeats a commit if the response of an object store is lost.

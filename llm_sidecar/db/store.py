@@ -161,7 +161,10 @@ class Store:
             DatabaseUnavailable: nothing is stored; after the deadline, the outcome is unknown.
         """
         await self._journal.commit(
-            [encoded(table_of(row), row.as_row()) for row in transaction.rows],
+            [
+                encoded(table_of(row), row.as_row(), stored_in=getattr(row, "stored_in", None))
+                for row in transaction.rows
+            ],
             transaction.events,
             transaction.progress,
             transaction.draft,

@@ -16,8 +16,19 @@ from pathlib import Path
 
 import pytest
 
-from llm_sidecar.db import HermesScoreSchema, Store, compaction, lance, mover, repair, tables
+from llm_sidecar.db import (
+    HermesScoreSchema,
+    Phi3FeedbackSchema,
+    PublishedFeedback,
+    Store,
+    compaction,
+    lance,
+    mover,
+    repair,
+    tables,
+)
 from llm_sidecar.db import store as store_module
+from llm_sidecar.db.transaction import Transaction
 from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.journal import rows, writer
 from llm_sidecar.journal.locks import locked
@@ -478,3 +489,37 @@ async def test_until_the_database_is_open_its_journal_identifies_it(
     assert own != name
     assert [again.has_id(each) for each in (name, own, "another")] == [True, True, False]
     await again.close()
+
+
+async def test_feedback_that_the_database_has_stored_is_not_stored_again_before_it_is_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    values = {
+        "feedback_id": "f-1",
+        "transaction_id": "t",
+        "feedback_type": "rating",
+        "feedback_content": "5",
+    }
+    store = await Store.open(tmp_path)
+    name = await store.id()
+    await store.append(Phi3FeedbackSchema(**values))
+    await store.close()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mover, "open_tables", fail)
+        store = Store(tmp_path)
+        store.start()
+        # A relay sends the event of a process that was killed, and this process receives it.
+        for other in (name, "another database"):
+            own = PublishedFeedback(**values, stored_in=other).from_entry(other)
+            await store.commit(Transaction([own]))
+        await store.close()
+
+    again = await Store.open(tmp_path)
+    found = [(row["feedback_id"], row["source"]) for row in await again.last("phi3_feedback", 0)]
+    await again.close()
+    assert found == [("f-1", "bus"), ("f-1", "direct")]
+    assert not (tmp_path / "_log" / "set_aside").exists()
