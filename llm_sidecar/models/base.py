@@ -32,6 +32,7 @@ __all__ = [
     "ModelIdentity",
     "ModelStatus",
     "Models",
+    "Speed",
     "new_seed",
 ]
 
@@ -135,6 +136,22 @@ class ChoiceScores:
 
 
 @dataclass(frozen=True, slots=True)
+class Speed:
+    """The speed of a model alone on its machine, measured once when it was loaded.
+
+    Attributes:
+        prefill, decode: prompt and completion tokens per second, of one request.
+    """
+
+    prefill: float
+    decode: float
+
+    def seconds(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """How long a request takes whose prompt is not cached."""
+        return prompt_tokens / self.prefill + completion_tokens / self.decode
+
+
+@dataclass(frozen=True, slots=True)
 class ModelStatus:
     """The state of a model.
 
@@ -152,6 +169,7 @@ class ModelStatus:
         requests: the number of requests that run or wait.
         queue_length: the maximum of `requests`.
         running: the number of requests that run now.
+        speed: measured when the model was loaded; None until then.
     """
 
     state: State = "ready"
@@ -167,6 +185,7 @@ class ModelStatus:
     requests: int = 0
     queue_length: int = 0
     running: int = 0
+    speed: Speed | None = None
 
 
 class ChatModel(Protocol):

@@ -99,8 +99,8 @@ class Health:
 
 
 def _model(status: ModelStatus) -> dict[str, Any]:
-    """A model's state as JSON types, without `not_ready`."""
+    """A model's state as JSON types, without `not_ready` and `speed`."""
     shown = asdict(status)
-    del shown["not_ready"]
+    del shown["not_ready"], shown["speed"]
     shown["adapter"] = None if status.adapter is None else status.adapter.name
     return shown
