@@ -55,6 +55,10 @@ RECOVERY_SECONDS: Final = 120.0
 """Within which the stream has every event after trouble: an outage ends up to 30 s late."""
 
 
+_MOST_IDLE_SECONDS = 3.0
+"""The server closes a connection that is idle for 5 s, and may do so just as a request is sent."""
+
+
 class Answered(NamedTuple):
     """A request: the events that it made, when it was due, sent and answered, in seconds, and what
     is wrong with the answer."""
@@ -77,7 +81,7 @@ class Load:
         self.answers: list[Answered] = []
         self._address = urlsplit(url)
         self._numbers = itertools.count()
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._idle: list[tuple[float, asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def run(self, seconds: float) -> list[Answered]:
         """Sends requests for so long; returns their answers."""
@@ -89,7 +93,7 @@ class Load:
                 await asyncio.sleep(due - loop.time())
                 group.create_task(self._request(next(self._numbers), due))
         while self._idle:
-            _, writer = self._idle.pop()
+            *_, writer = self._idle.pop()
             await close(writer)
         return self.answers[first:]
 
@@ -124,13 +128,14 @@ class Load:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         length = head.lower().partition("content-length:")[2].partition("\r\n")[0]
         body = await reader.readexactly(int(length))
-        self._idle.append((reader, writer))
+        self._idle.append((asyncio.get_running_loop().time(), reader, writer))
         return head, body
 
     async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         while self._idle:
-            reader, writer = self._idle.pop()
-            if not reader.at_eof():
+            since, reader, writer = self._idle.pop()
+            age = asyncio.get_running_loop().time() - since
+            if age < _MOST_IDLE_SECONDS and not reader.at_eof():
                 return reader, writer
             await close(writer)
         return await asyncio.open_connection(self._address.hostname, self._address.port)
