@@ -29,7 +29,7 @@ WORKDIR /app
 FROM base AS sidecar-packages
 # cpu or cuda.
 ARG ACCELERATOR=cpu
-COPY requirements.txt /build/
+COPY requirements.txt requirements-gguf.txt /build/
 # pip is configured by the base image, if at all: PYTHON_IMAGE can be one with an /etc/pip.conf.
 RUN python3.11 -m venv /opt/venv \
     && case "$ACCELERATOR" in \
@@ -38,7 +38,7 @@ RUN python3.11 -m venv /opt/venv \
             /build/requirements.txt ;; \
         *) echo "ACCELERATOR=$ACCELERATOR: it takes cpu or cuda" >&2; exit 1 ;; \
     esac \
-    && pip install --no-cache-dir -r /build/requirements.txt
+    && pip install --no-cache-dir -r /build/requirements.txt -r /build/requirements-gguf.txt
 
 
 FROM base AS sidecar

@@ -8,16 +8,27 @@ BIN := $(VENV)/bin
 BENCH_VENV := .venv-bench
 CHATTERBOX_VENV := .venv-chatterbox
 STAND_IN := .data/chatterbox-stand-in
+# Another build of llama.cpp for `make bench-real`.
+NODE_LLAMA := .data/node-llama-cpp
+NODE_LLAMA_VERSION := 3.22.1
 
-.PHONY: .env serve test-unit test test-long test-chatterbox mutants lint docs bench train evaluate clean
+.PHONY: .env serve serve-smollm2 test-unit test test-long test-chatterbox mutants lint docs bench bench-real train evaluate clean
 .DELETE_ON_ERROR:
 
-serve: $(VENV)/.serve
+# A .gguf file needs llama.cpp: its wheel, unless a llama-server is there.
+GGUF_FILE := $(findstring .gguf,$(MICRO_LLM_MODEL_PATH) $(HERMES_MODEL_PATH))
+LLAMA := $(LLAMA_SERVER)$(shell command -v llama-server 2>/dev/null)
+
+serve: $(VENV)/.$(if $(LLAMA),serve,$(if $(GGUF_FILE),gguf,serve))
 	SIDECAR_DEMO=$${SIDECAR_DEMO:-true} PRELOAD_MODELS=$${PRELOAD_MODELS:-true} \
 	PHI3_ADAPTER_DIR=$${PHI3_ADAPTER_DIR:-.data/adapters} \
 	REDIS_URL=$${REDIS_URL:-memory://} LANCEDB_URI=$${LANCEDB_URI:-.data/lancedb} \
 	ALLOWED_HOSTS=$${ALLOWED_HOSTS-localhost,127.0.0.1,[::1],$(HOST)} \
 	exec $(BIN)/python -m osiris --host $(HOST) --port $(PORT)
+
+# A real language model as Hermes, in a GGUF file of 98 MB; Phi-3 is the demo model.
+serve-smollm2: $(VENV)/.gguf
+	weights=$$($(BIN)/python -m tests.real_weights) && HERMES_MODEL_PATH=$$weights $(MAKE) serve
 
 # A password for the Redis of docker-compose, in a file that git and Docker ignore. The file keeps its
 # other lines.
@@ -62,6 +73,22 @@ docs: $(VENV)/.docs
 bench: $(BENCH_VENV)/.installed
 	$(BENCH_VENV)/bin/python -m benchmarks.inference
 
+# SmolLM2 on our engines and on llama.cpp. node-llama-cpp takes part where npm is installed.
+bench-real: $(BENCH_VENV)/.installed
+	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory $(NODE_LLAMA)/$(NODE_LLAMA_VERSION); else \
+	  echo "npm is not installed, so node-llama-cpp does not take part"; fi
+	$(BENCH_VENV)/bin/python -m benchmarks.real
+
+# The builds of llama.cpp are npm packages of their own, and only the one for CPUs is needed. The
+# install script does not run, because it would look for another build on the Internet.
+$(NODE_LLAMA)/$(NODE_LLAMA_VERSION):
+	rm -rf $(NODE_LLAMA)
+	mkdir -p $(NODE_LLAMA)
+	echo '{"private": true}' > $(NODE_LLAMA)/package.json
+	npm install --silent --no-audit --no-fund --ignore-scripts --omit=optional --prefix $(NODE_LLAMA) \
+	  node-llama-cpp@$(NODE_LLAMA_VERSION) @node-llama-cpp/linux-$$(node -p process.arch)@$(NODE_LLAMA_VERSION)
+	touch $@
+
 train: $(VENV)/.serve
 	$(BIN)/python -m training.demo_models
 
@@ -81,9 +108,13 @@ $(VENV)/.serve: requirements.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
+$(VENV)/.gguf: requirements.txt requirements-gguf.txt $(VENV)/.serve
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-gguf.txt
+	touch $@
+
 # Without --no-compile, pip compiles thousands of modules, of which the tests import a few.
-$(VENV)/.test: requirements-tests.txt $(VENV)/.serve
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt -r requirements-tests.txt
+$(VENV)/.test: requirements-tests.txt requirements-gguf.txt $(VENV)/.serve
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt -r requirements-gguf.txt -r requirements-tests.txt
 	touch $@
 
 $(VENV)/.docs: requirements-docs.txt $(VENV)/.serve
@@ -94,7 +125,7 @@ $(VENV)/.mutants: requirements-mutants.txt $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-mutants.txt
 	touch $@
 
-$(BENCH_VENV)/.installed: requirements.txt requirements-bench.txt
+$(BENCH_VENV)/.installed: requirements.txt requirements-gguf.txt requirements-bench.txt
 	$(PYTHON) -m venv $(BENCH_VENV)
 	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-bench.txt
 	touch $@

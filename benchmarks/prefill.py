@@ -54,7 +54,7 @@ def one_score(rounds: int) -> Iterator[Row]:
     differences = []
     for prompt in models.prompts(rounds + 1):
         proposal = models.examples(1)[0].proposal
-        score = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, proposal, prompt)
+        score = hermes_plugin.score_messages(proposal, prompt)
         with _timed(seconds["cold score"]):
             first = engine.score_choices(score, hermes_plugin.SCORE_ANSWERS)
         critique = hermes_plugin.build_messages(hermes_plugin.CRITIQUE_TASK, proposal, prompt)

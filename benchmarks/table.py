@@ -47,15 +47,21 @@ class Row:
         return f"| {self.name} | {reached} | {limit} | {self.detail}{why} |"
 
 
-def machine() -> list[str]:
+def processor() -> str:
+    """The processor, its cores and the Python."""
     names = [
         line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
     cpu = names[0].partition(":")[2].strip() if names else platform.processor()
+    return f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def machine() -> list[str]:
+    """The text above the table."""
     installed = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     return [
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {cpu}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, {installed}. {models.THREADS} threads a model; "
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {processor()}, {installed}. "
+        f"{models.THREADS} threads a model; "
         f"Phi-3 of {models.size(models.transformers_model('phi3'))} parameters, Llama of "
         f"{models.size(models.transformers_model('llama'))}, both in int4 unless a row says "
         "otherwise. Ratios are of medians.",

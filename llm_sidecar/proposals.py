@@ -7,6 +7,7 @@ a valid proposal of bounded length, for any weights.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -115,21 +116,58 @@ _TEXT: Final = "[A-Za-z,;:%$()/+' -]"
 """A character of a rationale outside of numbers."""
 _SHORTEST_RATIONALE: Final = 10
 _LONGEST_RATIONALE: Final = 109
+_FIXED_TOKENS: Final = 74
+"""Tokens of a proposal beside its rationale: one for each character of a ticker and of numbers, one
+for the end of the turn, and the keys as forced tokens. The tokenizers of the demo models and of
+SmolLM2 need at most 66. One that has only single characters needs more."""
+_LONGEST: Final = {
+    "ticker": "X" * 12,
+    "action": "adjust",
+    "side": "SHORT",
+    "new_stop_pct": 99.99,
+    "new_target_pct": 99.99,
+    "confidence": 0.99,
+    "rationale": "X" * _LONGEST_RATIONALE,
+}
+"""The longest guided proposal; 109 = 1 + 34 + 2 + 34 + 2 + 34 + 2 is the longest rationale."""
+_MOST_OFFERED: Final = 64
+"""Maximum number of tickers, and of numbers, in the guidance of a context, to keep it small."""
+
+MAX_COMPLETION_TOKENS: Final = len(json.dumps(_LONGEST, separators=(",", ":"))) + 4
+"""Maximum number of tokens of a guided proposal, for any tokenizer. It is ASCII, and a token is at
+least one character. Two numbers may be `100.00` (one character more each), the confidence has at
+most four characters, and the end of the turn is one token."""
+MIN_COMPLETION_TOKENS: Final = 96
+"""Minimum number of tokens that a request must allow for a proposal."""
 
 
-def _rationale_pattern() -> str:
-    """One sentence of 10 to 109 ASCII characters, with at most two decimal numbers in it.
+def rationale_bound(max_tokens: int) -> int:
+    """The maximum number of characters of a rationale in a completion of `max_tokens`.
 
-    The full stop is allowed inside a number and at the end only, and the end never follows a
-    digit, so neither a second sentence nor half a number (`2.` for `2.5`) can be written.
+    Each character may take a token. With `MIN_COMPLETION_TOKENS` or more, the longest proposal fits
+    for every tokenizer that has tokens for the words of the keys, and with `MAX_COMPLETION_TOKENS`
+    for any tokenizer.
+    """
+    bound = min(_LONGEST_RATIONALE, max_tokens - _FIXED_TOKENS)
+    # Three parts of equal length; see `_rationale_pattern`.
+    return bound - (bound - 7) % 3
+
+
+def _rationale_pattern(bound: int) -> str:
+    """One sentence of at most `bound` ASCII characters, with at most two decimal numbers in it.
+
+    Without a decimal number it has at least eleven characters. The full stop is allowed inside a
+    number and at the end only, and the end never follows a digit, so neither a second sentence nor
+    half a number (`2.` for `2.5`) can be written.
     """
     char, decimal = r"[A-Za-z0-9,;:%$()/+' -]", r"\.[0-9]"
+    part = (bound - 7) // 3
     body = "|".join(
         (
-            f"{char}{{8,106}}",
-            f"{char}{{0,36}}{decimal}{char}{{0,68}}",
-            f"{char}{{0,68}}{decimal}{char}{{0,36}}",
-            f"{char}{{0,34}}{decimal}{char}{{0,34}}{decimal}{char}{{0,34}}",
+            f"{char}{{8,{bound - 3}}}",
+            f"{char}{{0,{part + 2}}}{decimal}{char}{{0,{2 * part}}}",
+            f"{char}{{0,{2 * part}}}{decimal}{char}{{0,{part + 2}}}",
+            f"{char}{{0,{part}}}{decimal}{char}{{0,{part}}}{decimal}{char}{{0,{part}}}",
         )
     )
     return f"^[A-Z]({body})[A-Za-z%)]\\.$"
@@ -142,61 +180,64 @@ _PERCENT: Final = {
     ]
 }
 
-GUIDANCE: Final = json.dumps(
-    {
-        "x-guidance": {"whitespace_flexible": False},
-        "type": "object",
-        "properties": {
-            "ticker": {"type": "string", "pattern": "^[A-Z0-9^][A-Z0-9./=_-]{0,11}$"},
-            "action": {"enum": ["adjust", "pass", "abort"]},
-            "side": {"enum": ["LONG", "SHORT"]},
-            "new_stop_pct": _PERCENT,
-            "new_target_pct": _PERCENT,
-            "confidence": {"type": "number", "minimum": 0, "maximum": 1, "multipleOf": 0.01},
-            "rationale": {"type": "string", "pattern": _rationale_pattern()},
-        },
-        "required": [
-            "ticker",
-            "action",
-            "new_stop_pct",
-            "new_target_pct",
-            "confidence",
-            "rationale",
-        ],
-        "additionalProperties": False,
-    }
-)
-"""The JSON schema of guided decoding (llguidance dialect). Its text is constant, because runtimes
-cache the compiled grammar by it."""
 
-_LONGEST: Final = {
-    "ticker": "X" * 12,
-    "action": "adjust",
-    "side": "SHORT",
-    "new_stop_pct": 99.99,
-    "new_target_pct": 99.99,
-    "confidence": 0.99,
-    "rationale": "X" * _LONGEST_RATIONALE,
-}
-"""As long as a guided one gets; 109 = 1 + 34 + 2 + 34 + 2 + 34 + 2 is the longest rationale."""
-_MOST_OFFERED: Final = 64
-"""Maximum number of tickers, and of numbers, in the guidance of a context, to keep it small."""
+def guidance(max_tokens: int) -> str:
+    """The JSON schema (llguidance dialect) of proposals in at most `max_tokens` tokens.
 
-MAX_COMPLETION_TOKENS: Final = len(json.dumps(_LONGEST, separators=(",", ":"))) + 4
-"""Maximum number of tokens of a guided proposal, for any tokenizer. It is ASCII, and a token is at
-least one character. Two numbers may be `100.00` (one character more each), the confidence has at
-most four characters, and the end of the turn is one token."""
+    Its text depends on nothing else, because runtimes cache the compiled grammar by it.
+    """
+    return _guidance(rationale_bound(max_tokens))
 
 
-def grounded_guidance(context: str, tickers: Sequence[str] = ()) -> str | None:
-    """`GUIDANCE` limited to the tickers and the numbers of a context.
+@functools.cache
+def _guidance(bound: int) -> str:
+    return json.dumps(
+        {
+            "x-guidance": {"whitespace_flexible": False},
+            "type": "object",
+            "properties": {
+                "ticker": {"type": "string", "pattern": "^[A-Z0-9^][A-Z0-9./=_-]{0,11}$"},
+                "action": {"enum": ["adjust", "pass", "abort"]},
+                "side": {"enum": ["LONG", "SHORT"]},
+                "new_stop_pct": _PERCENT,
+                "new_target_pct": _PERCENT,
+                "confidence": {"type": "number", "minimum": 0, "maximum": 1, "multipleOf": 0.01},
+                "rationale": {"type": "string", "pattern": _rationale_pattern(bound)},
+            },
+            "required": [
+                "ticker",
+                "action",
+                "new_stop_pct",
+                "new_target_pct",
+                "confidence",
+                "rationale",
+            ],
+            "additionalProperties": False,
+        }
+    )
 
-    Every proposal under it is grounded, and no longer than under `GUIDANCE`. Distances and
+
+GUIDANCE: Final = guidance(MAX_COMPLETION_TOKENS)
+"""The guidance of the longest proposals."""
+
+
+def is_grounded_guidance(text: str) -> bool:
+    """Whether a guidance comes from `grounded_guidance`."""
+    return "enum" in json.loads(text)["properties"]["ticker"]
+
+
+def grounded_guidance(
+    context: str, tickers: Sequence[str] = (), max_tokens: int = MAX_COMPLETION_TOKENS
+) -> str | None:
+    """`guidance` limited to the tickers and the numbers of a context.
+
+    Every proposal under it is grounded, and no longer than under `guidance`. Distances and
     confidence are not limited; the rationale cannot quote them, as they are not known beforehand.
 
     Args:
         context: a prompt.
         tickers: tickers that the context is known to have; they come first.
+        max_tokens: of the proposal.
 
     Returns:
         JSON schema text, or None if the context has no ticker.
@@ -214,7 +255,7 @@ def grounded_guidance(context: str, tickers: Sequence[str] = ()) -> str | None:
             "type": "string",
             "pattern": f"^[A-Z]{body}[A-Za-z%)]\\.$",
             "minLength": _SHORTEST_RATIONALE,
-            "maxLength": _LONGEST_RATIONALE,
+            "maxLength": rationale_bound(max_tokens),
         },
     }
     return json.dumps(schema)
@@ -261,10 +302,10 @@ def prefix(examples: Sequence[Example], temperature: float) -> GenerationRequest
 
 
 def check_budget(max_tokens: int) -> None:
-    """Raises InvalidRequest if the longest possible proposal exceeds `max_tokens`."""
-    if max_tokens < MAX_COMPLETION_TOKENS:
+    """Raises InvalidRequest if `max_tokens` is less than `MIN_COMPLETION_TOKENS`."""
+    if max_tokens < MIN_COMPLETION_TOKENS:
         raise InvalidRequest(
-            f"max_length: a proposal can take {MAX_COMPLETION_TOKENS} tokens; send at least that"
+            f"max_length: a proposal needs {MIN_COMPLETION_TOKENS} tokens; send at least that"
         )
 
 

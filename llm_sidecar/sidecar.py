@@ -23,13 +23,15 @@ from llm_sidecar.services.health import Health
 from llm_sidecar.services.idempotency import Idempotency
 from llm_sidecar.services.propose import Orchestrator, Proposer
 from llm_sidecar.services.rows import Rows
-from llm_sidecar.services.score import Judge
+from llm_sidecar.services.score import Judge, JudgeOptions
 from llm_sidecar.settings import Settings
 from llm_sidecar.tasks import TaskSet
 from llm_sidecar.telemetry.base import Instrument
 from llm_sidecar.telemetry.calls import Observers
 from llm_sidecar.telemetry.metrics import MetricsSink
+from llm_sidecar.tts.choice import choose
 from llm_sidecar.tts.listeners import AudioListeners
+from llm_sidecar.tts.piper import PiperVoice
 from llm_sidecar.tts.remote import RemoteVoice
 from llm_sidecar.tts.speaker import Speaker
 
@@ -66,7 +68,9 @@ class Sidecar:
         self.settings = settings
         metrics, telemetry = metrics or MetricsSink(), telemetry or Instrument()
         observers = Observers(metrics, telemetry)
-        self.models = models or create_models(settings, observers, telemetry.worker_died)
+        self.models = models or create_models(
+            settings, observers, telemetry.worker_died, lambda: self.health.log_forecast()
+        )
         self._store = Store(settings.database.uri, log_dir=settings.database.log_dir)
         self._bus = EventBus(
             settings.events.url.get_secret_value(),
@@ -84,10 +88,10 @@ class Sidecar:
 
     def _build_speech(self, settings: Settings) -> None:
         self._remote_voice = _remote_voice(settings)
+        self._piper = PiperVoice()
         self.speaker = Speaker(
             self._bus,
-            voice=settings.speech.voice,
-            remote=self._remote_voice,
+            choose(settings.speech.voice, remote=self._remote_voice, piper=self._piper),
             queue_length=settings.speech.queue_length,
             timeout=settings.speech.timeout,
         )
@@ -131,10 +135,16 @@ class Sidecar:
             timeout=settings.limits.request_timeout,
             retry=settings.proposals.grounding == "retry",
         )
-        self.chat = Chat(self.models.hermes, settings.models.hermes_temperature)
-        self.judge = Judge(
-            self.models.hermes, self._rows, self._tasks, metrics, settings.models.hermes_temperature
+        self._prompts = hermes_plugin.prompts_for(settings)
+        temperature = settings.models.hermes_temperature
+        self.chat = Chat(self.models.hermes, temperature, self._prompts)
+        options = JudgeOptions(
+            temperature,
+            settings.models.critique_max_tokens,
+            settings.models.min_answer_mass,
+            self._prompts,
         )
+        self.judge = Judge(self.models.hermes, self._rows, self._tasks, metrics, options)
         self.orchestrator = Orchestrator(
             self.proposer, self.judge, self._rows, self._tasks, settings.limits.request_timeout
         )
@@ -163,8 +173,10 @@ class Sidecar:
             await self._remote_voice.start()
         # In the background, because the first attempt takes seconds if Redis is unavailable.
         self._connecting = start_detached(self._bus.start())
+        if self.settings.models.preload and self.settings.speech.voice in ("auto", "piper"):
+            self._loading_voice = start_detached(self._piper.preload())
         await self._prefill_phi3()
-        await self.models.hermes.prefill(hermes_plugin.prefix())
+        await self.models.hermes.prefill(hermes_plugin.prefix(self._prompts.system))
         await self.models.phi3.start(self._adapter_state.load())
         await self.models.hermes.start()
 
@@ -203,7 +215,7 @@ class Sidecar:
 def _remote_voice(settings: Settings) -> RemoteVoice | None:
     """The voice of speech workers, if it is wanted and a worker could be on the same Redis."""
     url = settings.events.url.get_secret_value()
-    if settings.speech.voice == "espeak" or url.startswith(MEMORY):
+    if settings.speech.voice not in ("auto", "chatterbox") or url.startswith(MEMORY):
         return None
     # Leaves time for the embedded voice if no part arrives.
     return RemoteVoice(make_client(url), part_timeout=settings.speech.timeout / 2)

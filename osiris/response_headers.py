@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any, Final
 
 from llm_sidecar.models.base import Completion
+from llm_sidecar.services.score import Rating
 
 _COUNT: Final = {"type": "integer", "minimum": 0}
+_SHARE: Final = {"type": "number", "minimum": 0, "maximum": 1}
 _TEXT: Final = {"type": "string"}
 
 
@@ -51,10 +53,23 @@ HEADERS: Final[dict[str, dict[str, Any]]] = {
         "true",
         _TEXT,
     ),
+    "X-Hermes-Answer-Mass": _header(
+        "The total probability of the answers 0 to 10 as Hermes' answer; absent for a score by an "
+        "older version",
+        "0.981250",
+        _SHARE,
+    ),
     "X-Hermes-Score": _header(
         "Hermes' score of the proposal: 0 is worst, 1 is best",
         "0.750000",
-        {"type": "number", "minimum": 0, "maximum": 1},
+        _SHARE,
+        required=True,
+    ),
+    "X-Hermes-Score-Reliable": _header(
+        "`false` if the answer mass is below `MIN_ANSWER_MASS`: Hermes would rather say something "
+        "else, so the score means little and counts in no mean",
+        "true",
+        {"type": "string", "enum": ["true", "false"]},
         required=True,
     ),
     "X-Model": _header(
@@ -74,7 +89,7 @@ HEADERS: Final[dict[str, dict[str, Any]]] = {
         "false",
         {"type": "string", "enum": ["false"]},
     ),
-    "X-Voice": _header("The voice that spoke", "espeak", _TEXT, required=True),
+    "X-Voice": _header("The voice that spoke", "piper", _TEXT, required=True),
     "X-Voice-Reference": _header(
         "`ignored` if the reference was not used: this voice cannot imitate; absent otherwise",
         "ignored",
@@ -89,6 +104,8 @@ HEADERS: Final[dict[str, dict[str, Any]]] = {
 
 GENERATION: Final = ("X-Model", "X-Finish-Reason", "X-Prompt-Tokens", "X-Completion-Tokens")
 """The headers of every answer that a model generated."""
+RATING: Final = ("X-Hermes-Answer-Mass", "X-Hermes-Score-Reliable")
+"""The headers of every answer with a score."""
 
 
 def declared(*names: str) -> dict[str, dict[str, str]]:
@@ -104,6 +121,14 @@ def generation_headers(completion: Completion) -> dict[str, str]:
         "X-Prompt-Tokens": str(completion.prompt_tokens),
         "X-Completion-Tokens": str(completion.completion_tokens),
     }
+
+
+def rating_headers(rating: Rating) -> dict[str, str]:
+    """How far a score can be relied on, as response headers."""
+    reliable = {"X-Hermes-Score-Reliable": "true" if rating.reliable else "false"}
+    if rating.answer_mass is None:
+        return reliable
+    return {"X-Hermes-Answer-Mass": f"{rating.answer_mass:.6f}", **reliable}
 
 
 def stored_header(stored: bool) -> dict[str, str]:

@@ -61,6 +61,7 @@ _EXPOSED_HEADERS: Final = (
     "X-Grounded",
     "X-Hermes-Answer-Mass",
     "X-Hermes-Score",
+    "X-Hermes-Score-Reliable",
     "X-Model",
     "X-Prompt-Tokens",
     "X-Request-ID",

@@ -54,7 +54,7 @@ moves."""
 
 
 @dataclass(slots=True)
-class Heard:
+class Reports:
     """What the processes reported.
 
     Attributes:
@@ -152,7 +152,7 @@ async def write(folder: Path, name: str, pipe: int, seconds: float) -> None:
     await store.close()
 
 
-async def check(folder: Path, heard: Heard, exact: bool) -> None:
+async def check(folder: Path, reports: Reports, exact: bool) -> None:
     """Opens the database and asserts that everything acknowledged is in it exactly once.
 
     Args:
@@ -166,25 +166,25 @@ async def check(folder: Path, heard: Heard, exact: bool) -> None:
         found: Counter[str] = Counter()
         for table, column in columns.items():
             found.update(line[column] for line in await store.last(table, 0))
-        sent = heard.sent + [queued.event.id for queued in await store.outbox.head(1_000_000)]
+        sent = reports.sent + [queued.event.id for queued in await store.outbox.head(1_000_000)]
         claims = await asyncio.gather(
-            *(store.claim(RequestKey("", key), key) for key in heard.acknowledged)
+            *(store.claim(RequestKey("", key), key) for key in reports.acknowledged)
         )
     finally:
         await store.close()
-    lost = set(heard.acknowledged) - set(found)
-    assert not lost, f"lost {len(lost)} of {len(heard.acknowledged)}: {sorted(lost)[:5]}"
+    lost = set(reports.acknowledged) - set(found)
+    assert not lost, f"lost {len(lost)} of {len(reports.acknowledged)}: {sorted(lost)[:5]}"
     duplicates = [key for key, count in found.items() if count > 1]
     assert not duplicates, f"duplicates: {duplicates[:5]}"
     drafts = [key for key in found if key.startswith("draft")]
     assert not drafts, f"drafts: {drafts[:5]}"
-    assert not exact or len(found) == len(heard.acknowledged)
-    unsent = set(heard.acknowledged) - set(sent)
+    assert not exact or len(found) == len(reports.acknowledged)
+    unsent = set(reports.acknowledged) - set(sent)
     assert not unsent, f"lost {len(unsent)} events: {sorted(unsent)[:5]}"
     _check_order(sent)
     wrong = [
         key
-        for key, claim in zip(heard.acknowledged, claims, strict=True)
+        for key, claim in zip(reports.acknowledged, claims, strict=True)
         if claim.response != key.encode()
     ]
     assert not wrong, f"{len(wrong)} requests have no response: {wrong[:5]}"
@@ -209,8 +209,8 @@ def run_writer(
     asyncio.run(write(folder, name, pipe, seconds))
 
 
-def run_check(folder: Path, heard: Heard, exact: bool = False) -> None:
-    asyncio.run(check(folder, heard, exact))
+def run_check(folder: Path, reports: Reports, exact: bool = False) -> None:
+    asyncio.run(check(folder, reports, exact))
 
 
 def say(**result: Any) -> None:
@@ -240,7 +240,7 @@ def succeeded(process: int) -> bool:
 
 
 def write_and_kill(
-    folder: Path, name: str, seconds: float, heard: Heard, undo: Path | None = None
+    folder: Path, name: str, seconds: float, reports: Reports, undo: Path | None = None
 ) -> None:
     """Kills a writing process some seconds after its first acknowledgement."""
     read, pipe = os.pipe()
@@ -252,29 +252,29 @@ def write_and_kill(
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
     with os.fdopen(read) as lines:
-        heard.add(first.decode() + lines.read())
+        reports.add(first.decode() + lines.read())
 
 
 def kills(folder: Path, rounds: int, rng: random.Random) -> None:
     """Kills a writer in each round; checks the database after every tenth and after the last."""
-    heard = Heard()
+    reports = Reports()
     for number in range(1, rounds + 1):
-        write_and_kill(folder, f"r{number}", rng.uniform(0.0, 0.6), heard)
+        write_and_kill(folder, f"r{number}", rng.uniform(0.0, 0.6), reports)
         if number % 10 == 0 or number == rounds:
-            assert succeeded(forked(partial(run_check, folder, heard)))
-    say(kills=rounds, rows=len(heard.acknowledged))
+            assert succeeded(forked(partial(run_check, folder, reports)))
+    say(kills=rounds, rows=len(reports.acknowledged))
 
 
 def power_losses(folder: Path, rounds: int, rng: random.Random) -> None:
     """In each round, kills a writer, undoes what it has not synced, and checks the database."""
-    heard, undone = Heard(), 0
+    reports, undone = Reports(), 0
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(rounds):
         undo, before = folder.with_name("undo"), set(folder.resolve().rglob("*"))
-        write_and_kill(folder, f"r{number}", rng.uniform(0.0, 0.6), heard, undo)
+        write_and_kill(folder, f"r{number}", rng.uniform(0.0, 0.6), reports, undo)
         undone += power_loss.lose_power(folder, undo, rng, before)
-        assert succeeded(forked(partial(run_check, folder, heard)))
-    say(losses=rounds, rows=len(heard.acknowledged), undone=undone)
+        assert succeeded(forked(partial(run_check, folder, reports)))
+    say(losses=rounds, rows=len(reports.acknowledged), undone=undone)
 
 
 def concurrent(folder: Path, processes: int, seconds: float) -> None:
@@ -285,13 +285,13 @@ def concurrent(folder: Path, processes: int, seconds: float) -> None:
         for number in range(processes)
     ]
     os.close(pipe)
-    heard = Heard()
+    reports = Reports()
     with os.fdopen(read) as lines:
-        heard.add(lines.read())
+        reports.add(lines.read())
     results = [succeeded(process) for process in writers]
     assert all(results)
-    assert succeeded(forked(partial(run_check, folder, heard, exact=True)))
-    say(processes=processes, rows=len(heard.acknowledged))
+    assert succeeded(forked(partial(run_check, folder, reports, exact=True)))
+    say(processes=processes, rows=len(reports.acknowledged))
 
 
 def main() -> None:
@@ -302,9 +302,9 @@ def main() -> None:
     if what == "kills":
         kills(folder, int(amount), rng)
     elif what == "once":
-        heard = Heard()
-        write_and_kill(folder, "r", amount, heard)
-        say(keys=heard.acknowledged)
+        reports = Reports()
+        write_and_kill(folder, "r", amount, reports)
+        say(keys=reports.acknowledged)
     elif what == "power":
         power_losses(folder, int(amount), rng)
     else:

@@ -34,9 +34,17 @@ NOT_RUN: Final = {
     # the first line of the block: why it is not run
     "make serve   # sets up .venv, then serves http://127.0.0.1:8000": "a server that stays",
     "make serve": "a server that stays",
+    "make serve-smollm2": "a server that stays; tests/long/test_gguf.py asks the same model",
+    "MICRO_LLM_MODEL_PATH=.data/models/SmolLM2-135M-Instruct.Q4_1.gguf make serve-smollm2": (
+        "a server that stays"
+    ),
+    "HERMES_MODEL_PATH=/srv/models/Hermes-3-Llama-3.1-8B.Q4_K_M.gguf make serve": (
+        "a server that stays"
+    ),
     "make .env": "writes a password into the checkout",
     "ENABLE_METRICS=true LOG_FORMAT=text make serve": "a server that stays",
     "python -m osiris --host 127.0.0.1 --port 8000": "a server that stays",
+    "MICRO_LLM_MODEL_PATH=/srv/models/cpu-int4-rtn-block-32-acc-level-4 \\": "needs real models",
     "SIDECAR_DEMO=true REDIS_URL=memory:// LANCEDB_URI=.data/lancedb \\": "a server that stays",
     "redis-cli -u redis://localhost:6379/0 psubscribe 'phi3.*'": "needs a Redis, waits for ever",
     "redis-cli -u redis://localhost:6379/0 xread count 100 streams osiris.events 0-0": (
@@ -44,8 +52,8 @@ NOT_RUN: Final = {
     ),
     "redis-cli -u redis://localhost:6379/0 xadd osiris.inbox '*' id 1 type "
     "phi3.feedback.submitted data '{}'": "needs a Redis",
-    "python -m llm_sidecar.event_bus tail": "needs a Redis, waits for ever",
-    "python -m llm_sidecar.event_bus dead --full": "needs a Redis",
+    ".venv/bin/python -m llm_sidecar.event_bus tail": "needs a Redis, waits for ever",
+    ".venv/bin/python -m llm_sidecar.event_bus dead --full": "needs a Redis",
     "docker-compose up --build   # with a Redis and the demo models, on http://127.0.0.1:8000": (
         "needs Docker"
     ),

@@ -47,7 +47,7 @@ METRIC_GROUPS: Final = {
     "Event bus": r"sidecar_event_bus_",
     "Database": r"sidecar_database_",
     "Speech": r"sidecar_speech_",
-    "Proposals and scores": r"sidecar_(proposals|ungrounded|.*hermes_score)",
+    "Proposals and scores": r"sidecar_(proposals|ungrounded|.*hermes_(score|answer))",
     "Process": r"process_",
     "Models": r"sidecar_",
 }
@@ -58,6 +58,7 @@ METRIC_ORDER: Final = (
 
 COLUMNS: Final = {
     "adapter": "The Phi-3 adapter that was in use. Null for none.",
+    "answer_mass": "The probability of the answers 0 to 10 in total. Null in older rows.",
     "assessment": "Hermes' critique. Empty if there is none.",
     "author": "The name of the API key that sent the feedback. Null without a named key.",
     "corrected_proposal": "The proposal that should have been made, as JSON. Null for none.",
@@ -65,7 +66,8 @@ COLUMNS: Final = {
     "feedback_content": "The comment, the rating or an object as JSON.",
     "feedback_id": "The id of the feedback. Feedback that arrives twice is one row.",
     "feedback_type": "`correction`, `rating`, `qualitative_comment` or `human_edit`.",
-    "final_output": "Proposal, assessment and score, as JSON. Empty without a proposal.",
+    "final_output": "Proposal, assessment, score and its answer mass, as JSON. Empty without a "
+    "proposal.",
     "grounded": "`true`, or the ungrounded fields separated by commas. Null if not checked.",
     "input_query": "The prompt.",
     "latencies": "Seconds for the proposal, the assessment and the score, queueing included.",
@@ -81,6 +83,8 @@ COLUMNS: Final = {
     "run_id": "The `transaction_id` of the run.",
     "schema_version": "The version that the sender of the feedback named.",
     "score": "Hermes' score, 0 to 1.",
+    "score_reliable": "Whether the answer mass reached `MIN_ANSWER_MASS` at that time. If not, the "
+    "score counts in no mean and is no training data. Null in older rows, which count.",
     "source": "`direct` for HTTP and scripts, `bus` for Redis.",
     "status": "`success`, `partial` (not fully assessed) or `error` (no proposal).",
     "phi3_feedback.timestamp": "When the feedback was given, as its sender says.",
@@ -238,6 +242,9 @@ def _some_health() -> dict[str, Any]:
     health["database"] |= {"last_compaction": now, "fragments": dict.fromkeys(db_rows.TABLES, 1)}
     for name, model in health["models"].items():
         model |= {"model": f"{name}/demo", "runtime": "torch", "device": "cpu"}
+        model["speed"] = {"prefill": 100.0, "decode": 10.0}
+    for part in ("proposal", "critique", "score"):
+        health["forecast"][f"{part}_seconds"] = 1.0
     return health
 
 
@@ -245,7 +252,8 @@ def _arrow_type(kind: object) -> str:
     text = str(kind)
     if text.startswith("timestamp"):
         return "time"
-    return {"string": "text", "double": "number"}.get(text.partition("<")[0], "object")
+    names = {"string": "text", "double": "number", "bool": "boolean"}
+    return names.get(text.partition("<")[0], "object")
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@
 
 It generates the words of the last message, one a step. Some messages change what it does: `slow`
 takes a hundredth of a second a step, `fail` raises, `refuse` refuses the request, `nan` has scores
-that are no numbers.
+that are not numbers.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,11 @@ class FakeEngine:
     runtime = "fake"
     device = "cpu"
     context_length = 100
+    notes = ()
+    scores_in_parallel = False
+    versions: Mapping[str, str] = {"fake": "1.0"}
+    dtype = None
+    prefill_folder = None
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -49,6 +54,10 @@ class FakeEngine:
         if _text(request) == "fail":
             raise RuntimeError(_text(request))
         yield
+
+    def decode_steps(self, count: int) -> Generator[None]:
+        """Takes no time."""
+        yield from [None] * (1 + count)
 
     def score_choices(
         self, messages: Sequence[Message], answers: Sequence[str], *_: object
@@ -112,7 +121,7 @@ def _text(request: GenerationRequest) -> str:
     return request.messages[-1]["content"]
 
 
-def load_engine(folder: Path, *, device: str, threads: int, adapter: Path | None) -> FakeEngine:
+def load_engine(folder: Path, **options: object) -> FakeEngine:
     """Loads nothing; fails if the folder is `missing`."""
     if folder.name == "missing":
         raise ModelUnavailable("it holds no model")

@@ -18,7 +18,12 @@ async def in_process(folder: Path, **environ: str) -> AsyncIterator[httpx.AsyncC
 
     The client gets an answer when it has ended, so it cannot listen to a stream.
     """
-    settings = {"LANCEDB_URI": str(folder / "lancedb"), "REDIS_URL": "memory://"} | environ
+    settings = {
+        "LANCEDB_URI": str(folder / "lancedb"),
+        "REDIS_URL": "memory://",
+        "TTS_VOICE": "espeak",
+    }
+    settings |= environ
     app = create_app(Settings.from_environ(settings))
     async with (
         app.router.lifespan_context(app),

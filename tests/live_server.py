@@ -89,6 +89,8 @@ def serve(
         "REDIS_URL": "memory://",
         "LANCEDB_URI": str(folder / "lancedb"),
         "SHUTDOWN_DRAIN_SECONDS": "0",
+        # It starts in no time.
+        "TTS_VOICE": "espeak",
         "PATH": os.environ["PATH"],
         "PYTHONPATH": str(ROOT),
         **environ,

@@ -66,6 +66,7 @@ SCOPE: Final = (
     "osiris.idempotency.*",
     "osiris.llm_client.core.*",
     "osiris.llm_client.proxies.*",
+    "osiris.llm_client.server_sent_events.*",
     "osiris.middleware.access.*",
     "osiris.middleware.admission.*",
     "osiris.paths.*",

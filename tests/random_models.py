@@ -6,6 +6,7 @@ import runpy
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -104,14 +105,21 @@ def write_transformers_folder(
     return folder
 
 
-def convert_to_onnx(source: Path, folder: Path, precision: str = "int4") -> Path:
+def convert_to_onnx(
+    source: Path, folder: Path, precision: str = "int4", options: Sequence[str] = ()
+) -> Path:
     """Converts a transformers folder to an onnxruntime-genai one.
 
     It runs the builder as `conversion.build` does, but in this process: of the ten seconds that a
     process of its own takes, nine are for imports.
+
+    Args:
+        options: extra options of the builder, such as `prune_lm_head=true`.
     """
     with tempfile.TemporaryDirectory() as cache:
         arguments = ["-m", "", "-p", precision, "-e", "cpu", "-i", str(source), "-o", str(folder)]
+        if options:
+            arguments += ["--extra_options", *options]
         with (
             patch.object(sys, "argv", ["builder", *arguments, "-c", cache]),
             warnings.catch_warnings(),

@@ -70,7 +70,8 @@ def run(**changes: Any) -> OrchestratorRunSchema:
 
 
 def score(**changes: Any) -> HermesScoreSchema:
-    return HermesScoreSchema(**{"run_id": "r-1", "timestamp": NOW, "score": 0.5} | changes)
+    values: dict[str, Any] = {"run_id": "r-1", "timestamp": NOW, "score": 0.5}
+    return HermesScoreSchema(**values | changes)
 
 
 @pytest.fixture
@@ -94,9 +95,18 @@ async def test_a_row_is_read_as_it_was_written(store: Store) -> None:
     assert stored == FEEDBACK | {"schema_version": "1.0", "source": "direct", "author": None}
     assert await store.last("orchestrator_runs", 5) == [RUN | {"error_message": None}]
     (scored,) = await store.last("hermes_scores", 5)
-    assert scored == {"run_id": "r-1", "timestamp": NOW, "score": 0.25, "rationale": ""}
+    unknown = {"answer_mass": None, "score_reliable": None}
+    assert scored == {
+        "run_id": "r-1",
+        "timestamp": NOW,
+        "score": 0.25,
+        "rationale": "",
+        **unknown,
+    }
     text = '{"ticker":"ABC"}'
-    assert await store.last("proposals", 5) == [PROPOSAL | {"proposal": text, "provenance": text}]
+    assert await store.last("proposals", 5) == [
+        PROPOSAL | {"proposal": text, "provenance": text} | unknown
+    ]
 
 
 async def test_an_object_is_stored_as_json(store: Store) -> None:
@@ -271,6 +281,21 @@ async def test_the_mean_score_covers_the_given_time(store: Store) -> None:
     mean, number = await store.mean_score_since(NOW - datetime.timedelta(hours=24))
     assert mean == pytest.approx(0.4)
     assert number == 2
+
+
+async def test_the_mean_score_leaves_out_unreliable_scores(store: Store) -> None:
+    await store.append(score(score=1.0, answer_mass=0.1, score_reliable=False))
+    assert await store.mean_score_since(NOW) == (None, 0)
+    # The mass of a score by an older version is unknown; it counts.
+    await store.append(score(score=0.25))
+    await store.append(score(score=0.5, answer_mass=0.9, score_reliable=True))
+    assert await store.mean_score_since(NOW) == (0.375, 2)
+    newest = await store.last("hermes_scores", 0)
+    assert {(row["score"], row["answer_mass"], row["score_reliable"]) for row in newest} == {
+        (1.0, 0.1, False),
+        (0.25, None, None),
+        (0.5, 0.9, True),
+    }
 
 
 async def test_corrections_are_in_order_of_arrival_with_their_prompts(

@@ -193,7 +193,7 @@ async def test_a_slow_handler_loses_nothing_and_the_bus_waits_for_it(
     payloads = [f"{n:04}" for n in range(20)]
     for payload in payloads:
         await bus.publish("c", payload)
-    await until(lambda: bus.status()["held_up"] == 1)
+    await until(lambda: bus.status()["pauses"] == 1)
     release.set()
     assert await inbox.take(21) == ["first", *payloads]
     assert (bus.status()["dropped"], bus.status()["refused"]) == (0, 0)
@@ -361,7 +361,7 @@ async def test_the_status_of_a_healthy_bus(bus: EventBus, url: str) -> None:
         "handler_errors": 0,
         "refused": 0,
         "dropped": 0,
-        "held_up": 0,
+        "pauses": 0,
         "denied": [],
         "warnings": [],
         "inbox": None,

@@ -81,7 +81,9 @@ class _Told(Tones):
 
 
 async def _serve(redis_url: str, held: str) -> None:
-    worker = SpeechWorker(make_client(redis_url), _Told(held), sign_every=0.05, stale_after=0.3)
+    worker = SpeechWorker(
+        make_client(redis_url), _Told(held), heartbeat_seconds=0.05, stale_after=0.3
+    )
     await worker.start()
     await asyncio.Event().wait()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import logging
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ _SHARE: Final = 20.0
 duration."""
 _IDLE_SECONDS: Final = 600.0
 """Seconds from the last added rows until unused versions are deleted."""
+_TRIM_SECONDS: Final = 10.0
 _COUNT_SECONDS: Final = 5.0
 
 
@@ -30,6 +32,7 @@ class Compactor:
 
     Attributes:
         fragments: the number of fragments of each table, when last counted.
+        last: when a process of this machine last completed a compaction, as of the last count.
         due: set when the next compaction is due.
         failure: why the last compaction failed; None if it did not.
         failures: the number of failed compactions.
@@ -37,16 +40,19 @@ class Compactor:
 
     def __init__(self) -> None:
         self.fragments: dict[str, int] = {}
+        self.last: datetime.datetime | None = None
         self.due = asyncio.Event()
         self.failure: str | None = None
         self.failures = 0
         self._busy = asyncio.Lock()
         self._last_rows: float | None = None
+        self._last_trim = time.monotonic()
 
     async def count(self, tables: Tables) -> None:
-        """Counts the fragments of every table."""
+        """Counts the fragments of every table, and reads the time of the last compaction."""
         try:
             async with asyncio.timeout(_COUNT_SECONDS):
+                self.last = await asyncio.to_thread(tables.last_compaction)
                 for name in TABLES:
                     self.fragments[name] = await tables.fragments(name)
         except Exception as error:  # noqa: BLE001 lancedb raises many types
@@ -59,9 +65,16 @@ class Compactor:
         if max(self.fragments.values(), default=0) >= FRAGMENTS:
             self.due.set()
 
-    def tidy_if_idle(self) -> None:
-        """Makes one compaction due some time after the last rows, to delete old versions."""
-        if self._last_rows is not None and time.monotonic() - self._last_rows > _IDLE_SECONDS:
+    async def tidy(self) -> None:
+        """Returns freed memory to the system. Some time after the last rows, makes one compaction
+        due, to delete old versions. Does nothing until rows are added; call it often."""
+        now = time.monotonic()
+        if self._last_rows is None:
+            return
+        if now - self._last_trim > _TRIM_SECONDS:
+            self._last_trim = now
+            await asyncio.to_thread(trim_heap)
+        if now - self._last_rows > _IDLE_SECONDS:
             self._last_rows = None
             self.due.set()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 from llm_sidecar.db.nested import json_object
@@ -117,12 +117,13 @@ class Export:
 
 
 class _Transaction(NamedTuple):
-    """The rows of a transaction; None for each missing row."""
+    """The rows of a transaction; None for each missing row, and for an unreliable score."""
 
     prompt: str | None = None
     proposal: dict[str, Any] | None = None
     assessment: str | None = None
     score: float | None = None
+    answer_mass: float | None = None
 
 
 def _record(row: Feedback, transaction: _Transaction | None) -> Record:
@@ -147,7 +148,11 @@ async def _transactions(tables: Tables, ids: Iterable[str]) -> dict[str, _Transa
     proposals = tables[PROPOSALS].query().where(col("transaction_id").isin(wanted))
     for row in await proposals.to_list():
         found[row["transaction_id"]] = _Transaction(
-            row["prompt"], json_object(row["proposal"]), row["assessment"], row["score"]
+            row["prompt"],
+            json_object(row["proposal"]),
+            row["assessment"],
+            _reliable_score(row),
+            row["answer_mass"],
         )
     return found
 
@@ -159,5 +164,11 @@ def _from_run(prompt: str, final_output: str) -> _Transaction:
         prompt,
         proposal if isinstance(proposal, dict) else None,
         output.get("assessment"),
-        output.get("score"),
+        _reliable_score(output),
+        output.get("answer_mass"),
     )
+
+
+def _reliable_score(row: Mapping[str, Any]) -> float | None:
+    """The score, unless the row says that it is not reliable; rows of older versions do not."""
+    return None if row.get("score_reliable") is False else row.get("score")

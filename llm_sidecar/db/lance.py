@@ -18,6 +18,9 @@ _KEEP_VERSIONS: Final = datetime.timedelta(minutes=2)
 """Old versions of a table are kept for this long, because a reader may still use them."""
 _KEEP_ALL: Final = datetime.timedelta(days=36500)
 _CACHE_BYTES: Final = 16 << 20
+_LOCAL_CACHE_BYTES: Final = 4 << 20
+"""The size of each cache. Each commit adds about 100 KB, most of which nobody reads again, and a
+local disk is fast."""
 _LINE_CHARS: Final = 200
 _REST_CLIENT: Final = "lance_namespace_urllib3_client"
 
@@ -39,13 +42,12 @@ async def connect(location: Location, *, create: bool, write: bool = True) -> An
         await asyncio.to_thread(_require_tables, location)
     if write:
         await asyncio.to_thread(location.log_folder.mkdir, parents=True, exist_ok=True)
+    cache = _CACHE_BYTES if location.folder is None else _LOCAL_CACHE_BYTES
     return await lancedb.connect_async(
         location.uri,
         read_consistency_interval=datetime.timedelta(0),
         storage_options=location.storage_options,
-        session=lancedb.Session(
-            index_cache_size_bytes=_CACHE_BYTES, metadata_cache_size_bytes=_CACHE_BYTES
-        ),
+        session=lancedb.Session(index_cache_size_bytes=cache, metadata_cache_size_bytes=cache),
     )
 
 

@@ -189,7 +189,7 @@ class Mover:
                 if is_last:
                     return
                 delay = _BACKOFF_FIRST
-                self.compactor.tidy_if_idle()
+                await self.compactor.tidy()
                 await _wait(self._every, self._asked)
                 self._asked.clear()
 

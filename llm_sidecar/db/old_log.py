@@ -123,21 +123,26 @@ class OldLogs:
     async def _read(self, folder: Path) -> None:
         count = 0
         for path in await asyncio.to_thread(_segments, folder):
+            if not path.is_file():
+                self._keep(path, f"{path.name} in an old log is not a file")
+                continue
             segment = await asyncio.to_thread(read_segment, path)
             for start in range(0, len(segment.entries), _AT_ONCE):
                 await self._journal.insert(segment.entries[start : start + _AT_ONCE])
             count += len(segment.entries)
             if segment.unknown:
-                self._keep(path, f"{segment.unknown} rows of another version of the sidecar")
+                self._keep(
+                    path, f"a log has {segment.unknown} rows of another version of the sidecar"
+                )
             elif segment.damaged:
-                self._keep(path, f"{segment.damaged} damaged bytes")
+                self._keep(path, f"a log has {segment.damaged} damaged bytes")
             else:
                 path.unlink()
         if count:
             self._note(f"{count} rows of an old log were read into the journal")
         await asyncio.to_thread(shutil.rmtree, folder)
 
-    def _keep(self, path: Path, why: str) -> None:
+    def _keep(self, path: Path, what: str) -> None:
         kept = dated(self._location.set_aside, f"{path.parent.name}-{path.name}")
         path.replace(kept)
-        self._note(f"a log has {why}; it is kept as {kept.name}")
+        self._note(f"{what}; it is kept as {kept.name}")

@@ -141,13 +141,17 @@ async def transaction(tables: Tables, transaction_id: str) -> dict[str, list[dic
 
 
 async def mean_score(tables: Tables, since: datetime.datetime) -> tuple[float | None, int]:
-    """The mean (None without scores) and the number of the scores since an aware time."""
+    """The mean (None without scores) and the number of the scores since an aware time, without
+    unreliable ones."""
     total, count = 0.0, 0
-    batches = await _filtered(tables, SCORES, since).select(["score"]).to_batches()
+    query = _filtered(tables, SCORES, since).select(["score", "score_reliable"])
+    batches = await query.to_batches()
     async for batch in batches:
         # A day may have a million scores, so Arrow adds them.
-        total += batch.column("score").sum().as_py() or 0.0
-        count += len(batch)
+        reliable = batch.column("score_reliable").fill_null(True)  # null in rows of older versions
+        scores = batch.column("score").filter(reliable)
+        total += scores.sum().as_py() or 0.0
+        count += len(scores)
     return (total / count if count else None), count
 
 

@@ -21,7 +21,7 @@ from llm_sidecar.db.rows import KEYS, ROW_ID
 from llm_sidecar.db.schema import arrow_schemas
 from llm_sidecar.db.tables import Tables, open_tables
 from llm_sidecar.errors import DatabaseUnavailable
-from llm_sidecar.journal.file import NAME
+from llm_sidecar.journal.file import NAME, require_files
 
 _OPEN_SECONDS: Final = 60.0
 _KEYS_PER_QUERY: Final = 500
@@ -79,6 +79,7 @@ def _read_journal(location: Location) -> tuple[list[tuple[str, bytes]], bool]:
     """The table and columns of every row except drafts, and whether the journal is unreadable."""
     path = location.log_folder / NAME
     try:
+        require_files(location.log_folder)
         if not path.exists():
             return [], False
         # Without an open process there is no `-wal` file, and a read-only SQLite cannot create one.

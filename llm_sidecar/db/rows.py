@@ -207,11 +207,19 @@ class OrchestratorRunSchema(_Numbered):
 
 
 class HermesScoreSchema(_Numbered):
-    """A score by Hermes, of a run or on its own."""
+    """A score by Hermes, of a run or on its own.
+
+    Attributes:
+        answer_mass: the probability that the answers 0 to 10 had in total, in [0, 1].
+        score_reliable: whether that was enough for the score to count. The row keeps the decision,
+            because the setting behind it may change. None if the mass is unknown; then it counts.
+    """
 
     run_id: str = Field(min_length=1)
     score: Number = Field(ge=0.0, le=1.0, allow_inf_nan=False)
     rationale: str = ""
+    answer_mass: Number | None = Field(None, ge=0.0, le=1.0, allow_inf_nan=False)
+    score_reliable: bool | None = Field(None, strict=True)
 
 
 class Latencies(BaseModel):
@@ -234,6 +242,7 @@ class ProposalSchema(_Numbered):
         grounded: `true`, or the fields whose ticker or numbers are not in the prompt, separated by
             commas; None if it was not checked.
         provenance: JSON text; see `services.provenance`.
+        answer_mass, score_reliable: of the score; see `HermesScoreSchema`.
     """
 
     transaction_id: str = Field(min_length=1)
@@ -246,6 +255,8 @@ class ProposalSchema(_Numbered):
     latencies: Latencies = Latencies()
     grounded: str | None = None
     provenance: JsonObject | None = None
+    answer_mass: Number | None = Field(None, ge=0.0, le=1.0, allow_inf_nan=False)
+    score_reliable: bool | None = Field(None, strict=True)
 
 
 SCHEMAS: Final[dict[str, type[_Row]]] = {

@@ -29,11 +29,11 @@ from llm_sidecar.errors import DatabaseUnavailable
 if TYPE_CHECKING:
     import pyarrow as pa
 
-VERSION: Final = "5"
+VERSION: Final = "6"
 """The version of the schemas, in their Arrow metadata. Version 2 added keys and aware timestamps in
 microseconds; version 3 added the columns in `ADDED`, `grounded` and the table of withdrawals;
-version 4 added `author`, version 5 `provenance`. Version 1 is everything before. `migrate` upgrades
-all of them."""
+version 4 added `author`, version 5 `provenance`, version 6 `answer_mass` and `score_reliable`.
+Version 1 is everything before. `migrate` upgrades all of them."""
 _VERSION_KEY: Final = b"osiris_schema_version"
 _DATABASE_KEY: Final = b"osiris_database"
 
@@ -93,6 +93,9 @@ def arrow_schemas() -> dict[str, pa.Schema]:
     def number(name: str, nullable: bool = False) -> pa.Field:
         return pa.field(name, pa.float64(), nullable)
 
+    def flag(name: str) -> pa.Field:
+        return pa.field(name, pa.bool_(), nullable=True)
+
     def instant(name: str) -> pa.Field:
         return pa.field(name, pa.timestamp("us", tz="UTC"), nullable=False)
 
@@ -118,7 +121,14 @@ def arrow_schemas() -> dict[str, pa.Schema]:
             text("status"),
             text("error_message", nullable=True),
         ],
-        SCORES: [text("run_id"), time, number("score"), text("rationale")],
+        SCORES: [
+            text("run_id"),
+            time,
+            number("score"),
+            text("rationale"),
+            number("answer_mass", nullable=True),
+            flag("score_reliable"),
+        ],
         PROPOSALS: [
             text("transaction_id"),
             time,
@@ -135,6 +145,8 @@ def arrow_schemas() -> dict[str, pa.Schema]:
             ),
             text("grounded", nullable=True),
             text("provenance", nullable=True),
+            number("answer_mass", nullable=True),
+            flag("score_reliable"),
         ],
         WITHDRAWALS: [text("transaction_id"), time],
     }

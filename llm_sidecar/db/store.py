@@ -19,6 +19,7 @@ from llm_sidecar.db.mover import Mover
 from llm_sidecar.db.queries import Correction
 from llm_sidecar.db.rows import (
     FEEDBACK,
+    FEEDBACK_ID,
     SCHEMAS,
     FeedbackWithdrawalSchema,
     HermesScoreSchema,
@@ -46,6 +47,8 @@ AnyRow = (
 _TABLE_OF: Final = {schema: table for table, schema in SCHEMAS.items()} | {
     PublishedFeedback: FEEDBACK
 }
+_FROM_INBOX: Final = "inbox:"
+"""Begins the keys of feedback from the inbox; see `PublishedFeedback`."""
 _UNBOUNDED: Final = 2**31 - 1
 _QUERY_SECONDS: Final = 5.0
 """The deadline of a query, because a remote store takes much longer to fail."""
@@ -290,7 +293,9 @@ class Store:
             DatabaseUnavailable: it cannot be read.
         """
         keys = (feedback_id, f"{PublishedFeedback.SOURCE}:{feedback_id}")
-        data = await self._journal.find(FEEDBACK, keys)
+        data = await self._journal.find(FEEDBACK, keys) or await self._journal.find_by_column(
+            FEEDBACK, _FROM_INBOX, FEEDBACK_ID, feedback_id
+        )
         if data is not None and (row := values_of(FEEDBACK, data)) is not None:
             return str(row["transaction_id"])
         return await self._query(lambda tables: queries.feedback_transaction(tables, feedback_id))
@@ -323,7 +328,7 @@ class Store:
     def status(self) -> dict[str, Any]:
         """The state for `/health`, as JSON types."""
         mover, journal = self._mover, self._journal
-        compaction = None if mover.tables is None else mover.tables.last_compaction()
+        compaction = mover.compactor.last
         return {
             "state": mover.state,
             "reason": mover.reason or journal.failure,

@@ -16,6 +16,7 @@ import numpy as np
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.engines import Engine, GenerationRequest, load_engine
+from llm_sidecar.models.prompts import Prompts, read_prompts
 from llm_sidecar.proposals import Example
 
 _HERE: Final = Path(__file__).parent
@@ -67,7 +68,8 @@ def evaluate(folder: Path) -> list[Figure]:
     """
     phi3 = load_engine(folder / "phi3", device="cpu")
     figures = [*_held_out(phi3), *_with_examples(phi3), *_handwritten(phi3)]
-    return [*figures, *_scores(load_engine(folder / "hermes", device="cpu"))]
+    prompts = read_prompts(folder / "hermes") or hermes_plugin.PROMPTS
+    return [*figures, *_scores(load_engine(folder / "hermes", device="cpu"), prompts)]
 
 
 def propose(engine: Engine, prompt: str, examples: Sequence[Example] = ()) -> Row:
@@ -159,7 +161,7 @@ def _handwritten(engine: Engine) -> list[Figure]:
     return figures
 
 
-def _scores(engine: Engine) -> list[Figure]:
+def _scores(engine: Engine, prompts: Prompts) -> list[Figure]:
     rows = _rows(SCORES)
     ratios: list[float] = []
     scores: list[float] = []
@@ -168,23 +170,23 @@ def _scores(engine: Engine) -> list[Figure]:
         stop, target = proposal["new_stop_pct"], proposal["new_target_pct"]
         if not (stop and target):
             continue
-        messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, proposal, row["prompt"])
+        messages = hermes_plugin.score_messages(proposal, row["prompt"], prompts)
         found = engine.score_choices(messages, hermes_plugin.SCORE_ANSWERS)
         ratios.append(target / stop)
         scores.append(hermes_plugin.expected_score(found))
     correlation = rank_correlation(ratios, scores)
     return [
         Figure("score against reward to risk: rank correlation", correlation, len(scores), 0.9),
-        _critiques(engine, rows[:CRITICISED]),
+        _critiques(engine, rows[:CRITICISED], prompts),
     ]
 
 
-def _critiques(engine: Engine, rows: Sequence[Row]) -> Figure:
+def _critiques(engine: Engine, rows: Sequence[Row], prompts: Prompts) -> Figure:
     """How often the first sentence has the right distances and the right word for their ratio."""
     right = []
     for row in rows:
         messages = hermes_plugin.build_messages(
-            hermes_plugin.CRITIQUE_TASK, row["proposal"], row["prompt"]
+            prompts.critique_task, row["proposal"], row["prompt"], prompts.system
         )
         text = "".join(delta.text for delta in engine.stream(GenerationRequest(messages, 100)))
         right.append(text.startswith(row["critique"]))

@@ -5,8 +5,9 @@ An engine is synchronous and runs in its own worker process.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
 import numpy as np
@@ -17,15 +18,40 @@ from llm_sidecar.errors import InvalidRequest
 Message = dict[str, str]
 """One chat turn: `{"role": "system" | "user" | "assistant", "content": text}`."""
 FinishReason = Literal["stop", "length"]
+Dtype = Literal["auto", "bfloat16", "float32"]
+"""The precision in which torch computes."""
+PrefillDtype = Literal["auto", "bfloat16", "off"]
+"""The precision of prefill on torch for a decoder on another runtime; `off`: no such prefill."""
 
 PROBE: Final[Sequence[Message]] = ({"role": "user", "content": "Long ABC. What now?"},)
 """A chat that a model must answer before an adapter is used."""
 
-ANSWER_TOKENS: Final = 2
-"""Maximum number of tokens of a choice in `score_choices`."""
+ANSWER_TOKENS: Final = 4
+"""Maximum number of tokens that `score_choices` processes after a prompt."""
 
 PREFILL_CHUNK: Final = 256
 """Prompt tokens per prefill step; a request can be cancelled between two steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How a model is loaded on this machine.
+
+    Attributes:
+        device: `auto`, `cpu` or `cuda`.
+        threads: of the runtime, on CPU.
+        llama_server: the program that runs a .gguf file; None for the llama-server on the PATH,
+            else the wheel `xllamacpp`.
+        dtype: what torch computes in; see `TorchEngine`.
+        prefill_dtype: whether torch reads the prompts of a model on onnxruntime; see `handover`.
+            With an adapter it does not.
+    """
+
+    device: str = "auto"
+    threads: int = 1
+    llama_server: str | None = None
+    dtype: Dtype | None = None
+    prefill_dtype: PrefillDtype = "off"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +59,12 @@ class GenerationRequest:
     """What to generate.
 
     Attributes:
-        messages: the chat, oldest first.
+        messages: the chat, oldest first. If the last one is the assistant's, the completion
+            continues it.
         max_tokens: maximum number of completion tokens.
         guidance: JSON schema text (llguidance dialect) that the completion must follow, or None.
-        temperature: 0 is greedy; otherwise it divides the logits before sampling.
+        temperature: 0 is greedy; otherwise it divides the logits before sampling. None for the
+            model's own sampling, from its folder.
         seed: makes sampling repeatable.
         tokens: of the messages, as `Engine.tokenize` returns them; None to tokenize them later.
     """
@@ -44,9 +72,33 @@ class GenerationRequest:
     messages: Sequence[Message]
     max_tokens: int
     guidance: str | None = None
-    temperature: float = 0.0
+    temperature: float | None = 0.0
     seed: int | None = None
     tokens: Sequence[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a token is chosen; the defaults are greedy.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the most probable token, and of the fields below
+            only the repetition penalty applies.
+        top_k: only this many of the most probable tokens; 0 for all.
+        top_p: only the most probable tokens that together reach this probability (nucleus
+            sampling: Holtzman et al. 2020, arXiv:1904.09751).
+        min_p: only tokens with at least this share of the highest probability (Nguyen et al. 2024,
+            arXiv:2407.01082).
+        repetition_penalty: divides the positive logits of tokens that the prompt or the completion
+            has, and multiplies the negative ones (Keskar et al. 2019, "CTRL", arXiv:1909.05858,
+            section 4.1); 1 for none.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +124,24 @@ class Engine(Protocol):
         runtime: package that runs it.
         device: `cpu` or `cuda`.
         context_length: maximum number of prompt and completion tokens of a request.
+        notes: where the engine deviates from the model's files, one sentence each.
+        scores_in_parallel: whether threads may call `score_choices` while the engine generates.
+        versions: of the programs that it uses beside the packages of this process.
+        dtype: the precision in which torch computes; None if the engine does not use torch.
+        prefill_folder: the transformers folder of the model that does the prefill for another
+            runtime, or None.
+        sampling: the model's own, for requests without a temperature.
     """
 
     runtime: str
     device: str
     context_length: int
+    notes: tuple[str, ...]
+    scores_in_parallel: bool
+    versions: Mapping[str, str]
+    dtype: str | None
+    prefill_folder: Path | None
+    sampling: Sampling
 
     def tokenize(self, request: GenerationRequest, header: bool = True) -> list[int]:
         """The tokens of a request's messages: `request.tokens` if given, otherwise encoded now.
@@ -84,8 +149,8 @@ class Engine(Protocol):
         It may be called from another thread while the engine generates.
 
         Args:
-            header: whether the header of the assistant's turn follows; `prefill` takes tokens
-                without it.
+            header: whether the header of the assistant's turn follows. Without it, the tokens are
+                the common prefix of all prompts with these messages and a further user turn.
 
         Raises:
             InvalidRequest: prompt and completion do not fit the context, or the messages hold
@@ -119,6 +184,13 @@ class Engine(Protocol):
         """
         ...
 
+    def decode_steps(self, count: int) -> Generator[None]:
+        """Decodes `count` tokens one at a time, to measure the speed; keeps no states.
+
+        Yields once before the first step, when the weights are in memory, and after each step.
+        """
+        ...
+
     def next_token(self, messages: Sequence[Message]) -> tuple[list[int], npt.NDArray[np.float64]]:
         """The prompt's tokens, and the probability of each next token, (vocabulary,).
 
@@ -133,7 +205,8 @@ class Engine(Protocol):
         choices: Sequence[str],
         tokens: Sequence[int] | None = None,
     ) -> dict[str, float]:
-        """The probability of each of `choices` as the assistant's turn, from one prefill.
+        """The probability that the assistant's turn begins with each of `choices`, from one
+        prefill; see `ChatModel.score_choices`.
 
         Args:
             tokens: of the messages, as `tokenize` returns them for `ANSWER_TOKENS` new tokens;
@@ -173,12 +246,29 @@ class Batch(Protocol):
         ...
 
     def step(self) -> list[tuple[int, Delta]]:
-        """One delta per active request; requests with a finish reason leave the batch.
+        """The deltas of the requests that progressed, in a short time; there may be none.
+
+        Requests with a finish reason leave the batch.
 
         Raises:
             Exception: the runtime failed; all requests have failed, and the batch is empty.
         """
         ...
+
+
+def steps_alone(batch: Batch, request: GenerationRequest) -> Generator[list[Delta]]:
+    """The deltas of each step of a batch with this request only; closing the iterator cancels it.
+
+    Raises:
+        InvalidRequest, ModelUnavailable: as in `Batch.add`.
+    """
+    batch.add(0, request)
+    try:
+        while batch:
+            yield [delta for _, delta in batch.step()]
+    finally:
+        if batch:
+            batch.remove(0)
 
 
 def check_context(prompt_tokens: int, max_tokens: int, context_length: int) -> None:

@@ -105,7 +105,7 @@ class ContinuousBatch(Generic[S]):
         if logits is None:
             return row.generation.delta()
         row.prefill = None
-        return self._take(number, row, logits[-1])
+        return self._take(number, row, logits)
 
     def _take(self, number: int, row: _Row[S], logits: Logits) -> Delta:
         delta = row.generation.sample(logits)
@@ -131,7 +131,7 @@ class ContinuousBatch(Generic[S]):
         pending = {number: row.generation.pending for number, row in rows.items()}
         if self._joined is None and len(rows) == 1:
             ((number, row),) = rows.items()
-            return {number: self._decoder.forward(pending[number], row.states)[-1]}
+            return {number: self._decoder.forward(pending[number], row.states)}
         if self._joined is None or self._joined_numbers != list(rows):
             states = {number: row.states for number, row in rows.items()}
             size = max(row.generation.size for row in rows.values())

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from llm_sidecar.engines.base import GenerationRequest, Message, check_context
+from llm_sidecar.engines.chat_layout import ChatLayout
 from llm_sidecar.engines.chat_template import ChatTemplate, read_special_tokens, read_template
-from llm_sidecar.engines.choice_tree import ChoiceTree
+from llm_sidecar.engines.choice_tree import ChoiceTree, shared_length
 from llm_sidecar.engines.control_tokens import ControlTokens
+from llm_sidecar.engines.text_decoder import TextDecoder
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 
 # A thread pool does not make a single text faster.
@@ -41,14 +42,6 @@ _SLICE: Final = 1 << 15
 _CUT_TOKENS: Final = 64
 """An upper bound of the tokens that cutting a text in two adds."""
 _CACHED_CHATS: Final = 64
-_LONGEST_CHARACTER: Final = 8
-"""More tokens than any character takes: a character has at most four bytes in UTF-8."""
-_KNOWN_CHATS: Final = (
-    ("user",),
-    ("system", "user"),
-    ("user", "assistant", "user"),
-    ("system", "user", "assistant", "user"),
-)
 
 _Shape = tuple[tuple[str, str], ...]
 """The role of each message, and a placeholder for its content: a letter, a space or nothing."""
@@ -63,7 +56,8 @@ class ChatTokenizer:
 
     Attributes:
         tokenizer: of the `tokenizers` package.
-        ends: tokens that end a turn.
+        ends: tokens that end a turn, including the one that the template writes.
+        notes: where chats deviate from the template, one sentence each.
     """
 
     def __init__(
@@ -82,25 +76,29 @@ class ChatTokenizer:
             ends: tokens that end a turn.
 
         Raises:
-            ModelUnavailable: the template is not valid, refuses every chat or takes too long.
+            ModelUnavailable: the template is not valid, cannot write the sidecar's chats or takes
+                too long.
         """
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = False
         self.tokenizer = tokenizer
-        self.ends = ends
         self._frame = functools.lru_cache(_CACHED_CHATS)(self._control_tokens_of)
-        self._choice_tree = functools.lru_cache(_CACHED_CHATS)(self._new_choice_tree)
+        self._tree_of_end = functools.lru_cache(_CACHED_CHATS)(self._new_tree_of_end)
         try:
-            self._template, written = _within(
-                _TEMPLATE_SECONDS, lambda: self._try(template, special_tokens)
+            self._layout = _within(
+                _TEMPLATE_SECONDS, lambda: ChatLayout(ChatTemplate(template, special_tokens))
             )
         except TimeoutError:
             raise ModelUnavailable(
                 f"the model's chat template takes longer than {_TEMPLATE_SECONDS:g} s for a short "
                 "chat; set another template in the model's folder"
             ) from None
-        self._control = ControlTokens(tokenizer, self._template.literals, written)
+        self.notes = self._layout.notes
+        written = {token for prompt in self._layout.prompts for token in self._ids(prompt)}
+        self._control = ControlTokens(tokenizer, self._layout.literals, written)
+        self.ends = ends | set(self._control.filter(self._ids(self._layout.turn_end.lstrip())[:1]))
+        self._end = self._control.from_last(self._layout.header)
 
     @classmethod
     def from_folder(cls, folder: Path, ends: frozenset[int]) -> ChatTokenizer:
@@ -123,10 +121,9 @@ class ChatTokenizer:
             ) from None
         return cls(tokenizer, read_template(folder), read_special_tokens(folder), ends)
 
-    def encode(
-        self, messages: Sequence[Message], header: bool = True, limit: int | None = None
-    ) -> list[int]:
-        """The chat's tokens, with the header of the assistant's turn or without.
+    def encode(self, messages: Sequence[Message], limit: int | None = None) -> list[int]:
+        """The tokens of the prompt for the assistant's next turn, or for the rest of the last turn
+        if that is the assistant's.
 
         Args:
             limit: the approximate maximum number of tokens; a far longer text is refused early.
@@ -136,11 +133,33 @@ class ChatTokenizer:
                 cannot be escaped, or half a surrogate pair.
             ModelUnavailable: the template refuses the chat.
         """
+        return self._encode(messages, limit)[1]
+
+    def encode_prefix(self, messages: Sequence[Message], limit: int | None = None) -> list[int]:
+        """The common prefix of prompts with these messages and a further user turn, as tokens.
+
+        It is what two such prompts share; another prompt may differ in its last tokens. The
+        messages alone cannot be encoded: some templates refuse a chat without a user turn, and
+        some end it differently.
+
+        Raises:
+            InvalidRequest, ModelUnavailable: as in `encode`.
+        """
+        one, other = (
+            self.encode([*messages, {"role": "user", "content": text}], limit) for text in "A7"
+        )
+        return one[: shared_length(one, other)]
+
+    def _encode(
+        self, messages: Sequence[Message], limit: int | None = None
+    ) -> tuple[str, list[int]]:
+        """The prompt as text, with control tokens escaped, and its tokens."""
         shape = tuple((one["role"], _placeholder(one["content"])) for one in messages)
         for _ in range(_ATTEMPTS):
-            tokens = self._tokens(self._template.render(messages, header), limit)
-            if self._control.filter(tokens) == self._frame(shape, header):
-                return tokens
+            text = self._layout.render(messages)
+            tokens = self._tokens(text, limit)
+            if self._control.filter(tokens) == self._frame(shape):
+                return text, tokens
             if limit is not None and len(tokens) > limit:
                 raise _too_long(limit)
             escaped = [{**one, "content": self._control.escape(one["content"])} for one in messages]
@@ -157,7 +176,8 @@ class ChatTokenizer:
         """See `Engine.tokenize`."""
         if request.tokens is not None:
             return list(request.tokens)
-        tokens = self.encode(request.messages, header, context_length)
+        encode = self.encode if header else self.encode_prefix
+        tokens = encode(request.messages, context_length)
         check_context(len(tokens), request.max_tokens, context_length)
         return tokens
 
@@ -165,30 +185,39 @@ class ChatTokenizer:
         """A new decoder, for one completion."""
         return TextDecoder(self.tokenizer)
 
-    def choice_tree(self, choices: tuple[str, ...]) -> ChoiceTree:
-        """The tokens of each choice at the start of the assistant's turn."""
-        return self._choice_tree(choices)
+    def choice_tree(
+        self, messages: Sequence[Message], prompt: Sequence[int], choices: tuple[str, ...]
+    ) -> ChoiceTree:
+        """The tokens of each choice as the assistant's turn.
 
-    def _new_choice_tree(self, choices: tuple[str, ...]) -> ChoiceTree:
-        chat = self._template.render([{"role": "user", "content": "?"}])
-        skip = len(self._tokens(chat))
-        return ChoiceTree({choice: self._tokens(chat + choice)[skip:] for choice in choices})
+        Args:
+            prompt: the tokens of the messages.
 
-    def _try(self, source: str, special_tokens: Mapping[str, str]) -> tuple[ChatTemplate, set[int]]:
-        """Compiles the template; also returns the tokens that it writes for the known chats."""
-        template = ChatTemplate(source, special_tokens)
-        written: set[int] = set()
-        refused: ModelUnavailable | None = None
-        for roles in _KNOWN_CHATS:
-            try:
-                text = template.render([{"role": role, "content": "x"} for role in roles])
-            except ModelUnavailable as error:
-                refused = error
-            else:
-                written.update(self._tokens(text))
-        if not written and refused is not None:
-            raise refused
-        return template, written
+        Raises:
+            InvalidRequest, ModelUnavailable: as in `encode`.
+        """
+        start = self._layout.answer_start(messages)
+        # Control tokens are encoded apart from the text around them. So the text after the last
+        # one has the same tokens in every prompt, and one tree serves all of them.
+        if self._end:
+            tokens, tree = self._tree_of_end(start, choices)
+            if list(prompt[-len(tokens) :]) == tokens:
+                return tree
+        return self._new_tree(*self._encode(messages), start, choices)
+
+    def _new_tree_of_end(
+        self, start: str, choices: tuple[str, ...]
+    ) -> tuple[list[int], ChoiceTree]:
+        """The last tokens of a prompt, and the tree after them."""
+        text = self._end + start
+        tokens = self._ids(text)
+        return tokens, self._new_tree(text, tokens, start, choices)
+
+    def _new_tree(
+        self, text: str, tokens: Sequence[int], start: str, choices: Sequence[str]
+    ) -> ChoiceTree:
+        text += "" if start else self._layout.gap
+        return ChoiceTree(tokens, {choice: self._ids(text + choice) for choice in choices})
 
     def _tokens(self, text: str, limit: int | None = None) -> list[int]:
         if limit is not None and len(text) > 2 * _SLICE:
@@ -211,10 +240,10 @@ class ChatTokenizer:
         ids: list[int] = encoding.ids
         return ids
 
-    def _control_tokens_of(self, shape: _Shape, header: bool) -> list[int]:
+    def _control_tokens_of(self, shape: _Shape) -> list[int]:
         """The control tokens of a chat with these roles, whose contents have none."""
         messages = [{"role": role, "content": content} for role, content in shape]
-        return self._control.filter(self._tokens(self._template.render(messages, header)))
+        return self._control.filter(self._tokens(self._layout.render(messages)))
 
 
 def _placeholder(content: str) -> str:
@@ -231,35 +260,6 @@ def end_tokens(model: Mapping[str, Any]) -> frozenset[int]:
     """The tokens that end a turn, by the `model` part of a genai_config.json."""
     configured = model.get("eos_token_id")
     return frozenset(configured if isinstance(configured, list) else [configured]) - {None}
-
-
-class TextDecoder:
-    """Decodes a completion token by token."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        """Args: tokenizer: of the `tokenizers` package."""
-        self._tokenizer = tokenizer
-        self._begin()
-
-    def _begin(self) -> None:
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._pending: list[int] = []
-
-    def __call__(self, token: int) -> str:
-        try:
-            text: str = self._stream.step(self._tokenizer, token) or ""
-        except Exception:  # noqa: BLE001 - the package raises bare ones
-            # A byte-level decoder fails on invalid UTF-8, and cannot continue.
-            self._begin()
-            return "\N{REPLACEMENT CHARACTER}"
-        self._pending.append(token)
-        if not text and len(self._pending) == _LONGEST_CHARACTER:
-            # After invalid UTF-8, the stream would decode the whole text again at every step.
-            text = self._tokenizer.decode(self._pending, skip_special_tokens=True)
-            self._begin()
-        elif text:
-            self._pending.clear()
-        return text
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:

@@ -34,6 +34,9 @@ _TEMPLATE_FILE: Final = "chat_template.jinja"
 _CONFIG_FILE: Final = "tokenizer_config.json"
 _LEGACY_TOKENS_FILE: Final = "special_tokens_map.json"
 _SPECIAL_TOKENS: Final = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_WITHOUT_THOUGHTS: Final = {"enable_thinking": False, "thinking": False}
+"""Switches off thoughts in the templates that can: `enable_thinking` in those of Qwen 3, GLM and
+SmolLM 3, `thinking` in those of Granite, DeepSeek and Hermes 4."""
 
 
 class ChatTemplate:
@@ -62,10 +65,16 @@ class ChatTemplate:
                 f"the model's chat template is not valid Jinja: line {error.lineno}: "
                 f"{error.message}; correct the template in the model's folder"
             ) from None
+        except Exception as error:  # noqa: BLE001 - Python cannot compile what Jinja has made of it
+            raise ModelUnavailable(
+                f"the model's chat template cannot be compiled ({type(error).__name__}); simplify "
+                "the template in the model's folder"
+            ) from None
         self._special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Message], header: bool = True) -> str:
-        """The chat as text, with the header of the assistant's turn or without.
+        """The chat as text, with the header of the assistant's turn or without; thoughts are
+        switched off if the template can do that.
 
         Raises:
             ModelUnavailable: the template refuses the chat, or fails on it.
@@ -76,6 +85,7 @@ class ChatTemplate:
                 tools=None,
                 documents=None,
                 add_generation_prompt=header,
+                **_WITHOUT_THOUGHTS,
                 **self._special_tokens,
             )
         except Exception as error:  # noqa: BLE001 - a template can raise anything
@@ -98,12 +108,17 @@ def read_template(folder: Path) -> str:
     """
     file = folder / _TEMPLATE_FILE
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ModelUnavailable(
+                f"{file} is not UTF-8; copy it again from the original model"
+            ) from None
     for name in (_CONFIG_FILE, "chat_template.json"):
         found = _read_object(folder / name).get("chat_template")
         if isinstance(found, list):
             named = [entry for entry in found if isinstance(entry, dict)]
-            found = {entry.get("name"): entry.get("template") for entry in named}
+            found = {f"{entry.get('name')}": entry.get("template") for entry in named}
         if isinstance(found, dict):
             found = found.get("default")
         if isinstance(found, str):
@@ -135,7 +150,7 @@ def _read_object(file: Path) -> dict[str, Any]:
         return {}
     try:
         written = json.loads(file.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         written = None
     if not isinstance(written, dict):
         raise ModelUnavailable(f"{file} is not a JSON object; copy it from the original model")

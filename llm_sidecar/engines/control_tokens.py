@@ -49,6 +49,16 @@ class ControlTokens:
         """The control tokens among `tokens`, in their order."""
         return [token for token in tokens if token in self._numbers]
 
+    def from_last(self, text: str) -> str:
+        """The text from its last control token on; empty if it has none."""
+        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
+        starts = [
+            start
+            for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)
+            if token in self._numbers
+        ]
+        return text[starts[-1] :] if starts else ""
+
     def escape(self, text: str) -> str:
         """Inserts a space into each control token that the text spells.
 

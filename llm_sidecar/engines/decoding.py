@@ -4,7 +4,7 @@ An engine for a runtime adds attention states and forward passes:
 
     class MyEngine(Decoder[MyStates]):
         def new_states(self, capacity): ...
-        def forward(self, tokens, states, keep=1): ...
+        def forward(self, tokens, states): ...
         def join(self, states, size, former): ...  # only if it batches
 """
 
@@ -13,6 +13,8 @@ from __future__ import annotations
 import abc
 import contextlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic
 
 import numpy as np
@@ -24,14 +26,17 @@ from llm_sidecar.engines.base import (
     Delta,
     GenerationRequest,
     Message,
+    Sampling,
     prefill_steps,
     softmax,
+    steps_alone,
 )
 from llm_sidecar.engines.batch import ContinuousBatch, Rows
 from llm_sidecar.engines.chat import ChatTokenizer
 from llm_sidecar.engines.generation import Generation, Logits
 from llm_sidecar.engines.guidance import Grammars
 from llm_sidecar.engines.prefixes import Prefix, PrefixCache, S
+from llm_sidecar.engines.sampling import sampling_of
 from llm_sidecar.errors import AdapterRejected
 
 
@@ -40,13 +45,20 @@ class Decoder(abc.ABC, Generic[S]):
 
     Attributes:
         batch_capacity: maximum number of requests in a batch.
+        sampling: the model's own, for requests without a temperature; `load_engine` sets it.
         model: the runtime's own.
+        notes, scores_in_parallel, versions: see `Engine`.
         tokenizer: of the `tokenizers` package, or of transformers if it runs the model.
     """
 
     runtime: str
     device: str = "cpu"
+    dtype: str | None = None
+    prefill_folder: Path | None = None
     batch_capacity: int = 1
+    scores_in_parallel: bool = False
+    versions: Mapping[str, str] = MappingProxyType({})
+    sampling: Sampling = Sampling()
     model: Any
 
     def __init__(self, chat: ChatTokenizer, context_length: int) -> None:
@@ -57,6 +69,7 @@ class Decoder(abc.ABC, Generic[S]):
             context_length: maximum number of prompt and completion tokens of a request.
         """
         self.context_length = context_length
+        self.notes = chat.notes
         self.tokenizer: Any = chat.tokenizer
         self._chat = chat
         self._grammars = Grammars(chat.tokenizer, chat.ends)
@@ -69,11 +82,11 @@ class Decoder(abc.ABC, Generic[S]):
         """Empty states of one row with at least this capacity, in tokens."""
 
     @abc.abstractmethod
-    def forward(self, tokens: Sequence[int], states: S, keep: int = 1) -> Logits:
+    def forward(self, tokens: Sequence[int], states: S) -> Logits:
         """Processes tokens and adds them to the states of one row.
 
         Returns:
-            logits of the last positions, (keep, vocabulary); undefined if `keep` is 0.
+            logits after the last token, (vocabulary,). A graph with a pruned head has no others.
         """
 
     def join(self, states: Mapping[int, S], size: int, former: Any) -> Rows:
@@ -99,15 +112,9 @@ class Decoder(abc.ABC, Generic[S]):
         return self._chat.prompt(request, self.context_length, header)
 
     def stream(self, request: GenerationRequest) -> Generator[Delta]:
-        batch = self.batch()
-        batch.add(0, request)
-        try:
-            while batch:
-                for _, delta in batch.step():
-                    yield delta
-        finally:
-            if batch:
-                batch.remove(0)
+        with contextlib.closing(steps_alone(self.batch(), request)) as steps:
+            for deltas in steps:
+                yield from deltas
 
     def batch(self) -> ContinuousBatch[S]:
         return ContinuousBatch(self)
@@ -118,6 +125,15 @@ class Decoder(abc.ABC, Generic[S]):
         with self.borrow((), len(prompt) + request.max_tokens) as prefix:
             for _ in self._process(prefix, prompt):
                 yield
+
+    def decode_steps(self, count: int) -> Generator[None]:
+        states = self.new_states(2 + count)
+        # The first forward pass may read the weights from the disk.
+        self.forward([0, 0], states)
+        yield
+        for _ in range(count):
+            self.forward([0], states)
+            yield
 
     def next_token(self, messages: Sequence[Message]) -> tuple[list[int], npt.NDArray[np.float64]]:
         prompt = self.tokenize(GenerationRequest(messages, 1))
@@ -130,11 +146,9 @@ class Decoder(abc.ABC, Generic[S]):
         tokens: Sequence[int] | None = None,
     ) -> dict[str, float]:
         prompt = self.tokenize(GenerationRequest(messages, ANSWER_TOKENS, tokens=tokens))
-        tree = self._chat.choice_tree(tuple(choices))
-        if tree.branch is None:
-            return tree.read(self._logits_after(prompt)[0], None)
-        first, second = self._logits_after(prompt, [tree.branch])
-        return tree.read(first, second)
+        tree = self._chat.choice_tree(messages, prompt, tuple(choices))
+        kept = prompt[: len(prompt) - tree.replaced]
+        return tree.read([self._logits_after(kept, path) for path in tree.paths])
 
     # Called by `ContinuousBatch`
 
@@ -149,6 +163,7 @@ class Decoder(abc.ABC, Generic[S]):
             self.tokenize(request),
             decode=self._chat.decoder(),
             ends=self._chat.ends,
+            sampling=sampling_of(request, self.sampling),
             matcher=None if request.guidance is None else self._grammars.matcher(request.guidance),
         )
 
@@ -156,7 +171,7 @@ class Decoder(abc.ABC, Generic[S]):
         """Processes the rest of a prompt; it can be cancelled after each step.
 
         Yields:
-            None after each step but the last; then the logits after the prompt, (1, vocabulary).
+            None after each step but the last; then the logits after the prompt, (vocabulary,).
         """
         generation.cached = len(prefix.tokens)
         yield from self._process(prefix, generation.prompt)
@@ -170,16 +185,11 @@ class Decoder(abc.ABC, Generic[S]):
     def _logits_after(self, prompt: Sequence[int], more: Sequence[int] = ()) -> Logits:
         """Logits after the prompt and after each of `more`, (1 + tokens of `more`, vocabulary)."""
         with self.borrow(prompt, len(prompt) + len(more)) as prefix:
-            *_, logits = self._process(prefix, prompt, more)
-        assert logits is not None
-        return logits
+            *_, first = self._process(prefix, prompt)
+            return np.array([first, *(self.forward([token], prefix.states) for token in more)])
 
-    def _process(
-        self, prefix: Prefix[S], prompt: Sequence[int], more: Sequence[int] = ()
-    ) -> Iterator[Logits | None]:
+    def _process(self, prefix: Prefix[S], prompt: Sequence[int]) -> Iterator[Logits | None]:
         for start, stop in prefill_steps(len(prefix.tokens), len(prompt)):
-            last = stop == len(prompt)
-            tokens = [*prompt[start:stop], *(more if last else ())]
-            logits = self.forward(tokens, prefix.states, keep=1 + len(more) if last else 0)
+            logits = self.forward(prompt[start:stop], prefix.states)
             prefix.tokens += prompt[start:stop]
-            yield logits if last else None
+            yield logits if stop == len(prompt) else None

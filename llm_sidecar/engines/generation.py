@@ -1,4 +1,4 @@
-"""One completion: samples tokens from logits, and decodes them."""
+"""One completion: its tokens, as they are sampled, and their text."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from llm_sidecar.engines.base import Delta, FinishReason, GenerationRequest, softmax
+from llm_sidecar.engines.base import Delta, FinishReason, GenerationRequest, Sampling
+from llm_sidecar.engines.sampling import Logits, Sampler
 
-Logits = npt.NDArray[np.float32]
+__all__ = ["Generation", "Logits"]
 
 
 class Generation:
@@ -30,6 +30,7 @@ class Generation:
         *,
         decode: Callable[[int], str],
         ends: frozenset[int],
+        sampling: Sampling,
         matcher: Any = None,
     ) -> None:
         """Starts with no tokens.
@@ -39,17 +40,17 @@ class Generation:
             prompt: its messages as tokens.
             decode: returns the text that the next token adds.
             ends: tokens that end a turn.
+            sampling: how tokens are chosen.
             matcher: a new matcher of llguidance, or None.
         """
         self.prompt = prompt
         self.limit = request.max_tokens
         self.pending: Sequence[int] = ()
         self.cached = 0
-        self._temperature = request.temperature
         self._decode = decode
         self._ends = ends
         self._matcher = matcher
-        self._random = np.random.default_rng(request.seed)
+        self._sampler = Sampler(sampling, prompt, request.seed)
         self._count = 0
         self._ended = False
 
@@ -81,6 +82,7 @@ class Generation:
             self._matcher.consume_tokens(pending[1:])
         cut = pending[: self.limit - self._count]
         self._count += len(cut)
+        self._sampler.add(cut)
         stopped = self._matcher is not None and self._matcher.is_stopped() and cut == pending
         self._ended = cut[-1] in self._ends or stopped
         self.pending = cut
@@ -88,14 +90,7 @@ class Generation:
 
     def _sample(self, logits: Logits) -> int:
         if self._matcher is None:
-            return self._draw(logits)
+            return self._sampler.sample(logits)
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little", count=len(logits)))
-        return int(allowed[self._draw(logits[allowed])])
-
-    def _draw(self, logits: Logits) -> int:
-        """Samples an index of `logits`."""
-        if self._temperature == 0.0:
-            return int(logits.argmax())
-        bounds = softmax(logits / self._temperature).cumsum()
-        return int(bounds.searchsorted(self._random.random() * bounds[-1], side="right"))
+        return self._sampler.sample(logits, allowed)

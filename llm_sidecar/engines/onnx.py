@@ -135,14 +135,10 @@ class OnnxEngine(Decoder[GeneratorStates]):
             generator.set_active_adapter(self._adapters, _ADAPTER)
         return GeneratorStates(generator, capacity, self._switch)
 
-    def forward(self, tokens: Sequence[int], states: GeneratorStates, keep: int = 1) -> Logits:
+    def forward(self, tokens: Sequence[int], states: GeneratorStates) -> Logits:
         """See `Decoder`."""
         states.append(tokens)
-        if keep > 1:
-            logits = states.generator.get_output("logits")[0, -keep:]
-        else:
-            logits = states.generator.get_logits().reshape(1, -1)
-        return np.asarray(logits, np.float32)
+        return np.asarray(states.generator.get_logits().reshape(-1), np.float32)
 
     def _load_adapter(self, folder: Path) -> None:
         from llm_sidecar.engines.lora_graph import ADAPTER_FILE

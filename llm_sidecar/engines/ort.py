@@ -10,17 +10,21 @@ import json
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from llm_sidecar.engines.base import PREFILL_CHUNK, PROBE, GenerationRequest
 from llm_sidecar.engines.batch import MAX_ROWS
 from llm_sidecar.engines.chat import ChatTokenizer, end_tokens
 from llm_sidecar.engines.decoding import Decoder
 from llm_sidecar.engines.generation import Generation, Logits
 from llm_sidecar.engines.ort_model import OrtModel, States
-from llm_sidecar.engines.prefixes import Prefix, shared_tokens
+from llm_sidecar.engines.prefixes import UNSHARED, Prefix, shared_tokens
 from llm_sidecar.memory_trim import trim_heap
+
+if TYPE_CHECKING:
+    from llm_sidecar.engines.torch_prefill import TorchPrefill
 
 _LONG_PROMPT: Final = 1024
 """Prompt tokens; after a longer prompt, the freed heap is returned to the system."""
@@ -29,6 +33,9 @@ _PAST: Final = {"past_key_names", "past_value_names"}
 _PRESENT: Final = {"present_key_names", "present_value_names"}
 _SHAPE: Final = {"head_size", "num_hidden_layers", "num_key_value_heads"}
 _ARCHITECTURES: Final = {"llama", "mistral", "phi3", "qwen2", "qwen3"}
+_SAME_MODEL: Final = 0.9
+"""Least cosine between the states of two precisions of one model: 0.97 for int4, about 0 for
+unrelated models."""
 _LONG_ROPE: Final = b"cos_cache_large"
 """Name of a tensor that the builder writes for rotary embeddings of long context."""
 
@@ -113,8 +120,14 @@ class OrtEngine(Decoder[States]):
         self._model = OrtModel(folder, config["decoder"], threads, adapter)
         self.model = self._model.session
         chat = ChatTokenizer.from_folder(folder, end_tokens(config))
-        super().__init__(chat, int(config["context_length"]))
+        context, window = int(config["context_length"]), _window(config["decoder"])
+        super().__init__(chat, min(context, window or context))
+        if self.context_length < context:
+            self.notes += (
+                f"the context is cut from {context} to {window} tokens, the sliding window",
+            )
         self._in_use: list[Prefix[States]] = []
+        self._prefill: TorchPrefill | None = None
         if adapter is not None:
             self.check_adapter()
 
@@ -126,6 +139,8 @@ class OrtEngine(Decoder[States]):
     def borrow(self, prompt: Sequence[int], capacity: int) -> Iterator[Prefix[States]]:
         """See `Decoder`."""
         with self._prefixes.borrow(prompt, capacity) as prefix:
+            if self._prefill is not None:
+                self._cut(prefix, self._reusable(prefix, prompt))
             self._in_use.append(prefix)
             try:
                 yield prefix
@@ -139,24 +154,86 @@ class OrtEngine(Decoder[States]):
         prefix.states.fit(1, generation.size)
         prompt = generation.prompt
         length, index = max(
-            (shared_tokens(other.tokens, prompt), index) for index, other in enumerate(self._in_use)
+            (self._reusable(other, prompt), index) for index, other in enumerate(self._in_use)
         )
         if length > len(prefix.tokens):
             prefix.states.copy(0, self._in_use[index].states, 0, length)
             prefix.tokens = list(prompt[:length])
+            self._cut(prefix, length)
         yield from super().process(prefix, generation)
 
-    def forward(self, tokens: Sequence[int], states: States, keep: int = 1) -> Logits:
+    def forward(self, tokens: Sequence[int], states: States) -> Logits:
         """See `Decoder`."""
         states.reserve(1, states.lengths[0] + len(tokens))
-        logits: Logits = self._model.run(np.array([tokens], dtype=np.int64), states, keep=keep)[0]
+        logits: Logits = self._model.run(np.array([tokens], dtype=np.int64), states)[0, -1]
         return logits
+
+    def hand_over(self, prefill: TorchPrefill, folder: Path) -> str | None:
+        """Lets torch do the prefill from now on; returns the reason if the models differ."""
+        model = self._model
+        shape = (model.arrays // 2, model.heads, model.width, model.vocabulary)
+        if prefill.shape != shape or model.dtype != np.float32:
+            return "it is a model of another shape"
+        tokens = self.tokenize(GenerationRequest(PROBE, 1))
+        ours, theirs = (States(model, 1, len(tokens)) for _ in range(2))
+        self.forward(tokens, ours)
+        for _ in prefill.run(tokens, theirs.arrays):
+            pass
+        # Also false for NaN.
+        if not _similarity(ours, theirs, len(tokens)) >= _SAME_MODEL:
+            return "it is a model with other weights"
+        self._prefill, self.prefill_folder, self.dtype = prefill, folder, "bfloat16"
+        return None
+
+    def _process(self, prefix: Prefix[States], prompt: Sequence[int]) -> Iterator[Logits | None]:
+        """See `Decoder`; onnxruntime always processes the last tokens, for its own logits."""
+        if self._prefill is not None:
+            yield from self._prefill_on_torch(self._prefill, prefix, prompt[:-UNSHARED])
+        yield from super()._process(prefix, prompt)
+
+    def _prefill_on_torch(
+        self, prefill: TorchPrefill, prefix: Prefix[States], tokens: Sequence[int]
+    ) -> Iterator[None]:
+        states = prefix.states
+        states.reserve(1, len(tokens))
+        for length in prefill.run(tokens, states.arrays, len(prefix.tokens)):
+            prefix.tokens = list(tokens[:length])
+            states.lengths, states.handed_over = [length], length
+            yield None
+
+    def _reusable(self, prefix: Prefix[States], prompt: Sequence[int]) -> int:
+        """The number of tokens whose states `prompt` can reuse.
+
+        With prefill on torch, these are whole blocks, or all that torch processes of the prompt.
+        """
+        length = max(0, shared_tokens(prefix.tokens, prompt))
+        if self._prefill is None:
+            return length
+        read = prefix.states.handed_over
+        if length == read == len(prompt) - UNSHARED:
+            return length
+        length = min(length, read)
+        return length - length % PREFILL_CHUNK
+
+    def _cut(self, prefix: Prefix[States], length: int) -> None:
+        prefix.states.rewind(length)
+        prefix.states.handed_over = length
+        del prefix.tokens[length:]
 
     def join(self, states: Mapping[int, States], size: int, former: OrtRows | None) -> OrtRows:
         """See `Decoder`."""
         rows = former or OrtRows(self._model)
         rows.settle(states, size)
         return rows
+
+
+def _similarity(one: States, other: States, length: int) -> float:
+    """The cosine similarity of the first states of two rows: the median of all arrays."""
+    pairs = [
+        (mine[0, :, :length].ravel(), theirs[0, :, :length].ravel())
+        for mine, theirs in zip(one.arrays, other.arrays, strict=True)
+    ]
+    return float(np.median([a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) for a, b in pairs]))
 
 
 def can_run(folder: Path) -> bool:
@@ -177,11 +254,25 @@ def can_run(folder: Path) -> bool:
             and inputs <= _INPUTS | _PAST
             and decoder["outputs"].keys() >= _PRESENT
             and config["search"].get("past_present_share_buffer", False)
-            and "sliding_window" not in decoder
+            and _window(decoder) is not None
             and not _has_long_rope(folder / decoder["filename"])
         )
     except (ValueError, LookupError, TypeError, AttributeError, OSError):
         return False
+
+
+def _window(decoder: Mapping[str, Any]) -> int | None:
+    """The number of tokens in a sliding window; 0 if there is no window.
+
+    Beyond the window the graph expects that its oldest states are dropped, which this engine cannot
+    do. None if the runtime has to move the states within the window too.
+    """
+    sliding = decoder.get("sliding_window")
+    if sliding is None:
+        return 0
+    if sliding.get("slide_key_value_cache", True) or sliding.get("slide_inputs", True):
+        return None
+    return int(sliding["window_size"])
 
 
 def _has_long_rope(graph: Path) -> bool:

@@ -44,6 +44,7 @@ class States:
         size: number of tokens that fit into each row of the arrays.
         arrays: keys and values of each layer, (rows, heads, size, width).
         lengths: tokens of each row.
+        handed_over: number of the first tokens of the only row whose states come from torch.
         bindings: of these arrays to the session, by first row and number of rows.
     """
 
@@ -58,6 +59,7 @@ class States:
         shape = (rows, model.heads, self.size, model.width)
         self.arrays = [_mapped(shape, model.dtype) for _ in range(model.arrays)]
         self.lengths = [0] * rows
+        self.handed_over = 0
         self.bindings: dict[tuple[int, int], Any] = {}
 
     def rewind(self, length: int) -> None:
@@ -114,6 +116,7 @@ class OrtModel:
         arrays: number of arrays in states, a key's and a value's for each layer.
         heads, width: of each array.
         dtype: of the arrays.
+        vocabulary: number of logits of a position.
     """
 
     def __init__(
@@ -156,13 +159,13 @@ class OrtModel:
         self.heads, self.width = decoder["num_key_value_heads"], decoder["head_size"]
         self._takes_positions = "position_ids" in inputs
         (logits,) = (taken for taken in self.session.get_outputs() if taken.name == "logits")
-        self._vocabulary, self._logits_dtype = logits.shape[-1], _DTYPES[logits.type]
+        self.vocabulary, self._logits_dtype = logits.shape[-1], _DTYPES[logits.type]
+        # The builder's option prune_lm_head, which saves a fifth of the prefill.
+        self._only_last = logits.shape[1] == 1
         self._shrinking = onnxruntime.RunOptions()
         self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
-    def run(
-        self, ids: npt.NDArray[np.int64], states: States, first: int = 0, keep: int = 1
-    ) -> Logits:
+    def run(self, ids: npt.NDArray[np.int64], states: States, first: int = 0) -> Logits:
         """Processes tokens of some rows, and adds them to their states.
 
         Args:
@@ -170,7 +173,8 @@ class OrtModel:
             first: index of the first of these rows in `states`.
 
         Returns:
-            logits of the last positions, (rows, keep, vocabulary).
+            logits, (rows, positions, vocabulary): of every token, or of the last one only if the
+            graph computes no others.
         """
         rows, tokens = ids.shape
         before = np.array(states.lengths[first : first + rows])[:, None]
@@ -181,12 +185,13 @@ class OrtModel:
         binding.bind_cpu_input("attention_mask", mask)
         if self._takes_positions:
             binding.bind_cpu_input("position_ids", before + np.arange(tokens))
-        logits = np.empty((rows, tokens, self._vocabulary), self._logits_dtype)
+        positions = 1 if self._only_last else tokens
+        logits = np.empty((rows, positions, self.vocabulary), self._logits_dtype)
         binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
         shrinks = tokens > _SHRINK_TOKENS
         self.session.run_with_iobinding(binding, self._shrinking if shrinks else None)
         states.lengths[first : first + rows] = after[:, 0].tolist()
-        return logits[:, tokens - keep :].astype(np.float32, copy=False)
+        return logits.astype(np.float32, copy=False)
 
     def _bind(self, states: States, first: int, rows: int) -> Any:
         """Binds some rows of the states. All other inputs change with every run."""

@@ -13,7 +13,7 @@ from typing import Final, Generic, Protocol, TypeVar
 MAX_KEPT: Final = 3
 """Number of cached prefixes, each as large as its longest prompt and completion: one for proposals,
 one for the few-shot examples that will replace the current ones, and one for everything else."""
-_UNSHARED: Final = 2
+UNSHARED: Final = 2
 """Tokens of a prompt that are always processed."""
 
 
@@ -106,4 +106,4 @@ def shared_tokens(cached: Sequence[int], prompt: Sequence[int]) -> int:
         if one != other:
             same = index
             break
-    return min(same, len(prompt) - _UNSHARED)
+    return min(same, len(prompt) - UNSHARED)

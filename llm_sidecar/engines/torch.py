@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -16,16 +17,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llm_sidecar.engines.base import Dtype
 from llm_sidecar.engines.chat import TOKENIZER_FILE, ChatTokenizer
 from llm_sidecar.engines.chat_template import read_template
+from llm_sidecar.engines.checkpoint import (
+    cannot_load,
+    check_packages,
+    count_weights,
+    quantization_method,
+)
 from llm_sidecar.engines.decoding import Decoder
 from llm_sidecar.engines.generation import Logits
 from llm_sidecar.engines.peft_files import WEIGHTS_FILE, matrix_of, read_config
+from llm_sidecar.engines.processor import multiplies_bfloat16
 from llm_sidecar.engines.torch_states import TorchRows, batch_capacity, empty_cache
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable, one_line
 
 _ADAPTER: Final = "default"
 """The name of the loaded adapter in PEFT."""
+_SMALL: Final = 1 << 24
+"""Weights of a model that `auto` leaves in float32, which takes 64 MB: the demo model computes the
+same on every processor."""
 
 
 class TorchStates:
@@ -63,14 +75,18 @@ class TorchEngine(Decoder[TorchStates]):
         device: str = "auto",
         threads: int = 1,
         adapter: Path | None = None,
+        dtype: Dtype | None = None,
     ) -> None:
-        """Loads the model, in float32 on CPU and in its own precision on CUDA.
+        """Loads the model.
 
         Args:
             folder: config.json, *.safetensors and the tokenizer with its chat template.
             device: `auto` takes CUDA if torch finds it.
             threads: of torch's operators, on CPU.
             adapter: folder of a PEFT LoRA adapter, in safetensors.
+            dtype: the precision to compute in; `auto` is bfloat16 on a CPU that multiplies it, but
+                float32 for a small model. None is float32 on CPU. On CUDA, `auto` and None are the
+                precision of its files. Logits are float32.
 
         Raises:
             ModelUnavailable: `cuda` is requested and torch has none, or the tokenizer or its chat
@@ -82,14 +98,9 @@ class TorchEngine(Decoder[TorchStates]):
         self.device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
         torch.set_num_threads(threads)
         tokenizer = _load_tokenizer(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32 if self.device == "cpu" else "auto",
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        ).to(self.device)
-        self.model.eval()
+        self.model = _load_model(folder, _chosen_dtype(folder, dtype, self.device))
+        self.model.to(self.device).eval()
+        self.dtype = str(self.model.dtype).removeprefix("torch.")
         self.batch_capacity = batch_capacity(self.model.config)
         chat = _chat_tokenizer(folder, tokenizer, self.model.generation_config.eos_token_id)
         super().__init__(chat, int(self.model.config.max_position_embeddings))
@@ -135,17 +146,16 @@ class TorchEngine(Decoder[TorchStates]):
         """See `Decoder`."""
         return TorchStates(self.model.config)
 
-    def forward(self, tokens: Sequence[int], states: TorchStates, keep: int = 1) -> Logits:
+    def forward(self, tokens: Sequence[int], states: TorchStates) -> Logits:
         """See `Decoder`."""
         with torch.inference_mode():
             out = self.model(
                 input_ids=torch.tensor([list(tokens)], device=self.device),
                 past_key_values=states.cache,
                 use_cache=True,
-                # 0 would keep all.
-                logits_to_keep=max(keep, 1),
+                logits_to_keep=1,
             )
-        logits: Logits = out.logits[0].float().cpu().numpy()
+        logits: Logits = out.logits[0, -1].float().cpu().numpy()
         return logits
 
     def join(
@@ -154,6 +164,47 @@ class TorchEngine(Decoder[TorchStates]):
         """See `Decoder`."""
         caches = {number: each.cache for number, each in states.items()}
         return TorchRows(self.model, caches, former)
+
+
+def _chosen_dtype(folder: Path, dtype: Dtype | None, device: str) -> torch.dtype | str:
+    """What transformers is asked for; see `TorchEngine`."""
+    if dtype == "bfloat16":
+        return torch.bfloat16
+    if dtype == "float32":
+        return torch.float32
+    if device != "cpu":
+        return "auto"
+    fast = dtype == "auto" and multiplies_bfloat16() and not _is_small(folder)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _is_small(folder: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        return count_weights(folder) <= _SMALL
+    # Loading it says what is wrong with the files.
+    return True
+
+
+def _load_model(folder: Path, dtype: torch.dtype | str) -> Any:
+    """transformers' model; weights that are stored in this precision are mapped, not copied.
+
+    Raises:
+        ModelUnavailable: the weights are quantized in a way that cannot run here.
+    """
+    check_packages(folder)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except Exception as error:
+        if quantization_method(folder) is None:
+            raise
+        # Its packages and the device are checked in many places, with bare exceptions.
+        raise cannot_load(folder, one_line(error)) from None
 
 
 def _chat_tokenizer(

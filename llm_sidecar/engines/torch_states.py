@@ -71,9 +71,14 @@ def empty_cache(config: Any) -> DynamicCache:
 
 def batch_capacity(config: Any) -> int:
     """The maximum number of rows in a model's batch: 1 if a row depends on the others' lengths."""
-    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
     plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-    return MAX_ROWS if plain and rope.get("rope_type", "default") in ("default", "llama3") else 1
+    return MAX_ROWS if plain and rope_is_fixed(config) else 1
+
+
+def rope_is_fixed(config: Any) -> bool:
+    """Whether a model's rotary embeddings are the same whatever the length."""
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    return rope.get("rope_type", "default") in ("default", "llama3")
 
 
 class TorchRows:

@@ -110,7 +110,8 @@ class EventBus:
         self.events = FollowedStream(self._client, stream, polls=self._in_memory)
         self.dead_letters = DeadLetters(self._client)
         self._inbox: Inbox | None = None
-        self._needs_durability = outbox is not None
+        # `memory://` has no options, and keeps nothing anyway.
+        self._needs_durability = outbox is not None and not self._in_memory
         self._warnings: list[str] = []
         self._running: list[asyncio.Task[None]] = []
         self._refused_messages = 0
@@ -273,7 +274,7 @@ class EventBus:
             "handler_errors": self._handlers.errors,
             "refused": self._refused_messages + self._subscriber.too_long,
             "dropped": self._subscriber.dropped,
-            "held_up": self._subscriber.held_up,
+            "pauses": self._subscriber.pauses,
             "denied": self._denied.operations(),
             "warnings": list(self._warnings),
             "inbox": None if self._inbox is None else self._inbox.status(),

@@ -156,7 +156,9 @@ def _run(work: Callable[[FollowedStream, DeadLetters], Awaitable[None]]) -> None
     settings = Settings.from_environ().events
     url = settings.url.get_secret_value()
     if url.startswith(MEMORY):
-        raise CommandFailed("REDIS_URL=memory:// is a bus inside one process: nothing to read here")
+        raise CommandFailed(
+            "REDIS_URL=memory:// is inside one process: read its events over HTTP, at /events/"
+        )
 
     async def with_redis() -> None:
         client = make_client(url)

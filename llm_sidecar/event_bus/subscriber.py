@@ -62,7 +62,7 @@ class Subscriber:
         outages: the number of outages of Redis, including at the start.
         dropped: number of messages that a full queue lost.
         too_long: number of messages that were longer than `LONGEST_MESSAGE`.
-        held_up: how often a full queue made the subscriber wait.
+        pauses: how often reading paused because a queue was full.
     """
 
     def __init__(self, client: Redis, name: str, denied: Denied) -> None:
@@ -72,7 +72,7 @@ class Subscriber:
         self.outages = 0
         self.dropped = 0
         self.too_long = 0
-        self.held_up = 0
+        self.pauses = 0
         self._client = client
         self._name = name
         self._denied = denied
@@ -80,7 +80,7 @@ class Subscriber:
         # Redis has not answered yet, in the order of the commands.
         self._held: set[str] = set()
         self._asked: deque[str] = deque()
-        self._held_up_now = False
+        self._is_paused = False
         self._doubted = False
         self._channels: dict[str, _Channel] = {}
         self._attempted = asyncio.Event()
@@ -206,7 +206,7 @@ class Subscriber:
                 await self._heard.wait()
         except TimeoutError:
             # While the reader waits for a full queue, it does not read the answer.
-            if not self._held_up_now:
+            if not self._is_paused:
                 raise RedisTimeoutError("no answer to PING") from None
 
     async def _receive(self, pubsub: PubSub) -> None:
@@ -262,12 +262,12 @@ class Subscriber:
         if not queue.full():
             queue.put_nowait(payload)
             return
-        self.held_up += 1
-        self._held_up_now = True
+        self.pauses += 1
+        self._is_paused = True
         try:
             await queue.put(payload)
         finally:
-            self._held_up_now = False
+            self._is_paused = False
 
     def _found(self) -> None:
         if self._away_since is not None:

@@ -44,8 +44,8 @@ def add(db: sqlite3.Connection, events: Sequence[CloudEvent], now: float) -> int
 
 
 def expire(db: sqlite3.Connection, now: float) -> int:
-    """Drops events that are too old; returns how many."""
-    return db.execute("DELETE FROM events WHERE time < ?", [now - MOST_SECONDS]).rowcount
+    """Drops events that are too old; returns how many. See `totals.drop_older`."""
+    return totals.drop_older(db, "events", now - MOST_SECONDS)
 
 
 def head(db: sqlite3.Connection, count: int) -> list[Queued]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import logging
 import os
@@ -13,9 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from llm_sidecar.journal import salvage, schema
+from llm_sidecar.journal import salvage, schema, wal
 from llm_sidecar.journal.clock import Clock
-from llm_sidecar.journal.locks import dated, locked, make_folder, sync_folder
+from llm_sidecar.journal.locks import copy_synced, dated, locked, make_folder, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ class JournalFile:
         if self._db is None:
             make_folder(self.folder)
             with locked(self.folder / _LOCK):
+                require_files(self.folder)
+                self._keep_damaged_wal()
                 is_whole = self._complete()
                 db = self._connect()
                 if db is None or not is_whole or not _is_sound(db):
@@ -127,6 +130,7 @@ class JournalFile:
         time.sleep(SETTLE_SECONDS)
         make_folder(self.folder)
         with locked(self.folder / _LOCK):
+            require_files(self.folder)
             self._replace(self._db)
         return self._db
 
@@ -158,6 +162,21 @@ class JournalFile:
         if not is_whole:
             path.write_bytes(bytes(4096))
         return is_whole
+
+    def _keep_damaged_wal(self) -> None:
+        """Copies a damaged `-wal`, because SQLite overwrites what it cannot read."""
+        path = self.folder / f"{NAME}-wal"
+        if wal.damage(path) is None:
+            return
+        # Without another writer: a transaction that is being written looks like damage.
+        with locked(self.folder / _TURN, wait=False) as is_alone:
+            if is_alone and (found := wal.damage(path)) is not None:
+                kept = dated(self._aside, path.name)
+                copy_synced(path, kept)
+                self._note(
+                    f"the {path.name} of the journal is damaged: {found}; it is kept as "
+                    f"{kept.name}, and rows in it may be lost"
+                )
 
     def _connect(self) -> sqlite3.Connection | None:
         """A connection; None if the file is no database."""
@@ -234,6 +253,18 @@ class JournalFile:
 
     def _found(self) -> Identity:
         return tuple(_inode(Path(f"{self.folder / NAME}{part}")) for part in _PARTS)
+
+
+def require_files(folder: Path) -> None:
+    """Checks that the journal's files are regular files: opening a pipe would wait for ever.
+
+    Raises:
+        OSError: one of them is not a regular file.
+    """
+    for part in _PARTS:
+        path = folder / f"{NAME}{part}"
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, f"{path.name} is not a file: move it away")
 
 
 def is_damage(error: sqlite3.Error) -> bool:

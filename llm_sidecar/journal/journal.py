@@ -170,3 +170,10 @@ class Journal:
         """The columns of a row that is not in its table yet, as JSON; None if there is no such
         row."""
         return await self._writer.run(lambda db: rows.find(db, target, keys))
+
+    async def find_by_column(self, target: str, prefix: str, name: str, value: str) -> bytes | None:
+        """The columns of a row, found by the value of one column; see `rows.find_by_column`. Reads
+        all rows whose key begins with `prefix`."""
+        return await self._writer.run(
+            lambda db: rows.find_by_column(db, target, prefix, name, value)
+        )

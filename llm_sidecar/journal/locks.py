@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import fcntl
 import os
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Final
@@ -63,6 +64,21 @@ def make_folder(folder: Path) -> None:
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         sync_folder(folder.parent)
+
+
+def copy_synced(path: Path, to: Path) -> None:
+    """Copies a file; the copy survives a power loss, and is removed if it is not complete."""
+    try:
+        shutil.copyfile(path, to)
+        file = os.open(to, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+        sync_folder(to.parent)
+    except BaseException:
+        to.unlink(missing_ok=True)
+        raise
 
 
 def dated(folder: Path, name: str) -> Path:

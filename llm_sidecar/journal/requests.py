@@ -144,5 +144,5 @@ def release(db: sqlite3.Connection, request: RequestKey, owner: str) -> None:
 
 
 def expire(db: sqlite3.Connection, now: float) -> None:
-    """Forgets requests that are too old."""
-    db.execute("DELETE FROM requests WHERE time < ?", [now - MOST_SECONDS])
+    """Forgets requests that are too old. See `totals.drop_older`."""
+    totals.drop_older(db, "requests", now - MOST_SECONDS)

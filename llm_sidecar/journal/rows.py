@@ -148,3 +148,19 @@ def find(db: sqlite3.Connection, target: str, keys: Sequence[str]) -> bytes | No
         [target, *keys],
     ).fetchone()
     return None if found is None else found[0]
+
+
+def find_by_column(
+    db: sqlite3.Connection, target: str, prefix: str, name: str, value: str
+) -> bytes | None:
+    """The columns of a row whose key begins with `prefix` and whose column `name` has this value;
+    None without one."""
+    after = prefix[:-1] + chr(ord(prefix[-1]) + 1)
+    # A damaged row must not fail the whole transaction.
+    found = db.execute(
+        "SELECT data FROM rows WHERE target = ? AND key >= ? AND key < ? AND "
+        "CASE WHEN json_valid(CAST(data AS TEXT)) "
+        "THEN json_extract(CAST(data AS TEXT), ?) = ? END LIMIT 1",
+        [target, prefix, after, f"$.{name}", value],
+    ).fetchone()
+    return None if found is None else found[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sqlite3
 from typing import Final
 
+MOST_DROPPED: Final = 5_000
 _SIZES: Final = {
     "rows": "length({0}.data)",
     "events": "length({0}.data)",
@@ -42,6 +43,15 @@ def total(db: sqlite3.Connection, table: str) -> tuple[int, int]:
     """The number and bytes of a table's entries."""
     number, size = db.execute("SELECT number, bytes FROM totals WHERE name = ?", [table]).fetchone()
     return number, size
+
+
+def drop_older(db: sqlite3.Connection, table: str, before: float) -> int:
+    """Drops entries from before a time, oldest first; returns how many.
+
+    At most `MOST_DROPPED`, because a long transaction would make others miss their deadline.
+    """
+    oldest = f"SELECT id FROM {table} ORDER BY id LIMIT {MOST_DROPPED}"
+    return db.execute(f"DELETE FROM {table} WHERE id IN ({oldest}) AND time < ?", [before]).rowcount
 
 
 def drop_oldest(

@@ -33,6 +33,7 @@ _MOST_UNITS: Final = 2000
 TICK_SECONDS: Final = 1.0
 """Seconds between two checks of the file and its disk while nothing is committed."""
 _MAINTAIN_TICKS: Final = 60
+_REPORT_SECONDS: Final = 60.0
 _ATTEMPTS: Final = 3
 _PROBE_BYTES: Final = 1 << 14
 """The size of a probe write: larger than most rows."""
@@ -74,6 +75,8 @@ class JournalWriter:
         self._ended = asyncio.Event()
         self._ticks = 0
         self._next_tick = 0.0
+        self._reported = (0, 0)
+        self._next_report = 0.0
 
     @property
     def failure(self) -> str | None:
@@ -200,6 +203,7 @@ class JournalWriter:
     def _chores(self) -> list[Work[None]]:
         """Runs the checks that are due every second."""
         chores: list[Work[None]] = []
+        self._report_dropped()
         self._ticks += 1
         if self._ticks % _MAINTAIN_TICKS == 0 and self.is_open:
             chores.append(self._maintain)
@@ -214,11 +218,19 @@ class JournalWriter:
         requests.expire(db, clock.now())
 
     def count_dropped(self, events: int = 0, requests: int = 0) -> None:
-        """Counts and logs dropped events and requests."""
-        if events or requests:
-            log.error("the journal dropped %d events and %d requests", events, requests)
+        """Counts dropped events and requests."""
         self.events_dropped += events
         self.requests_dropped += requests
+        self._report_dropped()
+
+    def _report_dropped(self) -> None:
+        """Logs what was dropped, at most once a minute: every commit to a full journal drops."""
+        dropped = self.events_dropped, self.requests_dropped
+        now = time.monotonic()
+        if dropped != self._reported and now >= self._next_report:
+            events, requests = (a - b for a, b in zip(dropped, self._reported, strict=True))
+            log.error("the journal dropped %d events and %d requests", events, requests)
+            self._reported, self._next_report = dropped, now + _REPORT_SECONDS
 
     def _commit(self, group: Sequence[Unit[Any]], chores: Sequence[Work[None]] = ()) -> None:
         try:

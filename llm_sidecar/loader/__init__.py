@@ -8,11 +8,14 @@ program, `python -m llm_sidecar.loader`, it converts models and adapters.
 from __future__ import annotations
 
 import functools
+from dataclasses import asdict
 from typing import Any
 
 from llm_sidecar.engines import Engine, load_engine
+from llm_sidecar.errors import ModelUnavailable
 from llm_sidecar.models.adapters import adapter_date, find_adapter_dir, get_latest_adapter_dir
 from llm_sidecar.models.files import locate_hermes, locate_phi3
+from llm_sidecar.models.options import hermes_options, phi3_options
 from llm_sidecar.settings import Settings
 
 __all__ = [
@@ -37,8 +40,7 @@ def load_phi3_model() -> Engine:
         SettingsError, ModelUnavailable: a variable or the model's files are not valid.
     """
     settings = Settings.from_environ()
-    folder = locate_phi3(settings).folder
-    return load_engine(folder, device=settings.models.device, threads=settings.models.phi3_threads)
+    return load_engine(locate_phi3(settings).model, **asdict(phi3_options(settings)))
 
 
 def load_hermes_model() -> Engine:
@@ -48,10 +50,7 @@ def load_hermes_model() -> Engine:
         SettingsError, ModelUnavailable: a variable or the model's files are not valid.
     """
     settings = Settings.from_environ()
-    folder = locate_hermes(settings).folder
-    return load_engine(
-        folder, device=settings.models.device, threads=settings.models.hermes_threads
-    )
+    return load_engine(locate_hermes(settings).model, **asdict(hermes_options(settings)))
 
 
 get_phi3_engine = functools.cache(load_phi3_model)
@@ -66,17 +65,25 @@ def get_phi3_model_and_tokenizer() -> tuple[Any, Any]:
     texts.
 
     Raises:
-        SettingsError, ModelUnavailable: a variable or the model's files are not valid.
+        SettingsError, ModelUnavailable: a variable or the model's files are not valid, or the model
+            is a .gguf file, which llama.cpp holds in another process.
     """
-    engine: Any = get_phi3_engine()
-    return engine.model, engine.tokenizer
+    return _model_and_tokenizer(get_phi3_engine())
 
 
 def get_hermes_model_and_tokenizer() -> tuple[Any, Any]:
     """The runtime's own Hermes model and a tokenizer; see `get_phi3_model_and_tokenizer`.
 
     Raises:
-        SettingsError, ModelUnavailable: a variable or the model's files are not valid.
+        SettingsError, ModelUnavailable: see `get_phi3_model_and_tokenizer`.
     """
-    engine: Any = get_hermes_engine()
+    return _model_and_tokenizer(get_hermes_engine())
+
+
+def _model_and_tokenizer(engine: Any) -> tuple[Any, Any]:
+    if engine.runtime == "llama.cpp":
+        raise ModelUnavailable(
+            "llama.cpp holds a .gguf model in another process; use get_hermes_engine or "
+            "get_phi3_engine, whose methods are those of all engines"
+        )
     return engine.model, engine.tokenizer

@@ -11,7 +11,7 @@ import typer
 
 from llm_sidecar import command_line
 from llm_sidecar.models import files
-from llm_sidecar.models.conversion import Precision, convert
+from llm_sidecar.models.conversion import MAX_PERPLEXITY_RATIO, Precision, convert
 from llm_sidecar.models.lora import convert_adapter
 from llm_sidecar.settings import DEFAULT_PHI3, Settings
 
@@ -36,14 +36,28 @@ def _no_command(context: typer.Context) -> None:
 def _convert(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A transformers folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder; it must not exist.")],
-    precision: Annotated[Precision, typer.Option(help="The precision of the weights.")] = "int4",
+    precision: Annotated[
+        Precision,
+        typer.Option(
+            help="The precision of the weights. With int4, several ways are tried, and int8 where "
+            "none is good enough."
+        ),
+    ] = "int4",
+    max_perplexity_ratio: Annotated[
+        float,
+        typer.Option(min=1.0, help="The largest accepted ratio of perplexity, result to source."),
+    ] = MAX_PERPLEXITY_RATIO,
 ) -> None:
     """Convert a transformers folder for onnxruntime."""
-    agreement = convert(source, out, precision, command_line.say)
-    distances = ", ".join(f"{distance:.3f}" for distance in agreement.distances)
+    conversion = convert(
+        source, out, precision, command_line.say, max_perplexity_ratio=max_perplexity_ratio
+    )
+    typer.echo(conversion.table())
+    kept = conversion.kept
+    asked = f"{precision} loses too much, so this is" if conversion.fallback else "It is"
     typer.echo(
-        f"{out} agrees with {source}: the probabilities of their next tokens differ by "
-        f"{agreement.mean:.3f} on average ({distances})"
+        f"{out} is converted. {asked} {kept.name}: its perplexity is "
+        f"{kept.quality.perplexity_ratio:.3f} times that of {source}"
     )
 
 

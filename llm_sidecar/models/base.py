@@ -122,8 +122,9 @@ class ChoiceScores:
     """The probability of each of some answers.
 
     Attributes:
-        probabilities: by answer: the probability that the assistant's whole turn is this answer.
-            Other answers are possible, so the sum is at most 1.
+        probabilities: for each answer, the probability that the assistant's turn begins with it
+            and not with a longer one of the answers. A turn may also begin with something else,
+            so the sum is at most 1.
     """
 
     probabilities: Mapping[str, float]
@@ -150,6 +151,9 @@ class Speed:
         """How long a request takes whose prompt is not cached."""
         return prompt_tokens / self.prefill + completion_tokens / self.decode
 
+    def __str__(self) -> str:
+        return f"prefill {self.prefill:.1f} tokens/s, decode {self.decode:.1f} tokens/s"
+
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
@@ -170,6 +174,7 @@ class ModelStatus:
         queue_length: the maximum of `requests`.
         running: the number of requests that run now.
         speed: measured when the model was loaded; None until then.
+        notes: where the sidecar deviates from the model's files, one sentence each.
     """
 
     state: State = "ready"
@@ -186,6 +191,7 @@ class ModelStatus:
     queue_length: int = 0
     running: int = 0
     speed: Speed | None = None
+    notes: tuple[str, ...] = ()
 
 
 class ChatModel(Protocol):
@@ -225,7 +231,10 @@ class ChatModel(Protocol):
         choices: Sequence[str],
         deadline: Deadline | None = None,
     ) -> ChoiceScores:
-        """The probability of each of `choices` as the assistant's whole turn.
+        """The probability that the assistant's turn begins with each of `choices`.
+
+        A turn that begins with several of them, as "10" does with "1" and "10", counts for the
+        longest.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
@@ -275,6 +284,6 @@ class Models(NamedTuple):
     hermes: ChatModel
 
 
-def new_seed(temperature: float) -> int | None:
+def new_seed(temperature: float | None) -> int | None:
     """A random seed for a request with this temperature; None for a greedy one."""
-    return secrets.randbits(_SEED_BITS) if temperature else None
+    return None if temperature == 0.0 else secrets.randbits(_SEED_BITS)

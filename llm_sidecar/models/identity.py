@@ -18,6 +18,10 @@ class ModelIdentity:
         device: `cpu` or `cuda`.
         processor: the name of the CPU; its instructions decide which kernels run.
         threads: of the runtime, on CPU.
+        dtype: `bfloat16` or `float16` if torch computes in that; None if it computes in float32 or
+            is not used.
+        prefill_files: fingerprint of the transformers folder, if torch does the prefill for another
+            runtime; else None.
     """
 
     model_files: str | None = None
@@ -28,3 +32,5 @@ class ModelIdentity:
     device: str | None = None
     processor: str | None = None
     threads: int | None = None
+    dtype: str | None = None
+    prefill_files: str | None = None

@@ -28,7 +28,8 @@ from llm_sidecar.engines.lora_graph import (
 )
 from llm_sidecar.engines.peft_files import CONFIG_FILE, WEIGHTS_FILE, matrix_of, read_config
 from llm_sidecar.errors import AdapterRejected
-from llm_sidecar.models.conversion import ConversionFailed, compare
+from llm_sidecar.models.conversion import ConversionFailed
+from llm_sidecar.models.distance import adapter_distance
 from llm_sidecar.models.patterns import PatternsFailed, first_matches
 
 _PROJECTION: Final = re.compile(r"model\.layers\.\d+\.\w+\.\w+")
@@ -76,7 +77,7 @@ def convert_adapter(source: Path, base: Path, out: Path) -> float:
         made.mkdir()
         shutil.copyfile(source / CONFIG_FILE, made / CONFIG_FILE)
         write_adapter(made / ADAPTER_FILE, matrices)
-        moved = compare(base, base, made).mean
+        moved = adapter_distance(base, made)
         made.rename(out)
     return moved
 

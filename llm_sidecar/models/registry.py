@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from llm_sidecar.engines.base import EngineOptions
 from llm_sidecar.models import files
 from llm_sidecar.models.base import Models
 from llm_sidecar.models.local.load_state import ModelLimits
 from llm_sidecar.models.local.model import LocalModel
+from llm_sidecar.models.options import hermes_options, phi3_options
 from llm_sidecar.settings import Settings
 from llm_sidecar.telemetry.calls import CallObserver, WorkerDeath
 
@@ -16,6 +18,7 @@ def create_models(
     settings: Settings,
     observer: CallObserver,
     on_death: Callable[[WorkerDeath], None],
+    on_ready: Callable[[], None] = lambda: None,
 ) -> Models:
     """Builds the models that the settings specify; starts nothing.
 
@@ -23,6 +26,7 @@ def create_models(
         settings: of the sidecar.
         observer: receives the start and the end of each model call.
         on_death: is called when a worker process ends unexpectedly.
+        on_ready: is called when a model has been loaded.
     """
     limits = ModelLimits(
         queue_length=settings.limits.queue_length,
@@ -32,21 +36,23 @@ def create_models(
     )
 
     def local(
-        name: str, locate: Callable[[Settings], files.ModelFiles], threads: int
+        name: str,
+        locate: Callable[[Settings], files.ModelFiles],
+        options: EngineOptions,
     ) -> LocalModel:
         return LocalModel(
             name,
             lambda: locate(settings),
-            device=settings.models.device,
-            threads=threads,
+            options=options,
             limits=limits,
             preload=settings.models.preload,
             log_format=settings.telemetry.log_format,
             observer=observer,
             on_death=on_death,
+            on_ready=on_ready,
         )
 
     return Models(
-        phi3=local("phi3", files.locate_phi3, settings.models.phi3_threads),
-        hermes=local("hermes", files.locate_hermes, settings.models.hermes_threads),
+        phi3=local("phi3", files.locate_phi3, phi3_options(settings)),
+        hermes=local("hermes", files.locate_hermes, hermes_options(settings)),
     )

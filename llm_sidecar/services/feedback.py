@@ -37,6 +37,8 @@ _CHUNK: Final = 100
 """Number of messages that are parsed without a pause for other tasks; this takes about 10 ms."""
 _LONGEST_ENTRY_ID: Final = 256
 """Maximum number of characters in the `id` of an inbox entry."""
+_REPLACEMENT: Final = "\ufffd"
+"""Stands for bytes that are not UTF-8, so different ids would be the same text."""
 
 
 class Feedback:
@@ -186,7 +188,11 @@ class Feedback:
         entry_id = entry.fields.get("id", "")
         if not 0 < len(entry_id) <= _LONGEST_ENTRY_ID or find_fault(entry_id):
             raise _Refused(f"id: Input should be text of 1 to {_LONGEST_ENTRY_ID} characters")
-        feedback = self._read(entry.fields.get("data", ""))
+        data = entry.fields.get("data", "")
+        for name, text in (("id", entry_id), ("data", data)):
+            if _REPLACEMENT in text:
+                raise _Refused(f"{name}: Input should be UTF-8 without U+FFFD")
+        feedback = self._read(data)
         return None if feedback is None else feedback.from_entry(entry_id)
 
     def _read(self, payload: str) -> PublishedFeedback | None:
@@ -202,8 +208,11 @@ class Feedback:
             feedback = PublishedFeedback.model_validate_json(payload)
             check_length(feedback, self._max_chars)
         except ValidationError as error:
+            if self._is_stored(_stored_in(payload)):
+                # Its time is in the future if the clock has been set back since.
+                return None
             raise _Refused(summary(error)) from None
-        if feedback.stored_in is not None and self._store.has_id(feedback.stored_in):
+        if self._is_stored(feedback.stored_in):
             return None
         if feedback.feedback_id is None and not json.loads(payload).get("timestamp"):
             # Each sidecar that receives it sets another time, so the id must not depend on the
@@ -211,6 +220,9 @@ class Feedback:
             feedback_id = hashlib.sha256(payload.encode()).hexdigest()
             feedback = feedback.model_copy(update={"feedback_id": feedback_id})
         return feedback
+
+    def _is_stored(self, stored_in: str | None) -> bool:
+        return stored_in is not None and self._store.has_id(stored_in)
 
     def _refresh_examples(self, received: Sequence[PublishedFeedback | None]) -> None:
         """Refreshes the examples if this feedback may change them. None stands for feedback that
@@ -243,6 +255,15 @@ def feedback_id_of(feedback: Phi3FeedbackSchema) -> str:
     return str(feedback.as_row()["feedback_id"])
 
 
+def _stored_in(payload: str) -> str | None:
+    """The `stored_in` of a payload that may not be valid."""
+    try:
+        stored_in = json.loads(payload)["stored_in"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return stored_in if isinstance(stored_in, str) else None
+
+
 class _Refused(Exception):
     """A message is invalid.
 
@@ -251,5 +272,4 @@ class _Refused(Exception):
     """
 
     def __init__(self, reason: str) -> None:
-        super().__init__(reason)
         self.reason = reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import asdict
 from typing import Any, Literal
@@ -13,11 +14,14 @@ from llm_sidecar.models import files
 from llm_sidecar.models.base import Models, ModelStatus
 from llm_sidecar.services.adapters import Adapters
 from llm_sidecar.services.event_feed import EventFeed
+from llm_sidecar.services.forecast import Forecast
 from llm_sidecar.services.rows import Rows
 from llm_sidecar.settings import Settings
 from llm_sidecar.tts.listeners import AudioListeners
 from llm_sidecar.tts.remote import RemoteVoice
 from llm_sidecar.tts.speaker import Speaker
+
+log = logging.getLogger(__name__)
 
 
 class Health:
@@ -70,6 +74,21 @@ class Health:
         whole = self._bus.connected and self._speaker.available() and self._store.is_open()
         return "ok" if whole and not missing else "partial_error"
 
+    def log_forecast(self) -> None:
+        """Logs what a proposal will take, if both models are loaded, and warns if its deadline is
+        too short."""
+        forecast = self._forecast()
+        if forecast.total is None:
+            return
+        log.info(
+            "forecast: a proposal %.1f s, its critique %.1f s, its score %.1f s",
+            forecast.proposal,
+            forecast.critique,
+            forecast.score,
+        )
+        if warning := forecast.warning(self._settings.limits.request_timeout):
+            log.warning("%s", warning)
+
     def report(self) -> dict[str, Any]:
         """The overall state and the state of each component: JSON types only."""
         phi3, hermes = self._models.phi3.status(), self._models.hermes.status()
@@ -86,6 +105,7 @@ class Health:
             "mean_hermes_score_last_24h": self._rows.mean_score,
             "num_hermes_scores_last_24h": self._rows.num_scores,
             "models": {"phi3": _model(phi3), "hermes": _model(hermes)},
+            "forecast": self._shown_forecast(),
             "event_bus": self._bus.status() | {"listeners": self._event_feed.count},
             "database": self._store.status(),
             "speech": {
@@ -97,10 +117,30 @@ class Health:
             },
         }
 
+    def _forecast(self) -> Forecast:
+        return Forecast.of(self._models, self._settings.models.critique_max_tokens)
+
+    def _shown_forecast(self) -> dict[str, Any]:
+        forecast, timeout = self._forecast(), self._settings.limits.request_timeout
+        return {
+            "proposal_seconds": _rounded(forecast.proposal),
+            "critique_seconds": _rounded(forecast.critique),
+            "score_seconds": _rounded(forecast.score),
+            "timeout_seconds": timeout,
+            "warning": forecast.warning(timeout),
+        }
+
 
 def _model(status: ModelStatus) -> dict[str, Any]:
-    """A model's state as JSON types, without `not_ready` and `speed`."""
+    """A model's state as JSON types, without `not_ready`."""
     shown = asdict(status)
-    del shown["not_ready"], shown["speed"]
+    del shown["not_ready"]
     shown["adapter"] = None if status.adapter is None else status.adapter.name
+    shown["notes"] = list(status.notes)
+    if status.speed is not None:
+        shown["speed"] = {name: round(value, 2) for name, value in shown["speed"].items()}
     return shown
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)

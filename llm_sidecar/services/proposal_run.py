@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from llm_sidecar import timestamps
 from llm_sidecar.db import HermesScoreSchema, Latencies, OrchestratorRunSchema, ProposalSchema
 from llm_sidecar.models.base import Completion, GenerationRequest
+from llm_sidecar.models.prompts import Prompts
 from llm_sidecar.proposals import Proposed
 from llm_sidecar.services.events import ProposalAssessed, ProposalCreated
 from llm_sidecar.services.provenance import Provenance
@@ -34,7 +35,7 @@ class AssessedProposal:
         proposal: as JSON types.
         completion: of Phi-3, with the proposal.
         assessment: Hermes' critique.
-        score: Hermes' score in [0, 1].
+        rating: Hermes' score.
         grounded: `true`, or the ungrounded fields separated by commas.
         stored: whether each of its rows is stored.
     """
@@ -43,7 +44,7 @@ class AssessedProposal:
     proposal: dict[str, Any]
     completion: Completion
     assessment: Completion
-    score: float
+    rating: Rating
     grounded: str
     stored: bool
 
@@ -113,11 +114,13 @@ class ProposalRun:
         self.provenance = Provenance.of(made, self.api_key)
         self._lap("proposal")
 
-    def assessed(self, assessment: Completion, request: GenerationRequest) -> None:
-        """Records Hermes' critique, and the request that it answers."""
+    def assessed(
+        self, assessment: Completion, request: GenerationRequest, prompts: Prompts
+    ) -> None:
+        """Records Hermes' critique, the request that it answers, and the prompts in it."""
         assert self.provenance is not None
         self.assessment = assessment
-        self.provenance = self.provenance.with_critique(request, assessment)
+        self.provenance = self.provenance.with_critique(request, assessment, prompts)
         self._lap("assessment")
 
     def rated(self, rating: Rating) -> None:
@@ -134,6 +137,7 @@ class ProposalRun:
         """The payload of `phi3.proposal.assessed`."""
         assert self.assessment is not None
         assert self.rating is not None
+        assert self.rating.answer_mass is not None
         return ProposalAssessed(
             proposal_transaction_id=self.transaction_id,
             assessment_text=self.assessment.text,
@@ -152,7 +156,7 @@ class ProposalRun:
             self.made.proposal,
             self.made.completion,
             self.assessment,
-            self.rating.score,
+            self.rating,
             self.made.grounded,
             stored,
         )
@@ -177,8 +181,8 @@ class ProposalRun:
             rows.append(
                 HermesScoreSchema(
                     run_id=str(self.transaction_id),
-                    score=self.rating.score,
                     rationale=self._assessment_text() or "",
+                    **self.rating.columns(),
                 )
             )
         return rows if error is not None else [row.keyed(self.transaction_id.hex) for row in rows]
@@ -190,7 +194,8 @@ class ProposalRun:
                 {
                     "proposal": self.proposal,
                     "assessment": self._assessment_text(),
-                    "score": None if self.rating is None else self.rating.score,
+                    "score": None,
+                    **({} if self.rating is None else self.rating.columns()),
                 }
             )
         status = "success" if error is None else "partial" if output else "error"
@@ -208,7 +213,7 @@ class ProposalRun:
             prompt=self.prompt,
             proposal=made.proposal,
             assessment=self._assessment_text() or "",
-            score=None if self.rating is None else self.rating.score,
+            **({} if self.rating is None else self.rating.columns()),
             model=made.completion.model,
             adapter=made.completion.adapter,
             latencies=Latencies(**self._seconds),

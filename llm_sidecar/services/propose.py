@@ -63,7 +63,7 @@ class Proposer:
 
         Args:
             prompt: the market context.
-            max_tokens: at least `proposals.MAX_COMPLETION_TOKENS`.
+            max_tokens: at least `proposals.MIN_COMPLETION_TOKENS`.
             deadline: of the whole request, the retry included.
 
         Yields:
@@ -76,22 +76,22 @@ class Proposer:
         proposals.check_budget(max_tokens)
         deadline = deadline or Deadline.after(self._timeout)
         examples, seed = self._examples(), new_seed(self._temperature)
+        guidance, started = proposals.guidance(max_tokens), False
         while True:
             messages = proposals.build_messages(prompt, examples)
-            request = GenerationRequest(
-                messages, max_tokens, proposals.GUIDANCE, self._temperature, seed
-            )
+            request = GenerationRequest(messages, max_tokens, guidance, self._temperature, seed)
             try:
                 async with contextlib.aclosing(self._attempt(request, prompt, deadline)) as items:
                     async for item in items:
+                        started = True
                         if isinstance(item, Proposed):
                             ids = (one.feedback_id for one in examples)
                             item = item._replace(examples=tuple(filter(None, ids)))
                         yield item
                 return
             except InvalidRequest:
-                # The model raises this before the first delta.
-                if not examples:
+                # Before the first delta, the chat is too long for the model.
+                if started or not examples:
                     raise
                 log.warning("the few-shot examples do not fit the context beside a long prompt")
                 examples = ()
@@ -128,7 +128,9 @@ class Proposer:
             return None
         # A grounded ticker is always offered, even if the context has too many others.
         tickers = [] if "ticker" in first.ungrounded else [first.proposal["ticker"]]
-        guidance = await asyncio.to_thread(proposals.grounded_guidance, prompt, tickers)
+        guidance = await asyncio.to_thread(
+            proposals.grounded_guidance, prompt, tickers, request.max_tokens
+        )
         return None if guidance is None else replace(request, guidance=guidance)
 
 
@@ -166,8 +168,8 @@ class Orchestrator:
 
         Args:
             prompt: the market context.
-            max_tokens: of the proposal, and of the critique; at least
-                `proposals.MAX_COMPLETION_TOKENS`.
+            max_tokens: of the proposal, and of the critique unless its own bound is smaller; at
+                least `proposals.MIN_COMPLETION_TOKENS`.
             api_key: the name of the key that the request came with, for the provenance.
             attempt: at a request with an `Idempotency-Key`; results of an earlier attempt are not
                 generated again.
@@ -229,7 +231,7 @@ class Orchestrator:
                 async for delta in stream:
                     deltas.append(delta)
                     yield delta
-            run.assessed(Completion.of(deltas), request)
+            run.assessed(Completion.of(deltas), request, self._judge.prompts)
         run.rated(await self._judge.rate(proposal, run.prompt, deadline))
 
     async def _finish(self, run: ProposalRun, attempt: Attempt) -> AssessedProposal:
@@ -283,9 +285,16 @@ async def _proposed(request: GenerationRequest, deltas: Sequence[Delta], prompt:
     """The valid proposal of a finished generation.
 
     Raises:
+        InvalidRequest: the model's tokenizer needs a larger `max_tokens`.
         ModelUnavailable: there is none.
     """
     completion = Completion.of(deltas)
+    most = proposals.MAX_COMPLETION_TOKENS
+    if completion.finish_reason == "length" and request.max_tokens < most:
+        raise InvalidRequest(
+            f"max_length: this model's tokenizer needs more than {request.max_tokens} tokens for a "
+            f"proposal; send {most}"
+        )
     try:
         proposal = proposals.parse(completion.text)
     except ValueError as error:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from llm_sidecar import __version__, hermes_plugin, proposals
 from llm_sidecar.models.base import Completion, GenerationRequest, Message
 from llm_sidecar.models.identity import ModelIdentity
+from llm_sidecar.models.prompts import Prompts
 from llm_sidecar.proposals import Example, Proposed
 
 
@@ -31,7 +32,7 @@ class Guidance(_Record):
     Attributes:
         kind: `proposal`, or `grounded` for the one that is limited to the context.
         ticker: the first ticker that `grounded` offers. `proposals.grounded_guidance` makes the
-            guidance again from it and the prompt.
+            guidance again from it, the prompt and the maximum number of tokens.
         version: SHA-256 of the JSON schema.
     """
 
@@ -42,17 +43,17 @@ class Guidance(_Record):
     @classmethod
     def of(cls, text: str) -> Self:
         """The record of a guidance of proposals."""
-        if text == proposals.GUIDANCE:
+        if not proposals.is_grounded_guidance(text):
             return cls(kind="proposal", version=_digest(text))
         first = json.loads(text)["properties"]["ticker"]["enum"][0]
         return cls(kind="grounded", ticker=first, version=_digest(text))
 
-    def text(self, prompt: str) -> str | None:
-        """The guidance that the current code makes for this prompt; None if the prompt has no
-        ticker."""
+    def text(self, prompt: str, max_tokens: int) -> str | None:
+        """The guidance that the current code makes for this prompt and maximum number of tokens;
+        None if the prompt has no ticker."""
         if self.ticker is None:
-            return proposals.GUIDANCE
-        return proposals.grounded_guidance(prompt, [self.ticker])
+            return proposals.guidance(max_tokens)
+        return proposals.grounded_guidance(prompt, [self.ticker], max_tokens)
 
 
 class Generated(_Record):
@@ -65,6 +66,7 @@ class Generated(_Record):
         prompt_version: of the texts that our code puts around the input.
         chat: SHA-256 of the whole chat.
         guidance: None without one.
+        temperature: None for the model's own sampling, which its `identity` covers.
         seed: None at temperature 0, which needs none.
     """
 
@@ -74,7 +76,7 @@ class Generated(_Record):
     prompt_version: str
     chat: str
     guidance: Guidance | None
-    temperature: float
+    temperature: float | None
     seed: int | None
     max_tokens: int
 
@@ -123,9 +125,11 @@ class Provenance(_Record):
             proposal=Generated.of(made.request, made.completion, proposal_prompt_version()),
         )
 
-    def with_critique(self, request: GenerationRequest, completion: Completion) -> Self:
+    def with_critique(
+        self, request: GenerationRequest, completion: Completion, prompts: Prompts
+    ) -> Self:
         """A copy with the record of the critique."""
-        critique = Generated.of(request, completion, critique_prompt_version())
+        critique = Generated.of(request, completion, critique_prompt_version(prompts))
         return self.model_copy(update={"critique": critique})
 
 
@@ -137,11 +141,12 @@ def proposal_prompt_version() -> str:
 
 
 @functools.cache
-def critique_prompt_version() -> str:
+def critique_prompt_version(prompts: Prompts) -> str:
     """SHA-256 of the chats for Hermes, with placeholders for the proposal and the context."""
-    tasks = (hermes_plugin.CRITIQUE_TASK, hermes_plugin.SCORE_TASK)
+    proposal, context = {"ticker": "proposal"}, "context"
     chats: Sequence[list[Message]] = [
-        hermes_plugin.build_messages(task, {"ticker": "proposal"}, "context") for task in tasks
+        hermes_plugin.build_messages(prompts.critique_task, proposal, context, prompts.system),
+        hermes_plugin.score_messages(proposal, context, prompts),
     ]
     return _digest([chats, hermes_plugin.SCORE_ANSWERS])
 

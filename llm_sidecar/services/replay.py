@@ -7,7 +7,7 @@ one.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,7 +17,9 @@ from llm_sidecar.deadline import Deadline
 from llm_sidecar.models import adapters
 from llm_sidecar.models.base import Adapter, ChatModel, Completion, GenerationRequest, Models
 from llm_sidecar.models.identity import ModelIdentity
+from llm_sidecar.models.prompts import Prompts
 from llm_sidecar.proposals import Example
+from llm_sidecar.services.critique import Deltas, whole_sentences
 from llm_sidecar.services.provenance import (
     Generated,
     Provenance,
@@ -116,7 +118,7 @@ async def _propose_again(
     report: Report, recorded: Recorded, phi3: ChatModel, settings: Settings
 ) -> None:
     then, request = recorded.provenance.proposal, _proposal_request(recorded)
-    async with _started(phi3, _adapter_of_then(settings, then.adapter)):
+    async with _started(phi3, _recorded_adapter(settings, then.adapter)):
         completion = await _completed(phi3, request, settings)
     written = proposals.dumps(proposals.in_order(recorded.proposal))
     report.results["proposal"] = Result(written, _normal(completion.text))
@@ -127,13 +129,15 @@ async def _propose_again(
 async def _judge_again(
     report: Report, recorded: Recorded, then: Generated, hermes: ChatModel, settings: Settings
 ) -> None:
-    request = _critique_request(recorded, then)
+    prompts = hermes_plugin.prompts_for(settings)
+    request = _critique_request(recorded, then, prompts)
     async with _started(hermes, None):
-        completion = await _completed(hermes, request, settings)
+        completion = await _completed(hermes, request, settings, whole_sentences)
         report.results["critique"] = Result(recorded.critique, completion.text)
         if recorded.score is not None:
-            report.results["score"] = Result(recorded.score, await _score(hermes, recorded))
-    now = Generated.of(request, completion, critique_prompt_version())
+            score = await _score(hermes, recorded, prompts)
+            report.results["score"] = Result(recorded.score, score)
+    now = Generated.of(request, completion, critique_prompt_version(prompts))
     report.differences.extend(_differences("hermes", then, now, settings.models.hermes_temperature))
 
 
@@ -142,22 +146,22 @@ def _proposal_request(recorded: Recorded) -> GenerationRequest:
     found = [recorded.examples.get(name) for name in recorded.provenance.examples]
     examples = [Example(one.prompt, one.proposal) for one in found if one is not None]
     messages = proposals.build_messages(recorded.prompt, examples)
-    guidance = None if then.guidance is None else then.guidance.text(recorded.prompt)
-    return GenerationRequest(
-        messages, then.max_tokens, guidance or proposals.GUIDANCE, then.temperature, then.seed
-    )
+    most = then.max_tokens
+    guidance = None if then.guidance is None else then.guidance.text(recorded.prompt, most)
+    guidance = guidance or proposals.guidance(most)
+    return GenerationRequest(messages, most, guidance, then.temperature, then.seed)
 
 
-def _critique_request(recorded: Recorded, then: Generated) -> GenerationRequest:
+def _critique_request(recorded: Recorded, then: Generated, prompts: Prompts) -> GenerationRequest:
     messages = hermes_plugin.build_messages(
-        hermes_plugin.CRITIQUE_TASK, recorded.proposal, recorded.prompt
+        prompts.critique_task, recorded.proposal, recorded.prompt, prompts.system
     )
     return GenerationRequest(
         messages, then.max_tokens, temperature=then.temperature, seed=then.seed
     )
 
 
-def _adapter_of_then(settings: Settings, name: str | None) -> Adapter | None:
+def _recorded_adapter(settings: Settings, name: str | None) -> Adapter | None:
     """The adapter with exactly this name; None if it no longer exists."""
     if name is None:
         return None
@@ -176,17 +180,18 @@ async def _started(model: ChatModel, adapter: Adapter | None) -> AsyncIterator[N
 
 
 async def _completed(
-    model: ChatModel, request: GenerationRequest, settings: Settings
+    model: ChatModel,
+    request: GenerationRequest,
+    settings: Settings,
+    cut: Callable[[Deltas], Deltas] = lambda stream: stream,
 ) -> Completion:
     deadline = Deadline.after(settings.models.load_timeout + settings.limits.request_timeout)
-    async with contextlib.aclosing(model.stream(request, deadline)) as stream:
+    async with contextlib.aclosing(cut(model.stream(request, deadline))) as stream:
         return Completion.of([delta async for delta in stream])
 
 
-async def _score(hermes: ChatModel, recorded: Recorded) -> float:
-    messages = hermes_plugin.build_messages(
-        hermes_plugin.SCORE_TASK, recorded.proposal, recorded.prompt
-    )
+async def _score(hermes: ChatModel, recorded: Recorded, prompts: Prompts) -> float:
+    messages = hermes_plugin.score_messages(recorded.proposal, recorded.prompt, prompts)
     scores = await hermes.score_choices(messages, hermes_plugin.SCORE_ANSWERS)
     return hermes_plugin.read_score(scores)
 
@@ -205,7 +210,7 @@ def _examples_missing(recorded: Recorded) -> list[Difference]:
 
 
 def _differences(
-    name: str, then: Generated, now: Generated, temperature: float
+    name: str, then: Generated, now: Generated, temperature: float | None
 ) -> list[Difference]:
     """The facts about one model's text that differ.
 
@@ -235,6 +240,8 @@ def _facts(generated: Generated) -> dict[str, Any]:
         "device": identity.device,
         "processor": identity.processor,
         "threads": identity.threads,
+        "precision": identity.dtype,
+        "prefill files": identity.prefill_files,
         "prompt version": generated.prompt_version,
         "chat": generated.chat,
         "guidance": None if generated.guidance is None else generated.guidance.version,

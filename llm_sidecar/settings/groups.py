@@ -44,11 +44,12 @@ class Models(Group):
     phi3_path: Path | None = Field(
         None,
         alias="MICRO_LLM_MODEL_PATH",
-        description="the path of the Phi-3 model file, beside its genai_config.json",
+        description="the path of the Phi-3 model: an .onnx file beside its genai_config.json, a "
+        "folder, or a .gguf file",
     )
     """The model that writes proposals. Unset: `/app/models/llm_micro/phi3.onnx`."""
     hermes_path: Path | None = Field(
-        None, alias="HERMES_MODEL_PATH", description="the path of the Hermes folder"
+        None, alias="HERMES_MODEL_PATH", description="the path of the Hermes folder or .gguf file"
     )
     """The model that criticises and scores. Unset: `/app/hermes-model`."""
     adapter_dir: Path = Field(
@@ -65,14 +66,34 @@ class Models(Group):
         "auto", alias="DEVICE", description="auto, cpu or cuda"
     )
     """Where models run. `auto` uses CUDA if the model's runtime supports it, else the CPU."""
+    llama_server: Path | None = Field(
+        None, alias="LLAMA_SERVER", description="the path or the name of a llama-server program"
+    )
+    """What runs `.gguf` files. Unset: `llama-server` on the PATH, else the wheel `xllamacpp`."""
     phi3_threads: Threads = Field(default_factory=_cores_per_model, alias="PHI3_THREADS")
     """CPU threads of Phi-3's runtime. Unset: half of the cores."""
     hermes_threads: Threads = Field(default_factory=_cores_per_model, alias="HERMES_THREADS")
     """CPU threads of Hermes' runtime. Unset: half of the cores."""
+    hermes_dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", alias="HERMES_DTYPE", description="auto, bfloat16 or float32"
+    )
+    """The precision of Hermes on PyTorch. `auto`: bfloat16 if the CPU has instructions for it."""
+    prefill_dtype: Literal["auto", "bfloat16", "off"] = Field(
+        "auto", alias="PREFILL_DTYPE", description="auto, bfloat16 or off"
+    )
+    """Whether PyTorch does the prefill of an ONNX model. `auto`: if that is faster."""
     phi3_temperature: Temperature = Field(0.0, alias="PHI3_TEMPERATURE")
     """The sampling temperature of proposals."""
-    hermes_temperature: Temperature = Field(0.0, alias="HERMES_TEMPERATURE")
-    """The sampling temperature of Hermes' texts. Scores do not depend on it."""
+    hermes_temperature: Temperature | None = Field(
+        None, alias="HERMES_TEMPERATURE", description="a number from 0 (greedy) to 2"
+    )
+    """The sampling temperature of Hermes' texts. Unset: the sampling in the model's own files.
+    Scores do not depend on it."""
+    critique_max_tokens: Annotated[int, integer(1, 4096)] = Field(96, alias="CRITIQUE_MAX_TOKENS")
+    """The maximum number of tokens of a critique. A smaller `max_length` of a request wins."""
+    min_answer_mass: Share = Field(0.5, alias="MIN_ANSWER_MASS")
+    """The minimum total probability of the answers 0 to 10. Below it, a score is
+    marked as unreliable and left out of means and training data."""
     load_wait: Seconds | None = Field(
         None, alias="MODEL_LOAD_WAIT_SECONDS", description="seconds from 0 to 3600"
     )
@@ -182,10 +203,11 @@ class Events(Group):
 class Speech(Group):
     """Who speaks, and how many texts and listeners at once."""
 
-    voice: Literal["auto", "espeak", "chatterbox"] = Field(
-        "auto", alias="TTS_VOICE", description="auto, espeak or chatterbox"
+    voice: Literal["auto", "chatterbox", "piper", "espeak"] = Field(
+        "auto", alias="TTS_VOICE", description="auto, chatterbox, piper or espeak"
     )
-    """The voice. `auto` uses a Chatterbox worker if there is one, else espeak-ng."""
+    """The voice. `auto` uses a Chatterbox worker if there is one, else Piper if it is installed,
+    else espeak-ng."""
     queue_length: QueueLength = Field(64, alias="TTS_QUEUE_LENGTH")
     """The maximum number of texts, spoken and waiting. Further ones get 429."""
     timeout: Timeout = Field(120.0, alias="TTS_TIMEOUT_SECONDS")

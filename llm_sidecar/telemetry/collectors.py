@@ -34,6 +34,7 @@ class HealthCollector(Collector):
             return
         health = self.health()
         yield from _models(health["models"])
+        yield from _forecast(health["forecast"])
         yield from _scores(health)
         yield from _event_bus(health["event_bus"])
         yield from _database(health["database"])
@@ -70,6 +71,7 @@ def _models(models: Mapping[str, Health]) -> Iterator[Metric]:
     yield from (running, waiting, limit, restarts)
     yield _state_of_models(models)
     yield _info_of_models(models)
+    yield _speed_of_models(models)
 
 
 def _state_of_models(models: Mapping[str, Health]) -> Metric:
@@ -95,6 +97,30 @@ def _info_of_models(models: Mapping[str, Health]) -> Metric:
             labels = (status["model"], status["runtime"], status["device"], status["adapter"])
             info.add_metric([name, *(label or "" for label in labels)], 1)
     return info
+
+
+def _speed_of_models(models: Mapping[str, Health]) -> Metric:
+    speed = GaugeMetricFamily(
+        "sidecar_model_tokens_per_second",
+        "Speed of one request in each phase, `prefill` and `decode`, measured when the model was "
+        "loaded. Absent while none is loaded.",
+        labels=["model", "phase"],
+    )
+    for name, status in models.items():
+        for phase, value in (status["speed"] or {}).items():
+            speed.add_metric([name, phase], value)
+    return speed
+
+
+def _forecast(forecast: Health) -> Iterator[Metric]:
+    parts = [forecast[f"{part}_seconds"] for part in ("proposal", "critique", "score")]
+    if None not in parts:
+        yield GaugeMetricFamily(
+            "sidecar_forecast_of_timeout_ratio",
+            "What a proposal, its critique and its score will take, as a share of "
+            "REQUEST_TIMEOUT_SECONDS. Absent until both models are loaded.",
+            sum(parts) / forecast["timeout_seconds"],
+        )
 
 
 def _scores(health: Health) -> Iterator[Metric]:
@@ -181,6 +207,12 @@ def _speech(status: Health) -> Iterator[Metric]:
         "1 while a voice can speak, else 0.",
         status["state"] == "ready",
     )
+    voice = GaugeMetricFamily(
+        "sidecar_speech_voice", "1 for the voice of the next text.", labels=["voice"]
+    )
+    if status["voice"] is not None:
+        voice.add_metric([status["voice"]], 1)
+    yield voice
     yield GaugeMetricFamily(
         "sidecar_speech_workers", "Chatterbox workers on the same Redis.", len(status["workers"])
     )

@@ -39,6 +39,7 @@ FIRST_TOKEN_SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15,
 TOKEN_SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 HTTP_SECONDS: Final = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 SCORES: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Of scores, and of their answer mass."""
 
 MODELS: Final = ("phi3", "hermes")
 SCORE: Final = "score"
@@ -64,8 +65,8 @@ class MetricsSink(Observers):
     def proposed(self, action: str, ungrounded: Sequence[str]) -> None:
         """A valid proposal was made, with these fields not grounded in its context."""
 
-    def scored(self, score: float) -> None:
-        """Hermes has scored a proposal, in [0, 1]."""
+    def scored(self, score: float, answer_mass: float, *, reliable: bool) -> None:
+        """Hermes has scored a proposal; both numbers are in [0, 1]."""
 
     def row_lost(self, table: str) -> None:
         """A row of a run, a proposal or a score could not be stored."""
@@ -109,9 +110,13 @@ class Metrics(MetricsSink):
         for field in ungrounded:
             self._ungrounded.labels(field).inc()
 
-    def scored(self, score: float) -> None:
-        """Hermes has scored a proposal, in [0, 1]."""
-        self._scores.observe(score)
+    def scored(self, score: float, answer_mass: float, *, reliable: bool) -> None:
+        """Hermes has scored a proposal; both numbers are in [0, 1]."""
+        self._answer_mass.observe(answer_mass)
+        if reliable:
+            self._scores.observe(score)
+        else:
+            self._unreliable_scores.inc()
 
     def row_lost(self, table: str) -> None:
         """A row of a run, a proposal or a score could not be stored."""
@@ -217,8 +222,19 @@ class Metrics(MetricsSink):
             self._ungrounded.labels(field)
         self._scores = Histogram(
             "sidecar_hermes_score",
-            "Scores that this sidecar's Hermes gave, from 0 to 1.",
+            "Scores that this sidecar's Hermes gave, from 0 to 1, without unreliable ones.",
             buckets=SCORES,
+            registry=self._registry,
+        )
+        self._answer_mass = Histogram(
+            "sidecar_hermes_answer_mass",
+            "Probability of the answers 0 to 10 in total, of each score, unreliable ones included.",
+            buckets=SCORES,
+            registry=self._registry,
+        )
+        self._unreliable_scores = Counter(
+            "sidecar_unreliable_hermes_scores",
+            "Scores whose answer mass was below MIN_ANSWER_MASS.",
             registry=self._registry,
         )
 

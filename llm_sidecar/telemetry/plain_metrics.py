@@ -45,8 +45,8 @@ EVENT_BUS: Final = (
     (CounterMetricFamily, "dropped", "dropped", "Messages that a slow listener lost."),
     (
         CounterMetricFamily,
-        "held_up",
-        "held_up",
+        "pauses",
+        "pauses",
         "Times that the bus stopped reading because the queue of a handler was full.",
     ),
     (GaugeMetricFamily, "listeners", "listeners", "Listeners of /events/."),

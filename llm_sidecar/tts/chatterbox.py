@@ -20,8 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-import numpy as np
-
 from llm_sidecar.errors import InvalidRequest, VoiceUnavailable
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.settings import default_max_chars
@@ -228,7 +226,8 @@ class _Model:
         # Otherwise the package speaks in the voice that it cloned last.
         self._package.conds = speaker
         self._t3.stop = stop
-        return _pcm(self._package.generate(part, exaggeration=exaggeration).squeeze(0).numpy())
+        speech = self._package.generate(part, exaggeration=exaggeration).squeeze(0).numpy()
+        return Wav(wavs.pcm(speech), SAMPLE_RATE)
 
 
 class _BoundedT3:
@@ -252,12 +251,6 @@ class _BoundedT3:
     def _check(self, *_: Any) -> None:
         if self.stop.is_set():
             raise _Stopped
-
-
-def _pcm(samples: np.ndarray[Any, Any]) -> Wav:
-    """Samples from -1 to 1 as 16-bit ones."""
-    finite = np.nan_to_num(samples, posinf=1.0, neginf=-1.0)
-    return Wav((np.clip(finite, -1.0, 1.0) * 32767).astype(np.int16), SAMPLE_RATE)
 
 
 def _reference(given: bytes | str | Path) -> Reference:

@@ -24,7 +24,7 @@ from llm_sidecar.tts.voice import Reference, Wav
 
 PART_TIMEOUT: Final = 60.0
 """Seconds to wait for the next part of a text."""
-ASIDE_FOR: Final = 60.0
+SUSPENSION_SECONDS: Final = 60.0
 """Seconds for which no worker is used after a wrong or missing answer."""
 GONE_AFTER: Final = 10.0
 """Seconds without a heartbeat of any worker after which a text fails. A restart of Redis takes
@@ -80,7 +80,7 @@ class RemoteVoice:
         self._workers: dict[str, float] = {}
         self._seen = 0.0
         self._trouble: str | None = None
-        self._aside_until = 0.0
+        self._suspended_until = 0.0
         self._looking: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -103,10 +103,10 @@ class RemoteVoice:
                 "No Chatterbox worker is running: start one on the same REDIS_URL with "
                 "python -m llm_sidecar.tts --voice chatterbox, or set TTS_VOICE=auto."
             )
-        aside = self._aside_until - time.monotonic()
-        if aside > 0:
+        remaining = self._suspended_until - time.monotonic()
+        if remaining > 0:
             return (
-                f"The Chatterbox workers are not used for {aside:.0f} s, because one of them "
+                f"The Chatterbox workers are not used for {remaining:.0f} s, because one of them "
                 "answered wrongly or not at all: see the sidecar's log, or set TTS_VOICE=auto."
             )
         return None
@@ -139,7 +139,7 @@ class RemoteVoice:
                 if part is not None:
                     yield part
         except WrongAnswer as error:
-            self._leave_aside(f"an answer is wrong: {error}")
+            self._suspend_workers(f"an answer is wrong: {error}")
             raise VoiceUnavailable(
                 f"A speech worker answered wrongly: {error}.", retry_after=RETRY_AFTER
             ) from None
@@ -185,16 +185,16 @@ class RemoteVoice:
         with contextlib.suppress(RedisError):
             waiting = await self._requests.is_waiting(asked, len(self._workers))
         if not waiting:
-            self._leave_aside("there is no answer")
+            self._suspend_workers("there is no answer")
         what = "were busy with other texts" if waiting else "spoke no further part of the text"
         return DeadlineExceeded(
             f"The speech workers {what} for {self._part_timeout:.0f} s; try again later.",
             retry_after=RETRY_AFTER,
         )
 
-    def _leave_aside(self, reason: str) -> None:
-        log.error("speech workers are not used for %.0f s: %s", ASIDE_FOR, reason)
-        self._aside_until = time.monotonic() + ASIDE_FOR
+    def _suspend_workers(self, reason: str) -> None:
+        log.error("speech workers are not used for %.0f s: %s", SUSPENSION_SECONDS, reason)
+        self._suspended_until = time.monotonic() + SUSPENSION_SECONDS
 
     async def _remove(self, asked: Asked) -> None:
         """Removes a request. If that fails or takes too long, the request expires by itself."""

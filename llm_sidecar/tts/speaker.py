@@ -1,6 +1,6 @@
 """Speaks requests one after the other: publishes each part and returns the whole speech.
 
-speaker = Speaker(bus, voice="auto")
+speaker = Speaker(bus, [EspeakVoice()])
 spoken = await speaker.speak("Take the profit.", 0.5, None)
 """
 
@@ -11,9 +11,9 @@ import base64
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol
+from typing import Any
 
 from llm_sidecar.errors import (
     DeadlineExceeded,
@@ -25,27 +25,11 @@ from llm_sidecar.errors import (
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.tasks import raise_if_cancelled
 from llm_sidecar.tts import wav
-from llm_sidecar.tts.espeak import EspeakVoice
+from llm_sidecar.tts.choice import CheckedVoice
 from llm_sidecar.tts.text import speakable
 from llm_sidecar.tts.voice import AUDIO_BYTES, Reference, Voice, Wav
 
-_NO_REMOTE: Final = (
-    "TTS_VOICE=chatterbox needs a Redis that its workers can reach, and REDIS_URL=memory:// is "
-    "inside this process: set another REDIS_URL, or TTS_VOICE=auto."
-)
-
 log = logging.getLogger(__name__)
-
-VoiceChoice = Literal["auto", "espeak", "chatterbox"]
-
-
-class RemoteVoice(Voice, Protocol):
-    """A voice in another process, which may be unavailable at times."""
-
-    @property
-    def unavailable(self) -> str | None:
-        """Why it cannot speak now, in one sentence, or None."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,25 +57,21 @@ class Speaker:
     def __init__(
         self,
         bus: EventBus,
+        voices: Sequence[CheckedVoice],
         *,
-        voice: VoiceChoice = "auto",
-        remote: RemoteVoice | None = None,
         queue_length: int = 64,
         timeout: float = 120.0,
     ) -> None:
         """Loads nothing.
 
         Args:
-            voice: `auto` takes the remote voice while it is available, else the embedded one, also
-                for a text of which the remote one has spoken nothing when it fails.
-            remote: Chatterbox in its worker.
+            voices: at least one, by preference. The first that is available speaks; if it fails
+                before it has spoken anything of a text, the next one speaks the text.
             queue_length: requests that may speak and wait at once.
             timeout: seconds from admission to the whole WAV.
         """
         self._bus = bus
-        self._setting = voice
-        self._embedded = EspeakVoice()
-        self._remote = remote
+        self._voices = voices
         self._queue_length = queue_length
         self._timeout = timeout
         self._slot = asyncio.Lock()
@@ -106,15 +86,16 @@ class Speaker:
         Raises:
             VoiceUnavailable: the configured one is not available; says what to do.
         """
+        return self._available()[0]
+
+    def _available(self) -> list[Voice]:
+        """The voices that can speak now, by preference; raises as `current_voice`."""
         if self._closed:
             raise VoiceUnavailable("The server is shutting down; try again.", retry_after=5)
-        remote = None if self._setting == "espeak" else self._remote
-        if remote is not None and remote.unavailable is None:
-            return remote
-        if self._setting == "chatterbox":
-            reason = _NO_REMOTE if remote is None else remote.unavailable
-            raise VoiceUnavailable(f"{reason}", retry_after=5)
-        return self._embedded
+        reasons = [voice.unavailable for voice in self._voices]
+        if None not in reasons:
+            raise VoiceUnavailable(f"{reasons[0]}", retry_after=5)
+        return [voice for voice, reason in zip(self._voices, reasons, strict=True) if not reason]
 
     def check_capacity(self) -> None:
         """Raises QueueFull or VoiceUnavailable if a request would be refused now."""
@@ -162,20 +143,20 @@ class Speaker:
         return max(1, round(self._admitted * self._recent_seconds))
 
     async def _speak(self, text: str, exaggeration: float, reference: Reference | None) -> Spoken:
-        # The availability may have changed since the request was admitted.
-        voice = self.current_voice()
         began = time.monotonic()
         parts: list[Wav] = []
-        try:
-            await self._publish(voice, text, exaggeration, reference, parts)
-        except (DeadlineExceeded, QueueFull, VoiceUnavailable) as error:
-            # A text is spoken in one voice, so the embedded voice continues no text of the remote
-            # one.
-            if parts or voice is self._embedded or self._setting != "auto":
-                raise
-            log.warning("the embedded voice speaks instead of %s: %s", voice.name, error.detail)
-            voice = self._embedded
-            await self._publish(voice, text, exaggeration, reference, parts)
+        # The availability may have changed since the request was admitted.
+        voice, *others = self._available()
+        while True:
+            try:
+                await self._publish(voice, text, exaggeration, reference, parts)
+                break
+            except (DeadlineExceeded, QueueFull, VoiceUnavailable) as error:
+                # A text is spoken in one voice, so no voice continues the text of another.
+                if parts or not others:
+                    raise
+                failed, voice = voice, others.pop(0)
+                log.warning("%s speaks instead of %s: %s", voice.name, failed.name, error.detail)
         if not parts:
             raise InvalidRequest("text: the voice knows no sound for anything in it")
         self._spoken += 1
@@ -236,9 +217,8 @@ class Speaker:
         """Refuses new requests; frees the voices after the current request."""
         self._closed = True
         async with self._slot:
-            for voice in (self._embedded, self._remote):
-                if voice is not None:
-                    await voice.close()
+            for voice in self._voices:
+                await voice.close()
 
 
 @contextlib.asynccontextmanager

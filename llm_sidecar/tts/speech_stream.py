@@ -28,7 +28,7 @@ from llm_sidecar.event_bus.consumer_group import ConsumerGroup
 STREAM: Final = "osiris.speech"
 GROUP: Final = "chatterbox"
 WORKERS: Final = "osiris.speech.workers"
-LISTENED_FOR: Final = 30
+REQUEST_TTL: Final = 30
 """Seconds after the sidecar's last read until the stream of a request expires."""
 BLOCK: Final = 1.0
 """Seconds that a read waits; less than `redis_url.REPLY_TIMEOUT`."""
@@ -77,7 +77,7 @@ class Requests:
         key = key_of(request_id)
         async with self._client.pipeline() as transaction:
             transaction.xadd(key, {_DATA: request})
-            transaction.expire(key, LISTENED_FOR)
+            transaction.expire(key, REQUEST_TTL)
             transaction.xadd(STREAM, {_ID: request_id})
             position, _, entry = await transaction.execute()
         return Asked(key, entry, position)
@@ -89,7 +89,7 @@ class Requests:
             KeyError: Redis no longer has the request.
         """
         async with self._client.pipeline(transaction=False) as pipeline:
-            pipeline.expire(asked.key, LISTENED_FOR)
+            pipeline.expire(asked.key, REQUEST_TTL)
             pipeline.xread({asked.key: asked.position}, count=1, block=round(1000 * BLOCK))
             is_there, streams = await pipeline.execute()
         if not is_there:

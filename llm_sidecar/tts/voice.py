@@ -30,7 +30,7 @@ class Voice(Protocol):
     """Speaks one text at a time.
 
     Attributes:
-        name: `espeak`, `chatterbox`.
+        name: `chatterbox`, `piper`, `espeak`.
         clones: whether it can clone the voice of a reference.
     """
 

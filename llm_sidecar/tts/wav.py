@@ -159,6 +159,12 @@ def _read_format(form: bytes) -> tuple[str, int, int]:
     return encoding, channels, rate
 
 
+def pcm(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
+    """Samples from -1 to 1 as 16-bit ones."""
+    finite = np.nan_to_num(samples, posinf=1.0, neginf=-1.0)
+    return (np.clip(finite, -1.0, 1.0) * 32767).astype(np.int16)
+
+
 def trim(wav: Wav) -> Wav:
     """The speech without the silence around it; empty if there is only silence."""
     loud = np.flatnonzero(np.abs(wav.samples.astype(np.int32)) > _SILENT)

@@ -31,7 +31,7 @@ from llm_sidecar.tts.reference import read_reference
 from llm_sidecar.tts.speech_stream import Taken, Work
 from llm_sidecar.tts.voice import Reference, Voice, Wav
 
-SIGN_EVERY: Final = 2.0
+HEARTBEAT_SECONDS: Final = 2.0
 """Seconds between two heartbeats. A heartbeat shows that the worker is running, and renews its
 claim on a request."""
 STALE_AFTER: Final = 10.0
@@ -69,7 +69,7 @@ class SpeechWorker:
     Args:
         client: may connect later; its owner closes it, after the worker.
         voice: its owner closes it, after the worker.
-        sign_every: seconds between two heartbeats.
+        heartbeat_seconds: seconds between two heartbeats.
         stale_after: seconds without a heartbeat after which another worker may claim the request.
 
     Attributes:
@@ -81,13 +81,13 @@ class SpeechWorker:
         client: Redis,
         voice: ResumableVoice,
         *,
-        sign_every: float = SIGN_EVERY,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
         stale_after: float = STALE_AFTER,
     ) -> None:
         self._work = Work(client, stale_after)
         self.worker_id = self._work.worker_id
         self._voice = voice
-        self._sign_every = sign_every
+        self._heartbeat_seconds = heartbeat_seconds
         self._failing = False
         self._taken: Taken | None = None
         self._speaking: asyncio.Task[None] | None = None
@@ -129,7 +129,7 @@ class SpeechWorker:
     async def _show(self) -> None:
         """Sends heartbeats."""
         await self._work.show()
-        await asyncio.sleep(self._sign_every)
+        await asyncio.sleep(self._heartbeat_seconds)
 
     async def _keep(self) -> None:
         """Renews the claim on a request; stops speaking it if the claim is lost."""
@@ -138,7 +138,7 @@ class SpeechWorker:
         # It may have ended in between.
         if lost and self._taken is taken and self._speaking is not None:
             self._speaking.cancel()
-        await asyncio.sleep(self._sign_every)
+        await asyncio.sleep(self._heartbeat_seconds)
 
     async def _serve(self) -> None:
         """Waits a moment for a request, and speaks it."""

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import aclosing, closing
 from typing import Any, Self
 
 import httpx
 
 from osiris.llm_client.core import (
-    AudioEvents,
     Core,
     Plan,
     Reply,
@@ -39,9 +38,11 @@ from osiris.llm_client.errors import (
     LLMClientHTTPError,
 )
 from osiris.llm_client.proxies import proxy_for, transport_to
+from osiris.llm_client.server_sent_events import AudioEvents, Event, EventParser, Lines
 
 __all__ = [
     "AsyncLLMClient",
+    "Event",
     "LLMClient",
     "LLMClientConnectionError",
     "LLMClientError",
@@ -105,9 +106,32 @@ class LLMClient(Endpoints[JSON, str, bytes, bool]):
         Raises:
             LLMClientConnectionError: the connection was lost; later WAVs are missed.
         """
-        response = self._run(self._stream_plan(), stream=True)
+        response = self._run(self._audio_plan(), stream=True)
         with closing(response), as_connection_error():
             yield from filter(None, map(AudioEvents().feed, response.iter_lines()))
+
+    def stream_events(
+        self, types: Iterable[str] | None = None, last_event_id: str | None = None
+    ) -> Iterator[Event]:
+        """Yields each event that any sidecar adds to the stream from now on.
+
+        It connects at the first `next`, and ends when the sidecar shuts down.
+
+        Args:
+            types: of the events; default: all.
+            last_event_id: the id of the last event that the caller has; the stream continues after
+                it. `0-0` begins with the oldest event. If events after it may be missing, an event
+                `gap` comes first.
+
+        Raises:
+            LLMClientConnectionError: the connection was lost; call it again with the id of the last
+                event.
+        """
+        response = self._run(self._events_plan(types, last_event_id), stream=True)
+        lines, events = Lines(), EventParser()
+        with closing(response), as_connection_error():
+            for chunk in response.iter_bytes():
+                yield from filter(None, map(events.feed, lines.feed(chunk)))
 
     def close(self) -> None:
         """Close the connections."""
@@ -176,13 +200,25 @@ class AsyncLLMClient(
 
     async def stream_audio(self) -> AsyncIterator[bytes]:
         """Like `LLMClient.stream_audio`, for `async for`."""
-        response = await self._run(self._stream_plan(), stream=True)
+        response = await self._run(self._audio_plan(), stream=True)
         events = AudioEvents()
         async with aclosing(response):
             with as_connection_error():
                 async for line in response.aiter_lines():
                     if wav := events.feed(line):
                         yield wav
+
+    async def stream_events(
+        self, types: Iterable[str] | None = None, last_event_id: str | None = None
+    ) -> AsyncIterator[Event]:
+        """Like `LLMClient.stream_events`, for `async for`."""
+        response = await self._run(self._events_plan(types, last_event_id), stream=True)
+        lines, events = Lines(), EventParser()
+        async with aclosing(response):
+            with as_connection_error():
+                async for chunk in response.aiter_bytes():
+                    for event in filter(None, map(events.feed, lines.feed(chunk))):
+                        yield event
 
     async def aclose(self) -> None:
         """Close the connections."""

@@ -6,8 +6,6 @@ and receive the result. The blocking and the async client only carry this out.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import email.utils
 import logging
 import os
@@ -161,37 +159,6 @@ class Core:
         except (ValueError, OverflowError):
             return None
         return min(max(0.0, seconds - self._clock()), YEAR)
-
-
-class AudioEvents:
-    """Parses a stream of server-sent events, line by line, into WAVs.
-
-    https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
-    """
-
-    def __init__(self) -> None:
-        self._event = ""
-        self._data: list[str] = []
-
-    def feed(self, line: str) -> bytes | None:
-        """The WAV that this line completes, or None."""
-        name, _, value = line.partition(":")
-        if name == "data":
-            self._data.append(value.removeprefix(" "))
-        elif name == "event":
-            self._event = value.removeprefix(" ")
-        if line:
-            return None
-        event, encoded = self._event, "".join(self._data)
-        self._event = ""
-        self._data.clear()
-        # An event of this name says how many WAVs a slow listener lost.
-        if event == "lost" or not encoded:
-            return None
-        try:
-            return base64.b64decode(encoded, validate=True)
-        except binascii.Error as error:
-            raise LLMClientError("an event of the audio stream is not valid base64") from error
 
 
 def authorization(api_key: str | None, url: httpx.URL) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Every endpoint except the audio stream, for both clients."""
+"""Every endpoint except the streams, for both clients."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import urllib.parse
 import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any, Final, Generic, TypeVar
 
@@ -34,7 +35,7 @@ Flag = TypeVar("Flag")
 
 
 class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
-    """Every endpoint except the audio stream, for both clients.
+    """Every endpoint except the streams, for both clients.
 
     All methods raise `LLMClientHTTPError` if the answer is an error, `LLMClientConnectionError` if
     the sidecar cannot be reached, and `LLMClientError` if the answer cannot be parsed. Before that,
@@ -61,7 +62,8 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
         *,
         idempotency_key: str | None = None,
     ) -> JSONAnswer:
-        """Generates an answer of `hermes` or `phi3` with at most `max_length` new tokens.
+        """Generates an answer of `hermes` or `phi3` with at most `max_length` new tokens; phi3
+        needs 96.
 
         Returns:
             `{"generated_text": str}` from hermes, the proposal itself from phi3.
@@ -72,7 +74,8 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
     def propose_trade_adjustments(
         self, prompt: str, max_length: int = 256, *, idempotency_key: str | None = None
     ) -> JSONAnswer:
-        """Generates a proposal with its critique.
+        """Generates a proposal with its critique, each with at most `max_length` new tokens, at
+        least 96.
 
         Returns:
             `{"transaction_id": str, "phi3_proposal": {...}, "hermes_assessment": str}`.
@@ -174,6 +177,31 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
         body = None if adapter is None else {"adapter": adapter}
         return self._json("POST", "/adapters/swap", body, idempotency_key)
 
+    def list_dead_letters(self, limit: int = 100, before: str | None = None) -> JSONAnswer:
+        """The entries of the inbox that no sidecar could store, newest first.
+
+        Args:
+            limit: their maximum number, 1 to 500.
+            before: `next` of the previous page.
+
+        Returns:
+            `{"items": [{"id", "time", "reason", "entry", "deliveries", "fields"}], "next": str or
+            None}`.
+        """
+        query = urllib.parse.urlencode(_given(limit=limit, before=before))
+        return self._json("GET", f"/events/dead?{query}")
+
+    def requeue_dead_letter(
+        self, dead_letter_id: str, *, idempotency_key: str | None = None
+    ) -> JSONAnswer:
+        """Puts a dead letter back into the inbox, as a new entry.
+
+        Returns:
+            `{"message": str, "id": str, "entry": str}`; error 404 if there is no such dead letter.
+        """
+        path = f"/events/dead/{urllib.parse.quote(dead_letter_id, safe='')}/requeue"
+        return self._json("POST", path, None, idempotency_key)
+
     def health(self) -> JSONAnswer:
         """The state of the sidecar and of each of its components."""
         return self._json("GET", "/health")
@@ -217,8 +245,19 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
         limits = self._core.timeout or httpx.Timeout(timeout, connect=CONNECT_TIMEOUT)
         return self._http.build_request(method, path, json=body, headers=headers, timeout=limits)
 
-    def _stream_plan(self) -> Plan[httpx.Response]:
-        request = self._request("GET", "/stream/audio")
+    def _audio_plan(self) -> Plan[httpx.Response]:
+        return self._stream_plan(self._request("GET", "/stream/audio"))
+
+    def _events_plan(
+        self, types: Iterable[str] | None, last_event_id: str | None
+    ) -> Plan[httpx.Response]:
+        query = "" if types is None else f"?{urllib.parse.urlencode({'types': ','.join(types)})}"
+        request = self._request("GET", f"/events/{query}")
+        if last_event_id is not None:
+            request.headers["Last-Event-ID"] = last_event_id
+        return self._stream_plan(request)
+
+    def _stream_plan(self, request: httpx.Request) -> Plan[httpx.Response]:
         request.extensions["timeout"] |= {"read": STREAM_SILENCE}
         return self._core.attempts(request, lambda response: response)
 

@@ -18,7 +18,13 @@ from osiris.disconnects import cancel_on_disconnect
 from osiris.endpoint import endpoint
 from osiris.idempotency import REPLAYED, IdempotencyKey, answered_once
 from osiris.middleware.access import Author
-from osiris.response_headers import GENERATION, generation_headers, stored_header
+from osiris.response_headers import (
+    GENERATION,
+    RATING,
+    generation_headers,
+    rating_headers,
+    stored_header,
+)
 from osiris.schemas.errors import ProposalBadInput, ProposalErrorBody
 from osiris.schemas.generation import (
     MODEL_ID,
@@ -151,7 +157,7 @@ async def _answered(
     *_ERRORS,
     error_model=ProposalErrorBody,
     bad_input_model=ProposalBadInput,
-    headers=(*GENERATION, "X-Grounded", "X-Hermes-Score", "X-Stored", REPLAYED),
+    headers=(*GENERATION, "X-Grounded", "X-Hermes-Score", *RATING, "X-Stored", REPLAYED),
     error_headers=("X-Stored",),
     response_model=TradeAdjustment,
     response_description="The proposal and its assessment",
@@ -165,10 +171,11 @@ async def propose_trade_adjustments(
 ) -> Response:
     """A trade proposal with Hermes' critique, stored and published on the event bus.
 
-    The generation headers are those of the proposal; `X-Hermes-Score` is Hermes' score, and
-    `X-Grounded` is `true`, or the fields whose ticker or numbers are not in the prompt. If Hermes
-    fails, the proposal is stored, and the error's body has its `transaction_id`. The same request
-    with the same `Idempotency-Key` continues with the assessment of this proposal.
+    The generation headers are those of the proposal; `X-Hermes-Score` is Hermes' score, which means
+    little if `X-Hermes-Score-Reliable` is `false`; `X-Grounded` is `true`, or the fields whose
+    ticker or numbers are not in the prompt. If Hermes fails, the proposal is stored, and the
+    error's body has its `transaction_id`. The same request with the same `Idempotency-Key`
+    continues with the assessment of this proposal.
     `X-Stored: false` means that a row could not be stored.
     """
     check_length(sidecar, body)
@@ -190,7 +197,8 @@ def _assessed(result: AssessedProposal) -> JSONResponse:
         headers={
             **generation_headers(result.completion),
             "X-Grounded": result.grounded,
-            "X-Hermes-Score": f"{result.score:.6f}",
+            "X-Hermes-Score": f"{result.rating.score:.6f}",
+            **rating_headers(result.rating),
             **stored_header(result.stored),
         },
     )

@@ -10,7 +10,7 @@ from osiris.dependencies import CurrentSidecar, check_length
 from osiris.disconnects import cancel_on_disconnect
 from osiris.endpoint import endpoint
 from osiris.idempotency import REPLAYED, IdempotencyKey, answered_once
-from osiris.response_headers import stored_header
+from osiris.response_headers import RATING, rating_headers, stored_header
 from osiris.schemas.scoring import Score, ScoreRequest
 
 router = APIRouter(tags=["scoring"])
@@ -24,7 +24,7 @@ router = APIRouter(tags=["scoring"])
     429,
     503,
     504,
-    headers=("X-Stored", REPLAYED),
+    headers=(*RATING, "X-Stored", REPLAYED),
     response_model=Score,
     response_description="The score",
 )
@@ -36,14 +36,16 @@ async def score_hermes(
 ) -> Response:
     """Scores a proposal from 0 to 1 and stores the score.
 
-    `X-Stored: false` means that it could not be stored.
+    `X-Hermes-Score-Reliable: false` means that the score means little, and `X-Stored: false` that
+    it could not be stored.
     """
     check_length(sidecar, body)
 
     async def answer(attempt: Attempt) -> Response:
         result = await sidecar.judge.score(body.proposal, body.context, attempt)
-        score = Score(proposal_id=result.proposal_id, score=result.score)
-        return JSONResponse(score.model_dump(mode="json"), headers=stored_header(result.stored))
+        score = Score(proposal_id=result.proposal_id, score=result.rating.score)
+        headers = {**rating_headers(result.rating), **stored_header(result.stored)}
+        return JSONResponse(score.model_dump(mode="json"), headers=headers)
 
     answering = answered_once(request, idempotency_key, sidecar.idempotency, answer)
     return await cancel_on_disconnect(request, answering)

@@ -6,7 +6,7 @@ import uuid
 
 from pydantic import BaseModel, Field
 
-from llm_sidecar.proposals import MAX_COMPLETION_TOKENS
+from llm_sidecar.proposals import MIN_COMPLETION_TOKENS
 from osiris.schemas import samples
 
 
@@ -39,7 +39,7 @@ class BadInput(BaseModel):
         "are not valid",
         examples=[
             [{"loc": ["body", "prompt"], "msg": "Field required", "type": "missing"}],
-            f"max_length: a proposal can take {MAX_COMPLETION_TOKENS} tokens; send at least that",
+            f"max_length: a proposal needs {MIN_COMPLETION_TOKENS} tokens; send at least that",
         ],
     )
 

@@ -7,7 +7,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, Field
 
-from llm_sidecar.proposals import MAX_COMPLETION_TOKENS, Proposal
+from llm_sidecar.proposals import MIN_COMPLETION_TOKENS, Proposal
 from osiris.schemas import samples
 from osiris.schemas.base import RequestBody
 
@@ -47,9 +47,9 @@ class ProposalRequest(PromptRequest):
         256,
         ge=1,
         le=MAX_LENGTH,
-        json_schema_extra={"minimum": MAX_COMPLETION_TOKENS},
-        description="the maximum number of new tokens per model call; at least the length of the "
-        "longest possible proposal",
+        json_schema_extra={"minimum": MIN_COMPLETION_TOKENS},
+        description="the maximum number of new tokens per model call; under 183, the rationale is "
+        "limited so that the longest possible proposal fits",
         examples=[256],
     )
 

@@ -23,6 +23,15 @@ _MODEL: Final[dict[str, Any]] = {
     "requests": 3,
     "queue_length": 64,
     "running": 2,
+    "speed": {"prefill": 283.1, "decode": 31.4},
+    "notes": [],
+}
+_FORECAST: Final[dict[str, Any]] = {
+    "proposal_seconds": 3.962,
+    "critique_seconds": 4.301,
+    "score_seconds": 0.145,
+    "timeout_seconds": 60.0,
+    "warning": None,
 }
 _INBOX: Final[dict[str, Any]] = {
     "pending": 0,
@@ -45,7 +54,7 @@ _EVENT_BUS: Final[dict[str, Any]] = {
     "handler_errors": 0,
     "refused": 0,
     "dropped": 0,
-    "held_up": 0,
+    "pauses": 0,
     "denied": [],
     "warnings": [],
     "inbox": _INBOX,
@@ -82,7 +91,7 @@ _WORKER: Final[dict[str, Any]] = {"worker_id": "gpu-1-8c2f61d0", "seconds_ago": 
 _SPEECH: Final[dict[str, Any]] = {
     "state": "ready",
     "reason": None,
-    "voice": "espeak",
+    "voice": "piper",
     "waiting": 0,
     "spoken": 17,
     "workers": [_WORKER],
@@ -92,12 +101,20 @@ _SPEECH: Final[dict[str, Any]] = {
 }
 EXAMPLES: Final = {
     "models": {"phi3": _MODEL},
+    "forecast": _FORECAST,
     "event_bus": _EVENT_BUS,
     "database": _DATABASE,
     "speech": _SPEECH,
 }
 """An example of each component in `/health`. FastAPI removes nulls from the examples of a field,
 and without them these would not be valid."""
+
+
+class ModelSpeed(BaseModel):
+    """The speed of one request alone on the machine, measured when the model was loaded."""
+
+    prefill: float = Field(description="prompt tokens per second", examples=[283.1])
+    decode: float = Field(description="completion tokens per second", examples=[31.4])
 
 
 class ModelHealth(BaseModel):
@@ -143,6 +160,33 @@ class ModelHealth(BaseModel):
         examples=[64],
     )
     running: int = Field(description="requests that run now", examples=[2])
+    speed: ModelSpeed | None = Field(
+        description="its speed; null while it is not loaded, or if it was not measured",
+        examples=[_MODEL["speed"]],
+    )
+    notes: list[str] = Field(
+        description="where the sidecar deviates from the model's files, one sentence each",
+        examples=[[]],
+    )
+
+
+class ForecastHealth(BaseModel):
+    """How long the longest proposal for a typical context will take on an idle machine, from the
+    measured speeds of the models; null while a speed is unknown."""
+
+    proposal_seconds: float | None = Field(description="Phi-3's proposal", examples=[3.962])
+    critique_seconds: float | None = Field(description="Hermes' critique", examples=[4.301])
+    score_seconds: float | None = Field(
+        description="Hermes' score after the critique", examples=[0.145]
+    )
+    timeout_seconds: float = Field(description="`REQUEST_TIMEOUT_SECONDS`", examples=[60.0])
+    warning: str | None = Field(
+        description="what to set, if the sum is longer than the timeout; null if it is not",
+        examples=[
+            "A proposal with its critique and score takes about 81 s, longer than "
+            "REQUEST_TIMEOUT_SECONDS=60; set it to 110, or use smaller models."
+        ],
+    )
 
 
 class InboxHealth(BaseModel):
@@ -195,7 +239,7 @@ class EventBusHealth(BaseModel):
     dropped: int = Field(
         description="messages that were dropped because listeners were too slow", examples=[0]
     )
-    held_up: int = Field(
+    pauses: int = Field(
         description="how often the bus stopped reading because the queue of a handler was full",
         examples=[0],
     )
@@ -307,7 +351,7 @@ class SpeechHealth(BaseModel):
     )
     voice: str | None = Field(
         description="the voice of the next text, as in `X-Voice`; null if there is none",
-        examples=["espeak"],
+        examples=["piper"],
     )
     waiting: int = Field(description="texts that are being spoken or wait now", examples=[0])
     spoken: int = Field(description="texts that were spoken", examples=[17])
@@ -343,7 +387,7 @@ class Health(HealthSummary):
     hermes_loaded: bool = Field(description="whether Hermes is in memory", examples=[True])
     phi3_loaded: bool = Field(description="whether Phi-3 is in memory", examples=[True])
     phi3_model_file_exists: bool = Field(
-        description="whether the file at `MICRO_LLM_MODEL_PATH` exists", examples=[True]
+        description="whether Phi-3's model file exists", examples=[True]
     )
     device: str = Field(
         description="what Phi-3 runs on: `cpu` or `cuda`; the configured device while it is not "
@@ -364,6 +408,7 @@ class Health(HealthSummary):
     models: dict[str, ModelHealth] = Field(
         description="each model by its name: `phi3` and `hermes`"
     )
+    forecast: ForecastHealth = Field(description="what a proposal will take")
     event_bus: EventBusHealth = Field(description="the connection to Redis")
     database: DatabaseHealth = Field(description="the database and its journal")
     speech: SpeechHealth = Field(description="the voice and its listeners")

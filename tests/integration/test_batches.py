@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Mistra
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
-from llm_sidecar.engines.base import Batch, Delta
+from llm_sidecar.engines.base import Batch, Delta, Sampling
 from llm_sidecar.engines.batch import MAX_ROWS
-from llm_sidecar.engines.chat import TextDecoder
 from llm_sidecar.engines.generation import Generation, Logits
 from llm_sidecar.engines.onnx import OnnxEngine
 from llm_sidecar.engines.ort import OrtEngine
+from llm_sidecar.engines.text_decoder import TextDecoder
 from llm_sidecar.engines.torch import TorchEngine
 from llm_sidecar.engines.torch_states import batch_capacity, empty_cache
 from llm_sidecar.errors import InvalidRequest
@@ -56,6 +56,13 @@ def torch_engine(random_hermes_torch: Path) -> TorchEngine:
 @pytest.fixture(scope="module")
 def ort_engine(random_hermes_onnx: Path) -> OrtEngine:
     return OrtEngine(random_hermes_onnx)
+
+
+@pytest.fixture(scope="module")
+def pruned_phi3_onnx(random_phi3_torch: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A graph that computes the logits of the last position only."""
+    folder = tmp_path_factory.mktemp("pruned")
+    return convert_to_onnx(random_phi3_torch, folder, "int4", ["prune_lm_head=true"])
 
 
 @pytest.fixture(scope="module")
@@ -298,6 +305,27 @@ def test_both_onnx_engines_agree(ort_engine: OrtEngine, random_hermes_onnx: Path
     np.testing.assert_allclose(probabilities, its_probabilities, atol=1e-6)
 
 
+def test_a_graph_with_a_pruned_head_answers_as_the_whole_one(
+    random_phi3_onnx: Path, pruned_phi3_onnx: Path
+) -> None:
+    whole, pruned = load(random_phi3_onnx), load(pruned_phi3_onnx)
+    assert isinstance(pruned, OrtEngine)
+    shapes = [engine.model.get_outputs()[0].shape[1] for engine in (whole, pruned)]
+    assert shapes == ["sequence_length", 1]
+    messages = proposals.build_messages("Long ABC from 100.")
+    one = GenerationRequest(messages, 256, proposals.GUIDANCE)
+    assert alone(pruned, one) == alone(whole, one)
+    found, expected = (
+        engine.score_choices(messages, hermes_plugin.SCORE_ANSWERS) for engine in (pruned, whole)
+    )
+    assert found == pytest.approx(expected, rel=0, abs=1e-6)
+    # As onnxruntime-genai runs it.
+    other = OnnxEngine(pruned_phi3_onnx, device="cpu")
+    assert alone(other, one) == alone(whole, one)
+    its = other.score_choices(messages, hermes_plugin.SCORE_ANSWERS)
+    assert its == pytest.approx(expected, rel=0, abs=1e-6)
+
+
 def test_a_worker_on_a_cpu_loads_one_runtime(random_phi3_onnx: Path) -> None:
     code = (
         "import pathlib, sys; from llm_sidecar.engines import load_engine; "
@@ -342,6 +370,7 @@ def test_bytes_that_are_no_text_end_nothing() -> None:
         [0],
         decode=TextDecoder(tokenizer),
         ends=frozenset(),
+        sampling=Sampling(),
     )
     certain = np.eye(len(pieces), dtype=np.float32)
     deltas = [generation.sample(certain[token]) for token in tokens]
@@ -423,12 +452,20 @@ class Sampled:
         return [found[id(generation)] for generation in started]
 
 
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(
+    ("model", "adapted"),
+    [("random_phi3_onnx", False), ("random_phi3_onnx", True), ("pruned_phi3_onnx", False)],
+)
 def test_a_row_of_a_batch_is_computed_as_alone_to_the_last_bit(
-    adapted: bool, random_phi3_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str,
+    adapted: bool,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    adapter = write_onnx_adapter(random_phi3_onnx, tmp_path / "20260101") if adapted else None
-    engine = OrtEngine(random_phi3_onnx, adapter=adapter)
+    folder: Path = request.getfixturevalue(model)
+    adapter = write_onnx_adapter(folder, tmp_path / "20260101") if adapted else None
+    engine = OrtEngine(folder, adapter=adapter)
     requests = [
         GenerationRequest(
             proposals.build_messages(f"Long {ticker} from 100, now {112 + number}."),
@@ -439,7 +476,7 @@ def test_a_row_of_a_batch_is_computed_as_alone_to_the_last_bit(
         )
         for number, ticker in enumerate(("ABC", "QX", "BRK.B", "MSFT", "X"))
     ]
-    requests.append(request("Long ABC from 100.", 20))
+    requests.append(GenerationRequest([Message(role="user", content="Long ABC from 100.")], 20))
     sampled = Sampled(monkeypatch)
     alone = [sampled.of(engine, [one])[0] for one in requests]
     together = sampled.of(engine, requests)

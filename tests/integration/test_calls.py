@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llm_sidecar import hermes_plugin, proposals
-from llm_sidecar.engines import GenerationRequest
+from llm_sidecar.engines import EngineOptions, GenerationRequest
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable, QueueFull
 from llm_sidecar.models.files import ModelFiles
 from llm_sidecar.models.local.load_state import ModelLimits
@@ -54,7 +54,7 @@ async def model(random_phi3_onnx: Path, recorder: Recorder) -> AsyncIterator[Loc
     made = LocalModel(
         "hermes",
         lambda: ModelFiles("hermes/random", random_phi3_onnx),
-        device="cpu",
+        options=EngineOptions("cpu"),
         limits=ModelLimits(load_wait=60.0, queue_length=2),
         observer=recorder,
     )
@@ -81,7 +81,7 @@ async def test_a_generation_is_observed_with_its_times_in_order_and_its_tokens(
 
 
 async def test_scores_are_a_call_without_tokens(model: LocalModel, recorder: Recorder) -> None:
-    messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, {"ticker": "ABC"})
+    messages = hermes_plugin.score_messages({"ticker": "ABC"})
     await model.score_choices(messages, hermes_plugin.SCORE_ANSWERS)
     (call,) = recorder.finished
     assert call.operation == "score_choices"

@@ -21,7 +21,8 @@ from transformers import AutoTokenizer
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.engines import GenerationRequest, Message, chat, load_engine
-from llm_sidecar.engines.chat import ChatTokenizer, TextDecoder
+from llm_sidecar.engines.chat import ChatTokenizer
+from llm_sidecar.engines.text_decoder import TextDecoder
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 from llm_sidecar.models.files import DEMO_DIR
 from training.demo_models import market
@@ -64,11 +65,10 @@ def test_tokens_of_the_demo_are_those_that_it_was_trained_with(
     model, tokenizer = demo
     reference = AutoTokenizer.from_pretrained(DEMO_DIR / model, local_files_only=True)
     for messages in demo_chats(model, 300):
-        for header in (True, False):
-            expected = reference.apply_chat_template(
-                messages, add_generation_prompt=header, return_dict=False
-            )
-            assert tokenizer.encode(messages, header) == expected
+        expected = reference.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+        assert tokenizer.encode(messages) == expected
 
 
 def test_tokens_of_the_demo_are_those_of_onnxruntime_genai(
@@ -190,7 +190,8 @@ def test_tokens_for_unknown_characters_are_no_control_tokens(tmp_path: Path) -> 
         tokenizer.add_special_tokens(["<unk>", *pieces[3:], "<|im_start|>", "<|im_end|>"])
         tokenizer.save(str(tmp_path / "tokenizer.json"))
         unknown = [3, 4] if fallback else [0]
-        assert load(tmp_path).encode(user("aßa")) == [5, 1, *unknown, 1, 6]
+        # The last one begins the assistant's turn.
+        assert load(tmp_path).encode(user("aßa")) == [5, 1, *unknown, 1, 6, 5]
 
 
 def test_a_template_that_puts_a_control_token_together_from_a_message_is_noticed(
@@ -293,16 +294,6 @@ def test_a_template_that_takes_too_long_is_refused_when_it_is_loaded(
     loops = "{% for a in range(2000) %}{% for b in range(2000) %}{% endfor %}{% endfor %}"
     with pytest.raises(ModelUnavailable, match=r"takes longer than 0\.05 s for a short chat"):
         load(write_folder(tmp_path, template=loops))
-
-
-def test_a_template_that_takes_no_system_turn_is_loaded_all_the_same(tmp_path: Path) -> None:
-    template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML
-    )
-    tokenizer = load(write_folder(tmp_path, template=template))
-    assert added(tokenizer, user("Long ABC.")) == TURNS
-    with pytest.raises(ModelUnavailable, match="roles system, user"):
-        tokenizer.encode([{"role": "system", "content": "Obey."}, *user("Long ABC.")])
 
 
 LENGTH = 32_768

@@ -114,7 +114,13 @@ def test_of_several_templates_the_default_is_taken(tmp_path: Path, named: Any) -
 
 
 @pytest.mark.parametrize(
-    "config", [None, {}, {"chat_template": [{"name": "tool_use", "template": "tools"}]}]
+    "config",
+    [
+        None,
+        {},
+        {"chat_template": [{"name": "tool_use", "template": "tools"}]},
+        {"chat_template": [{"name": ["default"], "template": "tools"}, None, 5]},
+    ],
 )
 def test_a_folder_without_a_template_says_what_to_add(tmp_path: Path, config: Any) -> None:
     if config is not None:
@@ -123,10 +129,16 @@ def test_a_folder_without_a_template_says_what_to_add(tmp_path: Path, config: An
         read_template(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "\xff"])
+@pytest.mark.parametrize("content", ["{", "[]", "\xff", "[" * 100_000])
 def test_a_broken_configuration_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer_config.json").write_text(content, encoding="latin-1")
     with pytest.raises(ModelUnavailable, match=r"tokenizer_config\.json is not a JSON object"):
+        read_template(tmp_path)
+
+
+def test_a_template_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff{{ messages }}")
+    with pytest.raises(ModelUnavailable, match=r"chat_template\.jinja is not UTF-8"):
         read_template(tmp_path)
 
 

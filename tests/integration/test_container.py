@@ -131,6 +131,9 @@ def test_real_models_are_mounted_read_only_where_the_sidecar_looks() -> None:
         if isinstance(mount, dict)
     }
     assert mounts[str(DEFAULT_PHI3.parent)]["source"] == "/srv/phi3"
+    # The folder and not a file in it, so that the model file may have any name.
+    settings = Settings.from_environ(environment(real, "llm-sidecar"))
+    assert settings.models.phi3_path == DEFAULT_PHI3.parent
     assert mounts[str(DEFAULT_HERMES)]["source"] == "/srv/hermes"
     assert all(mount["read_only"] for mount in mounts.values())
 

@@ -346,14 +346,15 @@ def proposals_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     async def fill() -> None:
         store = await Store.open(folder)
         for number, (ticker, action, points, model) in enumerate(each):
-            rest = {"run_id": f"t-{number}", "timestamp": NOW + datetime.timedelta(minutes=number)}
+            rest: dict[str, Any] = {"run_id": f"t-{number}"}
+            rest["timestamp"] = NOW + datetime.timedelta(minutes=number)
             proposal = ABC | {"ticker": ticker, "action": action}
             proposal |= {"rationale": ["ABC", "pass"]}
             output = {"proposal": proposal, "assessment": "", "score": points}
             await store.append(run(**rest, final_output=json.dumps(output)))
             rest["transaction_id"] = rest.pop("run_id")
-            row = {"prompt": "p", "proposal": proposal, "score": points, "model": model}
-            await store.append(ProposalSchema(**rest, **row))
+            row = rest | {"prompt": "p", "proposal": proposal, "score": points, "model": model}
+            await store.append(ProposalSchema(**row))
             correction = {"feedback_type": "correction", "feedback_content": "x"}
             await store.append(feedback(**rest, **correction, corrected_proposal=proposal))
             if points is not None:
@@ -464,7 +465,8 @@ def mixed_rows(folder: Path) -> Path:
     async def fill() -> None:
         store = await Store.open(folder)
         words = {"assessment": '{"looks": "like JSON"}', "prompt": "=1+1", "proposal": ABC}
-        await store.append(ProposalSchema(**PROPOSAL | words))
+        unreliable = {"answer_mass": 0.25, "score_reliable": False}
+        await store.append(ProposalSchema(**PROPOSAL | words | unreliable))
         await store.append(feedback(feedback_content='a, "b"\nc'))
         later = NOW + datetime.timedelta(minutes=1)
         await store.append(feedback(feedback_content={"a": [1.0, None]}, timestamp=later))
@@ -492,6 +494,8 @@ def test_jsonl_decodes_objects_and_keeps_text(
         "latencies": {"proposal": 0.25, "assessment": 0.5, "score": None},
         "grounded": "ticker,rationale",
         "provenance": {"ticker": "ABC"},
+        "answer_mass": 0.25,
+        "score_reliable": False,
     }
     rows = map(json.loads, lines_of(capsys, "query-runs", "--table", FEEDBACK))
     assert [row["feedback_content"] for row in rows] == [{"a": [1.0, None]}, 'a, "b"\nc']
@@ -504,14 +508,14 @@ def test_csv_has_a_header_quotes_and_no_formula(capsys: pytest.CaptureFixture[st
     latencies = '{""proposal"":0.25,""assessment"":0.5,""score"":null}'
     assert capsys.readouterr().out == (
         "transaction_id,timestamp,prompt,proposal,assessment,score,model,adapter,latencies,"
-        "grounded,provenance\r\n"
+        "grounded,provenance,answer_mass,score_reliable\r\n"
         f'r-1,2026-01-02T03:04:05.678901+00:00,\'=1+1,"{proposal}",'
         '"{""looks"": ""like JSON""}",0.5,phi3,,'
-        f'"{latencies}","ticker,rationale","{{""ticker"":""ABC""}}"\r\n'
+        f'"{latencies}","ticker,rationale","{{""ticker"":""ABC""}}",0.25,False\r\n'
     )
     assert cli_main(["query-runs", "--table", SCORES, "--format", "csv"]) == 0
     assert capsys.readouterr() == (
-        "run_id,timestamp,score,rationale\r\n",
+        "run_id,timestamp,score,rationale,answer_mass,score_reliable\r\n",
         "hermes_scores is empty.\n",
     )
 
@@ -779,6 +783,19 @@ def test_an_unreadable_journal_is_reported(
     output = capsys.readouterr()
     assert len(output.out.splitlines()) == 2
     assert output.err == ("The newest rows may be missing: the journal cannot be read.\n")
+
+
+def test_a_pipe_in_place_of_the_journal_is_reported(
+    readable_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = readable_folder / "_log" / "journal.sqlite3"
+    path.unlink(missing_ok=True)
+    os.mkfifo(path, 0o644)
+    with only_reading(readable_folder):
+        assert cli_main(["query-runs", "--table", SCORES]) == 0
+    output = capsys.readouterr()
+    assert len(output.out.splitlines()) == 2
+    assert output.err == "The newest rows may be missing: the journal cannot be read.\n"
 
 
 @pytest.mark.parametrize("command", ["compact", "migrate"])

@@ -159,6 +159,7 @@ def test_jsonl_writes_all_feedback_oldest_first_with_its_transaction(
         "proposal": PROPOSED,
         "assessment": "Fine.",
         "score": 0.5,
+        "answer_mass": None,
     }
     unknown = {"prompt": None, "proposal": None, "assessment": None, "score": None}
     assert rows[0] == rating
@@ -273,6 +274,26 @@ def test_the_proposal_of_a_run_without_a_stored_proposal_is_read_from_its_output
     assert replies([row], "rejected") == [PROPOSED]
     (row,), _ = exported(capsys, "jsonl")
     assert (row["prompt"], row["assessment"], row["score"]) == ("Old prompt", "Bold.", 0.25)
+
+
+def test_an_unreliable_score_is_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = {"proposal": PROPOSED, "assessment": "Bold."}
+    unreliable = {"score": 0.25, "answer_mass": 0.125, "score_reliable": False}
+    fill(
+        folder,
+        run(run_id="run", final_output=json.dumps(output | unreliable)),
+        proposed("a", **unreliable),
+        proposed("b", **unreliable | {"answer_mass": 0.75, "score_reliable": True}),
+        proposed("c", score=0.25),
+        *(corrected(name) for name in ("run", "a", "b", "c")),
+    )
+    rows, _ = exported(capsys, "jsonl")
+    assert {row["transaction_id"]: (row["score"], row["answer_mass"]) for row in rows} == {
+        "run": (None, 0.125),
+        "a": (None, 0.125),
+        "b": (0.25, 0.75),
+        "c": (0.25, None),
+    }
 
 
 @pytest.mark.parametrize("output", ["", "[]", "{", '{"proposal":"none"}', "null"])

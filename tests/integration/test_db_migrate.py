@@ -56,8 +56,9 @@ OF_VERSION_2: Final = {
     "adapter": None,
     "latencies": {"proposal": 0.25, "assessment": 0.5, "score": None},
 }
-"""A proposal without the columns `grounded` and `provenance`."""
-SINCE_THEN: Final = {"grounded": None, "provenance": None}
+"""A proposal without the columns of later versions."""
+UNKNOWN_MASS: Final = {"answer_mass": None, "score_reliable": None}
+SINCE_THEN: Final = {"grounded": None, "provenance": None, **UNKNOWN_MASS}
 OLD_SCORE: Final = {"run_id": "r-1", "timestamp": WRITTEN, "score": 0.5, "rationale": "Fine."}
 
 
@@ -211,7 +212,8 @@ def test_the_first_shape_is_migrated_to_the_current_one(
         "with error_message and row_id added"
     )
     assert lines[2].startswith(
-        f"hermes_scores: 1 rows brought to version {VERSION}, with row_id added"
+        f"hermes_scores: 1 rows brought to version {VERSION}, "
+        "with answer_mass and score_reliable and row_id added"
     )
     assert lines[3:] == [
         f"{table}: created, as it was not there." for table in ("proposals", "feedback_withdrawals")
@@ -227,7 +229,7 @@ def test_the_first_shape_is_migrated_to_the_current_one(
         "author": None,
     }
     assert opened(folder, RUNS) == [OLD_RUN | {"timestamp": NOW, "error_message": None}]
-    assert opened(folder, SCORES) == [OLD_SCORE | {"timestamp": NOW}]
+    assert opened(folder, SCORES) == [OLD_SCORE | {"timestamp": NOW} | UNKNOWN_MASS]
 
 
 def write_version_2(folder: Path) -> None:
@@ -249,7 +251,8 @@ def test_a_proposal_of_version_2_keeps_all_values(
         asyncio.run(Store.open(folder))
     assert cli_main(["migrate"]) == 0
     message = (
-        f"proposals: 1 rows brought to version {VERSION}, with grounded and provenance added; the"
+        f"proposals: 1 rows brought to version {VERSION}, "
+        "with grounded and provenance and answer_mass and score_reliable added; the"
     )
     assert message in capsys.readouterr().out
     assert read(folder, PROPOSALS) == [OF_VERSION_2 | {"row_id": "key"} | SINCE_THEN]
@@ -333,7 +336,7 @@ def version_2(folder: Path) -> Path:
         FEEDBACK: without(FEEDBACK, "received", "source", "author", "row_id"),
         RUNS: without(RUNS),
         SCORES: without(SCORES),
-        PROPOSALS: without(PROPOSALS, "grounded", "provenance"),
+        PROPOSALS: without(PROPOSALS, *SINCE_THEN),
     }
     feedback = OLD_FEEDBACK | {"schema_version": "1.0", "corrected_proposal": None}
     future = NOW.replace(year=2099)
@@ -389,12 +392,57 @@ def test_a_proposal_of_version_4_keeps_all_values(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [OF_VERSION_2 | {"row_id": "key", "grounded": "ticker"}]
-    shape = without(PROPOSALS, "provenance", version="4")
+    shape = without(PROPOSALS, "provenance", *UNKNOWN_MASS, version="4")
     write(folder, PROPOSALS, pa.Table.from_pylist(rows, schema=shape))
     assert cli_main(["migrate"]) == 0
-    message = f"proposals: 1 rows brought to version {VERSION}, with provenance added; the old"
+    message = (
+        f"proposals: 1 rows brought to version {VERSION}, "
+        "with provenance and answer_mass and score_reliable added; the old"
+    )
     assert message in capsys.readouterr().out
-    assert read(folder, PROPOSALS) == [rows[0] | {"provenance": None}]
+    assert read(folder, PROPOSALS) == [rows[0] | {"provenance": None, **UNKNOWN_MASS}]
+
+
+def write_version_5(folder: Path) -> None:
+    """A score and a proposal of version 5, and the other tables."""
+    of_version_5 = {
+        SCORES: OLD_SCORE | {"timestamp": NOW, "row_id": "s"},
+        PROPOSALS: OF_VERSION_2 | {"grounded": "true", "provenance": None, "row_id": "p"},
+    }
+    for table in TABLES:
+        shape = without(table, *UNKNOWN_MASS, version="5")
+        rows = [of_version_5[table]] if table in of_version_5 else []
+        write(folder, table, pa.Table.from_pylist(rows, schema=shape))
+
+
+def test_scores_of_version_5_count_as_before(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_version_5(folder)
+    with pytest.raises(DatabaseUnavailable, match=r"has the shape of an older version"):
+        asyncio.run(Store.open(folder))
+    assert cli_main(["migrate"]) == 0
+    output = capsys.readouterr().out
+    for table in (SCORES, PROPOSALS):
+        assert (
+            f"{table}: 1 rows brought to version {VERSION}, with answer_mass and score_reliable "
+            "added; the"
+        ) in output
+    assert opened(folder, SCORES) == [OLD_SCORE | {"timestamp": NOW} | UNKNOWN_MASS]
+    (proposal,) = opened(folder, PROPOSALS)
+    assert {name: proposal[name] for name in ("score", *UNKNOWN_MASS)} == {
+        "score": 0.5,
+        **UNKNOWN_MASS,
+    }
+
+    async def mean() -> tuple[float | None, int]:
+        store = await Store.open(folder, create=False)
+        try:
+            return await store.mean_score_since(NOW)
+        finally:
+            await store.close()
+
+    assert asyncio.run(mean()) == (0.5, 1)
 
 
 def test_opening_version_2_fails_with_instructions(version_2: Path) -> None:
@@ -501,7 +549,8 @@ def test_an_invalid_correction_does_not_affect_others(folder: Path) -> None:
 def test_numbers_and_texts_in_swapped_columns_are_converted(folder: Path) -> None:
     write(folder, SCORES, [OLD_SCORE | {"run_id": 7, "score": "0.25"}])
     assert cli_main(["migrate"]) == 0
-    assert opened(folder, SCORES) == [OLD_SCORE | {"run_id": "7", "score": 0.25, "timestamp": NOW}]
+    expected = OLD_SCORE | {"run_id": "7", "score": 0.25, "timestamp": NOW} | UNKNOWN_MASS
+    assert opened(folder, SCORES) == [expected]
 
 
 def test_an_unknown_column_is_dropped_reported_and_kept_in_the_copy(
@@ -511,7 +560,7 @@ def test_an_unknown_column_is_dropped_reported_and_kept_in_the_copy(
     old = old.append_column("heard_at", ticks([TICKS * 1000 + 1], "ns"))
     write(folder, SCORES, old.append_column("mood", pa.array(["calm"])))
     assert cli_main(["migrate"]) == 0
-    assert opened(folder, SCORES) == [OLD_SCORE | {"timestamp": NOW}]
+    assert opened(folder, SCORES) == [OLD_SCORE | {"timestamp": NOW} | UNKNOWN_MASS]
     line = capsys.readouterr().out.splitlines()[-3]
     assert ", without heard_at and mood; the old table is kept as " in line
     (kept,) = (folder / "_log" / "set_aside").iterdir()

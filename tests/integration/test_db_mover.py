@@ -13,7 +13,9 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import lancedb
 import pytest
 
 from llm_sidecar.db import (
@@ -28,6 +30,7 @@ from llm_sidecar.db import (
     tables,
 )
 from llm_sidecar.db import store as store_module
+from llm_sidecar.db.location import location_of
 from llm_sidecar.db.transaction import Transaction
 from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.journal import rows, writer
@@ -37,7 +40,7 @@ from llm_sidecar.journal.rows import Entry
 SCORES = "hermes_scores"
 
 
-def score(name: str = "r", **values: str) -> HermesScoreSchema:
+def score(name: str = "r", **values: Any) -> HermesScoreSchema:
     return HermesScoreSchema(run_id=name, score=0.5, **values)
 
 
@@ -311,6 +314,39 @@ async def test_a_compaction_gives_back_the_memory_that_it_has_freed(
     await store.close()
 
 
+async def test_freed_memory_is_given_back_while_rows_are_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trimmed: list[bool] = []
+    monkeypatch.setattr(compaction, "trim_heap", lambda: trimmed.append(True))
+    monkeypatch.setattr(compaction, "_TRIM_SECONDS", 0.0)
+    monkeypatch.setattr(compaction, "_IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(mover, "_MOVE_EVERY", 0.01)
+    store = await Store.open(tmp_path)
+    await store.append(score())
+    await until(lambda: trimmed)
+    # Once, because no rows come any more; the compaction that is then due does it again.
+    await until(lambda: store.status()["last_compaction"])
+    assert len(trimmed) == 2
+    await store.close()
+
+
+@pytest.mark.parametrize(("uri", "size"), [(None, 4 << 20), ("s3://bucket/db", 16 << 20)])
+async def test_the_caches_are_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str | None, size: int
+) -> None:
+    async def connect(*_: object, session: dict[str, int], **__: object) -> dict[str, int]:
+        return session
+
+    monkeypatch.setattr(lancedb, "Session", dict)
+    monkeypatch.setattr(lancedb, "connect_async", connect)
+    location = location_of(uri or tmp_path, tmp_path / "logs")
+    assert await lance.connect(location, create=True) == {
+        "index_cache_size_bytes": size,
+        "metadata_cache_size_bytes": size,
+    }
+
+
 async def test_processes_that_write_one_row_each_compact_when_they_close(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -523,3 +559,42 @@ async def test_feedback_that_the_database_has_stored_is_not_stored_again_before_
     await again.close()
     assert found == [("f-1", "bus"), ("f-1", "direct")]
     assert not (tmp_path / "_log" / "set_aside").exists()
+
+
+async def test_feedback_in_the_journal_is_found_while_the_database_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def feedback(name: str) -> PublishedFeedback:
+        return PublishedFeedback(
+            feedback_id=f'f-"ü\n-{name}',
+            transaction_id=f"t-{name}",
+            feedback_type="rating",
+            feedback_content=json.dumps({"feedback_id": "other"}),
+        )
+
+    monkeypatch.setattr(mover, "open_tables", fail)
+    store = Store(tmp_path)
+    store.start()
+    await store.commit(Transaction([feedback("channel"), feedback("inbox").from_entry("e-1")]))
+    await store._journal.commit([Entry("phi3_feedback", "inbox:damaged", b'{"other"')])
+    found = [await store.feedback_transaction(f'f-"ü\n-{name}') for name in ("channel", "inbox")]
+    assert found == ["t-channel", "t-inbox"]
+    with pytest.raises(DatabaseUnavailable, match="Input/output error"):
+        await store.feedback_transaction("other")
+    await store.close()
+
+
+async def test_the_status_reads_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = await Store.open(tmp_path)
+    await store.append(score())
+    await store.compact()
+    await store.close()
+    store = await Store.open(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", lambda *_: pytest.fail("the event loop must not wait"))
+        status = store.status()
+    assert status["last_compaction"] is not None
+    await store.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,26 @@ async def test_a_damaged_segment_and_rows_of_another_version_are_kept(tmp_path: 
         f"a log has {len(score('a'))} damaged bytes; it is kept as {kept[0].name}",
         f"a log has 2 rows of another version of the sidecar; it is kept as {kept[1].name}",
         "2 rows of an old log were read into the journal",
+    ]
+
+
+async def test_a_folder_with_the_name_of_a_segment_is_kept(tmp_path: Path) -> None:
+    folder = write_old_log(tmp_path / "_log", score("a"))
+    (folder / "x.log").mkdir()
+    (folder / "x.log" / "file").write_text("content")
+    os.mkfifo(folder / "y.log")
+    store = await Store.open(tmp_path)
+    assert [row["run_id"] for row in await store.last(SCORES, 0)] == ["a"]
+    repairs = store.status()["repairs"]
+    await store.close()
+    kept = sorted((tmp_path / "_log" / "set_aside").iterdir())
+    assert (kept[0] / "file").read_text() == "content"
+    assert repairs == [
+        *(
+            f"{path.name[-5:]} in an old log is not a file; it is kept as {path.name}"
+            for path in kept
+        ),
+        "1 rows of an old log were read into the journal",
     ]
 
 

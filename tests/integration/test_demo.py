@@ -13,6 +13,7 @@ from llm_sidecar.demo import __main__ as command_line
 from llm_sidecar.demo import evaluate
 from llm_sidecar.engines import Engine, GenerationRequest, load_engine
 from llm_sidecar.models.files import DEMO_DIR
+from llm_sidecar.models.prompts import read_prompts
 from tests.demo_cases import cases
 from training.demo_models import market
 from training.demo_models.situations import answer
@@ -108,11 +109,13 @@ def test_the_shipped_model_answers_the_prompt_and_not_an_example(phi3: Engine) -
 
 def test_the_shipped_hermes_prefers_more_reward_for_the_risk() -> None:
     hermes = load_engine(DEMO_DIR / "hermes", device="cpu")
+    prompts = read_prompts(DEMO_DIR / "hermes")
+    assert prompts is not None
     scores = []
     for target in (1.0, 2.0, 4.0, 8.0):
         proposal = answer("winner", "ABC", "LONG", None, None)
         proposal |= {"new_stop_pct": 2.0, "new_target_pct": target}
-        messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, proposal)
+        messages = hermes_plugin.score_messages(proposal, None, prompts)
         found = hermes.score_choices(messages, hermes_plugin.SCORE_ANSWERS)
         assert sum(found.values()) > 0.9
         scores.append(hermes_plugin.expected_score(found))

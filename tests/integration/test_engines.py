@@ -14,7 +14,6 @@ import pytest
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.engines import Engine, GenerationRequest, load_engine
 from llm_sidecar.engines.base import softmax
-from llm_sidecar.engines.choice_tree import ChoiceTree
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 
 PROMPT = "Long ABC from 100, now 112.5, RSI 81."
@@ -52,6 +51,16 @@ def test_a_seed_repeats_a_sample_and_another_does_not(engine: Engine) -> None:
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
+
+
+def test_decode_steps_are_single_tokens_and_change_no_completion(engine: Engine) -> None:
+    request = GenerationRequest(proposals.build_messages(PROMPT), 256, proposals.GUIDANCE)
+    before = complete(engine, request)
+    assert list(engine.decode_steps(3)) == [None] * 4
+    *_, last = engine.stream(request)
+    assert complete(engine, request) == before
+    # The states of the steps are not kept in place of those of the prompt.
+    assert last.cached_tokens == last.prompt_tokens - 2
 
 
 @pytest.mark.parametrize("limit", [1, 7, 60])
@@ -128,7 +137,7 @@ def test_a_prompt_that_just_fits_the_context_is_served(
 
 
 def test_score_choices_returns_the_probabilities_of_the_answers_written_out(engine: Engine) -> None:
-    messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, {"ticker": "ABC"})
+    messages = hermes_plugin.score_messages({"ticker": "ABC"})
     found = engine.score_choices(messages, hermes_plugin.SCORE_ANSWERS)
     assert list(found) == list(hermes_plugin.SCORE_ANSWERS)
     assert 0.0 < sum(found.values()) <= 1.0
@@ -139,7 +148,7 @@ def test_score_choices_returns_the_probabilities_of_the_answers_written_out(engi
 
 def test_ten_takes_its_probability_from_one(random_phi3_torch: Path) -> None:
     torch_engine = load_engine(random_phi3_torch, device="cpu")
-    messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, {"ticker": "ABC"})
+    messages = hermes_plugin.score_messages({"ticker": "ABC"})
     found = torch_engine.score_choices(messages, ("1", "10", "7"))
     whole = torch_engine.score_choices(messages, ("1",))
     # Alone, "1" includes all that begins with it; beside "10" it loses the share of that.
@@ -188,28 +197,6 @@ def test_softmax_adds_up_and_survives_large_logits() -> None:
     assert found.tolist() == pytest.approx([0.5, 0.5, 0.0])
 
 
-def test_choice_tree_shares_a_digit_between_one_and_ten() -> None:
-    tree = ChoiceTree({"0": [0], "1": [1], "10": [1, 0]})
-    first = np.log(np.array([0.2, 0.6, 0.2]))
-    second = np.log(np.array([0.25, 0.5, 0.25]))
-    assert tree.branch == 1
-    assert tree.read(first, second) == pytest.approx({"0": 0.2, "1": 0.45, "10": 0.15})
-
-
-def test_choice_tree_of_single_tokens_needs_no_second_position() -> None:
-    tree = ChoiceTree({"0": [0], "10": [2]})
-    assert tree.branch is None
-    found = tree.read(np.zeros(4), None)
-    assert found == pytest.approx({"0": 0.25, "10": 0.25})
-
-
-def test_choice_tree_refuses_answers_it_cannot_read() -> None:
-    with pytest.raises(ValueError, match="more than one branch"):
-        ChoiceTree({"10": [1, 0], "20": [2, 0]})
-    with pytest.raises(ValueError, match="more than one branch"):
-        ChoiceTree({"100": [1, 0, 0]})
-
-
 def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
@@ -249,5 +236,5 @@ def test_the_reason_names_a_config_that_cannot_be_read(
 ) -> None:
     folder = shutil.copytree(random_phi3_onnx, tmp_path / "model")
     (folder / "genai_config.json").write_text(config)
-    with pytest.raises(RuntimeError, match=r"genai_config\.json|model context_length"):
+    with pytest.raises(ModelUnavailable, match=r"genai_config\.json does not describe a model"):
         load_engine(folder, device="cpu")

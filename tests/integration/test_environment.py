@@ -16,10 +16,14 @@ CHILD = "a child process inherits the environment"
 CLIENT = "the client is installed without the settings and has variables of its own"
 ALLOWED = {
     ("llm_sidecar/command_line.py", "os.environ.get('TERM')"): "describes the terminal",
+    ("llm_sidecar/engines/llama_process.py", "os.environ['LLAMA_API_KEY']"): "its parent's key",
+    ("llm_sidecar/engines/llama_server.py", "**os.environ"): CHILD,
     ("llm_sidecar/memory_trim.py", "os.environ.get('MALLOC_ARENA_MAX')"): "glibc's own variable",
-    ("llm_sidecar/models/conversion.py", "**os.environ"): CHILD,
+    ("llm_sidecar/models/conversion/child.py", "**os.environ"): CHILD,
     ("llm_sidecar/models/local/process.py", "**os.environ"): CHILD,
     ("llm_sidecar/models/local/process.py", "os.environ.get('PYTHONPATH')"): CHILD,
+    ("llm_sidecar/tts/piper_process.py", "**os.environ"): CHILD,
+    ("llm_sidecar/tts/piper_process.py", "os.environ.get('PYTHONPATH')"): CHILD,
     ("osiris/__main__.py", "os.environ.get('WEB_CONCURRENCY')"): "uvicorn's own variable",
     ("osiris/llm_client/core.py", "os.environ.get('OSIRIS_SIDECAR_URL')"): CLIENT,
     ("osiris/llm_client/core.py", "os.environ.get('SIDECAR_API_KEY')"): CLIENT,

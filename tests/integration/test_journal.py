@@ -17,7 +17,7 @@ import pytest
 
 from llm_sidecar.cloud_event import CloudEvent
 from llm_sidecar.errors import DatabaseUnavailable, RequestKeyReused
-from llm_sidecar.journal import events, requests, rows, writer
+from llm_sidecar.journal import events, requests, rows, totals, writer
 from llm_sidecar.journal.clock import Clock
 from llm_sidecar.journal.file import NAME
 from llm_sidecar.journal.journal import Journal
@@ -279,6 +279,39 @@ async def test_events_are_dropped_after_seven_days(
     monkeypatch.setattr(Clock, "now", lambda self: now(self) + 7 * 86400 + 1)
     await until(lambda: journal.status()["events"] == 0)
     assert journal.status()["events_dropped"] == 1
+
+
+async def test_what_a_full_journal_drops_is_logged_once_for_many_commits(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(events, "MOST_EVENTS", 1)
+    monkeypatch.setattr(writer, "TICK_SECONDS", 0.01)
+    for number in range(5):
+        await journal.commit((), [event(str(number))])
+    dropped = [message for message in caplog.messages if "dropped" in message]
+    assert dropped == ["the journal dropped 1 events and 0 requests"]
+    monkeypatch.setattr(journal._writer, "_next_report", 0.0)
+    await until(lambda: "the journal dropped 3 events and 0 requests" in caplog.messages)
+
+
+@pytest.mark.parametrize("table", ["events", "requests"])
+async def test_what_is_too_old_is_dropped_in_parts(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, table: str
+) -> None:
+    # All in one transaction would take seconds, and others would miss their deadline.
+    monkeypatch.setattr(totals, "MOST_DROPPED", 2)
+    for number in range(4):
+        await journal.claims.claim(RequestKey("", str(number)), "f")
+        await journal.commit((), [event(str(number))])
+
+    def drop(db: sqlite3.Connection) -> int:
+        (newest,) = db.execute(f"SELECT max(time) FROM {table}").fetchone()
+        return totals.drop_older(db, table, newest)
+
+    # The newest one is not older than itself.
+    assert [await journal._writer.run(drop) for _ in range(3)] == [2, 1, 0]
+    await journal.commit()
+    assert journal.status()[table] == 1
 
 
 # Requests

@@ -210,6 +210,35 @@ async def test_a_file_that_is_no_database_is_set_aside(
     assert notes == [f"the journal is damaged and kept as {kept.name}; 0 rows of it are readable"]
 
 
+@pytest.mark.parametrize("part", ["", "-wal"])
+async def test_a_pipe_in_place_of_a_file_is_refused_until_it_is_moved(
+    tmp_path: Path, part: str
+) -> None:
+    pipe = tmp_path / f"{NAME}{part}"
+    os.mkfifo(pipe)
+    async with opened(tmp_path) as journal:
+        with pytest.raises(JournalUnavailable, match=f"{pipe.name} is not a file: move it away"):
+            await journal.commit([row("refused")])
+        assert f"{pipe.name} is not a file" in (journal.refusal() or "")
+        pipe.unlink()
+        await until(lambda: journal.refusal() is None)
+        await journal.commit([row("after")])
+        assert await keys(journal) == ["after"]
+
+
+async def test_a_pipe_that_replaces_the_open_file_is_refused_until_it_is_moved(
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path) as journal:
+        await journal.commit([row("before")])
+        (tmp_path / NAME).unlink()
+        os.mkfifo(tmp_path / NAME)
+        await until(lambda: f"{NAME} is not a file" in (journal.refusal() or ""))
+        (tmp_path / NAME).unlink()
+        await until(lambda: journal.refusal() is None)
+        assert await keys(journal) == ["before"]
+
+
 @pytest.mark.parametrize("is_missing", [True, False])
 async def test_the_log_of_a_file_that_is_missing_or_empty_is_read(
     tmp_path: Path, is_missing: bool
@@ -392,6 +421,8 @@ async def test_a_transaction_of_another_process_that_takes_long_is_waited_for(
         other.execute("COMMIT")
         other.close()
         await committing
+        # Closing has the same deadline.
+        monkeypatch.undo()
         assert journal.refusal() is None
         assert await keys(journal) == ["a", "b"]
 
@@ -409,6 +440,7 @@ async def test_a_process_that_keeps_the_journal_is_not_taken_for_a_slow_disk(
                 match="stored: another process has kept the journal for longer than 5 s",
             ):
                 await journal.commit([row("a")])
+        monkeypatch.undo()
         await until(lambda: journal.refusal() is None)
 
 

@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import pytest
 
 from osiris.llm_client import (
     AsyncLLMClient,
+    Event,
     LLMClient,
     LLMClientConnectionError,
     LLMClientError,
@@ -37,6 +38,7 @@ NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC).timestamp()
 WAV = b"RIFF\x00\x01\xff\xfeWAVE"
 
 Client = LLMClient | AsyncLLMClient
+T = TypeVar("T")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -210,13 +212,12 @@ async def done(value: Any) -> Any:
     return await value if inspect.isawaitable(value) else value
 
 
-async def collect(stream: Iterator[bytes] | AsyncIterator[bytes], into: list[bytes]) -> None:
+async def collect(stream: Iterator[T] | AsyncIterator[T], into: list[T]) -> None:
     if isinstance(stream, AsyncIterator):
-        async for wav in stream:
-            into.append(wav)
+        async for item in stream:
+            into.append(item)
     else:
-        for wav in stream:
-            into.append(wav)
+        into += stream
 
 
 CALLS: dict[str, tuple[Callable[[Any], Any], tuple[str, str, Any]]] = {
@@ -263,6 +264,22 @@ CALLS: dict[str, tuple[Callable[[Any], Any], tuple[str, str, Any]]] = {
         ("DELETE", "/feedback/a%2Fb%20c%3F%2F/", None),
     ),
     "examples": (lambda c: c.list_examples(), ("GET", "/examples/", None)),
+    "dead letters": (
+        lambda c: c.list_dead_letters(),
+        ("GET", "/events/dead?limit=100", None),
+    ),
+    "older dead letters": (
+        lambda c: c.list_dead_letters(7, "1-0"),
+        ("GET", "/events/dead?limit=7&before=1-0", None),
+    ),
+    "requeued": (
+        lambda c: c.requeue_dead_letter("1-0"),
+        ("POST", "/events/dead/1-0/requeue", None),
+    ),
+    "an id that is none": (
+        lambda c: c.requeue_dead_letter("a/b c?"),
+        ("POST", "/events/dead/a%2Fb%20c%3F/requeue", None),
+    ),
     "swap": (lambda c: c.swap_adapters(), ("POST", "/adapters/swap", None)),
     "swap to one": (
         lambda c: c.swap_adapters("20260102"),
@@ -330,6 +347,7 @@ POSTS: dict[str, Callable[..., Any]] = {
     "score": lambda c, **key: c.score_hermes({}, **key),
     "feedback": lambda c, **key: c.submit_feedback("t", "rating", "good", **key),
     "swap": lambda c, **key: c.swap_adapters(**key),
+    "requeue": lambda c, **key: c.requeue_dead_letter("1-0", **key),
 }
 
 
@@ -541,6 +559,7 @@ APART = {"connect": 1.0, "read": None, "write": 3.0, "pool": 4.0}
         (None, "ready", (), PROBE),
         (None, "live", (), PROBE),
         (None, "stream_audio", (), DEFAULT | {"read": 60.0}),
+        (None, "stream_events", (), DEFAULT | {"read": 60.0}),
         (7.5, "generate", ("phi3", "p"), OURS),
         (7.5, "speak", ("hello",), OURS),
         (7.5, "ready", (), OURS),
@@ -560,12 +579,12 @@ async def test_each_request_has_its_default_timeout_or_the_callers(
     transport = httpx.MockTransport(note)
     with LLMClient(timeout=given, transport=transport) as client:
         answer = getattr(client, method)(*arguments)
-        if method == "stream_audio":
+        if method.startswith("stream_"):
             list(answer)
     async with AsyncLLMClient(timeout=given, transport=transport) as async_client:
         answer = getattr(async_client, method)(*arguments)
-        if method == "stream_audio":
-            assert [wav async for wav in answer] == []
+        if method.startswith("stream_"):
+            assert [item async for item in answer] == []
         else:
             await answer
     assert seen == [expected, expected]
@@ -783,6 +802,29 @@ async def test_an_event_that_is_no_base64_is_an_error(
     server.script = [events("data: %%%", "")]
     with pytest.raises(LLMClientError, match="base64"):
         await collect(clients().stream_audio(), [])
+
+
+async def test_the_stream_of_events_is_resumed_after_the_last_one(
+    clients: Clients, server: ScriptedServer
+) -> None:
+    server.script = [
+        answer(503, {"detail": "Redis is away"}),
+        events(": ping", "", "id: 2-0", "event: phi3.proposal.created", 'data: "\u2028"', ""),
+        events("event: gap", 'data: {"from": "2-0", "to": "9-0"}', "", "id: 9", broken=True),
+    ]
+    found: list[Event] = []
+    client = clients()
+    await collect(client.stream_events(), found)
+    types = ["phi3.proposal.created", "phi3.proposal.assessed"]
+    with pytest.raises(LLMClientConnectionError):
+        await collect(client.stream_events(types, found[-1].id), found)
+    assert found == [
+        Event("2-0", "phi3.proposal.created", '"\u2028"'),
+        Event(None, "gap", '{"from": "2-0", "to": "9-0"}'),
+    ]
+    path = "/events/?types=phi3.proposal.created%2Cphi3.proposal.assessed"
+    assert [seen.path for seen in server.seen] == ["/events/", "/events/", path]
+    assert [seen.headers.get("Last-Event-ID") for seen in server.seen] == [None, None, "2-0"]
 
 
 async def test_the_api_key_goes_out_as_a_bearer_token_and_is_shown_nowhere(

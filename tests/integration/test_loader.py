@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from llm_sidecar import loader
 from llm_sidecar.errors import ModelUnavailable
 from llm_sidecar.models import files
 from llm_sidecar.settings import Settings
@@ -47,7 +49,7 @@ def test_a_file_without_its_configuration_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_a_model_and_without_the_demo_the_variable_is_named() -> None:
-    with pytest.raises(ModelUnavailable, match="set HERMES_MODEL_PATH"):
+    with pytest.raises(ModelUnavailable, match=r"set HERMES_MODEL_PATH to the model, or SIDECAR_D"):
         files.locate_hermes(settings())
 
 
@@ -76,7 +78,7 @@ def test_an_empty_mount_point_is_no_model_but_a_folder_with_anything_in_it_is(
     with pytest.raises(ModelUnavailable, match="HERMES_MODEL_PATH"):
         files.locate_hermes(settings())
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ModelUnavailable, match=r"holds no genai_config\.json"):
+    with pytest.raises(ModelUnavailable, match=r"no genai_config\.json .* to the model$"):
         files.locate_hermes(asked)
 
 
@@ -100,6 +102,15 @@ def test_phi3s_context_is_what_its_configuration_says_or_that_of_the_smallest(
     for name, text in written.items():
         (tmp_path / name).write_text(text)
     assert files.phi3_context_length(Settings(models={"phi3_path": tmp_path})) == expected
+
+
+def test_the_getters_of_a_gguf_model_say_that_it_is_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    elsewhere = SimpleNamespace(runtime="llama.cpp")
+    monkeypatch.setattr(loader, "get_hermes_engine", lambda: elsewhere)
+    with pytest.raises(ModelUnavailable, match="in another process; use get_hermes_engine"):
+        loader.get_hermes_model_and_tokenizer()
 
 
 def test_getters_load_once_and_keep_a_tokenizer_that_no_text_ends(

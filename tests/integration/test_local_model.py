@@ -20,7 +20,7 @@ import pytest
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.deadline import Deadline
-from llm_sidecar.engines import GenerationRequest
+from llm_sidecar.engines import EngineOptions, GenerationRequest
 from llm_sidecar.engines.lora_graph import ADAPTER_FILE
 from llm_sidecar.errors import (
     AdapterRejected,
@@ -32,7 +32,7 @@ from llm_sidecar.errors import (
 from llm_sidecar.models.base import Adapter
 from llm_sidecar.models.fake import IDENTITY
 from llm_sidecar.models.files import ModelFiles
-from llm_sidecar.models.local import process
+from llm_sidecar.models.local import process, supervisor
 from llm_sidecar.models.local.load_state import ModelLimits
 from llm_sidecar.models.local.model import LocalModel
 from llm_sidecar.models.local.protocol import Check, Died, Load, Ready, encode
@@ -69,7 +69,7 @@ async def make_model(random_phi3_onnx: Path) -> AsyncIterator[ModelFactory]:
         model = LocalModel(
             "phi3",
             lambda: ModelFiles("phi3/random", folder),
-            device="cpu",
+            options=EngineOptions("cpu"),
             limits=ModelLimits(**{"load_wait": 60.0, **limits}),
             preload=True,
             on_death=on_death,
@@ -190,7 +190,7 @@ async def test_requests_run_before_a_prefix_is_prefilled(make_model: ModelFactor
 
 
 async def test_the_worker_scores_choices(make_model: ModelFactory) -> None:
-    messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, {"ticker": "ABC"})
+    messages = hermes_plugin.score_messages({"ticker": "ABC"})
     model = await make_model(prefix=None)
     found = await model.score_choices(messages, hermes_plugin.SCORE_ANSWERS)
     assert list(found.probabilities) == list(hermes_plugin.SCORE_ANSWERS)
@@ -227,6 +227,7 @@ async def test_a_full_queue_refuses_at_once_and_names_the_time_to_retry(
 
 async def test_a_deadline_ends_the_generation(make_model: ModelFactory) -> None:
     model = await make_model(request_timeout=1.5)
+    await until_loaded(model)
     # The first builds the grammar, which can take a second; the second only generates.
     for _ in range(2):
         assert isinstance(await failure(complete(model, ENDLESS)), DeadlineExceeded)
@@ -239,6 +240,7 @@ async def test_all_calls_of_a_request_share_its_deadline(
     model = await make_model()
     await complete(model, SHORT)
     os.kill(pid_of(model), signal.SIGSTOP)
+    await until(lambda: state_of(pid_of(model)) == "T")
     # Earlier calls have used 100 of its 100.3 s.
     deadline = Deadline(time.monotonic() - 100.0, 100.3)
     score = model.score_choices(SHORT.messages, ("0", "1"), deadline)
@@ -361,17 +363,28 @@ async def test_a_loading_model_is_waited_for_only_so_long(make_model: ModelFacto
     await complete(model, SHORT)
 
 
-async def test_a_model_that_does_not_load_reports_the_reason(
-    make_model: ModelFactory, tmp_path: Path
+async def test_a_model_with_unusable_files_reports_the_reason_and_loads_once_they_are_replaced(
+    make_model: ModelFactory,
+    random_phi3_onnx: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "genai_config.json").write_text("{")
+    config = tmp_path / "genai_config.json"
+    config.write_text("{")
     model = await make_model(tmp_path)
-    error = await failure(complete(model, SHORT))
-    assert isinstance(error, ModelUnavailable)
-    assert "could not be loaded" in error.detail
-    assert model.status().state == "failed"
-    assert model.status().reason
-    assert model.status().not_ready == model.status().reason
+    reason = f"{config} does not describe a model; copy it again from the original"
+    for _ in range(2):
+        error = await failure(complete(model, SHORT))
+        assert isinstance(error, ModelUnavailable)
+        assert error.detail == f"The phi3 model is not available: {reason}."
+    status = model.status()
+    assert (status.state, status.reason, status.restarts) == ("failed", reason, 0)
+    assert status.not_ready == reason
+    monkeypatch.setattr(supervisor, "_FILES_SECONDS", 0.05)
+    shutil.copytree(random_phi3_onnx, tmp_path, dirs_exist_ok=True)
+    await until(lambda: model.status().state == "ready")
+    await complete(model, SHORT)
+    assert model.status().restarts == 0
 
 
 async def test_missing_files_are_found_without_starting_anything() -> None:
@@ -827,6 +840,11 @@ def command_line(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
 
+def state_of(pid: int) -> str:
+    """The state of a process, as `proc_pid_stat(5)` names it: T is stopped."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 async def until_loaded(model: LocalModel) -> None:
     await model.start()
     await until(lambda: model.status().state == "ready")
@@ -860,7 +878,7 @@ async def test_a_worker_that_writes_no_valid_message_is_killed(
     worker = await process.WorkerProcess.start("phi3/fake")
     async with asyncio.timeout(10):
         assert isinstance(
-            await failure(worker.load(Load("/models/phi3", "cpu", 1))), ModelUnavailable
+            await failure(worker.load(Load("/models/phi3", EngineOptions("cpu")))), ModelUnavailable
         )
         await worker.stop()
     assert not worker.alive
@@ -883,7 +901,7 @@ async def test_a_worker_that_writes_nonsense_later_is_killed(
     replace_worker(monkeypatch, f"{script}; input(); input()")
     worker = await process.WorkerProcess.start("phi3/fake")
     async with asyncio.timeout(10):
-        await worker.load(Load("/models/phi3", "cpu", 1))
+        await worker.load(Load("/models/phi3", EngineOptions("cpu")))
         _, inbox = worker.send(Check(request=SHORT))
         assert isinstance(await inbox.get(), Died)
         await worker.stop()
@@ -895,7 +913,7 @@ async def test_a_worker_that_is_ready_too_late_still_ends(monkeypatch: pytest.Mo
     worker = await process.WorkerProcess.start("phi3/fake")
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
-            await worker.load(Load("/models/phi3", "cpu", 1))
+            await worker.load(Load("/models/phi3", EngineOptions("cpu")))
     ready = Ready(IDENTITY, 100, 1)
     worker._write(ready)
     async with asyncio.timeout(10):

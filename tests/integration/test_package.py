@@ -48,7 +48,7 @@ def pins(file: str) -> dict[str, str]:
     return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
 
 
-PINS = pins("requirements.txt")
+PINS = pins("requirements.txt") | pins("requirements-gguf.txt")
 
 
 def test_the_bare_package_needs_httpx_and_pydantic_only() -> None:
@@ -93,6 +93,7 @@ DOORS = {
     "llm_sidecar.loader": "server",
     "llm_sidecar.tts": "speech",
     "llm_sidecar.tts.__main__": "speech",
+    "llm_sidecar.tts.piper_worker": "piper",
     "llm_sidecar.engines.onnx": "onnx",
     "llm_sidecar.engines.ort": "onnx",
     "llm_sidecar.engines.ort_model": "onnx",

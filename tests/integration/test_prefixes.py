@@ -164,7 +164,7 @@ def test_a_score_is_the_same_whatever_was_read_before(folder: Path) -> None:
     proposal = {"ticker": "ABC", "action": "pass", "confidence": 0.5, "rationale": "None."}
 
     def score() -> dict[str, float]:
-        messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, proposal, "Long ABC.")
+        messages = hermes_plugin.score_messages(proposal, "Long ABC.")
         return engine.score_choices(messages, hermes_plugin.SCORE_ANSWERS)
 
     first = score()

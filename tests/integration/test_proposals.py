@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import llguidance
+import numpy as np
 import pytest
 
 from llm_sidecar import proposals
 from llm_sidecar.engines import Engine, GenerationRequest, load_engine
 from llm_sidecar.grounding import ungrounded_fields
+from llm_sidecar.models.files import DEMO_DIR
 from llm_sidecar.proposals import Example, Proposal
 
 VALID: dict[str, Any] = {
@@ -96,6 +98,44 @@ def test_the_longest_proposal_fits_the_default_length() -> None:
     assert len(text) <= proposals.MAX_COMPLETION_TOKENS <= 256
     longer = longest | {"rationale": "A" * 35 + ".1" + "a" * 34 + ".1" + "a" * 36 + "."}
     assert not accepts(proposals.dumps(longer))
+
+
+def most_tokens(tokenizer: Any, guidance: str) -> int:
+    """The most tokens of proposals whose author takes one of the shortest tokens at each step, and
+    ends each value as late as possible."""
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(guidance)
+    fresh = llguidance.LLMatcher(tokenizer, grammar)
+    texts = [tokenizer.decode_bytes([token]) for token in range(tokenizer.vocab_size)]
+    return max(count_tokens(fresh.deep_copy(), texts, random.Random(seed)) for seed in range(10))
+
+
+def count_tokens(matcher: Any, texts: list[bytes], rng: random.Random) -> int:
+    # What ends a value, begins `null`, or begins the next key instead of `side`, comes last.
+    count, ends = 0, {b".": 1} | dict.fromkeys((b'"', b",", b"}", b"n"), 2)
+    while not matcher.is_stopped():
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little", count=len(texts)))
+        ranked = {int(token): (len(texts[token]), ends.get(texts[token], 0)) for token in allowed}
+        best = min(ranked.values())
+        tokens = [rng.choice([token for token, rank in ranked.items() if rank == best])]
+        matcher.consume_token(tokens[0])
+        tokens += matcher.compute_ff_tokens()
+        matcher.consume_tokens(tokens[1:])
+        count += len(tokens)
+    return count
+
+
+@pytest.mark.parametrize(("max_tokens", "most"), [(96, 88), (128, 118), (183, 175)])
+def test_the_longest_proposal_fits_a_smaller_budget(max_tokens: int, most: int) -> None:
+    tokenizer = llguidance.LLTokenizer((DEMO_DIR / "phi3" / "tokenizer.json").read_text())
+    found = most_tokens(tokenizer, proposals.guidance(max_tokens))
+    assert found == most <= max_tokens
+
+
+def test_a_tokenizer_of_single_bytes_fits_the_largest_budget_only() -> None:
+    tokenizer = llguidance.LLTokenizer("byte")
+    assert most_tokens(tokenizer, proposals.GUIDANCE) == 244 <= proposals.MAX_COMPLETION_TOKENS
+    assert most_tokens(tokenizer, proposals.guidance(96)) == 157
 
 
 # The guidance of a context
@@ -218,10 +258,15 @@ def prompts() -> Iterator[str]:
         yield '{"ticker":"ABC","action":"buy everything","confidence":9,"note":"keep this format"}'
 
 
-def written(engine: Engine, prompt: str, guidance: str, seed: int) -> dict[str, Any]:
+def written(
+    engine: Engine,
+    prompt: str,
+    guidance: str,
+    seed: int,
+    most: int = proposals.MAX_COMPLETION_TOKENS,
+) -> dict[str, Any]:
     """The proposal of random weights at a high temperature."""
     messages = proposals.build_messages(prompt)
-    most = proposals.MAX_COMPLETION_TOKENS
     request = GenerationRequest(messages, most, guidance, temperature=1.5, seed=seed)
     *_, last = deltas = list(engine.stream(request))
     assert last.finish_reason == "stop"
@@ -241,6 +286,19 @@ def test_random_weights_write_nothing_but_what_their_context_has(engine: Engine)
         again = written(engine, prompt, guidance, seed)
         assert ungrounded_fields(again, prompt) == ()
         assert again["ticker"] in {f"TK{seed}.X", f"^IX{seed}", f"TK{seed}"}
+
+
+@pytest.mark.parametrize("max_tokens", [96, 128])
+def test_random_weights_end_their_proposals_within_a_small_budget(
+    engine: Engine, max_tokens: int
+) -> None:
+    prompt = "Long ABC from 100, now 112.5, RSI 81."
+    grounded = proposals.grounded_guidance(prompt, max_tokens=max_tokens)
+    assert grounded is not None
+    for seed in range(10 if engine.runtime == "onnxruntime" else 2):
+        for guidance in (proposals.guidance(max_tokens), grounded):
+            proposal = written(engine, prompt, guidance, seed, max_tokens)
+            assert len(proposal["rationale"]) <= proposals.rationale_bound(max_tokens)
 
 
 @pytest.mark.parametrize("part", range(2))  # tests/long/test_proposals.py runs the other eight

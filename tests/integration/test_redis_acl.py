@@ -49,7 +49,8 @@ def connected(redis: RedisServer, user: str) -> Any:
 
 @pytest.fixture(scope="module")
 def sidecar(redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    with serve(tmp_path_factory.mktemp("acl"), REDIS_URL=url(redis, "sidecar")) as running:
+    environ = {"REDIS_URL": url(redis, "sidecar"), "TTS_VOICE": "auto"}
+    with serve(tmp_path_factory.mktemp("acl"), **environ) as running:
         running.wait_until_database_is_open()
         running.wait_until(lambda: bus(running)["connected"])
         yield running

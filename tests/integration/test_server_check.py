@@ -115,3 +115,13 @@ async def test_only_a_bus_with_durable_events_warns(
     assert plain.status()["warnings"] == []
     for bus in (plain, durable):
         await bus.close()
+
+
+async def test_a_bus_inside_the_process_is_not_checked(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    bus = EventBus("memory://", outbox=MemoryOutbox(10, 1000))
+    await bus.connect()
+    # The check would be one of the first things that it does.
+    await bus.publish("phi3.adapter.swapped", "{}")
+    await bus.close()
+    assert [line for line in caplog.messages if "whether Redis keeps" in line] == []

@@ -9,7 +9,7 @@ from typing import Final
 import pytest
 
 from llm_sidecar import proposals
-from llm_sidecar.engines import GenerationRequest
+from llm_sidecar.engines import EngineOptions, GenerationRequest
 from llm_sidecar.models.files import ModelFiles
 from llm_sidecar.models.local.load_state import ModelLimits
 from llm_sidecar.models.local.model import LocalModel
@@ -61,7 +61,7 @@ async def model(
     made = LocalModel(
         "phi3",
         lambda: ModelFiles("phi3/random", random_phi3_onnx),
-        device="cpu",
+        options=EngineOptions("cpu"),
         limits=ModelLimits(load_wait=60.0),
     )
     await made.prefill(proposals.prefix([proposals.Example(MARK, {"ticker": MARK})], 0.0))

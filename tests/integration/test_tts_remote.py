@@ -45,10 +45,14 @@ class House:
         self._stack = contextlib.AsyncExitStack()
         self._stack.push_async_callback(self.redis.aclose)
 
-    async def worker(self, voice: Tones | None = None, *, sign_every: float = 0.05) -> SpeechWorker:
+    async def worker(
+        self, voice: Tones | None = None, *, heartbeat_seconds: float = 0.05
+    ) -> SpeechWorker:
         client = make_client(self.url)
         self._stack.push_async_callback(client.aclose)
-        worker = SpeechWorker(client, voice or Tones(), sign_every=sign_every, stale_after=STALE)
+        worker = SpeechWorker(
+            client, voice or Tones(), heartbeat_seconds=heartbeat_seconds, stale_after=STALE
+        )
         self._stack.push_async_callback(worker.close)
         await worker.start()
         return worker
@@ -294,7 +298,7 @@ async def test_a_worker_stops_the_text_of_a_dead_sidecar(house: House) -> None:
     dead = [await requests.add(message) for _ in range(2)]
     await until(lambda: voice.begun)
     for asked in dead:
-        assert 0 < await house.redis.ttl(asked.key) <= speech_stream.LISTENED_FOR
+        assert 0 < await house.redis.ttl(asked.key) <= speech_stream.REQUEST_TTL
         await house.redis.delete(asked.key)  # as when it expires
     await until(lambda: voice.given_up)
     await until_empty(house)
@@ -434,7 +438,7 @@ async def test_a_worker_that_has_lost_its_claim_neither_keeps_it_nor_hands_it_ba
 
 async def test_a_worker_that_has_lost_its_text_does_not_fail_it(house: House) -> None:
     voice = Tones(held="break")
-    sidecar, worker = await house.sidecar(), await house.worker(voice, sign_every=TIMEOUT)
+    sidecar, worker = await house.sidecar(), await house.worker(voice, heartbeat_seconds=TIMEOUT)
     await until(lambda: sidecar.unavailable is None)
     asking = asyncio.create_task(say(sidecar, "break"))
     await until(lambda: voice.begun)
@@ -508,7 +512,7 @@ async def test_workers_with_wrong_answers_are_not_used_for_a_while(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(remote, "ASIDE_FOR", 0.2)
+    monkeypatch.setattr(remote, "SUSPENSION_SECONDS", 0.2)
     sidecar = await house.sidecar()
     with pytest.raises(VoiceUnavailable, match=rf"^A speech worker answered wrongly: {reason}.$"):
         await lie(house, sidecar, "no", *messages)

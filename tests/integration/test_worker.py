@@ -11,7 +11,7 @@ from typing import TypeVar
 import msgspec
 import pytest
 
-from llm_sidecar.engines import GenerationRequest
+from llm_sidecar.engines import EngineOptions, GenerationRequest
 from llm_sidecar.models.local.protocol import (
     FROM_WORKER,
     Answer,
@@ -35,7 +35,7 @@ from tests.live_server import ROOT
 
 T = TypeVar("T", bound=Answer)
 
-LOAD = Load("/models/fake", "cpu", 1)
+LOAD = Load("/models/fake", EngineOptions("cpu"))
 LONG = "slow " * 100
 
 
@@ -139,13 +139,16 @@ def test_it_is_ready_with_what_it_has_loaded_and_ends_with_its_input() -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "detail"),
-    [("/models/missing", "it holds no model"), ("/models/damaged", "RuntimeError: fail")],
+    ("folder", "detail", "permanent"),
+    [
+        ("/models/missing", "it holds no model", True),
+        ("/models/damaged", "RuntimeError: fail", False),
+    ],
 )
-def test_it_explains_why_a_model_does_not_load(folder: str, detail: str) -> None:
+def test_it_explains_why_a_model_does_not_load(folder: str, detail: str, permanent: bool) -> None:
     with started() as process:
-        process.send(msgspec.structs.replace(LOAD, folder=folder))
-        assert process.read() == LoadFailed(detail)
+        process.send(msgspec.structs.replace(LOAD, model=folder))
+        assert process.read() == LoadFailed(detail, permanent)
 
 
 @pytest.mark.parametrize("text", ["Propose.", "fail"])

@@ -40,17 +40,18 @@ def files_of_the_project() -> set[Path]:
 def demo_server(
     files_before: set[Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveServer]:
-    """A server with the demo models, which run on both runtimes, and empty folders as its HOME and
-    TMPDIR."""
+    """A server with the demo models, which run on both runtimes, the voice of `make serve`, and
+    empty folders as its HOME and TMPDIR."""
     folder = tmp_path_factory.mktemp("demo")
     environ = {"SIDECAR_DEMO": "true", "PRELOAD_MODELS": "true", "ENABLE_METRICS": "true"}
+    environ["TTS_VOICE"] = "auto"
     for variable in ("HOME", "TMPDIR"):
         environ[variable] = str(folder / variable)
         (folder / variable).mkdir()
     with serve(folder, **environ) as running:
         running.wait_until_ready()
         # The example of `/health` shows a mean score, whichever page has run before it.
-        running.client.post("/score/hermes/", json={"proposal": {"ticker": "AAPL"}})
+        running.client.post("/score/hermes/", json={"proposal": PROPOSAL})
         running.wait_until(
             lambda: running.client.get("/health").json()["num_hermes_scores_last_24h"]
         )
@@ -119,6 +120,16 @@ def as_run(block: Block, server: LiveServer, python_file: Path) -> str:
 
 
 NUMBER, TEXT = "a number", "a text"
+PROPOSAL = {
+    "ticker": "AAPL",
+    "action": "adjust",
+    "side": "LONG",
+    "new_stop_pct": 2.0,
+    "new_target_pct": 6.0,
+    "confidence": 0.7,
+    "rationale": "RSI of 78 is overbought, so tighten the stop.",
+}
+"""One as the demo models write them, so that its score is reliable."""
 VARIES = {
     *("transaction_id", "proposal_id", "feedback_id", "run_id", "timestamp"),
     *("uri", "version"),

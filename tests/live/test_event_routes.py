@@ -21,6 +21,7 @@ from llm_sidecar.event_bus.followed_stream import FollowedStream
 from llm_sidecar.services.event_feed import EventFeed
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
+from osiris.llm_client import LLMClient
 from osiris.routes import events
 from osiris.server import create_app
 from tests.in_process import in_process
@@ -115,6 +116,18 @@ def test_a_listener_resumes_after_the_last_event_that_it_has(
         ids.append(add(redis, "40"))
         assert [next(resumed).id for _ in range(38)] == ids[3:]
         assert [next(whole).id for _ in range(41)] == ids
+
+
+def test_the_python_client_resumes_the_stream(streaming: LiveServer, redis: Any) -> None:
+    with LLMClient(streaming.url) as client:
+        assert client.list_dead_letters(1, "0-0") == {"items": [], "next": None}
+        first = add(redis, '{"n": "\u2028"}')
+        stream = client.stream_events(last_event_id="0-0")
+        assert next(stream) == (first, CREATED, '{"n": "\u2028"}')
+        stream.close()  # type: ignore[attr-defined]
+        add(redis, "2")
+        third = add(redis, "3", ASSESSED)
+        assert next(client.stream_events([ASSESSED], first)) == (third, ASSESSED, "3")
 
 
 def test_a_listener_whose_next_event_is_gone_gets_a_gap_first(

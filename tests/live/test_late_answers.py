@@ -23,6 +23,8 @@ from tests.metrics_text import MetricsText
 from tests.random_models import CONTEXT_LENGTH
 
 PROMPT = {"prompt": "Long ABC from 100, now 112.5, RSI 81."}
+LEAST = 96
+"""The smallest `max_length` of a proposal, and the longest critique, in tokens."""
 LONG_PROMPT = {"prompt": 60 * "Long ABC from 100, now 112.5. "}
 """Its prefill takes Phi-3 a while."""
 CORRECTED = {"ticker": "ABC", "action": "pass", "confidence": 0.5, "rationale": "Nothing to do."}
@@ -171,9 +173,19 @@ def partial_run(server: Server, answer: httpx.Response) -> dict[str, Any]:
 
 def too_long_for_hermes(server: Server) -> dict[str, Any]:
     """A request that just fits into Phi-3's context; Hermes' prompt has the proposal as well."""
-    refused = server.post("/generate/phi3/", PROMPT | {"max_length": CONTEXT_LENGTH})
-    used, context = map(int, re.findall(r"\d+", refused.json()["detail"].partition(": ")[2]))
-    return PROMPT | {"max_length": context - used}
+
+    def room(words: int) -> tuple[str, int]:
+        """A prompt, and how many tokens its completion may have."""
+        prompt = PROMPT["prompt"] + words * " up"
+        body = {"prompt": prompt, "max_length": CONTEXT_LENGTH}
+        refused = server.post("/generate/phi3/", body).json()["detail"]
+        used, context = map(int, re.findall(r"\d+", refused.partition(": ")[2]))
+        return prompt, context - used
+
+    (_, most), (_, less) = room(0), room(100)
+    prompt, left = room(100 * (most - LEAST) // (most - less))
+    assert left >= LEAST
+    return {"prompt": prompt, "max_length": left}
 
 
 # The deadline

@@ -233,6 +233,13 @@ def test_the_state_of_every_part_has_metrics(measured: LiveServer) -> None:
         assert info.labels["served_by"] == health["models"][model]["model"]
         assert info.labels["adapter"] == ""
         assert text.value("sidecar_requests_limit", model=model) == 64
+        for phase in ("prefill", "decode"):
+            speed = text.value("sidecar_model_tokens_per_second", model=model, phase=phase)
+            assert speed == health["models"][model]["speed"][phase]
+    forecast = health["forecast"]
+    parts = (forecast[f"{part}_seconds"] for part in ("proposal", "critique", "score"))
+    share = sum(parts) / forecast["timeout_seconds"]
+    assert text.value("sidecar_forecast_of_timeout_ratio") == share
     assert text.value("sidecar_database_state", state="open") == 1
     assert text.value("sidecar_database_state") == 1
     assert text.label_values("sidecar_database_fragments", "table") == set(
@@ -240,6 +247,7 @@ def test_the_state_of_every_part_has_metrics(measured: LiveServer) -> None:
     )
     assert text.value("sidecar_event_bus_connected") == 1
     assert text.value("sidecar_speech_available") == 1
+    assert text.value("sidecar_speech_voice", voice="espeak") == 1
 
 
 def test_running_and_waiting_calls_are_counted_and_a_disconnect_is_not_a_success(

@@ -23,7 +23,7 @@ from starlette.types import Message
 from llm_sidecar.event_bus.redis_url import make_client
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
-from llm_sidecar.tts import wav
+from llm_sidecar.tts import piper, wav
 from llm_sidecar.tts.text import split
 from llm_sidecar.tts.voice import Wav
 from llm_sidecar.tts.worker import SpeechWorker
@@ -31,24 +31,33 @@ from osiris.llm_client import LLMClient
 from osiris.routes import speech
 from osiris.server import create_app
 from tests.in_process import in_process
-from tests.integration.test_tts import BAD_REFERENCES, GOOD, LONG
+from tests.integration.test_tts import BAD_REFERENCES, GOOD, LONG, SOME
 from tests.live_server import LiveServer, serve
 from tests.tones import TONE, Tones
 
 REFERENCE = base64.b64encode(GOOD).decode()
 
 
-@pytest.fixture(scope="module")
-def voice(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+@pytest.fixture(scope="module", params=["espeak"])
+def voice(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveServer]:
     """A server without models, with few listeners, and a TMPDIR in which nothing may stay."""
     folder = tmp_path_factory.mktemp("voice")
     temporary = folder / "tmp"
     temporary.mkdir()
     with serve(
-        folder, TMPDIR=str(temporary), MAX_AUDIO_LISTENERS="3", SHUTDOWN_GRACE_SECONDS="1"
+        folder,
+        TTS_VOICE=request.param,
+        TMPDIR=str(temporary),
+        MAX_AUDIO_LISTENERS="3",
+        SHUTDOWN_GRACE_SECONDS="1",
     ) as running:
         yield running
         assert list(temporary.iterdir()) == []
+
+
+both_voices = pytest.mark.parametrize("voice", ["espeak", "piper"], indirect=True)
 
 
 def say(server: LiveServer, text: str, **more: Any) -> httpx.Response:
@@ -83,15 +92,17 @@ def event(lines: Iterator[str]) -> bytes:
 # /speak
 
 
+@both_voices
 @pytest.mark.parametrize("path", ["/speak", "/speak/"])
 def test_a_text_is_answered_with_a_wav(voice: LiveServer, path: str) -> None:
     response = voice.client.post(path, json={"text": " Take the profit on AAPL. "})
     assert np.abs(samples(response)).max() > 5000
     assert response.headers["content-type"] == "audio/wav"
-    assert response.headers["x-voice"] == "espeak"
+    assert response.headers["x-voice"] == voice.client.get("/health").json()["speech"]["voice"]
     assert "x-voice-reference" not in response.headers
 
 
+@both_voices
 def test_a_reference_that_the_voice_cannot_use_is_said_to_be_ignored(voice: LiveServer) -> None:
     response = say(voice, "Hello there.", ref_wav_b64=REFERENCE)
     samples(response)
@@ -135,6 +146,7 @@ def test_an_exaggeration_that_is_no_number_is_422(voice: LiveServer) -> None:
         assert voice.client.post("/speak", content=body, headers=headers).status_code == 422
 
 
+@both_voices
 @pytest.mark.parametrize(
     "text",
     [
@@ -207,8 +219,12 @@ async def test_a_full_queue_is_429_and_a_deadline_504(tmp_path: Path) -> None:
         assert int(response.headers["Retry-After"]) >= 1
 
 
-async def test_a_voice_that_is_not_there_is_503_and_says_what_to_do(tmp_path: Path) -> None:
-    async with in_process(tmp_path, TTS_VOICE="chatterbox") as client:
+@pytest.mark.parametrize("voice", ["chatterbox", "piper"])
+async def test_a_voice_that_is_not_there_is_503_and_says_what_to_do(
+    voice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(piper, "_installed_folder", lambda: None)
+    async with in_process(tmp_path, TTS_VOICE=voice) as client:
         response = await client.post("/speak", json={"text": "Hello."})
         assert response.status_code == 503
         assert int(response.headers["Retry-After"]) >= 1
@@ -217,10 +233,26 @@ async def test_a_voice_that_is_not_there_is_503_and_says_what_to_do(tmp_path: Pa
         assert health["speech"]["state"] == "unavailable"
 
 
-async def test_a_worker_speaks_if_there_is_one_and_the_embedded_voice_if_it_fails(
+async def test_without_a_worker_and_without_piper_espeak_speaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(piper, "_installed_folder", lambda: None)
+    async with in_process(tmp_path, TTS_VOICE="auto") as client:
+        response = await client.post("/speak", json={"text": "Hello."})
+    assert (response.status_code, response.headers["X-Voice"]) == (200, "espeak")
+
+
+def test_piper_is_loaded_at_the_start_if_models_are(tmp_path: Path) -> None:
+    with serve(tmp_path, TTS_VOICE="auto", PRELOAD_MODELS="true") as server:
+        server.wait_until(lambda: "the Piper voice is ready" in server.log.read_text())
+        assert server.client.get("/health").json()["speech"]["voice"] == "piper"
+
+
+async def test_a_worker_speaks_if_there_is_one_and_piper_if_it_fails(
     redis_url: str, tmp_path: Path
 ) -> None:
-    async with in_process(tmp_path, REDIS_URL=redis_url) as client, worker(redis_url) as worker_id:
+    environ = {"REDIS_URL": redis_url, "TTS_VOICE": "auto"}
+    async with in_process(tmp_path, **environ) as client, worker(redis_url) as worker_id:
         speech: dict[str, Any] = {}
         while not speech.get("workers"):
             await asyncio.sleep(0.02)
@@ -237,7 +269,7 @@ async def test_a_worker_speaks_if_there_is_one_and_the_embedded_voice_if_it_fail
     assert "X-Voice-Reference" not in spoken.headers
     assert len(samples(spoken)) == 3 * TONE
     assert broken.json()["detail"] == "the voice failed: see the worker's log"
-    assert embedded.headers["X-Voice"] == "espeak"
+    assert embedded.headers["X-Voice"] == "piper"
     assert embedded.headers["X-Voice-Reference"] == "ignored"
 
 
@@ -251,6 +283,7 @@ async def worker(redis_url: str) -> AsyncIterator[str]:
         await worker.close()
 
 
+@both_voices
 def test_a_client_that_hangs_up_stops_its_speech(voice: LiveServer) -> None:
     text = " ".join([LONG] * 4)
     before = voice.client.get("/health").json()["speech"]["spoken"]
@@ -263,6 +296,7 @@ def test_a_client_that_hangs_up_stops_its_speech(voice: LiveServer) -> None:
 # /stream/audio
 
 
+@both_voices
 def test_every_listener_gets_every_wav(voice: LiveServer) -> None:
     with listener(voice) as one, listener(voice) as two:
         spoken = [say(voice, text).content for text in ("The first.", "And the second.")]
@@ -279,9 +313,12 @@ async def test_a_listener_hears_what_other_sidecars_speak(redis_url: str, tmp_pa
             assert await asyncio.to_thread(event, lines) == spoken.content
 
 
+@both_voices
 def test_a_long_texts_first_part_arrives_before_the_response(voice: LiveServer) -> None:
+    is_slow = voice.client.get("/health").json()["speech"]["voice"] == "piper"
+    text = " ".join([SOME] * 3 if is_slow else [LONG] * 4)
     with listener(voice) as lines, ThreadPoolExecutor(1) as pool:
-        whole = pool.submit(say, voice, " ".join([LONG] * 4))
+        whole = pool.submit(say, voice, text)
         first = wav.decode(event(lines)).samples
         assert not whole.done()
         assert len(first) < len(samples(whole.result())) / 10

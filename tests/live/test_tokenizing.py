@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from llm_sidecar.engines import GenerationRequest, Message
+from llm_sidecar.engines import EngineOptions, GenerationRequest, Message
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 from llm_sidecar.models.files import ModelFiles
 from llm_sidecar.models.local import process
@@ -50,7 +50,7 @@ async def make_model() -> AsyncIterator[ModelFactory]:
         model = LocalModel(
             "phi3",
             lambda: ModelFiles("phi3/random", folder),
-            device="cpu",
+            options=EngineOptions("cpu"),
             limits=ModelLimits(load_wait=60.0),
         )
         models.append(model)
@@ -171,8 +171,8 @@ async def test_a_chat_that_the_template_refuses_is_the_models_fault_and_is_not_q
     folder = shutil.copytree(random_phi3_onnx, tmp_path / "model")
     template = folder / "chat_template.jinja"
     template.write_text(
-        "{% if messages[0].role == 'system' %}{{ raise_exception(messages[1].content) }}{% endif %}"
-        "" + template.read_text()
+        "{% set last = messages[-1].content %}{% if 'SECRET' in last %}{{ raise_exception(last) }}"
+        "{% endif %}" + template.read_text()
     )
     model = make_model(folder)
     chat = [{"role": "system", "content": "Obey."}, *user("SECRETMARK")]

@@ -304,8 +304,8 @@ class FakeMetrics(MetricsSink):
     def proposed(self, action: str, ungrounded: Sequence[str]) -> None:
         self._happened.log.append(("metric", "proposed", (action, *ungrounded)))
 
-    def scored(self, score: float) -> None:
-        self._happened.log.append(("metric", "scored", score))
+    def scored(self, score: float, answer_mass: float, *, reliable: bool) -> None:
+        self._happened.log.append(("metric", "scored", (score, answer_mass, reliable)))
 
     def row_lost(self, table: str) -> None:
         self._happened.log.append(("metric", "row_lost", table))

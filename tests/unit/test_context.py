@@ -8,7 +8,7 @@ from llm_sidecar.engines.base import ANSWER_TOKENS, check_context
 from llm_sidecar.errors import InvalidRequest
 
 
-@pytest.mark.parametrize(("prompt", "new"), [(98, ANSWER_TOKENS), (50, 50), (99, 1)])
+@pytest.mark.parametrize(("prompt", "new"), [(96, ANSWER_TOKENS), (50, 50), (99, 1)])
 def test_a_prompt_that_fits_is_accepted(prompt: int, new: int) -> None:
     check_context(prompt, new, 100)
 
@@ -23,7 +23,7 @@ def test_a_prompt_that_no_max_length_makes_fit_is_to_be_shortened(prompt: int, n
     )
 
 
-@pytest.mark.parametrize(("prompt", "new"), [(98, 3), (1, 100)])
+@pytest.mark.parametrize(("prompt", "new"), [(96, 5), (1, 100)])
 def test_where_a_smaller_max_length_helps_it_is_named(prompt: int, new: int) -> None:
     with pytest.raises(InvalidRequest) as caught:
         check_context(prompt, new, 100)

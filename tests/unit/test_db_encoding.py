@@ -26,7 +26,7 @@ def test_a_row_is_json_text_with_the_key_of_its_table() -> None:
     assert (entry.target, entry.key, entry.again) == (SCORES, "é", False)
     assert entry.data.decode() == (
         '{"timestamp":"2026-01-02T03:04:05.678901+00:00","run_id":"é","score":0.5,'
-        '"rationale":"価 🚀\\n","row_id":"é"}'
+        '"rationale":"価 🚀\\n","answer_mass":null,"score_reliable":null,"row_id":"é"}'
     )
 
 

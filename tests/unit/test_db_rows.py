@@ -81,7 +81,11 @@ def test_an_object_becomes_compact_json() -> None:
 
 def test_a_run_a_score_and_a_proposal_have_these_columns() -> None:
     assert columns(OrchestratorRunSchema(**RUN), "row_id") == RUN | {"error_message": None}
-    assert columns(HermesScoreSchema(**SCORE), "row_id") == SCORE | {"rationale": ""}
+    assert columns(HermesScoreSchema(**SCORE), "row_id") == SCORE | {
+        "rationale": "",
+        "answer_mass": None,
+        "score_reliable": None,
+    }
     row = columns(ProposalSchema(**PROPOSAL), "row_id")
     expected = PROPOSAL | {
         "proposal": '{"ticker":"ABC"}',
@@ -91,6 +95,8 @@ def test_a_run_a_score_and_a_proposal_have_these_columns() -> None:
         "latencies": {"proposal": None, "assessment": None, "score": None},
         "grounded": None,
         "provenance": None,
+        "answer_mass": None,
+        "score_reliable": None,
     }
     assert row == expected
 
@@ -285,6 +291,14 @@ def test_breadth_does_not_count_as_depth() -> None:
         (HermesScoreSchema, SCORE | {"score": None}),
         (HermesScoreSchema, SCORE | {"score": True}),
         (HermesScoreSchema, SCORE | {"score": "0.5"}),
+        (HermesScoreSchema, SCORE | {"answer_mass": -0.01}),
+        (HermesScoreSchema, SCORE | {"answer_mass": 1.01}),
+        (HermesScoreSchema, SCORE | {"answer_mass": float("nan")}),
+        (HermesScoreSchema, SCORE | {"answer_mass": True}),
+        (HermesScoreSchema, SCORE | {"score_reliable": 1}),
+        (HermesScoreSchema, SCORE | {"score_reliable": "true"}),
+        (ProposalSchema, PROPOSAL | {"answer_mass": 1.01}),
+        (ProposalSchema, PROPOSAL | {"score_reliable": 0}),
         (ProposalSchema, PROPOSAL | {"score": "0.5"}),
         (ProposalSchema, PROPOSAL | {"latencies": {"score": True}}),
         (ProposalSchema, PROPOSAL | {"transaction_id": ""}),

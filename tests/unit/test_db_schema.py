@@ -114,6 +114,16 @@ def test_a_row_of_version_3_has_no_author() -> None:
     assert schema.upgraded("phi3_feedback", older) == older | {"author": None}
 
 
+def test_a_row_of_version_5_has_no_answer_mass() -> None:
+    unknown = {"answer_mass": None, "score_reliable": None}
+    for table, row in (
+        ("proposals", ProposalSchema(**PROPOSAL).as_row()),
+        ("hermes_scores", HermesScoreSchema(**SCORE).as_row()),
+    ):
+        older = {name: value for name, value in row.items() if name not in unknown}
+        assert schema.upgraded(table, older) == older | unknown
+
+
 def test_feedback_from_the_future_arrived_no_later_than_now() -> None:
     """Otherwise it would remain the newest until then."""
     ahead = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1)
@@ -127,7 +137,10 @@ def test_a_current_row_is_unchanged() -> None:
     for table, row in (
         ("phi3_feedback", published(corrected_proposal={"a": 1}).as_row()),
         ("proposals", ProposalSchema(**PROPOSAL | {"grounded": "true"}).as_row()),
-        ("hermes_scores", HermesScoreSchema(**SCORE).as_row()),
+        (
+            "hermes_scores",
+            HermesScoreSchema(**SCORE, answer_mass=0.25, score_reliable=False).as_row(),
+        ),
     ):
         assert schema.upgraded(table, row) == row
 
@@ -155,7 +168,7 @@ def test_a_new_feedback_table_has_a_new_database_id() -> None:
     assert len(name) == 32
     assert schema.database_id(other) != name
     assert one.equals(schema.arrow_schemas()["phi3_feedback"])
-    assert one.metadata[b"osiris_schema_version"] == b"5"
+    assert one.metadata[b"osiris_schema_version"] == b"6"
 
 
 def test_a_table_without_a_database_id_has_none() -> None:

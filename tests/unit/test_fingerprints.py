@@ -67,6 +67,7 @@ def test_the_fingerprint_of_a_file_of_64_mib_covers_everything(
         ("model__onnx", "model"),
         ("model__onnx__data", "model"),
         ("genai_config__json", "model"),
+        ("generation_config__json", "model"),
         ("tokenizer__json", "tokenizer"),
         ("chat_template__jinja", "tokenizer"),
         ("README__md", ""),
@@ -92,6 +93,15 @@ def test_the_fingerprint_of_a_transformers_model_covers_its_weights(tmp_path: Pa
     before = fingerprints_of(folder, None)
     after = fingerprints_of(written(folder, model__safetensors=b"2"), None)
     assert before.model != after.model
+
+
+def test_the_fingerprint_of_a_gguf_model_covers_its_sampling(tmp_path: Path) -> None:
+    file = written(tmp_path, hermes__gguf=b"1", config__json=b"1") / "hermes.gguf"
+    before = fingerprints_of(file, None)
+    written(tmp_path, config__json=b"2")
+    assert fingerprints_of(file, None) == before
+    written(tmp_path, generation_config__json=b"1")
+    assert fingerprints_of(file, None).model != before.model
 
 
 def test_an_adapter_has_a_fingerprint_of_its_own(tmp_path: Path) -> None:

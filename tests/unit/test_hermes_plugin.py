@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from llm_sidecar import hermes_plugin, loader
 from llm_sidecar.errors import ModelUnavailable
 from llm_sidecar.models.base import ChoiceScores, GenerationRequest, Message
+from llm_sidecar.models.prompts import Prompts
+from llm_sidecar.settings import Settings
 
 PROPOSAL = {"ticker": "ABC", "action": "adjust", "new_stop_pct": 1.5, "rationale": "Größe zählt."}
 CONTEXT = "Long ABC from 100,\nnow 112.5."
@@ -28,6 +31,7 @@ WRITTEN = (
 ANSWERS = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10")
 CRITICISE = "Criticise this proposal in at most three sentences."
 SCORE = "Score it from 0 to 10, a number only."
+BEGUN = {"role": "assistant", "content": '{"score":'}
 
 
 def in_context(task: str) -> list[dict[str, str]]:
@@ -50,6 +54,13 @@ def probabilities(**found: float) -> dict[str, float]:
 def test_the_messages_hold_context_proposal_and_task() -> None:
     assert hermes_plugin.build_messages("Do it.", PROPOSAL, CONTEXT) == in_context("Do it.")
     assert hermes_plugin.build_messages("Do it.", PROPOSAL) == alone("Do it.")
+
+
+def test_a_score_chat_starts_the_answer() -> None:
+    assert hermes_plugin.score_messages(PROPOSAL, CONTEXT) == [*in_context(SCORE), BEGUN]
+    assert hermes_plugin.score_messages(PROPOSAL) == [*alone(SCORE), BEGUN]
+    silent = hermes_plugin.PROMPTS.model_copy(update={"score_start": ""})
+    assert hermes_plugin.score_messages(PROPOSAL, CONTEXT, silent) == in_context(SCORE)
 
 
 def test_an_empty_context_is_one() -> None:
@@ -117,19 +128,72 @@ def test_a_model_that_gives_no_answer_any_probability_is_unavailable() -> None:
     assert caught.value.retry_after == 1
 
 
-def test_a_score_of_little_mass_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    assert hermes_plugin.read_score(ChoiceScores(probabilities(_4=0.3, _5=0.1))) == pytest.approx(
-        0.425
-    )
+def test_a_model_that_leaves_an_answer_out_is_unavailable() -> None:
+    found = probabilities(_5=1.0)
+    del found["3"], found["10"]
+    with pytest.raises(ModelUnavailable) as caught:
+        hermes_plugin.read_score(ChoiceScores(found))
+    assert caught.value.detail == ("hermes gave no score: the answers 3, 10 have no probabilities")
+    assert caught.value.retry_after == 1
+
+
+def test_a_score_of_little_mass_is_not_reliable_and_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert hermes_plugin.is_reliable(ChoiceScores(probabilities(_4=0.3, _5=0.1)), 0.5) is False
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("WARNING", "hermes gives the answers 0 to 10 a probability of only 0.400")
     ]
     caplog.clear()
-    # From a half on it is enough.
-    assert hermes_plugin.read_score(ChoiceScores(probabilities(_4=0.25, _5=0.25))) == pytest.approx(
-        0.45
-    )
+    assert hermes_plugin.is_reliable(ChoiceScores(probabilities(_4=0.25, _5=0.25)), 0.5) is True
+    assert hermes_plugin.is_reliable(ChoiceScores(probabilities(_4=0.1)), 0.1) is True
     assert caplog.messages == []
+
+
+# The prompts
+
+
+def test_a_model_has_the_prompts_in_its_folder_and_any_other_the_sidecars_own(
+    tmp_path: Path,
+) -> None:
+    settings = Settings(models={"hermes_path": tmp_path})
+    assert hermes_plugin.prompts_for(settings) == hermes_plugin.PROMPTS
+    (tmp_path / "config.json").write_text("{}")
+    assert hermes_plugin.prompts_for(settings) == hermes_plugin.PROMPTS
+    own = Prompts(system="a", critique_task="b", score_task="c", score_start="d")
+    (tmp_path / "prompts.json").write_text(own.model_dump_json())
+    assert hermes_plugin.prompts_for(settings) == own
+
+
+def test_the_demo_model_keeps_the_prompts_that_it_was_trained_on() -> None:
+    demo = hermes_plugin.prompts_for(Settings(models={"demo": True}))
+    assert demo == Prompts(
+        system=SYSTEM["content"],
+        critique_task="Criticise this proposal in at most three sentences.",
+        score_task="Score it from 0 to 10, a number only.",
+        score_start="",
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{}", "[]", "{", '{"system": "a", "critique_task": "b"}'),
+        '{"system": "a", "critique_task": "b", "score_task": "c"}',
+        '{"system": "a", "critique_task": "b", "score_task": "", "score_start": "d"}',
+        '{"system": "a", "critique_task": "b", "score_task": "c", "score_start": "", "more": "d"}',
+    ],
+)
+def test_a_model_with_broken_prompts_does_not_load(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "prompts.json").write_text(text)
+    with pytest.raises(ModelUnavailable) as caught:
+        loader.locate_hermes(Settings(models={"hermes_path": tmp_path}))
+    assert caught.value.detail == (
+        f"{tmp_path}/prompts.json must contain exactly the texts system, critique_task, "
+        "score_task, score_start; "
+        "correct it, or remove it to use the sidecar's own prompts"
+    )
 
 
 # For scripts
@@ -159,7 +223,10 @@ def test_a_script_gets_the_score_of_the_loaded_model(
     monkeypatch.setattr(loader, "get_hermes_engine", lambda: engine)
     assert hermes_plugin.score_with_hermes(PROPOSAL, CONTEXT) == pytest.approx(score)
     assert hermes_plugin.score_with_hermes(PROPOSAL) == pytest.approx(score)
-    assert engine.requests == [(in_context(SCORE), ANSWERS), (alone(SCORE), ANSWERS)]
+    assert engine.requests == [
+        ([*in_context(SCORE), BEGUN], ANSWERS),
+        ([*alone(SCORE), BEGUN], ANSWERS),
+    ]
     assert caplog.messages == []
 
 

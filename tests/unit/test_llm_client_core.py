@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -13,7 +12,7 @@ import pytest
 
 from llm_sidecar.settings import Settings
 from osiris.llm_client import core
-from osiris.llm_client.core import AudioEvents, Core, Reply, as_connection_error, authorization
+from osiris.llm_client.core import Core, Reply, as_connection_error, authorization
 from osiris.llm_client.errors import (
     LLMClientConnectionError,
     LLMClientError,
@@ -396,59 +395,7 @@ def test_a_probe_that_is_neither_ready_nor_unready_is_an_error(status: int) -> N
     assert (caught.value.request_id, caught.value.retry_after) == ("ours", 3.0)
 
 
-# The audio stream
-
-
-def encoded(wav: bytes) -> str:
-    return base64.b64encode(wav).decode()
-
-
-def fed(*lines: str) -> list[bytes]:
-    events = AudioEvents()
-    return [wav for line in lines if (wav := events.feed(line)) is not None]
-
-
-def test_an_event_is_a_wav_once_its_line_is_empty() -> None:
-    events = AudioEvents()
-    assert events.feed(f"data: {encoded(b'RIFF1')}") is None
-    assert events.feed("") == b"RIFF1"
-    assert events.feed("") is None
-    assert events.feed(f"data: {encoded(b'RIFF2')}") is None
-    assert events.feed("") == b"RIFF2"
-
-
-@pytest.mark.parametrize(
-    "lines",
-    [
-        ["data:UklGRg==", ""],
-        ["data: UklG", "data: Rg==", ""],
-        [": keep-alive", "", "data: UklGRg==", ""],
-        ["event: wav", "id: 7", "data: UklGRg==", "retry: 5", ""],
-        ["event: lost", "data: 12", "", "data: UklGRg==", ""],
-        ["event:lost", "data: 12", "", "data: UklGRg==", ""],
-        ["event: lost", "", "data: UklGRg==", ""],
-        ["data: 12", "event: lost", "", "data: UklGRg==", ""],
-        ["data", "data: UklGRg==", ""],
-        ["", "data: UklGRg==", "", ""],
-    ],
-)
-def test_whatever_is_around_it_a_wav_is_found(lines: list[str]) -> None:
-    assert fed(*lines) == [b"RIFF"]
-
-
-def test_a_wav_whose_last_line_has_not_come_is_none_yet() -> None:
-    assert fed("data: UklGRg==") == []
-
-
-@pytest.mark.parametrize("data", ["a", "!!!!", "UklGRg=", "UklG Rg==", "UklG:Rg=="])
-def test_an_event_that_is_no_base64_is_an_error(data: str) -> None:
-    events = AudioEvents()
-    events.feed(f"data: {data}")
-    with pytest.raises(LLMClientError, match=r"^an event of the audio stream is not valid base64$"):
-        events.feed("")
-    # The next one is read all the same.
-    events.feed("data: UklGRg==")
-    assert events.feed("") == b"RIFF"
+# Streams
 
 
 def test_what_breaks_a_stream_is_a_connection_error() -> None:

@@ -204,6 +204,7 @@ def test_answers_declare_their_headers(document: dict[str, Any]) -> None:
         assert ("Retry-After" in headers) == retry, (name, status)
         assert ("WWW-Authenticate" in headers) == (status == "401"), (name, status)
     generation = {"X-Model", "X-Finish-Reason", "X-Prompt-Tokens", "X-Completion-Tokens"}
+    rating = {"X-Hermes-Answer-Mass", "X-Hermes-Score-Reliable"}
     own = {
         name: headers - everywhere
         for (name, status), headers in declared.items()
@@ -214,8 +215,9 @@ def test_answers_declare_their_headers(document: dict[str, Any]) -> None:
         "generate_hermes": generation | {REPLAYED},
         "generate_phi3": generation | {"X-Grounded", REPLAYED},
         "propose_trade_adjustments": generation
+        | rating
         | {"X-Grounded", "X-Hermes-Score", "X-Stored", REPLAYED},
-        "score_hermes": {"X-Stored", REPLAYED},
+        "score_hermes": rating | {"X-Stored", REPLAYED},
         "submit_feedback": {"X-Feedback-ID", REPLAYED},
         "swap_adapters": {REPLAYED},
         "requeue_dead_letter": {REPLAYED},

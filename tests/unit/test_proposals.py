@@ -50,7 +50,9 @@ SHOWN = [
         "content": '{"ticker":"XYZ","action":"pass","confidence":1,"rationale":"It holds."}',
     },
 ]
-LEAST = 248
+LEAST = 96
+"""Tokens that a request must allow."""
+MOST = 248
 """Tokens of the longest proposal."""
 
 
@@ -191,15 +193,36 @@ def test_the_longest_proposal_takes_248_tokens() -> None:
     }
     # 100.00 is a character longer than 99.99, twice; 1.00 as long as 0.99; and the turn ends.
     assert len(proposals.dumps(longest)) + 2 <= proposals.MAX_COMPLETION_TOKENS - 1
-    least: int = proposals.MAX_COMPLETION_TOKENS
-    assert least == LEAST
+    most: int = proposals.MAX_COMPLETION_TOKENS
+    assert most == MOST
 
 
-def test_a_budget_that_cannot_hold_it_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("max_tokens", "bound"),
+    [(96, 22), (98, 22), (99, 25), (128, 52), (182, 106), (183, 109), (248, 109), (8192, 109)],
+)
+def test_a_smaller_budget_shortens_the_rationale(max_tokens: int, bound: int) -> None:
+    assert proposals.rationale_bound(max_tokens) == bound
+    guidance = json.loads(proposals.guidance(max_tokens))
+    expected = json.loads(proposals.GUIDANCE)
+    char, decimal, part = r"[A-Za-z0-9,;:%$()/+' -]", r"\.[0-9]", (bound - 7) // 3
+    expected["properties"]["rationale"]["pattern"] = (
+        rf"^[A-Z]({char}{{8,{bound - 3}}}"
+        rf"|{char}{{0,{part + 2}}}{decimal}{char}{{0,{2 * part}}}"
+        rf"|{char}{{0,{2 * part}}}{decimal}{char}{{0,{part + 2}}}"
+        rf"|{char}{{0,{part}}}{decimal}{char}{{0,{part}}}{decimal}{char}{{0,{part}}})"
+        r"[A-Za-z%)]\.$"
+    )
+    assert guidance == expected
+    # The same object: runtimes keep the compiled grammar by its text.
+    assert proposals.guidance(max_tokens) is proposals.guidance(max_tokens)
+
+
+def test_a_budget_below_96_tokens_is_refused() -> None:
     proposals.check_budget(LEAST)
     with pytest.raises(InvalidRequest) as caught:
         proposals.check_budget(LEAST - 1)
-    assert caught.value.detail == ("max_length: a proposal can take 248 tokens; send at least that")
+    assert caught.value.detail == "max_length: a proposal needs 96 tokens; send at least that"
 
 
 # The prompt
@@ -224,7 +247,7 @@ def test_the_prompt_is_the_system_prompt_the_examples_in_order_and_the_context()
 
 def test_what_every_prompt_begins_with_is_all_but_the_context() -> None:
     assert proposals.prefix(EXAMPLES, 0.3) == GenerationRequest(
-        [SYSTEM, *SHOWN], LEAST, proposals.GUIDANCE, 0.3, None
+        [SYSTEM, *SHOWN], MOST, proposals.GUIDANCE, 0.3, None
     )
 
 
@@ -250,6 +273,23 @@ def test_a_contexts_guidance_offers_its_tickers_and_numbers() -> None:
     assert json.loads(guidance) == expected
     # The same text each time: runtimes keep the compiled grammar by it.
     assert proposals.grounded_guidance(CONTEXT, ["quiet", "ABC"]) == guidance
+
+
+def test_a_contexts_guidance_has_the_bound_of_its_budget() -> None:
+    wide, narrow = (proposals.grounded_guidance(CONTEXT, max_tokens=most) for most in (183, 96))
+    assert wide is not None
+    assert narrow is not None
+    expected = json.loads(wide)
+    assert expected["properties"]["rationale"]["maxLength"] == 109
+    expected["properties"]["rationale"]["maxLength"] = 22
+    assert json.loads(narrow) == expected
+
+
+def test_a_guidance_says_whether_it_is_of_a_context() -> None:
+    guidance = proposals.grounded_guidance(CONTEXT, max_tokens=96)
+    assert guidance is not None
+    assert proposals.is_grounded_guidance(guidance) is True
+    assert proposals.is_grounded_guidance(proposals.guidance(96)) is False
 
 
 def test_without_a_number_a_rationale_has_none() -> None:

@@ -12,6 +12,7 @@ import pytest
 from llm_sidecar import hermes_plugin
 from llm_sidecar.db import Correction, Phi3FeedbackSchema
 from llm_sidecar.errors import DatabaseUnavailable, QueueFull
+from llm_sidecar.models.base import ChoiceScores
 from llm_sidecar.services.example_rules import Outcome
 from llm_sidecar.settings import Settings
 from osiris.server import create_app
@@ -57,8 +58,32 @@ async def test_a_score_is_answered_with_its_id(
     response = await asking.post(path, json={"proposal": CORRECTED | {"id": name}, "context": "c"})
     assert response.status_code == 200
     assert response.json() == {"proposal_id": name, "score": 0.75}
-    messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, CORRECTED | {"id": name}, "c")
+    assert response.headers["X-Hermes-Answer-Mass"] == "1.000000"
+    assert response.headers["X-Hermes-Score-Reliable"] == "true"
+    messages = hermes_plugin.score_messages(CORRECTED | {"id": name}, "c")
     assert fake_sidecar.hermes.requests == [(messages, hermes_plugin.SCORE_ANSWERS)]
+
+
+async def test_a_score_of_little_answer_mass_is_marked_in_its_headers(
+    asking: httpx.AsyncClient, fake_sidecar: FakeSidecar
+) -> None:
+    fake_sidecar.hermes.answers = [scores(_4=0.3125)]
+    response = await asking.post("/score/hermes/", json={"proposal": CORRECTED})
+    assert response.json()["score"] == 0.4
+    assert response.headers["X-Hermes-Answer-Mass"] == "0.312500"
+    assert response.headers["X-Hermes-Score-Reliable"] == "false"
+
+
+async def test_a_model_that_leaves_an_answer_out_is_503(
+    asking: httpx.AsyncClient, fake_sidecar: FakeSidecar
+) -> None:
+    fake_sidecar.hermes.answers = [ChoiceScores({"7": 1.0})]
+    response = await asking.post("/score/hermes/", json={"proposal": CORRECTED})
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+    assert response.json()["detail"] == (
+        "hermes gave no score: the answers 0, 1, 2, 3, 4, 5, 6, 8, 9, 10 have no probabilities"
+    )
+    assert fake_sidecar.happened.log == []
 
 
 async def test_a_full_queue_is_429(asking: httpx.AsyncClient, fake_sidecar: FakeSidecar) -> None:

@@ -20,8 +20,9 @@ KEY = "a-key-of-the-tests-0123"
 DESK = {"Origin": ORIGIN, "X-API-Key": KEY}
 EXPOSED = (
     "Allow, Idempotent-Replayed, Retry-After, WWW-Authenticate, X-Completion-Tokens, "
-    "X-Feedback-ID, X-Finish-Reason, X-Grounded, X-Hermes-Answer-Mass, X-Hermes-Score, X-Model, "
-    "X-Prompt-Tokens, X-Request-ID, X-Stored, X-Voice, X-Voice-Reference, traceresponse"
+    "X-Feedback-ID, X-Finish-Reason, X-Grounded, X-Hermes-Answer-Mass, X-Hermes-Score, "
+    "X-Hermes-Score-Reliable, X-Model, X-Prompt-Tokens, X-Request-ID, X-Stored, X-Voice, "
+    "X-Voice-Reference, traceresponse"
 )
 ON = {
     "REDIS_URL": "memory://",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import random
 from collections.abc import AsyncIterator, Callable
@@ -16,16 +17,16 @@ from typing import Any, Literal
 import pytest
 
 from llm_sidecar.deadline import Deadline
-from llm_sidecar.engines import GenerationRequest
+from llm_sidecar.engines import EngineOptions, GenerationRequest
 from llm_sidecar.errors import AdapterRejected, DeadlineExceeded, ModelUnavailable, QueueFull
 from llm_sidecar.logs import log_context
-from llm_sidecar.models.base import Adapter, ModelStatus
+from llm_sidecar.models.base import Adapter, ModelStatus, Speed
 from llm_sidecar.models.fake import IDENTITY
 from llm_sidecar.models.files import ModelFiles
 from llm_sidecar.models.local import loader
 from llm_sidecar.models.local.load_state import ModelLimits
 from llm_sidecar.models.local.model import LocalModel
-from llm_sidecar.models.local.process import Inbox
+from llm_sidecar.models.local.process import Inbox, UnusableFiles
 from llm_sidecar.models.local.protocol import (
     Begun,
     Died,
@@ -43,6 +44,7 @@ from tests.completions import complete
 ASKED = GenerationRequest([{"role": "user", "content": "What now?"}], 5)
 PREFIX = GenerationRequest([{"role": "system", "content": "Propose."}], 248, "{}", 0.5)
 OTHER_PREFIX = GenerationRequest([{"role": "system", "content": "Other."}], 248, "{}", 0.5)
+SPEED = Speed(prefill=14.25, decode=3.9)
 ADAPTER = Adapter(Path("/adapters/20260102"))
 
 
@@ -69,7 +71,8 @@ class FakeWorker:
 
     def __init__(self, label: str, adapter: str | None, on_tokens: Callable[[int], None]) -> None:
         self.label, self.adapter = label, adapter
-        self.ready = Ready(IDENTITY, context_length=100, capacity=2)
+        self.ready = Ready(IDENTITY, context_length=100, capacity=2, speed=SPEED, notes=house.notes)
+        self.notes: tuple[str, ...] = ()
         self.loaded: Load | None = None
         self.sent: list[Job] = []
         self.calls: dict[int, ModelCall] = {}
@@ -151,6 +154,7 @@ class House:
         loading: unless it is set, workers do not become ready.
         failures: raised by the next loads, one each.
         paused: seconds that were waited between two starts.
+        notes: of the workers.
     """
 
     def __init__(self) -> None:
@@ -160,6 +164,7 @@ class House:
         self.loading.set()
         self.failures: list[Exception] = []
         self.paused: list[float] = []
+        self.notes: tuple[str, ...] = ()
 
     async def start(
         self,
@@ -207,21 +212,23 @@ class Made:
 
     def __init__(self, *, preload: bool = False, **limits: float) -> None:
         self.deaths: list[WorkerDeath] = []
+        self.on_ready: Callable[[], None] = lambda: None
         self.missing: str | None = None
+        self.notes: tuple[str, ...] = ()
         self.model = LocalModel(
             "phi3",
             self._locate,
-            device="cpu",
-            threads=3,
+            options=EngineOptions("cpu", 3),
             limits=ModelLimits(**limits),  # type: ignore[arg-type]
             preload=preload,
             on_death=self.deaths.append,
+            on_ready=lambda: self.on_ready(),
         )
 
     def _locate(self) -> ModelFiles:
         if self.missing is not None:
             raise ModelUnavailable(self.missing, retry_after=30)
-        return ModelFiles("phi3/fake", Path("/models/phi3"))
+        return ModelFiles("phi3/fake", Path("/models/phi3"), self.notes)
 
 
 @pytest.fixture
@@ -256,7 +263,7 @@ async def test_the_first_request_loads_the_model_as_it_is_configured(made: Made)
     completion = await complete(made.model, ASKED)
     assert (completion.text, completion.model) == ("from 1", "phi3/fake")
     (worker,) = house.workers
-    assert worker.loaded == Load("/models/phi3", "cpu", 3)
+    assert worker.loaded == Load("/models/phi3", EngineOptions("cpu", 3))
     assert made.model.status() == ModelStatus(
         state="ready",
         model="phi3/fake",
@@ -265,7 +272,22 @@ async def test_the_first_request_loads_the_model_as_it_is_configured(made: Made)
         pid=1,
         completion_tokens_total=2,
         queue_length=64,
+        speed=SPEED,
     )
+
+
+async def test_each_worker_that_begins_to_serve_is_reported_with_its_speed(
+    made: Made, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    speeds: list[Speed | None] = []
+    made.on_ready = lambda: speeds.append(made.model.status().speed)
+    assert made.model.status().speed is None
+    await complete(made.model, ASKED)
+    await made.model.use_adapter(ADAPTER)
+    assert speeds == [SPEED, SPEED]
+    said = [text.partition(": ")[2] for text in caplog.messages if " is ready after " in text]
+    assert said == ["phi3/fake on fake, cpu; prefill 14.2 tokens/s, decode 3.9 tokens/s"] * 2
 
 
 async def test_one_worker_serves_all_requests(made: Made) -> None:
@@ -338,7 +360,7 @@ async def test_a_worker_that_loads_is_sent_the_new_prefix_afterwards(made: Made)
     assert worker.sent == []
     house.loading.set()
     await asking
-    assert worker.loaded == Load("/models/phi3", "cpu", 3, prefix=OTHER_PREFIX)
+    assert worker.loaded == Load("/models/phi3", EngineOptions("cpu", 3), prefix=OTHER_PREFIX)
     assert worker.sent[0] == Prefill(request=PREFIX)
 
 
@@ -514,6 +536,74 @@ def between_loads(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
     return over
+
+
+async def test_files_that_cannot_be_loaded_are_loaded_again_once_they_have_changed(
+    made: Made,
+    between_loads: asyncio.Event,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # The third look finds a copy under way, the fifth one finds it complete.
+    seen = itertools.chain(["old", "old", "part", "new", "new"], itertools.repeat("new"))
+    looks: list[str] = []
+
+    def file_stats(self: loader.WorkerLoader, adapter: Adapter | None) -> object:
+        looks.append(next(seen))
+        return looks[-1]
+
+    monkeypatch.setattr(loader.WorkerLoader, "file_stats", file_stats)
+    house.failures = [UnusableFiles("it has no chat template")]
+    for _ in range(2):
+        with pytest.raises(ModelUnavailable) as caught:
+            await complete(made.model, ASKED)
+        assert caught.value.detail == "The phi3 model is not available: it has no chat template."
+        assert caught.value.retry_after == 30
+    status = made.model.status()
+    assert (status.state, status.reason, status.restarts) == ("failed", status.not_ready, 0)
+    assert status.reason == "it has no chat template"
+    assert len(house.workers) == 1
+    assert caplog.messages == [
+        "phi3: it has no chat template; it is loaded again when its files change"
+    ]
+    between_loads.set()
+    await until(lambda: made.model.status().state == "ready")
+    assert looks == ["old", "old", "part", "new", "new", "new"]
+    assert (len(house.workers), made.model.status().restarts) == (2, 0)
+
+
+@pytest.mark.parametrize("change", ["replaced", "completed", "allowed", "removed"])
+def test_every_change_of_the_files_is_seen(made: Made, tmp_path: Path, change: str) -> None:
+    link, program = tmp_path / "model.safetensors", tmp_path / "bin" / "llama-server"
+    program.parent.mkdir()
+    program.touch(0o600)
+    # As the cache of a download that is not complete.
+    link.symlink_to("bin/weights")
+    (tmp_path / "config.json").touch()
+    options = EngineOptions(llama_server=str(program))
+    found = loader.WorkerLoader("phi3", lambda: ModelFiles("phi3/m", tmp_path), options, 1.0)
+    before = found.file_stats(None)
+    assert before == found.file_stats(None) is not None
+    match change:
+        case "replaced":
+            (tmp_path / "config.json").write_text("{}")
+        case "completed":
+            (tmp_path / "bin" / "weights").touch()
+        case "allowed":
+            program.chmod(0o700)
+        case "removed":
+            link.unlink()
+    assert found.file_stats(None) not in (before, None)
+
+
+async def test_deviations_from_the_files_are_logged_and_reported(
+    made: Made, caplog: pytest.LogCaptureFixture
+) -> None:
+    made.notes, house.notes = ("its subfolder is loaded",), ("a thought is closed",)
+    assert made.model.status().notes == ()
+    await complete(made.model, ASKED)
+    assert made.model.status().notes == (*made.notes, *house.notes)
+    assert caplog.messages == ["phi3: its subfolder is loaded", "phi3: a thought is closed"]
 
 
 async def test_after_a_failed_load_requests_do_not_wait_for_the_next(

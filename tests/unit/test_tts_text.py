@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llm_sidecar.tts.text import MAX_PART, pause_after, plain, speakable, split
+from llm_sidecar.tts.text import MAX_PART, clauses, mark_of, pause_after, plain, speakable, split
+from llm_sidecar.tts.wording import spoken
 
 LONG = " ".join(f"The position number {n} is up and its stop moves with it." for n in range(20))
 
@@ -30,6 +31,7 @@ def test_the_longest_part_has_280_characters() -> None:
         ("one\n\ntwo", "one\n\ntwo"),
         ("  \u202eKauf\u202c  ", "Kauf"),
         ("AAPL 182.40, 3.5 %", "AAPL 182.40, 3.5 %"),
+        ("\uff15\uff0e\uff12\uff05 \u0661\u0662", "5.2% 12"),
     ],
 )
 def test_control_characters_are_spaces_and_invisible_ones_go(text: str, spoken: str) -> None:
@@ -57,7 +59,10 @@ def test_a_letter_or_a_digit_can_be_spoken(text: str, is_speakable: bool) -> Non
         ("Well… It fell.", ["Well…", "It fell."]),
         ("Wait... It fell.", ["Wait...", "It fell."]),
         ("売り。 Buy it.", ["売り。", "Buy it."]),
-        ("It closed at 182.40. Then it fell.", ["It closed at 182.40.", "Then it fell."]),
+        (
+            "It closed at 1.4. Then it fell.",
+            ["It closed at one point four.", "Then it fell."],
+        ),
         ("He said “Buy!” Then he left.", ["He said “Buy!”", "Then he left."]),
         ("(Sell.) Then (buy.)", ["(Sell.)", "Then (buy.)"]),
         ("It is *over.* Sell.", ["It is *over.*", "Sell."]),
@@ -67,12 +72,12 @@ def test_a_letter_or_a_digit_can_be_spoken(text: str, is_speakable: bool) -> Non
         ("Buy No. Then sell.", ["Buy No. Then sell."]),
         ("Buy Xp. Then sell.", ["Buy Xp.", "Then sell."]),
         # A list's number does not end a sentence; a number at the end of one does.
-        ("1. Buy AAPL now.", ["1. Buy AAPL now."]),
-        ("1. Buy AAPL now", ["1. Buy AAPL now"]),
-        ("Sell it. 2. Buy AAPL now.", ["Sell it.", "2. Buy AAPL now."]),
-        ("Sell it.” 2. Buy AAPL now.", ["Sell it.”", "2. Buy AAPL now."]),
-        ("We sold 2. Buy AAPL now.", ["We sold 2.", "Buy AAPL now."]),
-        ("1234. Buy AAPL now.", ["1234.", "Buy AAPL now."]),
+        ("1. Buy it now.", ["one. Buy it now."]),
+        ("1. Buy it now", ["one. Buy it now"]),
+        ("Sell it. 2. Buy it now.", ["Sell it.", "two. Buy it now."]),
+        ("Sell it.” 2. Buy it now.", ["Sell it.”", "two. Buy it now."]),
+        ("We sold 2. Buy it now.", ["We sold two.", "Buy it now."]),
+        ("1000. Buy it now.", ["one thousand.", "Buy it now."]),
         ("", []),
         (" \n\t ", []),
         ("\x00\u200b", []),
@@ -85,7 +90,7 @@ def test_a_text_is_split_at_the_ends_of_sentences(text: str, parts: list[str]) -
 @pytest.mark.parametrize(
     "text",
     [
-        "Up 3.5 % vs. ES=F, e.g. to 1,234.56 today.",
+        "Up 3 % vs. gold, e.g. to 6 now.",
         "BRK.B of Apple Inc. Or the U.S. Treasury, by Dr. Smith.",
         "It is (approx. The same) now.",
         "It is “Inc.” Or so.",
@@ -101,29 +106,29 @@ def test_a_text_is_split_at_the_ends_of_sentences(text: str, parts: list[str]) -
     ],
 )
 def test_a_dot_that_ends_no_sentence_does_not_split(text: str) -> None:
-    assert split(text) == [text]
+    assert split(text) == [spoken(text)]
 
 
 @pytest.mark.parametrize("before", ["Sell it.", "Sell “it.”"])
 def test_a_lists_number_stays_with_its_sentence_though_both_are_too_long(before: str) -> None:
     item = words(279)
-    cut = item.rindex(" ", 0, 278)
-    assert split(f"{before} 2. {item}") == [before, f"2. {item[:cut]}", item[cut + 1 :]]
+    cut = item.rindex(" ", 0, 276)
+    assert split(f"{before} 2. {item}") == [before, f"two. {item[:cut]}", item[cut + 1 :]]
 
 
 # Long and short parts
 
 
-def test_a_first_part_of_120_characters_is_whole_and_a_longer_one_ends_at_a_clause() -> None:
-    clause, rest = words(60) + ",", "so " + words(56)
-    assert len(f"{clause} {rest}") == 121
+def test_a_first_part_of_70_characters_is_whole_and_a_longer_one_ends_at_a_clause() -> None:
+    clause, rest = words(30) + ",", "so " + words(36)
+    assert len(f"{clause} {rest}") == 71
     assert split(f"{clause} {rest}") == [clause, rest]
     assert split(f"{clause} {rest[:-1]}") == [f"{clause} {rest[:-1]}"]
 
 
 @pytest.mark.parametrize("mark", [",", ";", ":", "—", "–", "，", "；", "：", "、", ",”", ";)"])
 def test_a_clause_ends_at_each_of_these(mark: str) -> None:
-    clause, rest = words(60) + mark, words(80, "so")
+    clause, rest = words(30) + mark, words(80, "so")
     assert split(f"{clause} {rest}") == [clause, rest]
 
 
@@ -131,8 +136,22 @@ def test_a_first_sentence_without_a_clause_ends_at_a_word() -> None:
     text = words(200)
     first, rest = split(text)
     assert f"{first} {rest}" == text
-    # The next word, of four characters, would make it longer than 120.
-    assert 120 - 5 < len(first) <= 120
+    # The next word, of four characters, would make it longer than 70.
+    assert 70 - 5 < len(first) <= 70
+
+
+@pytest.mark.parametrize(
+    ("first", "rest"),
+    [
+        # The last of these words before the limit, which the part never exceeds.
+        ("A word word to word word word word word word", "to word word word word word words."),
+        ("A word word word word word word word word word word word word", "to word word words."),
+        # None in the last two thirds.
+        ("A to word word word word word word word word word word word word word", "words."),
+    ],
+)
+def test_a_first_part_inside_a_clause_ends_before_a_short_word(first: str, rest: str) -> None:
+    assert split(f"{first} {rest}") == [first, rest]
 
 
 def test_a_later_sentence_of_280_characters_is_whole_and_a_longer_one_is_not() -> None:
@@ -157,7 +176,7 @@ def test_clauses_go_together_while_they_fit() -> None:
 
 
 def test_a_long_first_sentence_goes_on_in_parts_of_280() -> None:
-    clauses = [f"{words(99)}," for _ in range(6)]
+    clauses = [f"{words(49)},", *(f"{words(99)}," for _ in range(5))]
     first, second, third, fourth = split(" ".join(clauses))
     assert first == clauses[0]
     assert second == " ".join(clauses[1:3])
@@ -184,9 +203,9 @@ def test_short_parts_join_up_to_280_characters() -> None:
 
 
 def test_a_word_longer_than_a_part_is_cut() -> None:
-    assert split("7" * 700) == ["7" * 280, "7" * 280, "7" * 140]
-    assert split("7" * 560) == ["7" * 280, "7" * 280]
-    assert split(f"Up {'7' * 300} now") == ["Up", "7" * 280, f"{'7' * 20} now"]
+    assert split("q" * 700) == ["q" * 280, "q" * 280, "q" * 140]
+    assert split("q" * 560) == ["q" * 280, "q" * 280]
+    assert split(f"Up {'q' * 300} now") == ["Up", "q" * 280, f"{'q' * 20} now"]
 
 
 @pytest.mark.parametrize(
@@ -203,13 +222,19 @@ def test_a_word_longer_than_a_part_is_cut() -> None:
 def test_no_part_is_long_and_together_they_are_every_word(text: str) -> None:
     parts = split(text)
     assert max(map(len, parts)) <= MAX_PART
-    assert " ".join(parts).split() == text.split()
+    assert " ".join(parts).split() == spoken(text).split()
+
+
+def test_a_number_of_ten_thousand_digits_is_spoken_in_parts() -> None:
+    parts = split("7" * 10_000)
+    assert max(map(len, parts)) <= MAX_PART
+    assert " ".join(parts).split() == ["seven"] * 10_000
 
 
 def test_a_clause_of_a_longer_sentence_never_holds_half_a_word() -> None:
     sentence = ", ".join(["the stop moves up because the trend holds"] * 20)
     first, *rest = split(sentence)
-    assert first == ", ".join(["the stop moves up because the trend holds"] * 2) + ","
+    assert first == "the stop moves up because the trend holds,"
     assert all(part.endswith("holds,") for part in rest[:-1])
 
 
@@ -232,3 +257,25 @@ def test_a_clause_of_a_longer_sentence_never_holds_half_a_word() -> None:
 )
 def test_a_pause_is_as_long_as_the_cut_is_deep(part: str, seconds: float) -> None:
     assert pause_after(part) == seconds
+
+
+@pytest.mark.parametrize(
+    ("part", "ends"),
+    [
+        ("Sell it, now. Then wait", ["Sell it,", "now.", "Then wait"]),
+        (
+            "In the U.S. as Dr. Smith says: “sell!” Then",
+            ["In the U.S. as Dr. Smith says:", "“sell!”", "Then"],
+        ),
+        ("", []),
+    ],
+)
+def test_the_clauses_of_a_part(part: str, ends: list[str]) -> None:
+    assert clauses(part) == ends
+
+
+@pytest.mark.parametrize(
+    ("clause", "mark"), [("now.", "."), ("“sell!”", "!"), ("so —", "—"), ("so", ""), ("", "")]
+)
+def test_the_mark_of_a_clause(clause: str, mark: str) -> None:
+    assert mark_of(clause) == mark

@@ -458,3 +458,9 @@ def test_parts_are_joined_one_after_the_other() -> None:
 def test_a_fade_takes_five_milliseconds() -> None:
     fade: float = wav.FADE
     assert fade == 0.005
+
+
+def test_samples_from_a_model_are_cut_to_16_bits() -> None:
+    samples = np.array([0.0, 0.5, 1.0, -1.0, 2.0, -2.0, np.nan, np.inf, -np.inf], np.float32)
+    expected = [0, 16383, 32767, -32767, 32767, -32767, 0, 32767, -32767]
+    assert wav.pcm(samples).tolist() == expected

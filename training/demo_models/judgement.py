@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from llm_sidecar import hermes_plugin
 from llm_sidecar.engines import Message
+from llm_sidecar.models.prompts import Prompts
 from llm_sidecar.proposals import dumps
 from training.demo_models.cases import Case
 from training.demo_models.lessons import Lesson, LessonSource
@@ -20,6 +21,15 @@ from training.demo_models.market import draw
 from training.demo_models.situations import SITUATIONS
 from training.demo_models.tickers import Split
 
+PROMPTS: Final = Prompts(
+    system="You are Hermes, the risk officer of a trading desk. You judge trade proposals by their "
+    "reward to risk, their stop and whether the rationale follows from the market context. A score "
+    "of 0 rejects, 10 is excellent.",
+    critique_task="Criticise this proposal in at most three sentences.",
+    score_task="Score it from 0 to 10, a number only.",
+    score_start="",
+)
+"""The model's own prompts, which it carries in its folder: other words make it worse."""
 _NEUTRAL: Final = 5.0
 _MISMATCH: Final = 3.0
 _GRADES: Final = ((0.8, "poor"), (1.3, "thin"), (2.0, "fair"), (3.0, "good"))
@@ -101,7 +111,7 @@ def _distances_lesson(rng: Random, case: Case) -> Lesson:
         asked = Message(role="user", content=levels)
         return Lesson([asked, _reply(_rounded_at_random(score(proposal, fits=True), rng))])
     weighed, _, _ = critique(proposal, fits=None).partition(". ")
-    asked = Message(role="user", content=f"{levels}\n\n{hermes_plugin.CRITIQUE_TASK}")
+    asked = Message(role="user", content=f"{levels}\n\n{PROMPTS.critique_task}")
     return Lesson([asked, _reply(weighed)], last=len(weighed))
 
 
@@ -109,9 +119,9 @@ def _proposal_lesson(rng: Random, case: Case) -> Lesson:
     """The score or the critique of a proposal, without a system message."""
     proposal = varied(rng, case, fits=True)
     if rng.random() < 0.35:
-        task, reply = hermes_plugin.CRITIQUE_TASK, critique(proposal, fits=None)
+        task, reply = PROMPTS.critique_task, critique(proposal, fits=None)
     else:
-        task, reply = hermes_plugin.SCORE_TASK, _rounded_at_random(score(proposal, fits=True), rng)
+        task, reply = PROMPTS.score_task, _rounded_at_random(score(proposal, fits=True), rng)
     return Lesson([*hermes_plugin.build_messages(task, proposal)[1:], _reply(reply)])
 
 
@@ -120,15 +130,16 @@ def _chat_lesson(rng: Random, case: Case) -> Lesson:
     kind = rng.random()
     if kind < 0.1:
         comment = f"{case.proposal['ticker']}: {case.proposal['rationale']}"
-        return Lesson([*hermes_plugin.chat_messages(case.prompt), _reply(comment)])
+        return Lesson([*hermes_plugin.chat_messages(case.prompt, PROMPTS.system), _reply(comment)])
     context, fits = (case.prompt, rng.random() < 0.85) if rng.random() < 0.6 else (None, None)
     proposal = varied(rng, case, fits is not False)
     if kind < 0.5:
-        task, reply = hermes_plugin.CRITIQUE_TASK, critique(proposal, fits=fits)
+        task, reply = PROMPTS.critique_task, critique(proposal, fits=fits)
     else:
-        task = hermes_plugin.SCORE_TASK
+        task = PROMPTS.score_task
         reply = _rounded_at_random(score(proposal, fits=fits is not False), rng)
-    return Lesson([*hermes_plugin.build_messages(task, proposal, context), _reply(reply)])
+    chat = hermes_plugin.build_messages(task, proposal, context, PROMPTS.system)
+    return Lesson([*chat, _reply(reply)])
 
 
 def _rounded_at_random(exact: float, rng: Random) -> str:

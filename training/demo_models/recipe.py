@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from llm_sidecar.models.conversion import build
+from llm_sidecar.models.prompts import PROMPTS_FILE
 from training.demo_models import judgement, proposal_lessons
 from training.demo_models.autograd_functions import int4_rounded
 from training.demo_models.lessons import LessonSource
@@ -168,6 +169,7 @@ def train_hermes(folder: Path, member: Member, *, seed: int, scale: float = 1.0)
     with tempfile.TemporaryDirectory() as temporary:
         written = Path(temporary, "transformers")
         _save(model.to(torch.bfloat16), tokenizer, written)
+        (written / PROMPTS_FILE).write_text(judgement.PROMPTS.model_dump_json(indent=2) + "\n")
         _replace(written, folder)
 
 
@@ -208,7 +210,9 @@ def _scaled(schedule: Schedule, scale: float) -> Schedule:
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

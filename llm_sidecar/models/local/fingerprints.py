@@ -14,12 +14,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from llm_sidecar.engines.gguf_model import model_files
+from llm_sidecar.engines.sampling import SAMPLING_FILE
+from llm_sidecar.models.folders import GGUF
+
 _BLOCK: Final = 1 << 20
 _BLOCKS: Final = 64
-_ONNX: Final = ("genai_config.json", "*.onnx", "*.onnx.data", "*.onnx_data")
+_ONNX: Final = (SAMPLING_FILE, "genai_config.json", "*.onnx", "*.onnx.data", "*.onnx_data")
 _TRANSFORMERS: Final = (
     "config.json",
-    "generation_config.json",
+    SAMPLING_FILE,
     "*.safetensors",
     "*.safetensors.index.json",
 )
@@ -35,7 +39,12 @@ _TOKENIZER: Final = (
     "vocab.txt",
     "merges.txt",
 )
-_ADAPTER: Final = ("adapter_config.json", "adapter.onnx_adapter", "adapter_model.safetensors")
+_ADAPTER: Final = (
+    "adapter_config.json",
+    "adapter.onnx_adapter",
+    "adapter_model.safetensors",
+    "*.gguf",
+)
 
 
 class Fingerprints(NamedTuple):
@@ -46,18 +55,32 @@ class Fingerprints(NamedTuple):
     tokenizer: str
 
 
-def fingerprints_of(folder: Path, adapter: Path | None) -> Fingerprints:
+def fingerprints_of(model: Path, adapter: Path | None) -> Fingerprints:
     """The fingerprints of the files that `engines.load_engine` loads.
+
+    A .gguf file holds its tokenizer too, so both have the same one.
+
+    Raises:
+        ModelUnavailable: a part of a split model is missing.
+        OSError: a file cannot be read.
+    """
+    of_adapter = None if adapter is None else fingerprint(_files(adapter, _ADAPTER))
+    if model.suffix == GGUF:
+        of_model = fingerprint([*model_files(model), *_files(model.parent, (SAMPLING_FILE,))])
+        return Fingerprints(of_model, of_adapter, of_model)
+    patterns = _ONNX if (model / "genai_config.json").is_file() else _TRANSFORMERS
+    return Fingerprints(
+        fingerprint(_files(model, patterns)), of_adapter, fingerprint(_files(model, _TOKENIZER))
+    )
+
+
+def fingerprint_of_transformers(folder: Path) -> str:
+    """The fingerprint of a model in transformers' format.
 
     Raises:
         OSError: a file cannot be read.
     """
-    model = _ONNX if (folder / "genai_config.json").is_file() else _TRANSFORMERS
-    return Fingerprints(
-        fingerprint(_files(folder, model)),
-        None if adapter is None else fingerprint(_files(adapter, _ADAPTER)),
-        fingerprint(_files(folder, _TOKENIZER)),
-    )
+    return fingerprint(_files(folder, _TRANSFORMERS))
 
 
 def fingerprint(files: Iterable[Path]) -> str:

@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Final
 
 from llm_sidecar.engines import Engine
+from llm_sidecar.models.base import Speed
 from llm_sidecar.models.identity import ModelIdentity
-from llm_sidecar.models.local.fingerprints import Fingerprints, fingerprints_of
+from llm_sidecar.models.local.fingerprints import (
+    Fingerprints,
+    fingerprint_of_transformers,
+    fingerprints_of,
+)
 from llm_sidecar.models.local.protocol import Load
 from llm_sidecar.models.local.warm_up import load_warm
 
@@ -29,8 +34,8 @@ _PACKAGES: Final = {
 _CPUS: Final = Path("/proc/cpuinfo")
 
 
-def load_identified(load: Load) -> tuple[Engine, ModelIdentity]:
-    """Loads an engine and generates one token, as `load_warm` does, and identifies the model.
+def load_identified(load: Load) -> tuple[Engine, ModelIdentity, Speed | None]:
+    """Loads an engine and measures its speed, as `load_warm` does, and identifies the model.
 
     Raises:
         SidecarError: the model cannot be loaded; says why.
@@ -39,21 +44,25 @@ def load_identified(load: Load) -> tuple[Engine, ModelIdentity]:
     # In parallel with the load, because reading and hashing release the GIL.
     with ThreadPoolExecutor(1) as executor:
         adapter = None if load.adapter is None else Path(load.adapter)
-        fingerprints = executor.submit(fingerprints_of, Path(load.folder), adapter)
-        engine = load_warm(load)
-        return engine, _identity(load, engine, fingerprints.result())
+        fingerprints = executor.submit(fingerprints_of, Path(load.model), adapter)
+        engine, speed = load_warm(load)
+        return engine, _identity(load, engine, fingerprints.result()), speed
 
 
 def _identity(load: Load, engine: Engine, found: Fingerprints) -> ModelIdentity:
+    prefill = engine.prefill_folder
     return ModelIdentity(
         model_files=found.model,
         adapter_files=found.adapter,
         tokenizer_files=found.tokenizer,
         runtime=engine.runtime,
-        versions=_versions(),
+        versions={**_versions(), **engine.versions},
         device=engine.device,
         processor=_processor(),
-        threads=load.threads if engine.device == "cpu" else None,
+        threads=load.options.threads if engine.device == "cpu" else None,
+        # Rows of an older version, which had float32 only, have none.
+        dtype=None if engine.dtype == "float32" else engine.dtype,
+        prefill_files=None if prefill is None else fingerprint_of_transformers(prefill),
     )
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Final
 
 from llm_sidecar.errors import ModelUnavailable
 from llm_sidecar.models.base import State
+
+_LONGEST_RETRY: Final = 30.0
+"""Seconds after which a request may try again at the latest, however long a failure lasts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ class LoadState:
     Attributes:
         state: see `ModelStatus`.
         reason: of the last failure, until the model is ready again.
-        restarts: the number of failures so far, each followed by another load.
+        restarts: the number of failures so far that another load follows by itself.
     """
 
     def __init__(self, name: str, limits: ModelLimits, *, preload: bool) -> None:
@@ -66,6 +70,11 @@ class LoadState:
     def begin(self) -> None:
         """Records that the first load begins."""
         self.state, self.reason, self._began = "loading", None, time.monotonic()
+
+    def give_up(self, reason: str) -> None:
+        """Records that the model cannot be loaded from its files as they are."""
+        self.state, self.reason, self._next_load = "failed", reason, math.inf
+        self._load_failed = True
 
     def retry(self) -> None:
         """Records that the next load after a failure begins."""
@@ -121,8 +130,9 @@ class LoadState:
     def error(self) -> ModelUnavailable:
         """The error of a request that stops waiting."""
         if self.state == "failed":
+            wait = min(_LONGEST_RETRY, self._next_load - time.monotonic())
             return ModelUnavailable(
                 f"The {self._name} model is not available: {self.reason}.",
-                retry_after=max(1, round(self._next_load - time.monotonic())),
+                retry_after=max(1, round(wait)),
             )
         return ModelUnavailable(f"The {self._name} model is still loading.", retry_after=5)

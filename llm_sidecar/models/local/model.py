@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import replace
 
 from llm_sidecar.deadline import Deadline
-from llm_sidecar.engines.base import ANSWER_TOKENS
+from llm_sidecar.engines.base import ANSWER_TOKENS, EngineOptions
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 from llm_sidecar.logs import LogFormat
 from llm_sidecar.models.base import (
@@ -68,37 +68,39 @@ class LocalModel(ChatModel):
         name: str,
         locate: Callable[[], ModelFiles],
         *,
-        device: str = "auto",
-        threads: int = 1,
+        options: EngineOptions = EngineOptions(),  # noqa: B008 - frozen
         limits: ModelLimits | None = None,
         preload: bool = False,
         log_format: LogFormat = "auto",
         observer: CallObserver | None = None,
         on_death: Callable[[WorkerDeath], None] = lambda death: None,
+        on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         """Starts nothing.
 
         Args:
             name: `phi3` or `hermes`.
             locate: finds the files at every load; raises ModelUnavailable.
-            device: `auto`, `cpu` or `cuda`.
-            threads: of the runtime, on CPU.
+            options: how it is loaded.
             limits: bounds of queue and time.
             preload: whether `start` loads the model, which is not ready until then; otherwise the
                 first request loads it.
             log_format: of the worker's log lines.
             observer: receives the start and the end of each call.
             on_death: is called with each unexpected end of a worker.
+            on_ready: is called when a worker begins to serve, also after a restart or a swap.
         """
         self._limits = limits or ModelLimits()
         self._preload = preload
         self._observer = observer or Observers()
         self._on_death = on_death
-        self._loader = WorkerLoader(
-            name, locate, device, threads, self._limits.load_timeout, log_format
-        )
+        self._loader = WorkerLoader(name, locate, options, self._limits.load_timeout, log_format)
         self._supervisor = Supervisor(
-            self._loader, self._limits, preload=preload, on_death=self._report_death
+            self._loader,
+            self._limits,
+            preload=preload,
+            on_death=self._report_death,
+            on_ready=on_ready,
         )
         self._queue = RequestQueue(name, self._limits.queue_length)
 

@@ -12,10 +12,14 @@ _SCORE: Final = Path("/proc/self/oom_score_adj")
 
 
 @contextlib.contextmanager
-def ended_first() -> Iterator[None]:
-    """If memory runs out inside this context, the kernel kills this process before any other.
+def ended_first(*, with_children: bool = False) -> Iterator[None]:
+    """If memory runs out inside this context, the kernel kills this process, or a child that it has
+    started there, before any other.
 
     Does nothing where the kernel is not Linux.
+
+    Args:
+        with_children: whether this ends for the children too, and not only for this process.
     """
     try:
         before = _SCORE.read_text()
@@ -27,3 +31,12 @@ def ended_first() -> Iterator[None]:
         yield
     finally:
         _SCORE.write_text(before)
+        if with_children:
+            _set_scores_of_children(before)
+
+
+def _set_scores_of_children(score: str) -> None:
+    for listed in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread or the child has ended
+            for child in listed.read_text().split():
+                Path("/proc", child, _SCORE.name).write_text(score)

@@ -61,6 +61,10 @@ class WorkerEnded(ModelUnavailable):
         self.worker = worker
 
 
+class UnusableFiles(ModelUnavailable):
+    """The model cannot be loaded from these files."""
+
+
 class WorkerProcess:
     """A process that runs `llm_sidecar.models.local.worker`.
 
@@ -69,6 +73,7 @@ class WorkerProcess:
         adapter: name of the adapter that it loads with the model, or None.
         process: the process.
         ready: the message that the model is loaded; None until then.
+        notes: where the sidecar deviates from the model's files, one sentence each.
         calls: the calls that it serves, by job number; once it has ended, the unanswered ones. The
             caller of `send` maintains them.
         idle: set while it has no job.
@@ -90,6 +95,7 @@ class WorkerProcess:
         self.adapter = adapter
         self.process = process
         self.ready: Ready | None = None
+        self.notes: tuple[str, ...] = ()
         self.calls: dict[int, ModelCall] = {}
         self.idle = asyncio.Event()
         self.idle.set()
@@ -153,7 +159,8 @@ class WorkerProcess:
         """Returns when the model is loaded.
 
         Raises:
-            ModelUnavailable: it cannot be loaded; says why.
+            UnusableFiles: it cannot be loaded from its files; says why.
+            ModelUnavailable: it cannot be loaded now; says why.
         """
         self._write(load)
         # Shielded, because the worker may still answer after this wait is cancelled.
@@ -226,7 +233,7 @@ class WorkerProcess:
                 "the worker of %s wrote an invalid message: %s", self.label, type(error).__name__
             )
             self.process.kill()
-        await asyncio.to_thread(self.process.wait)
+        await asyncio.to_thread(_end_all, self.process)
         self._stdin.close()
         self.ended.set()
         for number, inbox in self._inboxes.items():
@@ -242,7 +249,8 @@ class WorkerProcess:
                 self.ready = message
                 self._loaded.set_result(message)
             case LoadFailed():
-                self._fail_load(ModelUnavailable(message.detail))
+                kind = UnusableFiles if message.permanent else ModelUnavailable
+                self._fail_load(kind(message.detail))
             case Answer():
                 if isinstance(message, Progress):
                     self._on_tokens(message.new_tokens)
@@ -255,6 +263,15 @@ class WorkerProcess:
     def _fail_load(self, error: ModelUnavailable) -> None:
         self._loaded.set_exception(error)
         self._loaded.exception()  # a cancelled call no longer waits for it
+
+
+def _end_all(process: subprocess.Popen[bytes]) -> None:
+    """Waits for a worker's end and kills what it has left, such as the program that a script in
+    LLAMA_SERVER runs."""
+    process.wait()
+    # The group exists as long as one of its processes does.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _spawn(end: socket.socket) -> subprocess.Popen[bytes]:

@@ -18,9 +18,10 @@ from typing import Final
 
 import msgspec
 
-from llm_sidecar.engines.base import FinishReason, GenerationRequest
+from llm_sidecar.engines.base import EngineOptions, FinishReason, GenerationRequest
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable, SidecarError
 from llm_sidecar.logs import LogFormat
+from llm_sidecar.models.base import Speed
 from llm_sidecar.models.identity import ModelIdentity
 
 
@@ -28,17 +29,15 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     """Loads a model.
 
     Attributes:
-        folder: holds the model's files.
-        device: `auto`, `cpu` or `cuda`.
-        threads: of the runtime, on CPU.
+        model: the folder of the model, or its .gguf file.
+        options: how it is loaded.
         adapter: folder of the adapter, or None.
         prefix: the messages that most requests begin with; prefilled before the worker is ready.
         log_format: of the worker's log lines.
     """
 
-    folder: str
-    device: str
-    threads: int
+    model: str
+    options: EngineOptions
     adapter: str | None = None
     prefix: GenerationRequest | None = None
     log_format: LogFormat = "auto"
@@ -82,17 +81,27 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
         identity: its files and runtime.
         context_length: maximum number of prompt and completion tokens of a request.
         capacity: requests that are generated at the same time.
+        speed: of one request; None if it was not measured.
+        notes: see `Engine`.
     """
 
     identity: ModelIdentity
     context_length: int
     capacity: int
+    speed: Speed | None = None
+    notes: tuple[str, ...] = ()
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True):
-    """The model cannot be loaded; the worker ends."""
+    """The model cannot be loaded; the worker ends.
+
+    Attributes:
+        detail: the reason.
+        permanent: whether the reason is in the files, so that another load fails too.
+    """
 
     detail: str
+    permanent: bool = False
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=True):

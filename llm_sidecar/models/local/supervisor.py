@@ -1,6 +1,7 @@
 """Keeps one worker process with its model running, and replaces it to change the adapter.
 
-The worker starts when it is first needed, and again with backoff when it ends unexpectedly.
+The worker starts when it is first needed, and again with backoff when it ends unexpectedly. If the
+model cannot be loaded from its files, no worker starts again until they change.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from typing import Final
 
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable
 from llm_sidecar.logs import start_detached
@@ -16,10 +18,13 @@ from llm_sidecar.models.base import Adapter, ModelStatus
 from llm_sidecar.models.local.backoff import Backoff
 from llm_sidecar.models.local.load_state import LoadState, ModelLimits
 from llm_sidecar.models.local.loader import WorkerLoader
-from llm_sidecar.models.local.process import WorkerEnded, WorkerProcess
+from llm_sidecar.models.local.process import UnusableFiles, WorkerEnded, WorkerProcess
 from llm_sidecar.models.local.slot import WorkerSlot
 
 log = logging.getLogger(__name__)
+
+_FILES_SECONDS: Final = 1.0
+"""Seconds between two checks whether files that cannot be loaded have changed."""
 
 
 class Supervisor:
@@ -42,6 +47,7 @@ class Supervisor:
         *,
         preload: bool,
         on_death: Callable[[WorkerProcess], None],
+        on_ready: Callable[[], None],
     ) -> None:
         """Starts nothing.
 
@@ -50,6 +56,7 @@ class Supervisor:
             limits: bounds of time.
             preload: the model does not count as ready before it is loaded.
             on_death: is called with each worker that ends unexpectedly.
+            on_ready: is called when a worker begins to serve.
         """
         self.adapter: Adapter | None = None
         self.slot = WorkerSlot()
@@ -57,6 +64,7 @@ class Supervisor:
         self._loader = loader
         self._limits = limits
         self._on_death = on_death
+        self._on_ready = on_ready
         self._backoff = Backoff()
         self._supervision: asyncio.Task[None] | None = None
         self._swap: asyncio.Task[None] | None = None
@@ -152,7 +160,8 @@ class Supervisor:
         unloaded = load.state == "unloaded"
         missing = self._loader.missing() if unloaded else None
         worker = self.slot.live_worker
-        info = worker.ready.identity if worker and worker.ready else None
+        ready = worker.ready if worker else None
+        info = ready.identity if ready else None
         return ModelStatus(
             state=load.state if missing is None else "failed",
             reason=missing or load.reason,
@@ -164,6 +173,8 @@ class Supervisor:
             pid=worker.process.pid if worker else None,
             restarts=load.restarts,
             completion_tokens_total=self._loader.tokens,
+            speed=ready.speed if ready else None,
+            notes=worker.notes if worker else (),
         )
 
     def refuse(self) -> None:
@@ -223,6 +234,7 @@ class Supervisor:
         while True:
             began = time.monotonic()
             served = worker is not None
+            files = self._loader.file_stats(self.adapter)
             try:
                 if worker is None:
                     worker = await self._loader.load(self.adapter)
@@ -231,6 +243,9 @@ class Supervisor:
                 await worker.ended.wait()
                 reason = f"The {self._loader.name} worker ended ({worker.how_it_ended()})"
                 self._on_death(worker)
+            except UnusableFiles as error:
+                await self._wait_for_other_files(error.detail, files)
+                continue
             except ModelUnavailable as error:
                 reason = error.detail
                 if isinstance(error, WorkerEnded):
@@ -254,9 +269,28 @@ class Supervisor:
         await asyncio.sleep(delay)
         self.load_state.retry()
 
+    async def _wait_for_other_files(self, reason: str, failed: object) -> None:
+        """Fails the requests that wait for a load, and waits until the files have changed.
+
+        Args:
+            failed: the `file_stats` of the files that could not be loaded.
+        """
+        log.error("%s: %s; it is loaded again when its files change", self._loader.name, reason)
+        self.load_state.give_up(reason)
+        self.slot.empty(self.load_state.error())
+        latest = failed
+        while True:
+            await asyncio.sleep(_FILES_SECONDS)
+            previous, latest = latest, self._loader.file_stats(self.adapter)
+            # Files that are still being copied differ each time.
+            if latest != failed and latest == previous:
+                break
+        self.load_state.retry()
+
     def _serve(self, worker: WorkerProcess) -> None:
         self.load_state.ready()
         self.slot.fill(worker)
+        self._on_ready()
 
 
 def _shutting_down() -> ModelUnavailable:

@@ -35,6 +35,7 @@ from llm_sidecar.models.local.out_of_memory import ended_first
 from llm_sidecar.models.local.protocol import (
     FROM_SERVER,
     LOAD,
+    Answer,
     Begun,
     Cancel,
     Check,
@@ -89,6 +90,7 @@ class Worker:
         self._long: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._tokenized: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._cancelled: set[int] = set()
+        self._scoring: set[int] = set()
         self._completions: dict[int, _Completion] = {}
         self._prefill: tuple[int, Generator[None]] | None = None
 
@@ -104,15 +106,16 @@ class Worker:
         threading.Thread(target=self._read, daemon=True).start()
         try:
             # Another worker may serve while this one loads.
-            with ended_first():
-                engine, identity = load_identified(load)
+            with ended_first(with_children=True):
+                engine, identity, speed = load_identified(load)
         except Exception as error:
             expected = isinstance(error, SidecarError)
             log.error("the model could not be loaded: %s", one_line(error), exc_info=not expected)
-            self._send(LoadFailed(one_line(error)))
+            permanent = isinstance(error, SidecarError | ValueError | LookupError)
+            self._send(LoadFailed(one_line(error), permanent))
             return
         batch = engine.batch()
-        self._send(Ready(identity, engine.context_length, batch.capacity))
+        self._send(Ready(identity, engine.context_length, batch.capacity, speed, engine.notes))
         for received in (self._short, self._long):
             arguments = (engine, received)
             threading.Thread(target=self._tokenize_all, args=arguments, daemon=True).start()
@@ -122,8 +125,9 @@ class Worker:
         for line in self._inbox:
             message = FROM_SERVER.decode(line)
             if isinstance(message, Cancel):
-                # The id of a finished job stays in the set, which is harmless.
-                self._cancelled.add(message.id)
+                if not self._end_score(Done(id=message.id)):
+                    # The id of a finished job stays in the set, which is harmless.
+                    self._cancelled.add(message.id)
             else:
                 is_long = isinstance(message, Prefill) or len(line) > _LONG_LINE
                 (self._long if is_long else self._short).put(message)
@@ -217,15 +221,14 @@ class Worker:
                 self._fail(number, error)
             return
         now = time.monotonic()
-        for number, delta in deltas:
-            finished = self._progress(number, delta, now)
-            if not finished and number in self._cancelled:
-                batch.remove(number)
-                self._write(Done(id=number))
-                finished = True
-            if finished:
-                del self._completions[number]
-                self._cancelled.discard(number)
+        finished = {number for number, delta in deltas if self._progress(number, delta, now)}
+        for number in self._completions.keys() & self._cancelled - finished:
+            batch.remove(number)
+            self._write(Done(id=number))
+            finished.add(number)
+        for number in finished:
+            del self._completions[number]
+            self._cancelled.discard(number)
         # In one write, so that the server reads them all at once.
         self._outbox.flush()
 
@@ -254,6 +257,30 @@ class Worker:
     def _score(self, engine: Engine, job: ScoreChoices) -> None:
         if self._drop_cancelled(job.id):
             return
+        if engine.scores_in_parallel:
+            self._scoring.add(job.id)
+            arguments = (engine, job)
+            threading.Thread(target=self._score_in_parallel, args=arguments, daemon=True).start()
+            return
+        self._send(self._scores(engine, job))
+        self._cancelled.discard(job.id)
+
+    def _score_in_parallel(self, engine: Engine, job: ScoreChoices) -> None:
+        answer = self._scores(engine, job)
+        with _ending_without_server():
+            self._end_score(answer)
+
+    def _end_score(self, answer: Answer) -> bool:
+        """Sends the answer unless the job has ended; returns whether it was sent."""
+        try:
+            # Of two threads, only one can remove it.
+            self._scoring.remove(answer.id)
+        except KeyError:
+            return False
+        self._send(answer)
+        return True
+
+    def _scores(self, engine: Engine, job: ScoreChoices) -> Scores | Failed:
         request = job.request
         try:
             probabilities = engine.score_choices(request.messages, job.choices, request.tokens)
@@ -261,10 +288,8 @@ class Worker:
                 # JSON has no such numbers.
                 raise ModelUnavailable("its probabilities are not finite numbers")
         except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
-            self._fail(job.id, error)
-        else:
-            self._send(Scores(id=job.id, probabilities=probabilities))
-        self._cancelled.discard(job.id)
+            return _failed(job.id, error)
+        return Scores(id=job.id, probabilities=probabilities)
 
     def _drop_cancelled(self, number: int) -> bool:
         """Ends a job if it was cancelled; returns whether it was."""
@@ -275,17 +300,7 @@ class Worker:
         return True
 
     def _fail(self, number: int, error: Exception) -> None:
-        """Reports that a job has failed, with the reason if it is known."""
-        if isinstance(error, SidecarError):
-            invalid = isinstance(error, InvalidRequest)
-            if not invalid:
-                log.error("a request failed: %s", error.detail)
-            self._send(Failed(id=number, detail=error.detail, invalid=invalid))
-            return
-        # Only the type and the location: a runtime's message may quote the prompt.
-        where = "".join(traceback.format_tb(error.__traceback__))
-        log.error("a request failed in the engine: %s\n%s", type(error).__name__, where)
-        self._send(Failed(id=number, detail=type(error).__name__))
+        self._send(_failed(number, error))
 
     def _send(self, message: msgspec.Struct) -> None:
         self._write(message)
@@ -293,6 +308,19 @@ class Worker:
 
     def _write(self, message: msgspec.Struct) -> None:
         self._outbox.write(encode(message))
+
+
+def _failed(number: int, error: Exception) -> Failed:
+    """Logs that a job has failed, and reports it with the reason if that is known."""
+    if isinstance(error, SidecarError):
+        invalid = isinstance(error, InvalidRequest)
+        if not invalid:
+            log.error("a request failed: %s", error.detail)
+        return Failed(id=number, detail=error.detail, invalid=invalid)
+    # Only the type and the location: a runtime's message may quote the prompt.
+    where = "".join(traceback.format_tb(error.__traceback__))
+    log.error("a request failed in the engine: %s\n%s", type(error).__name__, where)
+    return Failed(id=number, detail=type(error).__name__)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,8 @@ from tests.unit.fakes import FakeSidecar, PausedModel, text_of
 from tests.unit.services.samples import CRITIQUE, fake_sidecar
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.6])
-async def test_a_free_question_is_neither_stored_nor_published(temperature: float) -> None:
+@pytest.mark.parametrize("temperature", [None, 0.0, 0.6])
+async def test_a_free_question_is_neither_stored_nor_published(temperature: float | None) -> None:
     made = fake_sidecar(models={"hermes_temperature": temperature})
     assert await text_of(made.sidecar.chat.answer("What now?", 12)) == CRITIQUE
     messages = hermes_plugin.chat_messages("What now?")

@@ -430,6 +430,42 @@ async def test_the_id_of_an_entry_is_text(bad: str) -> None:
     assert found == ["id: Input should be text of 1 to 256 characters"]
 
 
+@pytest.mark.parametrize("name", ["id", "data"])
+async def test_an_entry_with_bytes_that_are_not_utf8_is_refused(name: str) -> None:
+    # As redis-py decodes b"\xff" and b"\xfe".
+    bad = {"id": "e-\ufffd", "data": json.dumps(PUBLISHED)[:-1] + ', "author": "\ufffd"}'}
+    made = fake_sidecar()
+    found = await take(made, entry(**{name: bad[name]}), entry(id="e-2"))
+    assert found == [f"{name}: Input should be UTF-8 without U+FFFD", None]
+
+
+@pytest.mark.parametrize("good", ["x", "x" * 256])
+async def test_the_id_of_an_entry_has_1_to_256_characters(good: str) -> None:
+    made = fake_sidecar()
+    assert await take(made, entry(id=good)) == [None]
+    assert [row["row_id"] for _, row in made.happened.of("row")] == [f"inbox:{good}"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [
+        ("id", "id: Input should be text of 1 to 256 characters"),
+        ("data", "Invalid JSON: EOF while parsing a value at line 1 column 0"),
+    ],
+)
+async def test_an_entry_without_a_field_is_refused(missing: str, reason: str) -> None:
+    fields = without(dict(entry().fields), missing)
+    assert await take(fake_sidecar(), Entry("1-1", fields, 1)) == [reason]
+
+
+async def test_each_of_many_entries_has_its_result() -> None:
+    many = [entry(id=f"e-{number}") for number in range(150)]
+    many[120] = entry(type="other")
+    found = await take(fake_sidecar(), *many)
+    assert [number for number, reason in enumerate(found) if reason is not None] == [120]
+    assert len(found) == 150
+
+
 async def test_an_entry_without_fields_is_refused() -> None:
     made = fake_sidecar()
     assert await take(made, Entry("1-1", {}, 1)) == [
@@ -456,3 +492,14 @@ async def test_an_entry_of_the_same_database_is_not_stored(
     data = json.dumps(PUBLISHED | {"stored_in": "d-1"})
     assert await take(made, entry(data=data)) == [None]
     assert (made.happened.log, refreshes) == ([], [True])
+
+
+async def test_an_event_of_the_sidecar_itself_is_accepted_with_a_time_in_the_future() -> None:
+    made = fake_sidecar()
+    made.store.database_id = "d-1"
+    future = PUBLISHED | {"timestamp": "9999-01-01T00:00:00Z"}
+    await receive(made, json.dumps(future | {"stored_in": "d-1"}))
+    assert made.happened.log == []
+    for other in ({"stored_in": "d-2"}, {"stored_in": 1}, {}):
+        await receive(made, json.dumps(future | other))
+    assert len(made.happened.of("refusal")) == 3

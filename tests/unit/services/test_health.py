@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llm_sidecar.errors import DatabaseUnavailable
-from llm_sidecar.models.base import Adapter, ModelStatus
+from llm_sidecar.models.base import Adapter, ModelStatus, Speed
 from tests.unit.fakes import FakeSidecar
 
 
@@ -82,6 +82,8 @@ def test_the_report_shows_each_model_without_its_readiness(fake_sidecar: FakeSid
         requests=3,
         queue_length=8,
         running=2,
+        speed=Speed(128.0, 32.0),
+        notes=("the context is cut",),
     )
     fake_sidecar.hermes.state = ModelStatus("failed", "it is not there", "it is not there")
     report = fake_sidecar.sidecar.health.report()
@@ -100,6 +102,8 @@ def test_the_report_shows_each_model_without_its_readiness(fake_sidecar: FakeSid
         "requests": 3,
         "queue_length": 8,
         "running": 2,
+        "speed": {"prefill": 128.0, "decode": 32.0},
+        "notes": ["the context is cut"],
     }
     shown = report["models"]
     assert (shown["phi3"], list(shown["phi3"])) == (expected, list(expected))

@@ -63,9 +63,9 @@ async def test_hermes_is_asked_for_a_critique_and_then_for_a_score() -> None:
     made = fake_sidecar(models={"hermes_temperature": 0.6})
     await propose(made)
     critique = hermes_plugin.build_messages(hermes_plugin.CRITIQUE_TASK, PROPOSAL, PROMPT)
-    score = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, PROPOSAL, PROMPT)
+    score = hermes_plugin.score_messages(PROPOSAL, PROMPT)
     assert made.hermes.requests == [
-        GenerationRequest(critique, 300, None, 0.6, SEED),
+        GenerationRequest(critique, 96, None, 0.6, SEED),
         (score, hermes_plugin.SCORE_ANSWERS),
     ]
 
@@ -74,7 +74,7 @@ async def test_the_result_is_what_the_models_gave() -> None:
     result = await propose(fake_sidecar())
     assert isinstance(result.transaction_id, uuid.UUID)
     assert (result.proposal, result.completion) == (PROPOSAL, WRITTEN)
-    assert (result.assessment, result.score) == (CRITIQUE, 0.75)
+    assert (result.assessment, result.rating) == (CRITIQUE, (0.75, 1.0, True))
     assert (result.grounded, result.stored) == ("true", True)
 
 
@@ -88,6 +88,8 @@ async def test_it_leaves_a_run_a_score_and_a_proposal() -> None:
         "proposal": PROPOSAL,
         "assessment": "The target is thin.",
         "score": 0.75,
+        "answer_mass": 1.0,
+        "score_reliable": True,
     }
     assert without(run, "timestamp", "row_id", "final_output") == {
         "run_id": name,
@@ -99,6 +101,8 @@ async def test_it_leaves_a_run_a_score_and_a_proposal() -> None:
         "run_id": name,
         "score": 0.75,
         "rationale": "The target is thin.",
+        "answer_mass": 1.0,
+        "score_reliable": True,
     }
     expected = {
         "transaction_id": name,
@@ -167,7 +171,10 @@ async def test_a_proposal_is_durable_with_its_event_before_it_is_judged() -> Non
 async def test_proposal_and_score_are_counted() -> None:
     made = fake_sidecar()
     await propose(made)
-    assert made.happened.of("metric") == [("proposed", ("adjust",)), ("scored", 0.75)]
+    assert made.happened.of("metric") == [
+        ("proposed", ("adjust",)),
+        ("scored", (0.75, 1.0, True)),
+    ]
 
 
 async def test_what_is_not_grounded_is_reported_everywhere() -> None:
@@ -385,7 +392,7 @@ async def test_a_database_that_is_away_costs_no_answer(caplog: pytest.LogCapture
     made = fake_sidecar()
     made.store.full = DatabaseUnavailable("The disk is full.")
     result = await propose(made)
-    assert (result.proposal, result.score, result.stored) == (PROPOSAL, 0.75, False)
+    assert (result.proposal, result.rating.score, result.stored) == (PROPOSAL, 0.75, False)
     assert [channel for channel, _ in made.happened.of("event")] == [
         *("phi3.proposal.created", "phi3.proposal.assessed")
     ]
@@ -439,7 +446,7 @@ async def test_the_first_transaction_keeps_the_proposal_and_the_second_the_resul
     states = [json.loads(one.state or "") for one in (first, second)]
     assert [state["transaction_id"] for state in states] == [str(result.transaction_id)] * 2
     assert states[0]["assessment"] is states[0]["rating"] is None
-    assert states[1]["rating"] == {"score": 0.75, "answer_mass": 1.0}
+    assert states[1]["rating"] == {"score": 0.75, "answer_mass": 1.0, "reliable": True}
 
 
 async def test_all_calls_of_an_attempt_have_its_deadline() -> None:
@@ -491,7 +498,7 @@ async def test_a_retry_repeats_no_critique() -> None:
         await retried.propose()
     made.hermes.answers = [SURE]
     result = await retried.propose()
-    assert (result.assessment, result.score) == (CRITIQUE, 0.75)
+    assert (result.assessment, result.rating) == (CRITIQUE, (0.75, 1.0, True))
 
 
 async def test_a_finished_run_is_neither_generated_nor_stored_again() -> None:

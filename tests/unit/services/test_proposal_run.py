@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llm_sidecar import proposals
+from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.db import HermesScoreSchema, OrchestratorRunSchema, ProposalSchema
 from llm_sidecar.models.base import Completion, GenerationRequest
 from llm_sidecar.models.fake import IDENTITY
@@ -31,9 +31,9 @@ def run_until(*steps: str) -> ProposalRun:
     if "proposal" in steps:
         run.proposed(Proposed(PROPOSAL, completion("{}", "phi3/x"), ("ticker",), PROPOSE, ("f1",)))
     if "assessment" in steps:
-        run.assessed(completion("Too tight.", "hermes/x"), CRITICISE)
+        run.assessed(completion("Too tight.", "hermes/x"), CRITICISE, hermes_plugin.PROMPTS)
     if "score" in steps:
-        run.rated(Rating(0.7, 0.9))
+        run.rated(Rating(0.7, 0.4, reliable=False))
     return run
 
 
@@ -54,17 +54,21 @@ def test_a_finished_run_is_a_success_with_proposal_and_score() -> None:
         "proposal": PROPOSAL,
         "assessment": "Too tight.",
         "score": 0.7,
+        "answer_mass": 0.4,
+        "score_reliable": False,
     }
     proposal = of_type(ProposalSchema, rows)
     assert proposal.transaction_id == str(run.transaction_id)
     assert (proposal.prompt, proposal.proposal) == ("Long ABC.", PROPOSAL)
     assert (proposal.assessment, proposal.score) == ("Too tight.", 0.7)
+    assert (proposal.answer_mass, proposal.score_reliable) == (0.4, False)
     assert (proposal.model, proposal.adapter) == ("phi3/x", "20260102")
     assert proposal.grounded == "ticker"
     assert None not in proposal.latencies.model_dump().values()
     score = of_type(HermesScoreSchema, rows)
     assert (score.run_id, score.score) == (str(run.transaction_id), 0.7)
     assert score.rationale == "Too tight."
+    assert (score.answer_mass, score.score_reliable) == (0.4, False)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +88,7 @@ def test_a_run_that_ends_before_its_score_is_partial_and_keeps_what_there_is(
     }
     proposal = of_type(ProposalSchema, rows)
     assert (proposal.assessment, proposal.score) == (assessment or "", None)
+    assert (proposal.answer_mass, proposal.score_reliable) == (None, None)
     seconds = proposal.latencies.model_dump()
     assert {name for name in seconds if seconds[name] is not None} == set(steps)
 
@@ -113,6 +118,12 @@ def test_a_run_goes_on_from_its_state(steps: tuple[str, ...]) -> None:
     assert resumed.provenance == run.provenance
     seconds = of_type(ProposalSchema, resumed.rows("late")).latencies
     assert seconds == of_type(ProposalSchema, run.rows("late")).latencies
+
+
+def test_a_rating_of_an_older_version_is_reliable() -> None:
+    state = run_until("proposal", "assessment", "score").state()
+    del state["rating"]["reliable"]
+    assert ProposalRun.resumed("Long ABC.", state).rating == Rating(0.7, 0.4, reliable=True)
 
 
 def keys(rows: list[Row]) -> list[str]:

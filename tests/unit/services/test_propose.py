@@ -34,7 +34,7 @@ VALID: dict[str, Any] = {
 WRITTEN = proposals.dumps(VALID)
 OTHER = {"ticker": "XYZ", "action": "pass", "confidence": 1, "rationale": "It holds."}
 EXAMPLES = [Example("first context", VALID), Example("second context", OTHER)]
-LEAST = proposals.MAX_COMPLETION_TOKENS
+LEAST = proposals.MIN_COMPLETION_TOKENS
 
 
 def proposer(
@@ -91,7 +91,8 @@ def request(
 ) -> GenerationRequest:
     messages = proposals.build_messages(prompt, examples)
     seed = SEED if temperature else None
-    return GenerationRequest(messages, max_tokens, proposals.GUIDANCE, temperature, seed)
+    guidance = proposals.guidance(max_tokens)
+    return GenerationRequest(messages, max_tokens, guidance, temperature, seed)
 
 
 async def test_phi3_is_asked_under_guidance_with_the_examples() -> None:
@@ -118,6 +119,33 @@ async def test_too_small_a_budget_is_refused_before_the_model_is_asked() -> None
     with pytest.raises(InvalidRequest, match="max_length"):
         await propose(fake, "now", max_tokens=LEAST - 1)
     assert fake.requests == []
+
+
+async def test_a_small_budget_bounds_the_rationale_also_in_a_retry() -> None:
+    fake = FakeModel(completion(json.dumps(MADE_UP)), completion(json.dumps(GROUNDED)))
+    await propose(fake, CONTEXT, retry=True, max_tokens=LEAST)
+    first, second = fake.requests
+    assert isinstance(first, GenerationRequest)
+    assert isinstance(second, GenerationRequest)
+    assert first.guidance == proposals.guidance(LEAST) != proposals.GUIDANCE
+    assert second.guidance == proposals.grounded_guidance(CONTEXT, (), LEAST)
+
+
+async def test_a_budget_that_is_too_small_for_the_tokenizer_is_refused_and_not_retried() -> None:
+    cut = replace(completion(WRITTEN[:96]), finish_reason="length")
+    fake = FakeModel(cut)
+    with pytest.raises(InvalidRequest) as caught:
+        await propose(fake, "now", EXAMPLES, max_tokens=LEAST)
+    assert caught.value.detail == (
+        "max_length: this model's tokenizer needs more than 96 tokens for a proposal; send 248"
+    )
+    assert fake.requests == [request(EXAMPLES, LEAST, 0.0)]
+
+
+async def test_a_cut_proposal_within_a_sufficient_budget_is_the_models_failure() -> None:
+    fake = FakeModel(replace(completion(WRITTEN[:96]), finish_reason="length"))
+    with pytest.raises(ModelUnavailable, match="did not write a valid proposal"):
+        await propose(fake, "now", max_tokens=proposals.MAX_COMPLETION_TOKENS)
 
 
 async def test_examples_that_do_not_fit_beside_a_prompt_are_left_out(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from llm_sidecar import __version__, hermes_plugin, proposals
@@ -36,11 +34,12 @@ async def test_it_records_models_prompt_examples_sampling_and_key() -> None:
     assert (critique.label, critique.adapter) == ("hermes/fake", None)
     assert proposal.identity == critique.identity == IDENTITY
     assert (proposal.temperature, proposal.seed, proposal.max_tokens) == (0.4, SEED, 300)
-    assert (critique.temperature, critique.seed, critique.max_tokens) == (0.0, None, 300)
+    # The model's own sampling, which its files say.
+    assert (critique.temperature, critique.seed, critique.max_tokens) == (None, SEED, 96)
     assert proposal.guidance == Guidance.of(proposals.GUIDANCE)
     assert critique.guidance is None
     assert proposal.prompt_version == provenance.proposal_prompt_version()
-    assert critique.prompt_version == provenance.critique_prompt_version()
+    assert critique.prompt_version == provenance.critique_prompt_version(hermes_plugin.PROMPTS)
 
 
 async def test_without_a_key_and_examples_it_says_none() -> None:
@@ -76,35 +75,36 @@ async def test_after_a_retry_the_guidance_of_the_context_is_recorded() -> None:
     found = (await stored(made)).proposal.guidance
     assert found is not None
     assert (found.kind, found.ticker) == ("grounded", "ABC")
-    assert found.text(PROMPT) == made.phi3.requests[1].guidance  # type: ignore[attr-defined]
+    assert found.text(PROMPT, 300) == made.phi3.requests[1].guidance  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("max_tokens", [96, 300])
 @pytest.mark.parametrize("tickers", [[], ["quiet"], ["XYZ"]])
-def test_grounded_guidance_is_made_again_from_prompt_and_ticker(tickers: list[str]) -> None:
+def test_grounded_guidance_is_made_again_from_prompt_and_ticker(
+    tickers: list[str], max_tokens: int
+) -> None:
     context = "Long ABC and XYZ from 100. RSI 78."
-    text = proposals.grounded_guidance(context, tickers)
+    text = proposals.grounded_guidance(context, tickers, max_tokens)
     assert text is not None
-    assert Guidance.of(text).text(context) == text
-    assert Guidance.of(proposals.GUIDANCE).text(context) == proposals.GUIDANCE
+    assert Guidance.of(text).text(context, max_tokens) == text
+    plain = proposals.guidance(max_tokens)
+    assert Guidance.of(plain).text(context, max_tokens) == plain
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "versions"),
-    [
-        (proposals, "SYSTEM_PROMPT", (True, False)),
-        (hermes_plugin, "SYSTEM_PROMPT", (False, True)),
-        (hermes_plugin, "CRITIQUE_TASK", (False, True)),
-        (hermes_plugin, "SCORE_TASK", (False, True)),
-    ],
-)
-def test_a_version_of_a_prompt_changes_with_its_texts(
-    module: Any, name: str, versions: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+def test_the_version_of_the_proposals_prompt_changes_with_its_text(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     of_proposals = provenance.proposal_prompt_version.__wrapped__
-    of_critiques = provenance.critique_prompt_version.__wrapped__
-    before = of_proposals(), of_critiques()
-    monkeypatch.setattr(module, name, "Another text.")
-    assert (of_proposals() != before[0], of_critiques() != before[1]) == versions
+    before = of_proposals()
+    monkeypatch.setattr(proposals, "SYSTEM_PROMPT", "Another text.")
+    assert of_proposals() != before
+
+
+@pytest.mark.parametrize("name", ["system", "critique_task", "score_task", "score_start"])
+def test_the_version_of_hermes_prompts_changes_with_each_text(name: str) -> None:
+    other = hermes_plugin.PROMPTS.model_copy(update={name: "Another text."})
+    of_critiques = provenance.critique_prompt_version
+    assert of_critiques(other) != of_critiques(hermes_plugin.PROMPTS)
 
 
 def test_what_a_later_version_records_beside_it_is_ignored() -> None:

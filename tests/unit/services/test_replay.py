@@ -33,7 +33,9 @@ TEMPERATURES = {"phi3_temperature": 0.4, "hermes_temperature": 0.6}
 def recorded(**changes: Any) -> Recorded:
     """A proposal with one example, its critique and the score 0.75."""
     made = Proposed(PROPOSAL, WRITTEN, (), ASKED, ("f-1",))
-    provenance = Provenance.of(made, "desk").with_critique(CRITICISED, CRITIQUE)
+    provenance = Provenance.of(made, "desk").with_critique(
+        CRITICISED, CRITIQUE, hermes_plugin.PROMPTS
+    )
     whole = Recorded(PROMPT, PROPOSAL, CRITIQUE.text, 0.75, provenance, {"f-1": EXAMPLE})
     return replace(whole, **changes)
 
@@ -67,7 +69,7 @@ async def test_the_same_texts_and_score_are_the_same() -> None:
     assert isinstance(phi3, FakeModel)
     assert isinstance(hermes, FakeModel)
     assert phi3.requests == [ASKED]
-    score = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, PROPOSAL, PROMPT)
+    score = hermes_plugin.score_messages(PROPOSAL, PROMPT)
     assert hermes.requests == [CRITICISED, (score, hermes_plugin.SCORE_ANSWERS)]
 
 
@@ -144,7 +146,7 @@ async def test_another_version_of_sidecar_and_prompts_is_named(
     found = recorded()
     monkeypatch.setattr(module, "__version__", "9")
     monkeypatch.setattr(module, "proposal_prompt_version", lambda: "new")
-    monkeypatch.setattr(module, "critique_prompt_version", lambda: "newer")
+    monkeypatch.setattr(module, "critique_prompt_version", lambda prompts: "newer")
     report, _ = await run(found)
     assert [(each.fact, each.now) for each in report.differences] == [
         ("sidecar", "9"),
@@ -170,7 +172,7 @@ def adapted(name: str) -> Recorded:
     return replace(found, provenance=found.provenance.model_copy(update={"proposal": proposal}))
 
 
-async def test_the_adapter_of_then_is_used_even_if_a_newer_one_is_there(tmp_path: Path) -> None:
+async def test_the_recorded_adapter_is_used_even_if_a_newer_one_is_there(tmp_path: Path) -> None:
     for name in ("20260102", "20260102-dpo", "20260103"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text("{}")

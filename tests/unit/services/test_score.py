@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from llm_sidecar.db.transaction import RequestKey
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.errors import DatabaseUnavailable, InvalidRequest, ModelUnavailable, QueueFull
 from llm_sidecar.models.base import Delta, GenerationRequest
+from llm_sidecar.models.prompts import Prompts
 from llm_sidecar.services.idempotency import Attempt
+from llm_sidecar.services.score import Rating, ScoredProposal
 from llm_sidecar.tasks import TaskSet
 from tests.unit.fakes import FakeSidecar, PausedModel, scores, text_of
 from tests.unit.services.samples import (
@@ -26,7 +29,7 @@ from tests.unit.services.samples import (
     without,
 )
 
-SCORE, CRITICISE = hermes_plugin.SCORE_TASK, hermes_plugin.CRITIQUE_TASK
+CRITICISE = hermes_plugin.CRITIQUE_TASK
 
 
 async def test_a_score_is_stored_under_the_proposals_own_id() -> None:
@@ -35,8 +38,8 @@ async def test_a_score_is_stored_under_the_proposals_own_id() -> None:
     name = uuid.uuid4()
     scored = PROPOSAL | {"id": str(name)}
     result = await made.sidecar.judge.score(scored, "ABC is quiet.")
-    assert (result.proposal_id, result.score, result.stored) == (name, 0.75, True)
-    messages = hermes_plugin.build_messages(hermes_plugin.SCORE_TASK, scored, "ABC is quiet.")
+    assert (result.proposal_id, result.rating, result.stored) == (name, (0.75, 1.0, True), True)
+    messages = hermes_plugin.score_messages(scored, "ABC is quiet.")
     assert made.hermes.requests == [(messages, hermes_plugin.SCORE_ANSWERS)]
     ((kind, row),) = made.happened.of("row")
     assert kind == "HermesScoreSchema"
@@ -44,8 +47,10 @@ async def test_a_score_is_stored_under_the_proposals_own_id() -> None:
         "run_id": str(name),
         "score": 0.75,
         "rationale": "The trend is intact.",
+        "answer_mass": 1.0,
+        "score_reliable": True,
     }
-    assert made.happened.of("metric") == [("scored", 0.75)]
+    assert made.happened.of("metric") == [("scored", (0.75, 1.0, True))]
     assert made.happened.of("event") == []
 
 
@@ -55,7 +60,7 @@ async def test_a_proposal_whose_id_is_no_uuid_gets_one(identifier: object) -> No
     made.hermes.answers = [SURE]
     result = await made.sidecar.judge.score(PROPOSAL | {"id": identifier}, None)
     assert isinstance(result.proposal_id, uuid.UUID)
-    assert result.score == 0.75
+    assert result.rating.score == 0.75
     ((_, row),) = made.happened.of("row")
     assert row["run_id"] == str(result.proposal_id)
 
@@ -74,8 +79,8 @@ async def test_a_score_that_is_not_stored_says_so() -> None:
     made.hermes.answers = [SURE]
     made.store.full = DatabaseUnavailable("The disk is full.")
     result = await made.sidecar.judge.score(PROPOSAL, None)
-    assert (result.score, result.stored) == (0.75, False)
-    assert made.happened.of("metric") == [("scored", 0.75), ("row_lost", "hermes_scores")]
+    assert (result.rating.score, result.stored) == (0.75, False)
+    assert [name for name, _ in made.happened.of("metric")] == ["scored", "row_lost"]
 
 
 async def test_a_score_that_fails_is_not_stored() -> None:
@@ -98,11 +103,59 @@ async def test_a_score_is_stored_with_its_progress() -> None:
     (transaction,) = made.store.commits
     assert transaction.progress is not None
     state = json.loads(transaction.progress.state or "")
-    assert state == {"proposal_id": str(result.proposal_id), "score": 0.75}
+    assert state == {
+        "proposal_id": str(result.proposal_id),
+        "score": 0.75,
+        "answer_mass": 1.0,
+        "reliable": True,
+    }
     # Another attempt neither asks the model nor stores anything.
     again = Attempt(TaskSet(), request, state)
     assert await made.sidecar.judge.score(PROPOSAL, None, again) == result
     assert (len(made.hermes.calls), len(made.store.commits)) == (1, 1)
+
+
+async def test_a_score_that_an_older_version_has_stored_counts_as_reliable() -> None:
+    name = str(uuid.uuid4())
+    attempt = Attempt(TaskSet(), RequestKey("desk", "k-1"), {"proposal_id": name, "score": 0.25})
+    result = await fake_sidecar().sidecar.judge.score(PROPOSAL, None, attempt)
+    assert result == ScoredProposal(uuid.UUID(name), Rating(0.25, None, reliable=True), stored=True)
+
+
+@pytest.mark.parametrize(
+    ("mass", "least", "reliable"),
+    [(0.5, 0.5, True), (0.49, 0.5, False), (0.31, 0.3, True), (1.0, 1.0, True), (0.01, 0.0, True)],
+)
+async def test_a_score_of_little_answer_mass_is_marked(
+    mass: float, least: float, reliable: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = fake_sidecar(models={"min_answer_mass": least})
+    made.hermes.answers = [scores(_4=mass)]
+    result = await made.sidecar.judge.score(PROPOSAL, None)
+    assert result.rating == pytest.approx((0.4, mass, reliable))
+    ((_, row),) = made.happened.of("row")
+    assert (row["score"], row["answer_mass"]) == pytest.approx((0.4, mass))
+    assert row["score_reliable"] is reliable
+    assert made.happened.of("metric") == [("scored", (pytest.approx(0.4), mass, reliable))]
+    warned = f"hermes gives the answers 0 to 10 a probability of only {mass:.3f}"
+    assert caplog.messages == [] if reliable else [warned]
+
+
+async def test_a_model_with_prompts_of_its_own_gets_them(tmp_path: Path) -> None:
+    own = Prompts(
+        system="You judge.", critique_task="Criticise!", score_task="Score!", score_start="Score: "
+    )
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "prompts.json").write_text(own.model_dump_json())
+    made = fake_sidecar(models={"hermes_path": tmp_path})
+    made.hermes.answers = [SURE]
+    await made.sidecar.judge.rate(PROPOSAL, PROMPT)
+    messages = hermes_plugin.build_messages("Score!", PROPOSAL, PROMPT, "You judge.")
+    messages.append({"role": "assistant", "content": "Score: "})
+    assert made.hermes.requests == [(messages, hermes_plugin.SCORE_ANSWERS)]
+    request = made.sidecar.judge.critique_request(PROPOSAL, PROMPT, 300)
+    messages = hermes_plugin.build_messages("Criticise!", PROPOSAL, PROMPT, "You judge.")
+    assert request.messages == messages
 
 
 async def test_a_sum_of_probabilities_is_at_most_1() -> None:
@@ -132,13 +185,14 @@ async def test_an_error_names_the_fields_that_the_caller_sent(
 async def test_a_score_is_read_from_the_probabilities_of_the_answers() -> None:
     made = fake_sidecar()
     made.hermes.answers = [scores(_0=0.1, _10=0.9), scores(_5=0.25)]
-    assert await made.sidecar.judge.rate(PROPOSAL, PROMPT) == pytest.approx((0.9, 1.0))
+    assert await made.sidecar.judge.rate(PROPOSAL, PROMPT) == pytest.approx((0.9, 1.0, True))
     deadline = Deadline.after(60)
-    assert await made.sidecar.judge.rate(PROPOSAL, None, deadline) == pytest.approx((0.5, 0.25))
+    rating = await made.sidecar.judge.rate(PROPOSAL, None, deadline)
+    assert rating == pytest.approx((0.5, 0.25, False))
     assert [call.deadline for call in made.hermes.calls] == [None, deadline]
     assert made.hermes.requests == [
-        (hermes_plugin.build_messages(SCORE, PROPOSAL, PROMPT), hermes_plugin.SCORE_ANSWERS),
-        (hermes_plugin.build_messages(SCORE, PROPOSAL), hermes_plugin.SCORE_ANSWERS),
+        (hermes_plugin.score_messages(PROPOSAL, PROMPT), hermes_plugin.SCORE_ANSWERS),
+        (hermes_plugin.score_messages(PROPOSAL), hermes_plugin.SCORE_ANSWERS),
     ]
     assert [name for name, _ in made.happened.of("metric")] == ["scored", "scored"]
     assert made.happened.of("row") == []
@@ -159,6 +213,31 @@ async def test_a_model_that_gives_no_answer_any_probability_is_unavailable() -> 
 # The critique
 
 
+@pytest.mark.parametrize(("max_length", "bound"), [(300, 96), (97, 96), (96, 96), (31, 31)])
+async def test_a_critique_has_a_bound_of_its_own(max_length: int, bound: int) -> None:
+    judge = fake_sidecar().sidecar.judge
+    assert judge.critique_request(PROPOSAL, PROMPT, max_length).max_tokens == bound
+    judge = fake_sidecar(models={"critique_max_tokens": 200}).sidecar.judge
+    assert judge.critique_request(PROPOSAL, PROMPT, max_length).max_tokens == min(max_length, 200)
+
+
+async def test_without_a_temperature_the_models_own_sampling_gets_a_seed() -> None:
+    asked = fake_sidecar().sidecar.judge.critique_request(PROPOSAL, PROMPT, 31)
+    assert (asked.temperature, asked.seed) == (None, SEED)
+    greedy = fake_sidecar(models={"hermes_temperature": 0.0})
+    asked = greedy.sidecar.judge.critique_request(PROPOSAL, PROMPT, 31)
+    assert (asked.temperature, asked.seed) == (0.0, None)
+
+
+async def test_a_critique_ends_at_its_third_sentence_and_stops_hermes() -> None:
+    hermes = PausedModel("One. Two. Three. Four", ".")
+    made = FakeSidecar(hermes=hermes)
+    asked = made.sidecar.judge.critique_request(PROPOSAL, PROMPT, 31)
+    found = await text_of(made.sidecar.judge.assess(asked, Deadline.after(60)))
+    assert (found.text, found.finish_reason) == ("One. Two. Three.", "stop")
+    assert hermes.closed == 1
+
+
 async def test_a_critique_is_asked_in_its_context() -> None:
     made = fake_sidecar(models={"hermes_temperature": 0.5})
     made.hermes.answers = [CRITIQUE]
@@ -175,11 +254,11 @@ async def test_a_critique_is_asked_in_its_context() -> None:
 
 
 async def test_a_critique_streams_and_closing_it_stops_hermes() -> None:
-    hermes = PausedModel("Thin", ".")
+    hermes = PausedModel("Thin. The", " stop.")
     made = FakeSidecar(hermes=hermes)
     asked = made.sidecar.judge.critique_request(PROPOSAL, PROMPT, 31)
     asking = made.sidecar.judge.assess(asked, Deadline.after(60))
-    assert await anext(asking) == Delta("Thin", "paused/fake")
+    assert await anext(asking) == Delta("Thin.", "paused/fake")
     await asking.aclose()
     assert hermes.closed == 1
 

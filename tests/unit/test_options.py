@@ -1,0 +1,24 @@
+"""The options of each model's engine, from the settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llm_sidecar.engines import EngineOptions
+from llm_sidecar.models.options import hermes_options, phi3_options
+from llm_sidecar.settings import Settings
+
+
+def test_each_model_has_its_threads_and_only_hermes_a_precision() -> None:
+    models = {
+        "device": "cpu",
+        "phi3_threads": 2,
+        "hermes_threads": 3,
+        "hermes_dtype": "bfloat16",
+        "prefill_dtype": "bfloat16",
+        "llama_server": Path("/opt/llama-server"),
+    }
+    settings = Settings(models=models)
+    server = "/opt/llama-server"
+    assert phi3_options(settings) == EngineOptions("cpu", 2, server, None, "bfloat16")
+    assert hermes_options(settings) == EngineOptions("cpu", 3, server, "bfloat16", "bfloat16")
