@@ -740,13 +740,16 @@ async def test_closing_cancels_a_swap_that_loads(
     replace_worker(monkeypatch, HANGS)
     swaps = [asyncio.create_task(model.use_adapter(adapter)) for adapter in onnx_adapters]
     await until(lambda: len(workers()) == 2)
+    # It would end its text while a slow machine ends the other worker.
+    os.kill(pid := pid_of(model), signal.SIGSTOP)
     closing = asyncio.create_task(model.close(grace=60.0))
     for swap in swaps:
         with pytest.raises(ModelUnavailable, match="shutting down"):
             await swap
-    await until(lambda: workers() == {pid_of(model)})
+    await until(lambda: workers() == {pid})
     # The request that runs still has its time.
     assert not closing.done()
+    os.kill(pid, signal.SIGCONT)
     running.cancel()
     await closing
     assert workers() == set()
