@@ -245,9 +245,11 @@ class LlamaServer:
                     return
             except ModelUnavailable:
                 # It is loading.
-                time.sleep(_POLL_SECONDS)
+                pass
             except (OSError, http.client.HTTPException):
                 break
+            # Whatever it answers: an answer other than `ok` must not make this loop spin.
+            time.sleep(_POLL_SECONDS)
         self._watcher.join()
         reason = reason_of_failure(self._lines, self.process.returncode)
         if self.process.returncode < 0 or _NO_MEMORY.search(reason):

@@ -592,9 +592,11 @@ async def test_the_status_reads_no_file(tmp_path: Path, monkeypatch: pytest.Monk
     await store.append(score())
     await store.compact()
     await store.close()
+    compacted = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
+    os.utime(tmp_path / "_log" / "compacted", 2 * (compacted.timestamp(),))
     store = await Store.open(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "stat", lambda *_: pytest.fail("the event loop must not wait"))
         status = store.status()
-    assert status["last_compaction"] is not None
+    assert status["last_compaction"] == compacted.isoformat()
     await store.close()

@@ -276,7 +276,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], tuple[str, str, Any]]] = {
         lambda c: c.requeue_dead_letter("1-0"),
         ("POST", "/events/dead/1-0/requeue", None),
     ),
-    "an id that is none": (
+    "an invalid id": (
         lambda c: c.requeue_dead_letter("a/b c?"),
         ("POST", "/events/dead/a%2Fb%20c%3F/requeue", None),
     ),
