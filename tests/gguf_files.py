@@ -1,8 +1,8 @@
 """Small GGUF files with random weights, for tests that must hold whatever the weights say.
 
-    python -m tests.gguf_files shape-7b /tmp/7b.gguf
+    python -m tests.gguf_files shape-7b /tmp/7b.gguf SmolLM2.gguf
 
-writes one with the shape of a 7B model, 4 GB large.
+writes one with the shape of a 7B model, 4 GB large, that has the tokenizer of another file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, TokenType
 
 TEMPLATE: Final = (
     "{% for message in messages %}"
@@ -50,6 +50,7 @@ def write_gguf(
     seed: int = 0,
     scale: float = 1.0,
     control: TokenType = TokenType.CONTROL,
+    tokenizer: Path | None = None,
 ) -> Path:
     """A Llama with random weights, whose tokens are bytes and the three of `CONTROL`.
 
@@ -60,6 +61,7 @@ def write_gguf(
         metadata: further values: text, integers or booleans.
         scale: of the weights; with larger ones the model is surer of what it says.
         control: the type of the tokens in `CONTROL`.
+        tokenizer: a .gguf file whose tokens to take instead, of byte-level BPE.
     """
     shape = shape or Shape()
     writer = GGUFWriter(path, "llama", use_temp_file=shape == SHAPE_7B)
@@ -72,7 +74,7 @@ def write_gguf(
     writer.add_head_count_kv(shape.kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(shape.width // shape.heads)
-    tokens = _add_vocabulary(writer, control)
+    tokens = _add_vocabulary(writer, control) if tokenizer is None else _copy(writer, tokenizer)
     if template is not None:
         writer.add_chat_template(template)
     for key, value in (metadata or {}).items():
@@ -132,6 +134,24 @@ def _add_vocabulary(writer: GGUFWriter, control: TokenType) -> int:
     return len(texts)
 
 
+def _copy(writer: GGUFWriter, tokenizer: Path) -> int:
+    """Adds the tokens of another file; returns how many there are."""
+    found = {
+        name.removeprefix("tokenizer.ggml."): field.contents()
+        for name, field in GGUFReader(tokenizer).fields.items()
+        if name.startswith("tokenizer.ggml.")
+    }
+    writer.add_tokenizer_model(found["model"])
+    writer.add_tokenizer_pre(found["pre"])
+    writer.add_token_list(found["tokens"])
+    writer.add_token_types(found["token_type"])
+    writer.add_token_merges(found["merges"])
+    writer.add_bos_token_id(found["bos_token_id"])
+    writer.add_eos_token_id(found["eos_token_id"])
+    writer.add_add_bos_token(found.get("add_bos_token", False))
+    return len(found["tokens"])
+
+
 def _byte_letters() -> list[str]:
     """The letter of each byte in byte-level BPE, as GPT-2 has them."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -182,9 +202,9 @@ def _blocks(random: np.random.Generator, rows: int, columns: int) -> np.ndarray[
 
 def main(arguments: Sequence[str]) -> None:
     """Writes the file of a 7B model."""
-    if arguments[:1] != ["shape-7b"] or len(arguments) != 2:
+    if arguments[:1] != ["shape-7b"] or len(arguments) != 3:
         sys.exit(__doc__)
-    write_gguf(Path(arguments[1]), SHAPE_7B)
+    write_gguf(Path(arguments[1]), SHAPE_7B, tokenizer=Path(arguments[2]))
 
 
 if __name__ == "__main__":
