@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from llm_sidecar.engines import GenerationRequest, load_engine
 from llm_sidecar.hermes_plugin import chat_messages
 from llm_sidecar.models.conversion import ConversionFailed, build, child, convert, pipeline
+from tests.batches import hundred_proposals
 from tests.real_transformers import smollm2_folder
 
 MAX_MEMORY = 2.2
@@ -53,6 +54,10 @@ def test_hermes_answers_paris(converted: Path) -> None:
     chat = chat_messages("What is the capital of France?")
     answer = "".join(delta.text for delta in engine.stream(GenerationRequest(chat, 16)))
     assert "Paris" in answer
+
+
+def test_a_hundred_proposals_of_the_kept_result_are_valid(converted: Path) -> None:
+    assert len(hundred_proposals(load_engine(converted, device="cpu", threads=2))) == 100
 
 
 def test_peak_memory_is_bounded(converted: Path, smollm2: Path) -> None:

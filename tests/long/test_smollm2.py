@@ -8,7 +8,7 @@ least a half, or if it ends with the same words three times in a row.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ import pytest
 from llm_sidecar import hermes_plugin
 from llm_sidecar.engines import Engine, GenerationRequest, load_engine
 from llm_sidecar.sentences import sentence_end
+from tests.batches import hundred_proposals, texts_of
 from tests.real_transformers import smollm2_folder
 
 PAIRS: Final = Path(__file__).resolve().parents[1] / "judged_pairs.jsonl"
@@ -62,6 +63,10 @@ def test_scores_have_enough_answer_mass_and_rank_good_above_bad(engine: Engine) 
     assert right >= 14
 
 
+def test_a_hundred_proposals_are_valid(engine: Engine) -> None:
+    assert len(hundred_proposals(engine)) == 100
+
+
 def test_no_text_repeats_itself_without_end(engine: Engine) -> None:
     critiques = [
         GenerationRequest(
@@ -77,8 +82,8 @@ def test_no_text_repeats_itself_without_end(engine: Engine) -> None:
         GenerationRequest(hermes_plugin.chat_messages(question), TEXT_TOKENS, temperature=None)
         for question in QUESTIONS
     ]
-    texts = [three_sentences(text) for text in generated(engine, critiques)]
-    texts += generated(engine, chats)
+    texts = [three_sentences(text) for text in texts_of(engine, critiques)]
+    texts += texts_of(engine, chats)
     assert len(texts) == 50
     repeated = [repetition(text.split()) for text in texts]
     print(f"seq-rep-4: {sum(repeated) / 50:.2f} on average, at most {max(repeated):.2f}")
@@ -86,25 +91,6 @@ def test_no_text_repeats_itself_without_end(engine: Engine) -> None:
         text for text, share in zip(texts, repeated, strict=True) if share >= 0.5 or loops(text)
     ]
     assert looping == []
-
-
-def generated(engine: Engine, requests: Sequence[GenerationRequest]) -> list[str]:
-    """The texts of these requests, generated in batches."""
-    batch, waiting = engine.batch(), iter(enumerate(requests))
-    texts = [""] * len(requests)
-    while fill(batch, waiting):
-        for number, delta in batch.step():
-            texts[number] += delta.text
-    return texts
-
-
-def fill(batch: Any, waiting: Iterator[tuple[int, GenerationRequest]]) -> bool:
-    """Adds waiting requests while the batch has capacity; returns whether any request is left."""
-    while len(batch) < batch.capacity:
-        if (following := next(waiting, None)) is None:
-            break
-        batch.add(*following)
-    return len(batch) > 0
 
 
 def three_sentences(text: str) -> str:
