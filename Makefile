@@ -8,11 +8,17 @@ BIN := $(VENV)/bin
 BENCH_VENV := .venv-bench
 CHATTERBOX_VENV := .venv-chatterbox
 STAND_IN := .data/chatterbox-stand-in
+# Clients of OpenAI's protocol. Some cannot share an environment.
+CLIENTS_VENV := .venv-clients
+OPENAI2_VENV := .venv-openai2
+LM_EVAL_VENV := .venv-lm-eval
+CLIENTS := tests/clients
+NODE_MODULES := $(CLIENTS)/node/node_modules
 # Another build of llama.cpp for `make bench-real`.
 NODE_LLAMA := .data/node-llama-cpp
 NODE_LLAMA_VERSION := 3.22.1
 
-.PHONY: .env serve serve-smollm2 test-unit test test-long test-chatterbox mutants lint docs bench bench-real train evaluate clean
+.PHONY: .env serve serve-smollm2 test-unit test test-long test-chatterbox test-clients test-lm-eval mutants lint docs bench bench-real train evaluate clean
 .DELETE_ON_ERROR:
 
 # A .gguf file needs llama.cpp: its wheel, unless a llama-server is there.
@@ -55,6 +61,17 @@ test-chatterbox: $(VENV)/.test $(CHATTERBOX_VENV)/.installed $(STAND_IN)/conds.p
 	CHATTERBOX_PYTHON=$(CURDIR)/$(CHATTERBOX_VENV)/bin/python CHATTERBOX_STAND_IN=$(CURDIR)/$(STAND_IN) \
 	$(BIN)/python -m pytest tests/chatterbox -v -o faulthandler_timeout=1200 -o log_cli=true -o log_cli_level=INFO
 
+# Third-party clients against a sidecar of .venv. node and npm come with a Python package.
+test-clients: $(VENV)/.serve $(CLIENTS_VENV)/.installed $(OPENAI2_VENV)/.installed $(NODE_MODULES)/.installed
+	$(OPENAI2_VENV)/bin/python -m pytest -c $(CLIENTS)/pytest.ini $(CLIENTS)/test_instructor.py \
+	  $(CLIENTS)/test_openai.py $(CLIENTS)/test_openai_trouble.py
+	PATH=$(CURDIR)/$(CLIENTS_VENV)/bin:$$PATH $(CLIENTS_VENV)/bin/python -m pytest -c $(CLIENTS)/pytest.ini \
+	  --ignore=$(CLIENTS)/test_instructor.py --ignore=$(CLIENTS)/test_lm_eval.py $(CLIENTS)
+
+# Downloads SmolLM2; compares its log likelihoods in an evaluation harness with the engine's own.
+test-lm-eval: $(VENV)/.gguf $(LM_EVAL_VENV)/.installed
+	$(LM_EVAL_VENV)/bin/python -m pytest -c $(CLIENTS)/pytest.ini -v $(CLIENTS)/test_lm_eval.py
+
 # Mutation tests. They take half an hour on two cores, so CI does not run them.
 mutants: $(VENV)/.mutants
 	nice $(BIN)/python -m tests.mutants
@@ -96,7 +113,8 @@ evaluate: $(VENV)/.serve
 	$(BIN)/python -m llm_sidecar.demo evaluate
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) $(CHATTERBOX_VENV) .data .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH_VENV) $(CHATTERBOX_VENV) $(CLIENTS_VENV) $(OPENAI2_VENV) $(LM_EVAL_VENV) $(NODE_MODULES)
+	rm -rf .data .pytest_cache .mypy_cache .ruff_cache
 	rm -rf .schemathesis .hypothesis .import_linter_cache mutants .coverage .coverage.* htmlcov build dist site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -133,6 +151,19 @@ $(BENCH_VENV)/.installed: requirements.txt requirements-gguf.txt requirements-be
 $(CHATTERBOX_VENV)/.installed: requirements-chatterbox.txt
 	$(PYTHON) -m venv $(CHATTERBOX_VENV)
 	$(CHATTERBOX_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-chatterbox.txt
+	touch $@
+
+$(CLIENTS_VENV)/.installed: requirements-clients.txt
+$(OPENAI2_VENV)/.installed: requirements-openai2.txt
+$(LM_EVAL_VENV)/.installed: requirements-lm-eval.txt
+$(CLIENTS_VENV)/.installed $(OPENAI2_VENV)/.installed $(LM_EVAL_VENV)/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r $<
+	touch $@
+
+$(NODE_MODULES)/.installed: $(CLIENTS)/node/package-lock.json $(CLIENTS_VENV)/.installed
+	PATH=$(CURDIR)/$(CLIENTS_VENV)/bin:$$PATH npm ci --silent --no-audit --no-fund --ignore-scripts \
+	  --prefix $(CLIENTS)/node
 	touch $@
 
 $(STAND_IN)/conds.pt: tests/chatterbox/stand_in.py | $(CHATTERBOX_VENV)/.installed

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from benchmarks import adapters, prefill, proposing, start, throughput
+from benchmarks import adapters, prefill, proposing, start, streaming, throughput
 from benchmarks.table import Row, machine
 
 RESULTS: Final = Path(__file__).with_name("RESULTS.md")
@@ -21,6 +21,7 @@ MEASURES: Final[dict[str, Callable[[int], Iterator[Row]]]] = {
     "score": prefill.one_score,
     "transformers": throughput.against_transformers_serve,
     "sixteen": proposing.sixteen_at_once,
+    "streams": streaming.first_token_over_http,
     "threads": throughput.threads_of_two_models,
     "adapters": adapters.swapped_under_load,
     "start": start.memory_and_start,

@@ -56,6 +56,7 @@ class Ours:
 
     def generate(self, command: Command) -> Command:
         from llm_sidecar.engines import GenerationRequest
+        from llm_sidecar.engines.base import unless_failed
 
         prompts = [self._tokens(prompt) for prompt in command["prompts"]]
         most, guidance = command["max_tokens"], command.get("guidance")
@@ -67,7 +68,8 @@ class Ours:
             while waiting and len(batch) < batch.capacity:
                 number, tokens = waiting.pop(0)
                 batch.add(number, GenerationRequest([], most, guidance, tokens=tokens))
-            for number, delta in batch.step():
+            for number, result in batch.step():
+                delta = unless_failed(result)
                 new = delta.completion_tokens - len(times[number])
                 times[number] += [time.perf_counter()] * new
                 texts[number] += delta.text

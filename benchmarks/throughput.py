@@ -40,7 +40,7 @@ def against_transformers_serve(rounds: int) -> Iterator[Row]:
         tempfile.TemporaryDirectory() as folder,
         models.served(Path(folder, "int4")) as converted,
         models.served(Path(folder, "float32"), HERMES_MODEL_PATH=str(source)) as original,
-        _transformers_serve(source, Path(folder)) as theirs,
+        transformers_serve(source, Path(folder)) as theirs,
     ):
         for server in (converted, original):
             server.wait_until_ready()
@@ -96,7 +96,8 @@ async def _tokens_per_second(
 
 
 @contextlib.contextmanager
-def _transformers_serve(model: Path, folder: Path) -> Iterator[str]:
+def transformers_serve(model: Path, folder: Path) -> Iterator[str]:
+    """`transformers serve` with a model; its URL, without the `/v1`."""
     port = free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model)]
     command += ["--continuous-batching", "--attn-implementation", "sdpa", "--device", "cpu"]

@@ -52,7 +52,28 @@ class CommandFailed(SidecarError):
 
 
 class InvalidRequest(SidecarError):
-    """The request is well-formed but cannot be fulfilled."""
+    """The request is well-formed but cannot be fulfilled.
+
+    Attributes:
+        problem: `detail` without the name of the field.
+        field: what is wrong, as the services and engines call it, such as `prompt`, `schema` or
+            `max_length`; None if it is not one field. A path may have another name for it.
+        exceeds_context: whether the request does not fit the context of the model.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        retry_after: int | None = None,
+        field: str | None = None,
+        exceeds_context: bool = False,
+    ) -> None:
+        detail = problem if field is None else f"{field}: {problem}"
+        super().__init__(detail, retry_after=retry_after)
+        self.problem = problem
+        self.field = field
+        self.exceeds_context = exceeds_context
 
 
 class RequestKeyReused(SidecarError):

@@ -37,10 +37,12 @@ SCORE_ANSWERS: Final = tuple(str(n) for n in range(11))
 
 
 def prompts_for(settings: Settings) -> Prompts:
-    """The prompts of the configured Hermes: its own, or `PROMPTS`.
+    """The prompts of the configured Hermes: its own, or `PROMPTS`, also for a remote one.
 
     Missing files and broken prompts are not an error here: they fail the load of the model.
     """
+    if settings.models.hermes_urls:
+        return PROMPTS
     try:
         return loader.locate_hermes(settings).prompts or PROMPTS
     except ModelUnavailable:

@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, NamedTuple
 from pydantic import ConfigDict, Field
 
 from llm_sidecar import grounding
-from llm_sidecar.errors import InvalidRequest
+from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 from llm_sidecar.input_model import InputModel
 from llm_sidecar.models.base import Completion, GenerationRequest, Message
 
@@ -287,25 +287,29 @@ def build_messages(prompt: str, examples: Sequence[Example] = ()) -> list[Messag
     keep their prefill; the market context is the last turn. An example's keys are in the order of
     the guidance, in whatever order a client sent them.
     """
+    return [*opening(examples), {"role": "user", "content": prompt}]
+
+
+def opening(examples: Sequence[Example]) -> list[Message]:
+    """The turns before a market context: the system prompt and the few-shot examples."""
     messages = [{"role": "system", "content": SYSTEM_PROMPT}]
     for example in examples:
         messages.append({"role": "user", "content": example.prompt})
         messages.append({"role": "assistant", "content": dumps(in_order(example.proposal))})
-    messages.append({"role": "user", "content": prompt})
     return messages
 
 
 def prefix(examples: Sequence[Example], temperature: float) -> GenerationRequest:
     """The turns that every request for a proposal begins with, for prefill."""
-    *beginning, _ = build_messages("", examples)
-    return GenerationRequest(beginning, MAX_COMPLETION_TOKENS, GUIDANCE, temperature)
+    return GenerationRequest(opening(examples), MAX_COMPLETION_TOKENS, GUIDANCE, temperature)
 
 
 def check_budget(max_tokens: int) -> None:
     """Raises InvalidRequest if `max_tokens` is less than `MIN_COMPLETION_TOKENS`."""
     if max_tokens < MIN_COMPLETION_TOKENS:
         raise InvalidRequest(
-            f"max_length: a proposal needs {MIN_COMPLETION_TOKENS} tokens; send at least that"
+            f"a proposal needs {MIN_COMPLETION_TOKENS} tokens; send at least that",
+            field="max_length",
         )
 
 
@@ -316,3 +320,24 @@ def parse(text: str) -> dict[str, Any]:
         ValueError: the text is not a valid proposal.
     """
     return Proposal.model_validate_json(text).model_dump(exclude_unset=True)
+
+
+def parse_guided(text: str, guidance: str) -> dict[str, Any]:
+    """As `parse`, for a model that may have ignored its guidance.
+
+    Args:
+        text: the completion; order of the keys and whitespace are free.
+        guidance: of the request; every value has to follow it.
+
+    Raises:
+        ValueError: the text is not a valid proposal, or does not follow the guidance.
+    """
+    # Imported here, because only models on other servers need llguidance in this process.
+    from llm_sidecar.engines.llama_guidance import check_answer
+
+    proposal = parse(text)
+    try:
+        check_answer(guidance, dumps(in_order(proposal)))
+    except ModelUnavailable:
+        raise ValueError("the proposal does not follow the guidance") from None
+    return proposal

@@ -16,6 +16,8 @@ from llm_sidecar.models.base import Models
 from llm_sidecar.models.registry import create_models
 from llm_sidecar.services.adapters import Adapters
 from llm_sidecar.services.chat import Chat
+from llm_sidecar.services.conversation import Conversations
+from llm_sidecar.services.decisions import Decisions
 from llm_sidecar.services.event_feed import EventFeed
 from llm_sidecar.services.feedback import Feedback
 from llm_sidecar.services.few_shot import FewShotExamples
@@ -24,6 +26,7 @@ from llm_sidecar.services.idempotency import Idempotency
 from llm_sidecar.services.propose import Orchestrator, Proposer
 from llm_sidecar.services.rows import Rows
 from llm_sidecar.services.score import Judge, JudgeOptions
+from llm_sidecar.services.served_models import ServedModels
 from llm_sidecar.settings import Settings
 from llm_sidecar.tasks import TaskSet
 from llm_sidecar.telemetry.base import Instrument
@@ -44,8 +47,8 @@ class Sidecar:
     Attributes:
         settings: of all components.
         models: phi3 and hermes.
-        chat, proposer, judge, orchestrator, feedback, few_shot, adapters, idempotency, health: the
-            services.
+        chat, conversations, served_models, decisions, proposer, judge, orchestrator, feedback,
+            few_shot, adapters, idempotency, health: the services.
         speaker, listeners: the voice, and the listeners of its stream.
         event_feed, dead_letters: the listeners of the events, and the dead letters of the inbox.
     """
@@ -135,6 +138,8 @@ class Sidecar:
             timeout=settings.limits.request_timeout,
             retry=settings.proposals.grounding == "retry",
         )
+        self.served_models = ServedModels(self.models, settings.models.adapter_dir)
+        self.conversations = Conversations(self.served_models, self.proposer, settings)
         self._prompts = hermes_plugin.prompts_for(settings)
         temperature = settings.models.hermes_temperature
         self.chat = Chat(self.models.hermes, temperature, self._prompts)
@@ -143,6 +148,9 @@ class Sidecar:
             settings.models.critique_max_tokens,
             settings.models.min_answer_mass,
             self._prompts,
+        )
+        self.decisions = Decisions(
+            self.served_models, settings.models.min_answer_mass, settings.limits.request_timeout
         )
         self.judge = Judge(self.models.hermes, self._rows, self._tasks, metrics, options)
         self.orchestrator = Orchestrator(

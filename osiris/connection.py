@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
 import h11
-from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -28,6 +27,7 @@ from llm_sidecar.settings import Settings
 from osiris.http_parser import CLOSE, MAX_HEAD_BYTES, Parser
 from osiris.open_files import allow_files
 from osiris.paths import is_probe_or_metrics
+from osiris.refusals import refusal
 from osiris.transport import WatchedTransport
 
 log = logging.getLogger(__name__)
@@ -40,11 +40,7 @@ _TRIM_AFTER: Final = 0.5
 """Seconds."""
 _POLL_SECONDS: Final = (0.05, 0.2, 0.5)
 """Seconds between checks for a reset; the last value repeats."""
-_FULL: Final = JSONResponse(
-    {"detail": "The server has as many connections as MAX_CONNECTIONS allows; try again later."},
-    status_code=503,
-    headers={"Retry-After": "1"},
-)
+_FULL: Final = "The server has as many connections as MAX_CONNECTIONS allows; try again later."
 
 
 @dataclass
@@ -234,7 +230,9 @@ class Connection(H11Protocol):
                 message = {**message, "headers": [*others, CLOSE]}
             return send(message)
 
-        app = _FULL if self._is_reserved and not is_probe_or_metrics(scope) else self._served
+        app = self._served
+        if self._is_reserved and not is_probe_or_metrics(scope):
+            app = refusal(scope, 503, _FULL, {"Retry-After": "1"})
         return app(scope, receive, send_last)
 
     def _is_last(self) -> bool:
@@ -294,7 +292,8 @@ class Connection(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()
             return
-        events = self.conn.refusal_events(status, self.server_state.default_headers)
+        scope = cast(Scope, self.scope) if self.conn.our_state is h11.SEND_RESPONSE else None
+        events = self.conn.refusal_events(status, self.server_state.default_headers, scope)
         self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
         self._unwatch_client()
         self.transport.close()

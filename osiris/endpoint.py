@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from osiris.checked_route import CheckedRoute
-from osiris.response_headers import declared
+from osiris.response_headers import declared, declared_optional
 from osiris.schemas.errors import BadInput, ErrorBody
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
@@ -36,6 +36,7 @@ def endpoint(
     error_model: type[BaseModel] = ErrorBody,
     bad_input_model: type[BaseModel] = BadInput,
     headers: Iterable[str] = (),
+    optional_headers: Iterable[str] = (),
     error_headers: Iterable[str] = (),
     content: Mapping[str, Any] | None = None,
     documented: bool = True,
@@ -50,7 +51,8 @@ def endpoint(
         errors: statuses that the function answers with.
         error_model: the body of an error.
         bad_input_model: the body of a 422.
-        headers, error_headers: names of the headers of a 200 and of an error.
+        headers, optional_headers, error_headers: names of the headers of a 200, of those that some
+            of its forms lack, and of an error.
         content: OpenAPI's description of a 200 that is not JSON, by media type.
         documented: whether the path is in the OpenAPI document.
         options: other options of the route, such as `response_description`.
@@ -63,7 +65,8 @@ def endpoint(
         }
         for status in errors
     }
-    responses[200] = {"headers": declared(*headers)} | ({"content": content} if content else {})
+    described = declared(*headers) | declared_optional(*optional_headers)
+    responses[200] = {"headers": described} | ({"content": content} if content else {})
     options = {"route_class_override": CheckedRoute, **options, "responses": responses}
     # HEAD needs separate routes, because every method of a documented route is documented.
     methods = ("GET", "HEAD") if method == "GET" else (method,)

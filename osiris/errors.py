@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -33,13 +33,6 @@ log = logging.getLogger(__name__)
 
 _CLIENT_CLOSED_REQUEST: Final = 499
 
-OpenAIErrorType = Literal["invalid_request_error", "rate_limit_exceeded", "server_error"]
-"""`type` in the error objects of the OpenAI API.
-
-See https://platform.openai.com/docs/guides/error-codes and the error codes of
-https://platform.openai.com/docs/api-reference/responses/object.
-"""
-
 
 class ErrorRow(NamedTuple):
     """How the server answers, counts and logs one kind of error.
@@ -50,28 +43,26 @@ class ErrorRow(NamedTuple):
             `llm_sidecar.telemetry.calls.error_name` returns; also the field `error` in the log.
         log_level: of its log line. DEBUG for a caller's mistake, because the access log has the
             status.
-        openai_type: `type` of the error object under `/v1`.
     """
 
     status: int
     metric_label: str
     log_level: int
-    openai_type: OpenAIErrorType
 
 
 ERRORS: Final[dict[type[SidecarError], ErrorRow]] = {
-    SettingsError: ErrorRow(500, "SettingsError", logging.ERROR, "server_error"),
-    CommandFailed: ErrorRow(500, "CommandFailed", logging.ERROR, "server_error"),
-    InvalidRequest: ErrorRow(422, "InvalidRequest", logging.DEBUG, "invalid_request_error"),
-    RequestKeyReused: ErrorRow(422, "RequestKeyReused", logging.DEBUG, "invalid_request_error"),
-    NotFound: ErrorRow(404, "NotFound", logging.DEBUG, "invalid_request_error"),
-    AdapterRejected: ErrorRow(409, "AdapterRejected", logging.DEBUG, "invalid_request_error"),
-    QueueFull: ErrorRow(429, "QueueFull", logging.DEBUG, "rate_limit_exceeded"),
-    Unavailable: ErrorRow(503, "Unavailable", logging.WARNING, "server_error"),
-    ModelUnavailable: ErrorRow(503, "ModelUnavailable", logging.WARNING, "server_error"),
-    VoiceUnavailable: ErrorRow(503, "VoiceUnavailable", logging.WARNING, "server_error"),
-    DatabaseUnavailable: ErrorRow(503, "DatabaseUnavailable", logging.WARNING, "server_error"),
-    DeadlineExceeded: ErrorRow(504, "DeadlineExceeded", logging.WARNING, "server_error"),
+    SettingsError: ErrorRow(500, "SettingsError", logging.ERROR),
+    CommandFailed: ErrorRow(500, "CommandFailed", logging.ERROR),
+    InvalidRequest: ErrorRow(422, "InvalidRequest", logging.DEBUG),
+    RequestKeyReused: ErrorRow(422, "RequestKeyReused", logging.DEBUG),
+    NotFound: ErrorRow(404, "NotFound", logging.DEBUG),
+    AdapterRejected: ErrorRow(409, "AdapterRejected", logging.DEBUG),
+    QueueFull: ErrorRow(429, "QueueFull", logging.DEBUG),
+    Unavailable: ErrorRow(503, "Unavailable", logging.WARNING),
+    ModelUnavailable: ErrorRow(503, "ModelUnavailable", logging.WARNING),
+    VoiceUnavailable: ErrorRow(503, "VoiceUnavailable", logging.WARNING),
+    DatabaseUnavailable: ErrorRow(503, "DatabaseUnavailable", logging.WARNING),
+    DeadlineExceeded: ErrorRow(504, "DeadlineExceeded", logging.WARNING),
 }
 
 
@@ -96,8 +87,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ClientDisconnect, _client_disconnected)
 
 
-async def _sidecar_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, SidecarError)
+def log_failure(error: SidecarError) -> None:
+    """Logs the error of a request at its level in the table."""
     row = row_of(type(error))
     log.log(
         row.log_level,
@@ -105,13 +96,24 @@ async def _sidecar_error(request: Request, error: Exception) -> Response:
         error.detail,
         extra={"error": row.metric_label},
     )
-    headers = stored_header(error.stored)
-    if error.retry_after is not None:
-        headers["Retry-After"] = str(error.retry_after)
+
+
+def error_body(error: SidecarError) -> dict[str, str]:
+    """The fields of an error: `detail`, and `transaction_id` if a proposal is stored."""
     body = {"detail": error.detail}
     if error.transaction_id is not None:
         body["transaction_id"] = str(error.transaction_id)
-    return JSONResponse(body, status_code=row.status, headers=headers)
+    return body
+
+
+async def _sidecar_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, SidecarError)
+    log_failure(error)
+    headers = stored_header(error.stored)
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
+    status = row_of(type(error)).status
+    return JSONResponse(error_body(error), status_code=status, headers=headers)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:

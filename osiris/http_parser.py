@@ -8,7 +8,11 @@ from collections.abc import Iterable
 from typing import Final
 
 import h11
+from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES
+
+from osiris.paths import is_openai
+from osiris.refusals import error_body
 
 MAX_HEAD_BYTES: Final = 1 << 16
 """Bytes of request line and headers; also of a chunk's size line, and of trailers."""
@@ -93,11 +97,18 @@ class Parser(h11.Connection):
         return request
 
     def refusal_events(
-        self, status: int, default_headers: Iterable[tuple[bytes, bytes]]
+        self, status: int, default_headers: Iterable[tuple[bytes, bytes]], scope: Scope | None
     ) -> tuple[h11.Event, ...]:
-        """The response to a request that cannot be parsed."""
+        """The response to a request that cannot be parsed.
+
+        Args:
+            status: of the response.
+            default_headers: the headers of every response.
+            scope: of the request; None if its request line or headers cannot be parsed.
+        """
         detail = _DETAILS.get(status, _DETAILS[400]).format(limit=self._max_head)
-        body = json.dumps({"detail": detail}).encode()
+        openai = scope is not None and is_openai(scope)
+        body = json.dumps(error_body(detail, status) if openai else {"detail": detail}).encode()
         headers = [
             *default_headers,
             (b"content-type", b"application/json"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import hashlib
 import json
 import logging
@@ -17,6 +19,7 @@ from pydantic_core import PydanticCustomError
 from llm_sidecar.db.transaction import RequestKey
 from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.services.idempotency import Attempt, Idempotency
+from osiris.disconnects import cancel_on_disconnect
 from osiris.middleware.access import caller
 from osiris.paths import route_path
 
@@ -71,23 +74,67 @@ async def answered_once(
         DeadlineExceeded: the same request still runs.
         DatabaseUnavailable: the journal does not take the key.
     """
+    begun = await _begin(request, key, idempotency, refuse_unkept=refuse_unkept)
+    if isinstance(begun, Response):
+        return begun
+    try:
+        response = await answer(begun)
+        await keep(idempotency, begun, response)
+    finally:
+        idempotency.end(begun)
+    return response
+
+
+async def begin_once(
+    request: Request, key: str | None, idempotency: Idempotency
+) -> Attempt | Response:
+    """A new attempt for a stream, or the kept response to the same request.
+
+    Pass an attempt to `keep` once it has succeeded, and in any case to `Idempotency.end`.
+
+    Args:
+        request, key, idempotency: see `answered_once`; a key that the journal cannot store is
+            ignored.
+
+    Raises:
+        ClientDisconnect: the client has disconnected while it waited for an earlier attempt.
+        RequestKeyReused, DeadlineExceeded: see `answered_once`.
+    """
+    beginning = asyncio.ensure_future(_begin(request, key, idempotency))
+    try:
+        return await cancel_on_disconnect(request, beginning)
+    except BaseException:
+        # The attempt may have begun in the same moment, or may begin despite its cancellation.
+        beginning.add_done_callback(functools.partial(_end, idempotency))
+        raise
+
+
+async def keep(idempotency: Idempotency, attempt: Attempt, response: Response) -> None:
+    """Keeps the response of an attempt with a key; its body must be text."""
+    if attempt.request is not None:
+        await idempotency.keep(attempt, _packed(response))
+
+
+async def _begin(
+    request: Request, key: str | None, idempotency: Idempotency, *, refuse_unkept: bool = False
+) -> Attempt | Response:
     if key is None:
-        return await answer(idempotency.without_key())
+        return idempotency.without_key()
     try:
         begun = await idempotency.begin(_request_key(request, key), await _fingerprint(request))
     except DatabaseUnavailable as error:
         if refuse_unkept:
             raise
         log.error("a request is answered without its Idempotency-Key: %s", error.detail)
-        return await answer(idempotency.without_key())
-    if isinstance(begun, bytes):
-        return _unpacked(begun)
-    try:
-        response = await answer(begun)
-        await idempotency.keep(begun, _packed(response))
-    finally:
+        return idempotency.without_key()
+    return _unpacked(begun) if isinstance(begun, bytes) else begun
+
+
+def _end(idempotency: Idempotency, beginning: asyncio.Future[Attempt | Response]) -> None:
+    if beginning.cancelled() or beginning.exception() is not None:
+        return
+    if isinstance(begun := beginning.result(), Attempt):
         idempotency.end(begun)
-    return response
 
 
 def _request_key(request: Request, key: str) -> RequestKey:
@@ -103,7 +150,7 @@ async def _fingerprint(request: Request) -> str:
 
 
 def _packed(response: Response) -> bytes:
-    """Encodes a response for the journal; its body must be text."""
+    """Encodes a response for the journal."""
     headers = [
         [name.decode("latin-1"), value.decode("latin-1")] for name, value in response.raw_headers
     ]

@@ -14,9 +14,10 @@ from fastapi.routing import APIRoute
 
 from llm_sidecar.settings import Settings
 from osiris import docs_page
-from osiris.paths import METRICS, PROBES
+from osiris.paths import METRICS, OPENAI, PROBES
 from osiris.response_headers import HEADERS, declared
 from osiris.schemas.events import StreamEvent
+from osiris.schemas.generation import GenerationEvent
 from osiris.schemas.health import EXAMPLES
 from osiris.schemas.speech import AudioEvent
 
@@ -30,7 +31,8 @@ Phi-3 writes trade proposals, Hermes judges them and answers free-text prompts, 
   carriage return.
 * A request may have an `X-Request-ID` of 1 to 128 visible ASCII characters. The answer repeats it,
   or has a new one.
-* An error is `{"detail": ...}`: a sentence, or for 422 a list of bad fields.
+* An error is `{"detail": ...}`: a sentence, or for 422 a list of bad fields. Under `/v1` it is the
+  error object of the OpenAI API, and bad input is 400.
 * If the server has API keys, send one as `Authorization: Bearer KEY` or as `X-API-Key: KEY`.
 """
 _TAGS: Final = {
@@ -39,6 +41,7 @@ _TAGS: Final = {
     "feedback": "Feedback on proposals, and the few-shot examples made from it.",
     "events": "The events of the bus as they happen.",
     "speech": "Text to speech, and a stream of all speech.",
+    "openai": "The OpenAI API: models, chats, completions, responses, speech.",
     "operations": "Probes, metrics, profiles and adapters.",
 }
 _SCHEMES: Final = {
@@ -61,6 +64,7 @@ _WITH_BODY: Final = {
     "413": "The request is larger than the server takes",
     "415": "The headers do not declare the body as JSON; the detail names the header",
 }
+_BAD_INPUT: Final = "Bad input; `param` names the field"
 _FOREIGN_HOST: Final = "This Host is not allowed; `ALLOWED_HOSTS` lists the names that are"
 _UNAUTHORIZED: Final = "The server has API keys, and the request has none of them"
 _RETRY: Final = frozenset({"429", "503", "504"})
@@ -107,6 +111,9 @@ def _describe(made: dict[str, Any], settings: Settings) -> None:
     for path, operation in operations(made):
         _remove_null(operation)
         responses = operation["responses"]
+        if is_openai_path(path) and "422" in responses:
+            # `openai.errors` changes the status of the response in the same way.
+            responses["400"] = {**responses.pop("422"), "description": _BAD_INPUT}
         for status, response in responses.items():
             # FastAPI gives errors the content type of the route's answer, which may be audio.
             if int(status) >= HTTPStatus.BAD_REQUEST and len(response.get("content", {})) == 1:
@@ -127,7 +134,7 @@ def _describe_components(components: dict[str, Any], settings: Settings) -> None
     components["securitySchemes"] = _SCHEMES
     components["headers"] = HEADERS
     # No route returns these models: they describe the events of a stream.
-    for event in (AudioEvent, StreamEvent):
+    for event in (AudioEvent, GenerationEvent, StreamEvent):
         components["schemas"][event.__name__] = event.model_json_schema()
     for field, example in EXAMPLES.items():
         components["schemas"]["Health"]["properties"][field]["examples"] = [example]
@@ -146,6 +153,11 @@ def _remove_null(operation: dict[str, Any]) -> None:
             (content["schema"],) = (choice for choice in choices if choice != {"type": "null"})
 
 
+def is_openai_path(path: str) -> bool:
+    """Whether a documented path belongs to the OpenAI API."""
+    return path.startswith(f"{OPENAI}/")
+
+
 def operations(made: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(path, operation) for every operation of a document."""
     for path, methods in made["paths"].items():
@@ -155,7 +167,8 @@ def operations(made: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _add_refusals(operation: dict[str, Any], path: str, settings: Settings) -> None:
     """Adds the answers of middleware, which come before the route."""
-    content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+    model = "OpenAIError" if is_openai_path(path) else "ErrorBody"
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{model}"}}}
     refusals: dict[str, str] = {}
     if path != METRICS:
         refusals |= _ANYWHERE
@@ -171,4 +184,6 @@ def _add_refusals(operation: dict[str, Any], path: str, settings: Settings) -> N
         operation["security"] = [{name: []} for name in _SCHEMES] + none_needed
     for status, description in refusals.items():
         response = operation["responses"].setdefault(status, {"content": content})
+        if status == "400" and "description" in response:
+            description = f"{response['description']}; or {description[0].lower()}{description[1:]}"
         response["description"] = description

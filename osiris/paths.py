@@ -13,6 +13,7 @@ PROBES: Final = frozenset({"/health", "/health/live", "/health/ready"})
 METRICS: Final = "/metrics"
 DOCS: Final = "/docs"
 OPENAPI: Final = "/openapi.json"
+OPENAI: Final = "/v1"
 _BY_MACHINES: Final = PROBES | {METRICS}
 
 
@@ -30,6 +31,11 @@ def is_documentation(scope: Scope) -> bool:
     """Whether the request is for the documentation's page, one of its files, or the document."""
     path = route_path(scope).rstrip("/")
     return path in (DOCS, OPENAPI) or path.startswith(f"{DOCS}/")
+
+
+def is_openai(scope: Scope) -> bool:
+    """Whether the path belongs to the OpenAI API, whose errors have another format."""
+    return f"{route_path(scope)}/".startswith(f"{OPENAI}/")
 
 
 def is_probe_or_metrics(scope: Scope) -> bool:

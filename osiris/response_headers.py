@@ -113,6 +113,11 @@ def declared(*names: str) -> dict[str, dict[str, str]]:
     return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
 
 
+def declared_optional(*names: str) -> dict[str, dict[str, Any]]:
+    """Like `declared`, for headers that some forms of the response lack."""
+    return {name: {**HEADERS[name], "required": False} for name in names}
+
+
 def generation_headers(completion: Completion) -> dict[str, str]:
     """The metadata of a generation, as response headers."""
     return {

@@ -35,6 +35,8 @@ from osiris.middleware.metrics import HttpMetrics, sidecar_metrics
 from osiris.middleware.request_id import RequestId
 from osiris.middleware.security_headers import SecurityHeaders
 from osiris.middleware.unexpected_errors import UnexpectedErrors
+from osiris.openai import errors as openai_errors
+from osiris.openai.routers import ROUTERS as OPENAI_ROUTERS
 from osiris.paths import drop_repeated_root_path
 from osiris.routes import (
     adapters,
@@ -76,8 +78,25 @@ _ACCEPTED_HEADERS: Final = (
     "Content-Type",
     "Idempotency-Key",
     "Last-Event-ID",
+    "OpenAI-Organization",
+    "OpenAI-Project",
     "X-API-Key",
     "X-Request-ID",
+    # OpenAI's client for browsers sends these with every request.
+    *(
+        f"X-Stainless-{name}"
+        for name in (
+            "Arch",
+            "Helper-Method",
+            "Lang",
+            "OS",
+            "Package-Version",
+            "Retry-Count",
+            "Runtime",
+            "Runtime-Version",
+            "Timeout",
+        )
+    ),
     "baggage",
     "traceparent",
     "tracestate",
@@ -120,18 +139,15 @@ def create_app(settings: Settings, models: Models | None = None) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     probes.install(app)
-    for routes in (
-        generation,
-        scoring,
-        feedback,
-        examples,
-        events,
-        speech,
-        adapters,
-        profiling,
-    ):
+    # The routes of the models come first: a request is compared with each route in turn, and
+    # there are a hundred.
+    app.include_router(generation.router)
+    for router in OPENAI_ROUTERS:
+        app.include_router(router)
+    for routes in (scoring, feedback, examples, events, speech, adapters, profiling):
         app.include_router(routes.router)
     errors.install(app)
+    openai_errors.install(app)
     app.state.shutdown = shutdown
     app.openapi = openapi.document(app, settings)  # type: ignore[method-assign]
     docs_page.install(app)

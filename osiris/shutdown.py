@@ -23,6 +23,7 @@ from typing import Any, Final
 import anyio
 from uvicorn import Server
 
+from llm_sidecar.errors import Unavailable
 from osiris.listening import block_new, waiting
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,13 @@ _DELIVERY: Final = 1.0
 _HURRY_LIMIT: Final = 5.0
 """Seconds that the components have to stop after a second signal. Acknowledged rows are durable
 anyway."""
+_RETRY_AFTER: Final = 5
+"""Seconds until another server, or this one after a restart, should answer."""
+
+
+def shutting_down() -> Unavailable:
+    """The error of a request that arrives or still runs at a shutdown."""
+    return Unavailable("The server is shutting down; try again.", retry_after=_RETRY_AFTER)
 
 
 class Shutdown:

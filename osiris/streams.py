@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import TypeVar
 
 from llm_sidecar.models.base import Completion, Delta
@@ -11,10 +13,18 @@ from llm_sidecar.models.base import Completion, Delta
 T = TypeVar("T")
 
 
-async def completed(stream: AsyncGenerator[Delta, None]) -> Completion:
-    """The completion that the deltas of a generation form."""
+async def with_completion(
+    stream: AsyncGenerator[Delta, None],
+) -> AsyncGenerator[Delta | Completion, None]:
+    """The deltas of a generation without log probabilities, and finally the whole completion."""
+    # A long text has thousands of deltas, which take far more memory than their text.
+    text, last = io.StringIO(), None
     async with contextlib.aclosing(stream):
-        return Completion.of([delta async for delta in stream])
+        async for delta in stream:
+            text.write(delta.text)
+            last = delta
+            yield delta
+    yield Completion.of([] if last is None else [replace(last, text=text.getvalue())])
 
 
 async def result_of(items: AsyncGenerator[object, None], kind: type[T]) -> T:

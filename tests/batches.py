@@ -7,6 +7,7 @@ from typing import Any
 
 from llm_sidecar import proposals
 from llm_sidecar.engines import Engine, GenerationRequest
+from llm_sidecar.engines.base import unless_failed
 from tests.demo_cases import cases
 
 
@@ -32,8 +33,8 @@ def texts_of(engine: Engine, requests: Sequence[GenerationRequest]) -> list[str]
     batch, waiting = engine.batch(), iter(enumerate(requests))
     texts = [""] * len(requests)
     while _fill(batch, waiting):
-        for number, delta in batch.step():
-            texts[number] += delta.text
+        for number, result in batch.step():
+            texts[number] += unless_failed(result).text
     return texts
 
 

@@ -71,6 +71,16 @@ def random_phi3_onnx(random_phi3_torch: Path, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="session")
+def pruned_phi3_onnx(random_phi3_torch: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as a graph that computes the logits of the last position only."""
+
+    def make(folder: Path) -> None:
+        convert_to_onnx(random_phi3_torch, folder, "int4", ["prune_lm_head=true"])
+
+    return made_once(tmp_path_factory, "phi3-pruned", make)
+
+
+@pytest.fixture(scope="session")
 def serial_phi3_onnx(random_phi3_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model as an architecture that onnxruntime-genai runs, one request at a time."""
     folder = shutil.copytree(random_phi3_onnx, tmp_path_factory.mktemp("phi3-serial") / "model")

@@ -41,6 +41,7 @@ NOT_RUN: Final = {
     "HERMES_MODEL_PATH=/srv/models/Hermes-3-Llama-3.1-8B.Q4_K_M.gguf make serve": (
         "a server that stays"
     ),
+    "PHI3_URL=http://gpu-1:8000/v1 \\": "a server that stays",
     "make .env": "writes a password into the checkout",
     "ENABLE_METRICS=true LOG_FORMAT=text make serve": "a server that stays",
     "python -m osiris --host 127.0.0.1 --port 8000": "a server that stays",

@@ -3,8 +3,8 @@
     python -m tests.fake_worker
 
 It generates the words of the last message, one a step. Some messages change what it does: `slow`
-takes a hundredth of a second a step, `fail` raises, `refuse` refuses the request, `nan` has scores
-that are not numbers.
+takes a hundredth of a second a step, `fail` raises, `refuse` refuses the request, `alone` fails it
+alone, `nan` has scores that are not numbers.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llm_sidecar.engines import Delta, GenerationRequest, Message
+from llm_sidecar.engines import Delta, GenerationRequest
+from llm_sidecar.engines.base import ChoiceScores, Question, TokenLogprob, unless_failed
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 from llm_sidecar.models.local import warm_up, worker
 
@@ -42,7 +44,7 @@ class FakeEngine:
         batch = FakeBatch()
         batch.add(0, request)
         while batch:
-            yield from (delta for _, delta in batch.step())
+            yield from (unless_failed(result) for _, result in batch.step())
 
     def batch(self) -> FakeBatch:
         """An empty one."""
@@ -59,14 +61,22 @@ class FakeEngine:
         """Takes no time."""
         yield from [None] * (1 + count)
 
-    def score_choices(
-        self, messages: Sequence[Message], answers: Sequence[str], *_: object
-    ) -> dict[str, float]:
-        """The same for each."""
-        if messages[-1]["content"] == "fail":
-            raise RuntimeError(messages[-1]["content"])
-        share = math.nan if messages[-1]["content"] == "nan" else 1 / len(answers)
-        return dict.fromkeys(answers, share)
+    def score_questions(
+        self, questions: Sequence[Question]
+    ) -> Generator[None, None, list[ChoiceScores]]:
+        """The same probability for each choice; one question in each step."""
+        scores: list[ChoiceScores] = []
+        for messages, choices, tokens in questions:
+            if scores:
+                yield
+            text = messages[-1]["content"]
+            if text == "fail":
+                raise RuntimeError(text)
+            if text == "slow":
+                time.sleep(0.01)
+            share = math.nan if text == "nan" else 1 / len(choices)
+            scores.append(ChoiceScores(dict.fromkeys(choices, share), len(tokens or ())))
+        return scores
 
     def tokenize(self, request: GenerationRequest, *_: object) -> list[int]:
         """A token a word."""
@@ -87,30 +97,39 @@ class FakeBatch:
     def add(self, number: int, request: GenerationRequest) -> None:
         """Adds a request, or refuses it."""
         if _text(request) == "refuse":
-            raise InvalidRequest("prompt: it does not fit")
+            raise InvalidRequest("it does not fit", field="prompt")
         self._requests[number] = request, 0
 
     def remove(self, number: int) -> None:
         """Removes a request."""
         del self._requests[number]
 
-    def step(self) -> list[tuple[int, Delta]]:
-        """One word for each request."""
-        deltas = []
+    def step(self) -> list[tuple[int, Delta | Exception]]:
+        """One word for each request, with its log probability if requested. The prompt has one log
+        probability for each character."""
+        deltas: list[tuple[int, Delta | Exception]] = []
         for number, (request, done) in list(self._requests.items()):
             text = _text(request)
             if text == "fail":
                 self._requests.clear()
                 raise RuntimeError(text)
+            if text == "alone":
+                del self._requests[number]
+                deltas.append((number, InvalidRequest("it is too complex", field="schema")))
+                continue
             if text.startswith("slow"):
                 time.sleep(0.01)
             words = text.split()[: request.max_tokens]
             over = done + 1 == len(words)
             stop = len(words) == len(text.split())
             reason: Any = None if not over else "stop" if stop else "length"
-            deltas.append(
-                (number, Delta(f"{words[done]} ", len(text), done + 1, 1, finish_reason=reason))
-            )
+            delta = Delta(f"{words[done]} ", len(text), done + 1, 1, finish_reason=reason)
+            if request.logprobs is not None:
+                delta = replace(delta, logprobs=(TokenLogprob(done, words[done].encode(), -0.5),))
+            if request.prompt_logprobs is not None and not done:
+                read = tuple(TokenLogprob(ord(one), one.encode(), -1.5) for one in text)
+                deltas.append((number, Delta("", len(text), 0, 1, prompt_logprobs=read)))
+            deltas.append((number, delta))
             self._requests[number] = request, done + 1
             if over:
                 del self._requests[number]

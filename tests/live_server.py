@@ -76,12 +76,17 @@ class LiveServer:
 
 @contextlib.contextmanager
 def serve(
-    folder: Path, *options: str, app: str | None = None, **environ: str
+    folder: Path,
+    *options: str,
+    app: str | None = None,
+    python: str = sys.executable,
+    **environ: str,
 ) -> Iterator[LiveServer]:
     """A server whose configuration is `environ` alone, with its data in `folder`.
 
     Args:
         app: another app, as `module:name`, which uvicorn serves.
+        python: the Python of the environment with the sidecar's packages.
     """
     port = free_port()
     log = folder / f"server-{port}.log"
@@ -96,7 +101,7 @@ def serve(
         **environ,
     }
     module = ["osiris"] if app is None else ["uvicorn", app]
-    command = [sys.executable, "-m", *module, "--port", str(port), *options]
+    command = [python, "-m", *module, "--port", str(port), *options]
     with log.open("wb") as stderr:
         process = subprocess.Popen(command, env=settings, cwd=ROOT, stdout=stderr, stderr=stderr)
     server = LiveServer(port, process, log)

@@ -11,22 +11,34 @@ _COMMAND: Final = Path(sys.executable).parent / "schemathesis"
 _OPTIONS: Final = Path(__file__).with_name("schemathesis.toml")
 
 
-def find_faults(url: str, key: str, folder: Path, random_requests: int = 0) -> str:
+def find_faults(
+    url: str,
+    key: str,
+    folder: Path,
+    random_requests: int = 0,
+    document: Path | None = None,
+    options: Path = _OPTIONS,
+    checks: str = "all",
+) -> str:
     """The report of a run in which a check failed, or an empty text.
 
     Args:
-        url: of the server.
+        url: of the server, or of the paths of `document`.
         key: one of its API keys.
-        folder: for what schemathesis writes.
-        random_requests: at most that many of each operation and each kind, beside those that the
-            document's examples and limits make.
+        folder: for the files of schemathesis.
+        random_requests: maximum number for each operation and each kind, in addition to those from
+            the document's examples and limits.
+        document: path of another OpenAPI document than the server's own.
+        options: the file with the options of the checks.
+        checks: their names, separated by commas.
     """
     phases = ["--phases", "examples,coverage"]
     if random_requests:
         phases = ["--max-examples", str(random_requests)]
+    asked = [f"{url}/openapi.json"] if document is None else [str(document), "--url", url]
     command = [
-        *(str(_COMMAND), "--config-file", str(_OPTIONS), "run", f"{url}/openapi.json"),
-        *("--header", f"Authorization: Bearer {key}", "--checks", "all"),
+        *(str(_COMMAND), "--config-file", str(options), "run", *asked),
+        *("--header", f"Authorization: Bearer {key}", "--checks", checks),
         *("--seed", "1", *phases, "--request-timeout", "20"),
         # Several workers at once crash in CPython 3.11: "AST constructor recursion depth mismatch".
         *("--workers", "1", "--no-color"),

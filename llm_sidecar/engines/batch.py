@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Final, Generic, Protocol
 
 from llm_sidecar.engines.base import Delta, GenerationRequest
 from llm_sidecar.engines.generation import Generation, Logits
-from llm_sidecar.engines.prefixes import S
+from llm_sidecar.engines.prefixes import Prefix, S
+from llm_sidecar.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from llm_sidecar.engines.decoding import Decoder
@@ -64,8 +65,14 @@ class ContinuousBatch(Generic[S]):
         """See `Batch`."""
         generation = self._decoder.start(request)
         release = contextlib.ExitStack()
-        prefix = release.enter_context(self._decoder.borrow(generation.prompt, generation.size))
-        prefill = self._decoder.process(prefix, generation)
+        if request.prompt_logprobs is None:
+            prefix = release.enter_context(self._decoder.borrow(generation.prompt, generation.size))
+            prefill = self._decoder.process(prefix, generation)
+        else:
+            # Cached states have no logits. Do not keep these: few such prompts have a common
+            # prefix.
+            prefix = Prefix(self._decoder.new_states(generation.size))
+            prefill = self._decoder.process_all(prefix.states, generation)
         self._rows[number] = _Row(generation, prefill, prefix.states, release)
 
     def remove(self, number: int) -> None:
@@ -74,7 +81,7 @@ class ContinuousBatch(Generic[S]):
         if not self._rows:
             self._joined = None
 
-    def step(self) -> list[tuple[int, Delta]]:
+    def step(self) -> list[tuple[int, Delta | Exception]]:
         """See `Batch`."""
         try:
             return list(self._steps())
@@ -86,7 +93,7 @@ class ContinuousBatch(Generic[S]):
             self._joined = None
             raise
 
-    def _steps(self) -> Iterator[tuple[int, Delta]]:
+    def _steps(self) -> Iterator[tuple[int, Delta | Exception]]:
         decoding = {number: row for number, row in self._rows.items() if row.prefill is None}
         for number, row in list(self._rows.items()):
             if row.prefill is not None:
@@ -100,15 +107,22 @@ class ContinuousBatch(Generic[S]):
         for number in decoding.keys() - fitting.keys():
             yield number, decoding[number].generation.delta()
 
-    def _prefill(self, number: int, row: _Row[S], steps: Iterator[Logits | None]) -> Delta:
+    def _prefill(
+        self, number: int, row: _Row[S], steps: Iterator[Logits | None]
+    ) -> Delta | Exception:
         logits = next(steps)
         if logits is None:
             return row.generation.delta()
         row.prefill = None
         return self._take(number, row, logits)
 
-    def _take(self, number: int, row: _Row[S], logits: Logits) -> Delta:
-        delta = row.generation.sample(logits)
+    def _take(self, number: int, row: _Row[S], logits: Logits) -> Delta | Exception:
+        try:
+            delta = row.generation.sample(logits)
+        except InvalidRequest as error:
+            # The guidance failed; the other requests go on.
+            self.remove(number)
+            return error
         if row.generation.finished:
             self.remove(number)
         return delta

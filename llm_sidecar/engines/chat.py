@@ -150,6 +150,42 @@ class ChatTokenizer:
         )
         return one[: shared_length(one, other)]
 
+    def encode_text(self, text: str, limit: int | None = None) -> list[int]:
+        """The tokens of a text without the chat template, after those that begin every text of the
+        tokenizer (BOS).
+
+        Raises:
+            InvalidRequest: as in `encode`.
+        """
+        for _ in range(_ATTEMPTS):
+            tokens = self._tokens(text, limit)
+            if not self._control.filter(tokens):
+                return [*self._begin, *tokens]
+            text = self._control.escape(text)
+        raise _unescapable()
+
+    def _checked(self, tokens: Sequence[int]) -> list[int]:
+        """Raises InvalidRequest unless the vocabulary has these tokens."""
+        ids = list(tokens)
+        if not self._known.issuperset(ids):
+            raise InvalidRequest("the model has no token with one of these ids", field="prompt")
+        return ids
+
+    @functools.cached_property
+    def _known(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.get_vocab().values())
+
+    @functools.cached_property
+    def _begin(self) -> list[int]:
+        """The tokens that the tokenizer puts before a text."""
+        (encoding,) = self.tokenizer.encode_batch_fast(["x"], add_special_tokens=True)
+        plain = self._ids("x")
+        ids: list[int] = encoding.ids
+        return next(
+            (ids[:start] for start in range(len(ids)) if ids[start : start + len(plain)] == plain),
+            [],
+        )
+
     def _encode(
         self, messages: Sequence[Message], limit: int | None = None
     ) -> tuple[str, list[int]]:
@@ -166,19 +202,23 @@ class ChatTokenizer:
             if escaped == list(messages):
                 break
             messages = escaped
-        raise InvalidRequest(
-            "prompt: it holds control tokens of the model that cannot be read as text; remove them"
-        )
+        raise _unescapable()
 
     def prompt(
         self, request: GenerationRequest, context_length: int, header: bool = True
     ) -> list[int]:
         """See `Engine.tokenize`."""
         if request.tokens is not None:
-            return list(request.tokens)
-        encode = self.encode if header else self.encode_prefix
-        tokens = encode(request.messages, context_length)
-        check_context(len(tokens), request.max_tokens, context_length)
+            is_prompt = not request.messages and request.text is None
+            tokens = self._checked(request.tokens) if is_prompt else list(request.tokens)
+        elif request.text is not None:
+            tokens = self.encode_text(request.text, context_length)
+        else:
+            encode = self.encode if header else self.encode_prefix
+            tokens = encode(request.messages, context_length)
+        if not tokens:
+            raise InvalidRequest("it is empty; send at least one character", field="prompt")
+        check_context(len(tokens), request.most_tokens(len(tokens), context_length), context_length)
         return tokens
 
     def decoder(self) -> TextDecoder:
@@ -235,7 +275,7 @@ class ChatTokenizer:
             (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
         except TypeError:
             raise InvalidRequest(
-                "prompt: it holds half of a surrogate pair; send Unicode text"
+                "it holds half of a surrogate pair; send Unicode text", field="prompt"
             ) from None
         ids: list[int] = encoding.ids
         return ids
@@ -250,9 +290,18 @@ def _placeholder(content: str) -> str:
     return "x" if content.strip() else content[:1]
 
 
+def _unescapable() -> InvalidRequest:
+    return InvalidRequest(
+        "it holds control tokens of the model that cannot be read as text; remove them",
+        field="prompt",
+    )
+
+
 def _too_long(limit: int) -> InvalidRequest:
     return InvalidRequest(
-        f"prompt: it takes more tokens than the model's context of {limit}; shorten it"
+        f"it takes more tokens than the model's context of {limit}; shorten it",
+        field="prompt",
+        exceeds_context=True,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from llm_sidecar.engines.base import softmax
 from llm_sidecar.engines.generation import Logits
@@ -37,7 +37,7 @@ class ChoiceTree:
         extended = {start[:length] for start in starts for length in range(len(start))}
         self.paths = sorted(starts - extended)
 
-    def read(self, logits: Sequence[Logits]) -> dict[str, float]:
+    def read(self, logits: Sequence[Iterable[Logits]]) -> dict[str, float]:
         """The probability of each choice: that of its tokens, without the longer choices that
         begin with them.
 

@@ -21,13 +21,15 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_sidecar.engines.base import (
-    ANSWER_TOKENS,
     PROBE,
+    ChoiceScores,
     Delta,
     GenerationRequest,
     Message,
+    Question,
     Sampling,
     prefill_steps,
+    result_of,
     softmax,
     steps_alone,
 )
@@ -35,8 +37,11 @@ from llm_sidecar.engines.batch import ContinuousBatch, Rows
 from llm_sidecar.engines.chat import ChatTokenizer
 from llm_sidecar.engines.generation import Generation, Logits
 from llm_sidecar.engines.guidance import Grammars
+from llm_sidecar.engines.logprobs import check_prompt_logprobs
 from llm_sidecar.engines.prefixes import Prefix, PrefixCache, S
+from llm_sidecar.engines.questions import Asked, Batches, Found, Read, plan_batches, scores_of
 from llm_sidecar.engines.sampling import sampling_of
+from llm_sidecar.engines.token_bytes import TokenBytes
 from llm_sidecar.errors import AdapterRejected
 
 
@@ -45,6 +50,7 @@ class Decoder(abc.ABC, Generic[S]):
 
     Attributes:
         batch_capacity: maximum number of requests in a batch.
+        batches_prompts: whether a forward pass takes several tokens of more than one row.
         sampling: the model's own, for requests without a temperature; `load_engine` sets it.
         model: the runtime's own.
         notes, scores_in_parallel, versions: see `Engine`.
@@ -56,6 +62,7 @@ class Decoder(abc.ABC, Generic[S]):
     dtype: str | None = None
     prefill_folder: Path | None = None
     batch_capacity: int = 1
+    batches_prompts: bool = False
     scores_in_parallel: bool = False
     versions: Mapping[str, str] = MappingProxyType({})
     sampling: Sampling = Sampling()
@@ -72,6 +79,7 @@ class Decoder(abc.ABC, Generic[S]):
         self.notes = chat.notes
         self.tokenizer: Any = chat.tokenizer
         self._chat = chat
+        self._data = TokenBytes(chat.tokenizer)
         self._grammars = Grammars(chat.tokenizer, chat.ends)
         self._prefixes: PrefixCache[S] = PrefixCache(self.new_states)
 
@@ -88,6 +96,23 @@ class Decoder(abc.ABC, Generic[S]):
         Returns:
             logits after the last token, (vocabulary,). A graph with a pruned head has no others.
         """
+
+    def all_logits(self, prompt: Sequence[int], states: S) -> Iterator[Logits]:
+        """Processes a whole prompt, step by step.
+
+        This implementation is for runtimes that return only the last logits. It processes the token
+        before again, to avoid one-token chunks: kernels differ numerically for length 1.
+
+        Args:
+            states: new and empty.
+
+        Yields:
+            logits after each token of the step, (tokens, vocabulary).
+        """
+        yield self.forward(prompt[:1], states)[None]
+        for position in range(1, len(prompt)):
+            states.rewind(position - 1)
+            yield self.forward(prompt[position - 1 : position + 1], states)[None]
 
     def join(self, states: Mapping[int, S], size: int, former: Any) -> Rows:
         """Joins rows into one batch; a runtime that batches more than one row overrides this.
@@ -109,7 +134,12 @@ class Decoder(abc.ABC, Generic[S]):
     # Shared by all runtimes; `Engine` has the docstrings
 
     def tokenize(self, request: GenerationRequest, header: bool = True) -> list[int]:
-        return self._chat.prompt(request, self.context_length, header)
+        tokens = self._chat.prompt(request, self.context_length, header)
+        if request.prompt_logprobs is not None:
+            check_prompt_logprobs(len(tokens), request.prompt_logprobs)
+        if request.guidance is not None:
+            self._grammars.check(request.guidance)
+        return tokens
 
     def stream(self, request: GenerationRequest) -> Generator[Delta]:
         with contextlib.closing(steps_alone(self.batch(), request)) as steps:
@@ -139,16 +169,23 @@ class Decoder(abc.ABC, Generic[S]):
         prompt = self.tokenize(GenerationRequest(messages, 1))
         return prompt, softmax(self._logits_after(prompt)[0])
 
+    def score_questions(
+        self, questions: Sequence[Question]
+    ) -> Generator[None, None, list[ChoiceScores]]:
+        asked = [self._ask(question) for question in questions]
+        reads = [read for one in asked for read in one.reads()]
+        batches = None
+        if self.batches_prompts and len(reads) > 1:
+            batches = plan_batches(reads, self.batch_capacity, self.context_length)
+        results = self._one_by_one(reads) if batches is None else self._batched(reads, batches)
+        with contextlib.closing(results):
+            return (yield from scores_of(asked, results))
+
     def score_choices(
-        self,
-        messages: Sequence[Message],
-        choices: Sequence[str],
-        tokens: Sequence[int] | None = None,
+        self, messages: Sequence[Message], choices: Sequence[str]
     ) -> dict[str, float]:
-        prompt = self.tokenize(GenerationRequest(messages, ANSWER_TOKENS, tokens=tokens))
-        tree = self._chat.choice_tree(messages, prompt, tuple(choices))
-        kept = prompt[: len(prompt) - tree.replaced]
-        return tree.read([self._logits_after(kept, path) for path in tree.paths])
+        (scores,) = result_of(self.score_questions([Question(messages, choices)]))
+        return dict(scores.probabilities)
 
     # Called by `ContinuousBatch`
 
@@ -162,6 +199,7 @@ class Decoder(abc.ABC, Generic[S]):
             request,
             self.tokenize(request),
             decode=self._chat.decoder(),
+            data=self._data,
             ends=self._chat.ends,
             sampling=sampling_of(request, self.sampling),
             matcher=None if request.guidance is None else self._grammars.matcher(request.guidance),
@@ -176,20 +214,80 @@ class Decoder(abc.ABC, Generic[S]):
         generation.cached = len(prefix.tokens)
         yield from self._process(prefix, generation.prompt)
 
+    def process_all(self, states: S, generation: Generation) -> Iterator[Logits | None]:
+        """Like `process`, from empty states, but with the log probabilities of the prompt."""
+        done = 0
+        for logits in self.all_logits(generation.prompt, states):
+            generation.read(done, logits)
+            done += len(logits)
+            yield logits[-1] if done == len(generation.prompt) else None
+
     def check_adapter(self) -> None:
         """Raises AdapterRejected unless the model's probabilities are finite with its adapter."""
         _, probabilities = self.next_token(PROBE)
         if not np.isfinite(probabilities).all():
             raise AdapterRejected("the model's probabilities are not finite numbers")
 
-    def _logits_after(self, prompt: Sequence[int], more: Sequence[int] = ()) -> Logits:
-        """Logits after the prompt and after each of `more`, (1 + tokens of `more`, vocabulary)."""
-        with self.borrow(prompt, len(prompt) + len(more)) as prefix:
-            *_, first = self._process(prefix, prompt)
-            return np.array([first, *(self.forward([token], prefix.states) for token in more)])
+    def _ask(self, question: Question) -> Asked:
+        prompt = self.tokenize(question.request)
+        tree = self._chat.choice_tree(question.messages, prompt, tuple(question.choices))
+        return Asked(prompt, tree)
+
+    def _logits_after(self, prompt: list[int]) -> Logits:
+        """Logits after the prompt, (1, vocabulary)."""
+        *_, found = self._one_by_one([Read(prompt, ())])
+        assert found is not None
+        return found.logits
+
+    def _one_by_one(self, reads: Sequence[Read]) -> Generator[Found | None]:
+        """See `scores_of`: a forward pass for each read.
+
+        No step comes between the return of a prefix to the cache and its next use, so no other
+        request can take it.
+        """
+        for prompt, path in reads:
+            with self.borrow(prompt, len(prompt) + len(path)) as prefix:
+                cached = len(prefix.tokens)
+                rows: list[Logits] = []
+                for logits in self._process(prefix, prompt):
+                    if logits is None:
+                        yield None
+                    else:
+                        rows.append(logits)
+                rows += [self.forward([token], prefix.states) for token in path]
+                yield Found(np.array(rows), cached)
+
+    def _batched(self, reads: Sequence[Read], batches: Batches) -> Generator[Found | None]:
+        """See `scores_of`: a forward pass for several reads."""
+        prefix, size, rows = batches
+        with self.borrow(prefix, size) as kept:
+            cached = len(kept.tokens)
+            for _ in self._process(kept, prefix):
+                yield None
+            for start in range(0, len(reads), rows):
+                group = dict(enumerate(reads[start : start + rows], start))
+                joined = self.join(dict.fromkeys(group, kept.states), size, None)
+                logits = _forward(joined, len(prefix), group)
+                for number in group:
+                    yield Found(np.array(logits[number]), len(prefix) if number else cached)
+                yield None
 
     def _process(self, prefix: Prefix[S], prompt: Sequence[int]) -> Iterator[Logits | None]:
         for start, stop in prefill_steps(len(prefix.tokens), len(prompt)):
             logits = self.forward(prompt[start:stop], prefix.states)
             prefix.tokens += prompt[start:stop]
             yield logits if stop == len(prompt) else None
+
+
+def _forward(rows: Rows, shared: int, reads: Mapping[int, Read]) -> dict[int, list[Logits]]:
+    """The logits of reads whose first `shared` tokens are in the states of the rows."""
+    steps = [rows.forward({number: read.prompt[shared:] for number, read in reads.items()})]
+    for length in range(max(len(read.path) for read in reads.values())):
+        # A row whose path has ended gets a dummy token; its logits are dropped.
+        steps.append(
+            rows.forward({number: [*read.path[length:], 0][:1] for number, read in reads.items()})
+        )
+    return {
+        number: [logits[number] for logits in steps[: 1 + len(read.path)]]
+        for number, read in reads.items()
+    }

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from llm_sidecar.engines.regular import Automaton, compile_pattern
+from llm_sidecar.engines.regular import Automaton, Work, compile_pattern
 
 _KEPT: Final = 8
 _MOST_NUMBER: Final = 1000
@@ -39,29 +39,33 @@ def to_gbnf(schema: str) -> str:
         ValueError: the schema holds something else.
     """
     rules: dict[str, str] = {}
-    root = _object(json.loads(schema), rules)
+    try:
+        root = _object(json.loads(schema), rules, Work())
+    except (LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        # A keyword is missing, or its value has another type.
+        raise ValueError(f"the schema is not supported ({type(error).__name__})") from None
     lines = [f"root ::= {root}", *(f"{name} ::= {body}" for name, body in rules.items())]
     return "\n".join(lines) + "\n"
 
 
-def _object(schema: Mapping[str, Any], rules: dict[str, str]) -> str:
+def _object(schema: Any, rules: dict[str, str], work: Work) -> str:
     _check_keys(schema, {"type", "properties", "required", "additionalProperties", "x-guidance"})
     if schema.get("type") != "object" or schema.get("additionalProperties") is not False:
         raise ValueError("only an object without other properties is supported")
-    required = set(schema["required"])
+    required = set(schema.get("required", ()))
     parts = [_literal("{")]
-    for number, (name, value) in enumerate(schema["properties"].items()):
+    for number, (name, value) in enumerate(schema.get("properties", {}).items()):
         if number == 0 and name not in required:
             raise ValueError("the first property must be required")
         comma = "," if number else ""
         rule = f"v{number}"
-        rules[rule] = _value(value, rule, rules)
+        rules[rule] = _value(value, rule, rules, work)
         part = f"{_literal(f'{comma}{json.dumps(name)}:')} {rule}"
         parts.append(part if name in required else f"({part})?")
     return " ".join([*parts, _literal("}")])
 
 
-def _value(schema: Mapping[str, Any], rule: str, rules: dict[str, str]) -> str:
+def _value(schema: Mapping[str, Any], rule: str, rules: dict[str, str], work: Work) -> str:
     """The body of a value's rule; adds the rules that it needs."""
     if "enum" in schema:
         _check_keys(schema, {"enum"})
@@ -69,19 +73,20 @@ def _value(schema: Mapping[str, Any], rule: str, rules: dict[str, str]) -> str:
     if "anyOf" in schema:
         _check_keys(schema, {"anyOf"})
         options = enumerate(schema["anyOf"])
-        return " | ".join(_value(option, f"{rule}-{n}", rules) for n, option in options)
+        return " | ".join(_value(option, f"{rule}-{n}", rules, work) for n, option in options)
     match schema.get("type"):
         case "null":
             _check_keys(schema, {"type"})
             return _literal("null")
         case "number":
-            return _states(compile_pattern(_number_pattern(schema)), rule, rules)
+            return _states(compile_pattern(_number_pattern(schema), work=work), rule, rules)
         case "string":
             _check_keys(schema, {"type", "pattern", "minLength", "maxLength"})
-            if "pattern" not in schema:
-                raise ValueError("a string needs a pattern, which bounds it")
+            pattern = schema.get("pattern", "")
+            if not (pattern.startswith("^") and pattern.endswith("$")):
+                raise ValueError("a string needs a pattern from ^ to $, which bounds it")
             least, most = schema.get("minLength", 0), schema.get("maxLength")
-            automaton = compile_pattern(schema["pattern"], least, most)
+            automaton = compile_pattern(pattern, least, most, work)
             _check_characters(automaton)
             return f"{_literal(chr(34))} {_states(automaton, rule, rules)} {_literal(chr(34))}"
     raise ValueError("a value has no supported type")

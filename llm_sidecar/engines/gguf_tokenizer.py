@@ -31,14 +31,22 @@ class GgufTokenizer:
 
     model = None
 
-    def __init__(self, tokens: Mapping[int, Token], tokenize: Callable[[str], list[int]]) -> None:
+    def __init__(
+        self,
+        tokens: Mapping[int, Token],
+        vocabulary: int,
+        tokenize: Callable[[str, bool], list[int]],
+    ) -> None:
         """Creates the tokenizer of a model.
 
         Args:
             tokens: the control tokens and the added ones, by number.
-            tokenize: returns the tokens of a text, control tokens included.
+            vocabulary: number of tokens.
+            tokenize: returns the tokens of a text, control tokens included; with True also those
+                that begin every text.
         """
         self._tokens = tokens
+        self._vocabulary = vocabulary
         self._tokenize = tokenize
         # The longest first, as llama.cpp finds them.
         texts = sorted((token.content for token in tokens.values()), key=len, reverse=True)
@@ -55,10 +63,17 @@ class GgufTokenizer:
         """The added tokens, by number."""
         return self._tokens
 
+    def get_vocab(self) -> Mapping[str, int]:
+        """All tokens, each by its number instead of its text."""
+        return {str(number): number for number in range(self._vocabulary)}
+
     def encode_batch_fast(
         self, texts: Sequence[str], add_special_tokens: bool = False
     ) -> list[Encoding]:
         """The tokens of texts.
+
+        Args:
+            add_special_tokens: whether to add the tokens that begin every text.
 
         Raises:
             TypeError: a text holds half of a surrogate pair, as in `tokenizers`.
@@ -68,7 +83,7 @@ class GgufTokenizer:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise TypeError(str(error)) from None
-        return [Encoding(self._tokenize(text)) for text in texts]
+        return [Encoding(self._tokenize(text, add_special_tokens)) for text in texts]
 
     def encode_batch(
         self, texts: Sequence[str], add_special_tokens: bool = False

@@ -6,41 +6,48 @@ thread. Prompts are rendered and encoded as for all engines and sent as tokens.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import importlib.metadata
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from llm_sidecar.engines.answer_check import check_schema
 from llm_sidecar.engines.base import (
-    ANSWER_TOKENS,
     PREFILL_CHUNK,
     PROBE,
+    ChoiceScores,
     Delta,
     GenerationRequest,
     Message,
+    Question,
     Sampling,
+    result_of,
     softmax,
     steps_alone,
 )
 from llm_sidecar.engines.chat import ChatTokenizer
-from llm_sidecar.engines.gbnf import to_gbnf
+from llm_sidecar.engines.choice_tree import ChoiceTree
 from llm_sidecar.engines.gguf_model import GgufModel, Token, check_adapter, read_model
 from llm_sidecar.engines.gguf_tokenizer import GgufTokenizer
-from llm_sidecar.engines.llama_batch import FreeContext, LlamaBatch
+from llm_sidecar.engines.llama_batch import LlamaBatch
+from llm_sidecar.engines.llama_capacity import Capacity
+from llm_sidecar.engines.llama_completion import LlamaCompletion
+from llm_sidecar.engines.llama_connection import Connection
+from llm_sidecar.engines.llama_probabilities import Probabilities
 from llm_sidecar.engines.llama_server import LlamaServer, Options, find_program
-from llm_sidecar.engines.sampling import sampling_of
+from llm_sidecar.engines.logprobs import check_prompt_logprobs
 from llm_sidecar.errors import AdapterRejected, ModelUnavailable
 from llm_sidecar.free_memory import free_memory
 
 SLOTS: Final = 4
 """Requests that are generated at the same time."""
-_MOST_LIKELY: Final = 512
-"""Tokens whose probabilities a score asks for at first; an answer of all tokens takes megabytes."""
+_WAIT_SECONDS: Final = 0.25
+"""How long a step of a score waits for its turn; it can be cancelled between two steps."""
 _CACHE_MIB: Final = 256
 """Memory for the states of earlier prompts beside those in the slots, in MiB."""
 _SHARE_OF_MEMORY: Final = 8
@@ -49,21 +56,6 @@ _LEAST_CONTEXT: Final = 4096
 _MOST_CONTEXT: Final = 16_384
 _CONTEXT_STEP: Final = 256
 """llama.cpp rounds a context up to a multiple of this."""
-
-
-class _Token(msgspec.Struct):
-    id: int
-    logprob: float
-
-
-class _Position(msgspec.Struct):
-    top_logprobs: list[_Token]
-
-
-class _Probabilities(msgspec.Struct):
-    """The part of an answer that holds the probabilities of the next token."""
-
-    completion_probabilities: list[_Position]
 
 
 class LlamaCppEngine:
@@ -100,7 +92,7 @@ class LlamaCppEngine:
         found = find_program(program)
         model = read_model(file)
         self.context_length, self.notes = context_of(model)
-        self.free_context = FreeContext(self.context_length)
+        self.capacity = Capacity(SLOTS, self.context_length)
         self.server = LlamaServer.start(
             Options(
                 model=str(file),
@@ -122,6 +114,11 @@ class LlamaCppEngine:
             self._vocabulary = model.vocabulary
             self._chat = self._chat_tokenizer(model)
             self.notes += self._chat.notes
+            self.probabilities = Probabilities(
+                self._vocabulary,
+                self._chat.tokenizer.get_added_tokens_decoder(),
+                self._encode("0")[-1],
+            )
             if adapter is not None:
                 self._check_adapter()
         except BaseException:
@@ -129,7 +126,12 @@ class LlamaCppEngine:
             raise
 
     def tokenize(self, request: GenerationRequest, header: bool = True) -> list[int]:
-        return self._chat.prompt(request, self.context_length, header)
+        tokens = self._chat.prompt(request, self.context_length, header)
+        if request.prompt_logprobs is not None:
+            check_prompt_logprobs(len(tokens), request.prompt_logprobs)
+        if request.guidance is not None:
+            check_schema(request.guidance)
+        return tokens
 
     def batch(self) -> LlamaBatch:
         return LlamaBatch(self, SLOTS)
@@ -148,129 +150,91 @@ class LlamaCppEngine:
                 yield
 
     def decode_steps(self, count: int) -> Generator[None]:
-        body = self.body(GenerationRequest([], 1 + count), [0, 0]) | {"ignore_eos": True}
-        with contextlib.closing(self.server.connect()) as connection:
+        request = GenerationRequest([], 1 + count)
+        completion = LlamaCompletion(self, request, [0, 0], ignore_end=True)
+        with self.server.watching(completion.connection):
             done = 0
-            for event in self.server.events(connection, "/completion", body):
-                # A character of several tokens comes as one event.
-                while done < event.get("tokens_predicted", 0):
+            for delta in completion.deltas():
+                # One delta carries a character of several tokens.
+                while done < delta.completion_tokens:
                     done += 1
                     yield
 
     def next_token(self, messages: Sequence[Message]) -> tuple[list[int], npt.NDArray[np.float64]]:
         prompt = self.tokenize(GenerationRequest(messages, 1))
-        return prompt, softmax(self._log_probabilities(prompt, self._vocabulary)[:-1])
+        with self.server.watching(self.server.connect()) as connection:
+            found = self.probabilities.distribution(connection, prompt)
+        return prompt, softmax(found[:-1])
+
+    def score_questions(
+        self, questions: Sequence[Question]
+    ) -> Generator[None, None, list[ChoiceScores]]:
+        # llama.cpp caches the common prefix of the prompts.
+        scores: list[ChoiceScores] = []
+        for question in questions:
+            scores.append((yield from self._score(question)))
+        return scores
 
     def score_choices(
-        self,
-        messages: Sequence[Message],
-        choices: Sequence[str],
-        tokens: Sequence[int] | None = None,
+        self, messages: Sequence[Message], choices: Sequence[str]
     ) -> dict[str, float]:
-        prompt = self.tokenize(GenerationRequest(messages, ANSWER_TOKENS, tokens=tokens))
-        tree = self._chat.choice_tree(messages, prompt, tuple(choices))
+        (scores,) = result_of(self.score_questions([Question(messages, choices)]))
+        return dict(scores.probabilities)
+
+    def _score(self, question: Question) -> Generator[None, None, ChoiceScores]:
+        prompt = self.tokenize(question.request)
+        tree = self._chat.choice_tree(question.messages, prompt, tuple(question.choices))
         kept = prompt[: len(prompt) - tree.replaced]
-        with self.free_context.reserved(len(prompt) + ANSWER_TOKENS):
-            found = tree.read(self._logits(kept, tree.paths, _MOST_LIKELY))
-            if min(found.values()) > 0.0:
-                return found
-            return tree.read(self._logits(kept, tree.paths, self._vocabulary))
+        longest = len(kept) + max(map(len, tree.tails.values()))
+        reservation = self.capacity.reserve(min(longest, self.context_length))
+        try:
+            while not reservation.granted.wait(_WAIT_SECONDS):
+                yield
+            with self.server.watching(self.server.connect()) as connection:
+                found = yield from self._read(connection, kept, tree)
+        finally:
+            self.capacity.release(reservation)
+        return ChoiceScores(found, len(prompt))
 
-    # Called by `LlamaBatch`
-
-    def body(self, request: GenerationRequest, prompt: Sequence[int]) -> dict[str, Any]:
-        """The JSON body of a completion request.
-
-        Raises:
-            ValueError: the guidance cannot be written as a grammar.
-        """
-        body: dict[str, Any] = {
-            "prompt": prompt,
-            "n_predict": request.max_tokens,
-            "cache_prompt": True,
-            "stream": True,
-            "return_progress": True,
-        }
-        sampling = sampling_of(request, self.sampling)
-        body |= {
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "min_p": sampling.min_p,
-            "repeat_penalty": sampling.repetition_penalty,
-            # Of the whole prompt and completion, as in the other engines.
-            "repeat_last_n": self.context_length,
-        }
-        if request.seed is not None:
-            body["seed"] = request.seed
-        if request.guidance is not None:
-            body["grammar"] = to_gbnf(request.guidance)
-        return body
-
-    def _logits(
-        self, prompt: Sequence[int], paths: Sequence[Sequence[int]], count: int
-    ) -> list[npt.NDArray[np.float32]]:
-        """See `ChoiceTree.read`; only of the `count` most likely tokens."""
-        return [
-            np.array(
-                [
-                    self._log_probabilities([*prompt, *path[:length]], count)
-                    for length in range(len(path) + 1)
-                ]
+    def _read(
+        self, connection: Connection, prompt: Sequence[int], tree: ChoiceTree
+    ) -> Generator[None, None, dict[str, float]]:
+        """The probability of each choice of a tree after a prompt."""
+        needed: dict[tuple[int, ...], set[int]] = collections.defaultdict(set)
+        for tail in tree.tails.values():
+            for length, token in enumerate(tail):
+                needed[tail[:length]].add(token)
+        found = {}
+        for start, tokens in sorted(needed.items()):
+            found[start] = yield from self.probabilities.after(
+                connection, [*prompt, *start], tokens
             )
-            for path in paths
-        ]
-
-    def _log_probabilities(self, tokens: Sequence[int], count: int) -> npt.NDArray[np.float32]:
-        """The logarithm of the probability of each next token, before sampling.
-
-        Args:
-            count: the number of most likely tokens to ask for; the others get -inf.
-
-        Returns:
-            (vocabulary + 1,); the last one is that of all tokens not asked for.
-        """
-        answer = self.server.post_raw(
-            "/completion",
-            {
-                "prompt": tokens,
-                "n_predict": 1,
-                "n_probs": count,
-                "post_sampling_probs": False,
-                "temperature": 0.0,
-                "cache_prompt": True,
-            },
+        return tree.read(
+            [
+                np.array([found[path[:length]] for length in range(len(path) + 1)])
+                for path in tree.paths
+            ]
         )
-        (position,) = msgspec.json.decode(answer, type=_Probabilities).completion_probabilities
-        found = np.full(self._vocabulary + 1, -np.inf)
-        for one in position.top_logprobs:
-            found[one.id] = one.logprob
-        rest = 1.0 - np.exp(found).sum()
-        if rest > 0.0:
-            found[-1] = np.log(rest)
-        return found.astype(np.float32)
+
+    def _encode(
+        self, text: str, add_special: bool = False, parse_special: bool = True
+    ) -> list[int]:
+        body = {"content": text, "add_special": add_special, "parse_special": parse_special}
+        tokens: list[int] = self.server.post("/tokenize", body)["tokens"]
+        return tokens
 
     def _chat_tokenizer(self, model: GgufModel) -> ChatTokenizer:
-        def encode(text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
-            body = {
-                "content": text,
-                "add_special": add_special,
-                "parse_special": parse_special,
-            }
-            tokens: list[int] = self.server.post("/tokenize", body)["tokens"]
-            return tokens
-
         # llama.cpp takes some tokens for control tokens by their text, whatever the file says.
         spelled = "\n".join(model.lookalikes.values())
-        found = set(encode(spelled)) - set(encode(spelled, parse_special=False))
+        found = set(self._encode(spelled)) - set(self._encode(spelled, parse_special=False))
         tokens = {
             number: Token(text, special=True)
             for number, text in model.lookalikes.items()
             if number in found
         }
-        tokenizer = GgufTokenizer({**model.tokens, **tokens}, encode)
+        tokenizer = GgufTokenizer({**model.tokens, **tokens}, model.vocabulary, self._encode)
         chat = ChatTokenizer(tokenizer, model.template, model.special_tokens, frozenset())
-        begins = encode("", add_special=True)[:1]
+        begins = self._encode("", add_special=True)[:1]
         if begins == [model.bos] and chat.encode(PROBE)[:1] != begins:
             # Every text of this model begins with a token that its template does not write.
             template = "{{ bos_token }}" + model.template

@@ -2,8 +2,9 @@
 
     server = LlamaServer.start(options, program=find_program(None))
     server.post("/tokenize", {"content": "Hi."})
-    for event in server.events("/completion", {...}):
-        ...
+    with server.watching(server.connect()) as connection:
+        for event in connection.events("/completion", {...}):
+            ...
 
 If the server ends, this process ends in the same way: so a crash of llama.cpp is a crash of the
 worker, as it is with the runtimes inside a worker.
@@ -22,7 +23,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -33,6 +33,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from llm_sidecar.engines.llama_connection import Connection
 from llm_sidecar.errors import ModelUnavailable
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,11 @@ _KEPT_LINES: Final = 200
 _POLL_SECONDS: Final = 0.05
 _END_SECONDS: Final = 1.0
 """How long the end of the server may follow that of its connections."""
+_CALL_SECONDS: Final = 60.0
+"""Time limit for an answer that needs no computation."""
+_SILENT_SECONDS: Final = 3600.0
+"""Time limit for each part of an answer that needs computation. The prompts of other requests may
+come first. A server that hangs is killed long before this."""
 _CHECK_SECONDS: Final = 30.0
 """How often a server is asked whether it still computes."""
 _HUNG_SECONDS: Final = 300.0
@@ -147,36 +153,34 @@ class LlamaServer:
 
     def get(self, path: str) -> Any:
         """The JSON of a GET request; see `post`."""
-        return json.loads(self._ask("GET", path, None))
+        with self.watching(self._connect(_CALL_SECONDS)) as connection:
+            return json.loads(connection.get(path))
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The JSON that the server answers.
+        """The JSON that answers a POST request for which nothing is computed.
 
         Raises:
-            ModelUnavailable: it answers with an error.
+            ModelUnavailable, OSError, http.client.HTTPException: see `Connection.post`.
         """
-        return json.loads(self.post_raw(path, body))
+        with self.watching(self._connect(_CALL_SECONDS)) as connection:
+            return json.loads(connection.post(path, body))
 
-    def post_raw(self, path: str, body: Mapping[str, Any]) -> bytes:
-        """As `post`, without decoding the answer."""
-        return self._ask("POST", path, body)
+    def connect(self) -> Connection:
+        """A new connection for requests that compute; see `watching`."""
+        return self._connect(_SILENT_SECONDS)
 
-    def connect(self) -> http.client.HTTPConnection:
-        """A new connection, which `shut` interrupts from another thread."""
-        connection = http.client.HTTPConnection("127.0.0.1", self._port)
-        connection.connect()
-        return connection
-
-    def events(
-        self, connection: http.client.HTTPConnection, path: str, body: Mapping[str, Any]
-    ) -> Iterator[dict[str, Any]]:
-        """The server-sent events of a request.
-
-        Raises:
-            ModelUnavailable: the server answers with an error.
-            OSError, http.client.HTTPException: the connection ends early.
-        """
-        return read_events(self._send(connection, "POST", path, body))
+    @contextlib.contextmanager
+    def watching(self, connection: Connection) -> Iterator[Connection]:
+        """Closes a connection after this context. If the connection fails because the server has
+        ended, this process ends too."""
+        try:
+            yield connection
+        except (OSError, http.client.HTTPException):
+            if not connection.is_cancelled:
+                self._watcher.join(_END_SECONDS)
+            raise
+        finally:
+            connection.close()
 
     def close(self) -> None:
         """Ends the server."""
@@ -184,22 +188,15 @@ class LlamaServer:
         self.process.kill()
         self._watcher.join()
 
-    def await_end(self) -> None:
-        """Call it when a connection has failed: if the server has ended, this process ends too, and
-        this does not return."""
-        self._watcher.join(_END_SECONDS)
-
     def answers(self, seconds: float) -> bool:
         """Whether it answers in time what it only answers between two steps of its computation."""
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=seconds)
         try:
-            with contextlib.closing(connection):
-                connection.request("GET", "/slots", headers=self._headers)
-                connection.getresponse()
+            with contextlib.closing(self._connect(seconds)) as connection:
+                connection.get("/slots")
         except TimeoutError:
             return False
-        except (OSError, http.client.HTTPException):
-            # It has ended, which `_watch` notices.
+        except (ModelUnavailable, OSError, http.client.HTTPException):
+            # Either it has answered, or it has ended, which `_watch` detects.
             pass
         return True
 
@@ -210,31 +207,8 @@ class LlamaServer:
                 self.process.kill()
                 return
 
-    @property
-    def _headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
-
-    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None) -> bytes:
-        try:
-            with contextlib.closing(self.connect()) as connection:
-                return self._send(connection, method, path, body).read()
-        except (OSError, http.client.HTTPException):
-            self.await_end()
-            raise
-
-    def _send(
-        self,
-        connection: http.client.HTTPConnection,
-        method: str,
-        path: str,
-        body: Mapping[str, Any] | None,
-    ) -> http.client.HTTPResponse:
-        content = None if body is None else json.dumps(body).encode()
-        connection.request(method, path, content, self._headers)
-        response = connection.getresponse()
-        if response.status != http.HTTPStatus.OK:
-            raise _error(response.read())
-        return response
+    def _connect(self, seconds: float) -> Connection:
+        return Connection(self._port, self._key, seconds)
 
     def _wait_until_loaded(self) -> None:
         self._listening.wait()
@@ -309,42 +283,9 @@ def _spawn(command: Sequence[str], key: str) -> subprocess.Popen[str]:
     )
 
 
-def read_events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a stream of server-sent events.
-
-    Raises:
-        ModelUnavailable: one of them is an error.
-    """
-    for line in lines:
-        name, _, value = line.partition(b":")
-        if name == b"error":
-            raise _error(value)
-        if name == b"data" and value.strip() != b"[DONE]":
-            event: dict[str, Any] = json.loads(value)
-            if "error" in event:
-                raise _error(value)
-            yield event
-
-
 def reason_of_failure(lines: Iterable[str], code: int) -> str:
     """Why a server ended: the first error that it wrote, else its exit status."""
     for line in lines:
         if found := _ERROR.search(line):
             return found[0]
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-
-
-def shut(connection: http.client.HTTPConnection) -> None:
-    """Ends a connection that another thread reads; the server then cancels the request."""
-    if connection.sock is not None:
-        with contextlib.suppress(OSError):
-            connection.sock.shutdown(socket.SHUT_RDWR)
-
-
-def _error(answer: bytes) -> ModelUnavailable:
-    """The error in an answer: its type only, because the message may quote a prompt."""
-    kind = "unknown"
-    with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
-        error = json.loads(answer)
-        kind = error.get("error", error)["type"]
-    return ModelUnavailable(f"llama.cpp answers with an error: {kind}")

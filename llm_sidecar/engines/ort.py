@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from llm_sidecar.engines.base import PREFILL_CHUNK, PROBE, GenerationRequest
+from llm_sidecar.engines.base import PREFILL_CHUNK, PROBE, GenerationRequest, prefill_steps
 from llm_sidecar.engines.batch import MAX_ROWS
 from llm_sidecar.engines.chat import ChatTokenizer, end_tokens
 from llm_sidecar.engines.decoding import Decoder
@@ -167,6 +167,15 @@ class OrtEngine(Decoder[States]):
         states.reserve(1, states.lengths[0] + len(tokens))
         logits: Logits = self._model.run(np.array([tokens], dtype=np.int64), states)[0, -1]
         return logits
+
+    def all_logits(self, prompt: Sequence[int], states: States) -> Iterator[Logits]:
+        """See `Decoder`. It never uses torch for this prefill, which returns no logits."""
+        states.reserve(1, len(prompt))
+        if self._model.only_last:
+            yield from super().all_logits(prompt, states)
+            return
+        for start, stop in prefill_steps(0, len(prompt)):
+            yield self._model.run(np.array([prompt[start:stop]], dtype=np.int64), states)[0]
 
     def hand_over(self, prefill: TorchPrefill, folder: Path) -> str | None:
         """Lets torch do the prefill from now on; returns the reason if the models differ."""

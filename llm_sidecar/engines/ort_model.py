@@ -117,6 +117,7 @@ class OrtModel:
         heads, width: of each array.
         dtype: of the arrays.
         vocabulary: number of logits of a position.
+        only_last: whether the graph computes the logits of the last position only.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class OrtModel:
         (logits,) = (taken for taken in self.session.get_outputs() if taken.name == "logits")
         self.vocabulary, self._logits_dtype = logits.shape[-1], _DTYPES[logits.type]
         # The builder's option prune_lm_head, which saves a fifth of the prefill.
-        self._only_last = logits.shape[1] == 1
+        self.only_last = logits.shape[1] == 1
         self._shrinking = onnxruntime.RunOptions()
         self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
@@ -185,7 +186,7 @@ class OrtModel:
         binding.bind_cpu_input("attention_mask", mask)
         if self._takes_positions:
             binding.bind_cpu_input("position_ids", before + np.arange(tokens))
-        positions = 1 if self._only_last else tokens
+        positions = 1 if self.only_last else tokens
         logits = np.empty((rows, positions, self.vocabulary), self._logits_dtype)
         binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
         shrinks = tokens > _SHRINK_TOKENS

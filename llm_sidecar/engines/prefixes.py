@@ -75,8 +75,10 @@ class PrefixCache(Generic[S]):
         try:
             yield prefix
         except Exception:
+            # The error may have left states and tokens that do not match.
             raise
         except BaseException:
+            # A cancellation comes between two steps, where they match.
             self._keep(prefix)
             raise
         self._keep(prefix)

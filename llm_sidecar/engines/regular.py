@@ -10,15 +10,35 @@ escapes of single characters. They match whole strings.
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 _SPECIAL: Final = frozenset("|)*+?{")
 _UNSUPPORTED: Final = frozenset("^$.")
 _QUANTIFIERS: Final = {"*": (0, None), "+": (1, None), "?": (0, 1)}
+_LAST_ANCHOR: Final = re.compile(r"(?<!\\)(?:\\\\)*\$\Z")
+"""A dollar sign at the end that is not escaped."""
 _MOST_COPIES: Final = 1000
 """The largest number of repetitions; each is a state."""
 _MOST_STATES: Final = 100_000
+_MOST_WORK: Final = 50_000_000
+"""This much work takes about three seconds; the grammar of a proposal takes up to half of it."""
+_STEP: Final = 32
+"""The work of a step in Python, in elements of a set."""
+
+
+class Work:
+    """Bounds the time and the memory of compiling patterns, in elements of sets."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_WORK
+
+    def spend(self, work: int) -> None:
+        """Uses up some work; raises ValueError if too little is left."""
+        self._left -= work
+        if self._left < 0:
+            raise ValueError("the patterns take too much work")
 
 
 @dataclass(slots=True)
@@ -57,11 +77,12 @@ class _Parser:
         follow: the positions after each position.
     """
 
-    def __init__(self, pattern: str) -> None:
+    def __init__(self, pattern: str, work: Work) -> None:
         self.classes: list[frozenset[str]] = []
         self.follow: list[set[int]] = []
         self._pattern = pattern
         self._at = 0
+        self._work = work
 
     def parse(self) -> _Fragment:
         whole = self._alternatives()
@@ -84,6 +105,7 @@ class _Parser:
         while self._next == "|":
             self._at += 1
             other = self._sequence()
+            self._work.spend(len(found.first) + len(found.last) + len(other.last))
             found = _Fragment(
                 found.empty or other.empty, found.first | other.first, found.last | other.last
             )
@@ -96,6 +118,7 @@ class _Parser:
         return found
 
     def _join(self, one: _Fragment, two: _Fragment) -> _Fragment:
+        self._work.spend(_STEP + len(one.first) + len(two.last) + len(one.last) * len(two.first))
         for position in one.last:
             self.follow[position] |= two.first
         return _Fragment(
@@ -117,6 +140,7 @@ class _Parser:
         found = _Fragment(True, frozenset(), frozenset())
         for number, copy in reversed(list(enumerate(copies))):
             if most is None and number == len(copies) - 1:
+                self._work.spend(len(copy.last) * len(copy.first))
                 for position in copy.last:
                     self.follow[position] |= copy.first
             # An optional copy includes all that follow it, so that there is one way to match.
@@ -177,29 +201,41 @@ class _Parser:
             if self._next == "-" and self._pattern[self._at + 1 : self._at + 2] != "]":
                 self._at += 1
                 last = self._take()
+                self._work.spend(_STEP * max(0, ord(last) - ord(char)))
                 found.update(map(chr, range(ord(char), ord(last) + 1)))
             else:
                 found.add(char)
         return frozenset(found)
 
     def _position(self, chars: frozenset[str]) -> _Fragment:
+        self._work.spend(4 * _STEP + len(chars))
         here = frozenset([len(self.classes)])
         self.classes.append(chars)
         self.follow.append(set())
         return _Fragment(False, here, here)
 
 
-def compile_pattern(pattern: str, least: int = 0, most: int | None = None) -> Automaton:
+def without_anchors(pattern: str) -> str:
+    """A pattern without `^` at its beginning and `$` at its end."""
+    body = pattern.removeprefix("^")
+    return body[:-1] if _LAST_ANCHOR.search(body) else body
+
+
+def compile_pattern(
+    pattern: str, least: int = 0, most: int | None = None, work: Work | None = None
+) -> Automaton:
     """The automaton of the strings that match a pattern as a whole.
 
     Args:
         pattern: may begin with `^` and end with `$`.
         least, most: the length of the strings, in characters.
+        work: bounds several patterns together.
 
     Raises:
-        ValueError: the pattern holds an unsupported expression, or needs too many states.
+        ValueError: the pattern holds an unsupported expression, or takes too much work.
     """
-    parser = _Parser(pattern.removeprefix("^").removesuffix("$"))
+    work = work or Work()
+    parser = _Parser(without_anchors(pattern), work)
     whole = parser.parse()
     counts = least > 0 or most is not None
     # A state is the set of positions that may come next, whether the string may end, its length.
@@ -213,7 +249,9 @@ def compile_pattern(pattern: str, least: int = 0, most: int | None = None) -> Au
             automaton.accepting.add(number)
         if most is not None and length == most:
             continue
+        work.spend(_STEP * sum(len(parser.classes[position]) for position in coming))
         for char, taken in _by_char(parser, coming).items():
+            work.spend(_STEP + sum(len(parser.follow[position]) for position in taken))
             after = frozenset(itertools.chain.from_iterable(parser.follow[p] for p in taken))
             # Counting stops where it no longer matters, so that the states stay few.
             longer = min(length + 1, least if most is None else most) if counts else 0

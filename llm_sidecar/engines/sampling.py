@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -117,7 +117,8 @@ def sampling_of(request: GenerationRequest, own: Sampling) -> Sampling:
     Args:
         own: the model's own sampling, for a request without a temperature.
     """
-    return own if request.temperature is None else Sampling(request.temperature)
+    sampling = own if request.temperature is None else Sampling(request.temperature)
+    return sampling if request.top_p is None else replace(sampling, top_p=request.top_p)
 
 
 def read_sampling(folder: Path) -> Sampling:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm_sidecar.engines.base import Dtype
+from llm_sidecar.engines.base import Dtype, prefill_steps
 from llm_sidecar.engines.chat import TOKENIZER_FILE, ChatTokenizer
 from llm_sidecar.engines.chat_template import read_template
 from llm_sidecar.engines.checkpoint import (
@@ -67,6 +67,7 @@ class TorchEngine(Decoder[TorchStates]):
     """Any causal language model that transformers supports without remote code."""
 
     runtime = "transformers"
+    batches_prompts = True
 
     def __init__(
         self,
@@ -148,14 +149,24 @@ class TorchEngine(Decoder[TorchStates]):
 
     def forward(self, tokens: Sequence[int], states: TorchStates) -> Logits:
         """See `Decoder`."""
+        logits: Logits = self._run(tokens, states, 1)[0]
+        return logits
+
+    def all_logits(self, prompt: Sequence[int], states: TorchStates) -> Iterator[Logits]:
+        """See `Decoder`."""
+        for start, stop in prefill_steps(0, len(prompt)):
+            yield self._run(prompt[start:stop], states, stop - start)
+
+    def _run(self, tokens: Sequence[int], states: TorchStates, positions: int) -> Logits:
+        """The logits after the last tokens, (positions, vocabulary)."""
         with torch.inference_mode():
             out = self.model(
                 input_ids=torch.tensor([list(tokens)], device=self.device),
                 past_key_values=states.cache,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=positions,
             )
-        logits: Logits = out.logits[0, -1].float().cpu().numpy()
+        logits: Logits = out.logits[0].float().cpu().numpy()
         return logits
 
     def join(

@@ -28,6 +28,15 @@ def get_latest_adapter_dir(base_path: Path | str) -> Path | None:
     return max(_adapters(base_path), default=(None, None, None))[2]
 
 
+def list_adapter_dirs(base_path: Path | str) -> list[Path]:
+    """The folders of all dated adapters, oldest first.
+
+    Raises:
+        AdapterRejected: the folder cannot be read.
+    """
+    return [folder for _, _, folder in sorted(_adapters(base_path))]
+
+
 def find_adapter_dir(base_path: Path | str, name: str) -> Path:
     """The adapter with this name; for a plain date, its `-dpo` adapter if there is one.
 

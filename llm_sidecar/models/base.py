@@ -4,21 +4,28 @@
         print(delta.text)
     scores = await model.score_choices(messages, ("0", "1"))
 
-`LocalModel` and the tests' `FakeModel` implement it. To add another kind of model, write a class
-and let `registry` build it.
+`LocalModel`, `RemoteModel` and the tests' `FakeModel` implement it. To add another kind of model,
+write a class and let `registry` build it.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, Protocol
 
 from llm_sidecar.deadline import Deadline
-from llm_sidecar.engines.base import FinishReason, GenerationRequest, Message
-from llm_sidecar.errors import AdapterRejected, ModelUnavailable
+from llm_sidecar.engines.base import (
+    ChoiceScores,
+    FinishReason,
+    GenerationRequest,
+    Message,
+    Question,
+    TokenLogprob,
+)
+from llm_sidecar.errors import AdapterRejected, InvalidRequest, ModelUnavailable
 from llm_sidecar.models.identity import ModelIdentity
 
 __all__ = [
@@ -32,7 +39,11 @@ __all__ = [
     "ModelIdentity",
     "ModelStatus",
     "Models",
+    "Question",
+    "RefusedRequest",
+    "ServerStatus",
     "Speed",
+    "TokenLogprob",
     "new_seed",
 ]
 
@@ -68,6 +79,8 @@ class Delta:
         cached_tokens: prompt tokens whose prefill was reused from an earlier prompt.
         finish_reason: set in the last delta only; `deadline` if the deadline truncated the text.
         identity: the files and runtime of the model; None if unknown.
+        logprobs: see `engines.base.Delta`.
+        prompt_logprobs: of all prompt tokens, in the first delta.
     """
 
     text: str
@@ -78,6 +91,8 @@ class Delta:
     cached_tokens: int = 0
     finish_reason: FinishReason | Literal["deadline"] | None = None
     identity: ModelIdentity | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +107,8 @@ class Completion:
     completion_tokens: int
     cached_tokens: int = 0
     identity: ModelIdentity | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
     @classmethod
     def of(cls, deltas: Sequence[Delta]) -> Completion:
@@ -114,26 +131,9 @@ class Completion:
             last.completion_tokens,
             last.cached_tokens,
             last.identity,
+            tuple(token for delta in deltas for token in delta.logprobs),
+            tuple(token for delta in deltas for token in delta.prompt_logprobs),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class ChoiceScores:
-    """The probability of each of some answers.
-
-    Attributes:
-        probabilities: for each answer, the probability that the assistant's turn begins with it
-            and not with a longer one of the answers. A turn may also begin with something else,
-            so the sum is at most 1.
-    """
-
-    probabilities: Mapping[str, float]
-
-    @property
-    def mass(self) -> float:
-        """The sum of the probabilities; if it is small, the model most likely answers something
-        else."""
-        return sum(self.probabilities.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +156,34 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerStatus:
+    """The state of a server of a remote model, and its capabilities; None while unknown.
+
+    Attributes:
+        url: without credentials.
+        state: `resting` while it gets no requests, because it is full or has failed several times;
+            `away` while it cannot be reached or used.
+        reason: why it is not ready; None if it is.
+        model: the name of the model on the server.
+        outstanding: number of running requests.
+        schema: the strictest way in which it takes a schema; `prompt` for none.
+        scores: how its answers are scored.
+        top_logprobs: the number of most likely tokens whose log probabilities it returns.
+        adapters: whether it loads LoRA adapters.
+    """
+
+    url: str
+    state: Literal["ready", "resting", "away"]
+    reason: str | None
+    model: str | None
+    outstanding: int
+    schema: str | None
+    scores: Literal["decisions", "logprobs", "text"] | None
+    top_logprobs: int | None
+    adapters: bool | None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelStatus:
     """The state of a model.
 
@@ -175,6 +203,7 @@ class ModelStatus:
         running: the number of requests that run now.
         speed: measured when the model was loaded; None until then.
         notes: where the sidecar deviates from the model's files, one sentence each.
+        servers: of a remote model.
     """
 
     state: State = "ready"
@@ -192,6 +221,11 @@ class ModelStatus:
     running: int = 0
     speed: Speed | None = None
     notes: tuple[str, ...] = ()
+    servers: tuple[ServerStatus, ...] = ()
+
+
+class RefusedRequest(InvalidRequest):
+    """The server of a remote model refuses what a request contains."""
 
 
 class ChatModel(Protocol):
@@ -199,7 +233,14 @@ class ChatModel(Protocol):
 
     A class that inherits from this one has to write `stream`, `score_choices` and `status`; the
     other methods do nothing until it overrides them.
+
+    Attributes:
+        valid_by_construction: whether every generation follows its guidance. If not, proposals are
+            checked against it, an invalid one is generated once more, and `/v1` does not stream
+            their text.
     """
+
+    valid_by_construction: bool = True
 
     # These methods return explicitly, because mypy treats an empty body as an abstract method.
 
@@ -240,6 +281,19 @@ class ChatModel(Protocol):
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
         """
         ...
+
+    async def score_questions(
+        self, questions: Sequence[Question], deadline: Deadline | None = None
+    ) -> list[ChoiceScores]:
+        """`score_choices` for several questions; chats that begin alike share one prefill.
+
+        Raises:
+            InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
+        """
+        return [
+            await self.score_choices(question.messages, question.choices, deadline)
+            for question in questions
+        ]
 
     def status(self) -> ModelStatus:
         """The current state; does no I/O."""

@@ -127,6 +127,18 @@ def _deltas(completion: Completion) -> list[Delta]:
     """Splits the completion into two deltas, so that code which reads only one of them fails."""
     whole = Delta(**{field.name: getattr(completion, field.name) for field in fields(completion)})
     whole = replace(whole, identity=completion.identity or IDENTITY)
-    half = len(completion.text) // 2
-    first = replace(whole, text=completion.text[:half], completion_tokens=0, finish_reason=None)
-    return [first, replace(whole, text=completion.text[half:])]
+    half, tokens = len(completion.text) // 2, len(completion.logprobs) // 2
+    first = replace(
+        whole,
+        text=completion.text[:half],
+        completion_tokens=0,
+        finish_reason=None,
+        logprobs=completion.logprobs[:tokens],
+    )
+    second = replace(
+        whole,
+        text=completion.text[half:],
+        logprobs=completion.logprobs[tokens:],
+        prompt_logprobs=(),
+    )
+    return [first, second]

@@ -72,8 +72,10 @@ def locate_hermes(settings: Settings) -> ModelFiles:
 
 
 def phi3_context_length(settings: Settings) -> int:
-    """Phi-3's context length in tokens, from its configuration; without one, the smallest of any
-    Phi-3."""
+    """Phi-3's context length in tokens, from its configuration; without one, and on another server,
+    the smallest of any Phi-3."""
+    if settings.models.phi3_urls:
+        return _SMALLEST_CONTEXT
     with contextlib.suppress(ModelUnavailable, OSError, ValueError, KeyError, TypeError):
         files = locate_phi3(settings)
         if files.file is not None:
@@ -105,7 +107,8 @@ def few_shot_examples(settings: Settings) -> int:
     """
     if settings.proposals.few_shot_examples is not None:
         return settings.proposals.few_shot_examples
-    return 0 if phi3_model_file(settings) == _DEMO_PHI3_FILE else 3
+    is_demo = not settings.models.phi3_urls and phi3_model_file(settings) == _DEMO_PHI3_FILE
+    return 0 if is_demo else 3
 
 
 def phi3_model_file_exists(settings: Settings) -> bool:

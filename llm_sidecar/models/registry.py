@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+from pydantic import SecretStr
 
 from llm_sidecar.engines.base import EngineOptions
 from llm_sidecar.models import files
-from llm_sidecar.models.base import Models
+from llm_sidecar.models.base import ChatModel, Models
 from llm_sidecar.models.local.load_state import ModelLimits
 from llm_sidecar.models.local.model import LocalModel
 from llm_sidecar.models.options import hermes_options, phi3_options
+from llm_sidecar.models.remote.model import RemoteModel
 from llm_sidecar.settings import Settings
 from llm_sidecar.telemetry.calls import CallObserver, WorkerDeath
 
@@ -52,7 +55,24 @@ def create_models(
             on_ready=on_ready,
         )
 
-    return Models(
-        phi3=local("phi3", files.locate_phi3, phi3_options(settings)),
-        hermes=local("hermes", files.locate_hermes, hermes_options(settings)),
-    )
+    def remote(
+        name: str, urls: Sequence[SecretStr], model: str | None, key: SecretStr | None
+    ) -> RemoteModel:
+        return RemoteModel(
+            name, urls, model=model, key=key, limits=limits, observer=observer, on_ready=on_ready
+        )
+
+    where = settings.models
+    phi3: ChatModel
+    if where.phi3_urls:
+        phi3 = remote("phi3", where.phi3_urls, where.phi3_remote_model, where.phi3_remote_key)
+    else:
+        phi3 = local("phi3", files.locate_phi3, phi3_options(settings))
+    hermes: ChatModel
+    if where.hermes_urls:
+        hermes = remote(
+            "hermes", where.hermes_urls, where.hermes_remote_model, where.hermes_remote_key
+        )
+    else:
+        hermes = local("hermes", files.locate_hermes, hermes_options(settings))
+    return Models(phi3, hermes)

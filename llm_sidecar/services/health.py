@@ -137,6 +137,7 @@ def _model(status: ModelStatus) -> dict[str, Any]:
     del shown["not_ready"]
     shown["adapter"] = None if status.adapter is None else status.adapter.name
     shown["notes"] = list(status.notes)
+    shown["servers"] = list(shown["servers"])
     if status.speed is not None:
         shown["speed"] = {name: round(value, 2) for name, value in shown["speed"].items()}
     return shown

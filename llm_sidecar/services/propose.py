@@ -7,12 +7,21 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
+from typing import Final
 
 from llm_sidecar import grounding, proposals
 from llm_sidecar.db.transaction import Transaction
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable, QueueFull, SidecarError
-from llm_sidecar.models.base import ChatModel, Completion, Delta, GenerationRequest, new_seed
+from llm_sidecar.models.base import (
+    ChatModel,
+    Completion,
+    Delta,
+    GenerationRequest,
+    Message,
+    RefusedRequest,
+    new_seed,
+)
 from llm_sidecar.proposals import Example, Proposed
 from llm_sidecar.services.events import cloud_event
 from llm_sidecar.services.idempotency import Attempt
@@ -23,6 +32,14 @@ from llm_sidecar.tasks import TaskSet
 from llm_sidecar.telemetry.metrics import MetricsSink
 
 log = logging.getLogger(__name__)
+
+
+_LEAST_TEMPERATURE: Final = 0.7
+"""Minimum temperature of the second request, if the first proposal was not valid."""
+
+
+class InvalidProposal(ModelUnavailable):
+    """The model did not generate a valid proposal."""
 
 
 class Proposer:
@@ -56,32 +73,74 @@ class Proposer:
         self._timeout = timeout
         self._retry = retry
 
+    @property
+    def may_repeat(self) -> bool:
+        """Whether a proposal may be generated twice, so that not all deltas belong to it."""
+        return self._retry or not self._phi3.valid_by_construction
+
     async def generate(
         self, prompt: str, max_tokens: int, deadline: Deadline | None = None
+    ) -> AsyncGenerator[Delta | Proposed, None]:
+        """Generates a proposal from a market context; see `answer`."""
+        answer = self.answer([{"role": "user", "content": prompt}], max_tokens, deadline)
+        try:
+            async with contextlib.aclosing(answer) as items:
+                async for item in items:
+                    yield item
+        except RefusedRequest as error:
+            # The client has only written the context: it cannot correct the request.
+            raise ModelUnavailable(error.detail, retry_after=5) from None
+
+    async def answer(
+        self,
+        messages: Sequence[Message],
+        max_tokens: int,
+        deadline: Deadline | None = None,
+        *,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        logprobs: int | None = None,
     ) -> AsyncGenerator[Delta | Proposed, None]:
         """Generates a proposal; it is neither assessed nor stored nor published.
 
         Args:
-            prompt: the market context.
+            messages: the chat that asks for it; the user's turns are the market context. If it has
+                no system turn, the system prompt and the few-shot examples come first.
             max_tokens: at least `proposals.MIN_COMPLETION_TOKENS`.
             deadline: of the whole request, the retry included.
+            temperature: default: that of all proposals.
+            top_p, seed, logprobs: see `GenerationRequest`; the default of the seed is a new one.
 
         Yields:
-            Deltas as they are generated, including a retry's; finally the valid proposal, which is
-            the first one if the retry fails.
+            Deltas as they are generated, including those of further attempts; finally the valid
+            proposal, which is the first one if the retry fails.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
         """
         proposals.check_budget(max_tokens)
         deadline = deadline or Deadline.after(self._timeout)
-        examples, seed = self._examples(), new_seed(self._temperature)
-        guidance, started = proposals.guidance(max_tokens), False
+        temperature = self._temperature if temperature is None else temperature
+        template = GenerationRequest(
+            messages,
+            max_tokens,
+            proposals.guidance(max_tokens),
+            temperature,
+            new_seed(temperature) if seed is None else seed,
+            top_p=top_p,
+            logprobs=logprobs,
+        )
+        has_system = any(message["role"] == "system" for message in messages)
+        examples = () if has_system else self._examples()
+        context = "\n".join(one["content"] for one in messages if one["role"] == "user")
+        started = False
         while True:
-            messages = proposals.build_messages(prompt, examples)
-            request = GenerationRequest(messages, max_tokens, guidance, self._temperature, seed)
+            request = template
+            if not has_system:
+                request = replace(template, messages=[*proposals.opening(examples), *messages])
             try:
-                async with contextlib.aclosing(self._attempt(request, prompt, deadline)) as items:
+                async with contextlib.aclosing(self._attempt(request, context, deadline)) as items:
                     async for item in items:
                         started = True
                         if isinstance(item, Proposed):
@@ -89,9 +148,9 @@ class Proposer:
                             item = item._replace(examples=tuple(filter(None, ids)))
                         yield item
                 return
-            except InvalidRequest:
+            except InvalidRequest as error:
                 # Before the first delta, the chat is too long for the model.
-                if started or not examples:
+                if started or not examples or isinstance(error, RefusedRequest):
                     raise
                 log.warning("the few-shot examples do not fit the context beside a long prompt")
                 examples = ()
@@ -99,26 +158,82 @@ class Proposer:
     async def _attempt(
         self, request: GenerationRequest, prompt: str, deadline: Deadline
     ) -> AsyncGenerator[Delta | Proposed, None]:
-        """One request, and a retry if the proposal is ungrounded."""
+        """One request, a second one if a model that may ignore the guidance did so, and a retry if
+        the proposal is ungrounded."""
         deltas: list[Delta] = []
-        async with contextlib.aclosing(self._phi3.stream(request, deadline)) as stream:
+        async with contextlib.aclosing(self._generated(request, deadline, deltas)) as stream:
             async for delta in stream:
-                deltas.append(delta)
                 yield delta
-        proposed = await _proposed(request, deltas, prompt)
+        try:
+            proposed = await self._proposed(request, deltas, prompt)
+        except InvalidProposal:
+            if self._phi3.valid_by_construction:
+                raise
+            # Greedy decoding would most likely generate the same text again.
+            request = _second_request(request)
+            deltas = []
+            async with contextlib.aclosing(self._generated(request, deadline, deltas)) as stream:
+                async for delta in stream:
+                    yield delta
+            proposed = await self._proposed(request, deltas, prompt)
         if again := await self._retry_request(request, prompt, proposed):
             # The other half of the time is for the assessment: a slow retry must not cause a 504.
             half, deltas = Deadline.after(deadline.remaining() / 2), []
             try:
-                async with contextlib.aclosing(self._phi3.stream(again, half)) as stream:
+                async with contextlib.aclosing(self._generated(again, half, deltas)) as stream:
                     async for delta in stream:
-                        deltas.append(delta)
                         yield delta
-                proposed = await _proposed(again, deltas, prompt)
+                proposed = await self._proposed(again, deltas, prompt)
             except SidecarError as error:
                 log.warning("the retry of an ungrounded proposal failed: %s", type(error).__name__)
         self._metrics.proposed(proposed.proposal["action"], proposed.ungrounded)
         yield proposed
+
+    async def _generated(
+        self, request: GenerationRequest, deadline: Deadline, deltas: list[Delta]
+    ) -> AsyncGenerator[Delta, None]:
+        """Generates; adds each delta to `deltas` too."""
+        async with contextlib.aclosing(self._phi3.stream(request, deadline)) as stream:
+            async for delta in stream:
+                deltas.append(delta)
+                yield delta
+
+    async def _proposed(
+        self, request: GenerationRequest, deltas: Sequence[Delta], prompt: str
+    ) -> Proposed:
+        """The valid proposal of a finished generation.
+
+        Raises:
+            InvalidRequest: the model's tokenizer needs a larger `max_tokens`.
+            InvalidProposal: there is none.
+        """
+        completion = Completion.of(deltas)
+        most, follows = proposals.MAX_COMPLETION_TOKENS, self._phi3.valid_by_construction
+        # A model that ignores the guidance may use up any budget.
+        if follows and completion.finish_reason == "length" and request.max_tokens < most:
+            raise InvalidRequest(
+                f"this model's tokenizer needs more than {request.max_tokens} tokens for a "
+                f"proposal; send {most}",
+                field="max_length",
+            )
+        try:
+            if follows:
+                proposal = proposals.parse(completion.text)
+            else:
+                guidance = request.guidance or proposals.GUIDANCE
+                proposal = await asyncio.to_thread(
+                    proposals.parse_guided, completion.text, guidance
+                )
+        except ValueError as error:
+            log.error("phi3 broke the proposal schema under guidance: %s", type(error).__name__)
+            raise InvalidProposal(
+                "phi3 did not write a valid proposal, so nothing is returned; "
+                "check the model with another prompt.",
+                retry_after=1,
+            ) from None
+        # In a thread, because a long context would block the event loop.
+        ungrounded = await asyncio.to_thread(grounding.ungrounded_fields, proposal, prompt)
+        return Proposed(proposal, completion, ungrounded, request)
 
     async def _retry_request(
         self, request: GenerationRequest, prompt: str, first: Proposed
@@ -281,32 +396,11 @@ def _early_end(run: ProposalRun, attempt: Attempt, reason: str) -> Transaction:
     )
 
 
-async def _proposed(request: GenerationRequest, deltas: Sequence[Delta], prompt: str) -> Proposed:
-    """The valid proposal of a finished generation.
-
-    Raises:
-        InvalidRequest: the model's tokenizer needs a larger `max_tokens`.
-        ModelUnavailable: there is none.
-    """
-    completion = Completion.of(deltas)
-    most = proposals.MAX_COMPLETION_TOKENS
-    if completion.finish_reason == "length" and request.max_tokens < most:
-        raise InvalidRequest(
-            f"max_length: this model's tokenizer needs more than {request.max_tokens} tokens for a "
-            f"proposal; send {most}"
-        )
-    try:
-        proposal = proposals.parse(completion.text)
-    except ValueError as error:
-        log.error("phi3 broke the proposal schema under guidance: %s", type(error).__name__)
-        raise ModelUnavailable(
-            "phi3 did not write a valid proposal, so nothing is returned; "
-            "check the model with another prompt.",
-            retry_after=1,
-        ) from None
-    # In a thread, because a long context would block the event loop.
-    ungrounded = await asyncio.to_thread(grounding.ungrounded_fields, proposal, prompt)
-    return Proposed(proposal, completion, ungrounded, request)
+def _second_request(request: GenerationRequest) -> GenerationRequest:
+    """The same request with sampling, and with another seed."""
+    temperature = max(request.temperature or 0.0, _LEAST_TEMPERATURE)
+    seed = new_seed(temperature) if request.seed is None else request.seed + 1
+    return replace(request, temperature=temperature, seed=seed)
 
 
 def _end_reason(error: BaseException) -> str:

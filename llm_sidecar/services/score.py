@@ -163,9 +163,11 @@ class Judge:
         try:
             rating = await self.rate(proposal, context, attempt.deadline)
         except InvalidRequest as error:
-            # A model's errors are about the prompt, but the caller sent these fields.
-            fields = "proposal: it" if context is None else "proposal and context: their text"
-            raise InvalidRequest(f"{fields} {error.detail.removeprefix('prompt: it ')}") from None
+            # A model's errors are about the prompt, but the caller sent a proposal and a context.
+            problem = error.problem if context is None else f"with the context {error.problem}"
+            raise InvalidRequest(
+                problem, field="proposal", exceeds_context=error.exceeds_context
+            ) from None
         rationale = proposal.get("rationale")
         row = HermesScoreSchema(
             run_id=str(proposal_id),

@@ -20,6 +20,8 @@ from llm_sidecar.settings.values import (
     RedisUrl,
     Seconds,
     SentryDsn,
+    ServerKey,
+    ServerUrls,
     Share,
     Switch,
     Temperature,
@@ -52,6 +54,28 @@ class Models(Group):
         None, alias="HERMES_MODEL_PATH", description="the path of the Hermes folder or .gguf file"
     )
     """The model that criticises and scores. Unset: `/app/hermes-model`."""
+    phi3_urls: ServerUrls = Field((), alias="PHI3_URL")
+    """Servers that speak OpenAI's protocol and have Phi-3, instead of a model on this machine."""
+    phi3_remote_model: str | None = Field(
+        None, alias="PHI3_REMOTE_MODEL", description="the name of a model on the servers"
+    )
+    """What the servers of `PHI3_URL` call Phi-3. Unset: `phi3`, or the only model that they
+    list."""
+    phi3_remote_key: ServerKey | None = Field(
+        None, alias="PHI3_REMOTE_KEY", description="a key of visible ASCII characters"
+    )
+    """The API key of the servers of `PHI3_URL`."""
+    hermes_urls: ServerUrls = Field((), alias="HERMES_URL")
+    """Servers that speak OpenAI's protocol and have Hermes, instead of a model on this machine."""
+    hermes_remote_model: str | None = Field(
+        None, alias="HERMES_REMOTE_MODEL", description="the name of a model on the servers"
+    )
+    """What the servers of `HERMES_URL` call Hermes. Unset: `hermes`, or the only model that they
+    list."""
+    hermes_remote_key: ServerKey | None = Field(
+        None, alias="HERMES_REMOTE_KEY", description="a key of visible ASCII characters"
+    )
+    """The API key of the servers of `HERMES_URL`."""
     adapter_dir: Path = Field(
         Path("/app/models/phi3/adapters"),
         alias="PHI3_ADAPTER_DIR",

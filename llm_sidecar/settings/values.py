@@ -12,6 +12,7 @@ from llm_sidecar import redis_address
 from llm_sidecar.api_keys import KEYS_DESCRIPTION, ApiKey, parse_api_keys
 from llm_sidecar.host_names import allowed_host
 
+_VISIBLE: Final = re.compile(r"[!-~]+")
 _ORIGIN: Final = re.compile(r"\*|https?://[^\s/?#@*]+")
 
 
@@ -46,6 +47,21 @@ def _http_url(url: str) -> str:
     if parsed.scheme not in ("http", "https") or not parsed.hostname or parsed.port == 0:
         raise ValueError
     return url
+
+
+def _server_urls(urls: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+    for secret in urls:
+        url = _http_url(secret.get_secret_value())
+        parsed = urlsplit(url)
+        if parsed.query or parsed.fragment or not _VISIBLE.fullmatch(url):
+            raise ValueError
+    return urls
+
+
+def _header_value(key: SecretStr) -> SecretStr:
+    if not _VISIBLE.fullmatch(key.get_secret_value()):
+        raise ValueError
+    return key
 
 
 def _sentry_dsn(dsn: SecretStr) -> SecretStr:
@@ -91,6 +107,13 @@ RedisUrl = Annotated[
     ),
 ]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
+ServerUrls = Annotated[
+    tuple[SecretStr, ...],
+    BeforeValidator(_split),
+    AfterValidator(_server_urls),
+    Field(description="URLs such as http://gpu-1:8000/v1, separated by commas"),
+]
+ServerKey = Annotated[SecretStr, AfterValidator(_header_value)]
 SentryDsn = Annotated[
     SecretStr, AfterValidator(_sentry_dsn), Field(description="https://KEY@HOST/PROJECT")
 ]

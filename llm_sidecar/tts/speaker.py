@@ -11,7 +11,7 @@ import base64
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,26 +105,31 @@ class Speaker:
             raise QueueFull(f"The speech queue is full; try again in {wait} s.", retry_after=wait)
 
     async def speak(
-        self, text: str, exaggeration: float = 0.5, reference: Reference | None = None
+        self,
+        text: str,
+        exaggeration: float = 0.5,
+        reference: Reference | None = None,
+        on_part: Callable[[Wav], None] | None = None,
     ) -> Spoken:
         """Speaks a text and publishes the WAV of each part at once.
 
         Args:
             exaggeration: 0 to 2, 0.5 is neutral.
             reference: a sample of the voice to clone; a voice that cannot clone ignores it.
+            on_part: called with each part, which has been published by then.
 
         Raises:
             InvalidRequest: nothing in the text can be spoken.
             QueueFull, VoiceUnavailable, DeadlineExceeded
         """
         if not speakable(text):
-            raise InvalidRequest("text: there is no letter or digit in it to speak")
+            raise InvalidRequest("there is no letter or digit in it to speak", field="text")
         with self._admission():
             asked, begun = time.monotonic(), None
             try:
                 async with asyncio.timeout(self._timeout), self._slot:
                     begun = time.monotonic()
-                    return await self._speak(text, exaggeration, reference)
+                    return await self._speak(text, exaggeration, reference, on_part)
             except TimeoutError:
                 raise self._too_late(asked, begun or time.monotonic()) from None
 
@@ -142,14 +147,20 @@ class Speaker:
         """Estimated seconds until the texts that run and wait now are spoken."""
         return max(1, round(self._admitted * self._recent_seconds))
 
-    async def _speak(self, text: str, exaggeration: float, reference: Reference | None) -> Spoken:
+    async def _speak(
+        self,
+        text: str,
+        exaggeration: float,
+        reference: Reference | None,
+        on_part: Callable[[Wav], None] | None,
+    ) -> Spoken:
         began = time.monotonic()
         parts: list[Wav] = []
         # The availability may have changed since the request was admitted.
         voice, *others = self._available()
         while True:
             try:
-                await self._publish(voice, text, exaggeration, reference, parts)
+                await self._publish(voice, text, exaggeration, reference, parts, on_part)
                 break
             except (DeadlineExceeded, QueueFull, VoiceUnavailable) as error:
                 # A text is spoken in one voice, so no voice continues the text of another.
@@ -158,7 +169,7 @@ class Speaker:
                 failed, voice = voice, others.pop(0)
                 log.warning("%s speaks instead of %s: %s", voice.name, failed.name, error.detail)
         if not parts:
-            raise InvalidRequest("text: the voice knows no sound for anything in it")
+            raise InvalidRequest("the voice knows no sound for anything in it", field="text")
         self._spoken += 1
         self._recent_seconds += 0.2 * (time.monotonic() - began - self._recent_seconds)
         cloned = voice.clones and reference is not None
@@ -171,6 +182,7 @@ class Speaker:
         exaggeration: float,
         reference: Reference | None,
         parts: list[Wav],
+        on_part: Callable[[Wav], None] | None,
     ) -> None:
         """Publishes each part and appends it to `parts`."""
         reference = reference if voice.clones else None
@@ -180,6 +192,8 @@ class Speaker:
             async for part in speech:
                 parts.append(part)
                 await self._bus.publish(AUDIO_BYTES, base64.b64encode(wav.encode(part)).decode())
+                if on_part is not None:
+                    on_part(part)
                 raise_if_cancelled()
 
     @contextlib.contextmanager

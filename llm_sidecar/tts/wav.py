@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import re
 import struct
 import wave
@@ -30,6 +31,8 @@ _MARGIN: Final = 0.015
 """Seconds of silence that are kept around speech, for soft consonants."""
 
 _EXTENSIBLE: Final = 0xFFFE
+_OPEN: Final = 0xFFFF_FFFF
+"""The size of a chunk of unknown length."""
 _MAX_CHUNKS: Final = 1_000
 _MAX_CHANNELS: Final = 1_024
 """libsndfile's maximum."""
@@ -56,8 +59,26 @@ def encode(wav: Wav) -> bytes:
         writer.setnchannels(1)
         writer.setsampwidth(2)
         writer.setframerate(wav.sample_rate)
-        writer.writeframes(wav.samples.astype("<i2").tobytes())
+        writer.writeframes(pcm_bytes(wav))
     return file.getvalue()
+
+
+def pcm_bytes(wav: Wav) -> bytes:
+    """The samples alone, little-endian."""
+    return wav.samples.astype("<i2").tobytes()
+
+
+def open_header(sample_rate: int) -> bytes:
+    """The header of a WAV file of unknown length: 16-bit PCM, one channel.
+
+    It has the largest possible sizes, as in a file that is written to a pipe.
+    """
+    return struct.pack(
+        "<4sI4s4sIHHIIHH4sI",
+        *(b"RIFF", _OPEN, b"WAVE"),
+        *(b"fmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16),
+        *(b"data", _OPEN),
+    )
 
 
 def decode(file: bytes) -> Wav:
@@ -183,6 +204,25 @@ def soften(wav: Wav, *, pause: float) -> Wav:
     samples[len(samples) - length :] *= ramp[::-1]
     silence = np.zeros(int(pause * wav.sample_rate), np.int16)
     return Wav(np.concatenate([samples.astype(np.int16), silence]), wav.sample_rate)
+
+
+def resample(wav: Wav, sample_rate: int) -> Wav:
+    """The same speech at another sample rate.
+
+    Cuts the spectrum or extends it with zeros (band-limited interpolation by the Fourier transform:
+    https://ccrma.stanford.edu/~jos/sasp/Spectral_Interpolation.html). The length is rounded up.
+    """
+    if wav.sample_rate == sample_rate or not len(wav.samples):
+        return Wav(wav.samples, sample_rate)
+    common = math.gcd(wav.sample_rate, sample_rate)
+    old, new = wav.sample_rate // common, sample_rate // common
+    # Pad with silence to a whole number of periods of both rates.
+    periods = -(-len(wav.samples) // old)
+    spectrum = np.fft.rfft(wav.samples, periods * old)
+    changed = np.fft.irfft(spectrum, periods * new) * (new / old)
+    length = -(-len(wav.samples) * new // old)
+    rounded = changed[:length].round().clip(-(2**15), 2**15 - 1)
+    return Wav(rounded.astype(np.int16), sample_rate)
 
 
 def join(parts: Sequence[Wav]) -> Wav:

@@ -50,6 +50,8 @@ Reply = httpx.Response | httpx.RequestError | None
 """The result of a request; None after a wait."""
 Plan = Generator[httpx.Request | float, Reply, Answer]
 """Yields a request, or seconds to wait; receives the result; returns the answer."""
+StreamPlan = Generator[httpx.Request | float | httpx.Response, Reply, None]
+"""Also yields the response of a stream, and never returns."""
 
 
 class Core:
@@ -99,19 +101,54 @@ class Core:
             reply = yield request
             if isinstance(reply, httpx.Response) and reply.is_success:
                 return read(reply)
-            error, wait = self._judge(request, reply, failures)
-            if wait is None or failures == self._retries:
-                raise error
-            log.warning("%s %s: %s; retry in %.1f s", request.method, request.url.path, error, wait)
-            yield wait
+            yield self._wait(request, reply, failures)
+            failures += 1
+
+    def streams(self, request: httpx.Request) -> StreamPlan:
+        """Like `attempts`, but also retries a stream that fails before its first event.
+
+        It also yields each response of a stream, and receives the error that prevented its first
+        event.
+        """
+        failures = 0
+        while True:
+            reply = yield request
+            if isinstance(reply, httpx.Response) and reply.is_success:
+                reply = yield reply
+            yield self._wait(request, reply, failures)
             failures += 1
 
     def probe(self, request: httpx.Request) -> Plan[bool]:
         """Sends a request once; True for 2xx, False for 503 or if the sidecar cannot be reached."""
         reply = yield request
         if isinstance(reply, httpx.Response) and not reply.is_success and reply.status_code != 503:
-            raise self._http_error(request, reply)
+            raise self.http_error(request, reply)
         return isinstance(reply, httpx.Response) and reply.is_success
+
+    def http_error(self, request: httpx.Request, reply: httpx.Response) -> LLMClientHTTPError:
+        """The error that an answer with an error status means."""
+        transaction_id = None
+        try:
+            body = reply.json()
+            detail = body["detail"]
+            transaction_id = body.get("transaction_id")
+        # This is not from the sidecar; it may be an error page of a proxy.
+        except (ValueError, KeyError, TypeError, RecursionError):
+            detail = reply.text
+        request_id = reply.headers.get("X-Request-ID", request.headers["X-Request-ID"])
+        asked = map(self._seconds, reply.headers.get_list("Retry-After"))
+        retry_after = max((each for each in asked if each is not None), default=None)
+        return LLMClientHTTPError(
+            reply.status_code, detail, request_id, retry_after, transaction_id
+        )
+
+    def _wait(self, request: httpx.Request, reply: Reply, failures: int) -> float:
+        """Seconds until the next attempt; raises the error if this one was the last."""
+        error, wait = self._judge(request, reply, failures)
+        if wait is None or failures == self._retries:
+            raise error
+        log.warning("%s %s: %s; retry in %.1f s", request.method, request.url.path, error, wait)
+        return wait
 
     def _judge(
         self, request: httpx.Request, reply: Reply, failures: int
@@ -127,26 +164,10 @@ class Core:
             broken = LLMClientConnectionError(what + route)
             broken.__cause__ = reply
             return broken, wait
-        error = self._http_error(request, reply)
+        error = self.http_error(request, reply)
         wait = max(wait, error.retry_after or 0.0)
         again = (error.status == 429 or error.status >= 500) and wait <= LONGEST_RETRY_AFTER
         return error, wait if again else None
-
-    def _http_error(self, request: httpx.Request, reply: httpx.Response) -> LLMClientHTTPError:
-        transaction_id = None
-        try:
-            body = reply.json()
-            detail = body["detail"]
-            transaction_id = body.get("transaction_id")
-        # Not from the sidecar, for example an error page of a proxy.
-        except (ValueError, KeyError, TypeError, RecursionError):
-            detail = reply.text
-        request_id = reply.headers.get("X-Request-ID", request.headers["X-Request-ID"])
-        asked = map(self._seconds, reply.headers.get_list("Retry-After"))
-        retry_after = max((each for each in asked if each is not None), default=None)
-        return LLMClientHTTPError(
-            reply.status_code, detail, request_id, retry_after, transaction_id
-        )
 
     def _seconds(self, retry_after: str) -> float | None:
         """Seconds or an HTTP date (RFC 9110, section 10.2.3); None for anything else."""

@@ -68,8 +68,7 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
         Returns:
             `{"generated_text": str}` from hermes, the proposal itself from phi3.
         """
-        body = {"prompt": prompt, "max_length": max_length, "model_id": model_id}
-        return self._json("POST", "/generate/", body, idempotency_key)
+        return self._json(*_generation(model_id, prompt, max_length), idempotency_key)
 
     def propose_trade_adjustments(
         self, prompt: str, max_length: int = 256, *, idempotency_key: str | None = None
@@ -80,8 +79,7 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
         Returns:
             `{"transaction_id": str, "phi3_proposal": {...}, "hermes_assessment": str}`.
         """
-        body = {"prompt": prompt, "max_length": max_length}
-        return self._json("POST", "/propose_trade_adjustments/", body, idempotency_key)
+        return self._json(*_proposal(prompt, max_length), idempotency_key)
 
     def score_hermes(
         self,
@@ -226,11 +224,17 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
     def _json(
         self, method: str, path: str, body: JSON | None = None, idempotency_key: str | None = None
     ) -> JSONAnswer:
+        request = self._keyed(method, path, body, idempotency_key)
+        answer: JSONAnswer = self._run(self._core.attempts(request, _read_json))
+        return answer
+
+    def _keyed(
+        self, method: str, path: str, body: JSON | None, idempotency_key: str | None
+    ) -> httpx.Request:
         request = self._request(method, path, body)
         if method == "POST":
             request.headers["Idempotency-Key"] = _checked(idempotency_key)
-        answer: JSONAnswer = self._run(self._core.attempts(request, _read_json))
-        return answer
+        return request
 
     def _probe(self, path: str) -> Flag:
         request = self._request("GET", path, timeout=PROBE_TIMEOUT)
@@ -257,9 +261,37 @@ class Endpoints(ABC, Generic[JSONAnswer, Text, Wav, Flag]):
             request.headers["Last-Event-ID"] = last_event_id
         return self._stream_plan(request)
 
+    def _generate_stream(
+        self, model_id: str, prompt: str, max_length: int, idempotency_key: str | None
+    ) -> httpx.Request:
+        return self._as_stream(*_generation(model_id, prompt, max_length), idempotency_key)
+
+    def _propose_stream(
+        self, prompt: str, max_length: int, idempotency_key: str | None
+    ) -> httpx.Request:
+        return self._as_stream(*_proposal(prompt, max_length), idempotency_key)
+
+    def _as_stream(
+        self, method: str, path: str, body: JSON, idempotency_key: str | None
+    ) -> httpx.Request:
+        request = self._keyed(method, path, body, idempotency_key)
+        request.headers["Accept"] = "text/event-stream"
+        return request
+
     def _stream_plan(self, request: httpx.Request) -> Plan[httpx.Response]:
         request.extensions["timeout"] |= {"read": STREAM_SILENCE}
         return self._core.attempts(request, lambda response: response)
+
+
+def _generation(model_id: str, prompt: str, max_length: int) -> tuple[str, str, JSON]:
+    """Method, path and body."""
+    body = {"prompt": prompt, "max_length": max_length, "model_id": model_id}
+    return "POST", "/generate/", body
+
+
+def _proposal(prompt: str, max_length: int) -> tuple[str, str, JSON]:
+    """Method, path and body."""
+    return "POST", "/propose_trade_adjustments/", {"prompt": prompt, "max_length": max_length}
 
 
 def _given(**fields: Any) -> JSON:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
 from fastapi import Depends, Request
-from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llm_sidecar.api_keys import ApiKey
 from osiris.paths import is_documentation, is_metrics, is_probe
+from osiris.refusals import refusal
 
 _DETAIL: Final = (
     "This needs a valid API key: send it as Authorization: Bearer KEY, or as X-API-Key: KEY."
@@ -75,12 +75,8 @@ class ApiKeys:
         if known is not None or self._is_open(scope):
             await self._app(scope, receive, send)
             return
-        refusal = JSONResponse(
-            {"detail": _DETAIL},
-            status_code=401,
-            headers={"WWW-Authenticate": 'Bearer realm="sidecar"'},
-        )
-        await refusal(scope, receive, send)
+        challenge = {"WWW-Authenticate": 'Bearer realm="sidecar"'}
+        await refusal(scope, 401, _DETAIL, challenge)(scope, receive, send)
 
     def _is_open(self, scope: Scope) -> bool:
         if is_metrics(scope):

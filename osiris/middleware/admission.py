@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llm_sidecar.telemetry.asgi import TrackedSend
 from osiris.paths import is_probe_or_metrics
-from osiris.shutdown import Shutdown
+from osiris.refusals import refusal
+from osiris.shutdown import Shutdown, shutting_down
 
-_SHUTTING_DOWN: Final = "The server is shutting down; try again."
-_RETRY_SHUTTING_DOWN: Final = 5
-"""Seconds until another server, or this one after a restart, is likely to answer."""
 _RETRY_FULL: Final = 1
 
 
@@ -36,12 +33,12 @@ class Admission:
         elif self._shutdown.draining:
             await _shutting_down(scope, receive, send)
         elif self._shutdown.running >= self._max_requests:
-            await _refusal(
-                429,
+            detail = (
                 f"{self._max_requests} requests are running, which is MAX_CONCURRENT_REQUESTS; "
-                "try again later.",
-                _RETRY_FULL,
-            )(scope, receive, send)
+                "try again later."
+            )
+            headers = {"Retry-After": str(_RETRY_FULL)}
+            await refusal(scope, 429, detail, headers)(scope, receive, send)
         else:
             await self._admit(scope, receive, send)
 
@@ -60,9 +57,7 @@ class Admission:
                     await _shutting_down(scope, receive, send)
 
 
-def _refusal(status: int, detail: str, retry_after: int) -> JSONResponse:
-    return JSONResponse({"detail": detail}, status, headers={"Retry-After": str(retry_after)})
-
-
 async def _shutting_down(scope: Scope, receive: Receive, send: Send) -> None:
-    await _refusal(503, _SHUTTING_DOWN, _RETRY_SHUTTING_DOWN)(scope, receive, send)
+    error = shutting_down()
+    headers = {"Retry-After": str(error.retry_after)}
+    await refusal(scope, 503, error.detail, headers)(scope, receive, send)

@@ -7,12 +7,12 @@ import time
 from collections.abc import Mapping
 
 from fastapi import HTTPException
-from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llm_sidecar.telemetry.asgi import TrackedSend
 from osiris.paths import is_probe_or_metrics, route_path
+from osiris.refusals import refusal
 
 
 class BodyLimit:
@@ -45,12 +45,8 @@ class BodyLimit:
         max_bytes = max(self._max_bytes, self._larger.get(route_path(scope).rstrip("/"), 0))
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdigit() and int(declared) > max_bytes:
-            refusal = JSONResponse(
-                {"detail": _too_large(max_bytes)},
-                status_code=413,
-                headers={"Connection": "close"},
-            )
-            await refusal(scope, receive, send)
+            headers = {"Connection": "close"}
+            await refusal(scope, 413, _too_large(max_bytes), headers)(scope, receive, send)
             return
         response = TrackedSend(send)
         body = _Body(receive, response, max_bytes, self._seconds)

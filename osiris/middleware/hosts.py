@@ -11,11 +11,11 @@ from collections.abc import Collection
 from typing import Final
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llm_sidecar.host_names import host_name
 from osiris.paths import is_probe_or_metrics
+from osiris.refusals import refusal
 
 _DETAIL: Final = (
     "Host: this host name is not allowed; use one that is in ALLOWED_HOSTS, or add this one to it."
@@ -41,7 +41,7 @@ class AllowedHosts:
         if scope["type"] != "http" or is_probe_or_metrics(scope) or self._allows(scope):
             await self._app(scope, receive, send)
             return
-        await JSONResponse({"detail": _DETAIL}, status_code=400)(scope, receive, send)
+        await refusal(scope, 400, _DETAIL)(scope, receive, send)
 
     def _allows(self, scope: Scope) -> bool:
         if "*" in self._names:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llm_sidecar.telemetry.asgi import TrackedSend
+from osiris.refusals import refusal
 
 
 class UnexpectedErrors:
@@ -23,7 +23,10 @@ class UnexpectedErrors:
             await self._app(scope, receive, response)
         except Exception:
             if scope["type"] == "http" and not response.started:
-                request_id = scope["state"]["request_id"]
-                detail = f"An unexpected error occurred; the log has it under {request_id}."
-                await JSONResponse({"detail": detail}, status_code=500)(scope, receive, send)
+                await refusal(scope, 500, unexpected_detail(scope))(scope, receive, send)
             raise
+
+
+def unexpected_detail(scope: Scope) -> str:
+    """The message to the client for an unexpected error."""
+    return f"An unexpected error occurred; the log has it under {scope['state']['request_id']}."

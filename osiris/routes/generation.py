@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Annotated
+from collections.abc import AsyncGenerator
+from typing import Annotated, Final
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from llm_sidecar.errors import InvalidRequest
+from llm_sidecar.models.base import Completion
 from llm_sidecar.proposals import Proposal, Proposed
 from llm_sidecar.services.idempotency import Attempt
 from llm_sidecar.services.proposal_run import AssessedProposal
 from llm_sidecar.sidecar import Sidecar
 from osiris.dependencies import CurrentSidecar, check_length
-from osiris.disconnects import cancel_on_disconnect
 from osiris.endpoint import endpoint
-from osiris.idempotency import REPLAYED, IdempotencyKey, answered_once
+from osiris.event_stream import MEDIA_TYPE
+from osiris.generation_stream import Generation, answered
+from osiris.idempotency import REPLAYED, IdempotencyKey
 from osiris.middleware.access import Author
 from osiris.response_headers import (
     GENERATION,
@@ -27,6 +29,7 @@ from osiris.response_headers import (
 )
 from osiris.schemas.errors import ProposalBadInput, ProposalErrorBody
 from osiris.schemas.generation import (
+    EVENTS,
     MODEL_ID,
     GeneratedText,
     GenerateRequest,
@@ -35,10 +38,11 @@ from osiris.schemas.generation import (
     ProposalRequest,
     TradeAdjustment,
 )
-from osiris.streams import completed, result_of
+from osiris.streams import with_completion
 
 router = APIRouter(tags=["generation"])
-_ERRORS = (422, 429, 503, 504)
+_ERRORS: Final = (422, 429, 503, 504)
+_EVENTS: Final = {MEDIA_TYPE: {"schema": EVENTS}}
 
 
 @endpoint(
@@ -47,6 +51,7 @@ _ERRORS = (422, 429, 503, 504)
     "/generate/",
     *_ERRORS,
     headers=(*GENERATION, "X-Grounded", REPLAYED),
+    content=_EVENTS,
     response_model=GeneratedText | Proposal,
     response_description="Hermes' text, or Phi-3's proposal",
 )
@@ -76,6 +81,7 @@ async def generate(
     "/generate/hermes/",
     *_ERRORS,
     headers=(*GENERATION, REPLAYED),
+    content=_EVENTS,
     response_model=GeneratedText,
     response_description="The text",
 )
@@ -92,13 +98,17 @@ async def generate_hermes(
     """
     check_length(sidecar, body)
 
-    async def answer(attempt: Attempt) -> Response:
+    def run(attempt: Attempt) -> AsyncGenerator[object, None]:
         chat = sidecar.chat.answer(body.prompt, body.max_length, attempt.deadline)
-        completion = await completed(chat)
-        text = {"generated_text": completion.text}
-        return JSONResponse(text, headers=generation_headers(completion))
+        return with_completion(chat)
 
-    return await _answered(request, sidecar, idempotency_key, answer)
+    generation = Generation("hermes", run, Completion, _text)
+    return await answered(request, idempotency_key, sidecar.idempotency, generation)
+
+
+def _text(completion: Completion) -> Response:
+    text = {"generated_text": completion.text}
+    return JSONResponse(text, headers=generation_headers(completion))
 
 
 @endpoint(
@@ -107,6 +117,7 @@ async def generate_hermes(
     "/generate/phi3/",
     *_ERRORS,
     headers=(*GENERATION, "X-Grounded", REPLAYED),
+    content=_EVENTS,
     response_model=Proposal,
     response_description="The proposal",
 )
@@ -128,26 +139,16 @@ async def _proposed(
 ) -> Response:
     check_length(sidecar, body)
 
-    async def answer(attempt: Attempt) -> Response:
-        proposer = sidecar.proposer.generate(body.prompt, body.max_length, attempt.deadline)
-        proposed = await result_of(proposer, Proposed)
-        return JSONResponse(
-            proposed.proposal,
-            headers={**generation_headers(proposed.completion), "X-Grounded": proposed.grounded},
-        )
+    def run(attempt: Attempt) -> AsyncGenerator[object, None]:
+        return sidecar.proposer.generate(body.prompt, body.max_length, attempt.deadline)
 
-    return await _answered(request, sidecar, idempotency_key, answer)
+    generation = Generation("phi3", run, Proposed, _proposal)
+    return await answered(request, idempotency_key, sidecar.idempotency, generation)
 
 
-async def _answered(
-    request: Request,
-    sidecar: Sidecar,
-    idempotency_key: str | None,
-    answer: Callable[[Attempt], Awaitable[Response]],
-) -> Response:
-    """The response of `answer`, once for each key, unless the client disconnects."""
-    answering = answered_once(request, idempotency_key, sidecar.idempotency, answer)
-    return await cancel_on_disconnect(request, answering)
+def _proposal(proposed: Proposed) -> Response:
+    headers = {**generation_headers(proposed.completion), "X-Grounded": proposed.grounded}
+    return JSONResponse(proposed.proposal, headers=headers)
 
 
 @endpoint(
@@ -159,6 +160,7 @@ async def _answered(
     bad_input_model=ProposalBadInput,
     headers=(*GENERATION, "X-Grounded", "X-Hermes-Score", *RATING, "X-Stored", REPLAYED),
     error_headers=("X-Stored",),
+    content=_EVENTS,
     response_model=TradeAdjustment,
     response_description="The proposal and its assessment",
 )
@@ -180,14 +182,14 @@ async def propose_trade_adjustments(
     """
     check_length(sidecar, body)
 
-    async def answer(attempt: Attempt) -> Response:
-        running = sidecar.orchestrator.propose(body.prompt, body.max_length, author, attempt)
-        return _assessed(await result_of(running, AssessedProposal))
+    def run(attempt: Attempt) -> AsyncGenerator[object, None]:
+        return sidecar.orchestrator.propose(body.prompt, body.max_length, author, attempt)
 
-    return await _answered(request, sidecar, idempotency_key, answer)
+    generation = Generation("phi3", run, AssessedProposal, _assessed)
+    return await answered(request, idempotency_key, sidecar.idempotency, generation)
 
 
-def _assessed(result: AssessedProposal) -> JSONResponse:
+def _assessed(result: AssessedProposal) -> Response:
     return JSONResponse(
         {
             "transaction_id": str(result.transaction_id),

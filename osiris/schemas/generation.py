@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, Field
 
@@ -82,3 +82,41 @@ class TradeAdjustment(BaseModel):
         description="Hermes' critique, in plain text; its score is in `X-Hermes-Score`",
         examples=["The tighter stop fits an overbought market."],
     )
+
+
+class GenerationEvent(BaseModel):
+    """One event of a generation."""
+
+    event: Literal["token", "proposal", "assessment", "headers", "error", "done"] = Field(
+        description="`token`: new text; `proposal`: Phi-3's proposal, complete and valid; "
+        "`assessment`: Hermes' critique and score of it; `headers`: the headers of the answer "
+        "without a stream; `error`: the generation has failed, and this is the last event; "
+        "`done`: the answer without a stream, and the last event",
+        examples=["token"],
+    )
+    data: str = Field(
+        description="an object as JSON text: of a `token`, `text`, `model` (`phi3` or `hermes`), "
+        "and `restart` (true) if this model begins again: discard its earlier text; "
+        "of a `proposal`, the proposal; of an `assessment`, `text` and `score` (0 to 1); "
+        "of `headers`, names and values; of an `error`, `detail`, `status` (of the answer without "
+        "a stream), and, if there are any, `transaction_id` (of the stored proposal) and "
+        "`retry_after` (seconds); of `done`, the answer without a stream",
+        examples=['{"text":"{\\"ticker\\":\\"","model":"phi3"}'],
+    )
+
+
+EVENTS: Final[dict[str, Any]] = {
+    "type": "string",
+    "description": "With `Accept: text/event-stream`: server-sent events while the models "
+    "generate. Comments keep the connection open.",
+    "contentMediaType": "text/event-stream",
+    "contentSchema": {"$ref": "#/components/schemas/GenerationEvent"},
+    "examples": [
+        'event: token\r\ndata: {"text":"AAPL looks","model":"hermes"}\r\n\r\n'
+        'event: token\r\ndata: {"text":" overbought.","model":"hermes"}\r\n\r\n'
+        'event: headers\r\ndata: {"X-Model":"hermes/hermes","X-Finish-Reason":"stop",'
+        '"X-Prompt-Tokens":"31","X-Completion-Tokens":"6"}\r\n\r\n'
+        'event: done\r\ndata: {"generated_text":"AAPL looks overbought."}\r\n\r\n'
+    ],
+}
+"""OpenAPI's description of a generation's stream."""

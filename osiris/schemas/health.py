@@ -25,6 +25,19 @@ _MODEL: Final[dict[str, Any]] = {
     "running": 2,
     "speed": {"prefill": 283.1, "decode": 31.4},
     "notes": [],
+    "servers": [],
+}
+_SERVER: Final[dict[str, Any]] = {
+    "url": "http://gpu-1:8000/v1",
+    "state": "away",
+    # Not null, because FastAPI removes null from examples.
+    "reason": "The hermes server gpu-1:8000 cannot be reached (ConnectError); start it.",
+    "model": "NousResearch/Hermes-3-Llama-3.1-8B",
+    "outstanding": 2,
+    "schema": "regex",
+    "scores": "decisions",
+    "top_logprobs": 20,
+    "adapters": True,
 }
 _FORECAST: Final[dict[str, Any]] = {
     "proposal_seconds": 3.962,
@@ -117,6 +130,43 @@ class ModelSpeed(BaseModel):
     decode: float = Field(description="completion tokens per second", examples=[31.4])
 
 
+class ServerHealth(BaseModel):
+    """A server of a remote model, and its capabilities; null while they are unknown."""
+
+    url: str = Field(description="its base URL, without credentials", examples=[_SERVER["url"]])
+    state: Literal["ready", "resting", "away"] = Field(
+        description="`ready`: it gets requests; `resting`: it is full or has failed several times, "
+        "so it gets no requests for some seconds; `away`: it cannot be reached or used",
+        examples=["ready"],
+    )
+    reason: str | None = Field(
+        description="why it is not ready; null if it is",
+        examples=[_SERVER["reason"]],
+    )
+    model: str | None = Field(
+        description="the name of the model there", examples=[_SERVER["model"]]
+    )
+    outstanding: int = Field(description="requests that it has now", examples=[2])
+    schema_: str | None = Field(
+        alias="schema",
+        description="how it takes the schema of a proposal: `regex`, `grammar`, `json_schema`, or "
+        "`prompt` if only the prompt can ask for it",
+        examples=["regex"],
+    )
+    scores: Literal["decisions", "logprobs", "text"] | None = Field(
+        description="how answers are scored: by `decisions`, by `logprobs`, or by `text`, which is "
+        "never reliable",
+        examples=["decisions"],
+    )
+    top_logprobs: int | None = Field(
+        description="the number of most likely tokens whose log probabilities it returns",
+        examples=[20],
+    )
+    adapters: bool | None = Field(
+        description="whether it loads LoRA adapters at run time", examples=[True]
+    )
+
+
 class ModelHealth(BaseModel):
     """A model and its worker process."""
 
@@ -167,6 +217,10 @@ class ModelHealth(BaseModel):
     notes: list[str] = Field(
         description="where the sidecar deviates from the model's files, one sentence each",
         examples=[[]],
+    )
+    servers: list[ServerHealth] = Field(
+        description="the servers that have it; empty if it runs on this machine",
+        examples=[[_SERVER]],
     )
 
 

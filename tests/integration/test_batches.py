@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Mistra
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
-from llm_sidecar.engines.base import Batch, Delta, Sampling
+from llm_sidecar.engines.base import Batch, Delta, Sampling, unless_failed
 from llm_sidecar.engines.batch import MAX_ROWS
 from llm_sidecar.engines.generation import Generation, Logits
 from llm_sidecar.engines.onnx import OnnxEngine
 from llm_sidecar.engines.ort import OrtEngine
 from llm_sidecar.engines.text_decoder import TextDecoder
+from llm_sidecar.engines.token_bytes import TokenBytes
 from llm_sidecar.engines.torch import TorchEngine
 from llm_sidecar.engines.torch_states import batch_capacity, empty_cache
 from llm_sidecar.errors import InvalidRequest
@@ -59,13 +60,6 @@ def ort_engine(random_hermes_onnx: Path) -> OrtEngine:
 
 
 @pytest.fixture(scope="module")
-def pruned_phi3_onnx(random_phi3_torch: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A graph that computes the logits of the last position only."""
-    folder = tmp_path_factory.mktemp("pruned")
-    return convert_to_onnx(random_phi3_torch, folder, "int4", ["prune_lm_head=true"])
-
-
-@pytest.fixture(scope="module")
 def long_phi3_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Phi-3 with other rotary embeddings beyond 4,096 tokens."""
     return write_transformers_folder(
@@ -97,7 +91,7 @@ class Written:
         self.ended: dict[int, tuple[str, int, str | None]] = {}
 
     def step(self) -> list[tuple[int, Delta]]:
-        deltas = self.batch.step()
+        deltas = [(number, unless_failed(result)) for number, result in self.batch.step()]
         for number, delta in deltas:
             self.text[number] = self.text.get(number, "") + delta.text
             if delta.finish_reason is not None:
@@ -232,7 +226,7 @@ def test_what_all_begin_with_is_read_once(ort_engine: OrtEngine) -> None:
     for number, prompt in enumerate(prompts):
         written.batch.add(number, request(prompt, 4))
     while written.batch:
-        for number, delta in written.batch.step():
+        for number, delta in written.step():
             cached[number] = delta.cached_tokens
     assert cached[0] < 10
     assert min(cached[1], cached[2]) > 30
@@ -369,6 +363,7 @@ def test_bytes_that_are_no_text_end_nothing() -> None:
         request("", len(tokens)),
         [0],
         decode=TextDecoder(tokenizer),
+        data=TokenBytes(tokenizer),
         ends=frozenset(),
         sampling=Sampling(),
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 import onnxruntime_genai
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer
 
 from llm_sidecar import hermes_plugin, proposals
@@ -221,6 +221,28 @@ def test_a_template_may_leave_out_messages_without_content(tmp_path: Path, text:
 def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="surrogate pair"):
         load(write_folder(tmp_path)).encode(user("a\ud83d"))
+
+
+@pytest.mark.parametrize("text", SPELLED[:-1])
+def test_a_text_without_the_template_writes_no_control_token(tmp_path: Path, text: str) -> None:
+    tokenizer = load(write_folder(tmp_path))
+    tokens = tokenizer.encode_text(text)
+    assert not {5000, 5001}.intersection(tokens)
+    decoded = tokenizer.tokenizer.decode(tokens, skip_special_tokens=False)
+    assert decoded.replace(" ", "") == text.replace(" ", "")
+
+
+def test_a_text_without_the_template_begins_as_the_tokenizer_begins_texts(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, special=("<|im_start|>", "<|im_end|>", "<s>", "</s>"))
+    plain = load(folder).encode_text("Long ABC.")
+    file = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 5002), ("</s>", 5003)]
+    )
+    tokenizer.save(str(file))
+    # An end would tell the model that nothing follows.
+    assert load(folder).encode_text("Long ABC.") == [5002, *plain]
 
 
 def test_settings_that_cut_or_fill_up_texts_are_not_followed(tmp_path: Path) -> None:

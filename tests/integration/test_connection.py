@@ -281,6 +281,8 @@ async def test_a_body_in_very_many_tiny_chunks_is_refused() -> None:
         assert body["body"] == 8000 * 1025
         status, headers, _ = await ask(served, chunked, tiny * 4200)
         assert (status, headers["connection"]) == (413, "close")
+        status, _, body = await ask(served, chunked.replace(b"/speak", b"/v1/a"), tiny * 4200)
+        assert (status, body["error"]["type"]) == (413, "invalid_request_error")
         await served.until_none_is_open()
 
 
@@ -414,6 +416,8 @@ async def test_beyond_the_limit_only_probes_are_answered() -> None:
         status, headers, body = await ask(served, POST + b"\r\n")
         assert (status, headers["retry-after"], headers["connection"]) == (503, "1", "close")
         assert body == FULL
+        _, _, body = await ask(served, POST.replace(b"/speak", b"/v1/a") + b"\r\n")
+        assert body["error"]["message"] == FULL["detail"]
         status, headers, _ = await ask(served, GET + b"\r\n")
         assert (status, headers["connection"]) == (200, "close")
 

@@ -113,6 +113,10 @@ async def test_a_gguf_file_is_served(make_model: ModelFactory) -> None:
         proposals.build_messages("Long ABC"), proposals.MAX_COMPLETION_TOKENS, proposals.GUIDANCE
     )
     proposals.parse((await complete(model, guided)).text)
+    echo = GenerationRequest([], 4, text="Long ABC.", logprobs=0, prompt_logprobs=0)
+    echoed = await complete(model, echo)
+    assert b"".join(token.data for token in echoed.prompt_logprobs) == b"Long ABC."
+    assert len(echoed.logprobs) == 4
     scores = await model.score_choices(USER, hermes_plugin.SCORE_ANSWERS)
     assert 0 < scores.mass < 1
     pid = llama_of(model)

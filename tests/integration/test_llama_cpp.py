@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 from gguf import TokenType
 
 from llm_sidecar import hermes_plugin, proposals
-from llm_sidecar.engines import Delta, GenerationRequest, Message, llama_cpp, load_engine
+from llm_sidecar.engines import (
+    Delta,
+    GenerationRequest,
+    Message,
+    llama_completion,
+    llama_probabilities,
+    load_engine,
+)
+from llm_sidecar.engines.base import Question, TokenLogprob
+from llm_sidecar.engines.llama_connection import Connection
 from llm_sidecar.engines.llama_cpp import LlamaCppEngine
 from llm_sidecar.errors import AdapterRejected, InvalidRequest, ModelUnavailable
 from tests.gguf_files import write_adapter, write_gguf
@@ -56,13 +71,61 @@ def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 
 
 def answer(engine: LlamaCppEngine, request: GenerationRequest) -> tuple[str, Delta]:
-    """The text of a completion, and its last delta."""
+    """The text of a completion, and its last delta with all log probabilities."""
     deltas = list(engine.stream(request))
-    return "".join(delta.text for delta in deltas), deltas[-1]
+    return "".join(delta.text for delta in deltas), replace(
+        deltas[-1],
+        logprobs=tuple(one for delta in deltas for one in delta.logprobs),
+        prompt_logprobs=tuple(one for delta in deltas for one in delta.prompt_logprobs),
+    )
+
+
+def deltas_of(results: Sequence[tuple[int, Delta | Exception]]) -> list[tuple[int, Delta]]:
+    """The results of a step in which no request fails."""
+    found = []
+    for number, delta in results:
+        assert isinstance(delta, Delta)
+        found.append((number, delta))
+    return found
+
+
+def letters(engine: LlamaCppEngine, text: str) -> list[int]:
+    """The tokens of a text without control tokens."""
+    return engine.server.post("/tokenize", {"content": text})["tokens"]  # type: ignore[no-any-return]
+
+
+def probabilities_after(engine: LlamaCppEngine, tokens: Sequence[int]) -> list[float]:
+    """The logarithm of the probability of each next token."""
+    with engine.server.watching(engine.server.connect()) as connection:
+        found: list[float] = engine.probabilities.distribution(connection, tokens)[:-1].tolist()
+    return found
+
+
+def check_logprobs(
+    engine: LlamaCppEngine, before: Sequence[int], tokens: Sequence[TokenLogprob], top: int
+) -> None:
+    """Asserts that tokens have the probabilities of the model, and so have the most likely ones."""
+    so_far = list(before)
+    for token in tokens:
+        expected = probabilities_after(engine, so_far)
+        assert token.logprob == pytest.approx(expected[token.id], abs=1e-4)
+        likely = sorted(range(len(expected)), key=expected.__getitem__, reverse=True)[:top]
+        assert [one.id for one in token.top] == likely
+        assert [one.logprob for one in token.top] == pytest.approx(
+            [expected[one] for one in likely], abs=1e-4
+        )
+        so_far.append(token.id)
 
 
 def busy_slots(engine: LlamaCppEngine) -> int:
     return sum(slot["is_processing"] for slot in engine.server.get("/slots"))
+
+
+def await_free(engine: LlamaCppEngine) -> None:
+    """Waits until no request holds a part of the context."""
+    whole = engine.capacity.reserve(engine.context_length)
+    assert whole.granted.wait(30.0)
+    engine.capacity.release(whole)
 
 
 def children() -> set[str]:
@@ -73,14 +136,15 @@ def children() -> set[str]:
 
 def test_a_chat_is_encoded_with_its_template(engine: LlamaCppEngine) -> None:
     start, end = 1, 2
-
-    def letters(text: str) -> list[int]:
-        return engine.server.post("/tokenize", {"content": text})["tokens"]  # type: ignore[no-any-return]
-
     assert engine.tokenize(GenerationRequest(USER, 1)) == [
-        *(start, *letters("user\nLong ABC."), end, *letters("\n")),
-        *(start, *letters("assistant\n")),
+        *(start, *letters(engine, "user\nLong ABC."), end, *letters(engine, "\n")),
+        *(start, *letters(engine, "assistant\n")),
     ]
+
+
+def test_a_text_is_a_prompt_without_the_template(engine: LlamaCppEngine) -> None:
+    request = GenerationRequest([], 1, text="Long ABC.<|im_end|>")
+    assert engine.tokenize(request) == letters(engine, "Long ABC.< |im_end|>")
 
 
 def test_a_text_cannot_write_a_control_token(engine: LlamaCppEngine) -> None:
@@ -124,7 +188,9 @@ def test_a_prompt_that_does_not_fit_is_refused(engine: LlamaCppEngine) -> None:
     long = [{"role": "user", "content": "x" * 8192}]
     with pytest.raises(InvalidRequest, match="too many for the model's context of 8192"):
         engine.tokenize(GenerationRequest(long, 1))
-    with pytest.raises(InvalidRequest, match="with max_length is more than the model's context"):
+    with pytest.raises(
+        InvalidRequest, match="with the tokens of the answer is more than the model's context"
+    ):
         engine.tokenize(GenerationRequest(USER, 8190))
 
 
@@ -139,7 +205,7 @@ def test_random_weights_write_valid_proposals(
         limit = proposals.MAX_COMPLETION_TOKENS
         batch.add(number, GenerationRequest(messages, limit, guidance, temperature, seed=number))
     while batch:
-        for number, delta in batch.step():
+        for number, delta in deltas_of(batch.step()):
             texts[number] += delta.text
             assert delta.finish_reason in (None, "stop")
     for text in texts.values():
@@ -178,8 +244,8 @@ def test_decode_steps_are_single_tokens(engine: LlamaCppEngine) -> None:
 def test_scores_are_the_probabilities_of_whole_answers(engine: LlamaCppEngine) -> None:
     prompt, first = engine.next_token(USER)
     assert first.sum() == pytest.approx(1.0, abs=1e-5)
-    one, zero = (engine.server.post("/tokenize", {"content": text})["tokens"][0] for text in "10")
-    second = np.exp(engine._log_probabilities([*prompt, one], len(first)))
+    one, zero = letters(engine, "10")
+    second = np.exp(probabilities_after(engine, [*prompt, one]))
     scores = engine.score_choices(USER, hermes_plugin.SCORE_ANSWERS)
     assert list(scores) == list(hermes_plugin.SCORE_ANSWERS)
     assert scores["0"] == pytest.approx(first[zero], rel=1e-4)
@@ -191,8 +257,199 @@ def test_an_answer_that_is_unlikely_has_its_exact_probability(
     engine: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = engine.score_choices(USER, hermes_plugin.SCORE_ANSWERS)
-    monkeypatch.setattr(llama_cpp, "_MOST_LIKELY", 3)
+    monkeypatch.setattr(llama_probabilities, "_MOST_LIKELY", 3)
     assert engine.score_choices(USER, hermes_plugin.SCORE_ANSWERS) == pytest.approx(expected)
+
+
+def test_a_score_does_not_depend_on_the_sampled_token(engine: LlamaCppEngine) -> None:
+    # llama.cpp gives no probabilities beside a token that ends inside a character.
+    first_byte, begins_character = 3, 0xC2
+    chats = ([{"role": "user", "content": f"Long ABC {number}."}] for number in range(100))
+    inside = next(
+        chat
+        for chat in chats
+        if int(engine.next_token(chat)[1].argmax()) >= first_byte + begins_character
+    )
+    assert sum(engine.score_choices(inside, ["0", "1"]).values()) < 1.0
+
+
+def test_a_score_can_be_cancelled_during_its_prefill(engine: LlamaCppEngine) -> None:
+    long = [{"role": "user", "content": "x" * 7000}]
+    steps = engine.score_questions([Question(long, ("0", "1"))])
+    next(steps)
+    assert busy_slots(engine) == 1
+    steps.close()
+    await_free(engine)
+    until(lambda: busy_slots(engine) == 0)
+
+
+def test_a_score_can_be_cancelled_while_it_waits(engine: LlamaCppEngine) -> None:
+    whole = engine.capacity.reserve(engine.context_length)
+    steps = engine.score_questions([Question(USER, ("0", "1"))])
+    next(steps)
+    steps.close()
+    engine.capacity.release(whole)
+    await_free(engine)
+
+
+@pytest.mark.parametrize("top", [0, 3])
+def test_each_token_comes_with_its_log_probability(engine: LlamaCppEngine, top: int) -> None:
+    request = GenerationRequest(USER, 24, temperature=1.0, seed=3, logprobs=top)
+    text, last = answer(engine, request)
+    # Random bytes, many of which end inside a character.
+    assert b"".join(one.data for one in last.logprobs).decode(errors="replace") == text
+    assert len(last.logprobs) == last.completion_tokens == 24
+    check_logprobs(engine, engine.tokenize(request), last.logprobs, top)
+
+
+def test_log_probabilities_change_no_greedy_completion(engine: LlamaCppEngine) -> None:
+    request = GenerationRequest(USER, proposals.MAX_COMPLETION_TOKENS, proposals.GUIDANCE)
+    text, last = answer(engine, request)
+    again, counted = answer(engine, replace(request, logprobs=1))
+    assert again == text
+    assert (counted.completion_tokens, counted.finish_reason) == (last.completion_tokens, "stop")
+
+
+def test_a_guided_completion_has_the_probabilities_without_guidance(
+    engine: LlamaCppEngine,
+) -> None:
+    limit = proposals.MAX_COMPLETION_TOKENS
+    request = GenerationRequest(USER, limit, proposals.GUIDANCE, logprobs=0)
+    text, last = answer(engine, request)
+    proposals.parse(text)
+    # Without the token that ends the turn.
+    assert len(last.logprobs) == last.completion_tokens - 1
+    check_logprobs(engine, engine.tokenize(request), last.logprobs[:8], 0)
+
+
+def test_each_token_of_the_prompt_has_its_log_probability(engine: LlamaCppEngine) -> None:
+    # More tokens than the number of requests that llama.cpp answers on one connection.
+    content = "Long ABC, é." * 10
+    request = GenerationRequest([], 0, text=content, logprobs=2, prompt_logprobs=2)
+    text, last = answer(engine, request)
+    prompt = engine.tokenize(request)
+    assert (text, last.finish_reason, last.completion_tokens) == ("", "length", 0)
+    assert [one.id for one in last.prompt_logprobs] == prompt
+    assert len(prompt) == 130
+    assert b"".join(one.data for one in last.prompt_logprobs).decode() == content
+    assert last.prompt_logprobs[0] == TokenLogprob(prompt[0], b"L", None)
+    check_logprobs(engine, prompt[:1], last.prompt_logprobs[1:], 2)
+
+
+def test_a_prompt_of_tokens_may_hold_those_that_end_a_turn(engine: LlamaCppEngine) -> None:
+    prompt = [70, 2, 71, 72]
+    request = GenerationRequest([], 2, tokens=prompt, prompt_logprobs=0, logprobs=0)
+    text, last = answer(engine, request)
+    assert [one.data for one in last.prompt_logprobs][:3] == [b"C", b"<|im_end|>", b"D"]
+    check_logprobs(engine, prompt[:1], last.prompt_logprobs[1:], 0)
+    check_logprobs(engine, prompt, last.logprobs, 0)
+    assert text == b"".join(one.data for one in last.logprobs).decode(errors="replace")
+
+
+def test_a_prompt_with_log_probabilities_can_be_removed(engine: LlamaCppEngine) -> None:
+    batch = engine.batch()
+    batch.add(1, GenerationRequest([], 0, text="x" * 4000, prompt_logprobs=0))
+    until(lambda: any(delta.prompt_logprobs for _, delta in deltas_of(batch.step())))
+    batch.remove(1)
+    await_free(engine)
+    until(lambda: busy_slots(engine) == 0)
+
+
+def test_a_small_top_p_leaves_the_most_likely_token(engine: LlamaCppEngine) -> None:
+    greedy, _ = answer(engine, GenerationRequest(USER, 20))
+    request = GenerationRequest(USER, 20, temperature=2.0, top_p=1e-6, seed=1)
+    assert answer(engine, request)[0] == greedy
+
+
+def test_top_p_counts_probabilities_after_the_temperature(engine: LlamaCppEngine) -> None:
+    _, first = engine.next_token(USER)
+    # At this temperature all tokens are almost equally likely, so half of them stay.
+    request = GenerationRequest(USER, 1, temperature=100.0, top_p=0.5, logprobs=0)
+    found = {answer(engine, replace(request, seed=seed))[1].logprobs[0].id for seed in range(40)}
+    assert len(found) > 20
+    likely = first.argsort()[::-1][: len(first) // 2 + 2].tolist()
+    assert found <= set(likely)
+
+
+SCHEMAS = [
+    {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 3},
+    {"type": "string", "maxLength": 5},
+    {
+        "type": "object",
+        "properties": {"side": {"enum": ["LONG", "SHORT"]}, "at": {"$ref": "#/$defs/price"}},
+        "required": ["side", "at"],
+        "additionalProperties": False,
+        "$defs": {"price": {"type": "number", "minimum": 1, "maximum": 2}},
+    },
+]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_a_schema_of_a_client_is_followed_beside_other_requests(
+    engine: LlamaCppEngine, schema: Mapping[str, object]
+) -> None:
+    guidance = json.dumps({**schema, "x-guidance": {"whitespace_flexible": False}})
+    batch, texts, reasons = engine.batch(), dict.fromkeys(range(4), ""), {}
+    batch.add(0, GenerationRequest(USER, 30))
+    for number in (1, 2, 3):
+        batch.add(number, GenerationRequest(USER, 400, guidance, 1.0, seed=number))
+    while batch:
+        for number, delta in deltas_of(batch.step()):
+            texts[number] += delta.text
+            reasons[number] = delta.finish_reason
+    assert reasons[0] == "length"
+    for number in (1, 2, 3):
+        if reasons[number] == "stop":
+            value = json.loads(texts[number])
+            jsonschema.validate(value, schema)
+            assert " " not in re.sub(r'"[^"]*"', "", texts[number])
+    assert "stop" in [reasons[number] for number in (1, 2, 3)]
+
+
+def test_a_keyword_that_is_not_supported_is_named(engine: LlamaCppEngine) -> None:
+    guidance = json.dumps({"type": "array", "uniqueItems": True})
+    with pytest.raises(InvalidRequest, match="schema: uniqueItems is not supported"):
+        engine.tokenize(GenerationRequest(USER, 1, guidance))
+
+
+@pytest.mark.parametrize(
+    ("fields", "detail"),
+    [
+        # What a llama-server without llguidance may do.
+        ({"grammar": 'root ::= "1"'}, "llama.cpp's answer does not follow its JSON schema"),
+        ({"grammar": "root ::= ("}, "llama.cpp answers with an error: invalid_request_error"),
+    ],
+)
+def test_a_request_that_fails_leaves_the_others(
+    engine: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch, fields: object, detail: str
+) -> None:
+    monkeypatch.setattr(llama_completion, "guidance_fields", lambda schema: fields)
+    batch, failed, reasons = engine.batch(), {}, {}
+    batch.add(0, GenerationRequest(USER, 30))
+    batch.add(1, GenerationRequest(USER, 30, '{"type": "boolean"}'))
+    while batch:
+        for number, delta in batch.step():
+            if isinstance(delta, Delta):
+                reasons[number] = delta.finish_reason
+            else:
+                failed[number] = str(delta)
+    assert reasons[0] == "length"
+    assert list(failed) == [1]
+    assert failed[1].startswith(detail)
+
+
+def test_a_large_score_waits_only_for_those_before_it(engine: LlamaCppEngine) -> None:
+    batch = engine.batch()
+    batch.add(0, ENDLESS)
+    until(lambda: any(number == 0 for number, _ in batch.step()))
+    large = engine.capacity.reserve(engine.context_length)
+    batch.add(1, GenerationRequest(USER, 8))
+    batch.step()
+    batch.remove(0)
+    until(large.granted.is_set)
+    assert not any(batch.step() for _ in range(3))
+    engine.capacity.release(large)
+    until(lambda: not batch.step() and not batch)
 
 
 def test_removing_a_request_frees_its_slot(engine: LlamaCppEngine) -> None:
@@ -229,18 +486,18 @@ def test_requests_wait_until_they_fit_the_context(engine: LlamaCppEngine) -> Non
 def test_requests_that_cannot_be_sent_leave_an_empty_batch_and_a_free_context(
     engine: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused() -> None:
-        raise ConnectionRefusedError
-
     batch = engine.batch()
-    batch.add(0, ENDLESS)
-    batch.add(1, ENDLESS)
-    with monkeypatch.context() as patch, pytest.raises(ConnectionRefusedError):
-        patch.setattr(engine.server, "connect", refused)
-        batch.step()
-    assert len(batch) == 0
-    assert engine.free_context.try_reserve(engine.context_length)
-    engine.free_context.release(engine.context_length)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.server, "_port", 1)
+        for number in range(2):
+            batch.add(number, GenerationRequest([], 4000, tokens=[70]))
+    failed: list[tuple[int, type[object]]] = []
+    while batch:
+        failed += [(number, type(error)) for number, error in batch.step()]
+    assert sorted(failed, key=lambda one: one[0]) == [
+        (number, ConnectionRefusedError) for number in range(2)
+    ]
+    await_free(engine)
 
 
 def test_a_request_that_waits_can_be_removed(engine: LlamaCppEngine) -> None:
@@ -281,6 +538,21 @@ def test_a_llama_cpp_that_hangs_is_killed_with_its_process(model: Path) -> None:
     )
     assert ended.returncode == -signal.SIGKILL
     assert b"llama.cpp has not answered for 0.2 s; killing it" in ended.stderr
+
+
+def test_a_server_that_does_not_answer_is_given_up() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        connection = Connection(silent.getsockname()[1], "key", 0.05)
+        with contextlib.closing(connection), pytest.raises(TimeoutError):
+            connection.post("/tokenize", {})
+
+
+def test_a_request_that_was_cancelled_before_it_was_sent_is_not_answered() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        connection = Connection(silent.getsockname()[1], "key", 60.0)
+        connection.cancel()
+        with contextlib.closing(connection), pytest.raises(ConnectionAbortedError):
+            connection.post("/completion", {})
 
 
 def test_an_adapter_changes_the_probabilities(engine: LlamaCppEngine, model: Path) -> None:

@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,12 +26,16 @@ import httpx
 import pytest
 
 from osiris.llm_client import (
+    Assessment,
     AsyncLLMClient,
+    Done,
     Event,
     LLMClient,
     LLMClientConnectionError,
     LLMClientError,
     LLMClientHTTPError,
+    Proposal,
+    Token,
 )
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC).timestamp()
@@ -825,6 +829,152 @@ async def test_the_stream_of_events_is_resumed_after_the_last_one(
     path = "/events/?types=phi3.proposal.created%2Cphi3.proposal.assessed"
     assert [seen.path for seen in server.seen] == ["/events/", "/events/", path]
     assert [seen.headers.get("Last-Event-ID") for seen in server.seen] == [None, None, "2-0"]
+
+
+def sent(name: str, data: Any) -> tuple[str, str, str]:
+    """The lines of an event."""
+    return f"event: {name}", f"data: {json.dumps(data)}", ""
+
+
+TOKEN = sent("token", {"text": "It", "model": "hermes"})
+DONE = sent("done", {"generated_text": "It"})
+LATE = {"detail": "hermes is late", "status": 504, "transaction_id": "t-1", "retry_after": 7}
+GENERATION = [Token("It", "hermes"), Done({"generated_text": "It"}, {})]
+
+
+def streaming(client: Client, **key: str) -> Any:
+    return client.stream_generate("hermes", "p", 99, **key)
+
+
+async def test_a_stream_of_a_generation_yields_its_events(
+    clients: Clients, server: ScriptedServer
+) -> None:
+    critique = {"text": "It is thin.", "score": 0.75}
+    server.script = [
+        events(
+            *sent("token", {"text": "{", "model": "phi3", "restart": True}),
+            *sent("proposal", {"ticker": "ABC"}),
+            *sent("assessment", critique),
+            *sent("headers", {"X-Model": "phi3/fake"}),
+            *sent("done", {"transaction_id": "t-1"}),
+        )
+    ]
+    found: list[Any] = []
+    await collect(clients().stream_propose_trade_adjustments("p", idempotency_key="k-1"), found)
+    assert found == [
+        Token("{", "phi3", restart=True),
+        Proposal({"ticker": "ABC"}),
+        Assessment("It is thin.", 0.75),
+        Done({"transaction_id": "t-1"}, {"X-Model": "phi3/fake"}),
+    ]
+    [seen] = server.seen
+    assert (seen.method, seen.path) == ("POST", "/propose_trade_adjustments/")
+    assert seen.body == {"prompt": "p", "max_length": 256}
+    assert seen.headers["Accept"] == "text/event-stream"
+    assert seen.headers["Idempotency-Key"] == "k-1"
+
+
+async def test_a_stream_is_tried_again_until_its_first_event(
+    clients: Clients, server: ScriptedServer
+) -> None:
+    server.script = [
+        answer(503, {"detail": "loading"}, Retry_After="2"),
+        events(*sent("error", LATE)),
+        events(": ping", "", broken=True),
+        events(),
+        events(*TOKEN, *DONE),
+    ]
+    found: list[Any] = []
+    await collect(streaming(clients(retries=4)), found)
+    assert found == GENERATION
+    assert clients.waits[0] == 2.0
+    assert clients.waits[1] == 7.0
+    assert len(clients.waits) == 4
+    expected = {"prompt": "p", "max_length": 99, "model_id": "hermes"}
+    assert [(seen.path, seen.body) for seen in server.seen] == [("/generate/", expected)] * 5
+    assert len({seen.headers["Idempotency-Key"] for seen in server.seen}) == 1
+
+
+@pytest.mark.parametrize("before", [(), TOKEN])
+async def test_an_error_of_a_generation_is_that_of_the_answer_without_a_stream(
+    clients: Clients, server: ScriptedServer, before: tuple[str, ...]
+) -> None:
+    server.script = [events(*before, *sent("error", LATE))]
+    found: list[Any] = []
+    with pytest.raises(LLMClientHTTPError, match=r"^HTTP 504: hermes is late \(request ") as caught:
+        await collect(streaming(clients(retries=0 if not before else 3)), found)
+    error = caught.value
+    assert (error.status, error.detail, error.transaction_id, error.retry_after) == (
+        *(504, "hermes is late", "t-1", 7.0),
+    )
+    assert error.request_id == server.seen[0].headers["X-Request-ID"]
+    assert len(found) == bool(before)
+    assert len(server.seen) == 1
+
+
+async def test_a_refusal_as_the_first_event_is_not_tried_again(
+    clients: Clients, server: ScriptedServer
+) -> None:
+    server.script = [events(*sent("error", {"detail": "too long", "status": 422}))]
+    with pytest.raises(LLMClientHTTPError, match="HTTP 422: too long"):
+        await collect(streaming(clients()), [])
+    assert (len(server.seen), clients.waits) == (1, [])
+
+
+@pytest.mark.parametrize("broken", [True, False])
+async def test_a_generation_that_breaks_off_is_an_error_after_its_events(
+    clients: Clients, server: ScriptedServer, broken: bool
+) -> None:
+    server.script = [events(*TOKEN, broken=broken)]
+    found: list[Any] = []
+    with pytest.raises(LLMClientConnectionError):
+        await collect(streaming(clients()), found)
+    assert found == GENERATION[:1]
+    assert len(server.seen) == 1
+
+
+async def test_a_connection_that_breaks_after_the_last_event_is_no_error(
+    clients: Clients, server: ScriptedServer
+) -> None:
+    server.script = [events(*TOKEN, *DONE, broken=True)]
+    found: list[Any] = []
+    await collect(streaming(clients()), found)
+    assert found == GENERATION
+
+
+async def test_a_plain_answer_to_a_stream_is_an_error(
+    clients: Clients, server: ScriptedServer
+) -> None:
+    server.script = [answer(200, {"generated_text": "It"}, Content_Type="application/json")]
+    with pytest.raises(LLMClientError, match=r"^the answer is not a stream of events$"):
+        await collect(streaming(clients()), [])
+
+
+async def test_a_key_for_a_stream_is_checked_at_the_call(clients: Clients) -> None:
+    with pytest.raises(ValueError, match=r"^an idempotency key is 1 to 255 visible ASCII"):
+        streaming(clients(), idempotency_key="two words")
+
+
+async def test_closing_a_stream_closes_its_connection(
+    clients: Clients, server: ScriptedServer
+) -> None:
+    ended = threading.Event()
+
+    def wait(handler: Handler) -> None:
+        events(*TOKEN, broken=True)(handler)
+        handler.wfile.flush()
+        assert handler.connection.recv(1) == b""
+        ended.set()
+
+    server.script = [wait]
+    stream = streaming(clients())
+    if isinstance(stream, AsyncGenerator):
+        async with aclosing(stream):
+            assert await anext(stream) == GENERATION[0]
+    else:
+        with closing(stream):
+            assert next(stream) == GENERATION[0]
+    assert await asyncio.to_thread(ended.wait, 10)
 
 
 async def test_the_api_key_goes_out_as_a_bearer_token_and_is_shown_nowhere(

@@ -20,7 +20,7 @@ import pytest
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.deadline import Deadline
-from llm_sidecar.engines import EngineOptions, GenerationRequest
+from llm_sidecar.engines import EngineOptions, GenerationRequest, load_engine
 from llm_sidecar.engines.lora_graph import ADAPTER_FILE
 from llm_sidecar.errors import (
     AdapterRejected,
@@ -132,6 +132,37 @@ async def test_a_completion_comes_with_its_counts(make_model: ModelFactory) -> N
     assert completion.finish_reason == "stop"
     assert completion.prompt_tokens > 100
     assert 0 < completion.completion_tokens <= proposals.MAX_COMPLETION_TOKENS
+
+
+async def test_log_probabilities_and_refusals_of_schemas_come_from_the_worker(
+    make_model: ModelFactory, random_phi3_onnx: Path
+) -> None:
+    model = await make_model()
+    asked = GenerationRequest([], 3, text="Long ABC. é", logprobs=2, prompt_logprobs=1)
+    deltas = [delta async for delta in model.stream(asked)]
+    engine = load_engine(random_phi3_onnx, device="cpu")
+    own = list(engine.stream(asked))
+    first, *others = (delta.prompt_logprobs for delta in deltas)
+    assert first == tuple(token for delta in own for token in delta.prompt_logprobs)
+    assert not any(others)
+    assert b"".join(token.data for token in first) == "Long ABC. é".encode()
+    expected = [token for delta in own for token in delta.logprobs]
+    assert [token for delta in deltas for token in delta.logprobs] == expected
+    error = await failure(complete(model, replace(SHORT, guidance='{"not": {}}')))
+    assert isinstance(error, InvalidRequest)
+    assert error.detail == "schema: not is not supported; leave it out"
+
+
+async def test_a_schema_is_refused_before_it_waits_for_its_turn(
+    make_model: ModelFactory, serial_phi3_onnx: Path
+) -> None:
+    model = await make_model(serial_phi3_onnx)
+    running = asyncio.create_task(complete(model, ENDLESS))
+    await until(lambda: tokens(model) > 0)
+    error = await failure(complete(model, replace(SHORT, guidance='{"not": {}}')))
+    assert isinstance(error, InvalidRequest)
+    assert not running.done()
+    running.cancel()
 
 
 async def test_a_prompt_reuses_the_prefill_of_an_earlier_one(

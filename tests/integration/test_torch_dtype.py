@@ -14,7 +14,7 @@ import torch
 from llm_sidecar import proposals
 from llm_sidecar.engines import EngineOptions, GenerationRequest, load_engine
 from llm_sidecar.engines import torch as torch_engine
-from llm_sidecar.engines.base import Dtype
+from llm_sidecar.engines.base import Dtype, unless_failed
 from llm_sidecar.engines.torch import TorchEngine
 from llm_sidecar.errors import ModelUnavailable
 from llm_sidecar.models.local.identity import load_identified
@@ -54,8 +54,8 @@ def test_proposals_are_valid_in_bfloat16_alone_and_in_a_batch(random_phi3_torch:
         messages = proposals.build_messages(f"Long ABC from {number}.")
         batch.add(number, GenerationRequest(messages, 256, proposals.GUIDANCE))
     while batch:
-        for number, delta in batch.step():
-            texts[number] += delta.text
+        for number, result in batch.step():
+            texts[number] += unless_failed(result).text
     for text in texts.values():
         proposals.parse(text)
 

@@ -6,12 +6,14 @@ import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TypeVar
 
 import msgspec
 import pytest
 
 from llm_sidecar.engines import EngineOptions, GenerationRequest
+from llm_sidecar.engines.base import ChoiceScores, Question, TokenLogprob
 from llm_sidecar.models.local.protocol import (
     FROM_WORKER,
     Answer,
@@ -25,8 +27,9 @@ from llm_sidecar.models.local.protocol import (
     LoadFailed,
     Prefill,
     Progress,
+    PromptLogprobs,
     Ready,
-    ScoreChoices,
+    ScoreQuestions,
     Scores,
     encode,
     is_final,
@@ -228,7 +231,7 @@ def test_a_cancelled_job_ends_early(one: Process) -> None:
 def test_a_request_that_is_refused_has_a_reason(one: Process) -> None:
     one.generate(30, "refuse")
     failed = one.read_until(Failed, 30)
-    assert (failed.invalid, failed.detail) == (True, "prompt: it does not fit")
+    assert (failed.invalid, failed.field, failed.detail) == (True, "prompt", "it does not fit")
 
 
 def test_a_failing_engine_is_reported_without_quoting_the_request(one: Process) -> None:
@@ -237,6 +240,40 @@ def test_a_failing_engine_is_reported_without_quoting_the_request(one: Process) 
     assert (failed.invalid, failed.detail) == (False, "RuntimeError")
     one.generate(32, "one")
     assert one.read_to_end(32).text == "one "
+
+
+def test_a_request_that_fails_alone_has_its_own_reason(one: Process) -> None:
+    one.generate(33, LONG)
+    one.read_until(Begun, 33)
+    one.generate(34, "alone")
+    failed = one.read_until(Failed, 34)
+    assert (failed.invalid, failed.field, failed.detail) == (True, "schema", "it is too complex")
+    assert one.read_to_end(33).completion_tokens == 100
+
+
+def test_log_probabilities_come_with_the_text_and_those_of_the_prompt_before_it(
+    one: Process,
+) -> None:
+    text = "one two three"
+    asked = replace(request(text, 3), logprobs=0, prompt_logprobs=0)
+    one.send(Generate(id=36, request=asked))
+    one.read_to_end(36)
+    begun, prompt, *progress = one.about(36)
+    assert isinstance(begun, Begun)
+    assert isinstance(prompt, PromptLogprobs)
+    assert prompt.tokens == tuple(TokenLogprob(ord(c), c.encode(), -1.5) for c in text)
+    found = [token for answer in progress for token in getattr(answer, "logprobs", ())]
+    assert found == [
+        TokenLogprob(number, word.encode(), -0.5) for number, word in enumerate(text.split())
+    ]
+
+
+def test_log_probabilities_of_a_long_prompt_come_in_pieces(one: Process) -> None:
+    asked = replace(request("slow " * 60, 1), prompt_logprobs=0)
+    one.send(Generate(id=37, request=asked))
+    one.read_to_end(37)
+    pieces = [answer for answer in one.about(37) if isinstance(answer, PromptLogprobs)]
+    assert sum(len(piece.tokens) for piece in pieces) == 300
 
 
 def test_a_check_ends_without_a_result(one: Process) -> None:
@@ -248,13 +285,14 @@ def test_a_check_ends_without_a_result(one: Process) -> None:
 # Scores
 
 
-def score(process: Process, number: int, text: str) -> None:
-    process.send(ScoreChoices(id=number, request=request(text), choices=["0", "1"]))
+def score(process: Process, number: int, *texts: str) -> None:
+    questions = [Question(request(text).messages, ["0", "1"]) for text in texts]
+    process.send(ScoreQuestions(id=number, questions=questions))
 
 
 def test_scores_come_in_one_message(one: Process) -> None:
     score(one, 40, "Score it.")
-    assert one.read_until(Scores, 40).probabilities == {"0": 0.5, "1": 0.5}
+    assert one.read_until(Scores, 40).scores == [ChoiceScores({"0": 0.5, "1": 0.5}, 2)]
     assert [type(answer) for answer in one.about(40)] == [Begun, Scores]
     score(one, 41, "fail")
     assert one.read_until(Failed, 41).detail == "RuntimeError"
@@ -263,6 +301,29 @@ def test_scores_come_in_one_message(one: Process) -> None:
 def test_scores_that_are_no_numbers_are_a_failure(one: Process) -> None:
     score(one, 42, "nan")
     assert one.read_until(Failed, 42).detail == "its probabilities are not finite numbers"
+
+
+def test_several_questions_are_answered_in_their_order(one: Process) -> None:
+    score(one, 43, "One.", "And another one.")
+    assert [scores.prompt_tokens for scores in one.read_until(Scores, 43).scores] == [1, 3]
+    score(one, 44, "One.", "fail")
+    assert one.read_until(Failed, 44).detail == "RuntimeError"
+
+
+def test_a_text_is_generated_between_the_steps_of_a_score(one: Process) -> None:
+    score(one, 45, *["slow"] * 100)
+    one.generate(46, "one two")
+    one.read_to_end(46)
+    assert not any(isinstance(answer, Scores) for answer in one.about(45))
+    assert len(one.read_until(Scores, 45).scores) == 100
+
+
+def test_a_score_is_cancelled_between_two_questions(one: Process) -> None:
+    score(one, 47, *["slow"] * 10_000)
+    one.read_until(Begun, 47)
+    one.send(Cancel(47))
+    one.read_until(Done, 47)
+    assert [type(answer) for answer in one.about(47)] == [Begun, Done]
 
 
 # Prefixes

@@ -54,6 +54,9 @@ BODIES: Final = {
     "a number too long": b'{"%s": %s}' % (MARK.encode(), b"9" * 5000),
     "nested without end": b'{"%s":' % MARK.encode() + b"[" * 100_000,
 }
+UNREAD: Final = ("too long", "a long object", "many values")
+"""Kinds of values that are valid in an ignored field, or in a field whose length is limited
+together with that of others."""
 FAILING_ENGINE: Final = """
 import llm_sidecar.engines as engines
 
@@ -140,6 +143,8 @@ class Document:
         base: Any = self._smallest(schema) if content else None
 
         def attempt(name: str, status: int | None = None, **options: Any) -> Attempt:
+            if status == 422 and path.startswith("/v1/"):
+                status = 400
             return Attempt(f"{method} {path}: {name}", method, _filled(path), status, options)
 
         def body(name: str, value: Any, status: int | None = None) -> Attempt:
@@ -153,23 +158,27 @@ class Document:
                 yield attempt(f"query, {name}, NUL", 422, params={name: f"{MARK}\0"}, json=base)
             elif parameter["in"] == "path":
                 yield attempt(f"path, {name}", json=base)
-                bad = _filled(path, f"{MARK}%00")
-                yield Attempt(f"{method} {path}: NUL", method, bad, 422, {"json": base})
+                nul = attempt(f"path, {name}, NUL", 422, json=base)
+                nul.path = _filled(path, f"{MARK}%00")
+                yield nul
         yield attempt("unknown parameter", params={MARK: MARK}, json=base)
         if not content:
             return
         for name, raw in BODIES.items():
             yield attempt(name, 422, content=raw, headers=JSON)
         yield attempt("a form", 415, data={"prompt": MARK, MARK: MARK})
-        yield body("unknown field", base | {MARK: MARK}, 422)
+        ignores_unknown = path.startswith("/v1/")
+        yield body("unknown field", base | {MARK: MARK}, None if ignores_unknown else 422)
         for field_name, described in schema["properties"].items():
             for kind, status, value in self._values(described):
+                if ignores_unknown and kind in UNREAD:
+                    status = None
                 yield body(f"{field_name}, {kind}", base | {field_name: value}, status)
 
     def _values(self, schema: dict[str, Any]) -> Iterator[tuple[str, int | None, Any]]:
         """(what it is, the status it should have, value) for a field."""
         kinds = self._types(schema)
-        yield "a list", 422, [MARK]
+        yield "a list", None if "array" in kinds else 422, [MARK]
         if "object" not in kinds:
             yield "an object", 422, {MARK: MARK}
         if "string" not in kinds:
@@ -211,13 +220,16 @@ class Document:
         schema = self._resolved(schema)
         if "enum" in schema:
             return schema["enum"][0]
+        if schema.get("type") == "array":
+            return [self._smallest(schema["items"])]
         if schema.get("type") == "object":
             if "properties" not in schema:
                 return {"ticker": "ABC"}
             required = schema.get("required", ())
             return {name: self._smallest(schema["properties"][name]) for name in required}
         assert schema.get("type") == "string", f"a value for {schema} is needed here"
-        return "Long ABC from 100."
+        # Another model would not be found.
+        return "hermes" if schema.get("title") == "Model" else "Long ABC from 100."
 
 
 def _filled(path: str, value: str = MARK) -> str:
@@ -356,12 +368,20 @@ def test_a_location_is_made_of_the_documents_names_and_of_indexes(sent: Sent) ->
     unknown = {
         part
         for _, answer in sent.answers
-        if answer.status_code == 422 and isinstance(answer.json()["detail"], list)
+        if answer.status_code == 422 and isinstance(answer.json().get("detail"), list)
         for entry in answer.json()["detail"]
         for part in entry["loc"]
         if not isinstance(part, int) and part not in known
     }
     assert unknown == set()
+    params = {
+        name
+        for _, answer in sent.answers
+        if answer.status_code == 400 and (param := answer.json()["error"]["param"])
+        for name in re.split(r"[.\[\]]+", param)
+        if name and not name.isdigit() and name not in known
+    }
+    assert params == set()
 
 
 @pytest.mark.parametrize("output", ["log", "spans", "Sentry events"])

@@ -16,6 +16,8 @@ import pytest
 
 from llm_sidecar.grounding import ungrounded_fields
 from llm_sidecar.proposals import MAX_COMPLETION_TOKENS, Proposal
+from osiris.llm_client import Assessment, Done, LLMClient, Token
+from osiris.llm_client import Proposal as StreamedProposal
 from tests.in_process import in_process
 from tests.live_server import LiveServer, serve
 
@@ -123,6 +125,22 @@ def test_a_proposal_is_assessed_stored_and_scored(server: LiveServer) -> None:
         )
     )
     assert 0.0 <= health["mean_hermes_score_last_24h"] <= 1.0
+
+
+def test_a_proposal_and_its_critique_stream_as_they_are_written(server: LiveServer) -> None:
+    with LLMClient(server.url) as client:
+        events = list(client.stream_propose_trade_adjustments(PROMPT["prompt"]))
+    tokens = [event for event in events if isinstance(event, Token)]
+    proposal, assessment, done = (event for event in events if not isinstance(event, Token))
+    assert isinstance(proposal, StreamedProposal)
+    assert isinstance(assessment, Assessment)
+    assert isinstance(done, Done)
+    written = [token.text for token in tokens if token.model == "phi3"]
+    assert len(written) > 3
+    assert json.loads("".join(written)) == proposal.proposal == done.answer["phi3_proposal"]
+    judged = "".join(token.text for token in tokens if token.model == "hermes")
+    assert judged == assessment.text == done.answer["hermes_assessment"]
+    assert done.headers["X-Hermes-Score"] == f"{assessment.score:.6f}"
 
 
 def test_a_score_repeats_and_keeps_the_proposals_id(server: LiveServer) -> None:
@@ -366,7 +384,8 @@ async def test_a_broken_adapter_is_refused_and_the_model_still_answers(
 # Hanging up
 
 
-def test_a_client_that_disconnects_stops_its_generation(server: LiveServer) -> None:
+@pytest.mark.parametrize("accept", ["*/*", "text/event-stream"])
+def test_a_client_that_disconnects_stops_its_generation(server: LiveServer, accept: str) -> None:
     def tokens() -> int:
         models = server.client.get("/health").json()["models"]
         count: int = models["hermes"]["completion_tokens_total"]
@@ -376,6 +395,7 @@ def test_a_client_that_disconnects_stops_its_generation(server: LiveServer) -> N
     host, port = server.url.removeprefix("http://").split(":")
     body = b'{"prompt":"count","max_length":7900}'
     head = b"POST /generate/hermes/ HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Accept: {accept}\r\n".encode()
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
         server.wait_until(lambda: tokens() > before, 10)

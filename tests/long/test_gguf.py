@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
@@ -73,3 +74,18 @@ async def test_a_score_has_a_probability_for_each_answer(model: LocalModel) -> N
     assert len(scores.probabilities) == 11
     assert all(0.0 < share < 1.0 for share in scores.probabilities.values())
     assert scores.mass < 1.0
+
+
+async def test_a_prompt_has_the_log_probabilities_of_the_completion_that_wrote_it(
+    model: LocalModel,
+) -> None:
+    asked = GenerationRequest([], 0, text="The capital of France is", prompt_logprobs=0)
+    prompt = (await complete(model, asked)).prompt_logprobs
+    written = (await complete(model, replace(asked, max_tokens=40, logprobs=0))).logprobs
+    tokens = [token.id for token in (*prompt, *written)]
+    again = GenerationRequest([], 0, tokens=tokens, prompt_logprobs=0)
+    found = (await complete(model, again)).prompt_logprobs[len(prompt) :]
+    assert written[0].data == b" Paris"
+    assert [token.logprob for token in found] == pytest.approx(
+        [token.logprob for token in written], abs=1e-4
+    )

@@ -28,3 +28,22 @@ def test_the_recipe_makes_folders_that_an_engine_loads(tmp_path: Path) -> None:
         assert tokenizer == (DEMO_DIR / name / "tokenizer.json").read_bytes()
     for file in (evaluate.PROPOSALS, evaluate.SCORES):
         assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+
+
+def test_two_processes_train_a_model_that_differs_from_the_shipped_one_in_weights_only(
+    tmp_path: Path,
+) -> None:
+    command = [sys.executable, "-m", "training.demo_models", "--only", "hermes"]
+    command += ["--scale", "0.0001", "--out", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "hermes: step 1, " in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["hermes"]
+    written, shipped = tmp_path / "hermes", DEMO_DIR / "hermes"
+    names = {path.name for path in written.iterdir()}
+    assert names == {path.name for path in shipped.iterdir()}
+    differing = {n for n in names if (written / n).read_bytes() != (shipped / n).read_bytes()}
+    assert differing == {"model.safetensors"}
+    assert load_engine(written, device="cpu").context_length == 8192

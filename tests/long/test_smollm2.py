@@ -1,4 +1,4 @@
-"""Hermes' scores and texts on a real language model, SmolLM2-135M-Instruct.
+"""Hermes' scores, answers and texts on a real language model, SmolLM2-135M-Instruct.
 
 The measure of repetition is seq-rep-4 (Welleck et al. 2020, arXiv:1908.04319, section 6): the share
 of the groups of four words in a text that have occurred before in it. A text loops if that is at
@@ -16,7 +16,10 @@ import pytest
 
 from llm_sidecar import hermes_plugin
 from llm_sidecar.engines import Engine, GenerationRequest, load_engine
+from llm_sidecar.engines.base import result_of
 from llm_sidecar.sentences import sentence_end
+from llm_sidecar.services import decisions
+from llm_sidecar.services.decisions import Input, Option
 from tests.batches import hundred_proposals, texts_of
 from tests.real_transformers import smollm2_folder
 
@@ -65,6 +68,27 @@ def test_scores_have_enough_answer_mass_and_rank_good_above_bad(engine: Engine) 
 
 def test_a_hundred_proposals_are_valid(engine: Engine) -> None:
     assert len(hundred_proposals(engine)) == 100
+
+
+def test_questions_have_enough_answer_mass(engine: Engine) -> None:
+    levels = tuple(map(Option, ("very small", "small", "medium", "large", "very large")))
+    options = tuple(map(Option, ('"adjust"', '"pass"', '"abort"')))
+    questions = [
+        decisions.Question("predicate", "The position is long."),
+        decisions.Question("choice", "What should the trader do?", options),
+        decisions.Question("score", "How large is the risk?", levels),
+    ]
+    masses = [
+        score.mass
+        for pair in pairs()[:8]
+        for score in result_of(
+            engine.score_questions(
+                [decisions.chat_question(Input(pair["context"]), each) for each in questions]
+            )
+        )
+    ]
+    print(f"answer mass {min(masses):.2f} to {max(masses):.2f}")
+    assert min(masses) > 0.5
 
 
 def test_no_text_repeats_itself_without_end(engine: Engine) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,3 +78,54 @@ def http_scope(path: str, **changes: Any) -> dict[str, Any]:
         "headers": [],
     }
     return {**scope, **changes}
+
+
+class Reader:
+    """A client of one stream, without a server.
+
+    Attributes:
+        sent: the messages that it has received.
+        disconnected: set it to disconnect.
+        reads: clear it to stop reading.
+    """
+
+    def __init__(self, body: bytes = b"") -> None:
+        self.sent: list[Message] = []
+        self.disconnected = asyncio.Event()
+        self.reads = asyncio.Event()
+        self.reads.set()
+        self._requests: list[Message] = [{"type": "http.request", "body": body}]
+
+    async def receive(self) -> Message:
+        """The request, then its disconnect."""
+        if self._requests:
+            return self._requests.pop()
+        await self.disconnected.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        """Receives a message once it reads; drops it after a disconnect, as uvicorn does."""
+        await self.reads.wait()
+        if not self.disconnected.is_set():
+            self.sent.append(message)
+
+    @property
+    def body(self) -> bytes:
+        """The received part of the response's body."""
+        return b"".join(message.get("body", b"") for message in self.sent)
+
+    @property
+    def has_all(self) -> bool:
+        """Whether the response is complete."""
+        last = self.sent[-1] if self.sent else {}
+        return last.get("type") == "http.response.body" and not last.get("more_body")
+
+
+def events_in(body: bytes) -> list[tuple[str, Any]]:
+    """The name and the data of each server-sent event, without comments."""
+    found = []
+    for block in body.decode().split("\r\n\r\n"):
+        fields = dict(line.split(": ", 1) for line in block.split("\r\n") if line)
+        if "data" in fields:
+            found.append((fields.get("event", "message"), json.loads(fields["data"])))
+    return found

@@ -243,12 +243,14 @@ async def test_several_unknown_fields_are_one_entry(asking: httpx.AsyncClient) -
 
 @pytest.mark.parametrize(
     ("context", "fields"),
-    [(None, "proposal: it"), ("ABC is quiet.", "proposal and context: their text")],
+    [(None, "proposal: it"), ("ABC is quiet.", "proposal: with the context it")],
 )
 async def test_a_score_that_exceeds_the_context_names_the_fields(
     asking: httpx.AsyncClient, fake_sidecar: FakeSidecar, context: str | None, fields: str
 ) -> None:
-    fake_sidecar.hermes.answers = [InvalidRequest("prompt: it takes 9000 tokens; shorten it")]
+    fake_sidecar.hermes.answers = [
+        InvalidRequest("it takes 9000 tokens; shorten it", field="prompt")
+    ]
     body = {"proposal": {"ticker": "ABC"}, "context": context}
     response = await asking.post("/score/hermes/", json=body)
     assert response.status_code == 422

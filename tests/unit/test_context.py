@@ -24,10 +24,10 @@ def test_a_prompt_that_no_max_length_makes_fit_is_to_be_shortened(prompt: int, n
 
 
 @pytest.mark.parametrize(("prompt", "new"), [(96, 5), (1, 100)])
-def test_where_a_smaller_max_length_helps_it_is_named(prompt: int, new: int) -> None:
+def test_where_a_shorter_answer_helps_the_error_says_so(prompt: int, new: int) -> None:
     with pytest.raises(InvalidRequest) as caught:
         check_context(prompt, new, 100)
     assert caught.value.detail == (
-        f"prompt: it takes {prompt} tokens, which with max_length is more than the model's context "
-        "of 100; shorten one of them"
+        f"prompt: it takes {prompt} tokens, which with the tokens of the answer is more than the "
+        "model's context of 100; shorten it, or ask for a shorter answer"
     )

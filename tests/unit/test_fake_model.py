@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from llm_sidecar.models.base import (
     Delta,
     GenerationRequest,
     ModelStatus,
+    TokenLogprob,
 )
 from llm_sidecar.models.fake import Call, FakeModel
 from tests.unit.fakes import completion, text_of
@@ -28,6 +30,15 @@ async def test_a_completion_streams_as_two_deltas_of_which_the_last_one_ends_it(
     deltas = [delta async for delta in FakeModel(answer).stream(REQUEST)]
     assert [delta.text for delta in deltas] == ["Ho", "ld."]
     assert [delta.finish_reason for delta in deltas] == [None, "stop"]
+    assert Completion.of(deltas) == answer
+
+
+async def test_log_probabilities_stream_once_each() -> None:
+    one, two, three = (TokenLogprob(number, b"a", -0.5) for number in (1, 2, 3))
+    answer = replace(completion("Hold."), logprobs=(one, two, three), prompt_logprobs=(two,))
+    deltas = [delta async for delta in FakeModel(answer).stream(REQUEST)]
+    assert [delta.logprobs for delta in deltas] == [(one,), (two, three)]
+    assert [delta.prompt_logprobs for delta in deltas] == [(two,), ()]
     assert Completion.of(deltas) == answer
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from llm_sidecar import proposals
+from llm_sidecar.engines import regular
 from llm_sidecar.engines.gbnf import to_gbnf
 from tests.gbnf_reader import Grammar
 
@@ -103,9 +104,11 @@ def test_a_grammar_is_the_same_text_each_time() -> None:
     ("schema", "message"),
     [
         ({"type": "array"}, "a value has no supported type"),
-        ({"type": "string"}, "a string needs a pattern"),
-        ({"type": "string", "pattern": 'a"'}, "JSON escapes"),
-        ({"type": "string", "pattern": "a", "format": "date"}, "the schema holds format"),
+        ({"type": "string"}, "a string needs a pattern from ^ to $"),
+        ({"type": "string", "pattern": "^a"}, "a string needs a pattern from ^ to $"),
+        ({"type": "string", "pattern": "a$"}, "a string needs a pattern from ^ to $"),
+        ({"type": "string", "pattern": '^a"$'}, "JSON escapes"),
+        ({"type": "string", "pattern": "^a$", "format": "date"}, "the schema holds format"),
         ({"type": "number", "minimum": -1, "maximum": 1, "multipleOf": 0.1}, "only numbers"),
         ({"type": "number", "minimum": 0, "maximum": 1.5, "multipleOf": 0.1}, "only numbers"),
         ({"type": "number", "minimum": 0, "maximum": 1, "multipleOf": 0.5}, "only numbers"),
@@ -127,3 +130,13 @@ def test_an_optional_first_property_is_refused() -> None:
     schema["required"] = []
     with pytest.raises(ValueError, match="the first property must be required"):
         to_gbnf(json.dumps(schema))
+
+
+def test_the_patterns_of_a_schema_take_bounded_work_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(regular, "_MOST_WORK", 100_000)
+    pattern = {"type": "string", "pattern": "^[a-z]{9}$"}
+    to_gbnf(object_of(a=pattern))
+    with pytest.raises(ValueError, match="too much work"):
+        to_gbnf(object_of(a=pattern, b=pattern, c=pattern, d=pattern, e=pattern, f=pattern))

@@ -230,6 +230,24 @@ def test_a_script_gets_the_score_of_the_loaded_model(
     assert caplog.messages == []
 
 
+def test_a_script_gets_the_score_for_the_models_own_prompts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own = Prompts(system="a", critique_task="b", score_task="c", score_start="d")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "prompts.json").write_text(own.model_dump_json())
+    monkeypatch.setenv("HERMES_MODEL_PATH", str(tmp_path))
+    engine = FakeEngine(probabilities(_5=1.0))
+    monkeypatch.setattr(loader, "get_hermes_engine", lambda: engine)
+    assert hermes_plugin.score_with_hermes({}) == 0.5
+    messages = [
+        {"role": "system", "content": "a"},
+        {"role": "user", "content": "Proposal:\n{}\n\nc"},
+        {"role": "assistant", "content": "d"},
+    ]
+    assert engine.requests == [(messages, ANSWERS)]
+
+
 @pytest.mark.parametrize(
     ("failure", "logged"),
     [

@@ -10,12 +10,14 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 
 from llm_sidecar.errors import DatabaseUnavailable, DeadlineExceeded
+from llm_sidecar.services.idempotency import Attempt
 from llm_sidecar.settings import Settings
+from osiris.idempotency import answered_once
 from osiris.server import create_app
-from tests.unit.asgi import client
+from tests.unit.asgi import Call, client, http_scope
 from tests.unit.fakes import FakeSidecar, PausedModel, completion, until
 from tests.unit.services.samples import CRITIQUE, PROPOSAL, SURE, WRITTEN, fake_sidecar
 
@@ -253,6 +255,30 @@ async def test_text_of_any_language_is_repeated_as_it_was() -> None:
         ]
     assert again.json() == first.json() == {"generated_text": "Stop bei 100 €, 価格"}
     assert again.headers["X-Model"] == first.headers["X-Model"]
+
+
+async def test_a_response_is_kept_as_utf8_and_repeated_with_its_status() -> None:
+    made = fake_sidecar()
+
+    async def accept(_: Attempt) -> Response:
+        return Response("価格", 202, {"X-Name": "é"})
+
+    async def ask() -> Response:
+        call = Call({"type": "http.request", "body": b""})
+        request = Request(http_scope("/later"), call.receive)
+        return await answered_once(request, "k-1", made.sidecar.idempotency, accept)
+
+    first, again = [await ask() for _ in range(2)]
+    assert (again.status_code, again.body) == (first.status_code, first.body)
+    assert again.status_code == 202
+    assert again.raw_headers == [*first.raw_headers, (b"idempotent-replayed", b"true")]
+    (kept,) = made.store.requests.values()
+    assert (
+        kept.response
+        == (
+            '{"status": 202, "headers": [["x-name", "é"], ["content-length", "6"]], "body": "価格"}'
+        ).encode()
+    )
 
 
 @pytest.fixture

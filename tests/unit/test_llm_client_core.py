@@ -180,6 +180,23 @@ def test_another_error_is_not(status: int) -> None:
     assert (error.status, waits) == (status, [])
 
 
+def test_a_stream_that_fails_before_its_first_event_is_tried_again() -> None:
+    plan = made(retries=3).streams(REQUEST)
+    begun, failed = answer(200), answer(504, detail="late", Retry_After="7")
+    assert next(plan) is REQUEST
+    assert plan.send(answer(503)) == 0.5
+    assert plan.send(None) is REQUEST
+    assert plan.send(begun) is begun
+    assert plan.send(failed) == 7.0
+    assert plan.send(None) is REQUEST
+    assert plan.send(begun) is begun
+    assert plan.send(httpx.ReadError("reset")) == 2.0
+    assert plan.send(None) is REQUEST
+    assert plan.send(begun) is begun
+    with pytest.raises(LLMClientHTTPError, match="HTTP 504: late"):
+        plan.send(failed)
+
+
 def test_a_broken_connection_is_tried_again() -> None:
     broken = httpx.ReadError("reset")
     assert carry_out(made(), [broken, answer(200, text="fine")]) == ("fine", [0.5])

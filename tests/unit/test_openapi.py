@@ -42,7 +42,16 @@ OPERATIONS = {
     ("POST", "/adapters/swap"): "swap_adapters",
     ("GET", "/debug/prof"): "profile",
     ("GET", "/metrics"): "scrape_metrics",
+    ("GET", "/v1/models"): "list_models",
+    ("GET", "/v1/models/{model}"): "get_model",
+    ("POST", "/v1/chat/completions"): "create_chat_completion",
+    ("POST", "/v1/completions"): "create_completion",
+    ("POST", "/v1/decisions"): "decide",
+    ("POST", "/v1/responses"): "create_response",
+    ("POST", "/v1/audio/speech"): "create_speech",
 }
+OPENAI = {name for (_, path), name in OPERATIONS.items() if path.startswith("/v1/")}
+"""The operations whose errors are error objects, and whose bad input is 400."""
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +166,11 @@ def test_errors_are_documented_with_their_bodies(document: dict[str, Any]) -> No
         ("health_ready", "503"): "Probe",
     }
     for key, body in bodies.items():
-        assert body == special.get(key, "BadInput" if key[1] == "422" else "ErrorBody"), key
+        expected = "BadInput" if key[1] == "422" else "ErrorBody"
+        if key[0] in OPENAI:
+            assert key[1] != "422"
+            expected = "OpenAIError"
+        assert body == special.get(key, expected), key
     assert "HTTPValidationError" not in document["components"]["schemas"]
 
 
@@ -181,14 +194,26 @@ def test_answers_other_than_json_have_their_media_type(document: dict[str, Any])
     }
     assert others == {
         "speak": ["audio/wav"],
+        "create_speech": ["audio/wav", "audio/pcm", "text/event-stream"],
         "stream_audio": ["text/event-stream"],
         "stream_events": ["text/event-stream"],
         "profile": ["text/html"],
         "scrape_metrics": ["text/plain; version=0.0.4; charset=utf-8"],
     }
-    for name, event in (("stream_audio", "AudioEvent"), ("stream_events", "StreamEvent")):
-        stream = content[(name, "200")]["text/event-stream"]["schema"]
-        assert stream["contentSchema"] == {"$ref": f"#/components/schemas/{event}"}
+    streams = {
+        name: media["text/event-stream"]["schema"]["contentSchema"]["$ref"].rpartition("/")[2]
+        for (name, status), media in content.items()
+        # Streams of the OpenAI API are described in words.
+        if "text/event-stream" in media and name not in OPENAI
+    }
+    assert streams == {
+        "generate": "GenerationEvent",
+        "generate_hermes": "GenerationEvent",
+        "generate_phi3": "GenerationEvent",
+        "propose_trade_adjustments": "GenerationEvent",
+        "stream_audio": "AudioEvent",
+        "stream_events": "StreamEvent",
+    }
 
 
 def test_answers_declare_their_headers(document: dict[str, Any]) -> None:
@@ -222,6 +247,10 @@ def test_answers_declare_their_headers(document: dict[str, Any]) -> None:
         "swap_adapters": {REPLAYED},
         "requeue_dead_letter": {REPLAYED},
         "speak": {"X-Voice", "X-Voice-Reference"},
+        "create_chat_completion": generation | {"X-Grounded"},
+        "create_completion": generation,
+        "create_response": generation | {"X-Grounded"},
+        "create_speech": {"X-Voice"},
     }
 
 
@@ -251,10 +280,18 @@ AWAY = DatabaseUnavailable("The disk is full.", retry_after=5)
 LATE = DeadlineExceeded("The deadline has passed.", retry_after=5)
 INVALID = InvalidRequest("prompt: it takes too many tokens.")
 JSON = {"Content-Type": "application/json"}
+NAMES = {"feedback_id": "f-1", "id": "1-0", "model": "gpt-4"}
+"""Parameters of paths."""
 PROMPTED = {"json": {"prompt": "Long ABC."}}
 SCORED = {"json": {"proposal": {"ticker": "ABC"}}}
 FEEDBACK = {"json": {"transaction_id": "t", "feedback_type": "rating", "feedback_content": "Good."}}
 PROPOSE = "/propose_trade_adjustments/"
+CHAT = "/v1/chat/completions"
+CHATTED = {"json": {"model": "hermes", "messages": [{"role": "user", "content": "Hi."}]}}
+COMPLETED = {"json": {"model": "hermes", "prompt": "Hi."}}
+RESPOND = "/v1/responses"
+RESPONDED = {"json": {"model": "hermes", "input": "Hi."}}
+SPOKEN = {"json": {"model": "tts-1", "voice": "alloy", "input": "..."}}
 Answers = list[Completion | Exception]
 ERRORS: list[tuple[str, str, dict[str, Any], Answers, Answers, int]] = [
     ("POST", "/generate/", PROMPTED, [], [FULL], 429),
@@ -283,6 +320,19 @@ ERRORS: list[tuple[str, str, dict[str, Any], Answers, Answers, int]] = [
     ("POST", "/events/dead/{id}/requeue", {}, [], [], 404),
     ("GET", "/debug/prof", {"params": {"path": "\0"}}, [], [], 422),
     ("GET", "/debug/prof", {}, [], [], 404),
+    ("GET", "/v1/models/{model}", {}, [], [], 404),
+    ("POST", CHAT, {"json": {}}, [], [], 400),
+    ("POST", CHAT, {"json": {**CHATTED["json"], "model": "gpt-4"}}, [], [], 404),
+    ("POST", CHAT, {"content": b"{}"}, [], [], 415),
+    ("POST", CHAT, CHATTED, [], [FULL], 429),
+    ("POST", CHAT, CHATTED, [], [LATE], 504),
+    ("POST", "/v1/completions", COMPLETED, [], [INVALID], 400),
+    ("POST", "/v1/completions", COMPLETED, [], [AWAY], 503),
+    ("POST", RESPOND, {"json": {**RESPONDED["json"], "background": True}}, [], [], 400),
+    ("POST", RESPOND, {"json": {**RESPONDED["json"], "model": "gpt-4"}}, [], [], 404),
+    ("POST", RESPOND, RESPONDED, [], [FULL], 429),
+    ("POST", RESPOND, {"json": {**RESPONDED["json"], "stream": True}}, [], [LATE], 504),
+    ("POST", "/v1/audio/speech", SPOKEN, [], [], 400),
 ]
 
 
@@ -302,7 +352,7 @@ async def test_an_error_is_as_documented(
     app = create_app(Settings.from_environ(ENVIRON))
     app.state.sidecar = fake_sidecar.sidecar
     async with client(app) as asking:
-        response = await asking.request(method, path.format(feedback_id="f-1", id="1-0"), **sent)
+        response = await asking.request(method, path.format(**NAMES), **sent)
     assert response.status_code == status, response.text
     check_documented(document, document["paths"][path][method.lower()], response)
     if path == PROPOSE and phi3 != [FULL] and phi3:
@@ -314,7 +364,7 @@ async def test_a_refused_key_is_as_documented(document: dict[str, Any]) -> None:
     async with client(app) as asking:
         for method, path, operation in operations(document):
             if "401" in operation["responses"]:
-                response = await asking.request(method, path.format(feedback_id="f-1", id="1-0"))
+                response = await asking.request(method, path.format(**NAMES))
                 assert response.status_code == 401
                 check_documented(document, operation, response)
 

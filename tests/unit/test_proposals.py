@@ -139,6 +139,82 @@ def test_anything_else_is_refused(value: object) -> None:
         proposals.parse(json.dumps(value))
 
 
+# Proposals of a model that may ignore its guidance
+
+
+GUIDED: dict[str, Any] = VALID | {"rationale": "RSI at 78.5 calls for a tighter stop."}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"new_stop_pct": 0, "new_target_pct": 100},
+        {"new_stop_pct": 2.0, "new_target_pct": 0.01},
+        {"confidence": 1.0, "action": "abort", "side": "SHORT"},
+        {"ticker": "ABCDEFGHIJKL"},
+        {"rationale": f"A{'b' * 107}."},
+    ],
+)
+def test_what_follows_the_guidance_is_accepted_however_it_is_spaced(
+    changes: dict[str, Any],
+) -> None:
+    written = GUIDED | changes
+    backwards = json.dumps(dict(reversed(written.items())), indent=2)
+    assert proposals.parse_guided(backwards, proposals.GUIDANCE) == written
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"new_stop_pct": -5},
+        {"new_stop_pct": 100.01},
+        {"new_target_pct": -0.01},
+        {"new_target_pct": 1e300},
+        {"new_target_pct": 1.234},
+        {"confidence": 0.725},
+        {"ticker": "X" * 13},
+        {"ticker": "X" * 4000},
+        {"ticker": "abc"},
+        {"rationale": f"A{'b' * 108}."},
+        {"rationale": "A" * 5000},
+        {"rationale": "Buy it now. Sell it later."},
+        {"rationale": "Buy it now"},
+        {"rationale": "Größe zählt hier."},
+    ],
+)
+def test_what_does_not_follow_the_guidance_is_refused(changes: dict[str, Any]) -> None:
+    written = GUIDED | changes
+    assert proposals.is_valid(written)
+    with pytest.raises(ValueError, match=r"^the proposal does not follow the guidance$"):
+        proposals.parse_guided(json.dumps(written), proposals.GUIDANCE)
+
+
+def test_what_is_no_proposal_does_not_follow_the_guidance_either() -> None:
+    for text in ("", "{}", "Buy it.", json.dumps(GUIDED)[:-1], json.dumps(GUIDED | {"extra": 1})):
+        with pytest.raises(ValidationError):
+            proposals.parse_guided(text, proposals.GUIDANCE)
+
+
+@pytest.mark.parametrize("key", ["new_stop_pct", "new_target_pct"])
+def test_the_guidance_has_both_distances_written(key: str) -> None:
+    written = {name: value for name, value in GUIDED.items() if name != key}
+    with pytest.raises(ValueError, match="does not follow"):
+        proposals.parse_guided(json.dumps(written), proposals.GUIDANCE)
+
+
+def test_a_smaller_budget_and_a_context_bound_a_proposal_further() -> None:
+    small, grounded = proposals.guidance(LEAST), proposals.grounded_guidance("ABC and quiet")
+    assert grounded is not None
+    with pytest.raises(ValueError, match="does not follow"):
+        proposals.parse_guided(json.dumps(GUIDED), small)
+    with pytest.raises(ValueError, match="does not follow"):
+        proposals.parse_guided(json.dumps(GUIDED), grounded)
+    written = GUIDED | {"rationale": "It holds for now."}
+    for guidance in (small, grounded):
+        assert proposals.parse_guided(json.dumps(written), guidance) == written
+
+
 def test_a_proposal_is_frozen() -> None:
     proposal = Proposal.model_validate(VALID)
     with pytest.raises(ValidationError):

@@ -100,3 +100,12 @@ def test_the_number_of_states_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(compile_pattern("(a|b)*a(a|b){5}").moves) == 64
     with pytest.raises(ValueError, match="too many states"):
         compile_pattern("(a|b)*a(a|b){6}")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["((a?){100}){100}", "[\0-\U0010ffff]", "(a|b){50}", "a|" * 50, "[a-z]{0,50}"]
+)
+def test_work_is_bounded(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    monkeypatch.setattr(regular, "_MOST_WORK", 10_000)
+    with pytest.raises(ValueError, match="too much work"):
+        compile_pattern(pattern)

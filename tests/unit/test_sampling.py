@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from llm_sidecar.engines.base import Sampling, softmax
-from llm_sidecar.engines.sampling import Sampler, filtered, penalised, read_sampling
+from llm_sidecar.engines.base import GenerationRequest, Sampling, softmax
+from llm_sidecar.engines.sampling import (
+    Sampler,
+    filtered,
+    penalised,
+    read_sampling,
+    sampling_of,
+)
 from llm_sidecar.errors import ModelUnavailable
 
 LOGITS = np.log(np.array([0.4, 0.3, 0.2, 0.06, 0.04], np.float32))
@@ -116,6 +123,19 @@ def test_the_same_seed_gives_the_same_tokens() -> None:
 
 
 # The model's own
+
+
+def test_a_request_replaces_the_temperature_and_top_p_of_the_model() -> None:
+    own = Sampling(temperature=0.7, top_k=40, top_p=0.9, repetition_penalty=1.1)
+
+    def of(**settings: float | None) -> Sampling:
+        request = replace(GenerationRequest([], 1, temperature=None), **settings)  # type: ignore[arg-type]
+        return sampling_of(request, own)
+
+    assert of() == own
+    assert of(top_p=0.5) == Sampling(0.7, 40, 0.5, repetition_penalty=1.1)
+    assert of(temperature=1.2) == Sampling(1.2)
+    assert of(temperature=1.2, top_p=0.0) == Sampling(1.2, top_p=0.0)
 
 
 def configured(folder: Path, name: str, content: Any) -> Sampling:

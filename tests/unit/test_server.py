@@ -194,7 +194,8 @@ async def test_a_preflight_needs_no_key_and_allows_each_header(
 ) -> None:
     wanted = (
         "authorization,content-type,x-api-key,x-request-id,idempotency-key,last-event-id,"
-        "traceparent,tracestate,baggage"
+        "traceparent,tracestate,baggage,openai-organization,x-stainless-lang,"
+        "x-stainless-retry-count"
     )
     asked = {
         "Origin": ORIGIN,

@@ -24,18 +24,18 @@ from tests.unit.asgi import client
 
 SOURCES = Path(errors.__file__).parent
 EXPECTED = {
-    "SettingsError": (500, "SettingsError", logging.ERROR, "server_error"),
-    "CommandFailed": (500, "CommandFailed", logging.ERROR, "server_error"),
-    "InvalidRequest": (422, "InvalidRequest", logging.DEBUG, "invalid_request_error"),
-    "RequestKeyReused": (422, "RequestKeyReused", logging.DEBUG, "invalid_request_error"),
-    "NotFound": (404, "NotFound", logging.DEBUG, "invalid_request_error"),
-    "AdapterRejected": (409, "AdapterRejected", logging.DEBUG, "invalid_request_error"),
-    "QueueFull": (429, "QueueFull", logging.DEBUG, "rate_limit_exceeded"),
-    "Unavailable": (503, "Unavailable", logging.WARNING, "server_error"),
-    "ModelUnavailable": (503, "ModelUnavailable", logging.WARNING, "server_error"),
-    "VoiceUnavailable": (503, "VoiceUnavailable", logging.WARNING, "server_error"),
-    "DatabaseUnavailable": (503, "DatabaseUnavailable", logging.WARNING, "server_error"),
-    "DeadlineExceeded": (504, "DeadlineExceeded", logging.WARNING, "server_error"),
+    "SettingsError": (500, "SettingsError", logging.ERROR),
+    "CommandFailed": (500, "CommandFailed", logging.ERROR),
+    "InvalidRequest": (422, "InvalidRequest", logging.DEBUG),
+    "RequestKeyReused": (422, "RequestKeyReused", logging.DEBUG),
+    "NotFound": (404, "NotFound", logging.DEBUG),
+    "AdapterRejected": (409, "AdapterRejected", logging.DEBUG),
+    "QueueFull": (429, "QueueFull", logging.DEBUG),
+    "Unavailable": (503, "Unavailable", logging.WARNING),
+    "ModelUnavailable": (503, "ModelUnavailable", logging.WARNING),
+    "VoiceUnavailable": (503, "VoiceUnavailable", logging.WARNING),
+    "DatabaseUnavailable": (503, "DatabaseUnavailable", logging.WARNING),
+    "DeadlineExceeded": (504, "DeadlineExceeded", logging.WARNING),
 }
 
 

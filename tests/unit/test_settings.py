@@ -18,6 +18,12 @@ from llm_sidecar.settings.values import integer
 DEFAULTS: dict[str, object] = {
     "MICRO_LLM_MODEL_PATH": None,
     "HERMES_MODEL_PATH": None,
+    "PHI3_URL": (),
+    "PHI3_REMOTE_MODEL": None,
+    "PHI3_REMOTE_KEY": None,
+    "HERMES_URL": (),
+    "HERMES_REMOTE_MODEL": None,
+    "HERMES_REMOTE_KEY": None,
     "PHI3_ADAPTER_DIR": Path("/app/models/phi3/adapters"),
     "CHATTERBOX_MODEL_DIR": Path("/models/tts/chatterbox"),
     "REDIS_URL": SecretStr("redis://localhost:6379/0"),
@@ -177,6 +183,13 @@ def test_without_an_environment_the_processs_own_is_read(monkeypatch: pytest.Mon
     ("variable", "text", "read"),
     [
         ("MICRO_LLM_MODEL_PATH", "/m/phi3.onnx", Path("/m/phi3.onnx")),
+        ("PHI3_URL", "http://gpu-1:8000/v1", (SecretStr("http://gpu-1:8000/v1"),)),
+        (
+            "HERMES_URL",
+            "https://desk:pass@a.example, http://[::1]:1/v1/",
+            (SecretStr("https://desk:pass@a.example"), SecretStr("http://[::1]:1/v1/")),
+        ),
+        ("HERMES_REMOTE_KEY", "sk-1", SecretStr("sk-1")),
         ("DEVICE", "cuda", "cuda"),
         ("HERMES_DTYPE", "float32", "float32"),
         ("PREFILL_DTYPE", "off", "off"),
@@ -322,6 +335,26 @@ def test_a_bad_redis_url_is_refused_without_its_password(url: str) -> None:
     with pytest.raises(SettingsError, match=r"REDIS_URL=\*\*\* is not valid") as caught:
         Settings.from_environ({"REDIS_URL": url})
     assert "hidden" not in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    ("variable", "hidden"),
+    [
+        ("PHI3_URL", "gpu-1:8000/v1"),
+        ("PHI3_URL", "http://u:hidden@gpu-1/v1,"),
+        ("PHI3_URL", "http://gpu-1/v1?key=hidden"),
+        ("PHI3_URL", "http://gpu-1/v1#hidden"),
+        ("PHI3_URL", "http://gpu 1/v1"),
+        ("HERMES_URL", "http://u:hidden@gpu-1:0/v1"),
+        ("HERMES_REMOTE_KEY", "hid den"),
+        ("PHI3_REMOTE_KEY", "schlüssel"),
+    ],
+)
+def test_a_bad_server_or_key_is_refused_without_showing_it(variable: str, hidden: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_environ({variable: hidden})
+    takes = FIELDS[variable][2].description
+    assert caught.value.detail == f"{variable}=*** is not valid: it takes {takes}"
 
 
 @pytest.mark.parametrize(

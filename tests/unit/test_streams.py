@@ -7,19 +7,20 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from llm_sidecar.models.base import Completion, Delta
-from osiris.streams import completed, result_of
+from osiris.streams import result_of, with_completion
 
 LAST = Delta(" world", "hermes/fake", "20260102", 7, 2, 3, "stop")
 
 
-async def test_a_generation_is_its_whole_text_with_the_last_counts() -> None:
+async def test_after_the_deltas_comes_the_whole_text_with_the_last_counts() -> None:
+    first = Delta("Hello", "hermes/fake", "20260102", 7, 1, 3)
+
     async def stream() -> AsyncGenerator[Delta, None]:
-        yield Delta("Hello", "hermes/fake", "20260102", 7, 1, 3)
+        yield first
         yield LAST
 
-    assert await completed(stream()) == Completion(
-        "Hello world", "hermes/fake", "20260102", "stop", 7, 2, 3
-    )
+    whole = Completion("Hello world", "hermes/fake", "20260102", "stop", 7, 2, 3)
+    assert [item async for item in with_completion(stream())] == [first, LAST, whole]
 
 
 async def test_the_result_is_the_last_item() -> None:

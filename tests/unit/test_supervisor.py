@@ -14,19 +14,22 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import pytest
 
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines import EngineOptions, GenerationRequest
+from llm_sidecar.engines.base import TokenLogprob
 from llm_sidecar.errors import AdapterRejected, DeadlineExceeded, ModelUnavailable, QueueFull
 from llm_sidecar.logs import log_context
-from llm_sidecar.models.base import Adapter, ModelStatus, Speed
+from llm_sidecar.models.base import Adapter, ChoiceScores, ModelStatus, Speed
 from llm_sidecar.models.fake import IDENTITY
 from llm_sidecar.models.files import ModelFiles
 from llm_sidecar.models.local import loader
+from llm_sidecar.models.local.inbox import Inbox
 from llm_sidecar.models.local.load_state import ModelLimits
 from llm_sidecar.models.local.model import LocalModel
-from llm_sidecar.models.local.process import Inbox, UnusableFiles
+from llm_sidecar.models.local.process import UnusableFiles
 from llm_sidecar.models.local.protocol import (
     Begun,
     Died,
@@ -36,7 +39,9 @@ from llm_sidecar.models.local.protocol import (
     Load,
     Prefill,
     Progress,
+    PromptLogprobs,
     Ready,
+    Scores,
 )
 from llm_sidecar.telemetry.calls import ModelCall, WorkerDeath
 from tests.completions import complete
@@ -721,6 +726,45 @@ async def test_a_stream_that_is_closed_cancels_its_job(made: Made) -> None:
     assert (made.model.status().requests, made.model.status().running) == (0, 0)
 
 
+async def test_a_slow_reader_holds_no_turn_and_gets_everything_at_once(made: Made) -> None:
+    house.answers = False
+    readers = [made.model.stream(ASKED) for _ in range(2)]
+    first = [asyncio.create_task(anext(reader)) for reader in readers]
+    await until(lambda: house.workers and len(house.workers[0].sent) == 2)
+    (worker,) = house.workers
+    for number in (1, 2):
+        worker.inboxes[number].put_nowait(progress(number, "one", 1))
+    assert [(await asked).text for asked in first] == ["one", "one"]
+    for number in (1, 2):
+        for text, tokens in (("two", 2), ("three", 3)):
+            worker.inboxes[number].put_nowait(progress(number, text, tokens))
+        worker.inboxes.pop(number).put_nowait(progress(number, "four", 4, "stop"))
+    # The worker has capacity for two, and neither of these has been read to its end.
+    status = made.model.status()
+    assert (status.requests, status.running, worker.calls) == (2, 0, {})
+    house.answers = True
+    assert (await complete(made.model, ASKED)).text == "from 1"
+    for reader in readers:
+        rest = [delta async for delta in reader]
+        assert [(delta.text, delta.completion_tokens) for delta in rest] == [("twothreefour", 4)]
+        assert rest[0].finish_reason == "stop"
+    assert made.model.status().requests == 0
+
+
+async def test_log_probabilities_of_the_prompt_come_with_the_first_delta(made: Made) -> None:
+    house.answers = False
+    one, two = TokenLogprob(1, b"a", None), TokenLogprob(2, b"b", -0.5)
+    reading = asyncio.create_task(complete(made.model, ASKED))
+    await until(lambda: house.workers and house.workers[0].sent)
+    inbox = house.workers[0].inboxes.pop(1)
+    for token in (one, two):
+        inbox.put_nowait(PromptLogprobs(id=1, at=0.0, tokens=(token,)))
+    inbox.put_nowait(msgspec.structs.replace(progress(1, "a", 1), logprobs=(two,)))
+    inbox.put_nowait(msgspec.structs.replace(progress(1, "b", 2, "stop"), logprobs=(one,)))
+    whole = await reading
+    assert (whole.text, whole.prompt_logprobs, whole.logprobs) == ("ab", (one, two), (two, one))
+
+
 async def test_a_deadline_cancels_no_consumer_that_is_slow(made: Made) -> None:
     house.answers = False
     deadline = Deadline.after(0.05)
@@ -788,6 +832,29 @@ async def test_a_second_worker_loads_the_adapter_and_the_first_one_ends(made: Ma
     await until(lambda: not house.workers[0].alive)
     # Only the swap ended it.
     assert (made.deaths, made.model.status().restarts) == ([], 0)
+
+
+async def test_scores_have_the_adapter_that_gave_them(made: Made) -> None:
+    await complete(made.model, ASKED)
+    house.answers = False
+    scoring = asyncio.create_task(made.model.score_choices(ASKED.messages, ("0", "1")))
+    await until(lambda: house.workers[0].inboxes)
+    swapping = asyncio.create_task(made.model.use_adapter(ADAPTER))
+    await until(lambda: made.model.status().adapter == ADAPTER)
+    assert (await scored(house.workers[0], scoring)).adapter is None
+    await swapping
+    scoring = asyncio.create_task(made.model.score_choices(ASKED.messages, ("0", "1")))
+    await until(lambda: house.workers[1].inboxes)
+    assert (await scored(house.workers[1], scoring)).adapter == "20260102"
+
+
+async def scored(worker: FakeWorker, scoring: asyncio.Task[ChoiceScores]) -> ChoiceScores:
+    """Answers the only job of a worker with scores."""
+    ((number, inbox),) = worker.inboxes.items()
+    worker.inboxes.clear()
+    found = ChoiceScores({"0": 0.5, "1": 0.25})
+    inbox.put_nowait(Scores(id=number, at=0.0, scores=[found]))
+    return await scoring
 
 
 async def test_an_adapter_that_does_not_load_is_refused_and_requests_continue(made: Made) -> None:

@@ -1,4 +1,4 @@
-"""Parsing of timestamps, and the refused ones."""
+"""Parsing of timestamps and of times on a command line, and the refused ones."""
 
 from __future__ import annotations
 
@@ -85,3 +85,47 @@ def test_a_clock_may_be_five_minutes_ahead_and_no_more(monkeypatch: pytest.Monke
     assert said_of(near + datetime.timedelta(microseconds=1)) == (
         "Value error, is more than five minutes ahead of the sidecar's clock"
     )
+
+
+# On a command line
+
+
+@pytest.mark.parametrize(
+    ("age", "expected"),
+    [
+        ("90m", TEN.replace(hour=8, minute=30)),
+        ("1.5h", TEN.replace(hour=8, minute=30)),
+        ("30d", TEN.replace(day=1)),
+        ("4w", TEN.replace(day=3)),
+        ("0d", TEN),
+    ],
+)
+def test_an_age_counts_back_from_now(
+    monkeypatch: pytest.MonkeyPatch, age: str, expected: datetime.datetime
+) -> None:
+    monkeypatch.setattr(timestamps, "now", lambda: TEN)
+    assert timestamps.since(age) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2026-01-31", TEN.replace(hour=0)),
+        ("2026-01-31T10:00:00", TEN),
+        ("2026-01-31T10:00Z", TEN),
+        ("2026-01-31T12:00+02:00", TEN),
+    ],
+)
+@pytest.mark.usefixtures("in_tokyo")
+def test_a_time_on_a_command_line_is_in_utc(text: str, expected: datetime.datetime) -> None:
+    found = timestamps.since(text)
+    assert (found, found.utcoffset()) == (expected, datetime.timedelta())
+
+
+@pytest.mark.parametrize(
+    "text", ["", "d", "7", "7x", "xd", "infd", "999999999d", "noon", "0001-01-01T00:00+05:00"]
+)
+def test_a_command_line_without_a_time_is_refused(text: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        timestamps.since(text)
+    assert str(caught.value) == f"{text!r} is not a time such as 2026-01-31 or 7d."

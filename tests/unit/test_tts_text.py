@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from llm_sidecar.tts.text import MAX_PART, clauses, mark_of, pause_after, plain, speakable, split
+from llm_sidecar.tts.text import (
+    MAX_PART,
+    clauses,
+    mark_of,
+    pause_after,
+    phrases,
+    plain,
+    speakable,
+    split,
+)
 from llm_sidecar.tts.wording import spoken
 
 LONG = " ".join(f"The position number {n} is up and its stop moves with it." for n in range(20))
@@ -128,7 +137,8 @@ def test_a_first_part_of_70_characters_is_whole_and_a_longer_one_ends_at_a_claus
 
 @pytest.mark.parametrize("mark", [",", ";", ":", "—", "–", "，", "；", "：", "、", ",”", ";)"])
 def test_a_clause_ends_at_each_of_these(mark: str) -> None:
-    clause, rest = words(30) + mark, words(80, "so")
+    # Without its end the clause would go on up to the limit.
+    clause, rest = words(30) + mark, words(80)
     assert split(f"{clause} {rest}") == [clause, rest]
 
 
@@ -146,6 +156,11 @@ def test_a_first_sentence_without_a_clause_ends_at_a_word() -> None:
         # The last of these words before the limit, which the part never exceeds.
         ("A word word to word word word word word word", "to word word word word word words."),
         ("A word word word word word word word word word word word word", "to word word words."),
+        # A part that ends before such a word stays whole.
+        ("A word word word word word to word word word word word word word word", "and the words."),
+        # Of 16 words, the last two thirds begin after the first six.
+        ("A word word word word word", "to word word word word word word word word words."),
+        ("A word word word word to word word word word word word word word word", "words."),
         # None in the last two thirds.
         ("A to word word word word word word word word word word word word word", "words."),
     ],
@@ -279,3 +294,25 @@ def test_the_clauses_of_a_part(part: str, ends: list[str]) -> None:
 )
 def test_the_mark_of_a_clause(clause: str, mark: str) -> None:
     assert mark_of(clause) == mark
+
+
+# Phrases
+
+
+@pytest.mark.parametrize(
+    ("limit", "groups"),
+    [
+        (23, ["Sell it, now. Then wait"]),
+        (22, ["Sell it, now.", "Then wait"]),
+        (13, ["Sell it, now.", "Then wait"]),
+        (12, ["Sell it,", "now.", "Then wait"]),
+        # A clause is never split.
+        (3, ["Sell it,", "now.", "Then wait"]),
+    ],
+)
+def test_a_phrase_has_as_many_clauses_as_fit(limit: int, groups: list[str]) -> None:
+    assert phrases("Sell it, now. Then wait", limit) == groups
+
+
+def test_a_text_without_words_has_no_phrases() -> None:
+    assert phrases(" ", 10) == []

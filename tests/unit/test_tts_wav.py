@@ -464,3 +464,59 @@ def test_samples_from_a_model_are_cut_to_16_bits() -> None:
     samples = np.array([0.0, 0.5, 1.0, -1.0, 2.0, -2.0, np.nan, np.inf, -np.inf], np.float32)
     expected = [0, 16383, 32767, -32767, 32767, -32767, 0, 32767, -32767]
     assert wav.pcm(samples).tolist() == expected
+
+
+# Another sample rate
+
+
+def test_resampling_keeps_a_tone_and_its_length() -> None:
+    seconds, loudness = 0.5, 10_000
+    for old, new in ((22_050, 24_000), (16_000, 24_000), (48_000, 24_000), (24_001, 24_000)):
+        times = np.arange(round(seconds * old)) / old
+        # It fades in and out, as the parts of a speech do.
+        envelope = np.sin(np.pi * times / seconds) ** 2
+        tone = (loudness * envelope * np.sin(2 * np.pi * 440 * times)).astype(np.int16)
+        changed = wav.resample(Wav(tone, old), new)
+        assert (changed.sample_rate, changed.samples.dtype) == (new, np.dtype(np.int16))
+        assert len(changed.samples) == -(-len(tone) * new // old)
+        times = np.arange(len(changed.samples)) / new
+        envelope = np.sin(np.pi * times / seconds) ** 2
+        expected = loudness * envelope * np.sin(2 * np.pi * 440 * times)
+        assert np.abs(changed.samples - expected).max() < 3, old
+
+
+def test_resampling_to_the_same_rate_changes_nothing() -> None:
+    speech = Wav(np.arange(-5, 5, dtype=np.int16), 24_000)
+    same = wav.resample(speech, 24_000)
+    assert same.samples is speech.samples
+    assert same.sample_rate == 24_000
+
+
+def test_resampling_does_not_wrap_round_at_full_scale() -> None:
+    square = np.repeat(np.array([32_767, -32_768] * 20, np.int16), 50)
+    changed = wav.resample(Wav(square, 22_050), 24_000).samples
+    assert (changed.min(), changed.max()) == (-32_768, 32_767)
+    # 50 samples become 54.4: all but the edges have the sign of their half wave.
+    for number in range(40):
+        start, end = (int((number + part) * 50 * 24_000 / 22_050) for part in (0.05, 0.95))
+        assert set(np.sign(changed[start:end])) == {1 if number % 2 == 0 else -1}, number
+
+
+def test_resampling_takes_silence_and_nothing() -> None:
+    assert wav.resample(Wav(np.zeros(147, np.int16), 22_050), 24_000).samples.tolist() == [0] * 160
+    nothing = wav.resample(Wav(np.zeros(0, np.int16), 22_050), 24_000)
+    assert (nothing.samples.tolist(), nothing.sample_rate) == ([], 24_000)
+
+
+def test_an_open_header_is_that_of_a_file_whose_sizes_are_not_known() -> None:
+    header = wav.open_header(8000)
+    assert header == (
+        b"RIFF\xff\xff\xff\xffWAVE" + b"fmt \x10\0\0\0" + MONO + b"data\xff\xff\xff\xff"
+    )
+    samples = np.array([1, -2, 300], np.int16)
+    file = header + wav.pcm_bytes(Wav(samples, 8000))
+    assert wav.decode(file).samples.tolist() == [1, -2, 300]
+
+
+def test_pcm_bytes_are_little_endian() -> None:
+    assert wav.pcm_bytes(Wav(np.array([1, -2], np.int16), 8000)) == b"\x01\0\xfe\xff"

@@ -15,8 +15,8 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import replace
 
 from llm_sidecar.deadline import Deadline
-from llm_sidecar.engines.base import ANSWER_TOKENS, EngineOptions
-from llm_sidecar.errors import InvalidRequest, ModelUnavailable
+from llm_sidecar.engines.base import EngineOptions, TokenLogprob
+from llm_sidecar.errors import ModelUnavailable
 from llm_sidecar.logs import LogFormat
 from llm_sidecar.models.base import (
     Adapter,
@@ -26,6 +26,7 @@ from llm_sidecar.models.base import (
     GenerationRequest,
     Message,
     ModelStatus,
+    Question,
 )
 from llm_sidecar.models.files import ModelFiles
 from llm_sidecar.models.local.load_state import ModelLimits
@@ -38,10 +39,10 @@ from llm_sidecar.models.local.protocol import (
     Died,
     Failed,
     Generate,
-    Job,
     Prefill,
     Progress,
-    ScoreChoices,
+    PromptLogprobs,
+    ScoreQuestions,
     Scores,
     error_of,
     is_final,
@@ -113,13 +114,17 @@ class LocalModel(ChatModel):
     ) -> AsyncGenerator[Delta, None]:
         """Generates; see `ChatModel.stream`."""
         deadline = deadline or Deadline.after(self._limits.request_timeout)
+        prompt: list[TokenLogprob] = []
         with self._call("generate", deadline) as call:
             answers = self._run(call, Generate(request=request), deadline)
             try:
                 async with contextlib.aclosing(answers):
                     async for answer in answers:
-                        if isinstance(answer, Progress):
-                            yield _delta(call, answer.text)
+                        if isinstance(answer, PromptLogprobs):
+                            prompt += answer.tokens
+                        elif isinstance(answer, Progress):
+                            yield _delta(call, answer.text, answer.logprobs, tuple(prompt))
+                            prompt.clear()
             except TimeoutError:
                 if not (allow_partial and call.completion_tokens):
                     raise
@@ -133,14 +138,21 @@ class LocalModel(ChatModel):
         deadline: Deadline | None = None,
     ) -> ChoiceScores:
         """Scores; see `ChatModel.score_choices`."""
+        (scores,) = await self.score_questions([Question(messages, choices)], deadline)
+        return scores
+
+    async def score_questions(
+        self, questions: Sequence[Question], deadline: Deadline | None = None
+    ) -> list[ChoiceScores]:
+        """Scores; see `ChatModel.score_questions`."""
         deadline = deadline or Deadline.after(self._limits.request_timeout)
-        job = ScoreChoices(request=GenerationRequest(messages, ANSWER_TOKENS), choices=choices)
+        job = ScoreQuestions(questions=questions)
         with self._call("score_choices", deadline) as call:
             async with contextlib.aclosing(self._run(call, job, deadline)) as answers:
                 async for answer in answers:
                     if isinstance(answer, Scores):
-                        probabilities = answer.probabilities
-        return ChoiceScores(probabilities)
+                        scores = [replace(one, adapter=call.adapter) for one in answer.scores]
+        return scores
 
     async def prefill(self, prefix: GenerationRequest) -> None:
         """Prefills this prefix, now and at each load; requests have priority."""
@@ -203,7 +215,7 @@ class LocalModel(ChatModel):
                     raise deadline.exceeded(call, self._queue.retry_after()) from None
 
     async def _run(
-        self, call: ModelCall, job: Job, deadline: Deadline
+        self, call: ModelCall, job: Generate | ScoreQuestions, deadline: Deadline
     ) -> AsyncGenerator[Answer, None]:
         """Yields the answers to a job and records them in the call; closing it cancels the job.
 
@@ -219,29 +231,38 @@ class LocalModel(ChatModel):
         self._supervisor.check_waiting(ready_by)
         if self._queue.busy:
             async with deadline.timeout():
-                await self._check(job.request, ready_by)
-        async with self._queue.turn(deadline):
+                await self._check(call, job.largest, ready_by)
+        async with self._queue.turn(deadline) as turn:
             answered = False
             while not answered:
                 async with deadline.timeout():
                     worker = await self._supervisor.ready(ready_by)
-                async with contextlib.aclosing(self._serve(worker, call, job, deadline)) as answers:
+                served = self._serve(worker, call, job, deadline, turn)
+                async with contextlib.aclosing(served) as answers:
                     async for answer in answers:
                         answered = is_final(answer)
                         yield answer
 
-    async def _check(self, request: GenerationRequest, ready_by: float) -> None:
+    async def _check(self, call: ModelCall, request: GenerationRequest, ready_by: float) -> None:
         """Refuses a prompt that does not fit the context before it waits for its turn."""
         worker = await self._supervisor.ready(ready_by)
         _, inbox = worker.send(Check(request=request))
         answer = await inbox.get()
         if isinstance(answer, Failed) and answer.invalid:
-            raise InvalidRequest(answer.detail)
+            raise error_of(answer, call.model)
 
     async def _serve(
-        self, worker: WorkerProcess, call: ModelCall, job: Job, deadline: Deadline
+        self,
+        worker: WorkerProcess,
+        call: ModelCall,
+        job: Generate | ScoreQuestions,
+        deadline: Deadline,
+        turn: contextlib.ExitStack,
     ) -> AsyncGenerator[Answer, None]:
-        """Sends a job to one worker and yields its answers: none if it dies before it begins."""
+        """Sends a job to one worker and yields its answers: none if it dies before it begins.
+
+        The turn ends with the job, so that a slow reader does not delay other requests.
+        """
         assert worker.ready is not None
         self._queue.grow(worker.ready.capacity)
         call.served_by, call.adapter = worker.label, worker.adapter
@@ -249,7 +270,15 @@ class LocalModel(ChatModel):
         number, inbox = worker.send(job)
         worker.calls[number] = call
         answer: Answer | None = None
-        self._queue.running += 1
+        running = contextlib.ExitStack()
+        running.enter_context(self._queue.run())
+        turn.push(running)
+
+        def ended() -> None:
+            worker.calls.pop(number, None)
+            turn.close()
+
+        inbox.on_end = ended
         try:
             while answer is None or not is_final(answer):
                 async with deadline.timeout():
@@ -258,9 +287,9 @@ class LocalModel(ChatModel):
                 if not isinstance(answer, Failed | Died):
                     yield answer
         finally:
-            self._queue.running -= 1
+            running.close()
             if not isinstance(answer, Died):
-                del worker.calls[number]
+                worker.calls.pop(number, None)
             if answer is None or not is_final(answer):
                 worker.cancel(number, inbox)
         if isinstance(answer, Failed) or (isinstance(answer, Died) and call.begun is not None):
@@ -272,7 +301,12 @@ class LocalModel(ChatModel):
         self._on_death(WorkerDeath(self._loader.name, worker.adapter, how, call))
 
 
-def _delta(call: ModelCall, text: str) -> Delta:
+def _delta(
+    call: ModelCall,
+    text: str,
+    logprobs: tuple[TokenLogprob, ...] = (),
+    prompt_logprobs: tuple[TokenLogprob, ...] = (),
+) -> Delta:
     """New text of a call, with the counts so far."""
     assert call.served_by is not None
     return Delta(
@@ -284,6 +318,8 @@ def _delta(call: ModelCall, text: str) -> Delta:
         call.cached_tokens,
         call.finish_reason,
         call.identity,
+        logprobs,
+        prompt_logprobs,
     )
 
 

@@ -19,6 +19,7 @@ import msgspec
 
 from llm_sidecar.errors import ModelUnavailable
 from llm_sidecar.logs import start_detached
+from llm_sidecar.models.local.inbox import Inbox
 from llm_sidecar.models.local.protocol import (
     FROM_WORKER,
     Answer,
@@ -44,9 +45,6 @@ _EXIT_GRACE: Final = 3.0
 """Seconds a worker has to end after its input was closed."""
 _CANCEL_GRACE: Final = 30.0
 """Seconds a worker has to end a cancelled job; then it counts as hung and is killed."""
-
-Inbox = asyncio.Queue[Answer]
-"""The answers to one job."""
 
 
 class WorkerEnded(ModelUnavailable):

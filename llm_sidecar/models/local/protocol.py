@@ -3,8 +3,8 @@
 The server sends `Load` first, then jobs and cancellations. The worker answers with `Ready` or
 `LoadFailed`, and then to each job:
 
-    Generate        Begun, Progress, Progress, ... until one has a finish reason
-    ScoreChoices    Begun, Scores
+    Generate        Begun, PromptLogprobs, ..., Progress, ... until one has a finish reason
+    ScoreQuestions  Begun, Scores
     Check, Prefill  Done
 
 A job that fails ends with `Failed`, one that is cancelled with `Done`.
@@ -18,7 +18,14 @@ from typing import Final
 
 import msgspec
 
-from llm_sidecar.engines.base import EngineOptions, FinishReason, GenerationRequest
+from llm_sidecar.engines.base import (
+    ChoiceScores,
+    EngineOptions,
+    FinishReason,
+    GenerationRequest,
+    Question,
+    TokenLogprob,
+)
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable, SidecarError
 from llm_sidecar.logs import LogFormat
 from llm_sidecar.models.base import Speed
@@ -44,27 +51,42 @@ class Load(msgspec.Struct, frozen=True, tag=True):
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Work on a request; `WorkerProcess.send` assigns the id."""
+    """Work; `WorkerProcess.send` assigns the id."""
 
-    request: GenerationRequest
     id: int = 0
 
 
-class Generate(Job, frozen=True):
+class RequestJob(Job, frozen=True, kw_only=True):
+    """Work on a request."""
+
+    request: GenerationRequest
+
+    @property
+    def largest(self) -> GenerationRequest:
+        """The request."""
+        return self.request
+
+
+class Generate(RequestJob, frozen=True):
     """Generates a completion."""
 
 
-class ScoreChoices(Job, frozen=True, kw_only=True):
-    """Computes the probability of each of these answers."""
+class ScoreQuestions(Job, frozen=True, kw_only=True):
+    """Computes the probability of each choice of these questions."""
 
-    choices: Sequence[str]
+    questions: Sequence[Question]
+
+    @property
+    def largest(self) -> GenerationRequest:
+        """The longest question: if it fits the context, all questions do."""
+        return max(self.questions, key=_characters).request
 
 
-class Check(Job, frozen=True):
+class Check(RequestJob, frozen=True):
     """Checks whether a request is valid and fits the context."""
 
 
-class Prefill(Job, frozen=True):
+class Prefill(RequestJob, frozen=True):
     """Prefills the messages of a request, which later requests begin with."""
 
 
@@ -120,6 +142,12 @@ class Begun(Answer, frozen=True):
     """The worker begins with the job."""
 
 
+class PromptLogprobs(Answer, frozen=True, kw_only=True):
+    """Log probabilities of the next tokens of the prompt."""
+
+    tokens: tuple[TokenLogprob, ...]
+
+
 class Progress(Answer, frozen=True, kw_only=True):
     """New text of a completion.
 
@@ -129,6 +157,7 @@ class Progress(Answer, frozen=True, kw_only=True):
         cached_tokens: prompt tokens whose prefill was reused from an earlier prompt.
         new_tokens: completion tokens since the last message.
         finish_reason: of the last message; None before, and if the job was cancelled.
+        logprobs: of the tokens of the text.
     """
 
     text: str
@@ -137,12 +166,13 @@ class Progress(Answer, frozen=True, kw_only=True):
     cached_tokens: int
     new_tokens: int
     finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Scores(Answer, frozen=True, kw_only=True):
-    """The probability of each choice."""
+    """The scores of each question, in order."""
 
-    probabilities: dict[str, float]
+    scores: list[ChoiceScores]
 
 
 class Done(Answer, frozen=True):
@@ -164,25 +194,38 @@ class Failed(Answer, frozen=True, kw_only=True):
 
     Attributes:
         detail: the reason.
-        invalid: whether the request was invalid.
+        invalid: whether the request was invalid; `detail` is then the error's `problem`.
+        field, exceeds_context: see `InvalidRequest`.
     """
 
     detail: str
     invalid: bool = False
+    field: str | None = None
+    exceeds_context: bool = False
 
 
 LOAD: Final = msgspec.json.Decoder(Load)
-FROM_SERVER: Final = msgspec.json.Decoder(Generate | ScoreChoices | Check | Prefill | Cancel)
+FROM_SERVER: Final = msgspec.json.Decoder(Generate | ScoreQuestions | Check | Prefill | Cancel)
 FROM_WORKER: Final = msgspec.json.Decoder(
-    Ready | LoadFailed | Begun | Progress | Scores | Done | Failed
+    Ready | LoadFailed | Begun | PromptLogprobs | Progress | Scores | Done | Failed
 )
+
+
+def joined(first: Progress, second: Progress) -> Progress:
+    """Two pieces of progress as one; `second` came after `first`."""
+    return msgspec.structs.replace(
+        second,
+        text=first.text + second.text,
+        new_tokens=first.new_tokens + second.new_tokens,
+        logprobs=first.logprobs + second.logprobs,
+    )
 
 
 def is_final(answer: Answer) -> bool:
     """Whether it is the last answer to its job."""
     if isinstance(answer, Progress):
         return answer.finish_reason is not None
-    return not isinstance(answer, Begun)
+    return not isinstance(answer, Begun | PromptLogprobs)
 
 
 def error_of(answer: Failed | Died, name: str) -> SidecarError:
@@ -192,7 +235,9 @@ def error_of(answer: Failed | Died, name: str) -> SidecarError:
             f"The {name} worker ended while it answered ({answer.how}); try again.", retry_after=1
         )
     if answer.invalid:
-        return InvalidRequest(answer.detail)
+        return InvalidRequest(
+            answer.detail, field=answer.field, exceeds_context=answer.exceeds_context
+        )
     return ModelUnavailable(
         f"The {name} model failed on this request ({answer.detail}); see the log.", retry_after=1
     )
@@ -208,5 +253,9 @@ def encode(message: msgspec.Struct) -> bytes:
         return msgspec.json.encode(message) + b"\n"
     except UnicodeEncodeError:
         raise InvalidRequest(
-            "prompt: it holds half of a surrogate pair; send Unicode text"
+            "it holds half of a surrogate pair; send Unicode text", field="prompt"
         ) from None
+
+
+def _characters(question: Question) -> int:
+    return sum(len(message["content"]) for message in question.messages)

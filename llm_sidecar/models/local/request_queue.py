@@ -54,20 +54,32 @@ class RequestQueue:
                 self.idle.set()
 
     @contextlib.asynccontextmanager
-    async def turn(self, deadline: Deadline) -> AsyncIterator[None]:
+    async def turn(self, deadline: Deadline) -> AsyncIterator[contextlib.ExitStack]:
         """Waits until fewer requests run than the worker's capacity.
+
+        Yields:
+            the turn; close it to end the turn before the context ends.
 
         Raises:
             TimeoutError: the deadline passes first.
         """
         async with deadline.timeout():
             await self._turns.acquire()
-        began = time.monotonic()
+        began, ended = time.monotonic(), list[float]()
+        with contextlib.ExitStack() as turn:
+            turn.callback(lambda: ended.append(time.monotonic()))
+            turn.callback(self._turns.release)
+            yield turn
+        self._recent_seconds += 0.2 * (ended[0] - began - self._recent_seconds)
+
+    @contextlib.contextmanager
+    def run(self) -> Iterator[None]:
+        """Counts a request as running while the context lasts."""
+        self.running += 1
         try:
             yield
         finally:
-            self._turns.release()
-        self._recent_seconds += 0.2 * (time.monotonic() - began - self._recent_seconds)
+            self.running -= 1
 
     @property
     def busy(self) -> bool:

@@ -20,13 +20,13 @@ import threading
 import time
 import traceback
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import IO, Final
 
 import msgspec
 
 from llm_sidecar.engines import Delta, Engine
-from llm_sidecar.engines.base import Batch
+from llm_sidecar.engines.base import PREFILL_CHUNK, Batch, ChoiceScores, TokenLogprob
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable, SidecarError, one_line
 from llm_sidecar.logs import log_to_stderr
 from llm_sidecar.models.local.cpu_limit import CpuLimit
@@ -46,8 +46,10 @@ from llm_sidecar.models.local.protocol import (
     LoadFailed,
     Prefill,
     Progress,
+    PromptLogprobs,
     Ready,
-    ScoreChoices,
+    RequestJob,
+    ScoreQuestions,
     Scores,
     encode,
 )
@@ -70,11 +72,15 @@ class _Completion:
 
     Attributes:
         unsent: text that has not been sent.
+        logprobs: of its tokens.
+        prompt_logprobs: those that have not been sent.
         tokens, sent_tokens: completion tokens so far.
         sent_at: when text was last sent.
     """
 
     unsent: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     tokens: int = 0
     sent_tokens: int = 0
     sent_at: float = 0.0
@@ -90,6 +96,7 @@ class Worker:
         self._long: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._tokenized: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._cancelled: set[int] = set()
+        self._scores: dict[int, Generator[None, None, list[ChoiceScores]]] = {}
         self._scoring: set[int] = set()
         self._completions: dict[int, _Completion] = {}
         self._prefill: tuple[int, Generator[None]] | None = None
@@ -141,43 +148,44 @@ class Worker:
                 job = received.get()
                 if self._drop_cancelled(job.id):
                     continue
-                if isinstance(job, Generate | ScoreChoices):
+                if isinstance(job, Generate | ScoreQuestions):
                     # Sent first, so that the server does not pass the job to the next worker if
                     # this one crashes on it.
                     self._send(Begun(id=job.id))
                 try:
-                    with limit:
-                        # A prefix does not include the header of the assistant's turn.
-                        tokens = engine.tokenize(job.request, not isinstance(job, Prefill))
+                    job = _tokenized(engine, job, limit)
                 except Exception as error:  # noqa: BLE001 - the packages raise bare ones
                     self._fail(job.id, error)
                     continue
                 if isinstance(job, Check):
                     self._send(Done(id=job.id))
                 else:
-                    request = replace(job.request, tokens=tokens)
-                    self._tokenized.put(msgspec.structs.replace(job, request=request))
+                    self._tokenized.put(job)
 
     def _serve_all(self, engine: Engine, batch: Batch) -> None:
-        """Takes jobs in order, generates in a batch, and prefills while there is nothing else."""
+        """Takes jobs in order. Steps of scores run between the steps of the batch, prefills while
+        there is no other work."""
         while True:
+            busy = batch or self._scores or self._prefill is not None
             try:
-                job = self._tokenized.get(block=not batch and self._prefill is None)
+                job = self._tokenized.get(block=not busy)
             except queue.Empty:
                 if batch:
                     self._step(batch)
-                else:
+                for number in tuple(self._scores):
+                    self._continue_score(number)
+                if not (batch or self._scores):
                     self._continue_prefill()
                 continue
             match job:
                 case Generate():
                     self._generate(batch, job)
-                case ScoreChoices():
-                    self._score(engine, job)
+                case ScoreQuestions():
+                    self._begin_score(engine, job)
                 case Prefill():
                     self._begin_prefill(engine, job)
 
-    def _begin_prefill(self, engine: Engine, job: Job) -> None:
+    def _begin_prefill(self, engine: Engine, job: Prefill) -> None:
         if self._prefill is not None:
             # The new prefix replaces this one.
             number, steps = self._prefill
@@ -201,7 +209,7 @@ class Worker:
             return
         self._prefill = None
 
-    def _generate(self, batch: Batch, job: Job) -> None:
+    def _generate(self, batch: Batch, job: Generate) -> None:
         while len(batch) >= batch.capacity:
             self._step(batch)
         try:
@@ -232,12 +240,21 @@ class Worker:
         # In one write, so that the server reads them all at once.
         self._outbox.flush()
 
-    def _progress(self, number: int, delta: Delta, now: float) -> bool:
-        """Sends the text of a completion if it is due; returns whether the completion finished."""
+    def _progress(self, number: int, delta: Delta | Exception, now: float) -> bool:
+        """Sends a completion's text if it is due, or its error; returns whether it has ended."""
+        if isinstance(delta, Exception):
+            self._fail(number, delta)
+            return True
         completion = self._completions[number]
         completion.unsent += cleaned(delta.text)
+        completion.logprobs += delta.logprobs
+        completion.prompt_logprobs += delta.prompt_logprobs
         completion.tokens = delta.completion_tokens
         ends = delta.finish_reason is not None or number in self._cancelled
+        read = completion.prompt_logprobs
+        if len(read) >= PREFILL_CHUNK or (read and (ends or completion.tokens)):
+            self._write(PromptLogprobs(id=number, tokens=tuple(read)))
+            read.clear()
         if ends or (completion.tokens and now - completion.sent_at >= _FLUSH_SECONDS):
             self._write(
                 Progress(
@@ -248,27 +265,46 @@ class Worker:
                     cached_tokens=delta.cached_tokens,
                     new_tokens=completion.tokens - completion.sent_tokens,
                     finish_reason=delta.finish_reason,
+                    logprobs=tuple(completion.logprobs),
                 )
             )
+            completion.logprobs.clear()
             completion.unsent, completion.sent_tokens = "", completion.tokens
             completion.sent_at = now
         return delta.finish_reason is not None
 
-    def _score(self, engine: Engine, job: ScoreChoices) -> None:
+    def _begin_score(self, engine: Engine, job: ScoreQuestions) -> None:
         if self._drop_cancelled(job.id):
             return
+        steps = engine.score_questions(job.questions)
         if engine.scores_in_parallel:
             self._scoring.add(job.id)
-            arguments = (engine, job)
+            arguments = (job.id, steps)
             threading.Thread(target=self._score_in_parallel, args=arguments, daemon=True).start()
-            return
-        self._send(self._scores(engine, job))
-        self._cancelled.discard(job.id)
+        else:
+            self._scores[job.id] = steps
+            # A score with one step does not wait for the batch.
+            self._continue_score(job.id)
 
-    def _score_in_parallel(self, engine: Engine, job: ScoreChoices) -> None:
-        answer = self._scores(engine, job)
-        with _ending_without_server():
-            self._end_score(answer)
+    def _continue_score(self, number: int) -> None:
+        """Takes the next step of a score, and sends the result after the last one."""
+        steps = self._scores[number]
+        if self._drop_cancelled(number):
+            steps.close()
+        elif (answer := _next_step(number, steps)) is not None:
+            self._send(answer)
+            self._cancelled.discard(number)
+        else:
+            return
+        del self._scores[number]
+
+    def _score_in_parallel(
+        self, number: int, steps: Generator[None, None, list[ChoiceScores]]
+    ) -> None:
+        with contextlib.closing(steps), _ending_without_server():
+            while number in self._scoring:
+                if (answer := _next_step(number, steps)) is not None:
+                    self._end_score(answer)
 
     def _end_score(self, answer: Answer) -> bool:
         """Sends the answer unless the job has ended; returns whether it was sent."""
@@ -279,17 +315,6 @@ class Worker:
             return False
         self._send(answer)
         return True
-
-    def _scores(self, engine: Engine, job: ScoreChoices) -> Scores | Failed:
-        request = job.request
-        try:
-            probabilities = engine.score_choices(request.messages, job.choices, request.tokens)
-            if not all(map(math.isfinite, probabilities.values())):
-                # JSON has no such numbers.
-                raise ModelUnavailable("its probabilities are not finite numbers")
-        except Exception as error:  # noqa: BLE001 - the runtimes raise bare ones
-            return _failed(job.id, error)
-        return Scores(id=job.id, probabilities=probabilities)
 
     def _drop_cancelled(self, number: int) -> bool:
         """Ends a job if it was cancelled; returns whether it was."""
@@ -310,13 +335,55 @@ class Worker:
         self._outbox.write(encode(message))
 
 
+def _tokenized(engine: Engine, job: Job, limit: CpuLimit) -> Job:
+    """The job with its text as tokens; the limit holds for each chat."""
+    if isinstance(job, ScoreQuestions):
+        questions = []
+        for question in job.questions:
+            with limit:
+                tokens = engine.tokenize(question.request)
+            questions.append(question._replace(tokens=tokens))
+        return msgspec.structs.replace(job, questions=questions)
+    assert isinstance(job, RequestJob)
+    with limit:
+        # A prefix does not include the header of the assistant's turn.
+        tokens = engine.tokenize(job.request, not isinstance(job, Prefill))
+    most = job.request.most_tokens(len(tokens), engine.context_length)
+    request = replace(job.request, tokens=tokens, max_tokens=most)
+    return msgspec.structs.replace(job, request=request)
+
+
+def _next_step(
+    number: int, steps: Generator[None, None, list[ChoiceScores]]
+) -> Scores | Failed | None:
+    """The answer to the job if this was its last step, else None."""
+    try:
+        next(steps)
+    except StopIteration as end:
+        scores: list[ChoiceScores] = end.value
+        values = (value for one in scores for value in one.probabilities.values())
+        if all(map(math.isfinite, values)):
+            return Scores(id=number, scores=scores)
+        # JSON has no infinity and no NaN.
+        return _failed(number, ModelUnavailable("its probabilities are not finite numbers"))
+    except Exception as error:  # noqa: BLE001 - the runtimes raise bare exceptions
+        return _failed(number, error)
+    return None
+
+
 def _failed(number: int, error: Exception) -> Failed:
     """Logs that a job has failed, and reports it with the reason if that is known."""
+    if isinstance(error, InvalidRequest):
+        return Failed(
+            id=number,
+            detail=error.problem,
+            invalid=True,
+            field=error.field,
+            exceeds_context=error.exceeds_context,
+        )
     if isinstance(error, SidecarError):
-        invalid = isinstance(error, InvalidRequest)
-        if not invalid:
-            log.error("a request failed: %s", error.detail)
-        return Failed(id=number, detail=error.detail, invalid=invalid)
+        log.error("a request failed: %s", error.detail)
+        return Failed(id=number, detail=error.detail)
     # Only the type and the location: a runtime's message may quote the prompt.
     where = "".join(traceback.format_tb(error.__traceback__))
     log.error("a request failed in the engine: %s\n%s", type(error).__name__, where)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llm_sidecar.errors import DatabaseUnavailable
-from llm_sidecar.models.base import Adapter, ModelStatus, Speed
+from llm_sidecar.models.base import Adapter, ModelStatus, ServerStatus, Speed
 from tests.unit.fakes import FakeSidecar
 
 
@@ -71,6 +71,17 @@ def test_without_a_voice_it_is_partial(
 
 
 def test_the_report_shows_each_model_without_its_readiness(fake_sidecar: FakeSidecar) -> None:
+    server = ServerStatus(
+        url="http://gpu-1/v1",
+        state="away",
+        reason="it is off",
+        model=None,
+        outstanding=0,
+        schema=None,
+        scores=None,
+        top_logprobs=None,
+        adapters=None,
+    )
     fake_sidecar.phi3.state = ModelStatus(
         model="phi3/fake",
         adapter=Adapter(Path("/adapters/20260102")),
@@ -84,6 +95,7 @@ def test_the_report_shows_each_model_without_its_readiness(fake_sidecar: FakeSid
         running=2,
         speed=Speed(128.0, 32.0),
         notes=("the context is cut",),
+        servers=(server,),
     )
     fake_sidecar.hermes.state = ModelStatus("failed", "it is not there", "it is not there")
     report = fake_sidecar.sidecar.health.report()
@@ -104,6 +116,7 @@ def test_the_report_shows_each_model_without_its_readiness(fake_sidecar: FakeSid
         "running": 2,
         "speed": {"prefill": 128.0, "decode": 32.0},
         "notes": ["the context is cut"],
+        "servers": [asdict(server)],
     }
     shown = report["models"]
     assert (shown["phi3"], list(shown["phi3"])) == (expected, list(expected))

@@ -13,7 +13,7 @@ import pytest
 from llm_sidecar import proposals
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.errors import DeadlineExceeded, InvalidRequest, ModelUnavailable, QueueFull
-from llm_sidecar.models.base import Delta, GenerationRequest
+from llm_sidecar.models.base import Delta, GenerationRequest, RefusedRequest
 from llm_sidecar.models.fake import FakeModel
 from llm_sidecar.proposals import Example, Proposed
 from llm_sidecar.services.propose import Proposer
@@ -142,8 +142,18 @@ async def test_a_budget_that_is_too_small_for_the_tokenizer_is_refused_and_not_r
     assert fake.requests == [request(EXAMPLES, LEAST, 0.0)]
 
 
+async def test_a_small_budget_is_not_to_blame_if_the_model_may_ignore_its_guidance() -> None:
+    cut, better = completion(" " * 96, finish_reason="length"), completion(WRITTEN_OF_ABC.text)
+    fake = FakeModel(cut, better, cut, cut)
+    fake.valid_by_construction = False
+    assert (await propose(fake, "now", max_tokens=LEAST)).completion == better
+    with pytest.raises(ModelUnavailable, match="did not write a valid proposal"):
+        await propose(fake, "now", max_tokens=LEAST)
+    assert len(fake.requests) == 4
+
+
 async def test_a_cut_proposal_within_a_sufficient_budget_is_the_models_failure() -> None:
-    fake = FakeModel(replace(completion(WRITTEN[:96]), finish_reason="length"))
+    fake = FakeModel(*[replace(completion(WRITTEN[:96]), finish_reason="length")] * 2)
     with pytest.raises(ModelUnavailable, match="did not write a valid proposal"):
         await propose(fake, "now", max_tokens=proposals.MAX_COMPLETION_TOKENS)
 
@@ -180,13 +190,16 @@ async def test_another_error_is_not_tried_again_without_the_examples() -> None:
     assert len(fake.requests) == 1
 
 
+@pytest.mark.parametrize("requests", [1, 2])
 @pytest.mark.parametrize("text", [WRITTEN[:-1], "Buy it.", "", WRITTEN.replace("adjust", "buy")])
 async def test_what_is_no_valid_proposal_never_comes_back(
-    text: str, caplog: pytest.LogCaptureFixture
+    text: str, requests: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fake = FakeModel(completion(text))
+    fake = FakeModel(*[completion(text)] * 2)
+    fake.valid_by_construction = requests == 1
     with pytest.raises(ModelUnavailable) as caught:
         await propose(fake, "now")
+    assert len(fake.requests) == requests
     assert caught.value.detail == (
         "phi3 did not write a valid proposal, so nothing is returned; "
         "check the model with another prompt."
@@ -194,7 +207,68 @@ async def test_what_is_no_valid_proposal_never_comes_back(
     assert caught.value.retry_after == 1
     # Neither the error's cause nor the log quotes what it wrote.
     assert caught.value.__suppress_context__
-    assert caplog.messages == ["phi3 broke the proposal schema under guidance: ValidationError"]
+    said = "phi3 broke the proposal schema under guidance: ValidationError"
+    assert caplog.messages == [said] * requests
+
+
+@pytest.mark.parametrize(("temperature", "second"), [(0.0, 0.7), (0.5, 0.7), (0.9, 0.9)])
+async def test_an_invalid_proposal_is_asked_for_once_more_with_sampling(
+    temperature: float, second: float
+) -> None:
+    better = completion(WRITTEN_OF_ABC.text)
+    fake = FakeModel(completion("Buy it."), better)
+    fake.valid_by_construction = False
+    deadline = Deadline.after(60)
+    made = await propose(fake, "now", temperature=temperature, deadline=deadline)
+    assert (made.proposal, made.completion) == (PROPOSAL, better)
+    first = request([], 256, temperature)
+    again = replace(first, temperature=second, seed=SEED + 1 if temperature else SEED)
+    assert fake.requests == [first, again]
+    assert made.request == again
+    assert [call.deadline for call in fake.calls] == [deadline, deadline]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"new_stop_pct": -5},
+        {"new_target_pct": 1e300},
+        {"ticker": "X" * 4000},
+        {"rationale": "A" * 5000},
+        {"rationale": "Buy it now. Sell it later."},
+    ],
+)
+async def test_a_proposal_of_a_model_that_may_ignore_its_guidance_is_checked_against_it(
+    changes: dict[str, Any],
+) -> None:
+    wrong, better = PROPOSAL | changes, completion(WRITTEN_OF_ABC.text)
+    fake = FakeModel(completion(json.dumps(wrong)), better, completion(json.dumps(wrong)))
+    fake.valid_by_construction = False
+    assert (await propose(fake, "now")).completion == better
+    fake.valid_by_construction = True
+    assert (await propose(fake, "now")).proposal == wrong
+
+
+async def test_the_retry_of_such_a_model_is_checked_against_the_guidance_of_its_context() -> None:
+    first = completion(json.dumps(PROPOSAL | {"ticker": "NEW"}))
+    good = completion(WRITTEN_OF_ABC.text)
+    bad = completion(json.dumps(PROPOSAL | {"rationale": "It was at 4711 once."}))
+    fake = FakeModel(first, bad, first, good)
+    fake.valid_by_construction = False
+    assert (await propose(fake, PROMPT, retry=True)).completion == first
+    assert (await propose(fake, PROMPT, retry=True)).completion == good
+
+
+async def test_the_second_request_samples_as_the_client_asked() -> None:
+    fake = FakeModel(completion("Buy it."), completion(WRITTEN_OF_ABC.text))
+    fake.valid_by_construction = False
+    messages = [{"role": "user", "content": "now"}]
+    generating = proposer(fake).answer(messages, 256, temperature=0.9, top_p=0.8, seed=7)
+    await last_of(generating, Proposed)
+    first, second = fake.requests
+    assert isinstance(first, GenerationRequest)
+    assert (first.temperature, first.top_p, first.seed) == (0.9, 0.8, 7)
+    assert second == replace(first, seed=8)
 
 
 # Grounding
@@ -288,7 +362,7 @@ async def test_a_retry_that_fails_leaves_the_first_proposal(
     failure: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     second = completion(failure) if isinstance(failure, str) else failure
-    kind = "ModelUnavailable" if isinstance(failure, str) else type(failure).__name__
+    kind = "InvalidProposal" if isinstance(failure, str) else type(failure).__name__
     fake = FakeModel(completion(json.dumps(MADE_UP)), second)
     made = await propose_again(fake)
     assert (made.proposal, made.grounded) == (MADE_UP, "ticker,rationale")
@@ -319,6 +393,15 @@ async def test_a_grounded_ticker_stays_a_choice_however_many_the_context_has() -
     request = fake.requests[1]
     assert isinstance(request, GenerationRequest)
     assert request.guidance == proposals.grounded_guidance(context, ["AB999"])
+
+
+async def test_a_proposal_that_a_server_refuses_is_not_the_fault_of_the_client() -> None:
+    fake = FakeModel(RefusedRequest("The phi3 server a refuses this request (400)."))
+    with pytest.raises(ModelUnavailable, match="refuses this request") as caught:
+        await propose(fake, PROMPT, EXAMPLES)
+    assert caught.value.retry_after == 5
+    # The examples are not the reason either.
+    assert len(fake.requests) == 1
 
 
 # Streaming

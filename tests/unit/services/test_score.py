@@ -165,13 +165,13 @@ async def test_a_sum_of_probabilities_is_at_most_1() -> None:
 
 
 @pytest.mark.parametrize(
-    ("context", "fields"), [(None, "proposal: it"), ("c", "proposal and context: their text")]
+    ("context", "fields"), [(None, "proposal: it"), ("c", "proposal: with the context it")]
 )
 async def test_an_error_names_the_fields_that_the_caller_sent(
     context: str | None, fields: str
 ) -> None:
     made = fake_sidecar()
-    made.hermes.answers = [InvalidRequest("prompt: it takes 9000 tokens; shorten it")]
+    made.hermes.answers = [InvalidRequest("it takes 9000 tokens; shorten it", field="prompt")]
     with pytest.raises(InvalidRequest) as caught:
         await made.sidecar.judge.score(PROPOSAL, context)
     assert caught.value.detail == f"{fields} takes 9000 tokens; shorten it"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llm_sidecar.engines import GenerationRequest, load_engine
-from llm_sidecar.engines.base import Batch, Message
+from llm_sidecar.engines.base import Batch, Message, unless_failed
 from tests.live_server import ROOT
 from tests.random_models import convert_to_onnx, write_transformers_folder
 
@@ -37,7 +37,8 @@ def run(batch: Batch, requests: list[GenerationRequest]) -> int:
         batch.add(number, one)
     prompt_tokens = {}
     while batch:
-        prompt_tokens.update({number: delta.prompt_tokens for number, delta in batch.step()})
+        for number, result in batch.step():
+            prompt_tokens[number] = unless_failed(result).prompt_tokens
     return prompt_tokens[0]
 
 

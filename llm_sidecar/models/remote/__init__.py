@@ -1,0 +1,1 @@
+"""Models on other servers, which speak OpenAI's protocol."""
