@@ -27,6 +27,7 @@ from llm_sidecar.engines.base import (
 )
 from llm_sidecar.errors import AdapterRejected, InvalidRequest, ModelUnavailable
 from llm_sidecar.models.identity import ModelIdentity
+from llm_sidecar.telemetry.calls import ModelCall
 
 __all__ = [
     "Adapter",
@@ -93,6 +94,29 @@ class Delta:
     identity: ModelIdentity | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        call: ModelCall,
+        text: str,
+        logprobs: tuple[TokenLogprob, ...] = (),
+        prompt_logprobs: tuple[TokenLogprob, ...] = (),
+    ) -> Delta:
+        """New text of a call that is served, with the counts so far."""
+        assert call.served_by is not None
+        return cls(
+            text,
+            call.served_by,
+            call.adapter,
+            call.prompt_tokens,
+            call.completion_tokens,
+            call.cached_tokens,
+            call.finish_reason,
+            call.identity,
+            logprobs,
+            prompt_logprobs,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,13 +123,13 @@ class LocalModel(ChatModel):
                         if isinstance(answer, PromptLogprobs):
                             prompt += answer.tokens
                         elif isinstance(answer, Progress):
-                            yield _delta(call, answer.text, answer.logprobs, tuple(prompt))
+                            yield Delta.of(call, answer.text, answer.logprobs, tuple(prompt))
                             prompt.clear()
             except TimeoutError:
                 if not (allow_partial and call.completion_tokens):
                     raise
                 call.finish_reason = "deadline"
-                yield _delta(call, "")
+                yield Delta.of(call, "")
 
     async def score_choices(
         self,
@@ -299,28 +299,6 @@ class LocalModel(ChatModel):
         call = next(iter(worker.calls.values()), None)
         how = worker.how_it_ended()
         self._on_death(WorkerDeath(self._loader.name, worker.adapter, how, call))
-
-
-def _delta(
-    call: ModelCall,
-    text: str,
-    logprobs: tuple[TokenLogprob, ...] = (),
-    prompt_logprobs: tuple[TokenLogprob, ...] = (),
-) -> Delta:
-    """New text of a call, with the counts so far."""
-    assert call.served_by is not None
-    return Delta(
-        text,
-        call.served_by,
-        call.adapter,
-        call.prompt_tokens,
-        call.completion_tokens,
-        call.cached_tokens,
-        call.finish_reason,
-        call.identity,
-        logprobs,
-        prompt_logprobs,
-    )
 
 
 def _note(call: ModelCall, answer: Answer) -> None:

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final
 
 from llm_sidecar.deadline import Deadline
-from llm_sidecar.engines.base import FinishReason, Message, TokenLogprob
+from llm_sidecar.engines.base import FinishReason, Message
 from llm_sidecar.errors import SidecarError
 from llm_sidecar.models.base import ChoiceScores, Delta, GenerationRequest, RefusedRequest
 from llm_sidecar.models.identity import ModelIdentity
@@ -117,7 +117,7 @@ class _Completion:
         if not text and not chunk.logprobs:
             return None
         self._note_progress(None)
-        return delta_of(self._call, text, chunk.logprobs)
+        return Delta.of(self._call, text, chunk.logprobs)
 
     def end(self) -> Delta:
         """The last delta.
@@ -128,7 +128,7 @@ class _Completion:
         if self.finish_reason is None:
             raise broken(self._name, "ended its answer before it was complete")
         self._note_progress(self.finish_reason)
-        return delta_of(self._call, "")
+        return Delta.of(self._call, "")
 
     def _note_end(self, chunk: Chunk) -> None:
         if chunk.is_end and self._pieces:
@@ -155,22 +155,6 @@ def _check_answer(server: Server, schema: str, answer: str) -> None:
 
     if not follows(schema, answer):
         raise broken(server.connection.name, "sent an answer that does not follow its JSON schema")
-
-
-def delta_of(call: ModelCall, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> Delta:
-    """New text of a call, with the counts so far."""
-    assert call.served_by is not None
-    return Delta(
-        text,
-        call.served_by,
-        call.adapter,
-        call.prompt_tokens,
-        call.completion_tokens,
-        call.cached_tokens,
-        call.finish_reason,
-        call.identity,
-        logprobs,
-    )
 
 
 def _begin(call: ModelCall, server: Server) -> None:

@@ -31,7 +31,7 @@ from llm_sidecar.models.base import (
 from llm_sidecar.models.local.load_state import ModelLimits
 from llm_sidecar.models.local.request_queue import RequestQueue
 from llm_sidecar.models.remote.adapters import LoadedAdapter
-from llm_sidecar.models.remote.asking import RUNTIME, delta_of, generate, score
+from llm_sidecar.models.remote.asking import RUNTIME, generate, score
 from llm_sidecar.models.remote.connection import Connection, make_client
 from llm_sidecar.models.remote.pool import Pool
 from llm_sidecar.models.remote.server import Server
@@ -111,7 +111,7 @@ class RemoteModel(ChatModel):
                 if not (allow_partial and call.completion_tokens):
                     raise
                 call.finish_reason = "deadline"
-                yield delta_of(call, "")
+                yield Delta.of(call, "")
 
     async def score_choices(
         self,
