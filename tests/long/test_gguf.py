@@ -52,7 +52,7 @@ async def test_the_readme_quotes_its_critique(model: LocalModel) -> None:
     readme = (ROOT / "README.md").read_text()
     answer = re.search(r"```json\n(\{\n  \"transaction_id.*?)```", readme, re.DOTALL)
     prompt = re.search(r"""'\{"prompt": "(Long AAPL[^"]*)"\}'""", readme)
-    said = re.search(r'it says: "(.*?) …"', readme)
+    said = re.search(r'it says of the proposal below: "(.*?) …"', readme)
     assert answer is not None
     assert prompt is not None
     assert said is not None
