@@ -116,7 +116,6 @@ class Sidecar:
             self._store,
             self._bus,
             self.few_shot,
-            self._tasks,
             max_chars=settings.limits.max_prompt_chars,
             examples_from_bus=settings.proposals.examples_from_bus,
         )
@@ -135,7 +134,6 @@ class Sidecar:
             lambda: self.few_shot.examples,
             metrics,
             temperature=settings.models.phi3_temperature,
-            timeout=settings.limits.request_timeout,
             retry=settings.proposals.grounding == "retry",
         )
         self.served_models = ServedModels(self.models, settings.models.adapter_dir)
@@ -149,13 +147,9 @@ class Sidecar:
             settings.models.min_answer_mass,
             self._prompts,
         )
-        self.decisions = Decisions(
-            self.served_models, settings.models.min_answer_mass, settings.limits.request_timeout
-        )
-        self.judge = Judge(self.models.hermes, self._rows, self._tasks, metrics, options)
-        self.orchestrator = Orchestrator(
-            self.proposer, self.judge, self._rows, self._tasks, settings.limits.request_timeout
-        )
+        self.decisions = Decisions(self.served_models, settings.models.min_answer_mass)
+        self.judge = Judge(self.models.hermes, self._rows, metrics, options)
+        self.orchestrator = Orchestrator(self.proposer, self.judge, self._rows)
         self.health = Health(
             settings,
             models=self.models,

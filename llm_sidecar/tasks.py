@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 from llm_sidecar.logs import start_owned
@@ -50,6 +50,21 @@ class TaskSet:
         """Waits until all work is done, including work that starts meanwhile."""
         while self._running:
             await asyncio.wait(self._running)
+
+
+async def all_of(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of coroutines that run at the same time.
+
+    Raises:
+        Exception: the first one of any of them; the others are cancelled, and have ended.
+    """
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def cancel(*tasks: asyncio.Task[None], patience: float) -> None:

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,9 @@ from tests.redis_server import RedisServer, require_redis
 # The suite runs a process on each core. A second thread of torch would mostly wait, which takes as
 # much of a processor as work.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Otherwise each process that a test starts compiles its modules again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # No garbage is worth looking for among the modules and tests that stay to the end. Collecting the
 # tests takes a third less time.
 gc.disable()
@@ -33,10 +37,22 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+TESTS = Path(__file__).parent
+LONGEST = [
+    TESTS / "long" / f"test_{name}.py"
+    for name in ("db_crash", "openapi", "redis_trouble", "relay_under_faults", "replay")
+]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts tests/unit last: its files are short, so both processes end at about the same time."""
-    unit = Path(__file__).parent / "unit"
-    items.sort(key=lambda item: unit in item.path.parents)
+    """Puts the longest files of tests/long first and tests/unit, whose files are short, last: so
+    both processes end at about the same time."""
+
+    def position(item: pytest.Item) -> tuple[bool, int]:
+        found = LONGEST.index(item.path) if item.path in LONGEST else len(LONGEST)
+        return TESTS / "unit" in item.path.parents, found
+
+    items.sort(key=position)
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

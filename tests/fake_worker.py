@@ -82,6 +82,10 @@ class FakeEngine:
         """A token a word."""
         return list(range(len(_text(request).split())))
 
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The numbers of the tokens."""
+        return " ".join(map(str, tokens))
+
 
 class FakeBatch:
     """At most two requests at a time."""

@@ -52,7 +52,7 @@ class HostileServer:
         url, port: the address of its API.
         behaviour: the answer to the next requests.
         asked: the number of streamed requests.
-        guides: whether it supports regular expressions.
+        schema_formats: how it takes a schema: `regex`, `grammar`, `json_schema`.
         disconnected: set when a client closes its connection before the answer has ended.
     """
 
@@ -62,7 +62,7 @@ class HostileServer:
         self.port = port
         self.behaviour: Behaviour = proposing
         self.asked = 0
-        self.guides = True
+        self.schema_formats = {"regex"}
         self.disconnected = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -129,7 +129,8 @@ class HostileServer:
             return {"data": [{"id": "model"}]}
         if path != "/v1/chat/completions":
             return None
-        text = '{"osiris":"yes"}' if self.guides and "regex" in asked else "7"
+        taken = asked.keys() & {"regex", "grammar"} | {asked.get("response_format", {}).get("type")}
+        text = "7" if taken.isdisjoint(self.schema_formats) else '{"osiris":"yes"}'
         return {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
 
 

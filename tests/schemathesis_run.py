@@ -26,15 +26,15 @@ def find_faults(
         url: of the server, or of the paths of `document`.
         key: one of its API keys.
         folder: for the files of schemathesis.
-        random_requests: maximum number for each operation and each kind, in addition to those from
-            the document's examples and limits.
+        random_requests: maximum number for each operation and each kind; 0 means the requests from
+            the document's examples and limits instead.
         document: path of another OpenAPI document than the server's own.
         options: the file with the options of the checks.
         checks: their names, separated by commas.
     """
     phases = ["--phases", "examples,coverage"]
     if random_requests:
-        phases = ["--max-examples", str(random_requests)]
+        phases = ["--phases", "fuzzing,stateful", "--max-examples", str(random_requests)]
     asked = [f"{url}/openapi.json"] if document is None else [str(document), "--url", url]
     command = [
         *(str(_COMMAND), "--config-file", str(options), "run", *asked),

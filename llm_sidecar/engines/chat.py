@@ -18,10 +18,11 @@ from typing import Any, Final, TypeVar
 
 from tokenizers import Tokenizer
 
-from llm_sidecar.engines.base import GenerationRequest, Message, check_context
+from llm_sidecar.engines.base import GenerationRequest, Message
 from llm_sidecar.engines.chat_layout import ChatLayout
 from llm_sidecar.engines.chat_template import ChatTemplate, read_special_tokens, read_template
 from llm_sidecar.engines.choice_tree import ChoiceTree, shared_length
+from llm_sidecar.engines.context import check_context
 from llm_sidecar.engines.control_tokens import ControlTokens
 from llm_sidecar.engines.text_decoder import TextDecoder
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
@@ -221,9 +222,11 @@ class ChatTokenizer:
         check_context(len(tokens), request.most_tokens(len(tokens), context_length), context_length)
         return tokens
 
-    def decoder(self) -> TextDecoder:
-        """A new decoder, for one completion."""
-        return TextDecoder(self.tokenizer)
+    def decoder(self, request: GenerationRequest, prompt: Sequence[int]) -> TextDecoder:
+        """A new decoder, for the completion of a request with this prompt."""
+        # The completion continues a text, or a last turn of the assistant's.
+        continues = not request.messages or request.messages[-1]["role"] == "assistant"
+        return TextDecoder(self.tokenizer, prompt if continues else ())
 
     def choice_tree(
         self, messages: Sequence[Message], prompt: Sequence[int], choices: tuple[str, ...]

@@ -28,13 +28,13 @@ from llm_sidecar.engines.base import (
     Message,
     Question,
     Sampling,
-    prefill_steps,
     result_of,
     softmax,
     steps_alone,
 )
 from llm_sidecar.engines.batch import ContinuousBatch, Rows
 from llm_sidecar.engines.chat import ChatTokenizer
+from llm_sidecar.engines.context import prefill_steps
 from llm_sidecar.engines.generation import Generation, Logits
 from llm_sidecar.engines.guidance import Grammars
 from llm_sidecar.engines.logprobs import check_prompt_logprobs
@@ -141,6 +141,9 @@ class Decoder(abc.ABC, Generic[S]):
             self._grammars.check(request.guidance)
         return tokens
 
+    def text_of(self, tokens: Sequence[int]) -> str:
+        return b"".join(map(self._data, tokens)).decode(errors="replace")
+
     def stream(self, request: GenerationRequest) -> Generator[Delta]:
         with contextlib.closing(steps_alone(self.batch(), request)) as steps:
             for deltas in steps:
@@ -195,10 +198,11 @@ class Decoder(abc.ABC, Generic[S]):
         Raises:
             InvalidRequest, ModelUnavailable: as in `Engine.tokenize`.
         """
+        prompt = self.tokenize(request)
         return Generation(
             request,
-            self.tokenize(request),
-            decode=self._chat.decoder(),
+            prompt,
+            decode=self._chat.decoder(request, prompt),
             data=self._data,
             ends=self._chat.ends,
             sampling=sampling_of(request, self.sampling),

@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from llm_sidecar.engines.base import (
-    PREFILL_CHUNK,
-    Delta,
-    FinishReason,
-    GenerationRequest,
-    Sampling,
-    TokenLogprob,
-)
+from llm_sidecar.engines.base import Delta, FinishReason, GenerationRequest, Sampling, TokenLogprob
+from llm_sidecar.engines.context import PREFILL_CHUNK
 from llm_sidecar.engines.logprobs import token_logprob
 from llm_sidecar.engines.sampling import Logits, Sampler
 

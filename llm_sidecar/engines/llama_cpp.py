@@ -18,7 +18,6 @@ import numpy.typing as npt
 
 from llm_sidecar.engines.answer_check import check_schema
 from llm_sidecar.engines.base import (
-    PREFILL_CHUNK,
     PROBE,
     ChoiceScores,
     Delta,
@@ -32,6 +31,7 @@ from llm_sidecar.engines.base import (
 )
 from llm_sidecar.engines.chat import ChatTokenizer
 from llm_sidecar.engines.choice_tree import ChoiceTree
+from llm_sidecar.engines.context import PREFILL_CHUNK
 from llm_sidecar.engines.gguf_model import GgufModel, Token, check_adapter, read_model
 from llm_sidecar.engines.gguf_tokenizer import GgufTokenizer
 from llm_sidecar.engines.llama_batch import LlamaBatch
@@ -93,6 +93,7 @@ class LlamaCppEngine:
         model = read_model(file)
         self.context_length, self.notes = context_of(model)
         self.capacity = Capacity(SLOTS, self.context_length)
+        self._vocabulary = model.vocabulary
         self.server = LlamaServer.start(
             Options(
                 model=str(file),
@@ -111,19 +112,21 @@ class LlamaCppEngine:
             if device == "cuda" and not self.server.on_gpu:
                 raise ModelUnavailable("DEVICE=cuda, but this llama.cpp has no GPU that it can use")
             self.versions = self._versions(found)
-            self._vocabulary = model.vocabulary
-            self._chat = self._chat_tokenizer(model)
-            self.notes += self._chat.notes
-            self.probabilities = Probabilities(
-                self._vocabulary,
-                self._chat.tokenizer.get_added_tokens_decoder(),
-                self._encode("0")[-1],
-            )
+            self._read_tokenizer(model)
             if adapter is not None:
                 self._check_adapter()
         except BaseException:
             self.server.close()
             raise
+
+    def _read_tokenizer(self, model: GgufModel) -> None:
+        self._chat = self._chat_tokenizer(model)
+        self.notes += self._chat.notes
+        self.probabilities = Probabilities(
+            self._vocabulary,
+            self._chat.tokenizer.get_added_tokens_decoder(),
+            self._encode("0")[-1],
+        )
 
     def tokenize(self, request: GenerationRequest, header: bool = True) -> list[int]:
         tokens = self._chat.prompt(request, self.context_length, header)
@@ -132,6 +135,10 @@ class LlamaCppEngine:
         if request.guidance is not None:
             check_schema(request.guidance)
         return tokens
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        text: str = self.server.post("/detokenize", {"tokens": list(tokens)})["content"]
+        return text
 
     def batch(self) -> LlamaBatch:
         return LlamaBatch(self, SLOTS)

@@ -17,9 +17,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from llm_sidecar.engines.base import LEAST_LOGPROB, TokenLogprob
+from llm_sidecar.engines.base import TokenLogprob
 from llm_sidecar.engines.gguf_model import Token
 from llm_sidecar.engines.llama_connection import Connection
+from llm_sidecar.engines.outputs import LEAST_LOGPROB
 
 _FORCED: Final = 1e6
 """A bias larger than all logits, which forces a token."""

@@ -8,7 +8,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from llm_sidecar.engines.base import LEAST_LOGPROB, TokenLogprob
+from llm_sidecar.engines.base import TokenLogprob
+from llm_sidecar.engines.outputs import LEAST_LOGPROB
 from llm_sidecar.errors import InvalidRequest
 
 _MAX_PROMPT_ENTRIES: Final = 1 << 17

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from llm_sidecar.engines.base import PREFILL_CHUNK, PROBE, GenerationRequest, prefill_steps
+from llm_sidecar.engines.base import PROBE, GenerationRequest
 from llm_sidecar.engines.batch import MAX_ROWS
 from llm_sidecar.engines.chat import ChatTokenizer, end_tokens
+from llm_sidecar.engines.context import PREFILL_CHUNK, prefill_steps
 from llm_sidecar.engines.decoding import Decoder
 from llm_sidecar.engines.generation import Generation, Logits
 from llm_sidecar.engines.ort_model import OrtModel, States

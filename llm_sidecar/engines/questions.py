@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
-from llm_sidecar.engines.base import PREFILL_CHUNK, ChoiceScores
+from llm_sidecar.engines.base import ChoiceScores
 from llm_sidecar.engines.choice_tree import ChoiceTree, shared_length
+from llm_sidecar.engines.context import PREFILL_CHUNK
 from llm_sidecar.engines.generation import Logits
 from llm_sidecar.engines.prefixes import UNSHARED
 

@@ -221,6 +221,21 @@ def without_anchors(pattern: str) -> str:
     return body[:-1] if _LAST_ANCHOR.search(body) else body
 
 
+def characters(pattern: str, work: Work) -> frozenset[str]:
+    """All characters of the strings that match a pattern.
+
+    Args:
+        pattern: may begin with `^` and end with `$`.
+        work: bounds several patterns together.
+
+    Raises:
+        ValueError: the pattern holds an unsupported expression, or takes too much work.
+    """
+    parser = _Parser(without_anchors(pattern), work)
+    parser.parse()
+    return frozenset(itertools.chain.from_iterable(parser.classes))
+
+
 def compile_pattern(
     pattern: str, least: int = 0, most: int | None = None, work: Work | None = None
 ) -> Automaton:

@@ -57,7 +57,7 @@ def _values(value: Any) -> Iterator[Any]:
 
 def _coefficient(factor: Any) -> int:
     """The digits of a number without its decimal point: 25 for 0.25; 1 for anything else."""
-    if not isinstance(factor, int | float) or not math.isfinite(factor):
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
         return 1
     _, digits, exponent = Decimal(repr(factor)).normalize().as_tuple()
     assert isinstance(exponent, int)

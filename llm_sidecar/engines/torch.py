@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm_sidecar.engines.base import Dtype, prefill_steps
+from llm_sidecar.engines.base import Dtype
 from llm_sidecar.engines.chat import TOKENIZER_FILE, ChatTokenizer
 from llm_sidecar.engines.chat_template import read_template
 from llm_sidecar.engines.checkpoint import (
@@ -26,6 +26,7 @@ from llm_sidecar.engines.checkpoint import (
     count_weights,
     quantization_method,
 )
+from llm_sidecar.engines.context import prefill_steps
 from llm_sidecar.engines.decoding import Decoder
 from llm_sidecar.engines.generation import Logits
 from llm_sidecar.engines.peft_files import WEIGHTS_FILE, matrix_of, read_config

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModel, DynamicCache
 
-from llm_sidecar.engines.base import PREFILL_CHUNK
+from llm_sidecar.engines.context import PREFILL_CHUNK
 from llm_sidecar.engines.torch_states import GrowingLayer, rope_is_fixed
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from llm_sidecar.models.base import Completion, TokenLogprob
@@ -19,12 +20,14 @@ class TextPart:
 
     Attributes:
         logprobs: of its tokens, if requested.
-        prompt_logprobs: of all tokens of the prompt, in the first part that has any.
+        prompt_logprobs: of all tokens of the prompt, in one part, if requested.
+        prompt_text: the prompt as text, in the same part, if requested.
     """
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +53,49 @@ class Finished:
 
     Attributes:
         reason: see `Reason`.
-        completion: of the model, with its whole text and counts.
+        completion: of the model, without its text and log probabilities, which the parts have.
         grounded: of a proposal: `true`, or the ungrounded fields; None for another answer.
+        at_stop_text: whether a stop text ended it, not the model.
     """
 
     reason: Reason
     completion: Completion
     grounded: str | None = None
+    at_stop_text: bool = False
 
 
 Part = TextPart | ToolCallPart | Finished
+
+
+def joined(parts: Sequence[Part]) -> Iterator[Part]:
+    """The same answer in as few parts as possible."""
+    for _, group in itertools.groupby(parts, key=_item):
+        first, *rest = group
+        match first:
+            case TextPart():
+                texts = [first, *(part for part in rest if isinstance(part, TextPart))]
+                yield TextPart(
+                    "".join(part.text for part in texts),
+                    tuple(token for part in texts for token in part.logprobs),
+                    tuple(token for part in texts for token in part.prompt_logprobs),
+                    "".join(part.prompt_text for part in texts),
+                )
+            case ToolCallPart():
+                calls = [first, *(part for part in rest if isinstance(part, ToolCallPart))]
+                yield replace(first, arguments="".join(part.arguments for part in calls))
+            case Finished():
+                yield first
+
+
+def _item(part: Part) -> str | None:
+    """The call that a part belongs to, an empty text for text, None for the end."""
+    match part:
+        case TextPart():
+            return ""
+        case ToolCallPart():
+            return part.call_id
+        case Finished():
+            return None
 
 
 class TextAnswer:
@@ -90,28 +126,28 @@ class TextAnswer:
             return _part(text, tuple(logprobs))
         self._held += text
         self._tokens.extend(logprobs)
-        return self._give(self._end())
+        return self._take(self._end())
 
     def finish(self, *, is_whole: bool = True) -> list[TextPart]:
         """The rest, once the model has ended; text may end anywhere."""
-        return [] if self.stopped else self._give(len(self._held), with_all_tokens=True)
+        return [] if self.stopped else self._take(len(self._held), with_all_tokens=True)
 
     def _end(self) -> int:
         """The length of the held text that certainly belongs to the answer."""
-        found = [at for text in self._stop if (at := self._held.find(text)) >= 0]
-        if found:
+        starts = [at for text in self._stop if (at := self._held.find(text)) >= 0]
+        if starts:
             self.stopped = True
-            return min(found)
+            return min(starts)
         return len(self._held) - max(_overlap(self._held, text) for text in self._stop)
 
-    def _give(self, end: int, *, with_all_tokens: bool = False) -> list[TextPart]:
+    def _take(self, end: int, *, with_all_tokens: bool = False) -> list[TextPart]:
         text, self._held = self._held[:end], self._held[end:]
         self._text_bytes += len(text.encode())
-        given: list[TokenLogprob] = []
+        tokens: list[TokenLogprob] = []
         while self._tokens and (with_all_tokens or self._token_bytes < self._text_bytes):
-            given.append(self._tokens.popleft())
-            self._token_bytes += len(given[-1].data)
-        return _part(text, tuple(given))
+            tokens.append(self._tokens.popleft())
+            self._token_bytes += len(tokens[-1].data)
+        return _part(text, tuple(tokens))
 
 
 def _part(text: str, logprobs: tuple[TokenLogprob, ...]) -> list[TextPart]:

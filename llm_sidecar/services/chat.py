@@ -26,14 +26,14 @@ class Chat:
         self._system = prompts.system
 
     def answer(
-        self, prompt: str, max_tokens: int, deadline: Deadline | None = None
+        self, prompt: str, max_tokens: int, deadline: Deadline
     ) -> AsyncGenerator[Delta, None]:
         """Streams Hermes' answer; at the deadline it ends with the text so far.
 
         Args:
             prompt: the user's turn.
             max_tokens: of the answer.
-            deadline: default: the model's own time limit.
+            deadline: of the request.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
+from urllib.parse import unquote
 
-_COMBINING: Final = ("$ref", "anyOf", "oneOf", "if", "not")
-"""Keywords that combine an object's schema with another one; `allOf` always does."""
+_COMBINING: Final = frozenset({"properties", "$ref", "anyOf", "oneOf"})
+"""Keywords two of which beside each other combine several schemas of one object."""
+_ALWAYS_COMBINING: Final = frozenset({"allOf", "if", "not"})
 _OPEN: Final = ("additionalProperties", "unevaluatedProperties", "patternProperties")
 """Keywords that say which other properties an object may have."""
 _VALUES: Final = frozenset({"const", "default", "enum", "examples"})
@@ -23,9 +25,9 @@ def guidance_of(schema: Mapping[str, Any]) -> str:
 
     Answers have no whitespace between values, because a model may write it without end. Objects
     have only the properties that the schema names, because models invent others. Exceptions are
-    schemas that mention other properties, or that combine several schemas of one object.
+    objects whose schema mentions other properties, and those in a combination of several schemas.
     """
-    guided = dict(schema if _combines(schema) else _closed(schema))
+    guided = dict(_closed(schema, _combined(schema)))
     guided["x-guidance"] = {"whitespace_flexible": False}
     # It names the dialect, which is always the same.
     guided.pop("$schema", None)
@@ -48,26 +50,66 @@ def relocated(schema: Any, pointer: str) -> Any:
     return moved
 
 
-def _closed(schema: Any) -> Any:
-    """The schema, with objects that allow no further properties."""
+def _closed(schema: Any, combined: set[int]) -> Any:
+    """The schema, with objects that allow no further properties.
+
+    Args:
+        combined: the ids of the schemas that stay open.
+    """
     if not isinstance(schema, Mapping):
         return schema
-    closed = _changed(schema, _closed)
-    if isinstance(schema.get("properties"), Mapping) and not any(name in schema for name in _OPEN):
+    closed = _changed(schema, lambda part: _closed(part, combined))
+    is_open = id(schema) in combined or any(name in schema for name in _OPEN)
+    if isinstance(schema.get("properties"), Mapping) and not is_open:
         closed["additionalProperties"] = False
     return closed
 
 
-def _combines(schema: Any) -> bool:
-    """Whether the properties of some object come from several schemas, which must stay open for
-    each other's properties."""
-    if isinstance(schema, list):
-        return any(map(_combines, schema))
-    if not isinstance(schema, Mapping):
-        return False
-    if "allOf" in schema or ("properties" in schema and any(name in schema for name in _COMBINING)):
-        return True
-    return any(map(_combines, schema.values()))
+def _combined(root: Mapping[str, Any]) -> set[int]:
+    """The ids of all schemas in a combination of several schemas of one object. They must stay open
+    for each other's properties."""
+    combined: set[int] = set()
+    waiting = [part for part in _all_in(root) if _combines(part)]
+    while waiting:
+        part = waiting.pop()
+        if id(part) not in combined:
+            combined.add(id(part))
+            target = _target(root, part.get("$ref"))
+            waiting += [other for other in (*_parts(part), target) if isinstance(other, Mapping)]
+    return combined
+
+
+def _combines(schema: Mapping[str, Any]) -> bool:
+    return not _ALWAYS_COMBINING.isdisjoint(schema) or len(_COMBINING & schema.keys()) > 1
+
+
+def _all_in(schema: Any) -> Iterator[Mapping[str, Any]]:
+    """A schema and all schemas in it."""
+    if isinstance(schema, Mapping):
+        yield schema
+        for part in _parts(schema):
+            yield from _all_in(part)
+
+
+def _parts(schema: Mapping[str, Any]) -> list[Any]:
+    """The schemas directly in a schema, and other values."""
+    parts: list[Any] = []
+    _changed(schema, parts.append)
+    return parts
+
+
+def _target(root: Mapping[str, Any], reference: object) -> Any:
+    """What a reference within a schema refers to; None if that does not exist."""
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        return None
+    target: Any = root
+    for name in unquote(reference).split("/")[1:]:
+        name = name.replace("~1", "/").replace("~0", "~")
+        try:
+            target = target[int(name) if isinstance(target, list) else name]
+        except (LookupError, TypeError, ValueError):
+            return None
+    return target
 
 
 def _changed(schema: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from llm_sidecar.services.propose import Proposer
 from llm_sidecar.services.served_form import served_form, with_system_text
 from llm_sidecar.services.served_models import HERMES, ServedModels
 from llm_sidecar.services.tool_answers import ToolAnswer
-from llm_sidecar.services.tools import Tool, ToolChoice, answer_schema, instructions, offered
+from llm_sidecar.services.tools import Tool, ToolChoice, answer_schema, instructions
 from llm_sidecar.settings import Settings
 
 __all__ = [
@@ -66,7 +66,7 @@ class Conversation:
             free text or, from phi3 without tools, a proposal.
         is_free_text: whether the client asked for text explicitly, so that phi3 writes no proposal.
         tools: the functions that the model may call.
-        tool_choice: see `ToolChoice`, or the name of the tool that the model has to call.
+        tool_choice: see `ToolChoice`.
         logprobs: see `GenerationRequest`.
     """
 
@@ -79,7 +79,7 @@ class Conversation:
     schema: Mapping[str, Any] | None = None
     is_free_text: bool = False
     tools: tuple[Tool, ...] = ()
-    tool_choice: ToolChoice | str = "auto"
+    tool_choice: ToolChoice = "auto"
     logprobs: int | None = None
 
 
@@ -89,7 +89,7 @@ class TextPrompt:
 
     Attributes:
         prompt: the text, or its tokens.
-        prompt_logprobs: see `GenerationRequest`.
+        prompt_logprobs, echo: see `GenerationRequest`.
 
     The others are as in `Conversation`.
     """
@@ -102,6 +102,7 @@ class TextPrompt:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    echo: bool = False
 
 
 class Conversations:
@@ -142,7 +143,7 @@ class Conversations:
         chat_model = self._served.find(model)
         deadline = deadline or Deadline.after(self._timeout)
         conversation = replace(conversation, messages=served_form(conversation.messages))
-        tools = offered(conversation.tools, conversation.tool_choice)
+        tools = () if conversation.tool_choice == "none" else conversation.tools
         if model != HERMES and _wants_proposal(conversation):
             return self._proposal(model, conversation, deadline)
         request = self._request(model, conversation, tools)
@@ -175,6 +176,7 @@ class Conversations:
             top_p=prompt.top_p,
             logprobs=prompt.logprobs,
             prompt_logprobs=prompt.prompt_logprobs,
+            echo=prompt.echo,
         )
         deltas = chat_model.stream(request, deadline, allow_partial=True)
         return self._answered(model, deltas, TextAnswer(prompt.stop))
@@ -214,27 +216,27 @@ class Conversations:
         self, model: str, stream: AsyncGenerator[Delta, None], answer: TextAnswer | ToolAnswer
     ) -> AsyncGenerator[Part, None]:
         """The parts of a generation."""
-        deltas: list[Delta] = []
+        last: Delta | None = None
         async with contextlib.aclosing(stream):
             async for delta in stream:
-                if not deltas:
+                if last is None:
                     self._served.check_adapter(model, delta.adapter)
-                deltas.append(delta)
-                if delta.prompt_logprobs:
-                    yield TextPart("", (), delta.prompt_logprobs)
+                last = delta
+                if delta.prompt_logprobs or delta.prompt_text:
+                    yield TextPart("", (), delta.prompt_logprobs, delta.prompt_text)
                 for part in answer.feed(delta.text, delta.logprobs):
                     yield part
                 if answer.stopped:
-                    deltas[-1] = replace(delta, finish_reason="stop")
+                    last = replace(delta, finish_reason="stop")
                     break
-        completion = Completion.of(deltas)
+        completion = _without_text(Completion.of([] if last is None else [last]))
         is_whole = completion.finish_reason == "stop" and not answer.stopped
         for part in answer.finish(is_whole=is_whole):
             yield part
         reason: Reason = "stop" if completion.finish_reason == "stop" else "length"
         if answer.has_call and is_whole:
             reason = "tool_calls"
-        yield Finished(reason, completion)
+        yield Finished(reason, completion, at_stop_text=answer.stopped)
 
     async def _proposal(
         self, model: str, conversation: Conversation, deadline: Deadline
@@ -259,7 +261,7 @@ class Conversations:
                     completion = item.completion
                     if as_one:
                         yield TextPart(completion.text, completion.logprobs)
-                    yield Finished("stop", completion, item.grounded)
+                    yield Finished("stop", _without_text(completion), item.grounded)
                     return
                 self._served.check_adapter(model, item.adapter)
                 if not as_one and (item.text or item.logprobs):
@@ -286,6 +288,10 @@ async def _with_tools(
                     f"The schema of the answer or of a tool is not usable: {error.problem}"
                 ) from None
             raise InvalidRequest(error.problem, field="tools") from None
+
+
+def _without_text(completion: Completion) -> Completion:
+    return replace(completion, text="", logprobs=(), prompt_logprobs=())
 
 
 def _wants_proposal(conversation: Conversation) -> bool:

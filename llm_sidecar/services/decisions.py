@@ -1,7 +1,7 @@
 """Typed questions about an input, answered with probabilities instead of text.
 
     questions = [Question("predicate", "The position is long.")]
-    decided = await decisions.decide("hermes", Input("Long ABC from 100."), questions)
+    decided = await decisions.decide("hermes", Input("Long ABC."), questions, deadline)
     decided.answers[0].probabilities  # of true and false
 
 The model's answer is a short text: `True` or `False`, or the number of an option. The sidecar reads
@@ -148,25 +148,26 @@ class Decided:
 class Decisions:
     """Answers questions with phi3 or hermes."""
 
-    def __init__(self, served: ServedModels, min_answer_mass: float, timeout: float) -> None:
+    def __init__(self, served: ServedModels, min_answer_mass: float) -> None:
         """Calls no model yet.
 
         Args:
             served: finds the models.
             min_answer_mass: answer mass from which an answer is reliable.
-            timeout: seconds for all questions of a request.
         """
         self._served = served
         self._min_answer_mass = min_answer_mass
-        self._timeout = timeout
 
-    async def decide(self, model: str, given: Input, questions: Sequence[Question]) -> Decided:
+    async def decide(
+        self, model: str, given: Input, questions: Sequence[Question], deadline: Deadline
+    ) -> Decided:
         """Answers each question independently of the others.
 
         Args:
             model: `phi3`, `hermes`, or `phi3:` and the name of the adapter in use.
             given: the input.
             questions: at least one.
+            deadline: of all questions together.
 
         Raises:
             NotFound: there is no such model, or its adapter is not in use for all questions.
@@ -174,7 +175,6 @@ class Decisions:
             QueueFull, ModelUnavailable, DeadlineExceeded
         """
         asked = [chat_question(given, each) for each in questions]
-        deadline = Deadline.after(self._timeout)
         try:
             scores = await self._served.find(model).score_questions(asked, deadline)
         except InvalidRequest as error:

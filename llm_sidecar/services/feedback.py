@@ -26,7 +26,6 @@ from llm_sidecar.services.events import FEEDBACK_SUBMITTED, FeedbackSubmitted, c
 from llm_sidecar.services.example_rules import Outcome
 from llm_sidecar.services.few_shot import FewShotExamples
 from llm_sidecar.services.idempotency import Attempt
-from llm_sidecar.tasks import TaskSet
 from llm_sidecar.text import find_fault
 
 log = logging.getLogger(__name__)
@@ -49,7 +48,6 @@ class Feedback:
         store: Store,
         bus: EventBus,
         few_shot: FewShotExamples,
-        tasks: TaskSet,
         *,
         max_chars: int,
         examples_from_bus: bool,
@@ -60,14 +58,12 @@ class Feedback:
             store: the database.
             bus: brings the feedback of other services.
             few_shot: the examples, refreshed after each change.
-            tasks: run to completion even if the client disconnects.
             max_chars: maximum number of characters in a text of a message.
             examples_from_bus: whether published feedback can be an example.
         """
         self._store = store
         self._bus = bus
         self._few_shot = few_shot
-        self._tasks = tasks
         self._max_chars = max_chars
         self._examples_from_bus = examples_from_bus
 
@@ -77,17 +73,14 @@ class Feedback:
         await self._bus.read_inbox(self._store_entries)
 
     async def submit(
-        self,
-        feedback: Phi3FeedbackSchema,
-        author: str | None = None,
-        attempt: Attempt | None = None,
+        self, feedback: Phi3FeedbackSchema, author: str | None, attempt: Attempt
     ) -> tuple[str, Outcome]:
         """Stores feedback together with its event.
 
         Args:
             feedback: what to store.
             author: the name of the API key that it came with.
-            attempt: at a request with an `Idempotency-Key`.
+            attempt: at the request.
 
         Returns:
             Its feedback_id, and whether it is a few-shot example or the reason why not.
@@ -95,7 +88,6 @@ class Feedback:
         Raises:
             DatabaseUnavailable: it is not stored.
         """
-        attempt = attempt or Attempt(self._tasks)
         if attempt.state is not None:
             # An earlier attempt has stored it. Its id may depend on the time of that attempt.
             feedback = feedback.model_copy(update=attempt.state)

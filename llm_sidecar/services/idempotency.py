@@ -40,16 +40,16 @@ class Attempt:
 
     Attributes:
         tasks: its work that runs to completion even if the client disconnects.
+        deadline: of the request.
         request: None for a request without a key, of which nothing is kept.
         state: the progress of the last attempt, or None.
-        deadline: the deadline of the request; None if the service sets its own.
         kept: whether the answer is kept.
     """
 
     tasks: TaskSet
+    deadline: Deadline
     request: RequestKey | None = None
     state: Mapping[str, Any] | None = None
-    deadline: Deadline | None = None
     kept: bool = False
 
     def progress(self, state: Mapping[str, Any]) -> Progress | None:
@@ -82,7 +82,7 @@ class Idempotency:
 
     def without_key(self) -> Attempt:
         """An attempt whose progress and answer are not kept."""
-        return Attempt(TaskSet(self._tasks))
+        return Attempt(TaskSet(self._tasks), Deadline.after(self._timeout))
 
     async def begin(self, request: RequestKey, fingerprint: str) -> Attempt | bytes:
         """Claims a request; waits while another attempt at it runs, in any process.
@@ -114,7 +114,7 @@ class Idempotency:
             self._metrics.replayed()
             return claim.response
         state = None if claim.state is None else json.loads(claim.state)
-        return Attempt(TaskSet(self._tasks), request, state, deadline)
+        return Attempt(TaskSet(self._tasks), deadline, request, state)
 
     async def keep(self, attempt: Attempt, answer: bytes) -> None:
         """Keeps the answer of an attempt that has succeeded.

@@ -13,10 +13,12 @@ from pydantic import TypeAdapter
 
 from llm_sidecar import timestamps
 from llm_sidecar.db import HermesScoreSchema, Latencies, OrchestratorRunSchema, ProposalSchema
+from llm_sidecar.db.transaction import Transaction
 from llm_sidecar.models.base import Completion, GenerationRequest
 from llm_sidecar.models.prompts import Prompts
 from llm_sidecar.proposals import Proposed
-from llm_sidecar.services.events import ProposalAssessed, ProposalCreated
+from llm_sidecar.services.events import ProposalAssessed, ProposalCreated, cloud_event
+from llm_sidecar.services.idempotency import Attempt
 from llm_sidecar.services.provenance import Provenance
 from llm_sidecar.services.rows import Row
 from llm_sidecar.services.score import Rating
@@ -159,6 +161,37 @@ class ProposalRun:
             self.rating,
             self.made.grounded,
             stored,
+        )
+
+    def draft(self, attempt: Attempt) -> Transaction:
+        """Stores a proposal before its critique, with the event `phi3.proposal.created`."""
+        return Transaction(
+            self.rows(UNFINISHED),
+            [cloud_event(self.created_event())],
+            attempt.progress(self.state()),
+            draft=str(self.transaction_id),
+        )
+
+    def finished(self, attempt: Attempt) -> Transaction:
+        """Replaces the draft, with the event `phi3.proposal.assessed`."""
+        return Transaction(
+            self.rows(),
+            [cloud_event(self.assessed_event())],
+            attempt.progress(self.state()),
+            replaces=str(self.transaction_id),
+        )
+
+    def early_end(self, attempt: Attempt, reason: str) -> Transaction:
+        """Stores a run that ended early: as a draft if another attempt can finish it."""
+        if self.made is None:
+            return Transaction(self.rows(reason))
+        transaction_id = str(self.transaction_id)
+        progress = attempt.progress(self.state())
+        return Transaction(
+            self.rows(reason),
+            progress=progress,
+            draft=None if progress is None else transaction_id,
+            replaces=transaction_id,
         )
 
     def rows(self, error: str | None = None) -> list[Row]:

@@ -1,4 +1,4 @@
-"""A proposal: Phi-3 writes it under guidance, Hermes judges it, and it is stored and published."""
+"""Proposals: Phi-3 generates them under guidance, Hermes judges them, and they are stored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Final
 
 from llm_sidecar import grounding, proposals
-from llm_sidecar.db.transaction import Transaction
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable, QueueFull, SidecarError
 from llm_sidecar.models.base import (
@@ -23,16 +22,16 @@ from llm_sidecar.models.base import (
     new_seed,
 )
 from llm_sidecar.proposals import Example, Proposed
-from llm_sidecar.services.events import cloud_event
 from llm_sidecar.services.idempotency import Attempt
 from llm_sidecar.services.proposal_run import UNFINISHED, AssessedProposal, ProposalRun
 from llm_sidecar.services.rows import Rows
 from llm_sidecar.services.score import Judge
-from llm_sidecar.tasks import TaskSet
 from llm_sidecar.telemetry.metrics import MetricsSink
 
 log = logging.getLogger(__name__)
 
+Items = AsyncGenerator[Delta | Proposed, None]
+"""The deltas of one or more generations, and finally a proposal."""
 
 _LEAST_TEMPERATURE: Final = 0.7
 """Minimum temperature of the second request, if the first proposal was not valid."""
@@ -52,7 +51,6 @@ class Proposer:
         metrics: MetricsSink,
         *,
         temperature: float,
-        timeout: float,
         retry: bool,
     ) -> None:
         """Calls no model yet.
@@ -62,7 +60,6 @@ class Proposer:
             examples: returns the few-shot examples in use, oldest first.
             metrics: receives every proposal.
             temperature: 0 is greedy.
-            timeout: seconds that a proposal without a deadline may take.
             retry: whether an ungrounded proposal is generated once more, under the guidance of its
                 context, in at most half of the time that is left.
         """
@@ -70,7 +67,6 @@ class Proposer:
         self._examples = examples
         self._metrics = metrics
         self._temperature = temperature
-        self._timeout = timeout
         self._retry = retry
 
     @property
@@ -78,9 +74,7 @@ class Proposer:
         """Whether a proposal may be generated twice, so that not all deltas belong to it."""
         return self._retry or not self._phi3.valid_by_construction
 
-    async def generate(
-        self, prompt: str, max_tokens: int, deadline: Deadline | None = None
-    ) -> AsyncGenerator[Delta | Proposed, None]:
+    async def generate(self, prompt: str, max_tokens: int, deadline: Deadline) -> Items:
         """Generates a proposal from a market context; see `answer`."""
         answer = self.answer([{"role": "user", "content": prompt}], max_tokens, deadline)
         try:
@@ -95,34 +89,33 @@ class Proposer:
         self,
         messages: Sequence[Message],
         max_tokens: int,
-        deadline: Deadline | None = None,
+        deadline: Deadline,
         *,
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
         logprobs: int | None = None,
-    ) -> AsyncGenerator[Delta | Proposed, None]:
+    ) -> Items:
         """Generates a proposal; it is neither assessed nor stored nor published.
 
         Args:
             messages: the chat that asks for it; the user's turns are the market context. If it has
                 no system turn, the system prompt and the few-shot examples come first.
             max_tokens: at least `proposals.MIN_COMPLETION_TOKENS`.
-            deadline: of the whole request, the retry included.
+            deadline: of the whole request, all generations included.
             temperature: default: that of all proposals.
             top_p, seed, logprobs: see `GenerationRequest`; the default of the seed is a new one.
 
         Yields:
-            Deltas as they are generated, including those of further attempts; finally the valid
+            Deltas as they are generated, including those of further generations; finally the valid
             proposal, which is the first one if the retry fails.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
         """
         proposals.check_budget(max_tokens)
-        deadline = deadline or Deadline.after(self._timeout)
         temperature = self._temperature if temperature is None else temperature
-        template = GenerationRequest(
+        request = GenerationRequest(
             messages,
             max_tokens,
             proposals.guidance(max_tokens),
@@ -133,18 +126,17 @@ class Proposer:
         )
         has_system = any(message["role"] == "system" for message in messages)
         examples = () if has_system else self._examples()
-        context = "\n".join(one["content"] for one in messages if one["role"] == "user")
+        context = "\n".join(message["content"] for message in messages if message["role"] == "user")
         started = False
         while True:
-            request = template
-            if not has_system:
-                request = replace(template, messages=[*proposals.opening(examples), *messages])
+            opening = [] if has_system else proposals.opening(examples)
+            opened = replace(request, messages=[*opening, *messages])
             try:
-                async with contextlib.aclosing(self._attempt(request, context, deadline)) as items:
+                async with contextlib.aclosing(self._grounded(opened, context, deadline)) as items:
                     async for item in items:
                         started = True
                         if isinstance(item, Proposed):
-                            ids = (one.feedback_id for one in examples)
+                            ids = (example.feedback_id for example in examples)
                             item = item._replace(examples=tuple(filter(None, ids)))
                         yield item
                 return
@@ -155,51 +147,63 @@ class Proposer:
                 log.warning("the few-shot examples do not fit the context beside a long prompt")
                 examples = ()
 
-    async def _attempt(
-        self, request: GenerationRequest, prompt: str, deadline: Deadline
-    ) -> AsyncGenerator[Delta | Proposed, None]:
-        """One request, a second one if a model that may ignore the guidance did so, and a retry if
-        the proposal is ungrounded."""
-        deltas: list[Delta] = []
-        async with contextlib.aclosing(self._generated(request, deadline, deltas)) as stream:
-            async for delta in stream:
-                yield delta
-        try:
-            proposed = await self._proposed(request, deltas, prompt)
-        except InvalidProposal:
-            if self._phi3.valid_by_construction:
-                raise
-            # Greedy decoding would most likely generate the same text again.
-            request = _second_request(request)
-            deltas = []
-            async with contextlib.aclosing(self._generated(request, deadline, deltas)) as stream:
-                async for delta in stream:
-                    yield delta
-            proposed = await self._proposed(request, deltas, prompt)
-        if again := await self._retry_request(request, prompt, proposed):
+    async def _grounded(
+        self, request: GenerationRequest, context: str, deadline: Deadline
+    ) -> Items:
+        """A valid proposal; if it is ungrounded, once more under the guidance of its context."""
+        proposed: Proposed | None = None
+        async with contextlib.aclosing(self._valid(request, context, deadline)) as items:
+            async for item in items:
+                if isinstance(item, Proposed):
+                    proposed = item
+                else:
+                    yield item
+        assert proposed is not None
+        if again := await self._retry_request(proposed, context):
             # The other half of the time is for the assessment: a slow retry must not cause a 504.
-            half, deltas = Deadline.after(deadline.remaining() / 2), []
+            half = Deadline.after(deadline.remaining() / 2)
             try:
-                async with contextlib.aclosing(self._generated(again, half, deltas)) as stream:
-                    async for delta in stream:
-                        yield delta
-                proposed = await self._proposed(again, deltas, prompt)
+                async with contextlib.aclosing(self._once(again, context, half)) as items:
+                    async for item in items:
+                        if isinstance(item, Proposed):
+                            proposed = item
+                        else:
+                            yield item
             except SidecarError as error:
                 log.warning("the retry of an ungrounded proposal failed: %s", type(error).__name__)
         self._metrics.proposed(proposed.proposal["action"], proposed.ungrounded)
         yield proposed
 
-    async def _generated(
-        self, request: GenerationRequest, deadline: Deadline, deltas: list[Delta]
-    ) -> AsyncGenerator[Delta, None]:
-        """Generates; adds each delta to `deltas` too."""
+    async def _valid(self, request: GenerationRequest, context: str, deadline: Deadline) -> Items:
+        """A proposal; if a model that may ignore the guidance did so, from a second request."""
+        try:
+            async with contextlib.aclosing(self._once(request, context, deadline)) as items:
+                async for item in items:
+                    yield item
+            return
+        except InvalidProposal:
+            if self._phi3.valid_by_construction:
+                raise
+        second = _second_request(request)
+        async with contextlib.aclosing(self._once(second, context, deadline)) as items:
+            async for item in items:
+                yield item
+
+    async def _once(self, request: GenerationRequest, context: str, deadline: Deadline) -> Items:
+        """One generation: its deltas, and its proposal.
+
+        Raises:
+            InvalidProposal: it is not valid.
+        """
+        deltas: list[Delta] = []
         async with contextlib.aclosing(self._phi3.stream(request, deadline)) as stream:
             async for delta in stream:
                 deltas.append(delta)
                 yield delta
+        yield await self._proposed(request, Completion.of(deltas), context)
 
     async def _proposed(
-        self, request: GenerationRequest, deltas: Sequence[Delta], prompt: str
+        self, request: GenerationRequest, completion: Completion, context: str
     ) -> Proposed:
         """The valid proposal of a finished generation.
 
@@ -207,7 +211,6 @@ class Proposer:
             InvalidRequest: the model's tokenizer needs a larger `max_tokens`.
             InvalidProposal: there is none.
         """
-        completion = Completion.of(deltas)
         most, follows = proposals.MAX_COMPLETION_TOKENS, self._phi3.valid_by_construction
         # A model that ignores the guidance may use up any budget.
         if follows and completion.finish_reason == "length" and request.max_tokens < most:
@@ -232,19 +235,18 @@ class Proposer:
                 retry_after=1,
             ) from None
         # In a thread, because a long context would block the event loop.
-        ungrounded = await asyncio.to_thread(grounding.ungrounded_fields, proposal, prompt)
+        ungrounded = await asyncio.to_thread(grounding.ungrounded_fields, proposal, context)
         return Proposed(proposal, completion, ungrounded, request)
 
-    async def _retry_request(
-        self, request: GenerationRequest, prompt: str, first: Proposed
-    ) -> GenerationRequest | None:
+    async def _retry_request(self, first: Proposed, context: str) -> GenerationRequest | None:
         """The request with guidance limited to the context; None if no retry is needed."""
-        if not self._retry or not first.ungrounded:
+        request = first.request
+        if request is None or not self._retry or not first.ungrounded:
             return None
         # A grounded ticker is always offered, even if the context has too many others.
         tickers = [] if "ticker" in first.ungrounded else [first.proposal["ticker"]]
         guidance = await asyncio.to_thread(
-            proposals.grounded_guidance, prompt, tickers, request.max_tokens
+            proposals.grounded_guidance, context, tickers, request.max_tokens
         )
         return None if guidance is None else replace(request, guidance=guidance)
 
@@ -252,29 +254,19 @@ class Proposer:
 class Orchestrator:
     """Generates, assesses, stores and publishes proposals."""
 
-    def __init__(
-        self, proposer: Proposer, judge: Judge, rows: Rows, tasks: TaskSet, timeout: float
-    ) -> None:
+    def __init__(self, proposer: Proposer, judge: Judge, rows: Rows) -> None:
         """Calls no model yet.
 
         Args:
             proposer, judge: generate and assess the proposal.
             rows: makes runs and their events durable.
-            tasks: run to completion even if the client disconnects.
-            timeout: seconds that a run may take.
         """
         self._proposer = proposer
         self._judge = judge
         self._rows = rows
-        self._tasks = tasks
-        self._timeout = timeout
 
     async def propose(
-        self,
-        prompt: str,
-        max_tokens: int,
-        api_key: str | None = None,
-        attempt: Attempt | None = None,
+        self, prompt: str, max_tokens: int, api_key: str | None, attempt: Attempt
     ) -> AsyncGenerator[Delta | Proposed | AssessedProposal, None]:
         """Runs a proposal from prompt to score, or continues an earlier attempt.
 
@@ -286,8 +278,7 @@ class Orchestrator:
             max_tokens: of the proposal, and of the critique unless its own bound is smaller; at
                 least `proposals.MIN_COMPLETION_TOKENS`.
             api_key: the name of the key that the request came with, for the provenance.
-            attempt: at a request with an `Idempotency-Key`; results of an earlier attempt are not
-                generated again.
+            attempt: at the request; results of an earlier attempt are not generated again.
 
         Yields:
             Deltas of Phi-3, the proposal, deltas of Hermes, and finally the result.
@@ -296,7 +287,6 @@ class Orchestrator:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded: if Phi-3 had finished,
                 the proposal is stored, and the error has its `transaction_id`.
         """
-        attempt = attempt or Attempt(self._tasks)
         if attempt.state is None:
             run = ProposalRun(prompt, api_key)
         else:
@@ -316,7 +306,7 @@ class Orchestrator:
         except BaseException as error:
             if run.made is not None:
                 # In the background, because a cancelled request cannot wait.
-                attempt.tasks.start(self._rows.commit(_early_end(run, attempt, _end_reason(error))))
+                attempt.tasks.start(self._rows.commit(run.early_end(attempt, _end_reason(error))))
             raise
         yield await attempt.tasks.finish(self._finish(run, attempt))
 
@@ -325,7 +315,7 @@ class Orchestrator:
     ) -> AsyncGenerator[Delta | Proposed, None]:
         """Generates the missing results (proposal, critique, score), and records each in the
         run."""
-        deadline = attempt.deadline or Deadline.after(self._timeout)
+        deadline = attempt.deadline
         if run.made is not None:
             yield run.made
         else:
@@ -334,7 +324,7 @@ class Orchestrator:
                 async for item in items:
                     if isinstance(item, Proposed):
                         run.proposed(item)
-                        draft = self._rows.commit(_draft(run, attempt), preliminary=True)
+                        draft = self._rows.commit(run.draft(attempt), preliminary=True)
                         await attempt.tasks.finish(draft)
                     yield item
         proposal = run.proposal
@@ -350,50 +340,16 @@ class Orchestrator:
         run.rated(await self._judge.rate(proposal, run.prompt, deadline))
 
     async def _finish(self, run: ProposalRun, attempt: Attempt) -> AssessedProposal:
-        """Stores a finished run with the event of its assessment."""
-        stored = await self._rows.commit(
-            Transaction(
-                run.rows(),
-                [cloud_event(run.assessed_event())],
-                attempt.progress(run.state()),
-                replaces=str(run.transaction_id),
-            )
-        )
+        stored = await self._rows.commit(run.finished(attempt))
         return run.result(stored=stored)
 
     async def _store_failed(
         self, run: ProposalRun, attempt: Attempt, error: SidecarError
     ) -> SidecarError:
         """Stores a failed run; returns the error, with what is stored."""
-        early_end = _early_end(run, attempt, error.detail)
-        stored = await attempt.tasks.finish(self._rows.commit(early_end))
+        stored = await attempt.tasks.finish(self._rows.commit(run.early_end(attempt, error.detail)))
         has_proposal = stored and run.made is not None
         return error.of_request(run.transaction_id if has_proposal else None, stored=stored)
-
-
-def _draft(run: ProposalRun, attempt: Attempt) -> Transaction:
-    """The rows of a run with a proposal, as a draft, with the event `phi3.proposal.created`."""
-    return Transaction(
-        run.rows(UNFINISHED),
-        [cloud_event(run.created_event())],
-        attempt.progress(run.state()),
-        draft=str(run.transaction_id),
-    )
-
-
-def _early_end(run: ProposalRun, attempt: Attempt, reason: str) -> Transaction:
-    """The rows of a run that ended early. They are a draft if another attempt can finish the
-    run."""
-    transaction_id = str(run.transaction_id)
-    if run.made is None:
-        return Transaction(run.rows(reason))
-    progress = attempt.progress(run.state())
-    return Transaction(
-        run.rows(reason),
-        progress=progress,
-        draft=None if progress is None else transaction_id,
-        replaces=transaction_id,
-    )
 
 
 def _second_request(request: GenerationRequest) -> GenerationRequest:

@@ -17,7 +17,6 @@ from llm_sidecar.models.prompts import Prompts
 from llm_sidecar.services.critique import whole_sentences
 from llm_sidecar.services.idempotency import Attempt
 from llm_sidecar.services.rows import Rows
-from llm_sidecar.tasks import TaskSet
 from llm_sidecar.telemetry.metrics import MetricsSink
 
 
@@ -76,7 +75,6 @@ class Judge:
         self,
         hermes: ChatModel,
         rows: Rows,
-        tasks: TaskSet,
         metrics: MetricsSink,
         options: JudgeOptions,
     ) -> None:
@@ -85,13 +83,11 @@ class Judge:
         Args:
             hermes: the model.
             rows: stores the scores of `score`.
-            tasks: run to completion even if the client disconnects.
             metrics: receives every score.
             options: how to judge.
         """
         self._hermes = hermes
         self._rows = rows
-        self._tasks = tasks
         self._metrics = metrics
         self._options = options
 
@@ -124,7 +120,7 @@ class Judge:
         return whole_sentences(self._hermes.stream(request, deadline))
 
     async def rate(
-        self, proposal: Mapping[str, Any], context: str | None, deadline: Deadline | None = None
+        self, proposal: Mapping[str, Any], context: str | None, deadline: Deadline
     ) -> Rating:
         """Hermes' score of a proposal: deterministic, from one forward pass, not stored.
 
@@ -141,19 +137,18 @@ class Judge:
         return Rating(score, mass, reliable)
 
     async def score(
-        self, proposal: Mapping[str, Any], context: str | None, attempt: Attempt | None = None
+        self, proposal: Mapping[str, Any], context: str | None, attempt: Attempt
     ) -> ScoredProposal:
         """Scores a proposal and stores the score under the proposal's own id, or a new one.
 
         Args:
             proposal: as JSON types.
             context: the market context.
-            attempt: at a request with an `Idempotency-Key`.
+            attempt: at the request.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable, DeadlineExceeded
         """
-        attempt = attempt or Attempt(self._tasks)
         if attempt.state is not None:
             kept = attempt.state
             # An older version kept no more than the score.

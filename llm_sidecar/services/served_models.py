@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,13 @@ from llm_sidecar.errors import AdapterRejected, NotFound
 from llm_sidecar.models import adapters
 from llm_sidecar.models.base import ChatModel, Models
 
+log = logging.getLogger(__name__)
+
 PHI3: Final = "phi3"
 HERMES: Final = "hermes"
 _NOT_IN_USE: Final = (
-    "model: this adapter is not in use; POST /adapters/swap switches to it, and phi3 alone names "
-    "the one in use"
+    "model: this adapter is not in use or does not exist; GET /v1/models lists the adapters, POST "
+    "/adapters/swap switches to one, and phi3 alone names the one in use"
 )
 _UNKNOWN: Final = "model: there is no such model; GET /v1/models lists them"
 
@@ -95,8 +98,9 @@ class ServedModels:
     def _adapters(self) -> Sequence[ServedModel]:
         try:
             folders = adapters.list_adapter_dirs(self._adapter_dir)
-        except AdapterRejected:
+        except AdapterRejected as error:
             # An unreadable folder must not hide the models.
+            log.warning("the list of models has no adapters: %s", error.detail)
             return []
         return [
             ServedModel(f"{PHI3}:{folder.name}", _modified(folder), PHI3)

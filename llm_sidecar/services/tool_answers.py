@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from llm_sidecar.errors import ModelUnavailable
+from llm_sidecar.json_text import JsonValue
 from llm_sidecar.models.base import TokenLogprob
 from llm_sidecar.services.answers import Part, TextAnswer, ToolCallPart
 from llm_sidecar.text import cleaned
@@ -34,7 +35,7 @@ class ToolAnswer:
         self.has_call = False
         self._text = TextAnswer(stop)
         self._json = ""
-        self._read: _String | _Value | None = None
+        self._read: _JsonString | JsonValue | None = None
         self._name = ""
         self._call_id = f"call_{uuid.uuid4().hex}"
 
@@ -56,7 +57,7 @@ class ToolAnswer:
             if self.has_call:
                 yield self._call_part("")
         if self._read is not None:
-            text, self._json = self._read.take(self._json)
+            text, self._json = self._read.take(self._json), ""
             if text:
                 yield from self._parts(text)
 
@@ -79,11 +80,11 @@ class ToolAnswer:
     def _begin(self) -> None:
         """Decides from its beginning whether the answer is a call or text."""
         if found := _TEXT.match(self._json):
-            self._read = _String()
+            self._read = _JsonString()
         elif found := _CALL.match(self._json):
-            self._read, self.has_call, self._name = _Value(), True, found[1]
+            self._read, self.has_call, self._name = JsonValue(), True, found[1]
         elif found := _ANSWER.match(self._json):
-            self._read = _Value()
+            self._read = JsonValue()
         if found:
             self._json = self._json[found.end() :]
 
@@ -114,7 +115,7 @@ class ToolAnswer:
                 raise _broken()
 
 
-class _String:
+class _JsonString:
     """Decodes a JSON string whose opening quote has been read.
 
     Attributes:
@@ -123,67 +124,23 @@ class _String:
 
     def __init__(self) -> None:
         self.ended = False
+        self._source = ""
 
-    def take(self, source: str) -> tuple[str, str]:
-        """The text that `source` completes, and the rest of the source."""
+    def take(self, source: str) -> str:
+        """The text that new source completes."""
         if self.ended:
-            return "", ""
-        found = _CHARACTERS.match(source)
+            return ""
+        self._source += source
+        found = _CHARACTERS.match(self._source)
         assert found is not None
         end = found.end()
-        self.ended = source[end : end + 1] == '"'
-        if not self.ended and (half := _HALF.search(source[:end])):
+        self.ended = self._source[end : end + 1] == '"'
+        if not self.ended and (half := _HALF.search(self._source[:end])):
             end = half.start()
         # Not strict: accept raw control characters.
-        text: str = json.loads(f'"{source[:end]}"', strict=False)
-        return cleaned(text), source[end:]
-
-
-class _Value:
-    """Finds the end of any JSON value.
-
-    Attributes:
-        ended: whether it is whole.
-    """
-
-    def __init__(self) -> None:
-        self.ended = False
-        self._depth = 0
-        self._in_string = self._escaped = False
-
-    def take(self, source: str) -> tuple[str, str]:
-        """The part of `source` that belongs to the value, and the rest, which does not."""
-        for number, char in enumerate(source):
-            if self.ended:
-                return source[:number], ""
-            if not self._includes(char):
-                self.ended = True
-                return source[:number], ""
-        return source, ""
-
-    def _includes(self, char: str) -> bool:
-        """Whether the next character belongs to the value; notices its end."""
-        if self._in_string:
-            if self._escaped:
-                self._escaped = False
-            elif char == "\\":
-                self._escaped = True
-            elif char == '"':
-                self._in_string = False
-                self.ended = self._depth == 0
-        elif char == '"':
-            self._in_string = True
-        elif char in "{[":
-            self._depth += 1
-        elif char in "}]":
-            # At depth 0, a bracket of the outer value ends a number.
-            if self._depth == 0:
-                return False
-            self._depth -= 1
-            self.ended = self._depth == 0
-        elif char in ", \n\r\t":
-            return self._depth > 0
-        return True
+        text: str = json.loads(f'"{self._source[:end]}"', strict=False)
+        self._source = self._source[end:]
+        return cleaned(text)
 
 
 def _dumps(value: Any) -> str:

@@ -37,26 +37,12 @@ class Tool:
     parameters: Mapping[str, Any] | None = None
 
 
-def offered(tools: Sequence[Tool], choice: ToolChoice | str) -> tuple[Tool, ...]:
-    """The tools that the model may call.
-
-    Args:
-        tools: of the chat.
-        choice: see `ToolChoice`; also the name of the tool that has to be called.
-    """
-    if choice == "none":
-        return ()
-    if choice in ("auto", "required"):
-        return tuple(tools)
-    return tuple(tool for tool in tools if tool.name == choice)
-
-
-def instructions(tools: Sequence[Tool], choice: ToolChoice | str, *, has_schema: bool) -> str:
+def instructions(tools: Sequence[Tool], choice: ToolChoice, *, has_schema: bool) -> str:
     """The instructions for the model: the functions, and how to call them.
 
     Args:
         tools: those that are offered.
-        choice: see `offered`.
+        choice: `auto` or `required`.
         has_schema: whether an answer without a call has a schema.
     """
     if choice == "auto":
@@ -68,13 +54,13 @@ def instructions(tools: Sequence[Tool], choice: ToolChoice | str, *, has_schema:
 
 
 def answer_schema(
-    tools: Sequence[Tool], choice: ToolChoice | str, schema: Mapping[str, Any] | None
+    tools: Sequence[Tool], choice: ToolChoice, schema: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """The JSON schema of the whole answer.
 
     Args:
         tools: those that are offered.
-        choice: see `offered`.
+        choice: `auto` or `required`.
         schema: of an answer without a call; None for text.
     """
     parts: dict[str, Mapping[str, Any]] = {}

@@ -138,5 +138,7 @@ class GenerationParser:
 
 
 def _as_answer(data: Any) -> httpx.Response:
+    if data["status"] not in range(400, 600):
+        raise ValueError("this is not the status of an error")
     headers = {"Retry-After": str(data["retry_after"])} if "retry_after" in data else {}
     return httpx.Response(data["status"], json=data, headers=headers)

@@ -18,9 +18,9 @@ from llm_sidecar.tts.voice import Wav
 from osiris.dependencies import CurrentSidecar
 from osiris.disconnects import cancel_on_disconnect
 from osiris.event_stream import event_stream
-from osiris.openai.chat_input import check_chars
 from osiris.openai.endpoint import STREAM, openai_endpoint
 from osiris.openai.errors import error_event
+from osiris.openai.limits import check_chars
 from osiris.openai.schemas.audio_speech import AudioDelta, AudioDone, SpeechRequest
 
 router = APIRouter(tags=["openai"])

@@ -23,6 +23,7 @@ from osiris.openai.chat_output import ChatChoice, ChatChunks, whole_answer
 from osiris.openai.endpoint import GENERATION_ERRORS, STREAM, openai_endpoint
 from osiris.openai.errors import error_event
 from osiris.openai.events import DONE, json_event
+from osiris.openai.logprobs import bounded
 from osiris.openai.parallel import merged
 from osiris.openai.schemas.chat import ChatRequest
 from osiris.openai.schemas.chat_answer import ChatAnswer
@@ -67,7 +68,7 @@ def _parts(
 ) -> AsyncGenerator[tuple[int, Part], None]:
     """The parts of all choices, each with the number of its choice."""
     deadline = Deadline.after(sidecar.settings.limits.request_timeout)
-    return merged(
+    parts = merged(
         [
             sidecar.conversations.answer(
                 body.model, replace(conversation, seed=body.seed_of(number)), deadline
@@ -75,6 +76,7 @@ def _parts(
             for number in range(body.choices)
         ]
     )
+    return bounded(parts) if body.logprobs else parts
 
 
 async def _whole(body: ChatRequest, parts: AsyncGenerator[tuple[int, Part], None]) -> Response:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from llm_sidecar.models.base import Message
 from llm_sidecar.services.conversation import Conversation, Tool
-from llm_sidecar.services.tools import call_text, result_text
+from llm_sidecar.services.tools import ToolChoice
 from osiris.openai.errors import bad_field
+from osiris.openai.limits import check_chars, check_json
 from osiris.openai.schemas.chat import ChatMessage, ChatRequest
+from osiris.openai.schemas.functions import NamedTool
+from osiris.openai.tool_input import Calls, choice_of, named_tools, tools_of
 
 
 def conversation_of(body: ChatRequest, max_chars: int) -> Conversation:
@@ -24,52 +26,37 @@ def conversation_of(body: ChatRequest, max_chars: int) -> Conversation:
         RequestValidationError: a field is not valid beside the others, or too long.
     """
     messages = _messages(body.messages)
-    check_chars("messages", sum(len(one["content"]) for one in messages), max_chars)
-    tools = _tools(body, max_chars)
+    check_chars("messages", sum(len(message["content"]) for message in messages), max_chars)
+    tools, tool_choice = _tools(body, max_chars)
     return Conversation(
         messages,
-        _max_tokens(body),
-        body.temperature,
-        body.top_p,
-        body.seed_of(0),
-        tuple(body.stop),
-        _schema(body, max_chars),
-        body.response_format is not None and body.response_format.type == "text",
-        tools,
-        _tool_choice(body, tools),
-        _logprobs(body),
+        max_tokens=_max_tokens(body),
+        temperature=body.temperature,
+        top_p=body.top_p,
+        seed=body.seed_of(0),
+        stop=tuple(body.stop),
+        schema=_schema(body, max_chars),
+        is_free_text=body.response_format is not None and body.response_format.type == "text",
+        tools=tools,
+        tool_choice=tool_choice,
+        logprobs=_logprobs(body),
     )
 
 
-def check_chars(param: str, chars: int, max_chars: int) -> None:
-    """Raises RequestValidationError if a field has more than MAX_PROMPT_CHARS characters."""
-    if chars > max_chars:
-        raise bad_field(
-            param,
-            f"Text is too long; MAX_PROMPT_CHARS takes {max_chars} characters",
-            "string_too_long",
-        )
-
-
-def check_json(param: str, value: object, max_chars: int) -> None:
-    """Raises RequestValidationError if a value has more characters as JSON."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    check_chars(param, len(text), max_chars)
-
-
 def _messages(sent: list[ChatMessage]) -> list[Message]:
-    names: dict[str, str] = {}
-    messages: list[Message] = []
+    calls, messages = Calls(), list[Message]()
     for number, message in enumerate(sent):
         text = message.content or ""
         if message.role == "tool":
-            name = names.get(message.tool_call_id or "")
-            if name is None:
-                param = f"messages[{number}].tool_call_id"
-                raise bad_field(param, "It should be the id of an earlier call")
-            messages.append({"role": "user", "content": result_text(name, text)})
+            param = f"messages[{number}].tool_call_id"
+            messages.append(calls.result(message.tool_call_id or "", text, param))
         elif message.role == "assistant":
-            messages.append({"role": "assistant", "content": _assistant_text(message, names)})
+            texts = [text] if text else []
+            texts += (
+                calls.text(call.id, call.function.name, call.function.arguments)
+                for call in message.tool_calls or ()
+            )
+            messages.append({"role": "assistant", "content": "\n".join(texts)})
         else:
             role = "user" if message.role == "user" else "system"
             messages.append({"role": role, "content": text})
@@ -78,20 +65,11 @@ def _messages(sent: list[ChatMessage]) -> list[Message]:
     return messages
 
 
-def _assistant_text(message: ChatMessage, names: dict[str, str]) -> str:
-    """The text of a turn with its calls, whose names are added to `names`."""
-    texts = [message.content] if message.content else []
-    for call in message.tool_calls or ():
-        names[call.id] = call.function.name
-        texts.append(call_text(call.function.name, call.function.arguments))
-    return "\n".join(texts)
-
-
 def _max_tokens(body: ChatRequest) -> int | None:
-    both = body.max_completion_tokens, body.max_tokens
-    if None not in both and both[0] != both[1]:
+    limits = body.max_completion_tokens, body.max_tokens
+    if None not in limits and limits[0] != limits[1]:
         raise bad_field("max_tokens", "It should not differ from max_completion_tokens")
-    return body.max_tokens if both[0] is None else both[0]
+    return body.max_tokens if limits[0] is None else limits[0]
 
 
 def _schema(body: ChatRequest, max_chars: int) -> Mapping[str, Any] | None:
@@ -99,33 +77,19 @@ def _schema(body: ChatRequest, max_chars: int) -> Mapping[str, Any] | None:
         return None
     if body.response_format.type == "json_object":
         return {"type": "object"}
-    found = (body.response_format.json_schema or {}).get("schema")
-    if not isinstance(found, dict):
+    schema = (body.response_format.json_schema or {}).get("schema")
+    if not isinstance(schema, dict):
         raise bad_field("response_format.json_schema.schema", "It should be an object", "dict_type")
-    check_json("response_format", found, max_chars)
-    return found
+    check_json("response_format", schema, max_chars)
+    return schema
 
 
-def _tools(body: ChatRequest, max_chars: int) -> tuple[Tool, ...]:
-    sent = [tool.function for tool in body.tools or ()]
-    check_json("tools", [one.model_dump() for one in sent], max_chars)
-    if len({one.name for one in sent}) < len(sent):
-        raise bad_field("tools", "Two functions should not have the same name")
-    return tuple(Tool(one.name, one.description or "", one.parameters) for one in sent)
-
-
-def _tool_choice(body: ChatRequest, tools: tuple[Tool, ...]) -> str:
-    choice = body.tool_choice or "auto"
-    if choice in ("none", "auto"):
-        return choice
-    if choice == "required":
-        if not tools:
-            raise bad_field("tool_choice", "It needs tools")
-        return choice
-    name = choice.removeprefix("=")
-    if all(tool.name != name for tool in tools):
-        raise bad_field("tool_choice", "It should name one of the tools")
-    return name
+def _tools(body: ChatRequest, max_chars: int) -> tuple[tuple[Tool, ...], ToolChoice]:
+    """The functions that the model may call, and whether it must call one."""
+    tools = tools_of([tool.function for tool in body.tools or ()], max_chars)
+    if isinstance(body.tool_choice, NamedTool):
+        return named_tools(tools, [body.tool_choice], "tool_choice"), "required"
+    return tools, choice_of(body.tool_choice, tools)
 
 
 def _logprobs(body: ChatRequest) -> int | None:

@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any, Final
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
+from sse_starlette import ServerSentEvent
 
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.services.conversation import Part, TextPart, TextPrompt
@@ -18,11 +20,11 @@ from osiris.dependencies import CurrentSidecar
 from osiris.disconnects import cancel_on_disconnect
 from osiris.event_stream import Events, event_stream
 from osiris.openai.answers import headers_of, new_head, usage
-from osiris.openai.chat_input import check_chars
 from osiris.openai.completion_output import CompletionChoice, Piece, joined
 from osiris.openai.endpoint import GENERATION_ERRORS, STREAM, openai_endpoint
 from osiris.openai.errors import bad_field, error_event
 from osiris.openai.events import DONE, json_event
+from osiris.openai.limits import check_chars
 from osiris.openai.logprobs import bounded
 from osiris.openai.parallel import merged
 from osiris.openai.schemas.completions import CompletionAnswer, CompletionRequest, Prompt
@@ -34,6 +36,9 @@ _MAX_TOKENS: Final = 16
 """The default of OpenAI's API."""
 
 _MAX_CHOICES: Final = 128
+
+_MANY_TOKENS: Final = 64
+"""Tokens whose log probabilities may be written on the event loop at a time."""
 
 Parts = AsyncGenerator[tuple[int, Part], None]
 
@@ -57,15 +62,12 @@ async def create_completion(
     chat's.
     """
     _check(body, sidecar.settings.limits.max_prompt_chars)
-    choices = [
-        CompletionChoice(body, prompt) for prompt in body.prompt for _ in range(body.choices)
-    ]
     parts = _parts(sidecar, body)
     if body.stream:
         return await event_stream(
-            request, _events(body, choices, parts), functools.partial(error_event, request)
+            request, _events(body, parts), functools.partial(error_event, request)
         )
-    return await cancel_on_disconnect(request, _whole(body, choices, parts))
+    return await cancel_on_disconnect(request, _whole(body, parts))
 
 
 def _check(body: CompletionRequest, max_chars: int) -> None:
@@ -79,9 +81,10 @@ def _check(body: CompletionRequest, max_chars: int) -> None:
 
 def _parts(sidecar: Sidecar, body: CompletionRequest) -> Parts:
     deadline = Deadline.after(sidecar.settings.limits.request_timeout)
-    parts = merged(
-        [one for prompt in body.prompt for one in _choices(sidecar, body, prompt, deadline)]
-    )
+    choices = [
+        choice for prompt in body.prompt for choice in _choices(sidecar, body, prompt, deadline)
+    ]
+    parts = merged(choices)
     return parts if body.logprobs is None else bounded(parts)
 
 
@@ -94,10 +97,10 @@ def _choices(
         sidecar.conversations.complete(body.model, _prompt(body, prompt, number), deadline)
         for number in range(body.choices)
     ]
-    if not others or _prompt_logprobs(body, prompt) is None:
+    if not (others and _has_prompt_logprobs(body)):
         return [first, *others]
     shared = asyncio.get_running_loop().create_future()
-    return [_sharing(first, shared), *(_after(shared, one) for one in others)]
+    return [_sharing(first, shared), *(_after(shared, choice) for choice in others)]
 
 
 async def _sharing(
@@ -107,7 +110,7 @@ async def _sharing(
     async with contextlib.aclosing(parts):
         async for part in parts:
             if isinstance(part, TextPart) and part.prompt_logprobs and not shared.done():
-                shared.set_result(TextPart("", (), part.prompt_logprobs))
+                shared.set_result(replace(part, text="", logprobs=()))
             yield part
     if not shared.done():
         shared.set_result(TextPart(""))
@@ -116,55 +119,59 @@ async def _sharing(
 async def _after(
     shared: asyncio.Future[TextPart], parts: AsyncGenerator[Part, None]
 ) -> AsyncGenerator[Part, None]:
-    """The shared part, and then those of another choice."""
+    """The shared part, and then the parts of another choice of the same prompt."""
     yield await asyncio.shield(shared)
     async with contextlib.aclosing(parts):
         async for part in parts:
             yield part
 
 
-def _prompt_logprobs(body: CompletionRequest, prompt: Prompt) -> int | None:
-    if body.echo and not isinstance(prompt, str):
-        # The log probabilities include the text of the tokens.
-        return body.logprobs or 0
-    return body.logprobs if body.echo else None
+def _has_prompt_logprobs(body: CompletionRequest) -> bool:
+    return bool(body.echo) and body.logprobs is not None
 
 
 def _prompt(body: CompletionRequest, prompt: Prompt, number: int) -> TextPrompt:
-    max_tokens = _MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    is_shared = number > 0 and _has_prompt_logprobs(body)
+    echo = bool(body.echo) and not is_shared
     return TextPrompt(
         prompt,
-        # A model generates at least one token.
-        max(1, max_tokens),
+        _MAX_TOKENS if body.max_tokens is None else body.max_tokens,
         body.temperature,
         body.top_p,
         body.seed_of(number),
         tuple(body.stop),
         body.logprobs,
-        _prompt_logprobs(body, prompt) if number == 0 else None,
+        body.logprobs if echo else None,
+        echo=echo and not isinstance(prompt, str),
     )
 
 
-async def _whole(
-    body: CompletionRequest, choices: list[CompletionChoice], parts: Parts
-) -> Response:
-    pieces: list[list[Piece]] = [[] for _ in choices]
+def _new_choices(body: CompletionRequest) -> list[CompletionChoice]:
+    return [CompletionChoice(body, prompt) for prompt in body.prompt for _ in range(body.choices)]
+
+
+async def _whole(body: CompletionRequest, parts: Parts) -> Response:
+    parts_of: list[list[Part]] = [[] for _ in range(len(body.prompt) * body.choices)]
     async with contextlib.aclosing(parts):
         async for number, part in parts:
-            pieces[number].append(choices[number].of(part))
+            parts_of[number].append(part)
     if body.logprobs is None:
-        return _answer(body, choices, pieces)
+        return _answer(body, parts_of)
     # In a thread: the log probabilities may be megabytes of JSON.
-    return await asyncio.to_thread(_answer, body, choices, pieces)
+    return await asyncio.to_thread(_answer, body, parts_of)
 
 
-def _answer(
-    body: CompletionRequest, choices: list[CompletionChoice], pieces: list[list[Piece]]
-) -> Response:
+def _answer(body: CompletionRequest, parts_of: list[list[Part]]) -> Response:
+    """The answer with the parts of each choice."""
+    choices = _new_choices(body)
+    pieces = [
+        joined([choice.of(part) for part in parts])
+        for choice, parts in zip(choices, parts_of, strict=True)
+    ]
     finished = [choice.finished for choice in choices if choice.finished is not None]
     shown = [
-        _choice(number, joined(found), finished[number].reason)
-        for number, found in enumerate(pieces)
+        _choice(number, piece, end.reason)
+        for number, (piece, end) in enumerate(zip(pieces, finished, strict=True))
     ]
     prompts = len(body.prompt)
     answer = {
@@ -175,22 +182,40 @@ def _answer(
     return JSONResponse(answer, headers=headers_of(finished, prompts))
 
 
-async def _events(body: CompletionRequest, choices: list[CompletionChoice], parts: Parts) -> Events:
+async def _events(body: CompletionRequest, parts: Parts) -> Events:
     head = new_head("cmpl", "text_completion", body.model)
-    without_usage = {"usage": None} if body.includes_usage else {}
+    if body.includes_usage:
+        head |= {"usage": None}
+    choices = _new_choices(body)
     async with contextlib.aclosing(parts):
         async for number, part in parts:
-            choice = choices[number]
-            piece = choice.of(part)
-            reason = None if choice.finished is None else choice.finished.reason
-            if piece.text or reason or (piece.logprobs and piece.logprobs["tokens"]):
-                yield json_event(
-                    {**head, "choices": [_choice(number, piece, reason)], **without_usage}
-                )
+            event = functools.partial(_event, head, number, choices[number], part)
+            # In a thread, if it is many kilobytes of JSON.
+            shown = await asyncio.to_thread(event) if _is_long(part) else event()
+            if shown is not None:
+                yield shown
     if body.includes_usage:
         finished = [choice.finished for choice in choices if choice.finished is not None]
-        yield json_event({**head, "choices": [], "usage": usage(finished, len(body.prompt))})
+        counts = usage(finished, len(body.prompt))
+        yield json_event({**head, "choices": [], "usage": counts})
     yield DONE
+
+
+def _is_long(part: Part) -> bool:
+    return (
+        isinstance(part, TextPart) and len(part.prompt_logprobs) + len(part.logprobs) > _MANY_TOKENS
+    )
+
+
+def _event(
+    head: dict[str, Any], number: int, choice: CompletionChoice, part: Part
+) -> ServerSentEvent | None:
+    """The event of the next part of a choice, unless it adds nothing."""
+    piece = choice.of(part)
+    reason = None if choice.finished is None else choice.finished.reason
+    if not (piece.text or reason or (piece.logprobs and piece.logprobs["tokens"])):
+        return None
+    return json_event({**head, "choices": [_choice(number, piece, reason)]})
 
 
 def _choice(number: int, piece: Piece, reason: str | None) -> dict[str, Any]:

@@ -8,22 +8,25 @@ from typing import Any, Final
 
 from fastapi import APIRouter, Request
 
+from llm_sidecar.deadline import Deadline
 from llm_sidecar.services import decisions
 from llm_sidecar.services.decisions import Decided, Input, Option
 from osiris.dependencies import CurrentSidecar
 from osiris.disconnects import cancel_on_disconnect
-from osiris.openai.chat_input import check_chars
 from osiris.openai.endpoint import openai_endpoint
+from osiris.openai.limits import check_chars
 from osiris.openai.schemas.decisions import (
+    DecisionItem,
+    DecisionPart,
+    DecisionQuestion,
+    DecisionRequest,
+)
+from osiris.openai.schemas.decisions_answer import (
     Answer,
     ChoiceAnswer,
     ChoiceProbability,
     Decision,
     DecisionInputDetails,
-    DecisionItem,
-    DecisionPart,
-    DecisionQuestion,
-    DecisionRequest,
     DecisionUsage,
     LevelProbability,
     PredicateAnswer,
@@ -54,12 +57,13 @@ async def decide(body: DecisionRequest, request: Request, sidecar: CurrentSideca
     Each answer has the probabilities of the options. `reliable: false` means that another answer
     is more likely.
     """
-    given = _input(body.input)
+    decision_input = _input(body.input)
     asked = [_question(question) for question in body.questions]
     limit = sidecar.settings.limits.max_prompt_chars
-    check_chars("input", len(given.system) + len(given.text), limit)
+    check_chars("input", len(decision_input.system) + len(decision_input.text), limit)
     check_chars("questions", sum(len(question.text()) for question in asked), limit)
-    deciding = sidecar.decisions.decide(body.model, given, asked)
+    deadline = Deadline.after(sidecar.settings.limits.request_timeout)
+    deciding = sidecar.decisions.decide(body.model, decision_input, asked, deadline)
     decided = await cancel_on_disconnect(request, deciding)
     return Decision(
         model=body.model,

@@ -15,16 +15,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from sse_starlette import ServerSentEvent
 from starlette.exceptions import HTTPException
-from starlette.types import ExceptionHandler
+from starlette.types import ExceptionHandler, Scope
 
 from llm_sidecar.errors import InvalidRequest, NotFound, SidecarError
 from osiris.errors import row_of
+from osiris.middleware.unexpected_errors import unexpected_detail
 from osiris.paths import is_openai, route_path
 from osiris.refusals import error_body
 
 _HANDLED: Final = (SidecarError, RequestValidationError, HTTPException, 400, 405)
 """The errors that `osiris.errors` and FastAPI have handlers for."""
-_UNEXPECTED: Final = "An unexpected error occurred; the log has it under the id of this request."
 _FIELDS: Final = {
     "/v1/audio/speech": {"text": "input"},
     "/v1/chat/completions": {
@@ -76,24 +76,24 @@ def bad_field(param: str, message: str, code: str = "invalid_value") -> RequestV
 
 def error_event(request: Request, error: Exception) -> ServerSentEvent:
     """The last event of a stream that fails after its response has started."""
-    body = object_of(error, _path(request))
+    body = object_of(error, request.scope)
     return ServerSentEvent(data=json.dumps(body, ensure_ascii=False))
 
 
-def object_of(error: Exception, path: str) -> dict[str, Any]:
+def object_of(error: Exception, scope: Scope) -> dict[str, Any]:
     """The body of an error: `{"error": {"message", "type", "param", "code"}}`.
 
     Args:
         error: an unexpected one is not described.
-        path: of the request; decides the names of fields.
+        scope: of the request; its path decides the names of fields.
     """
     if isinstance(error, SidecarError):
-        return _sidecar_error(error, path)
+        return _sidecar_error(error, route_path(scope).rstrip("/"))
     if isinstance(error, RequestValidationError):
         return _validation_error(error.errors())
     if isinstance(error, HTTPException):
         return error_body(str(error.detail), error.status_code)
-    return error_body(_UNEXPECTED, 500)
+    return error_body(unexpected_detail(scope), 500)
 
 
 def _converting(handle: ExceptionHandler) -> ExceptionHandler:
@@ -103,7 +103,7 @@ def _converting(handle: ExceptionHandler) -> ExceptionHandler:
         response: Response = await handle(request, error)  # type: ignore[arg-type, misc]
         if not is_openai(request.scope) or not response.body:
             return response
-        body = object_of(error, _path(request))
+        body = object_of(error, request.scope)
         if isinstance(error, HTTPException):
             # The handlers of 400 and 405 have better messages than the error.
             body["error"]["message"] = json.loads(bytes(response.body))["detail"]
@@ -117,10 +117,6 @@ def _converting(handle: ExceptionHandler) -> ExceptionHandler:
         return JSONResponse(body, status, headers=kept)
 
     return cast(ExceptionHandler, converted)
-
-
-def _path(request: Request) -> str:
-    return route_path(request.scope).rstrip("/")
 
 
 def _sidecar_error(error: SidecarError, path: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 from collections.abc import AsyncGenerator, Iterable
 from typing import Any, Final
@@ -10,9 +9,13 @@ from typing import Any, Final
 from llm_sidecar.errors import InvalidRequest
 from llm_sidecar.models.base import TokenLogprob
 from llm_sidecar.services.conversation import Part, TextPart
+from osiris.openai.text_offsets import TextOffsets
 
 MAX_ENTRIES: Final = 1 << 17
 """Log probabilities of all choices of a request together; each takes some hundred bytes."""
+
+_NAMES: Final = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+"""The lists of a completion's log probabilities, each with one entry for a token."""
 
 
 async def bounded(
@@ -54,25 +57,30 @@ class LegacyLogprobs:
 
     def __init__(self) -> None:
         """Begins before the first token."""
-        self._offset = 0
-        # Tokens may split a character.
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._offsets = TextOffsets()
 
-    def of(self, tokens: Iterable[TokenLogprob]) -> dict[str, Any]:
-        """The log probabilities of the next tokens."""
-        shown: dict[str, list[Any]] = {
-            "tokens": [],
-            "token_logprobs": [],
-            "top_logprobs": [],
-            "text_offset": [],
+    def of(self, echo: str, part: TextPart) -> dict[str, list[Any]]:
+        """The log probabilities of the next tokens.
+
+        Args:
+            echo: the prompt, if it is in the text, with its log probabilities.
+            part: the new text, its log probabilities and those of the prompt.
+        """
+        self._offsets.add(echo)
+        tokens = [self._entry(token) for token in part.prompt_logprobs]
+        if echo:
+            self._offsets.skip()
+        self._offsets.add(part.text)
+        tokens += [self._entry(token) for token in part.logprobs]
+        return {name: [token[name] for token in tokens] for name in _NAMES}
+
+    def _entry(self, token: TokenLogprob) -> dict[str, Any]:
+        return {
+            "tokens": token_text(token.data),
+            "token_logprobs": token.logprob,
+            "top_logprobs": self._top(token),
+            "text_offset": self._offsets.of(token.data),
         }
-        for token in tokens:
-            shown["tokens"].append(token_text(token.data))
-            shown["token_logprobs"].append(token.logprob)
-            shown["top_logprobs"].append(self._top(token))
-            shown["text_offset"].append(self._offset)
-            self._offset += len(self._decoder.decode(token.data))
-        return shown
 
     def _top(self, token: TokenLogprob) -> dict[str, float | None] | None:
         """The most likely tokens and the token itself; None for the first token of a prompt."""

@@ -1,6 +1,6 @@
 """The events of a response, from the parts of a model's answer.
 
-events = ResponseEvents(response_of(body))
+events = ResponseEvents(response_of(body), request.scope)
 async for event in events.of(parts):
     ...
 events.response
@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncGenerator, Iterator
 
 from openresponses_types import types
+from starlette.types import Scope
 
 from llm_sidecar.models.base import Completion
 from llm_sidecar.services.answers import Finished, Part, TextPart, ToolCallPart
@@ -39,14 +40,16 @@ class ResponseEvents:
         finished: the end of the answer; None before it.
     """
 
-    def __init__(self, response: ResponseObject) -> None:
+    def __init__(self, response: ResponseObject, scope: Scope) -> None:
         """Sends nothing yet.
 
         Args:
             response: the initial response, without output.
+            scope: of the request, for errors.
         """
         self.response = response
         self.finished: Finished | None = None
+        self._scope = scope
         self._number = itertools.count().__next__
         self._item: MessageInProgress | CallInProgress | None = None
         self._output: list[OutputItem] = []
@@ -80,7 +83,7 @@ class ResponseEvents:
 
     def error(self, error: Exception) -> ErrorEvent:
         """The event of an error."""
-        described = object_of(error, "/v1/responses")["error"]
+        described = object_of(error, self._scope)["error"]
         # Clients require a code here.
         described["code"] = described["code"] or described["type"]
         return ErrorEvent(

@@ -8,26 +8,21 @@ from typing import Any
 
 from llm_sidecar.models.base import Message
 from llm_sidecar.services.conversation import Conversation, Tool
-from llm_sidecar.services.tools import ToolChoice, call_text, result_text
-from osiris.openai.chat_input import check_chars, check_json
+from llm_sidecar.services.tools import ToolChoice
 from osiris.openai.errors import bad_field
+from osiris.openai.limits import check_chars, check_json
 from osiris.openai.response_items import new_id
-from osiris.openai.schemas.input_items import (
-    FunctionCall,
-    FunctionCallOutput,
-    InputMessage,
-    InputText,
-    Refusal,
-)
+from osiris.openai.schemas.functions import NamedTool
+from osiris.openai.schemas.input_items import FunctionCall, FunctionCallOutput, InputMessage
 from osiris.openai.schemas.response_object import ResponseObject
 from osiris.openai.schemas.response_tools import (
     AllowedTools,
     JsonObject,
     JsonSchema,
-    NamedTool,
     PlainText,
 )
 from osiris.openai.schemas.responses import LOGPROBS, ResponseRequest
+from osiris.openai.tool_input import Calls, choice_of, named_tools, tools_of
 
 
 def conversation_of(body: ResponseRequest, max_chars: int) -> Conversation:
@@ -40,13 +35,12 @@ def conversation_of(body: ResponseRequest, max_chars: int) -> Conversation:
     Raises:
         RequestValidationError: fields contradict each other, or something is too long.
     """
-    tools, choice = _tools(body)
+    tools, choice = _tools(body, max_chars)
     wants_logprobs = LOGPROBS in (body.include or ())
     if wants_logprobs and tools and choice != "none":
         raise bad_field("include", "Log probabilities are not supported with tools")
     messages, schema = _messages(body), _schema(body)
-    check_chars("input", sum(len(one["content"]) for one in messages), max_chars)
-    check_json("tools", [tool.model_dump() for tool in body.tools or ()], max_chars)
+    check_chars("input", sum(len(message["content"]) for message in messages), max_chars)
     check_json("text.format.schema", schema, max_chars)
     return Conversation(
         messages,
@@ -106,31 +100,23 @@ def _messages(body: ResponseRequest) -> list[Message]:
     messages: list[Message] = []
     if body.instructions:
         messages.append({"role": "system", "content": body.instructions})
-    functions: dict[str, str] = {}
+    calls = Calls()
     for number, item in enumerate(body.input):
         match item:
             case InputMessage():
                 role = "system" if item.role == "developer" else item.role
-                messages.append({"role": role, "content": _text(item.content)})
+                messages.append({"role": role, "content": item.content})
             case FunctionCall():
-                functions[item.call_id] = item.name
-                content = call_text(item.name, item.arguments)
-                messages.append({"role": "assistant", "content": content})
+                text = calls.text(item.call_id, item.name, item.arguments)
+                messages.append({"role": "assistant", "content": text})
             case FunctionCallOutput():
-                if item.call_id not in functions:
-                    param = f"input[{number}].call_id"
-                    raise bad_field(param, "It should be the call_id of an earlier function_call")
-                content = result_text(functions[item.call_id], _text(item.output))
-                messages.append({"role": "user", "content": content})
+                param = f"input[{number}].call_id"
+                messages.append(calls.result(item.call_id, item.output, param))
     if isinstance(body.input[-1], FunctionCall):
         raise bad_field("input", "A call should be followed by its result")
     if not messages:
         raise bad_field("input", "It has no turn to answer")
     return messages
-
-
-def _text(parts: list[InputText | Refusal]) -> str:
-    return "\n".join(part.refusal if isinstance(part, Refusal) else part.text for part in parts)
 
 
 def _schema(body: ResponseRequest) -> Mapping[str, Any] | None:
@@ -142,31 +128,16 @@ def _schema(body: ResponseRequest) -> Mapping[str, Any] | None:
     return None
 
 
-def _tools(body: ResponseRequest) -> tuple[tuple[Tool, ...], ToolChoice | str]:
+def _tools(body: ResponseRequest, max_chars: int) -> tuple[tuple[Tool, ...], ToolChoice]:
     """The functions that the model may call, and whether it must call one."""
-    tools = {
-        tool.name: Tool(tool.name, tool.description or "", tool.parameters)
-        for tool in body.tools or ()
-    }
-    if len(tools) < len(body.tools or ()):
-        raise bad_field("tools", "Two functions should not have the same name")
+    tools = tools_of(body.tools or (), max_chars)
     match body.tool_choice:
         case NamedTool() as named:
-            _check_known(tools, [named], "tool_choice.name")
-            return tuple(tools.values()), named.name
+            return named_tools(tools, [named], "tool_choice.name"), "required"
         case AllowedTools() as allowed:
-            _check_known(tools, allowed.tools, "tool_choice.tools")
-            names = {tool.name for tool in allowed.tools}
-            return tuple(tools[name] for name in tools if name in names), allowed.mode
-        case "required" if not tools:
-            raise bad_field("tool_choice", "It needs tools")
+            return named_tools(tools, allowed.tools, "tool_choice.tools"), allowed.mode
         case mode:
-            return tuple(tools.values()), mode or "auto"
-
-
-def _check_known(tools: Mapping[str, Tool], chosen: list[NamedTool], param: str) -> None:
-    if any(tool.name not in tools for tool in chosen):
-        raise bad_field(param, "It should name functions of tools")
+            return tools, choice_of(mode, tools)
 
 
 def _format(body: ResponseRequest) -> dict[str, Any]:

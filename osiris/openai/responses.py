@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final
 
 from fastapi import APIRouter, Request, Response
 from sse_starlette import ServerSentEvent
 
 from llm_sidecar.deadline import Deadline
-from llm_sidecar.services.answers import Part
+from llm_sidecar.services.answers import Part, joined
 from osiris.dependencies import CurrentSidecar
 from osiris.disconnects import cancel_on_disconnect
 from osiris.event_stream import event_stream
@@ -63,7 +64,7 @@ async def create_response(
     conversation = conversation_of(body, limits.max_prompt_chars)
     deadline = Deadline.after(limits.request_timeout)
     parts = sidecar.conversations.answer(body.model, conversation, deadline)
-    events = ResponseEvents(response_of(body))
+    events = ResponseEvents(response_of(body), request.scope)
     if body.stream:
         return await event_stream(
             request, _sent(events, parts), failed=functools.partial(_failed, events)
@@ -73,8 +74,14 @@ async def create_response(
 
 async def _whole(events: ResponseEvents, parts: AsyncGenerator[Part, None]) -> Response:
     async with contextlib.aclosing(parts):
-        async for part in parts:
-            events.add(part)
+        whole = [part async for part in parts]
+    # In a thread: the log probabilities may be megabytes of JSON.
+    return await asyncio.to_thread(_response, events, whole)
+
+
+def _response(events: ResponseEvents, parts: Sequence[Part]) -> Response:
+    for part in joined(parts):
+        events.add(part)
     assert events.finished is not None
     headers = headers_of([events.finished])
     return Response(as_json(events.response), media_type="application/json", headers=headers)

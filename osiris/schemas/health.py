@@ -38,6 +38,7 @@ _SERVER: Final[dict[str, Any]] = {
     "scores": "decisions",
     "top_logprobs": 20,
     "adapters": True,
+    "decisions_refused": 0,
 }
 _FORECAST: Final[dict[str, Any]] = {
     "proposal_seconds": 3.962,
@@ -164,6 +165,11 @@ class ServerHealth(BaseModel):
     )
     adapters: bool | None = Field(
         description="whether it loads LoRA adapters at run time", examples=[True]
+    )
+    decisions_refused: int = Field(
+        description="questions that it did not answer by `/v1/decisions`, so that they were scored "
+        "by `logprobs` or `text`",
+        examples=[0],
     )
 
 

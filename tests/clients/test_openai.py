@@ -10,6 +10,7 @@ from typing import Any, Final
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
+from pydantic_core import from_json
 
 from tests.clients.sidecar import KEY, MESSAGES, PROMPT, Position
 from tests.live_server import LiveServer
@@ -82,9 +83,10 @@ def test_parse_returns_the_clients_own_type(client: OpenAI, model: str) -> None:
 
 def test_a_json_object_is_an_object(client: OpenAI) -> None:
     answer = chat(client, response_format={"type": "json_object"}, max_tokens=400)
-    text = answer.choices[0].message.content
-    assert text.startswith("{")
-    assert answer.choices[0].finish_reason == "length" or isinstance(json.loads(text), dict)
+    (choice,) = answer.choices
+    # The maximum number of tokens may cut it, depending on the weights.
+    is_cut = choice.finish_reason == "length"
+    assert isinstance(from_json(choice.message.content, allow_partial=is_cut), dict)
 
 
 def test_a_stream_has_the_text_of_the_plain_answer_and_last_its_usage(client: OpenAI) -> None:

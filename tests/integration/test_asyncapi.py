@@ -114,9 +114,14 @@ async def test_what_the_sidecar_publishes_fits() -> None:
         completion("Fine."),
         ChoiceScores({str(n): 0.1 for n in range(11)}),
     ]
-    await last_of(fake_sidecar.sidecar.orchestrator.propose("Long A.", 256), AssessedProposal)
+    await last_of(
+        fake_sidecar.sidecar.orchestrator.propose("Long A.", 256, None, fake_sidecar.attempt()),
+        AssessedProposal,
+    )
     await fake_sidecar.sidecar.feedback.submit(
-        Phi3FeedbackSchema(transaction_id="t", feedback_type="rating", feedback_content="5")
+        Phi3FeedbackSchema(transaction_id="t", feedback_type="rating", feedback_content="5"),
+        None,
+        fake_sidecar.attempt(),
     )
     published = fake_sidecar.happened.of("event")
     assert {channel for channel, _ in published} == PAYLOADS.keys() - {"phi3.adapter.swapped"}

@@ -25,6 +25,7 @@ from llm_sidecar.engines.chat import ChatTokenizer
 from llm_sidecar.engines.text_decoder import TextDecoder
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 from llm_sidecar.models.files import DEMO_DIR
+from tests.layout_tokenizers import sentencepiece_tokenizer
 from training.demo_models import market
 
 CHATML = (
@@ -424,6 +425,35 @@ def test_a_decoder_gives_text_of_several_tokens_whole_and_no_special_tokens() ->
     pieces = [decode(token) for token in ids]
     assert "".join(pieces) == "a🚀b"
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+
+
+def test_a_completion_that_continues_a_text_keeps_the_space_of_its_first_token() -> None:
+    tokenizer = sentencepiece_tokenizer()
+    for text in ("Long", "Long \N{ROCKET}", "Long 株価"):
+        prompt, whole = (
+            tokenizer.encode(each, add_special_tokens=False).ids for each in (text, text + " ABC")
+        )
+        assert "".join(map(TextDecoder(tokenizer, prompt), whole[len(prompt) :])) == " ABC"
+        # A text of its own begins without a space.
+        assert "".join(map(TextDecoder(tokenizer), whole[len(prompt) :])) == "ABC"
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        (GenerationRequest([], 1, text="Long"), " ABC"),
+        (GenerationRequest([], 1, tokens=[1]), " ABC"),
+        (GenerationRequest([{"role": "assistant", "content": "Long"}], 1), " ABC"),
+        (GenerationRequest(user("Long"), 1), "ABC"),
+    ],
+)
+def test_the_completion_continues_a_text_or_a_turn_of_the_assistant(
+    asked: GenerationRequest, text: str
+) -> None:
+    tokenizer = ChatTokenizer(sentencepiece_tokenizer(), CHATML, {}, frozenset())
+    prompt = tokenizer.encode_text("Long")
+    rest = tokenizer.encode_text("Long ABC")[len(prompt) :]
+    assert "".join(map(tokenizer.decoder(asked, prompt), rest)) == text
 
 
 def test_the_tokenizer_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:

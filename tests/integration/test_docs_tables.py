@@ -76,9 +76,14 @@ async def test_every_event_has_the_keys_that_its_row_says() -> None:
         completion("Fine."),
         ChoiceScores({str(n): 0.1 for n in range(11)}),
     ]
-    await last_of(fake_sidecar.sidecar.orchestrator.propose("Long A.", 256), AssessedProposal)
+    await last_of(
+        fake_sidecar.sidecar.orchestrator.propose("Long A.", 256, None, fake_sidecar.attempt()),
+        AssessedProposal,
+    )
     await fake_sidecar.sidecar.feedback.submit(
-        Phi3FeedbackSchema(transaction_id="t", feedback_type="rating", feedback_content="5")
+        Phi3FeedbackSchema(transaction_id="t", feedback_type="rating", feedback_content="5"),
+        None,
+        fake_sidecar.attempt(),
     )
     published = {channel: set(payload) for channel, payload in fake_sidecar.happened.of("event")}
     # The author is left out of feedback without a named key, and no adapter is swapped here.

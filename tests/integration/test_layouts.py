@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.engines import GenerationRequest, Message, load_engine
-from llm_sidecar.engines.base import ANSWER_TOKENS
 from llm_sidecar.engines.chat import ChatTokenizer
 from llm_sidecar.engines.onnx import OnnxEngine
+from llm_sidecar.engines.requests import ANSWER_TOKENS
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 from tests.model_layouts import LAYOUTS, write_layout
 from tests.random_models import convert_to_onnx

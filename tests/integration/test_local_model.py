@@ -806,24 +806,6 @@ async def test_a_damaged_adapter_is_refused_and_the_old_one_stays(
     assert pid_of(model) == pid
 
 
-async def test_a_request_that_has_queued_longer_than_a_load_may_take_gets_the_next_worker(
-    make_model: ModelFactory, serial_phi3_onnx: Path
-) -> None:
-    # This model runs one request at a time, so the second one waits in the server's queue.
-    model = await make_model(serial_phi3_onnx, load_wait=2.0)
-    await until_loaded(model)
-    running = asyncio.create_task(complete(model, ENDLESS))
-    await until(lambda: tokens(model) > 0)
-    # However fast the machine is, it does not end by itself.
-    os.kill(pid_of(model), signal.SIGSTOP)
-    waiting = asyncio.create_task(complete(model, SHORT))
-    began = time.monotonic()
-    await until(lambda: time.monotonic() > began + 2.1)
-    os.kill(pid_of(model), signal.SIGKILL)
-    assert isinstance(await failure(running), ModelUnavailable)
-    proposals.parse((await waiting).text)
-
-
 async def test_closing_fails_requests_that_wait(make_model: ModelFactory) -> None:
     model = await make_model()
     await complete(model, SHORT)

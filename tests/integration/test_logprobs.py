@@ -119,6 +119,12 @@ def test_no_completion_may_be_asked_for(engine: Engine) -> None:
     assert all(delta.finish_reason is None for delta in deltas[:-1])
 
 
+def test_a_prompt_alone_takes_no_log_probabilities(engine: Engine) -> None:
+    (last,) = [delta for delta in run(engine, raw(max_tokens=0)) if delta.finish_reason]
+    assert (last.text, last.finish_reason, last.prompt_logprobs) == ("", "length", ())
+    assert (last.prompt_tokens, last.completion_tokens) == (len(engine.tokenize(raw())), 0)
+
+
 def test_a_completion_has_a_log_probability_for_each_token(engine: Engine) -> None:
     deltas = run(engine, raw(logprobs=3))
     found = written(deltas)
@@ -166,8 +172,9 @@ def test_a_guided_row_with_log_probabilities_has_no_forced_tokens(engine: Engine
     proposals.parse(text_of(deltas))
     counts = [delta.completion_tokens for delta in deltas]
     assert max(np.diff([0, *counts])) == 1
-    # The token that ends the turn is no text.
-    assert len(written(deltas)) in (counts[-1], counts[-1] - 1)
+    # The end of the guidance ends the text, without a token for it.
+    assert deltas[-1].finish_reason == "stop"
+    assert len(written(deltas)) == counts[-1]
     assert b"".join(one.data for one in written(deltas)).decode() == text_of(deltas)
 
 
@@ -242,6 +249,18 @@ def test_an_empty_prompt_is_refused(engine: Engine, prompt: dict[str, Any]) -> N
 def test_tokens_that_exceed_the_context_are_refused(engine: Engine) -> None:
     with pytest.raises(InvalidRequest, match="context of 8192"):
         engine.tokenize(raw(text=None, tokens=[5] * 8190))
+
+
+def test_a_prompt_may_fill_the_context_if_no_token_follows(engine: Engine) -> None:
+    full = raw(text=None, tokens=[5] * 8192, max_tokens=0)
+    assert len(engine.tokenize(full)) == 8192
+    with pytest.raises(InvalidRequest, match="context of 8192"):
+        engine.tokenize(replace(full, max_tokens=1))
+
+
+def test_the_tokens_of_a_prompt_are_its_text(engine: Engine) -> None:
+    assert engine.text_of(engine.tokenize(raw())) == PROMPT
+    assert engine.text_of(engine.tokenize(GenerationRequest(CHAT, 1))[:1]) == "<|user|>"
 
 
 def test_one_token_is_a_prompt(engine: Engine) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tokenizers import Tokenizer
 
 from llm_sidecar.models.files import DEMO_DIR
 from tests.in_process import in_process
@@ -121,7 +122,8 @@ async def check_context(client: httpx.AsyncClient) -> None:
 
 
 async def check_echo(client: httpx.AsyncClient) -> None:
-    """The log probabilities of an echo are those of the completion."""
+    """The log probabilities of an echo are those of the completion; a prompt of tokens is echoed as
+    text."""
 
     async def complete(**fields: Any) -> dict[str, Any]:
         body = {"model": "phi3", "temperature": 0, "logprobs": 1, **fields}
@@ -139,6 +141,12 @@ async def check_echo(client: httpx.AsyncClient) -> None:
     assert first["logprobs"]["token_logprobs"] == pytest.approx(logprobs[-3:-1], abs=1e-4)
     for position in (-3, -2):
         assert logprobs[position] == max(echo["logprobs"]["top_logprobs"][position].values())
+    for token, offset in zip(tokens, echo["logprobs"]["text_offset"], strict=True):
+        assert echo["text"][offset:].startswith(token)
+    tokenizer = Tokenizer.from_file(str(DEMO_DIR / "phi3" / "tokenizer.json"))
+    ids = tokenizer.encode("Long A", add_special_tokens=False).ids
+    alone = await complete(prompt=ids, max_tokens=0, echo=True, logprobs=None)
+    assert (alone["text"], alone["finish_reason"], alone["logprobs"]) == ("Long A", "length", None)
 
 
 async def check_responses(client: httpx.AsyncClient) -> None:

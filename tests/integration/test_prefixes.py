@@ -11,7 +11,7 @@ import pytest
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.engines import Engine, GenerationRequest, Message, load_engine
-from llm_sidecar.engines.base import PREFILL_CHUNK, prefill_steps
+from llm_sidecar.engines.context import PREFILL_CHUNK, prefill_steps
 from llm_sidecar.engines.prefixes import MAX_KEPT, Prefix, PrefixCache, shared_tokens
 from training.demo_models import market
 

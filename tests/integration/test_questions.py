@@ -10,7 +10,8 @@ import pytest
 
 from llm_sidecar import hermes_plugin
 from llm_sidecar.engines import Engine, GenerationRequest, load_engine
-from llm_sidecar.engines.base import PREFILL_CHUNK, ChoiceScores, Question, result_of
+from llm_sidecar.engines.base import ChoiceScores, Question, result_of
+from llm_sidecar.engines.context import PREFILL_CHUNK
 from llm_sidecar.engines.decoding import Decoder
 from llm_sidecar.engines.torch import TorchEngine
 from llm_sidecar.engines.torch_states import TorchRows

@@ -11,7 +11,8 @@ import pytest
 
 from llm_sidecar import hermes_plugin, proposals
 from llm_sidecar.engines import Engine, EngineOptions, GenerationRequest, Message, load_engine
-from llm_sidecar.engines.base import PREFILL_CHUNK, Delta
+from llm_sidecar.engines.base import Delta
+from llm_sidecar.engines.context import PREFILL_CHUNK
 from llm_sidecar.engines.generation import Generation, Logits
 from llm_sidecar.engines.ort import OrtEngine
 from llm_sidecar.engines.ort_model import States

@@ -28,6 +28,7 @@ from llm_sidecar.models.local.protocol import (
     Prefill,
     Progress,
     PromptLogprobs,
+    PromptText,
     Ready,
     ScoreQuestions,
     Scores,
@@ -255,11 +256,13 @@ def test_log_probabilities_come_with_the_text_and_those_of_the_prompt_before_it(
     one: Process,
 ) -> None:
     text = "one two three"
-    asked = replace(request(text, 3), logprobs=0, prompt_logprobs=0)
+    asked = replace(request(text, 3), logprobs=0, prompt_logprobs=0, echo=True)
     one.send(Generate(id=36, request=asked))
     one.read_to_end(36)
-    begun, prompt, *progress = one.about(36)
+    begun, echo, prompt, *progress = one.about(36)
     assert isinstance(begun, Begun)
+    assert isinstance(echo, PromptText)
+    assert echo.text == "0 1 2"
     assert isinstance(prompt, PromptLogprobs)
     assert prompt.tokens == tuple(TokenLogprob(ord(c), c.encode(), -1.5) for c in text)
     found = [token for answer in progress for token in getattr(answer, "logprobs", ())]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +15,7 @@ from llm_sidecar.settings import Settings
 from osiris.llm_client import LLMClient
 from osiris.server import create_app
 from tests.in_process import in_process
-from tests.live_server import ROOT, LiveServer, free_port, serve
+from tests.live_server import LiveServer, serve
 
 KEYS = ("first-key-0123456789", "second-key-012345678")
 BEARER = {"Authorization": f"Bearer {KEYS[0]}"}
@@ -94,22 +92,6 @@ def test_a_refusal_does_not_wait_for_the_body(closed: LiveServer) -> None:
     head = b"POST /generate/ HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
     with start_request(closed, head) as connection:
         assert connection.recv(12) == b"HTTP/1.1 401"
-
-
-def test_a_weak_key_stops_the_start_without_being_shown(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "uvicorn", "osiris.server:app", "--port", str(free_port())],
-        env={"SIDECAR_API_KEYS": f"{KEYS[0]},weak", "PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode != 0
-    assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("SIDECAR_API_KEYS=*** is not valid")
-    assert "weak" not in done.stderr
-    assert KEYS[0] not in done.stderr
 
 
 def test_the_client_sends_the_key_of_the_environment(

@@ -129,8 +129,21 @@ def of_requests(server: LiveServer) -> list[dict[str, Any]]:
     return [line for line in lines(server) if line["logger"] == "osiris.access"]
 
 
-def test_a_server_logs_json_with_one_line_a_request(tmp_path: Path) -> None:
-    with serve(tmp_path) as server:
+BROKEN = """
+from osiris.server import app
+
+@app.get("/broken")
+async def broken() -> None:
+    raise ZeroDivisionError
+"""
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> LiveServer:
+    """A server that has answered requests of all kinds, and has stopped."""
+    folder = tmp_path_factory.mktemp("logs")
+    (folder / "broken.py").write_text(BROKEN)
+    with serve(folder, "--app-dir", str(folder), app="broken:app") as server:
         server.wait_until_database_is_open()
         ask = server.client
         ask.post("/speak?why=hidden", json={"text": "hidden"}, headers={"X-Request-ID": "one"})
@@ -140,21 +153,36 @@ def test_a_server_logs_json_with_one_line_a_request(tmp_path: Path) -> None:
         ask.get("/health")
         ask.get("/health/ready")
         ask.get("/metrics")
+        answer = ask.get("/broken", headers={"X-Request-ID": "seven"})
+        assert answer.status_code == 500
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert "ZeroDivisionError" not in answer.text
         assert server.stop() == 0
-        seen = of_requests(server)
-        loggers = {line["logger"] for line in lines(server)}
-        log = server.log.read_text()
+    return server
+
+
+def test_a_server_logs_json_with_one_line_a_request(stopped: LiveServer) -> None:
+    seen = of_requests(stopped)
+    loggers = {line["logger"] for line in lines(stopped)}
     shown = [(x["request_id"], x["method"], x["route"], x["status"]) for x in seen]
     assert shown == [
         ("one", "POST", "/speak", 200),
         ("two", "POST", "/speak", 422),
         ("three", "GET", "unmatched", 404),
         ("four", "DELETE", "/feedback/{feedback_id}", 404),
+        ("seven", "GET", "/broken", 500),
     ]
     assert all(line["duration_ms"] > 0 for line in seen)
     assert "uvicorn.error" in loggers
     assert "uvicorn.access" not in loggers
-    assert "hidden" not in log
+    assert "hidden" not in stopped.log.read_text()
+
+
+def test_an_unexpected_error_is_logged_with_the_request_id(stopped: LiveServer) -> None:
+    errors = [line for line in lines(stopped) if line["level"] == "ERROR"]
+    assert [(e["request_id"], e["exception"]["type"]) for e in errors] == [
+        ("seven", "ZeroDivisionError")
+    ]
 
 
 def test_a_line_about_a_connection_has_no_id_of_an_earlier_request(tmp_path: Path) -> None:
@@ -187,23 +215,3 @@ def test_the_text_format_works_and_no_access_log_is_respected(tmp_path: Path) ->
     assert "INFO uvicorn.error: Application startup complete." in log
     assert "osiris.access" not in log
     assert "{" not in log
-
-
-def test_an_unexpected_error_is_logged_with_the_request_id(tmp_path: Path) -> None:
-    script = tmp_path / "broken.py"
-    script.write_text(
-        "from osiris.server import app\n"
-        "@app.get('/broken')\n"
-        "async def broken() -> None:\n"
-        "    raise ZeroDivisionError\n"
-    )
-    with serve(tmp_path, "--app-dir", str(tmp_path), app="broken:app") as server:
-        answer = server.client.get("/broken", headers={"X-Request-ID": "seven"})
-        server.stop()
-        errors = [line for line in lines(server) if line["level"] == "ERROR"]
-    assert answer.status_code == 500
-    assert answer.headers["X-Content-Type-Options"] == "nosniff"
-    assert "ZeroDivisionError" not in answer.text
-    assert [(e["request_id"], e["exception"]["type"]) for e in errors] == [
-        ("seven", "ZeroDivisionError")
-    ]

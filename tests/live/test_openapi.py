@@ -21,7 +21,7 @@ def strict(
     random_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveServer]:
     """A server with loaded models, a key and short deadlines."""
-    limits = {"REQUEST_TIMEOUT_SECONDS": "1", "BODY_TIMEOUT_SECONDS": "1"}
+    limits = {"REQUEST_TIMEOUT_SECONDS": "0.5", "BODY_TIMEOUT_SECONDS": "1"}
     with serve(
         tmp_path_factory.mktemp("strict"),
         PRELOAD_MODELS="true",

@@ -109,13 +109,6 @@ def test_the_page_works_in_a_browser(profiled: LiveServer, tmp_path: Path) -> No
     assert "Refused to" not in done.stderr
 
 
-def test_profiling_that_is_off_is_a_404_that_names_its_switch(server: LiveServer) -> None:
-    for spelling in ("/debug/prof", "/debug/prof/"):
-        answer = server.client.get(spelling)
-        assert answer.status_code == 404
-        assert "ENABLE_PROFILING" in answer.json()["detail"]
-
-
 @pytest.fixture
 async def requests() -> AsyncIterator[tuple[Profiling, httpx.AsyncClient]]:
     app = FastAPI()

@@ -37,9 +37,8 @@ HEADERS: Final = {
     "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
     "tracestate": f"vendor={MARK}",
     "baggage": f"key={MARK}",
-    # After an unexpected error uvicorn ends the connection.
-    "Connection": "close",
 }
+CLOSE: Final = {"Connection": "close"}
 JSON: Final = {"Content-Type": "application/json"}
 TOO_LONG: Final = MARK * 6000
 NO_TEXT: Final = ("\0", "\x1b", "\x7f", "\x85", "\ud83d", "\udc00")
@@ -57,6 +56,8 @@ BODIES: Final = {
 UNREAD: Final = ("too long", "a long object", "many values")
 """Kinds of values that are valid in an ignored field, or in a field whose length is limited
 together with that of others."""
+SHORT: Final = ("max_tokens", "max_output_tokens")
+"""Fields that end a free text, which would have a thousand tokens."""
 FAILING_ENGINE: Final = """
 import llm_sidecar.engines as engines
 
@@ -125,8 +126,9 @@ class Document:
                     continue
                 for attempt in self._of_operation(method.upper(), path, operation):
                     if path == FAILING:
-                        # It checks nothing.
+                        # It checks nothing. After its error uvicorn ends the connection.
                         attempt.status = None
+                        attempt.options["headers"] = CLOSE | attempt.options.get("headers", {})
                     yield attempt
 
     def names(self) -> Iterator[str]:
@@ -225,8 +227,9 @@ class Document:
         if schema.get("type") == "object":
             if "properties" not in schema:
                 return {"ticker": "ABC"}
-            required = schema.get("required", ())
-            return {name: self._smallest(schema["properties"][name]) for name in required}
+            required, properties = schema.get("required", ()), schema["properties"]
+            made = {name: self._smallest(properties[name]) for name in required}
+            return made | {name: 16 for name in SHORT if name in properties}
         assert schema.get("type") == "string", f"a value for {schema} is needed here"
         # Another model would not be found.
         return "hermes" if schema.get("title") == "Model" else "Long ABC from 100."

@@ -82,20 +82,37 @@ def test_importing_the_server_reads_no_environment() -> None:
     assert subprocess.run(command, env=environ, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("command", [["osiris"], ["uvicorn", "osiris.server:app"]])
-def test_a_bad_variable_stops_the_start_with_one_line(tmp_path: Path, command: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("command", "environ", "line"),
+    [
+        (
+            ["osiris"],
+            {"QUEUE_LENGTH": "many"},
+            "QUEUE_LENGTH='many' is not valid: it takes an integer from 1 to 10000",
+        ),
+        (
+            ["uvicorn", "osiris.server:app"],
+            {"SIDECAR_API_KEYS": "first-key-0123456789,weak"},
+            # Without a key.
+            "SIDECAR_API_KEYS=*** is not valid: it takes keys of 16 or more visible ASCII "
+            "characters, separated by commas; each may be name=key, with a name of up to 32 "
+            "characters a-z, 0-9, _ and -, and no key may have two names",
+        ),
+    ],
+)
+def test_a_bad_variable_stops_the_start_with_one_line(
+    tmp_path: Path, command: list[str], environ: dict[str, str], line: str
+) -> None:
     done = subprocess.run(
         [sys.executable, "-m", *command, "--port", str(free_port())],
-        env={"QUEUE_LENGTH": "many", "PYTHONPATH": str(ROOT)},
+        env={**environ, "PYTHONPATH": str(ROOT)},
         cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr.splitlines() == [
-        "QUEUE_LENGTH='many' is not valid: it takes an integer from 1 to 10000"
-    ]
+    assert done.stderr.splitlines() == [line]
 
 
 def test_ctrl_c_lets_a_running_request_end_and_leaves_no_worker(

@@ -19,7 +19,7 @@ def test_many_requests_find_no_undocumented_answer(
         SIDECAR_API_KEYS=KEY,
         ENABLE_METRICS="true",
         ENABLE_PROFILING="true",
-        REQUEST_TIMEOUT_SECONDS="2",
+        REQUEST_TIMEOUT_SECONDS="0.3",
         **random_models,
     ) as server:
         server.wait_until_ready()

@@ -24,6 +24,7 @@ from llm_sidecar.errors import DatabaseUnavailable, RequestKeyReused
 from llm_sidecar.event_bus import EventBus
 from llm_sidecar.models.base import ChoiceScores, Completion, Delta, GenerationRequest, Models
 from llm_sidecar.models.fake import IDENTITY, FakeModel
+from llm_sidecar.services.idempotency import Attempt
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.telemetry.metrics import MetricsSink
@@ -341,6 +342,10 @@ class FakeSidecar:
         self.sidecar._store, self.sidecar._bus = self.store.store, self.bus.bus
         self.sidecar._build_memory(settings, metrics)
         self.sidecar._build_services(settings, metrics)
+
+    def attempt(self) -> Attempt:
+        """An attempt at a request without an `Idempotency-Key`."""
+        return self.sidecar.idempotency.without_key()
 
 
 def fresh(module: ModuleType) -> ModuleType:

@@ -8,12 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
 
 from llm_sidecar.errors import InvalidRequest
-from llm_sidecar.settings import Settings
-from osiris.server import create_app
-from tests.unit.asgi import client
 from tests.unit.fakes import FakeSidecar
 
 BODY = b'{"prompt": "Long ABC from 100."}'
@@ -25,23 +21,6 @@ CHARSET = "Content-Type: JSON is UTF-8; send charset=utf-8, or leave the charset
 ENCODING = (
     "Content-Encoding: the server does not decompress; send the body as it is, without this header."
 )
-
-
-@pytest.fixture
-def fake_sidecar() -> FakeSidecar:
-    return FakeSidecar()
-
-
-@pytest.fixture(scope="module")
-def app() -> FastAPI:
-    return create_app(Settings.from_environ({"REDIS_URL": "memory://"}))
-
-
-@pytest.fixture
-async def asking(app: FastAPI, fake_sidecar: FakeSidecar) -> AsyncIterator[httpx.AsyncClient]:
-    app.state.sidecar = fake_sidecar.sidecar
-    async with client(app) as made:
-        yield made
 
 
 def entries(response: httpx.Response) -> list[tuple[list[str], str]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llm_sidecar.engines.base import ANSWER_TOKENS, check_context
+from llm_sidecar.engines.context import check_context
+from llm_sidecar.engines.requests import ANSWER_TOKENS
 from llm_sidecar.errors import InvalidRequest
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import AsyncIterator
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import urljoin
@@ -13,23 +12,10 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from llm_sidecar.settings import Settings
 from osiris import docs_page
-from osiris.server import create_app
 from tests.unit.asgi import client
 
 FOLDER = Path(docs_page.__file__).parent
-
-
-@pytest.fixture(scope="module")
-def app() -> FastAPI:
-    return create_app(Settings.from_environ({"REDIS_URL": "memory://"}))
-
-
-@pytest.fixture
-async def asking(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    async with client(app) as made:
-        yield made
 
 
 class Links(HTMLParser):

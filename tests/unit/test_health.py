@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 import llm_sidecar
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
-from osiris.server import create_app
 from tests.unit.asgi import client
 
 KEY = "first-key-0123456789"
 OPENING = "The database is being opened."
+Made = Callable[..., httpx.AsyncClient]
 
 
-def made(**environ: str) -> httpx.AsyncClient:
-    """A client of an app whose components are created but not started."""
-    settings = Settings.from_environ({"REDIS_URL": "memory://", "SIDECAR_DEMO": "true", **environ})
-    app = create_app(settings)
-    app.state.sidecar = Sidecar(settings)
-    return client(app)
+@pytest.fixture
+def made(app_of: Callable[..., FastAPI]) -> Made:
+    """Makes clients of apps whose components are created but not started."""
+
+    def make(**environ: str) -> httpx.AsyncClient:
+        app = app_of(SIDECAR_DEMO="true", **environ)
+        variables = {"REDIS_URL": "memory://", "SIDECAR_DEMO": "true", **environ}
+        app.state.sidecar = Sidecar(Settings.from_environ(variables))
+        return client(app)
+
+    return make
 
 
 @pytest.mark.parametrize("headers", [{}, {"X-API-Key": "wrong"}, {"Authorization": "Bearer x"}])
-async def test_health_without_a_valid_key_has_only_the_status(headers: dict[str, str]) -> None:
+async def test_health_without_a_valid_key_has_only_the_status(
+    made: Made, headers: dict[str, str]
+) -> None:
     async with made(SIDECAR_API_KEYS=f"desk={KEY}") as asking:
         for path in ("/health", "/health/"):
             response = await asking.get(path, headers=headers)
@@ -44,7 +52,7 @@ async def test_health_without_a_valid_key_has_only_the_status(headers: dict[str,
     ],
 )
 async def test_health_with_a_key_or_without_configured_keys_is_complete(
-    environ: dict[str, str], headers: dict[str, str]
+    made: Made, environ: dict[str, str], headers: dict[str, str]
 ) -> None:
     async with made(**environ) as asking:
         shown = (await asking.get("/health", headers=headers)).json()
@@ -54,7 +62,9 @@ async def test_health_with_a_key_or_without_configured_keys_is_complete(
     assert shown["database"]["state"] == "opening"
 
 
-async def test_uptime_counts_from_the_start_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_uptime_counts_from_the_start_of_the_server(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = time.monotonic
     async with made() as asking:
         first = (await asking.get("/health")).json()["uptime_seconds"]
@@ -64,7 +74,7 @@ async def test_uptime_counts_from_the_start_of_the_server(monkeypatch: pytest.Mo
     assert 1000 <= later - first < 1060
 
 
-async def test_the_document_has_both_shapes_of_health() -> None:
+async def test_the_document_has_both_shapes_of_health(made: Made) -> None:
     async with made() as asking:
         document = (await asking.get("/openapi.json")).json()
     answer = document["paths"]["/health"]["get"]["responses"]["200"]
@@ -86,7 +96,7 @@ NO_PHI3 = {"MICRO_LLM_MODEL_PATH": "/nowhere/phi3.onnx"}
     [({}, ["database"]), (NO_PHI3, ["phi3", "database"])],
 )
 async def test_ready_names_what_is_missing_and_why(
-    environ: dict[str, str], missing: list[str]
+    made: Made, environ: dict[str, str], missing: list[str]
 ) -> None:
     async with made(**environ) as asking:
         response = await asking.get("/health/ready")
@@ -99,7 +109,7 @@ async def test_ready_names_what_is_missing_and_why(
         assert "MICRO_LLM_MODEL_PATH" in said["reasons"]["phi3"]
 
 
-async def test_the_reasons_need_a_key_if_keys_are_configured() -> None:
+async def test_the_reasons_need_a_key_if_keys_are_configured(made: Made) -> None:
     async with made(SIDECAR_API_KEYS=KEY) as asking:
         response = await asking.get("/health/ready")
         assert response.status_code == 503
@@ -108,6 +118,6 @@ async def test_the_reasons_need_a_key_if_keys_are_configured() -> None:
         assert shown.json()["reasons"] == {"database": OPENING}
 
 
-async def test_live_has_only_a_status(tmp_path: Path) -> None:
+async def test_live_has_only_a_status(made: Made) -> None:
     async with made(SIDECAR_API_KEYS=KEY) as asking:
         assert (await asking.get("/health/live")).json() == {"status": "ok", "missing": []}

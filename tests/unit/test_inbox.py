@@ -14,6 +14,7 @@ from llm_sidecar.models.local.protocol import (
     Failed,
     Progress,
     PromptLogprobs,
+    PromptText,
 )
 
 ONE, TWO = TokenLogprob(1, b"a", -0.5), TokenLogprob(2, b"b", -0.25)
@@ -77,6 +78,7 @@ async def test_the_end_of_a_job_is_known_before_it_is_read() -> None:
     ends = (progress("a", 1, "length"), Done(id=7), Failed(id=7, detail="no"))
     others: tuple[Answer, ...] = (
         Begun(id=7),
+        PromptText(id=7, text="a"),
         PromptLogprobs(id=7, tokens=(ONE,)),
         progress("a", 1),
         # The job goes to the next worker, or its caller gets an error.

@@ -73,6 +73,8 @@ def test_another_answer_is_no_stream(content_type: str) -> None:
         event("token", {"text": "It"}),
         event("assessment", "null"),
         event("error", {"detail": "It has no status."}),
+        event("error", {"detail": "It is a text.", "status": "503"}),
+        event("error", {"detail": "It is no error.", "status": 200}),
         event("done", "[" * 100_000),
     ],
 )

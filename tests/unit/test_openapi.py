@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from openapi_schema_validator import OAS31Validator
 from openapi_spec_validator import validate
 
@@ -15,7 +16,9 @@ from llm_sidecar.errors import DatabaseUnavailable, DeadlineExceeded, InvalidReq
 from llm_sidecar.models.base import Completion
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
+from osiris import docs_page
 from osiris.idempotency import REPLAYED
+from osiris.openapi import documented_paths
 from osiris.schemas.health import Health
 from osiris.server import create_app
 from tests.unit.asgi import client
@@ -55,8 +58,13 @@ OPENAI = {name for (_, path), name in OPERATIONS.items() if path.startswith("/v1
 
 
 @pytest.fixture(scope="module")
-def document() -> dict[str, Any]:
-    made: dict[str, Any] = create_app(Settings.from_environ(ENVIRON)).openapi()
+def app(app_of: Callable[..., FastAPI]) -> FastAPI:
+    return app_of(**ENVIRON)
+
+
+@pytest.fixture(scope="module")
+def document(app: FastAPI) -> dict[str, Any]:
+    made: dict[str, Any] = app.openapi()
     return made
 
 
@@ -80,6 +88,21 @@ def test_it_is_an_openapi_document(document: dict[str, Any]) -> None:
     assert document["openapi"].startswith("3.1")
     assert document["info"]["version"] == __version__
     assert {"title", "summary", "description"} <= set(document["info"])
+
+
+def test_the_paths_of_the_routes_are_those_of_the_document(
+    app: FastAPI, document: dict[str, Any]
+) -> None:
+    paths = [*document["paths"], *docs_page.PATHS]
+    assert documented_paths(app) == {path.rstrip("/"): path for path in paths}
+
+
+async def test_no_other_request_waits_for_the_document() -> None:
+    app = create_app(Settings.from_environ(ENVIRON))
+    app.state.sidecar = FakeSidecar().sidecar
+    async with client(app) as asking:
+        assert (await asking.get("/examples/")).status_code == 200
+    assert app.openapi_schema is None
 
 
 def test_each_operation_id_is_the_name_of_its_function(document: dict[str, Any]) -> None:
@@ -260,8 +283,7 @@ def test_health_has_the_documented_keys_before_the_parts_start() -> None:
     assert Health.model_validate(health, strict=True).model_dump(mode="json") == health
 
 
-async def test_the_served_document_names_the_server_under_its_root_path() -> None:
-    app = create_app(Settings.from_environ(ENVIRON))
+async def test_the_served_document_names_the_server_under_its_root_path(app: FastAPI) -> None:
     for root_path, url in (("", "/"), ("/desk", "/desk")):
         async with client(app, root_path) as asking:
             for slash in ("", "/"):
@@ -338,6 +360,8 @@ ERRORS: list[tuple[str, str, dict[str, Any], Answers, Answers, int]] = [
 
 @pytest.mark.parametrize(("method", "path", "sent", "phi3", "hermes", "status"), ERRORS)
 async def test_an_error_is_as_documented(
+    fake_sidecar: FakeSidecar,
+    asking: httpx.AsyncClient,
     document: dict[str, Any],
     method: str,
     path: str,
@@ -346,22 +370,19 @@ async def test_an_error_is_as_documented(
     hermes: Answers,
     status: int,
 ) -> None:
-    fake_sidecar = FakeSidecar()
     fake_sidecar.phi3.answers, fake_sidecar.hermes.answers = list(phi3), list(hermes)
     fake_sidecar.store.full = AWAY if path == "/feedback/phi3/" else None
-    app = create_app(Settings.from_environ(ENVIRON))
-    app.state.sidecar = fake_sidecar.sidecar
-    async with client(app) as asking:
-        response = await asking.request(method, path.format(**NAMES), **sent)
+    response = await asking.request(method, path.format(**NAMES), **sent)
     assert response.status_code == status, response.text
     check_documented(document, document["paths"][path][method.lower()], response)
     if path == PROPOSE and phi3 != [FULL] and phi3:
         assert "transaction_id" in response.json()
 
 
-async def test_a_refused_key_is_as_documented(document: dict[str, Any]) -> None:
-    app = create_app(Settings.from_environ(ENVIRON | {"SIDECAR_API_KEYS": KEY}))
-    async with client(app) as asking:
+async def test_a_refused_key_is_as_documented(
+    app_of: Callable[..., FastAPI], document: dict[str, Any]
+) -> None:
+    async with client(app_of(**ENVIRON, SIDECAR_API_KEYS=KEY)) as asking:
         for method, path, operation in operations(document):
             if "401" in operation["responses"]:
                 response = await asking.request(method, path.format(**NAMES))

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 
-from llm_sidecar.engines.base import PREFILL_CHUNK, ChoiceScores, Question, result_of
+from llm_sidecar.engines.base import ChoiceScores, Question, result_of
 from llm_sidecar.engines.choice_tree import ChoiceTree
+from llm_sidecar.engines.context import PREFILL_CHUNK
 from llm_sidecar.engines.questions import Asked, Batches, Found, Read, plan_batches, scores_of
 
 SHARED = list(range(100, 140))

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from llm_sidecar import hermes_plugin
 from llm_sidecar.db import Correction, Phi3FeedbackSchema
 from llm_sidecar.errors import DatabaseUnavailable, QueueFull
 from llm_sidecar.models.base import ChoiceScores
 from llm_sidecar.services.example_rules import Outcome
-from llm_sidecar.settings import Settings
-from osiris.server import create_app
 from tests.unit.asgi import client
 from tests.unit.fakes import FakeSidecar, scores
 
@@ -31,19 +30,6 @@ FEEDBACK: dict[str, Any] = {
     "feedback_type": "correction",
     "feedback_content": "The stop is too tight.",
 }
-
-
-@pytest.fixture
-def fake_sidecar() -> FakeSidecar:
-    return FakeSidecar()
-
-
-@pytest.fixture
-async def asking(fake_sidecar: FakeSidecar) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(Settings.from_environ({"REDIS_URL": "memory://"}))
-    app.state.sidecar = fake_sidecar.sidecar
-    async with client(app) as made:
-        yield made
 
 
 # A score
@@ -166,9 +152,13 @@ KEY_OF_DESK, UNNAMED_KEY = "first-key-0123456789", "second-key-012345678"
     ],
 )
 async def test_the_name_of_the_key_is_the_author_of_feedback(
-    fake_sidecar: FakeSidecar, keys: str, key: str, author: str | None
+    app_of: Callable[..., FastAPI],
+    fake_sidecar: FakeSidecar,
+    keys: str,
+    key: str,
+    author: str | None,
 ) -> None:
-    app = create_app(Settings.from_environ({"SIDECAR_API_KEYS": keys}))
+    app = app_of(SIDECAR_API_KEYS=keys)
     app.state.sidecar = fake_sidecar.sidecar
     async with client(app) as asking:
         response = await asking.post("/feedback/phi3/", json=FEEDBACK, headers={"X-API-Key": key})

@@ -37,6 +37,7 @@ ALLOWED = (
     {"properties": {"patternProperties": True}},
     {"multipleOf": "ten"},
     {"multipleOf": 0},
+    {"multipleOf": True},
     {"multipleOf": 1e400},
     {"const": "a" * 60_000},
     True,

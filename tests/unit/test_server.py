@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
@@ -254,6 +254,11 @@ async def test_an_unknown_path_is_404(asking: httpx.AsyncClient) -> None:
         assert (response.status_code, response.json()) == (404, {"detail": "Not Found"})
 
 
+@pytest.fixture(scope="module")
+def off(app_of: Callable[..., FastAPI]) -> FastAPI:
+    return app_of()
+
+
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("slash", ["", "/"])
 @pytest.mark.parametrize(
@@ -272,11 +277,6 @@ async def test_a_path_that_is_off_is_404_and_the_detail_names_its_variable(
     assert response.headers["Content-Type"] == "application/json"
     if method == "GET":
         assert response.json() == {"detail": detail}
-
-
-@pytest.fixture(scope="module")
-def off() -> FastAPI:
-    return create_app(Settings.from_environ({"REDIS_URL": "memory://"}))
 
 
 async def test_metrics_that_are_off_are_not_documented(off: FastAPI, app: FastAPI) -> None:

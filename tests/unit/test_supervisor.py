@@ -10,8 +10,10 @@ import contextlib
 import itertools
 import logging
 import random
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import msgspec
@@ -22,16 +24,18 @@ from llm_sidecar.engines import EngineOptions, GenerationRequest
 from llm_sidecar.engines.base import TokenLogprob
 from llm_sidecar.errors import AdapterRejected, DeadlineExceeded, ModelUnavailable, QueueFull
 from llm_sidecar.logs import log_context
-from llm_sidecar.models.base import Adapter, ChoiceScores, ModelStatus, Speed
+from llm_sidecar.models.base import Adapter, ChoiceScores, Delta, ModelStatus, Speed
 from llm_sidecar.models.fake import IDENTITY
 from llm_sidecar.models.files import ModelFiles
 from llm_sidecar.models.local import loader
+from llm_sidecar.models.local import model as local_model
 from llm_sidecar.models.local.inbox import Inbox
 from llm_sidecar.models.local.load_state import ModelLimits
 from llm_sidecar.models.local.model import LocalModel
 from llm_sidecar.models.local.process import UnusableFiles
 from llm_sidecar.models.local.protocol import (
     Begun,
+    Check,
     Died,
     Done,
     Generate,
@@ -40,6 +44,7 @@ from llm_sidecar.models.local.protocol import (
     Prefill,
     Progress,
     PromptLogprobs,
+    PromptText,
     Ready,
     Scores,
 )
@@ -708,6 +713,35 @@ async def test_a_request_that_has_not_begun_goes_to_the_next_worker(made: Made) 
     assert (await asking).text == "from 2"
 
 
+async def test_a_request_that_has_queued_longer_than_a_load_may_take_gets_the_next_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = Made(load_wait=60.0)
+    await complete(made.model, ASKED)
+    house.answers = False
+    running = [asyncio.create_task(complete(made.model, ASKED)) for _ in range(2)]
+    (worker,) = house.workers
+    await until(lambda: len(worker.inboxes) == 2)
+    for number, inbox in worker.inboxes.items():
+        inbox.put_nowait(Begun(id=number, at=0.0))
+    # To the model, this one has come an hour ago.
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() - 3600.0)
+    monkeypatch.setattr(local_model, "time", clock)
+    waiting = asyncio.create_task(complete(made.model, ASKED))
+    await until(lambda: isinstance(worker.sent[-1], Check))
+    worker.answer(len(worker.sent))
+    house.loading.clear()
+    worker.die("signal SIGKILL")
+    for task in running:
+        with pytest.raises(ModelUnavailable, match="signal SIGKILL"):
+            await task
+    await until(lambda: len(house.workers) == 2)
+    house.answers = True
+    house.loading.set()
+    assert (await waiting).text == "from 2"
+    await made.model.close()
+
+
 # Streams
 
 
@@ -726,7 +760,9 @@ async def test_a_stream_that_is_closed_cancels_its_job(made: Made) -> None:
     assert (made.model.status().requests, made.model.status().running) == (0, 0)
 
 
-async def test_a_slow_reader_holds_no_turn_and_gets_everything_at_once(made: Made) -> None:
+async def test_a_slow_reader_delays_no_request_and_gets_everything_at_once(
+    made: Made,
+) -> None:
     house.answers = False
     readers = [made.model.stream(ASKED) for _ in range(2)]
     first = [asyncio.create_task(anext(reader)) for reader in readers]
@@ -741,7 +777,7 @@ async def test_a_slow_reader_holds_no_turn_and_gets_everything_at_once(made: Mad
         worker.inboxes.pop(number).put_nowait(progress(number, "four", 4, "stop"))
     # The worker has capacity for two, and neither of these has been read to its end.
     status = made.model.status()
-    assert (status.requests, status.running, worker.calls) == (2, 0, {})
+    assert (status.requests, status.running, worker.calls) == (0, 0, {})
     house.answers = True
     assert (await complete(made.model, ASKED)).text == "from 1"
     for reader in readers:
@@ -751,18 +787,27 @@ async def test_a_slow_reader_holds_no_turn_and_gets_everything_at_once(made: Mad
     assert made.model.status().requests == 0
 
 
-async def test_log_probabilities_of_the_prompt_come_with_the_first_delta(made: Made) -> None:
+async def test_the_prompt_and_its_log_probabilities_come_with_the_first_delta(made: Made) -> None:
     house.answers = False
     one, two = TokenLogprob(1, b"a", None), TokenLogprob(2, b"b", -0.5)
-    reading = asyncio.create_task(complete(made.model, ASKED))
+    reading = asyncio.create_task(all_deltas(made.model))
     await until(lambda: house.workers and house.workers[0].sent)
     inbox = house.workers[0].inboxes.pop(1)
+    inbox.put_nowait(PromptText(id=1, at=0.0, text="ab"))
     for token in (one, two):
         inbox.put_nowait(PromptLogprobs(id=1, at=0.0, tokens=(token,)))
     inbox.put_nowait(msgspec.structs.replace(progress(1, "a", 1), logprobs=(two,)))
+    await until(lambda: not inbox._answers)
     inbox.put_nowait(msgspec.structs.replace(progress(1, "b", 2, "stop"), logprobs=(one,)))
-    whole = await reading
-    assert (whole.text, whole.prompt_logprobs, whole.logprobs) == ("ab", (one, two), (two, one))
+    first, second = await reading
+    assert (first.text, first.logprobs) == ("a", (two,))
+    assert (first.prompt_text, first.prompt_logprobs) == ("ab", (one, two))
+    assert (second.text, second.logprobs) == ("b", (one,))
+    assert (second.prompt_text, second.prompt_logprobs) == ("", ())
+
+
+async def all_deltas(model: LocalModel) -> list[Delta]:
+    return [delta async for delta in model.stream(ASKED)]
 
 
 async def test_a_deadline_cancels_no_consumer_that_is_slow(made: Made) -> None:
@@ -777,6 +822,41 @@ async def test_a_deadline_cancels_no_consumer_that_is_slow(made: Made) -> None:
     await until(lambda: deadline.remaining() < 0)
     with pytest.raises(DeadlineExceeded):
         await anext(stream)
+
+
+@pytest.mark.parametrize("allow_partial", [False, True])
+async def test_a_text_that_was_finished_in_time_is_whole_for_a_slow_reader(
+    made: Made, allow_partial: bool
+) -> None:
+    house.answers = False
+    deadline = Deadline.after(0.05)
+    stream = made.model.stream(ASKED, deadline, allow_partial=allow_partial)
+    asking = asyncio.create_task(anext(stream))
+    await until(lambda: house.workers and house.workers[0].sent)
+    inbox = house.workers[0].inboxes.pop(1)
+    inbox.put_nowait(progress(1, "one", 1))
+    await asking
+    inbox.put_nowait(progress(1, "two", 2, "stop"))
+    await until(lambda: deadline.remaining() < 0)
+    rest = [delta async for delta in stream]
+    assert [(delta.text, delta.finish_reason) for delta in rest] == [("two", "stop")]
+
+
+async def test_a_slow_reader_gets_the_text_up_to_its_deadline_and_no_more(made: Made) -> None:
+    house.answers = False
+    deadline = Deadline.after(0.05)
+    stream = made.model.stream(ASKED, deadline, allow_partial=True)
+    asking = asyncio.create_task(anext(stream))
+    await until(lambda: house.workers and house.workers[0].sent)
+    inbox = house.workers[0].inboxes[1]
+    inbox.put_nowait(progress(1, "one", 1))
+    await asking
+    inbox.put_nowait(progress(1, "two", 2))
+    await until(lambda: deadline.remaining() < 0)
+    assert (await anext(stream)).text == "two"
+    inbox.put_nowait(progress(1, "three", 3))
+    rest = [delta async for delta in stream]
+    assert [(delta.text, delta.finish_reason) for delta in rest] == [("", "deadline")]
 
 
 async def test_a_partial_stream_ends_with_its_deadline_as_the_reason(made: Made) -> None:

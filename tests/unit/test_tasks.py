@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from llm_sidecar.tasks import TaskSet
+from llm_sidecar.tasks import TaskSet, all_of
 from tests.unit.fakes import until
 
 
@@ -62,3 +62,36 @@ async def test_join_waits_for_all_work_that_which_starts_meanwhile_included() ->
 
 async def test_join_returns_at_once_without_work() -> None:
     await TaskSet().join()
+
+
+async def test_all_results_are_in_order() -> None:
+    first, second, done = asyncio.Event(), asyncio.Event(), list[str]()
+
+    async def number(gate: asyncio.Event, value: int, then: asyncio.Event) -> int:
+        await gate.wait()
+        done.append(str(value))
+        then.set()
+        return value
+
+    second.set()
+    works = [number(first, 1, second), number(second, 2, first)]
+    assert await all_of(works) == [1, 2]
+    assert done == ["2", "1"]
+
+
+async def test_the_first_error_of_several_coroutines_cancels_the_others() -> None:
+    ended = list[str]()
+
+    async def wait() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("waiting")
+
+    async def fail() -> None:
+        await asyncio.sleep(0)
+        raise KeyError("odd")
+
+    with pytest.raises(KeyError, match="odd"):
+        await all_of([wait(), fail()])
+    assert ended == ["waiting"]

@@ -7,6 +7,8 @@ from typing import Final
 
 _FIRST: Final = 0.5
 _MAX: Final = 30.0
+_MOST_DOUBLINGS: Final = 6
+"""After so many, a delay is longer than the maximum; 2 to the power of 1024 is no float."""
 _HEALTHY: Final = 60.0
 """If a worker lived longer than these seconds, its failure counts as the first one again."""
 
@@ -27,5 +29,6 @@ class Backoff:
         self._failures = 0 if lived > _HEALTHY else self._failures + 1
         if not self._failures:
             return 0.0
-        delay: float = min(_MAX, _FIRST * 2 ** (self._failures - 1))
+        doublings = min(self._failures - 1, _MOST_DOUBLINGS)
+        delay = min(_MAX, _FIRST * 2.0**doublings)
         return delay * random.uniform(0.8, 1.2)

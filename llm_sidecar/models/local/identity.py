@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Final
 
 from llm_sidecar.engines import Engine
-from llm_sidecar.models.base import Speed
 from llm_sidecar.models.identity import ModelIdentity
 from llm_sidecar.models.local.fingerprints import (
     Fingerprints,
@@ -18,6 +17,7 @@ from llm_sidecar.models.local.fingerprints import (
 )
 from llm_sidecar.models.local.protocol import Load
 from llm_sidecar.models.local.warm_up import load_warm
+from llm_sidecar.models.status import Speed
 
 _PACKAGES: Final = {
     "jinja2": "jinja2",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 
+from llm_sidecar.deadline import Deadline
 from llm_sidecar.models.local.protocol import Answer, Died, Progress, is_final, joined
 
 
@@ -41,3 +42,25 @@ class Inbox:
             self._arrived.clear()
             await self._arrived.wait()
         return self._answers.popleft()
+
+    async def answers(self, deadline: Deadline) -> AsyncGenerator[Answer, None]:
+        """All answers, up to the final one.
+
+        At the deadline, it first yields what has arrived: the reader may have been slow.
+
+        Raises:
+            TimeoutError: the final answer has not arrived by the deadline.
+        """
+        answer: Answer | None = None
+        try:
+            while answer is None or not is_final(answer):
+                async with deadline.timeout():
+                    answer = await self.get()
+                yield answer
+        except TimeoutError:
+            # Only once: a worker that is not cancelled yet adds more, after the deadline.
+            arrived, self._answers = self._answers, deque()
+            for answer in arrived:
+                yield answer
+            if answer is None or not is_final(answer):
+                raise

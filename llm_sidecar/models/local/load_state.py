@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from llm_sidecar.errors import ModelUnavailable
-from llm_sidecar.models.base import State
+from llm_sidecar.models.status import State
 
 _LONGEST_RETRY: Final = 30.0
 """Seconds after which a request may try again at the latest, however long a failure lasts."""

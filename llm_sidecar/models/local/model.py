@@ -29,6 +29,7 @@ from llm_sidecar.models.base import (
     Question,
 )
 from llm_sidecar.models.files import ModelFiles
+from llm_sidecar.models.local.failures import error_of
 from llm_sidecar.models.local.load_state import ModelLimits
 from llm_sidecar.models.local.loader import WorkerLoader
 from llm_sidecar.models.local.process import WorkerProcess
@@ -42,9 +43,9 @@ from llm_sidecar.models.local.protocol import (
     Prefill,
     Progress,
     PromptLogprobs,
+    PromptText,
     ScoreQuestions,
     Scores,
-    error_of,
     is_final,
 )
 from llm_sidecar.models.local.request_queue import RequestQueue
@@ -114,17 +115,21 @@ class LocalModel(ChatModel):
     ) -> AsyncGenerator[Delta, None]:
         """Generates; see `ChatModel.stream`."""
         deadline = deadline or Deadline.after(self._limits.request_timeout)
-        prompt: list[TokenLogprob] = []
+        prompt_text, prompt = "", list[TokenLogprob]()
         with self._call("generate", deadline) as call:
             answers = self._run(call, Generate(request=request), deadline)
             try:
                 async with contextlib.aclosing(answers):
                     async for answer in answers:
-                        if isinstance(answer, PromptLogprobs):
+                        if isinstance(answer, PromptText):
+                            prompt_text = answer.text
+                        elif isinstance(answer, PromptLogprobs):
                             prompt += answer.tokens
                         elif isinstance(answer, Progress):
-                            yield Delta.of(call, answer.text, answer.logprobs, tuple(prompt))
-                            prompt.clear()
+                            yield Delta.of(
+                                call, answer.text, answer.logprobs, tuple(prompt), prompt_text
+                            )
+                            prompt_text, prompt = "", []
             except TimeoutError:
                 if not (allow_partial and call.completion_tokens):
                     raise
@@ -151,7 +156,10 @@ class LocalModel(ChatModel):
             async with contextlib.aclosing(self._run(call, job, deadline)) as answers:
                 async for answer in answers:
                     if isinstance(answer, Scores):
-                        scores = [replace(one, adapter=call.adapter) for one in answer.scores]
+                        scores = [
+                            replace(choice_scores, adapter=call.adapter)
+                            for choice_scores in answer.scores
+                        ]
         return scores
 
     async def prefill(self, prefix: GenerationRequest) -> None:
@@ -200,48 +208,46 @@ class LocalModel(ChatModel):
                 await self._queue.idle.wait()
         await self._supervisor.close()
 
-    @contextlib.contextmanager
-    def _call(self, operation: Operation, deadline: Deadline) -> Iterator[ModelCall]:
-        """Admits a request and observes it; a TimeoutError becomes the error that says why."""
-        with observed(self._observer, ModelCall(self._loader.name, operation)) as call:
-            self._supervisor.check_open()
-            with self._queue.admit():
-                self._supervisor.start()
-                try:
-                    yield call
-                except TimeoutError:
-                    if call.begun is None and not self._supervisor.load_state.is_ready:
-                        raise self._supervisor.load_state.error() from None
-                    raise deadline.exceeded(call, self._queue.retry_after()) from None
-
     async def _run(
         self, call: ModelCall, job: Generate | ScoreQuestions, deadline: Deadline
     ) -> AsyncGenerator[Answer, None]:
-        """Yields the answers to a job and records them in the call; closing it cancels the job.
+        """Admits a job, yields its answers and records them in the call; closing it cancels the
+        job.
 
-        A job whose worker dies before it begins goes to the next worker.
+        A job whose worker dies before it begins goes to the next worker. The admission and the turn
+        end with the job, so that a slow reader keeps no other request out.
 
         Raises:
-            InvalidRequest, ModelUnavailable
+            InvalidRequest, QueueFull, ModelUnavailable
             TimeoutError: the deadline passes first.
         """
-        ready_by = time.monotonic() + deadline.remaining()
-        if self._limits.load_wait is not None:
-            ready_by = min(ready_by, time.monotonic() + self._limits.load_wait)
-        self._supervisor.check_waiting(ready_by)
-        if self._queue.busy:
-            async with deadline.timeout():
-                await self._check(call, job.largest, ready_by)
-        async with self._queue.turn(deadline) as turn:
-            answered = False
-            while not answered:
+        self._supervisor.check_open()
+        with contextlib.ExitStack() as admission:
+            admission.enter_context(self._queue.admit())
+            self._supervisor.start()
+            ready_by = self._ready_by(deadline)
+            self._supervisor.check_waiting(ready_by)
+            if self._queue.busy:
                 async with deadline.timeout():
-                    worker = await self._supervisor.ready(ready_by)
-                served = self._serve(worker, call, job, deadline, turn)
-                async with contextlib.aclosing(served) as answers:
-                    async for answer in answers:
-                        answered = is_final(answer)
-                        yield answer
+                    await self._check(call, job.largest, ready_by)
+            async with self._queue.turn(deadline) as turn:
+                turn.push(admission)
+                answered = False
+                while not answered:
+                    async with deadline.timeout():
+                        worker = await self._supervisor.ready(ready_by)
+                    served = self._serve(worker, call, job, deadline, turn)
+                    async with contextlib.aclosing(served) as answers:
+                        async for answer in answers:
+                            answered = is_final(answer)
+                            yield answer
+
+    def _ready_by(self, deadline: Deadline) -> float:
+        """How long a new request waits for the model to load, as `time.monotonic` gives it."""
+        waits = deadline.remaining()
+        if self._limits.load_wait is not None:
+            waits = min(waits, self._limits.load_wait)
+        return time.monotonic() + waits
 
     async def _check(self, call: ModelCall, request: GenerationRequest, ready_by: float) -> None:
         """Refuses a prompt that does not fit the context before it waits for its turn."""
@@ -259,10 +265,7 @@ class LocalModel(ChatModel):
         deadline: Deadline,
         turn: contextlib.ExitStack,
     ) -> AsyncGenerator[Answer, None]:
-        """Sends a job to one worker and yields its answers: none if it dies before it begins.
-
-        The turn ends with the job, so that a slow reader does not delay other requests.
-        """
+        """Sends a job to one worker and yields its answers: none if it dies before it begins."""
         assert worker.ready is not None
         self._queue.grow(worker.ready.capacity)
         call.served_by, call.adapter = worker.label, worker.adapter
@@ -280,12 +283,11 @@ class LocalModel(ChatModel):
 
         inbox.on_end = ended
         try:
-            while answer is None or not is_final(answer):
-                async with deadline.timeout():
-                    answer = await inbox.get()
-                _note(call, answer)
-                if not isinstance(answer, Failed | Died):
-                    yield answer
+            async with contextlib.aclosing(inbox.answers(deadline)) as answers:
+                async for answer in answers:
+                    _note(call, answer)
+                    if not isinstance(answer, Failed | Died):
+                        yield answer
         finally:
             running.close()
             if not isinstance(answer, Died):
@@ -294,6 +296,17 @@ class LocalModel(ChatModel):
                 worker.cancel(number, inbox)
         if isinstance(answer, Failed) or (isinstance(answer, Died) and call.begun is not None):
             raise error_of(answer, call.model)
+
+    @contextlib.contextmanager
+    def _call(self, operation: Operation, deadline: Deadline) -> Iterator[ModelCall]:
+        """Observes a request; a TimeoutError becomes the error that says why."""
+        with observed(self._observer, ModelCall(self._loader.name, operation)) as call:
+            try:
+                yield call
+            except TimeoutError:
+                if call.begun is None and not self._supervisor.load_state.is_ready:
+                    raise self._supervisor.load_state.error() from None
+                raise deadline.exceeded(call, self._queue.retry_after()) from None
 
     def _report_death(self, worker: WorkerProcess) -> None:
         call = next(iter(worker.calls.values()), None)

@@ -3,7 +3,8 @@
 The server sends `Load` first, then jobs and cancellations. The worker answers with `Ready` or
 `LoadFailed`, and then to each job:
 
-    Generate        Begun, PromptLogprobs, ..., Progress, ... until one has a finish reason
+    Generate        Begun, PromptText if it is requested, PromptLogprobs, ..., Progress, ... The
+                    last one has a finish reason.
     ScoreQuestions  Begun, Scores
     Check, Prefill  Done
 
@@ -26,10 +27,10 @@ from llm_sidecar.engines.base import (
     Question,
     TokenLogprob,
 )
-from llm_sidecar.errors import InvalidRequest, ModelUnavailable, SidecarError
+from llm_sidecar.errors import InvalidRequest
 from llm_sidecar.logs import LogFormat
-from llm_sidecar.models.base import Speed
 from llm_sidecar.models.identity import ModelIdentity
+from llm_sidecar.models.status import Speed
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
@@ -142,6 +143,12 @@ class Begun(Answer, frozen=True):
     """The worker begins with the job."""
 
 
+class PromptText(Answer, frozen=True, kw_only=True):
+    """The prompt as text, if it is requested."""
+
+    text: str
+
+
 class PromptLogprobs(Answer, frozen=True, kw_only=True):
     """Log probabilities of the next tokens of the prompt."""
 
@@ -207,7 +214,7 @@ class Failed(Answer, frozen=True, kw_only=True):
 LOAD: Final = msgspec.json.Decoder(Load)
 FROM_SERVER: Final = msgspec.json.Decoder(Generate | ScoreQuestions | Check | Prefill | Cancel)
 FROM_WORKER: Final = msgspec.json.Decoder(
-    Ready | LoadFailed | Begun | PromptLogprobs | Progress | Scores | Done | Failed
+    Ready | LoadFailed | Begun | PromptText | PromptLogprobs | Progress | Scores | Done | Failed
 )
 
 
@@ -225,22 +232,7 @@ def is_final(answer: Answer) -> bool:
     """Whether it is the last answer to its job."""
     if isinstance(answer, Progress):
         return answer.finish_reason is not None
-    return not isinstance(answer, Begun | PromptLogprobs)
-
-
-def error_of(answer: Failed | Died, name: str) -> SidecarError:
-    """The error of a job of this model that has failed."""
-    if isinstance(answer, Died):
-        return ModelUnavailable(
-            f"The {name} worker ended while it answered ({answer.how}); try again.", retry_after=1
-        )
-    if answer.invalid:
-        return InvalidRequest(
-            answer.detail, field=answer.field, exceeds_context=answer.exceeds_context
-        )
-    return ModelUnavailable(
-        f"The {name} model failed on this request ({answer.detail}); see the log.", retry_after=1
-    )
+    return not isinstance(answer, Begun | PromptText | PromptLogprobs)
 
 
 def encode(message: msgspec.Struct) -> bytes:

@@ -12,8 +12,8 @@ from typing import Final
 
 from llm_sidecar.engines import Engine, GenerationRequest, load_engine
 from llm_sidecar.errors import InvalidRequest
-from llm_sidecar.models.base import Speed
 from llm_sidecar.models.local.protocol import Load
+from llm_sidecar.models.status import Speed
 
 log = logging.getLogger(__name__)
 

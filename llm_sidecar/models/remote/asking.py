@@ -1,30 +1,24 @@
-"""Requests a completion or scores from one server."""
+"""Requests a completion from one server."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Sequence
-from typing import Any, Final
+from collections.abc import AsyncGenerator
+from typing import Final
 
 from llm_sidecar.deadline import Deadline
-from llm_sidecar.engines.base import FinishReason, Message
-from llm_sidecar.errors import SidecarError
-from llm_sidecar.models.base import ChoiceScores, Delta, GenerationRequest, RefusedRequest
-from llm_sidecar.models.identity import ModelIdentity
-from llm_sidecar.models.remote import scores
-from llm_sidecar.models.remote.chunks import Chunk, ErrorInStream, Usage, read_chunk
-from llm_sidecar.models.remote.decisions import decision_body, read_decision
-from llm_sidecar.models.remote.guiding import FREE_TEXT, forced
-from llm_sidecar.models.remote.json_text import FirstObject
-from llm_sidecar.models.remote.refusals import Refused, broken, error_in_stream
-from llm_sidecar.models.remote.requests import remote_request
+from llm_sidecar.engines.base import FinishReason
+from llm_sidecar.errors import InvalidRequest, SidecarError
+from llm_sidecar.json_text import FirstObject
+from llm_sidecar.models.base import Delta, GenerationRequest
+from llm_sidecar.models.remote.chunks import Chunk, Usage, read_chunk
+from llm_sidecar.models.remote.refusals import broken
+from llm_sidecar.models.remote.requests import RemoteRequest, remote_request
 from llm_sidecar.models.remote.server import Server
 from llm_sidecar.telemetry.calls import ModelCall
 
-RUNTIME: Final = "remote"
-_IDENTITY: Final = ModelIdentity(runtime=RUNTIME)
 _USAGE_SECONDS: Final = 2.0
 """Seconds to wait for the token counts after the end of the text."""
 
@@ -40,46 +34,32 @@ async def generate(
     """
     with server.asking(call):
         assert server.capabilities is not None
-        # Together with `served_name`, before a swap can change it.
-        _begin(call, server)
         # In a thread, because new guidance takes some milliseconds.
-        asked = await asyncio.to_thread(
+        outgoing = await asyncio.to_thread(
             remote_request, request, server.served_name, server.capabilities
         )
-        completion = _Completion(server, call, only_object=asked.in_prompt)
+        completion = _Completion(server, call, only_object=outgoing.in_prompt)
+        checked = request.guidance if request.check_answer else None
         texts: list[str] = []
-        events = server.connection.events(asked.path, asked.body, asked.most_bytes, deadline)
+        has_begun = False
+        events = _events(server, outgoing, deadline, fit_context=request.fit_context)
         async with contextlib.aclosing(events):
             while not completion.is_whole:
                 data = await _next(events, completion)
                 if data is None:
                     break
                 if (delta := completion.feed(data)) is not None:
-                    texts.append(delta.text)
+                    if not has_begun:
+                        server.answers()
+                        has_begun = True
+                    if checked is not None:
+                        texts.append(delta.text)
                     yield delta
         last = completion.end()
     # Not within `asking`: a schema that the server cannot follow must not open its circuit breaker.
-    if request.check_answer and request.guidance is not None and last.finish_reason == "stop":
-        await asyncio.to_thread(_check_answer, server, request.guidance, "".join(texts))
+    if checked is not None and last.finish_reason == "stop":
+        await asyncio.to_thread(_check_answer, server, checked, "".join(texts))
     yield last
-
-
-async def score(
-    server: Server,
-    call: ModelCall,
-    messages: Sequence[Message],
-    choices: Sequence[str],
-    deadline: Deadline,
-) -> AsyncGenerator[ChoiceScores, None]:
-    """Scores some answers on one server; yields once. See `scores`."""
-    with server.asking(call):
-        _begin(call, server)
-        # A swap may change it between two requests.
-        model = server.served_name
-        found = await _by_decision(server, model, messages, choices, deadline)
-        if found is None:
-            found = await _by_answer(server, model, messages, choices, deadline)
-        yield ChoiceScores(found, adapter=call.adapter)
 
 
 class _Completion:
@@ -105,7 +85,7 @@ class _Completion:
         Raises:
             SidecarError: the server reports an error, or the event cannot be read.
         """
-        chunk = _read(self._name, data)
+        chunk = read_chunk(self._name, data)
         self._usage = chunk.usage or self._usage
         text = "" if self.finish_reason else chunk.text
         self._pieces += bool(text)
@@ -157,11 +137,29 @@ def _check_answer(server: Server, schema: str, answer: str) -> None:
         raise broken(server.connection.name, "sent an answer that does not follow its JSON schema")
 
 
-def _begin(call: ModelCall, server: Server) -> None:
-    call.begun = time.monotonic()
-    call.served_by, call.identity = server.label, _IDENTITY
-    in_use = server.adapters.in_use
-    call.adapter = None if in_use is None else in_use.adapter.name
+async def _events(
+    server: Server, outgoing: RemoteRequest, deadline: Deadline, *, fit_context: bool
+) -> AsyncGenerator[bytes, None]:
+    """The events of an answer.
+
+    With `fit_context`, a request that exceeds the context is sent again without `max_tokens`: the
+    server then takes what the prompt leaves, which is less.
+    """
+    bodies = [outgoing.body]
+    if fit_context:
+        bodies.append(
+            {name: value for name, value in outgoing.body.items() if name != "max_tokens"}
+        )
+    for number, body in enumerate(bodies, 1):
+        events = server.connection.events(outgoing.path, body, outgoing.most_bytes, deadline)
+        try:
+            async with contextlib.aclosing(events):
+                async for data in events:
+                    yield data
+            return
+        except InvalidRequest as error:
+            if number == len(bodies) or not error.exceeds_context:
+                raise
 
 
 async def _next(events: AsyncGenerator[bytes, None], completion: _Completion) -> bytes | None:
@@ -174,81 +172,3 @@ async def _next(events: AsyncGenerator[bytes, None], completion: _Completion) ->
         if not ended:
             raise
         return None
-
-
-def _read(name: str, data: bytes) -> Chunk:
-    try:
-        return read_chunk(data)
-    except ErrorInStream as error:
-        raise error_in_stream(name, error.error) from None
-    except ValueError as error:
-        raise broken(name, f"sends an answer that cannot be read ({error})") from None
-
-
-async def _by_decision(
-    server: Server,
-    model: str,
-    messages: Sequence[Message],
-    choices: Sequence[str],
-    deadline: Deadline,
-) -> dict[str, float] | None:
-    """The scores by `/v1/decisions`; None if the server refuses this question."""
-    assert server.capabilities is not None
-    if not server.capabilities.decisions:
-        return None
-    body = decision_body(model, scores.question_text(messages), choices)
-    try:
-        found = read_decision(await server.connection.post("/decisions", body, deadline))
-    except (Refused, RefusedRequest, ValueError):
-        return None
-    return {choice: found.get(choice, 0.0) for choice in choices}
-
-
-async def _by_answer(
-    server: Server,
-    model: str,
-    messages: Sequence[Message],
-    choices: Sequence[str],
-    deadline: Deadline,
-) -> dict[str, float]:
-    """The scores from the beginning of an answer: its log probabilities, else its text."""
-    assert server.capabilities is not None
-    start = scores.start_of_answer(messages)
-    try:
-        answer = await _answer(server, model, messages, {}, deadline)
-    except (Refused, RefusedRequest):
-        if not start:
-            raise
-        # Not every chat template accepts an unfinished turn of the assistant.
-        messages, start = messages[:-1], ""
-        answer = await _answer(server, model, messages, {}, deadline)
-    if not answer.logprobs:
-        return scores.from_text(answer.text, start, choices)
-    answers = [answer.logprobs]
-    text = scores.undecided(answer.logprobs, start, choices)
-    fields = None if text is None else forced(server.capabilities.ways, text)
-    if fields is not None:
-        answers.append((await _answer(server, model, messages, fields, deadline)).logprobs)
-    return scores.from_logprobs(answers, start, choices)
-
-
-async def _answer(
-    server: Server,
-    model: str,
-    messages: Sequence[Message],
-    fields: dict[str, Any],
-    deadline: Deadline,
-) -> Chunk:
-    assert server.capabilities is not None
-    body = {
-        "model": model,
-        "messages": list(messages),
-        "max_tokens": scores.ANSWER_TOKENS,
-        "temperature": 0.0,
-        **(fields or FREE_TEXT),
-    }
-    if server.capabilities.top_logprobs:
-        body |= {"logprobs": True, "top_logprobs": server.capabilities.top_logprobs}
-    return _read(
-        server.connection.name, await server.connection.post("/chat/completions", body, deadline)
-    )

@@ -7,24 +7,24 @@ the answer shows which.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
-from llm_sidecar.models.remote.chunks import Chunk, ErrorInStream, read_chunk
+from llm_sidecar.models.remote.chunks import MOST_LIKELY, Chunk, read_chunk
 from llm_sidecar.models.remote.connection import Connection
 from llm_sidecar.models.remote.decisions import decision_body, is_of_sidecar, read_decision
-from llm_sidecar.models.remote.guiding import FREE_TEXT, PROBE_TEXT, WAYS
-from llm_sidecar.models.remote.refusals import Refused, broken, error_in_stream
+from llm_sidecar.models.remote.guiding import FREE_TEXT, PROBE_TEXT, SCHEMA_FORMATS
+from llm_sidecar.models.remote.refusals import Refused, broken
 
-MOST_LIKELY: Final = 20
-"""Number of most likely tokens to request; the maximum in OpenAI's API."""
 _FEWER: Final = 5
 _PROBE_TOKENS: Final = 8
 _LEAST_PROBE_TEXT: Final = 3
 """Number of characters that identify the probe's text: no other JSON object begins so by chance."""
+_LONGEST_NAME: Final = 1024
+"""Characters of the name of a model, which becomes a header and a column. It may be a path."""
 _QUESTION: Final = "Write a JSON object."
 
 
@@ -33,14 +33,14 @@ class Capabilities:
     """What a server can do.
 
     Attributes:
-        ways: the names of the ways in which it takes a schema, strictest first.
+        schema_formats: the names of the formats in which it takes a schema, strictest first.
         top_logprobs: the number of most likely tokens whose log probabilities it returns; 0 if it
             returns none.
         decisions: whether it scores by `/v1/decisions`.
         adapters: whether it loads LoRA adapters at run time.
     """
 
-    ways: tuple[str, ...]
+    schema_formats: tuple[str, ...]
     top_logprobs: int
     decisions: bool
     adapters: bool
@@ -54,7 +54,7 @@ class Capabilities:
 
 
 class _Model(msgspec.Struct):
-    id: str
+    id: Annotated[str, msgspec.Meta(max_length=_LONGEST_NAME)]
     parent: Any = None
 
 
@@ -73,8 +73,13 @@ async def list_models(connection: Connection, deadline: Deadline) -> list[str]:
         models = msgspec.json.decode(answer, type=_Models).data
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         raise broken(connection.name, "answers /models with something other than models") from None
-    names = [model.id for model in models]
-    return [model.id for model in models if model.parent not in names]
+    names = {model.id for model in models}
+    # A set, because a server may list very many models. A parent may have any type.
+    return [
+        model.id
+        for model in models
+        if not isinstance(model.parent, str) or model.parent not in names
+    ]
 
 
 def choose_model(name: str, configured: str | None, listed: list[str]) -> str:
@@ -112,7 +117,7 @@ async def find_capabilities(connection: Connection, model: str, deadline: Deadli
     probes = _Probes(connection, model, deadline)
     await probes.chat(FREE_TEXT, 1)
     return Capabilities(
-        tuple([way.name for way in WAYS if await probes.is_guided_by(way.probe)]),
+        tuple([each.name for each in SCHEMA_FORMATS if await probes.is_guided_by(each.probe)]),
         await probes.top_logprobs(),
         await probes.has_decisions(),
         await probes.loads_adapters(),
@@ -137,12 +142,7 @@ class _Probes:
             **fields,
         }
         answer = await self._connection.post("/chat/completions", body, self._deadline)
-        try:
-            return read_chunk(answer)
-        except ErrorInStream as error:
-            raise error_in_stream(self._connection.name, error.error) from None
-        except ValueError:
-            raise broken(self._connection.name, "does not answer with a completion") from None
+        return read_chunk(self._connection.name, answer)
 
     async def is_guided_by(self, fields: dict[str, Any]) -> bool:
         """Whether an answer follows the schema of a probe, apart from whitespace."""
@@ -162,7 +162,7 @@ class _Probes:
                 chunk = await self.chat(fields, 1)
             except (Refused, InvalidRequest):
                 continue
-            return len(chunk.logprobs[0].top) if chunk.logprobs else 0
+            return min(asked, len(chunk.logprobs[0].top)) if chunk.logprobs else 0
         return 0
 
     async def has_decisions(self) -> bool:

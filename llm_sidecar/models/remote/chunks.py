@@ -7,13 +7,16 @@ error of the server end the answer.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
 
-from llm_sidecar.engines.base import LEAST_LOGPROB, FinishReason, TokenLogprob
+from llm_sidecar.engines.base import FinishReason, TokenLogprob
+from llm_sidecar.engines.outputs import LEAST_LOGPROB
+from llm_sidecar.models.remote.refusals import InvalidAnswer, broken, error_in_stream
 from llm_sidecar.text import cleaned
 
 _END: Final = b"[DONE]"
@@ -21,6 +24,10 @@ _LENGTH: Final = frozenset({"length", "max_tokens", "model_length"})
 _FAILED: Final = frozenset({"abort", "error"})
 _FILTERED: Final = "content_filter"
 """The finish reason if the server withholds the text, or the rest of it."""
+_MOST_TOKENS: Final = 1 << 31
+"""No context is as long. A larger count would overflow the counters of the metrics."""
+MOST_LIKELY: Final = 20
+"""Maximum number of most likely tokens at a position, as in OpenAI's API; others are dropped."""
 UNKNOWN_ID: Final = -1
 """The id of a token for which the server returns only the text."""
 
@@ -30,6 +37,7 @@ class _Message(msgspec.Struct):
 
 
 class _Choice(msgspec.Struct):
+    index: Any = None
     delta: _Message | None = None
     message: _Message | None = None
     text: Any = None
@@ -44,18 +52,6 @@ class _Answer(msgspec.Struct):
 
 
 _DECODER: Final = msgspec.json.Decoder(_Answer)
-
-
-class ErrorInStream(Exception):
-    """The server reports an error in an answer whose status is 200.
-
-    Attributes:
-        error: the error object of the server.
-    """
-
-    def __init__(self, error: Any) -> None:
-        super().__init__("the server reports an error")
-        self.error = error
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,46 +81,54 @@ class Chunk:
     is_end: bool = False
 
 
-def read_chunk(data: bytes) -> Chunk:
+def read_chunk(server: str, data: bytes) -> Chunk:
     """The chunk in the data of an event, or in the body of an answer.
 
+    Args:
+        server: the subject of the errors' sentences.
+
     Raises:
-        ErrorInStream: also if the server filters the content.
-        ValueError: it is not an object of the protocol, or the server aborted the completion.
+        InvalidAnswer: it is not an object of the protocol, or the server aborted the completion.
+        SidecarError: the server reports an error, or withholds the text or the rest of it.
     """
     if data == _END:
         return Chunk(is_end=True)
     try:
         answer = _DECODER.decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
-        raise ValueError("not an object of the protocol") from None
-    if answer.error:
-        raise ErrorInStream(answer.error)
-    choice = answer.choices[0] if answer.choices else _Choice()
+        raise _unreadable(server, "not an object of the protocol") from None
+    # One choice is requested. Servers that leave out its number send no other.
+    choice = next((choice for choice in answer.choices or () if not choice.index), _Choice())
+    reason = choice.finish_reason if isinstance(choice.finish_reason, str) else ""
+    if reason in _FAILED:
+        raise _unreadable(server, "the server gave the completion up")
+    # Servers that filter the prompt answer with status 400.
+    if error := {"code": 400} if reason == _FILTERED else answer.error:
+        raise error_in_stream(server, error)
     message = choice.delta or choice.message
     return Chunk(
         cleaned(_text(choice.text if message is None else message.content)),
-        _finish_reason(choice.finish_reason),
+        _finish_reason(reason),
         _logprobs(choice.logprobs),
         _usage(answer.usage),
     )
 
 
+def _unreadable(server: str, why: str) -> InvalidAnswer:
+    return broken(server, f"sends an answer that cannot be read ({why})")
+
+
 def _text(content: Any) -> str:
     """A text, or the joined texts of a list of parts."""
     if isinstance(content, list):
-        return "".join(_text(part.get("text")) for part in content if isinstance(part, dict))
+        parts = (part.get("text") for part in content if isinstance(part, dict))
+        return "".join(text for text in parts if isinstance(text, str))
     return content if isinstance(content, str) else ""
 
 
-def _finish_reason(reason: Any) -> FinishReason | None:
-    if reason is None or reason == "":
+def _finish_reason(reason: str) -> FinishReason | None:
+    if not reason:
         return None
-    if reason == _FILTERED:
-        # Servers that filter the prompt answer with this error.
-        raise ErrorInStream({"code": 400, "message": _FILTERED})
-    if reason in _FAILED:
-        raise ValueError("the server gave the completion up")
     return "length" if reason in _LENGTH else "stop"
 
 
@@ -139,28 +143,28 @@ def _usage(usage: Any) -> Usage | None:
 
 
 def _count(value: Any) -> int:
-    return value if isinstance(value, int) and value >= 0 else 0
+    return value if type(value) is int and 0 <= value < _MOST_TOKENS else 0
 
 
-def _logprobs(found: Any) -> tuple[TokenLogprob, ...]:
+def _logprobs(sent: Any) -> tuple[TokenLogprob, ...]:
     """Log probabilities of chat completions (`content`), or of completions (parallel lists)."""
-    if not isinstance(found, dict):
+    if not isinstance(sent, dict):
         return ()
-    content = found.get("content")
+    content = sent.get("content")
     if isinstance(content, list):
         return tuple(_token(entry) for entry in content if isinstance(entry, dict))
-    return _legacy_logprobs(found)
+    return _legacy_logprobs(sent)
 
 
 def _token(entry: Mapping[str, Any]) -> TokenLogprob:
     top = entry.get("top_logprobs")
-    others = [one for one in top if isinstance(one, dict)] if isinstance(top, list) else []
+    others = [other for other in top if isinstance(other, dict)] if isinstance(top, list) else []
     number = entry.get("id")
     return TokenLogprob(
         number if isinstance(number, int) else UNKNOWN_ID,
         _bytes(entry),
         _logprob(entry.get("logprob")),
-        tuple(_token(one) for one in others if "top_logprobs" not in one),
+        tuple(_token(other) for other in others[:MOST_LIKELY] if "top_logprobs" not in other),
     )
 
 
@@ -175,9 +179,9 @@ def _bytes(entry: Mapping[str, Any]) -> bytes:
     return _text(entry.get("token")).encode(errors="replace")
 
 
-def _legacy_logprobs(found: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
+def _legacy_logprobs(sent: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
     tokens, values, tops = (
-        value if isinstance(value := found.get(name), list) else []
+        value if isinstance(value := sent.get(name), list) else []
         for name in ("tokens", "token_logprobs", "top_logprobs")
     )
     tops = [*tops, *[None] * (len(tokens) - len(tops))]
@@ -187,8 +191,10 @@ def _legacy_logprobs(found: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
             _text(token).encode(errors="replace"),
             _logprob(value),
             tuple(
-                TokenLogprob(UNKNOWN_ID, other.encode(errors="replace"), _logprob(its))
-                for other, its in (top.items() if isinstance(top, dict) else ())
+                TokenLogprob(UNKNOWN_ID, other.encode(errors="replace"), _logprob(logprob))
+                for other, logprob in itertools.islice(
+                    top.items() if isinstance(top, dict) else (), MOST_LIKELY
+                )
             ),
         )
         for token, value, top in zip(tokens, values, tops, strict=False)
@@ -198,6 +204,7 @@ def _legacy_logprobs(found: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
 def _logprob(value: Any) -> float:
     """At most 0; a value that is not a number counts as impossible."""
     if isinstance(value, int | float) and value <= 0.0:
-        return max(LEAST_LOGPROB, float(value))
+        # An integer may be too large for a float.
+        return float(max(LEAST_LOGPROB, value))
     # Rounding can take the logarithm of 1 a little above 0.
     return 0.0 if isinstance(value, int | float) and value < 0.01 else LEAST_LOGPROB

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ssl
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, Final
 from urllib.parse import urlsplit, urlunsplit
 
@@ -33,7 +35,8 @@ _KEPT_SECONDS: Final = 4.0
 def make_client(
     connections: int, transport: httpx.AsyncBaseTransport | None = None
 ) -> httpx.AsyncClient:
-    """A client that verifies certificates, follows no redirect and reads no environment variable.
+    """A client that verifies certificates, follows no redirect, keeps no cookie and reads no
+    environment variable.
 
     Args:
         connections: the maximum number at the same time.
@@ -41,9 +44,12 @@ def make_client(
     """
     return httpx.AsyncClient(
         transport=transport,
-        # Trust the authorities of this machine, so that private ones work too.
-        verify=ssl.create_default_context(),
+        # Trust the authorities of this machine, so that private ones work too. Reading them takes
+        # tens of milliseconds, and another transport does not use them.
+        verify=ssl.create_default_context() if transport is None else True,
         trust_env=False,
+        # A server could fill the memory with cookies.
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
         follow_redirects=False,
         # The deadline bounds the other phases.
         timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
@@ -57,6 +63,7 @@ class Connection:
     Attributes:
         url: its base URL without credentials.
         name: the subject of its errors.
+        last_byte: when it last sent a part of a body, on the clock of `time.monotonic`.
     """
 
     def __init__(
@@ -74,6 +81,7 @@ class Connection:
         host = parsed.netloc.rpartition("@")[2]
         self.url = urlunsplit(parsed._replace(netloc=host, path=parsed.path.rstrip("/") or "/v1"))
         self.name = f"The {model} server {host}"
+        self.last_byte = 0.0
         self._client = client
         self._headers = {"Accept-Encoding": "identity"}
         self._auth: httpx.Auth | None = None
@@ -185,6 +193,7 @@ class Connection:
                     raise broken(self.name, f"sent nothing for {_MOST_SILENCE:g} s") from None
             if not chunk:
                 return
+            self.last_byte = time.monotonic()
             total += len(chunk)
             if total > most:
                 raise broken(self.name, "sends too many bytes")

@@ -1,4 +1,4 @@
-"""The ways in which servers take a schema, strictest first.
+"""The formats in which servers take a schema, strictest first.
 
 A server's own conversion of JSON schemas often allows free whitespace and any number of digits, so
 that an answer may never end. A regular expression or a grammar bounds every answer.
@@ -19,12 +19,12 @@ Body = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class SchemaFormat:
     """How a request tells a server which schema the answer must follow.
 
     Attributes:
         name: in `/health`.
-        fields: the fields of a request for a JSON schema text; raises ValueError if this way cannot
+        fields: the fields of a request for a JSON schema text; raises ValueError if it cannot
             express the schema.
         probe: the fields of a request that `PROBE_TEXT` answers, and hardly any other text.
     """
@@ -96,24 +96,29 @@ def in_prompt(messages: list[Message], schema: str) -> list[Message]:
     return [{"role": "system", "content": rule}, *messages]
 
 
-def forced(ways: Container[str], text: str) -> Body | None:
-    """The fields of a request for an answer of this text and one more character; None if the server
-    supports none."""
-    if "regex" in ways:
-        return _regex(rf"{literal(text)}(.|\n)")
-    if "grammar" in ways:
-        return _grammar(rf"root ::= {json.dumps(text)} [^\x00]")
+def forced(schema_formats: Container[str], text: str) -> Body | None:
+    """The fields of a request for an answer that begins with this text; None if the server supports
+    none.
+
+    All tokens may follow: vLLM returns log probabilities among the tokens that guidance allows.
+    """
+    if "regex" in schema_formats:
+        return _regex(rf"{literal(text)}(.|\n)*")
+    if "grammar" in schema_formats:
+        return _grammar(rf"root ::= {json.dumps(text)} [^\x00]*")
     return None
 
 
-WAYS: Final = (
-    Way("regex", lambda schema: _regex(schema_regex(schema)), _regex(r'\{"osiris":"yes"\}')),
-    Way(
+SCHEMA_FORMATS: Final = (
+    SchemaFormat(
+        "regex", lambda schema: _regex(schema_regex(schema)), _regex(r'\{"osiris":"yes"\}')
+    ),
+    SchemaFormat(
         "grammar",
         lambda schema: _grammar(to_gbnf(schema)),
         _grammar(r'root ::= "{\"osiris\":\"yes\"}"'),
     ),
-    Way(
+    SchemaFormat(
         "json_schema",
         lambda schema: _json_schema(without(json.loads(schema), "x-guidance")),
         _json_schema(_PROBE_SCHEMA),
@@ -121,18 +126,30 @@ WAYS: Final = (
 )
 
 
-def guided(ways: Container[str], schema: str) -> Body | None:
-    """The fields of a request for an answer that follows a schema, in the strictest way that can
+def forced_number(schema_formats: Container[str], text: str) -> Body | None:
+    """The fields of a request for the number that these digits and a 0 make, for servers that take
+    JSON schemas only; None if it cannot be expressed.
+
+    No other token may follow. So use the log probabilities of the answer only if the server
+    computes them before guidance.
+    """
+    if "json_schema" not in schema_formats or not text.isdecimal():
+        return None
+    return _json_schema({"const": int(f"{text}0")})
+
+
+def guided(schema_formats: Container[str], schema: str) -> Body | None:
+    """The fields of a request for an answer that follows a schema, in the strictest format that can
     express it; None if there is none, so that only the prompt can state the schema.
 
     Args:
-        ways: the names of the ways that the server supports.
+        schema_formats: the names of the formats that the server supports.
         schema: JSON schema text.
     """
-    for way in WAYS:
-        if way.name in ways:
+    for schema_format in SCHEMA_FORMATS:
+        if schema_format.name in schema_formats:
             try:
-                return way.fields(schema)
+                return schema_format.fields(schema)
             except ValueError:
                 continue
     return None

@@ -26,21 +26,26 @@ from llm_sidecar.models.base import (
     GenerationRequest,
     Message,
     ModelStatus,
+    Question,
     RefusedRequest,
 )
 from llm_sidecar.models.local.load_state import ModelLimits
 from llm_sidecar.models.local.request_queue import RequestQueue
 from llm_sidecar.models.remote.adapters import LoadedAdapter
-from llm_sidecar.models.remote.asking import RUNTIME, generate, score
+from llm_sidecar.models.remote.asking import generate
 from llm_sidecar.models.remote.connection import Connection, make_client
 from llm_sidecar.models.remote.pool import Pool
-from llm_sidecar.models.remote.server import Server
+from llm_sidecar.models.remote.scoring import score
+from llm_sidecar.models.remote.server import RUNTIME, Server
+from llm_sidecar.tasks import all_of
 from llm_sidecar.telemetry.calls import CallObserver, ModelCall, Observers, Operation, observed
 
 _CHECK_SECONDS: Final = 10.0
 """Seconds between two checks of an idle server."""
+_QUESTIONS_AT_ONCE: Final = 4
+"""Maximum number of questions of one request that are asked at the same time."""
 _FURTHER_CONNECTIONS: Final = 8
-"""Connections in addition to one for each request."""
+"""Connections in addition to those of requests: for contacts, checks and adapters."""
 
 
 class RemoteModel(ChatModel):
@@ -77,7 +82,8 @@ class RemoteModel(ChatModel):
         self._limits = limits or ModelLimits()
         self._observer = observer or Observers()
         self._on_ready = on_ready
-        self._client = make_client(self._limits.queue_length + _FURTHER_CONNECTIONS, transport)
+        connections = self._limits.queue_length * _QUESTIONS_AT_ONCE + _FURTHER_CONNECTIONS
+        self._client = make_client(connections, transport)
         self._pool = Pool(
             [Server(name, Connection(self._client, name, url, key), model) for url in urls]
         )
@@ -102,9 +108,11 @@ class RemoteModel(ChatModel):
         """Generates; see `ChatModel.stream`."""
         deadline = deadline or Deadline.after(self._limits.request_timeout)
         async with self._call("generate", deadline) as call:
-            asked = self._pool.ask(lambda server: generate(server, call, request, deadline))
+            deltas = self._pool.ask(
+                lambda server: generate(server, call, request, deadline), deadline
+            )
             try:
-                async with contextlib.aclosing(asked) as deltas:
+                async with contextlib.aclosing(deltas):
                     async for delta in deltas:
                         yield delta
             except TimeoutError:
@@ -120,13 +128,25 @@ class RemoteModel(ChatModel):
         deadline: Deadline | None = None,
     ) -> ChoiceScores:
         """Scores; see `ChatModel.score_choices`."""
+        (scores,) = await self.score_questions([Question(messages, choices)], deadline)
+        return scores
+
+    async def score_questions(
+        self, questions: Sequence[Question], deadline: Deadline | None = None
+    ) -> list[ChoiceScores]:
+        """Scores, a few questions at once; see `ChatModel.score_questions`."""
         deadline = deadline or Deadline.after(self._limits.request_timeout)
         async with self._call("score_choices", deadline) as call:
-            asked = self._pool.ask(lambda server: score(server, call, messages, choices, deadline))
+            # A half-open circuit breaker would refuse all questions but the first.
+            at_once = _QUESTIONS_AT_ONCE if self._pool.takes_several() else 1
+            turns = asyncio.Semaphore(at_once)
+
+            async def answer(question: Question) -> ChoiceScores:
+                async with turns:
+                    return await self._score(call, question, deadline)
+
             try:
-                async with contextlib.aclosing(asked) as answers:
-                    (found,) = [scores async for scores in answers]
-                    return found
+                return await all_of([answer(question) for question in questions])
             except RefusedRequest as error:
                 # The sidecar wrote this request, not its client.
                 raise ModelUnavailable(error.detail, retry_after=5) from None
@@ -141,9 +161,9 @@ class RemoteModel(ChatModel):
             try:
                 loaded = await self._load(adapter)
                 self._adapter = adapter
-                for (server, outages), one in loaded.items():
+                for (server, outages), loaded_adapter in loaded.items():
                     if server.outages == outages:
-                        server.adapters.use(one)
+                        server.adapters.use(loaded_adapter)
             finally:
                 servers = self._pool.reachable()
                 await asyncio.gather(*(server.adapters.unload_unused() for server in servers))
@@ -191,6 +211,11 @@ class RemoteModel(ChatModel):
         await asyncio.gather(*self._watchers, return_exceptions=True)
         await self._client.aclose()
 
+    async def _score(self, call: ModelCall, question: Question, deadline: Deadline) -> ChoiceScores:
+        scores = self._pool.ask(lambda server: score(server, call, question, deadline), deadline)
+        async with contextlib.aclosing(scores):
+            return await anext(scores)
+
     @contextlib.asynccontextmanager
     async def _call(self, operation: Operation, deadline: Deadline) -> AsyncIterator[ModelCall]:
         """Admits and observes a request; turns a TimeoutError into a DeadlineExceeded."""
@@ -229,7 +254,7 @@ class RemoteModel(ChatModel):
         if not self._watchers and not self._is_available():
             servers = self._pool.servers
             await asyncio.gather(*(server.contact(lambda: self._adapter) for server in servers))
-        while any(one.is_new for one in self._pool.servers):
+        while any(server.is_new for server in self._pool.servers):
             if self._draining or self._is_available():
                 return
             await self._contacted.wait()
@@ -249,14 +274,16 @@ class RemoteModel(ChatModel):
         loaded: dict[tuple[Server, int], LoadedAdapter | None] = {}
         # A server may become reachable meanwhile, with the adapter that is still in use.
         while further := [
-            key for one in self._pool.reachable() if (key := (one, one.outages)) not in loaded
+            key
+            for server in self._pool.reachable()
+            if (key := (server, server.outages)) not in loaded
         ]:
             loads = [server.load(adapter) for server, _ in further]
-            found = await asyncio.gather(*loads, return_exceptions=True)
-            for key, one in zip(further, found, strict=True):
-                if isinstance(one, BaseException):
-                    raise one
-                loaded[key] = one
+            results = await asyncio.gather(*loads, return_exceptions=True)
+            for key, result in zip(further, results, strict=True):
+                if isinstance(result, BaseException):
+                    raise result
+                loaded[key] = result
         if not loaded:
             raise ModelUnavailable(self._reason(), retry_after=5)
         return loaded
@@ -280,5 +307,5 @@ class RemoteModel(ChatModel):
 
     def _reason(self) -> str:
         """Why no server is available."""
-        reasons = [error.detail for one in self._pool.servers if (error := one.refusal())]
+        reasons = [error.detail for server in self._pool.servers if (error := server.refusal())]
         return " ".join(reasons)

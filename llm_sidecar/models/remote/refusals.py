@@ -24,12 +24,26 @@ _TOO_LONG: Final = re.compile(
 _OF_REQUEST: Final = (400, 413, 422)
 """The statuses that blame the content of a request."""
 _STATUS: Final = re.compile(r"[45][0-9]{2}")
+_NAMED_STATUS: Final = {
+    "invalid_request_error": 400,
+    "model_not_found": 404,
+    "rate_limit_exceeded": 429,
+}
+"""The statuses of codes and types of OpenAI's API, which other sidecars send too."""
 _TOO_MANY: Final = 429
 _UNAVAILABLE: Final = 503
 
 
 class Unreachable(ModelUnavailable):
-    """No connection to the server can be made."""
+    """No connection to the server can be made.
+
+    Attributes:
+        refused: whether the attempt failed, rather than took too long.
+    """
+
+    def __init__(self, detail: str, *, retry_after: int, refused: bool) -> None:
+        super().__init__(detail, retry_after=retry_after)
+        self.refused = refused
 
 
 class InvalidAnswer(ModelUnavailable):
@@ -45,6 +59,7 @@ def unreachable(server: str, error: Exception) -> Unreachable:
     return Unreachable(
         f"{server} cannot be reached ({type(error).__name__}); start it, or correct its URL.",
         retry_after=5,
+        refused=isinstance(error, httpx.ConnectError),
     )
 
 
@@ -84,9 +99,16 @@ def refusal(server: str, status: int, headers: Mapping[str, str], body: bytes) -
 
 def error_in_stream(server: str, error: Any) -> SidecarError:
     """The error for an error object in a stream, whose status was 200 already."""
-    code = str(error.get("code")) if isinstance(error, dict) else ""
-    status = int(code) if _STATUS.fullmatch(code) else 500
-    return refusal(server, status, {}, repr(error).encode(errors="replace"))
+    fields = error if isinstance(error, dict) else {"message": error}
+    # Nested values are left out: they may be nested too deeply for a recursive function.
+    texts = {name: str(value) for name, value in fields.items() if isinstance(value, str | int)}
+    known = filter(None, (_status(texts.get(name, "")) for name in ("code", "type")))
+    return refusal(server, next(known, 500), {}, "\n".join(texts.values()).encode(errors="replace"))
+
+
+def _status(name: str) -> int | None:
+    """The status that a code or a type means, or None."""
+    return int(name) if _STATUS.fullmatch(name) else _NAMED_STATUS.get(name)
 
 
 def retry_after(headers: Mapping[str, str]) -> int | None:
@@ -94,7 +116,8 @@ def retry_after(headers: Mapping[str, str]) -> int | None:
     value = httpx.Headers(headers).get("retry-after", "")
     if value.isascii() and value.isdecimal():
         return max(1, min(_LONGEST_RETRY, int(value[:9])))
-    with contextlib.suppress(ValueError):
+    # The year may be too large for a date.
+    with contextlib.suppress(ValueError, OverflowError):
         date = email.utils.parsedate_to_datetime(value)
         left = (date - datetime.datetime.now(date.tzinfo)).total_seconds()
         return max(1, min(_LONGEST_RETRY, round(left)))

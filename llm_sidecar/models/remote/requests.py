@@ -16,6 +16,9 @@ _LOGPROB_BYTES: Final = 1 << 9
 """Upper bound of the size of one of the most likely tokens."""
 _FURTHER_EVENTS: Final = 64
 """Upper bound of the events of an answer that carry no token."""
+_MOST_BYTES: Final = 32 << 20
+"""Upper bound of the size of an answer, whatever `max_tokens` is: more than 100,000 usual events,
+or 10,000 with the 20 most likely tokens."""
 _SEED_BITS: Final = 31
 """Some servers accept only a signed integer of 32 bits."""
 
@@ -50,32 +53,31 @@ def remote_request(
         InvalidRequest: the server does not support the request, or a schema to check has keywords
             that are not supported, which the error names.
     """
-    if request.prompt_logprobs is not None:
+    if request.prompt_logprobs is not None or request.echo or request.max_tokens == 0:
         raise InvalidRequest(
-            "a model on another server has no log probabilities of prompts", field="echo"
+            "a model on another server only continues prompts; leave it out", field="echo"
         )
     body: Body = {"model": model, "max_tokens": request.max_tokens, "stream": True}
     body |= {"stream_options": {"include_usage": True}} | _sampling(request)
-    messages, asked = list(request.messages), False
+    messages, only_in_prompt = list(request.messages), False
     if request.guidance is not None:
         if request.check_answer:
             _check_schema(request.guidance)
-        fields = guided(capabilities.ways, request.guidance)
+        fields = guided(capabilities.schema_formats, request.guidance)
         if fields is None:
             _check_bounded(request.guidance)
-            messages, asked = in_prompt(messages, request.guidance), True
+            messages, only_in_prompt = in_prompt(messages, request.guidance), True
         body |= fields or {}
     likely = _top_logprobs(request, capabilities)
-    most_bytes = (request.max_tokens + _FURTHER_EVENTS) * (
-        _EVENT_BYTES + _LOGPROB_BYTES * (likely or 0)
-    )
+    event_bytes = _EVENT_BYTES + _LOGPROB_BYTES * (likely or 0)
+    most_bytes = min(_MOST_BYTES, (request.max_tokens + _FURTHER_EVENTS) * event_bytes)
     if request.text is None and request.messages:
         body["messages"] = messages
         if request.guidance is None:
             body |= FREE_TEXT
         if likely is not None:
             body |= {"logprobs": True, "top_logprobs": likely}
-        return RemoteRequest("/chat/completions", body, most_bytes, asked)
+        return RemoteRequest("/chat/completions", body, most_bytes, only_in_prompt)
     body["prompt"] = list(request.tokens or ()) if request.text is None else request.text
     if likely is not None:
         body["logprobs"] = likely

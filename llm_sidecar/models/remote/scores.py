@@ -3,7 +3,7 @@
 1. `/v1/decisions`: one forward pass, for any tokenizer.
 2. The log probabilities of the most likely first tokens of an answer.
 3. The answer as text. It says nothing about the other answers, so its mass is about 0, and its
-   score is unreliable.
+   score is unreliable. This is also used if the log probabilities are impossible.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ SAID_MASS: Final = 1e-9
 ANSWER_TOKENS: Final = 12
 """Length of an answer; a model may repeat the start of its turn, such as `{"score":`."""
 
+_MOST_TOTAL: Final = 1.01
+"""Maximum total probability of the tokens at a position; rounding takes it a little above 1."""
 _LEAST_DIVIDED: Final = 0.01
 """Minimum probability of a token that begins several choices to justify a second request."""
+_SAME: Final = 0.01
+"""Maximum difference of a token's probability between two requests: it depends on the batch."""
 
 
 def question_text(messages: Sequence[Message]) -> str:
@@ -39,6 +43,13 @@ def from_text(text: str, start: str, choices: Sequence[str]) -> dict[str, float]
     answer = text.strip().removeprefix(start).strip()
     found = max((choice for choice in choices if answer.startswith(choice)), key=len, default=None)
     return {choice: SAID_MASS if choice == found else 0.0 for choice in choices}
+
+
+def are_possible(tokens: Sequence[TokenLogprob], start: str) -> bool:
+    """Whether the log probabilities where the answer begins can be those of alternatives: a server
+    may fill in a constant."""
+    at = _begin(tokens, start)
+    return at is not None and sum(map(_probability, _candidates(tokens[at]))) <= _MOST_TOTAL
 
 
 def from_logprobs(
@@ -82,6 +93,17 @@ def undecided(tokens: Sequence[TokenLogprob], start: str, choices: Sequence[str]
         if not known and _probability(token) >= _LEAST_DIVIDED:
             return "".join(map(_text, tokens[:at])) + _text(token)
     return None
+
+
+def is_unguided(forced: Sequence[TokenLogprob], free: Sequence[TokenLogprob]) -> bool:
+    """Whether the first token of a forced answer has the probability that it has without force.
+
+    Otherwise the server computes probabilities among the tokens that guidance allows.
+    """
+    if not forced or not free:
+        return False
+    known = {one.data: _probability(one) for one in _candidates(free[0])}
+    return abs(known.get(forced[0].data, 0.0) - _probability(forced[0])) <= _SAME
 
 
 def _begin(tokens: Sequence[TokenLogprob], start: str) -> int | None:

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import BaseModel, Field, StringConstraints
 
-from osiris.openai.schemas.base import OpenAIModel
+from osiris.openai.schemas.base import MAX_NAME, OpenAIModel
 
 MAX_INPUT: Final = 4096
 """Characters, as in OpenAI's API."""
@@ -19,6 +19,7 @@ class SpeechRequest(OpenAIModel):
 
     model: str = Field(
         min_length=1,
+        max_length=MAX_NAME,
         description="ignored: the server has one voice at a time",
         examples=["tts-1"],
     )
@@ -30,6 +31,7 @@ class SpeechRequest(OpenAIModel):
     )
     voice: str = Field(
         min_length=1,
+        max_length=MAX_NAME,
         description="ignored: `X-Voice` of the response names the voice that speaks",
         examples=["alloy"],
     )

@@ -10,6 +10,8 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from llm_sidecar.input_model import InputModel
 
+MAX_NAME: Final = 128
+"""Characters of the name of a model or of a voice."""
 MAX_TURNS: Final = 1024
 """Turns, calls and results of one chat. Each is validated on the event loop."""
 MAX_PARTS: Final = 256

@@ -4,67 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
-from osiris.openai.schemas.base import MAX_PARTS, MAX_TURNS, OpenAIModel
+from osiris.openai.schemas.base import MAX_TURNS, OpenAIModel
+from osiris.openai.schemas.content import joined, schema
+from osiris.openai.schemas.functions import Function, NamedTool
 from osiris.openai.schemas.sampling import PENALTIES, SampledRequest
 
 MAX_TOP_LOGPROBS: Final = 20
-_TOOL_NAME: Final = r"^[a-zA-Z0-9_-]{1,64}$"
-_TEXT_PARTS: Final = ("text", "refusal")
-
-
-def _joined(value: object) -> object:
-    """The text of a content: itself, or its parts joined by newlines."""
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise PydanticCustomError("content_type", "Input should be a text or a list of text parts")
-    if len(value) > MAX_PARTS:
-        raise PydanticCustomError("too_long", f"List should have at most {MAX_PARTS} parts")
-    return "\n".join(_part(number, part) for number, part in enumerate(value))
-
-
-def _part(number: int, part: object) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(part, dict) or kind not in _TEXT_PARTS:
-        raise _fault((number, "type"), "unsupported_value", "Only parts of text are supported")
-    text = part.get(kind)
-    if not isinstance(text, str):
-        raise _fault((number, kind), "string_type", "Input should be a valid string")
-    return text
-
-
-def _fault(location: tuple[str | int, ...], kind: Any, message: Any) -> ValidationError:
-    details = InitErrorDetails(type=PydanticCustomError(kind, message), loc=location, input=None)
-    return ValidationError.from_exception_data("content", [details], hide_input=True)
-
-
+_TEXTS: Final = {"text": "text", "refusal": "refusal"}
 Content = Annotated[
     str | None,
-    BeforeValidator(_joined),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {
-                    "type": "array",
-                    "items": {
-                        "type": "object",
-                        "properties": {
-                            "type": {"type": "string", "enum": list(_TEXT_PARTS)},
-                            "text": {"type": "string"},
-                            "refusal": {"type": "string"},
-                        },
-                        "required": ["type"],
-                    },
-                    "maxItems": MAX_PARTS,
-                },
-                {"type": "null"},
-            ]
-        }
-    ),
+    BeforeValidator(joined(_TEXTS)),
+    WithJsonSchema({"anyOf": [*schema(_TEXTS)["anyOf"], {"type": "null"}]}),
 ]
 
 
@@ -120,23 +73,6 @@ class ChatMessage(OpenAIModel):
     )
 
 
-class Function(OpenAIModel):
-    """A function that the model may call."""
-
-    name: str = Field(pattern=_TOOL_NAME, description="its name", examples=["price_of"])
-    description: str | None = Field(
-        None, description="what it does, for the model", examples=["The price of a stock."]
-    )
-    parameters: dict[str, Any] | None = Field(
-        None,
-        description="the JSON schema of its arguments; null for none",
-        examples=[{"type": "object", "properties": {"ticker": {"type": "string"}}}],
-    )
-    strict: bool | None = Field(
-        None, description="has no effect: arguments always follow the schema", examples=[True]
-    )
-
-
 class ChatTool(OpenAIModel):
     """A tool."""
 
@@ -151,15 +87,14 @@ def _choice(value: object) -> object:
         case None | "none" | "auto" | "required":
             return value
         case {"type": "function", "function": {"name": str(name)}}:
-            # The name of a tool cannot begin like this.
-            return f"={name}"
+            return NamedTool(type="function", name=name)
     raise PydanticCustomError(
         "unsupported_value", "Input should be 'none', 'auto', 'required' or a function"
     )
 
 
 ToolChoiceField = Annotated[
-    str | None,
+    Literal["none", "auto", "required"] | NamedTool | None,
     BeforeValidator(_choice),
     WithJsonSchema(
         {

@@ -96,7 +96,9 @@ class LegacyLogprobs(BaseModel):
         examples=[[{" Apple": -0.31}]],
     )
     text_offset: list[int] = Field(
-        description="where each token begins in the text, in characters", examples=[[18]]
+        description="where each token begins in the text, in characters; one that is not in the "
+        "text, such as a control token, begins where the next one does",
+        examples=[[18]],
     )
 
 

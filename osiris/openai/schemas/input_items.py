@@ -5,53 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Final, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from osiris.openai.schemas.base import MAX_PARTS, MAX_TURNS, OpenAIModel
+from osiris.openai.schemas.base import MAX_TURNS, OpenAIModel
 from osiris.openai.schemas.by_type import by_type
+from osiris.openai.schemas.content import joined, schema
+from osiris.openai.schemas.functions import NAME
 
-NAME: Final = r"^[a-zA-Z0-9_-]{1,64}$"
-"""A name of a function or of a format."""
-
-
-class InputText(OpenAIModel):
-    """A text of a message."""
-
-    type: Literal["input_text", "output_text"] = Field(
-        description="`input_text`, or `output_text` in a turn of the assistant",
-        examples=["input_text"],
-    )
-    text: str = Field(description="the text", examples=["AAPL: RSI 78, stop 2 %."])
-
-
-class Refusal(OpenAIModel):
-    """A refusal in a turn of the assistant."""
-
-    type: Literal["refusal"] = Field(description="always `refusal`", examples=["refusal"])
-    refusal: str = Field(description="the text", examples=["I cannot help with that."])
-
-
-_Part = Annotated[
-    InputText | Refusal,
-    BeforeValidator(
-        by_type(
-            {"input_text": InputText, "output_text": InputText, "refusal": Refusal},
-            "Only parts of type input_text, output_text and refusal are supported",
-        )
-    ),
-]
-
-
-def _parts(value: object) -> object:
-    return [{"type": "input_text", "text": value}] if isinstance(value, str) else value
-
-
-Content = Annotated[
-    list[_Part],
-    Field(max_length=MAX_PARTS),
-    BeforeValidator(_parts, json_schema_input_type=str | list[InputText | Refusal]),
-]
+_TEXTS: Final = {"input_text": "text", "output_text": "text", "refusal": "refusal"}
+Content = Annotated[str, BeforeValidator(joined(_TEXTS)), WithJsonSchema(schema(_TEXTS))]
 
 
 class InputMessage(OpenAIModel):

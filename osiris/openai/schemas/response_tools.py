@@ -8,38 +8,17 @@ from pydantic import BeforeValidator, Field
 
 from osiris.openai.schemas.base import OpenAIModel
 from osiris.openai.schemas.by_type import by_type
-from osiris.openai.schemas.input_items import NAME
+from osiris.openai.schemas.functions import NAME, Function, NamedTool
 
 
-class FunctionTool(OpenAIModel):
-    """A function that the model may call."""
-
-    type: Literal["function"] = Field(description="always `function`", examples=["function"])
-    name: str = Field(pattern=NAME, description="its name", examples=["get_price"])
-    description: str | None = Field(
-        None, description="what it does, for the model", examples=["The last price of a ticker."]
-    )
-    parameters: dict[str, Any] | None = Field(
-        None,
-        description="JSON schema of its arguments, an object; null for none",
-        examples=[{"type": "object", "properties": {"ticker": {"type": "string"}}}],
-    )
-    strict: bool | None = Field(
-        None,
-        description="ignored: the arguments always follow the schema",
-        examples=[True],
-    )
-
-
-class NamedTool(OpenAIModel):
-    """One function."""
+class FunctionTool(Function):
+    """A tool: a function."""
 
     type: Literal["function"] = Field(description="always `function`", examples=["function"])
-    name: str = Field(description="the function", examples=["get_price"])
 
 
 _ONLY_FUNCTIONS: Final = "Only tools of type function are supported"
-Function = Annotated[
+Tool = Annotated[
     FunctionTool, BeforeValidator(by_type({"function": FunctionTool}, _ONLY_FUNCTIONS))
 ]
 _Named = Annotated[NamedTool, BeforeValidator(by_type({"function": NamedTool}, _ONLY_FUNCTIONS))]

@@ -11,9 +11,9 @@ from typing import Annotated, ClassVar, Final, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from osiris.openai.schemas.base import OpenAIModel
+from osiris.openai.schemas.base import MAX_NAME, OpenAIModel
 from osiris.openai.schemas.input_items import InputItems
-from osiris.openai.schemas.response_tools import ChosenTool, Function, TextConfig
+from osiris.openai.schemas.response_tools import ChosenTool, TextConfig, Tool
 from osiris.openai.schemas.sampling import PENALTIES
 
 MAX_OUTPUT_TOKENS: Final = 1 << 20
@@ -102,7 +102,7 @@ class ResponseRequest(OpenAIModel):
     }
 
     model: str = Field(
-        max_length=128,
+        max_length=MAX_NAME,
         description="`phi3`, `hermes`, or `phi3:` and the adapter in use",
         examples=["hermes"],
     )
@@ -121,7 +121,7 @@ class ResponseRequest(OpenAIModel):
         description="how the text of the answer looks",
         examples=[{"format": {"type": "text"}}],
     )
-    tools: list[Function] | None = Field(
+    tools: list[Tool] | None = Field(
         None,
         max_length=128,
         description="functions that the model may call",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from osiris.openai.schemas.base import OpenAIModel
+from osiris.openai.schemas.base import MAX_NAME, OpenAIModel
 
 MAX_STOPS: Final = 4
 MAX_STOP_CHARS: Final = 256
@@ -86,7 +86,7 @@ class SampledRequest(OpenAIModel):
     """What chats and completions have in common."""
 
     model: str = Field(
-        max_length=128,
+        max_length=MAX_NAME,
         description="`phi3`, `hermes`, or `phi3:` and the name of the adapter in use",
         examples=["hermes"],
     )

@@ -13,6 +13,7 @@ from llm_sidecar.errors import DeadlineExceeded, InvalidRequest, ModelUnavailabl
 from llm_sidecar.models.base import Delta, GenerationRequest, TokenLogprob
 from llm_sidecar.services.client_schemas import guidance_of
 from llm_sidecar.services.conversation import MAX_TOKENS
+from osiris.openai import logprobs
 from tests.unit.fakes import FakeSidecar, completion
 from tests.unit.openai.events import chunks_of
 from tests.unit.services.samples import PROMPT, WRITTEN
@@ -142,6 +143,25 @@ async def test_log_probabilities_are_shown(
     (request,) = fake_sidecar.hermes.requests
     assert isinstance(request, GenerationRequest)
     assert request.logprobs == 1
+
+
+@pytest.mark.parametrize(("most", "status"), [(4, 200), (3, 400)])
+async def test_the_log_probabilities_of_all_choices_are_bounded_together(
+    asking: httpx.AsyncClient,
+    fake_sidecar: FakeSidecar,
+    monkeypatch: pytest.MonkeyPatch,
+    most: int,
+    status: int,
+) -> None:
+    """Each choice has one token, with one more that is likely."""
+    monkeypatch.setattr(logprobs, "MAX_ENTRIES", most)
+    fake_sidecar.hermes.answers = [
+        [Delta("Ä", "hermes/fake", finish_reason="stop", logprobs=(TOKEN,))] for _ in range(2)
+    ]
+    response = await asking.post(URL, json={**CHAT, "logprobs": True, "top_logprobs": 1, "n": 2})
+    assert response.status_code == status
+    if status == 400:
+        assert response.json()["error"]["param"] == "logprobs"
 
 
 async def test_a_call_is_shown(asking: httpx.AsyncClient, fake_sidecar: FakeSidecar) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -33,10 +34,16 @@ PROMPT_TOKENS = (
 NEW_TOKEN = token(" up", -2.0, (" up", -2.0))
 
 
-def echoing() -> list[Delta]:
-    """A generation of one token with the log probabilities of its prompt."""
+def echoing(text: str = "") -> list[Delta]:
+    """A generation of one token with the log probabilities of its prompt, and with its text."""
     return [
-        Delta("", "hermes/fake", prompt_tokens=3, prompt_logprobs=PROMPT_TOKENS),
+        Delta(
+            "",
+            "hermes/fake",
+            prompt_tokens=3,
+            prompt_logprobs=PROMPT_TOKENS,
+            prompt_text=text,
+        ),
         Delta(
             " up",
             "hermes/fake",
@@ -112,7 +119,7 @@ async def test_each_prompt_has_its_choices(
 async def test_an_echo_has_the_log_probabilities_of_the_prompt(
     asking: httpx.AsyncClient, fake_sidecar: FakeSidecar
 ) -> None:
-    fake_sidecar.hermes.answers = [echoing()]
+    fake_sidecar.hermes.answers = [echoing("AAPL is")]
     body = await answer(asking, prompt=[5, 6, 7], max_tokens=1, echo=True, logprobs=1)
     (choice,) = body["choices"]
     assert choice["text"] == "AAPL is up"
@@ -125,12 +132,31 @@ async def test_an_echo_has_the_log_probabilities_of_the_prompt(
     (request,) = fake_sidecar.hermes.requests
     assert isinstance(request, GenerationRequest)
     assert (request.max_tokens, request.logprobs, request.prompt_logprobs) == (1, 1, 1)
+    assert request.echo
+
+
+async def test_offsets_are_those_of_the_text_whatever_its_tokens_spell(
+    asking: httpx.AsyncClient, fake_sidecar: FakeSidecar
+) -> None:
+    """A tokenizer like that of Llama 2 begins a prompt with BOS and a space."""
+    prompt = (token("<s>", None), token(" AAPL", -0.5), token(" is", -1.0))
+    first, last = echoing()
+    # The completion has a control token, too.
+    new = (NEW_TOKEN, token("<unk>", -3.0), token(".", -1.0))
+    fake_sidecar.hermes.answers = [
+        [replace(first, prompt_logprobs=prompt), replace(last, text=" up.", logprobs=new)]
+    ]
+    (choice,) = (await answer(asking, max_tokens=3, echo=True, logprobs=0))["choices"]
+    assert choice["text"] == "AAPL is up."
+    found = dict(zip(choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"], strict=True))
+    assert found == {"<s>": 0, " AAPL": 0, " is": 4, " up": 7, "<unk>": 10, ".": 10}
 
 
 async def test_an_echo_alone_generates_nothing(
     asking: httpx.AsyncClient, fake_sidecar: FakeSidecar
 ) -> None:
-    fake_sidecar.hermes.answers = [echoing()]
+    prompt = replace(echoing()[0], finish_reason="length")
+    fake_sidecar.hermes.answers = [[prompt]]
     body = await answer(asking, max_tokens=0, echo=True, logprobs=0)
     (choice,) = body["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("AAPL is", "length")
@@ -139,20 +165,38 @@ async def test_an_echo_alone_generates_nothing(
     assert body["usage"]["completion_tokens"] == 0
     (request,) = fake_sidecar.hermes.requests
     assert isinstance(request, GenerationRequest)
-    assert request.max_tokens == 1
+    assert request.max_tokens == 0
 
 
-@pytest.mark.parametrize(("prompt", "wanted"), [("AAPL is", None), ([5, 6, 7], 0)])
-async def test_an_echo_without_log_probabilities_is_text(
-    asking: httpx.AsyncClient, fake_sidecar: FakeSidecar, prompt: Any, wanted: int | None
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_echo_of_tokens_without_log_probabilities_computes_none(
+    asking: httpx.AsyncClient, fake_sidecar: FakeSidecar, stream: bool
 ) -> None:
-    fake_sidecar.hermes.answers = [echoing() if wanted == 0 else completion(" up")]
-    body = await answer(asking, prompt=prompt, echo=True)
-    (choice,) = body["choices"]
+    prompt, end = echoing("AAPL is")
+    deltas = [replace(prompt, prompt_logprobs=()), replace(end, logprobs=())]
+    fake_sidecar.hermes.answers = [deltas, deltas]
+    body = BODY | {"prompt": [5, 6, 7], "echo": True, "n": 2, "stream": stream}
+    response = await asking.post(URL, json=body)
+    texts = ["", ""]
+    for answered in chunks_of(response) if stream else [response.json()]:
+        for choice in answered["choices"]:
+            assert choice["logprobs"] is None
+            texts[choice["index"]] += choice["text"]
+    assert texts == ["AAPL is up"] * 2
+    for request in fake_sidecar.hermes.requests:
+        assert isinstance(request, GenerationRequest)
+        assert (request.echo, request.logprobs, request.prompt_logprobs) == (True, None, None)
+
+
+async def test_an_echo_of_a_text_is_the_text_itself(
+    asking: httpx.AsyncClient, fake_sidecar: FakeSidecar
+) -> None:
+    fake_sidecar.hermes.answers = [completion(" up")]
+    (choice,) = (await answer(asking, echo=True))["choices"]
     assert (choice["text"], choice["logprobs"]) == ("AAPL is up", None)
     (request,) = fake_sidecar.hermes.requests
     assert isinstance(request, GenerationRequest)
-    assert (request.logprobs, request.prompt_logprobs) == (None, wanted)
+    assert (request.echo, request.prompt_logprobs) == (False, None)
 
 
 async def test_an_empty_completion_still_has_its_echo(
@@ -174,6 +218,18 @@ async def test_the_end_of_a_text_counts_as_a_token(
     assert choice["logprobs"]["tokens"] == ["AA", "PL", " is", ""]
     assert choice["logprobs"]["token_logprobs"] == [None, -0.5, -1.0, None]
     assert choice["text"] == "AAPL is"
+
+
+async def test_a_stop_text_is_no_token(
+    asking: httpx.AsyncClient, fake_sidecar: FakeSidecar
+) -> None:
+    tokens = (token(" up", -1.0), token(" END", -1.0))
+    fake_sidecar.hermes.answers = [
+        [Delta(" up END", "hermes/fake", completion_tokens=2, logprobs=tokens)]
+    ]
+    (choice,) = (await answer(asking, stop=" END", logprobs=0))["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (" up", "stop")
+    assert choice["logprobs"]["tokens"] == [" up"]
 
 
 async def test_half_characters_are_shown_as_bytes(
@@ -234,14 +290,32 @@ async def test_the_log_probabilities_of_all_choices_are_bounded_together(
     last = response.text.split("data: ")[-1]
     assert json.loads(last)["error"]["param"] == "logprobs"
     assert response.status_code == (200 if stream else 400)
-    # Without log probabilities there is no limit: the tokens of the prompt are only text.
-    monkeypatch.setattr(logprobs, "MAX_ENTRIES", 1)
-    fake_sidecar.hermes.answers = [echoing(), echoing()[1:]]
-    unmeasured = BODY | {"prompt": [1, 2, 3], "n": 2, "echo": True}
-    assert (await asking.post(URL, json=unmeasured)).status_code == 200
 
 
 # Streams
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_many_log_probabilities_leave_the_event_loop_alone(
+    asking: httpx.AsyncClient,
+    fake_sidecar: FakeSidecar,
+    monkeypatch: pytest.MonkeyPatch,
+    stream: bool,
+) -> None:
+    threads: list[bool] = []
+    entry = logprobs.LegacyLogprobs._entry
+
+    def noted(self: logprobs.LegacyLogprobs, one: TokenLogprob) -> dict[str, Any]:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return entry(self, one)
+
+    monkeypatch.setattr(logprobs.LegacyLogprobs, "_entry", noted)
+    long = replace(echoing()[0], prompt_logprobs=PROMPT_TOKENS[1:2] * 1000, finish_reason="length")
+    fake_sidecar.hermes.answers = [[long]]
+    body = BODY | {"max_tokens": 0, "echo": True, "logprobs": 1, "stream": stream}
+    response = await asking.post(URL, json=body)
+    assert response.text.count("PL") >= 1000
+    assert threads == [False] * 1000
 
 
 async def test_a_stream_begins_with_the_echo(

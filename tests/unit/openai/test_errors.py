@@ -140,9 +140,14 @@ async def test_other_paths_keep_their_form(asking: httpx.AsyncClient) -> None:
         assert (await asking.get(path)).json() == {"detail": "Not Found"}
 
 
+def scope_of(path: str) -> dict[str, Any]:
+    state = {"request_id": "order-77"}
+    return {"type": "http", "path": path, "root_path": "", "headers": [], "state": state}
+
+
 def test_a_defect_is_not_described() -> None:
-    assert object_of(KeyError("a prompt"), "/v1/models")["error"] == {
-        "message": "An unexpected error occurred; the log has it under the id of this request.",
+    assert object_of(KeyError("a prompt"), scope_of("/v1/models"))["error"] == {
+        "message": "An unexpected error occurred; the log has it under order-77.",
         "type": "server_error",
         "param": None,
         "code": None,
@@ -176,14 +181,14 @@ def test_an_error_names_the_field_of_its_path_also_in_a_stream(
         "param": param,
         "code": "invalid_value",
     }
-    assert object_of(error, path) == {"error": expected}
-    request = Request({"type": "http", "path": f"{path}/", "root_path": "", "headers": []})
+    assert object_of(error, scope_of(path)) == {"error": expected}
+    request = Request(scope_of(f"{path}/"))
     assert json.loads(str(error_event(request, error).data)) == {"error": expected}
 
 
 def test_an_error_without_a_field_has_no_param() -> None:
     error = InvalidRequest("two things: do not fit", exceeds_context=True)
-    assert object_of(error, "/v1/responses")["error"] == {
+    assert object_of(error, scope_of("/v1/responses"))["error"] == {
         "message": "two things: do not fit",
         "type": "invalid_request_error",
         "param": None,

@@ -37,7 +37,7 @@ SIDE = formatted({"type": "object", "properties": {"side": {"enum": ["buy", "sel
 @pytest.fixture
 def server() -> OpenAIServer:
     server = OpenAIServer()
-    server.ways = {"json_schema"}
+    server.schema_formats = {"json_schema"}
     return server
 
 

@@ -20,9 +20,8 @@ async def stream(*parts: Part) -> AsyncGenerator[Part, None]:
 
 
 async def events_of(*parts: Part) -> list[Any]:
-    events = ResponseEvents(
-        response_of(ResponseRequest.model_validate({"model": "hermes", "input": "Hi."}))
-    )
+    body = ResponseRequest.model_validate({"model": "hermes", "input": "Hi."})
+    events = ResponseEvents(response_of(body), {"type": "http", "path": "/v1/responses"})
     return [event async for event in events.of(stream(*parts))]
 
 

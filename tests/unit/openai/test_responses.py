@@ -573,7 +573,7 @@ async def test_harmless_fields_are_ignored(
         ({"input": [{"type": "reasoning"}]}, "input"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
-            "input[0].content[0]",
+            "input[0].content[0].type",
         ),
         (
             {"input": [{"type": "function_call_output", "call_id": "c", "output": "1"}]},

@@ -60,6 +60,26 @@ class Stream(httpx.AsyncByteStream):
         self.closed = True
 
 
+class GatedStream(Stream):
+    """A body that begins when the test opens the gate.
+
+    Attributes:
+        begun: set when the client waits for it.
+        gate: lets it begin.
+    """
+
+    def __init__(self, pieces: Iterable[bytes | Exception]) -> None:
+        super().__init__(pieces)
+        self.begun = asyncio.Event()
+        self.gate = asyncio.Event()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        self.begun.set()
+        await self.gate.wait()
+        async for piece in super().__aiter__():
+            yield piece
+
+
 Answer = Stream | httpx.Response | Exception
 
 
@@ -69,8 +89,9 @@ class OpenAIServer:
     Attributes:
         models: the names that it lists; None for an error.
         listed_adapters: the names of the adapters of the first model that it lists.
-        ways: the ways in which it takes a schema.
+        schema_formats: the formats in which it takes a schema.
         top_logprobs: the maximum that it returns.
+        least_logprobs: the minimum that it returns, whatever is requested.
         decisions, adapters: whether it supports them.
         decided: its answer to the probe of decisions.
         answers: the answers to the next requests other than probes.
@@ -85,8 +106,9 @@ class OpenAIServer:
     def __init__(self, *answers: Answer) -> None:
         self.models: list[str] | None = ["org/m-1"]
         self.listed_adapters: list[str] = []
-        self.ways = {"regex", "grammar", "json_schema"}
+        self.schema_formats = {"regex", "grammar", "json_schema"}
         self.top_logprobs = 20
+        self.least_logprobs = 0
         self.decisions = False
         self.adapters = False
         self.decided = decided(0.5, yes=0.5, no=0.5)
@@ -139,10 +161,10 @@ class OpenAIServer:
         asked = body.keys() & {"regex", "grammar"}
         if "json_schema" in body.get("response_format", {}):
             asked.add("json_schema")
-        guided = not asked.isdisjoint(self.ways)
+        guided = not asked.isdisjoint(self.schema_formats)
         choice: dict[str, Any] = {"message": {"content": PROBE if guided else "Certainly."}}
         if body.get("logprobs") and self.top_logprobs:
-            most = min(self.top_logprobs, body["top_logprobs"])
+            most = max(self.least_logprobs, min(self.top_logprobs, body["top_logprobs"]))
             tops = [{"token": str(n), "logprob": -1.0} for n in range(most)]
             choice["logprobs"] = {"content": [{"token": "C", "logprob": 0, "top_logprobs": tops}]}
         return choice

@@ -8,7 +8,9 @@ from typing import Any
 import httpx
 
 from llm_sidecar import hermes_plugin, proposals
+from llm_sidecar.errors import SidecarError
 from llm_sidecar.models.base import GenerationRequest, Message, ServerStatus
+from llm_sidecar.models.remote.breaker import CircuitBreaker
 from llm_sidecar.models.remote.model import RemoteModel
 from tests.unit.remote.openai_server import (
     chunk,
@@ -42,3 +44,8 @@ def server_of(model: RemoteModel) -> ServerStatus:
 def answer(status: int, body: Any = None, **headers: str) -> httpx.Response:
     names = {name.replace("_", "-"): value for name, value in headers.items()}
     return httpx.Response(status, json=body, headers=names)
+
+
+def no_rest(breaker: CircuitBreaker, seconds: float, error: SidecarError) -> None:
+    """Replaces `CircuitBreaker._rest`: ends each rest at once."""
+    breaker._error = error

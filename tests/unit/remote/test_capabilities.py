@@ -55,7 +55,7 @@ async def test_a_server_is_probed_once(make: Make) -> None:
 
 async def test_a_server_without_any_capability_is_recognised(make: Make) -> None:
     server = OpenAIServer(Stream(FINE))
-    server.ways, server.top_logprobs = set(), 0
+    server.schema_formats, server.top_logprobs = set(), 0
     model = make(a=server)
     await complete(model, ASK)
     found = server_of(model)
@@ -107,3 +107,29 @@ async def test_several_models_need_a_choice(make: Make) -> None:
     )
     assert model.status().state == "failed"
     assert model.status().not_ready == caught.value.detail
+
+
+async def test_a_server_may_list_very_many_models(make: Make) -> None:
+    server = OpenAIServer()
+    server.models = [f"m-{number}" for number in range(50_000)]
+    with pytest.raises(ModelUnavailable, match="The hermes server lists 50000 models"):
+        await complete(make(a=server), ASK)
+
+
+async def test_the_name_of_a_model_is_bounded(make: Make) -> None:
+    server = OpenAIServer(Stream(FINE))
+    server.models = ["m" * 1024]
+    assert (await complete(make(a=server), ASK)).text == "Fine."
+    server.models = ["m" * 1025]
+    with pytest.raises(ModelUnavailable, match="answers /models with something other than models"):
+        await complete(make(a=server), ASK)
+
+
+async def test_a_server_is_not_asked_for_more_log_probabilities_than_openai_allows(
+    make: Make,
+) -> None:
+    server = OpenAIServer(Stream(FINE))
+    server.top_logprobs = server.least_logprobs = 30
+    model = make(a=server)
+    await complete(model, ASK)
+    assert server_of(model).top_logprobs == 20

@@ -12,8 +12,15 @@ import pytest
 
 from llm_sidecar import proposals
 from llm_sidecar.engines.gbnf import to_gbnf
-from llm_sidecar.models.remote.guiding import PROBE_TEXT, WAYS, forced, guided, in_prompt, without
-from llm_sidecar.models.remote.json_text import FirstObject
+from llm_sidecar.models.remote.guiding import (
+    PROBE_TEXT,
+    SCHEMA_FORMATS,
+    forced,
+    forced_number,
+    guided,
+    in_prompt,
+    without,
+)
 from llm_sidecar.models.remote.regex import schema_regex
 
 PROPOSAL: dict[str, Any] = {
@@ -143,6 +150,13 @@ NUMBER = {"type": "number", "minimum": 0, "maximum": 9, "multipleOf": 0.1}
         closed({"a": {"type": ["string", "null"]}}),
         closed({"a": {"type": "string", "pattern": 5}}),
         closed({"a": {"type": "string", "pattern": "^a{x}$"}}),
+        closed({"a": {"type": "string", "pattern": "a"}}),
+        closed({"a": {"type": "string", "pattern": r"^a\$"}}),
+        closed({"a": {"type": "string", "pattern": "^^a$"}}),
+        closed({"a": {"type": "string", "pattern": "^a$", "minLength": "1"}}),
+        closed({"a": {"type": "string", "pattern": "^a$", "maxLength": 1.5}}),
+        closed({"a": {"enum": []}}),
+        closed({"a": {"anyOf": []}}),
         closed({"a": NUMBER | {"maximum": "9"}}),
         closed({"a": NUMBER | {"maximum": None}}),
         closed({"a": NUMBER | {"maximum": float("inf")}}),
@@ -225,16 +239,19 @@ def test_half_a_surrogate_pair_cannot_be_sent() -> None:
         schema_regex(closed({"a": {"enum": ["\ud800"]}}))
 
 
-@pytest.mark.parametrize(
-    ("pattern", "text"), [(r"^a\$$", "a$"), (r"a\$", "a$"), ("^a$", "a"), ("a", "a")]
-)
+@pytest.mark.parametrize(("pattern", "text"), [(r"^a\$$", "a$"), ("^a$", "a"), ("^a|b$", "b")])
 def test_only_an_anchor_at_the_end_of_a_pattern_is_left_out(pattern: str, text: str) -> None:
     schema = closed({"a": {"type": "string", "pattern": pattern}})
     assert matches(json.dumps({"a": text}, separators=(",", ":")), schema)
 
 
+def test_the_length_beside_a_pattern_is_not_in_the_expression() -> None:
+    schema = closed({"a": {"type": "string", "pattern": "^[ab]+$", "maxLength": 2}})
+    assert schema_regex(schema) == r'\{"a":("([ab]+)")\}'
+
+
 def test_the_probe_of_each_way_asks_for_the_same_text() -> None:
-    regex, grammar, json_schema = WAYS
+    regex, grammar, json_schema = SCHEMA_FORMATS
     assert re.fullmatch(regex.probe["regex"], PROBE_TEXT)
     assert grammar.probe == {"grammar": f"root ::= {json.dumps(PROBE_TEXT)}"}
     schema = json_schema.probe["response_format"]["json_schema"]["schema"]
@@ -256,9 +273,16 @@ def test_an_answer_can_be_made_to_begin_with_a_text() -> None:
     fields = forced(["regex"], '{"score": 1')
     assert fields is not None
     assert re.fullmatch(fields["regex"], '{"score": 10')
-    assert not re.fullmatch(fields["regex"], '{"score": 1')
-    assert forced(["grammar"], '"1') == {"grammar": r'root ::= "\"1" [^\x00]'}
+    assert not re.fullmatch(fields["regex"], '{"score": 2')
+    assert forced(["grammar"], '"1') == {"grammar": r'root ::= "\"1" [^\x00]*'}
     assert forced(["json_schema"], "1") is None
+
+
+def test_an_answer_can_be_made_a_longer_number_by_a_schema() -> None:
+    fields = forced_number(["json_schema"], "1") or {}
+    assert fields["response_format"]["json_schema"]["schema"] == {"const": 10}
+    assert forced_number(["json_schema"], " 1") is None
+    assert forced_number(["regex"], "1") is None
 
 
 def test_keywords_are_left_out_and_properties_of_these_names_stay() -> None:
@@ -279,18 +303,3 @@ def test_without_a_system_message_the_schema_gets_one() -> None:
     assert first["role"] == "system"
     assert first["content"].startswith("Answer with one JSON object and nothing else. Its JSON")
     assert second == user
-
-
-@pytest.mark.parametrize("size", [1, 3, 1000])
-def test_only_the_first_object_of_a_text_is_kept(size: int) -> None:
-    wanted = '{"a":{"b":"} \\" {"},"c":[]}'
-    text = f"Sure: [1] ```json\n{wanted}\n``` and {{}}"
-    kept = FirstObject()
-    assert "".join(kept.feed(text[at : at + size]) for at in range(0, len(text), size)) == wanted
-    assert kept.is_whole
-
-
-def test_half_an_object_is_not_whole() -> None:
-    kept = FirstObject()
-    assert kept.feed('{"a": "}') == '{"a": "}'
-    assert not kept.is_whole

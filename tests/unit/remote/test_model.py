@@ -15,6 +15,7 @@ from pydantic import SecretStr
 
 from llm_sidecar import proposals
 from llm_sidecar.engines.base import TokenLogprob
+from llm_sidecar.engines.outputs import LEAST_LOGPROB
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 from llm_sidecar.models.base import GenerationRequest
 from llm_sidecar.models.remote.model import RemoteModel
@@ -36,6 +37,7 @@ from tests.unit.remote.samples import (
     PROPOSAL,
     PROPOSE,
     Make,
+    answer,
     server_of,
 )
 
@@ -73,6 +75,37 @@ async def test_the_server_chooses_the_sampling_that_a_request_leaves_out(make: M
     first, second = (body for _, body in server.requests)
     assert first.keys().isdisjoint({"temperature", "top_p", "seed"})
     assert (second["temperature"], second["top_p"], second["seed"]) == (0.5, 0.9, 5)
+
+
+TOO_LONG = {"error": {"code": "context_length_exceeded"}}
+
+
+async def test_a_client_that_sets_no_limit_gets_what_the_context_leaves(make: Make) -> None:
+    server = OpenAIServer(answer(400, TOO_LONG), Stream(FINE))
+    assert (await complete(make(a=server), replace(ASK, fit_context=True))).text == "Fine."
+    (_, first), (_, second) = server.requests
+    assert first == second | {"max_tokens": 40}
+    assert "max_tokens" not in second
+
+
+@pytest.mark.parametrize(
+    ("fit_context", "refusals"),
+    [
+        # The limit of the client is not changed.
+        (False, [answer(400, TOO_LONG)]),
+        # The prompt alone is too long.
+        (True, [answer(400, TOO_LONG)] * 2),
+        # Something else is wrong.
+        (True, [answer(400)]),
+    ],
+)
+async def test_no_other_refused_request_is_sent_again(
+    make: Make, *, fit_context: bool, refusals: list[httpx.Response]
+) -> None:
+    server = OpenAIServer(*refusals)
+    with pytest.raises(InvalidRequest):
+        await complete(make(a=server), replace(ASK, fit_context=fit_context))
+    assert server.answers == []
 
 
 async def test_a_raw_prompt_goes_to_completions(make: Make) -> None:
@@ -127,6 +160,7 @@ async def test_a_url_without_a_path_means_v1() -> None:
         [chunk("Fine.", "tool_calls", usage={"prompt_tokens": "11"})],
         [{"choices": [{"delta": {"reasoning_content": "Hm."}}]}, chunk("Fine.", "eos")],
         [chunk("Fine.")],
+        [chunk("Fine.", ["stop"])],  # type: ignore[arg-type]
         [chunk("Fine.", "stop", usage=None), {"choices": []}],
         [chunk("Fine.", logprobs=7), chunk("", "stop", usage={"completion_tokens": None})],
     ],
@@ -181,12 +215,13 @@ async def test_log_probabilities_of_completions_are_lists(make: Make) -> None:
 async def test_what_a_server_cannot_do_is_refused(make: Make) -> None:
     server = OpenAIServer()
     server.top_logprobs = 0
-    server.ways = set()
+    server.schema_formats = set()
     model = make(a=server)
     with pytest.raises(InvalidRequest, match=r"^logprobs: the server"):
         await complete(model, replace(ASK, logprobs=2))
-    with pytest.raises(InvalidRequest, match=r"^echo: "):
-        await complete(model, replace(ASK, prompt_logprobs=2))
+    for changes in ({"prompt_logprobs": 2}, {"echo": True}, {"max_tokens": 0}):
+        with pytest.raises(InvalidRequest, match=r"^echo: "):
+            await complete(model, replace(ASK, **changes))
     with pytest.raises(InvalidRequest, match=r"^schema: the server"):
         await complete(model, replace(ASK, guidance='{"type": "array"}'))
     assert server.requests == []
@@ -195,20 +230,27 @@ async def test_what_a_server_cannot_do_is_refused(make: Make) -> None:
 # Schemas
 
 
-@pytest.mark.parametrize("max_tokens", [96, 128, 248])
-async def test_a_regular_expression_is_the_first_choice(make: Make, max_tokens: int) -> None:
+@pytest.mark.parametrize(("max_tokens", "longest"), [(96, 22), (128, 52), (248, 109)])
+async def test_a_regular_expression_is_the_first_choice(
+    make: Make, max_tokens: int, longest: int
+) -> None:
     server = OpenAIServer(Stream(FINE))
     await complete(make(a=server), replace(PROPOSE, guidance=proposals.guidance(max_tokens)))
     ((_, body),) = server.requests
     assert body["structured_outputs"]["regex"] == body["regex"]
     assert "response_format" not in body
-    assert re.fullmatch(body["regex"], proposals.dumps(PROPOSAL)) or max_tokens == 96
-    assert not re.fullmatch(body["regex"], json.dumps(PROPOSAL))
+    expression = re.compile(body["regex"])
+    assert expression.fullmatch(proposals.dumps(PROPOSAL))
+    assert not expression.fullmatch(json.dumps(PROPOSAL))
+    # The budget bounds the rationale.
+    for characters, matches in ((longest, True), (longest + 1, False)):
+        long = proposals.dumps(PROPOSAL | {"rationale": "A" * (characters - 1) + "."})
+        assert bool(expression.fullmatch(long)) is matches
 
 
 async def test_a_grammar_is_the_second_choice(make: Make) -> None:
     server = OpenAIServer(Stream(FINE))
-    server.ways = {"grammar", "json_schema"}
+    server.schema_formats = {"grammar", "json_schema"}
     await complete(make(a=server), PROPOSE)
     ((_, body),) = server.requests
     assert body["grammar"].startswith("root ::= ")
@@ -217,7 +259,7 @@ async def test_a_grammar_is_the_second_choice(make: Make) -> None:
 
 async def test_a_json_schema_is_the_third_choice(make: Make) -> None:
     server = OpenAIServer(Stream(FINE))
-    server.ways = {"json_schema"}
+    server.schema_formats = {"json_schema"}
     await complete(make(a=server), PROPOSE)
     ((_, body),) = server.requests
     schema = json.loads(proposals.GUIDANCE)
@@ -245,30 +287,45 @@ def written(text: str, finish: str = "stop") -> Stream:
     return Stream(events(chunk(text), chunk("", finish), usage(11, 3)))
 
 
-@pytest.mark.parametrize("ways", [set(), {"json_schema"}, {"regex", "grammar", "json_schema"}])
+@pytest.mark.parametrize(
+    "schema_formats", [set(), {"json_schema"}, {"regex", "grammar", "json_schema"}]
+)
 async def test_an_unsupported_keyword_is_refused_and_named_before_the_server_is_asked(
-    make: Make, ways: set[str]
+    make: Make, schema_formats: set[str]
 ) -> None:
     server = OpenAIServer()
-    server.ways = ways
+    server.schema_formats = schema_formats
     schema = {"type": "array", "uniqueItems": True}
     with pytest.raises(InvalidRequest, match="uniqueItems is not supported"):
         await complete(make(a=server), replace(CHECKED, guidance=guidance_of(schema)))
     assert server.requests == []
 
 
-@pytest.mark.parametrize("ways", [set(), {"json_schema"}, {"regex", "grammar", "json_schema"}])
-async def test_an_answer_that_follows_its_schema_is_returned(make: Make, ways: set[str]) -> None:
+@pytest.mark.parametrize(
+    ("schema_formats", "field"),
+    [
+        ({"regex", "grammar", "json_schema"}, "regex"),
+        ({"grammar", "json_schema"}, "grammar"),
+        ({"json_schema"}, "response_format"),
+        (set(), None),
+    ],
+)
+async def test_an_answer_that_follows_its_schema_is_returned(
+    make: Make, schema_formats: set[str], field: str | None
+) -> None:
     server = OpenAIServer(written('{ "side": "buy" }'))
-    server.ways = ways
+    server.schema_formats = schema_formats
     completion = await complete(make(a=server), CHECKED)
     assert (completion.text, completion.finish_reason) == ('{ "side": "buy" }', "stop")
+    ((_, body),) = server.requests
+    guides = body.keys() & {"regex", "grammar", "response_format"}
+    assert guides == (set() if field is None else {field})
 
 
 @pytest.mark.parametrize("text", ['{"side":"hold"}', '{"side":"buy","note":1}', "Certainly.", "{"])
 async def test_an_answer_that_breaks_its_schema_fails_before_its_end(make: Make, text: str) -> None:
     server = OpenAIServer(written(text))
-    server.ways = {"json_schema"}
+    server.schema_formats = {"json_schema"}
     async with aclosing(make(a=server).stream(CHECKED)) as stream:
         assert (await anext(stream)).text == text
         with pytest.raises(ModelUnavailable, match="does not follow its JSON schema") as error:
@@ -278,13 +335,13 @@ async def test_an_answer_that_breaks_its_schema_fails_before_its_end(make: Make,
 
 async def test_a_truncated_answer_need_not_follow_its_schema(make: Make) -> None:
     server = OpenAIServer(written('{"side":', "length"))
-    server.ways = {"json_schema"}
+    server.schema_formats = {"json_schema"}
     assert (await complete(make(a=server), CHECKED)).finish_reason == "length"
 
 
 async def test_broken_answers_do_not_open_the_circuit_breaker(make: Make) -> None:
     server = OpenAIServer(*(written("Certainly.") for _ in range(4)), Stream(FINE))
-    server.ways = {"json_schema"}
+    server.schema_formats = {"json_schema"}
     model = make(a=server)
     for _ in range(4):
         with pytest.raises(ModelUnavailable, match="does not follow"):
@@ -298,7 +355,7 @@ async def test_the_prompt_is_the_last_choice_and_only_the_object_counts(make: Ma
         events(chunk("Sure:\n```json\n" + text[:20]), chunk(text[20:] + "\n```"), chunk("Bye"))
     )
     server = OpenAIServer(stream)
-    server.ways = set()
+    server.schema_formats = set()
     completion = await complete(make(a=server), PROPOSE)
     assert (completion.text, completion.finish_reason) == (text, "stop")
     ((_, body),) = server.requests
@@ -309,3 +366,74 @@ async def test_the_prompt_is_the_last_choice_and_only_the_object_counts(make: Ma
     assert '"required":["ticker","action"' in system
     assert "pattern" not in system
     assert stream.closed
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {"prompt_tokens": 1 << 31, "completion_tokens": 10**400},
+        {"prompt_tokens": -1, "completion_tokens": True},
+        {"prompt_tokens": "7", "completion_tokens": 2.5},
+    ],
+)
+async def test_impossible_counts_are_not_counted(make: Make, counts: dict[str, Any]) -> None:
+    counted = chunk(usage=counts)
+    model = make(a=OpenAIServer(Stream(events(chunk("Fi"), chunk("ne.", "stop"), counted))))
+    completion = await complete(model, ASK)
+    # Two pieces of text count as two tokens.
+    assert (completion.prompt_tokens, completion.completion_tokens) == (0, 2)
+
+
+async def test_a_logarithm_may_be_too_large_for_a_float(make: Make) -> None:
+    tokens = [{"token": "Fine.", "logprob": -(10**400), "top_logprobs": []}]
+    answer = chunk("Fine.", "stop")
+    answer["choices"][0]["logprobs"] = {"content": tokens}
+    model = make(a=OpenAIServer(Stream(events(answer))))
+    completion = await complete(model, replace(ASK, logprobs=0))
+    assert [token.logprob for token in completion.logprobs] == [LEAST_LOGPROB]
+
+
+async def test_further_most_likely_tokens_are_dropped(make: Make) -> None:
+    tops = [{"token": str(number), "logprob": -1.0} for number in range(21)]
+    found = chunk("Fine.", "stop")
+    found["choices"][0]["logprobs"] = {
+        "content": [{"token": "Fine.", "logprob": -1.0, "top_logprobs": tops}]
+    }
+    legacy = {
+        "tokens": ["Fine."],
+        "token_logprobs": [-1.0],
+        "top_logprobs": [{str(number): -1.0 for number in range(21)}],
+    }
+    choice = {"text": "Fine.", "finish_reason": "stop", "logprobs": legacy}
+    model = make(a=OpenAIServer(Stream(events(found)), Stream(events({"choices": [choice]}))))
+    for request in (ASK, replace(ASK, messages=(), text="Hold?")):
+        completion = await complete(model, replace(request, logprobs=20))
+        assert [len(token.top) for token in completion.logprobs] == [20]
+
+
+async def test_parts_of_parts_are_no_text(make: Make) -> None:
+    nested: Any = "deep"
+    for _ in range(450):
+        nested = [{"text": nested}]
+    model = make(a=OpenAIServer(Stream(events(chunk(nested), chunk([{"text": "Fine."}], "stop")))))
+    assert (await complete(model, ASK)).text == "Fine."
+
+
+async def test_only_the_first_choice_is_read(make: Make) -> None:
+    other = chunk("Sell.", "length")
+    other["choices"][0]["index"] = 1
+    both = chunk("ne.", "stop")
+    both["choices"] = [*other["choices"], *both["choices"]]
+    model = make(a=OpenAIServer(Stream(events(chunk("Fi"), other, both))))
+    completion = await complete(model, ASK)
+    assert (completion.text, completion.finish_reason) == ("Fine.", "stop")
+
+
+async def test_cookies_of_a_server_are_not_kept(make: Make) -> None:
+    greeting = httpx.Response(400, headers={"Set-Cookie": "session=1; Path=/"})
+    server = OpenAIServer(greeting, Stream(FINE))
+    model = make(a=server)
+    with pytest.raises(InvalidRequest):
+        await complete(model, ASK)
+    await complete(model, ASK)
+    assert "cookie" not in server.headers

@@ -16,8 +16,11 @@ from llm_sidecar.errors import (
     ModelUnavailable,
     QueueFull,
 )
+from llm_sidecar.models.remote.connection import Connection
+from llm_sidecar.models.remote.silence import silence_limit
 from tests.completions import complete
 from tests.unit.remote.openai_server import (
+    GatedStream,
     OpenAIServer,
     Stream,
     chunk,
@@ -26,8 +29,10 @@ from tests.unit.remote.openai_server import (
 from tests.unit.remote.samples import (
     ASK,
     FINE,
+    SCORE,
     Make,
     answer,
+    no_rest,
     server_of,
 )
 
@@ -66,6 +71,76 @@ async def test_a_request_that_breaks_a_new_connection_is_not_sent_again(make: Ma
     with pytest.raises(ModelUnavailable, match="broke off"):
         await complete(make(a=server), ASK)
     assert len(server.requests) == 1
+
+
+@pytest.fixture
+def impatience(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
+    """Shortens the time limit for silence of the server `one`; has the real limit of each request.
+
+    The others keep theirs: on a busy machine, an answer may take longer than the short one.
+    """
+    limits: list[float | None] = []
+
+    def shortened(connection: Connection, seconds: float | None) -> Any:
+        limits.append(seconds)
+        is_short = seconds is not None and connection.url == "http://one/v1"
+        return silence_limit(connection, 0.01 if is_short else seconds)
+
+    monkeypatch.setattr("llm_sidecar.models.remote.pool.silence_limit", shortened)
+    return limits
+
+
+async def test_half_of_the_time_is_left_for_another_server(
+    make: Make, impatience: list[float | None]
+) -> None:
+    silent = GatedStream(FINE)
+    one, two = OpenAIServer(silent), OpenAIServer(Stream(FINE))
+    model = make(one=one, two=two)
+    assert (await complete(model, ASK, Deadline.after(40))).text == "Fine."
+    assert silent.closed
+    first, last = impatience
+    assert first == pytest.approx(20, abs=5)
+    # The last one has the time that is left.
+    assert last is None
+
+
+async def test_the_last_server_has_all_the_time_that_is_left(
+    make: Make, impatience: list[float | None]
+) -> None:
+    one, two = OpenAIServer(answer(500)), OpenAIServer(GatedStream(FINE))
+    model = make(one=one, two=two)
+    # The first contact may take longer than this deadline.
+    await model.use_adapter(None)
+    with pytest.raises(DeadlineExceeded):
+        await complete(model, ASK, Deadline.after(0.1))
+    assert impatience[1] is None
+
+
+async def test_a_score_is_asked_of_another_server_as_well(
+    make: Make, impatience: list[float | None]
+) -> None:
+    said = httpx.Response(200, json={"choices": [{"message": {"content": "7"}}]})
+    one, two = OpenAIServer(GatedStream(FINE)), OpenAIServer(said)
+    scores = await make(one=one, two=two).score_choices(SCORE, ("7", "8"))
+    assert scores.probabilities["7"] > scores.probabilities["8"] == 0.0
+    assert len(impatience) == 2
+
+
+@pytest.mark.parametrize(("least_silence", "state"), [(10.0, "ready"), (0.0, "resting")])
+async def test_silence_before_another_server_is_asked_is_a_failure(
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    impatience: list[float | None],
+    least_silence: float,
+    state: str,
+) -> None:
+    monkeypatch.setattr("llm_sidecar.models.remote.server._LEAST_SILENCE", least_silence)
+    one = OpenAIServer(*(GatedStream(FINE) for _ in range(3)))
+    two = OpenAIServer(*(Stream(FINE) for _ in range(6)))
+    model = make(one=one, two=two)
+    while one.answers:
+        assert (await complete(model, ASK, Deadline.after(40))).text == "Fine."
+    assert [server.state for server in model.status().servers] == [state, "ready"]
 
 
 async def test_no_other_server_is_asked_after_the_first_token(make: Make) -> None:
@@ -138,6 +213,34 @@ async def test_a_server_that_is_silent_from_the_start_is_named(
     assert (caught.value.detail, caught.value.retry_after) == (detail, 5)
 
 
+@pytest.mark.parametrize(
+    ("lost", "models", "probes"),
+    [
+        # It was only slow: it lists its models again.
+        (httpx.ConnectTimeout("slow"), ["org/m-1"], 9),
+        # It has another model.
+        (httpx.ConnectTimeout("slow"), ["org/m-2"], 16),
+        # It may have been started again with other options.
+        (httpx.ConnectError("refused"), ["org/m-1"], 16),
+    ],
+)
+async def test_capabilities_are_kept_over_an_outage_unless_they_may_have_changed(
+    make: Make, lost: Exception, models: list[str], probes: int
+) -> None:
+    server = OpenAIServer(Stream(FINE), Stream(FINE))
+    model = make(a=server)
+    await complete(model, ASK)
+    assert server.probes == 8
+    server.away, server.models = lost, models
+    with pytest.raises(ModelUnavailable, match="cannot be reached"):
+        await complete(model, ASK)
+    assert server_of(model).state == "away"
+    server.away = None
+    assert (await complete(model, ASK)).model == f"hermes/{models[0].removeprefix('org/')}"
+    assert server.probes == probes
+    assert server_of(model).schema == "regex"
+
+
 async def test_a_server_that_is_reachable_again_is_probed_again(make: Make) -> None:
     server = OpenAIServer(Stream(FINE), Stream(FINE))
     model = make(a=server)
@@ -147,7 +250,7 @@ async def test_a_server_that_is_reachable_again_is_probed_again(make: Make) -> N
         with pytest.raises(ModelUnavailable, match="cannot be reached"):
             await complete(model, ASK)
     assert model.status().state == "failed"
-    server.away, server.ways = None, {"json_schema"}
+    server.away, server.schema_formats = None, {"json_schema"}
     assert (await complete(model, ASK)).text == "Fine."
     assert server_of(model).schema == "json_schema"
     assert model.status().restarts == 1
@@ -187,6 +290,62 @@ async def test_after_three_failures_a_server_rests(make: Make) -> None:
     assert model.status().not_ready is not None
 
 
+async def test_after_its_rest_a_server_gets_one_request_at_a_time(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_sidecar.models.remote.breaker.CircuitBreaker._rest", no_rest)
+    trial = GatedStream(FINE)
+    server = OpenAIServer(*[answer(500)] * 3, trial, Stream(FINE))
+    model = make(a=server)
+    for _ in range(3):
+        with pytest.raises(ModelUnavailable, match="status 500"):
+            await complete(model, ASK)
+    trying = asyncio.create_task(complete(model, ASK))
+    await trial.begun.wait()
+    with pytest.raises(ModelUnavailable, match="status 500") as caught:
+        await complete(model, ASK)
+    assert caught.value.retry_after == 1
+    assert len(server.requests) == 4
+    trial.gate.set()
+    assert (await trying).text == "Fine."
+    assert (await complete(model, ASK)).text == "Fine."
+
+
+async def test_after_its_rest_a_server_that_answers_gets_the_next_request(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_sidecar.models.remote.breaker.CircuitBreaker._rest", no_rest)
+    server = OpenAIServer(*[answer(500)] * 3, Stream(FINE), Stream(FINE))
+    model = make(a=server)
+    for _ in range(3):
+        with pytest.raises(ModelUnavailable, match="status 500"):
+            await complete(model, ASK)
+    async with aclosing(model.stream(ASK)) as stream:
+        assert (await anext(stream)).text == "Fi"
+        assert (await complete(model, ASK)).text == "Fine."
+
+
+async def test_an_answer_lets_only_one_further_request_through(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_sidecar.models.remote.breaker.CircuitBreaker._rest", no_rest)
+    trial = GatedStream(FINE)
+    server = OpenAIServer(*[answer(500)] * 3, Stream(FINE), trial)
+    model = make(a=server)
+    for _ in range(3):
+        with pytest.raises(ModelUnavailable, match="status 500"):
+            await complete(model, ASK)
+    async with aclosing(model.stream(ASK)) as stream:
+        assert (await anext(stream)).text == "Fi"
+        trying = asyncio.create_task(complete(model, ASK))
+        await trial.begun.wait()
+        assert (await anext(stream)).text == "ne."
+        with pytest.raises(ModelUnavailable, match="status 500"):
+            await complete(model, ASK)
+    trial.gate.set()
+    assert (await trying).text == "Fine."
+
+
 async def test_texts_that_the_deadline_ends_are_no_failures(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,7 +357,7 @@ async def test_texts_that_the_deadline_ends_are_no_failures(
     assert server_of(model).state == "ready"
 
 
-@pytest.mark.parametrize(("least_silence", "state"), [(30.0, "ready"), (0.0, "resting")])
+@pytest.mark.parametrize(("least_silence", "state"), [(10.0, "ready"), (0.0, "resting")])
 async def test_silence_is_a_failure_if_the_server_had_enough_time(
     make: Make, monkeypatch: pytest.MonkeyPatch, least_silence: float, state: str
 ) -> None:

@@ -147,6 +147,43 @@ SAID = {"error": {"message": "You said: Hold ABC?", "type": "x"}}
             5,
         ),
         (
+            Stream(events({"error": {"type": "invalid_request_error", "code": "invalid_value"}})),
+            RefusedRequest,
+            "The hermes server a refuses this request (400); its log says why.",
+            None,
+        ),
+        (
+            Stream(events({"error": {"type": "invalid_request_error", "code": "model_not_found"}})),
+            ModelUnavailable,
+            "The hermes server a has no such path or model (404); the URL usually ends with /v1.",
+            5,
+        ),
+        (
+            Stream(events(chunk("Fi"), {"error": {"type": "rate_limit_exceeded", "code": None}})),
+            QueueFull,
+            "The hermes server a is full; try again in 1 s.",
+            1,
+        ),
+        (
+            Stream(events({"error": {"type": "x", "code": "context_length_exceeded"}})),
+            ModelUnavailable,
+            "The hermes server a answers with status 500; its log says why.",
+            5,
+        ),
+        (
+            # A list that is nested too deeply for a recursive function.
+            Stream([b'data: {"error": {"code": 429, "x": ' + b"[" * 900 + b"]" * 900 + b"}}\n\n"]),
+            QueueFull,
+            "The hermes server a is full; try again in 1 s.",
+            1,
+        ),
+        (
+            answer(503, SAID, Retry_After="1 Jan 99999999999 00:00:00"),
+            ModelUnavailable,
+            "The hermes server a is not available now (503).",
+            5,
+        ),
+        (
             Stream([b"data: {Hold ABC?\n\n"]),
             ModelUnavailable,
             "The hermes server a sends an answer that cannot be read (not an object of the "
@@ -197,6 +234,13 @@ async def test_a_line_is_bounded(make: Make) -> None:
     model = make(a=OpenAIServer(Stream([b"x" * (1 << 19)] * 3)))
     with pytest.raises(ModelUnavailable, match="sends an event that is too long"):
         await complete(model, replace(ASK, max_tokens=8000))
+
+
+async def test_an_answer_is_bounded_whatever_the_request_allows(make: Make) -> None:
+    piece = events(chunk("x" * (1 << 19)))[0]
+    model = make(a=OpenAIServer(Stream([piece] * 65)))
+    with pytest.raises(ModelUnavailable, match="sends too many bytes"):
+        await complete(model, replace(ASK, max_tokens=(1 << 31) - 1))
 
 
 async def test_retry_after_may_be_a_date(make: Make) -> None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from llm_sidecar.models.base import TokenLogprob
-from llm_sidecar.services.answers import TextAnswer, TextPart
+from llm_sidecar.services.answers import (
+    Finished,
+    Part,
+    TextAnswer,
+    TextPart,
+    ToolCallPart,
+    joined,
+)
+from tests.unit.fakes import completion
 
 
 def texts(stop: tuple[str, ...], *pieces: str) -> list[str]:
@@ -74,3 +82,26 @@ def test_tokens_of_the_stop_text_are_left_out() -> None:
     assert answer.feed(" E", [two]) == [TextPart(" ", (two,))]
     assert answer.feed("ND", [three]) == []
     assert answer.finish() == []
+
+
+def test_an_answer_in_many_parts_is_joined_to_one_part_for_each_item() -> None:
+    end = Finished("tool_calls", completion(""))
+    parts: list[Part] = [
+        TextPart("", (), (token("c"),), "The prompt."),
+        TextPart("a", (token("a"),)),
+        TextPart("", (token("b"),)),
+        ToolCallPart(0, "one", "sell", ""),
+        ToolCallPart(0, "one", "sell", '{"size"'),
+        ToolCallPart(0, "one", "sell", ":1}"),
+        ToolCallPart(1, "two", "sell", "{}"),
+        TextPart("b"),
+        end,
+    ]
+    assert list(joined(parts)) == [
+        TextPart("a", (token("a"), token("b")), (token("c"),), "The prompt."),
+        ToolCallPart(0, "one", "sell", '{"size":1}'),
+        ToolCallPart(1, "two", "sell", "{}"),
+        TextPart("b"),
+        end,
+    ]
+    assert list(joined([])) == []

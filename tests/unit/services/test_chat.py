@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llm_sidecar import hermes_plugin
+from llm_sidecar.deadline import Deadline
 from llm_sidecar.errors import QueueFull
 from llm_sidecar.models.base import Delta, GenerationRequest
 from tests.unit.fakes import FakeSidecar, PausedModel, text_of
@@ -14,18 +15,21 @@ from tests.unit.services.samples import CRITIQUE, fake_sidecar
 @pytest.mark.parametrize("temperature", [None, 0.0, 0.6])
 async def test_a_free_question_is_neither_stored_nor_published(temperature: float | None) -> None:
     made = fake_sidecar(models={"hermes_temperature": temperature})
-    assert await text_of(made.sidecar.chat.answer("What now?", 12)) == CRITIQUE
+    deadline = Deadline.after(60.0)
+    assert await text_of(made.sidecar.chat.answer("What now?", 12, deadline)) == CRITIQUE
     messages = hermes_plugin.chat_messages("What now?")
     (call,) = made.hermes.calls
     assert call.request == GenerationRequest(messages, 12, None, temperature, None)
-    # At the model's own deadline, the text so far is better than none.
-    assert (call.deadline, call.allow_partial) == (None, True)
+    # At the deadline, the text so far is better than none.
+    assert (call.deadline, call.allow_partial) == (deadline, True)
     assert made.happened.log == []
 
 
 async def test_its_answer_streams_and_closing_it_stops_hermes() -> None:
     hermes = PausedModel("Sell", ".")
-    answering = FakeSidecar(hermes=hermes).sidecar.chat.answer("What now?", 12)
+    answering = FakeSidecar(hermes=hermes).sidecar.chat.answer(
+        "What now?", 12, Deadline.after(60.0)
+    )
     assert await anext(answering) == Delta("Sell", "paused/fake")
     await answering.aclose()
     assert hermes.closed == 1
@@ -35,4 +39,4 @@ async def test_an_error_of_the_model_reaches_the_caller() -> None:
     made = fake_sidecar()
     made.hermes.answers = [QueueFull("full", retry_after=3)]
     with pytest.raises(QueueFull, match="full"):
-        await text_of(made.sidecar.chat.answer("What now?", 12))
+        await text_of(made.sidecar.chat.answer("What now?", 12, Deadline.after(60.0)))

@@ -58,6 +58,55 @@ COMPACT = {"x-guidance": {"whitespace_flexible": False}}
             {"$defs": {"A": {"properties": {}}}, "properties": {}, "$ref": "#/$defs/A"},
             {"$defs": {"A": {"properties": {}}}, "properties": {}, "$ref": "#/$defs/A"},
         ),
+        # Only that object stays open.
+        (
+            {
+                "anyOf": [
+                    {"properties": {}, "anyOf": [{"properties": {"a": {"properties": {}}}}]},
+                    {"properties": {"b": {"properties": {}}}},
+                ]
+            },
+            {
+                "anyOf": [
+                    {"properties": {}, "anyOf": [{"properties": {"a": {"properties": {}}}}]},
+                    {
+                        "properties": {"b": {"properties": {}, "additionalProperties": False}},
+                        "additionalProperties": False,
+                    },
+                ]
+            },
+        ),
+        # What it refers to, also through another reference, stays open too.
+        (
+            {
+                "$defs": {
+                    "a/b": {"$ref": "#/$defs/list/prefixItems/0"},
+                    "list": {"prefixItems": [{"properties": {}}]},
+                    "c": {"properties": {}},
+                },
+                "items": {"properties": {}, "$ref": "#/$defs/a~1b"},
+            },
+            {
+                "$defs": {
+                    "a/b": {"$ref": "#/$defs/list/prefixItems/0"},
+                    "list": {"prefixItems": [{"properties": {}}]},
+                    "c": {"properties": {}, "additionalProperties": False},
+                },
+                "items": {"properties": {}, "$ref": "#/$defs/a~1b"},
+            },
+        ),
+        # A reference to nothing, or to the schema itself.
+        (
+            {"items": {"properties": {}, "$ref": "#/$defs/none"}, "allOf": [{"$ref": "#"}]},
+            {"items": {"properties": {}, "$ref": "#/$defs/none"}, "allOf": [{"$ref": "#"}]},
+        ),
+        # Closed, a negated schema would forbid less.
+        ({"not": {"properties": {}}}, {"not": {"properties": {}}}),
+        # A property may have the name of a keyword that combines.
+        (
+            {"properties": {"allOf": {}, "anyOf": {}}},
+            {"properties": {"allOf": {}, "anyOf": {}}, "additionalProperties": False},
+        ),
     ],
 )
 def test_objects_are_closed_and_white_space_is_forbidden(

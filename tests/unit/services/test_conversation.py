@@ -14,12 +14,14 @@ from llm_sidecar.deadline import Deadline
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable, NotFound, QueueFull
 from llm_sidecar.models.base import (
     Adapter,
+    Completion,
     Delta,
     GenerationRequest,
     Message,
     ModelStatus,
     TokenLogprob,
 )
+from llm_sidecar.services.answers import Reason
 from llm_sidecar.services.client_schemas import guidance_of
 from llm_sidecar.services.conversation import (
     MAX_TOKENS,
@@ -46,6 +48,13 @@ def made() -> FakeSidecar:
     return fake_sidecar(models={"hermes_temperature": 0.3})
 
 
+def end(
+    completion: Completion, grounded: str | None = None, *, reason: Reason = "stop"
+) -> Finished:
+    """The end of an answer, whose text is in the parts before."""
+    return Finished(reason, replace(completion, text="", logprobs=()), grounded)
+
+
 async def answered(
     made: FakeSidecar, model: str, conversation: Conversation, deadline: Deadline | None = None
 ) -> list[Part]:
@@ -64,7 +73,7 @@ async def test_hermes_answers_a_chat_with_the_settings_of_the_server(made: FakeS
     made.hermes.answers = [TEXT]
     deadline = Deadline.after(7)
     parts = await answered(made, "hermes", Conversation(CHAT), deadline)
-    assert parts == [TextPart("Hold"), TextPart(" it."), Finished("stop", TEXT)]
+    assert parts == [TextPart("Hold"), TextPart(" it."), end(TEXT)]
     assert made.hermes.requests == [
         GenerationRequest(CHAT, MAX_TOKENS, temperature=0.3, fit_context=True)
     ]
@@ -101,7 +110,7 @@ async def test_an_answer_that_a_limit_or_the_deadline_cut_has_the_reason_length(
         cut = completion("Hold", finish_reason=reason)
         made.hermes.answers = [cut]
         parts = await answered(made, "hermes", Conversation(CHAT))
-        assert parts[-1] == Finished("length", cut)
+        assert parts[-1] == end(cut, reason="length")
 
 
 async def test_a_stop_text_ends_the_generation(made: FakeSidecar) -> None:
@@ -110,13 +119,10 @@ async def test_a_stop_text_ends_the_generation(made: FakeSidecar) -> None:
     parts = await answered(made, "hermes", Conversation(CHAT, stop=("END",)))
     assert paused.closed == 1
     assert parts[0] == TextPart("one ")
-    (_, end) = parts
-    assert isinstance(end, Finished)
-    assert (end.reason, end.completion.text, end.completion.finish_reason) == (
-        "stop",
-        "one END",
-        "stop",
-    )
+    (_, finished) = parts
+    assert isinstance(finished, Finished)
+    assert (finished.reason, finished.completion.finish_reason) == ("stop", "stop")
+    assert finished.at_stop_text
 
 
 async def test_log_probabilities_come_with_their_text(made: FakeSidecar) -> None:
@@ -127,9 +133,10 @@ async def test_log_probabilities_come_with_their_text(made: FakeSidecar) -> None
         ]
     ]
     parts = await answered(made, "hermes", Conversation(CHAT, logprobs=0))
-    assert parts[0] == TextPart("Hold", (TOKEN,))
-    assert isinstance(parts[-1], Finished)
-    assert parts[-1].completion.logprobs == (TOKEN,)
+    assert parts == [
+        TextPart("Hold", (TOKEN,)),
+        end(Completion("", "hermes/fake", None, "stop", 0, 1)),
+    ]
 
 
 async def test_errors_of_the_model_are_raised(made: FakeSidecar) -> None:
@@ -160,9 +167,7 @@ async def test_an_unknown_model_is_not_found(made: FakeSidecar) -> None:
 
 async def test_an_adapter_answers_only_while_it_is_in_use(made: FakeSidecar) -> None:
     made.phi3.state = ModelStatus(adapter=Adapter(Path("20260102")))
-    assert (await answered(made, "phi3:20260102", Conversation(CHAT)))[-1] == Finished(
-        "stop", WRITTEN, "true"
-    )
+    assert (await answered(made, "phi3:20260102", Conversation(CHAT)))[-1] == end(WRITTEN, "true")
     # A swap between the check and the first token.
     for conversation in (Conversation(CHAT), Conversation(CHAT, is_free_text=True)):
         made.phi3.answers = [replace(WRITTEN, adapter="20260103")]
@@ -175,7 +180,7 @@ async def test_an_adapter_answers_only_while_it_is_in_use(made: FakeSidecar) -> 
 
 async def test_phi3_writes_a_proposal_with_the_system_prompt_in_front(made: FakeSidecar) -> None:
     parts = await answered(made, "phi3", Conversation(CHAT))
-    assert parts[-1] == Finished("stop", WRITTEN, "true")
+    assert parts[-1] == end(WRITTEN, "true")
     text = "".join(part.text for part in parts if isinstance(part, TextPart))
     assert text == WRITTEN.text
     assert made.phi3.requests == [
@@ -210,17 +215,17 @@ async def test_all_turns_of_the_user_are_the_context_of_a_proposal(made: FakeSid
     chat = [user(first), {"role": "assistant", "content": "ZZZ"}, user(second)]
     made.phi3.answers = [WRITTEN]
     parts = await answered(made, "phi3", Conversation(chat))
-    assert parts[-1] == Finished("stop", WRITTEN, "true")
+    assert parts[-1] == end(WRITTEN, "true")
     made.phi3.answers = [UNGROUNDED]
     parts = await answered(made, "phi3", Conversation(chat))
-    assert parts[-1] == Finished("stop", UNGROUNDED, "ticker,rationale")
+    assert parts[-1] == end(UNGROUNDED, "ticker,rationale")
 
 
 async def test_a_proposal_that_may_be_written_twice_is_one_part() -> None:
     made = fake_sidecar(proposals={"grounding": "retry"})
     made.phi3.answers = [UNGROUNDED, WRITTEN]
     parts = await answered(made, "phi3", Conversation(CHAT))
-    assert parts == [TextPart(WRITTEN.text), Finished("stop", WRITTEN, "true")]
+    assert parts == [TextPart(WRITTEN.text), end(WRITTEN, "true")]
 
 
 async def test_an_invalid_proposal_does_not_leave_with_the_valid_one(made: FakeSidecar) -> None:
@@ -229,7 +234,7 @@ async def test_an_invalid_proposal_does_not_leave_with_the_valid_one(made: FakeS
     written = replace(WRITTEN, logprobs=(replace(TOKEN, logprob=-0.25),))
     made.phi3.answers = [invalid, written]
     parts = await answered(made, "phi3", Conversation(CHAT, logprobs=0))
-    assert parts == [TextPart(written.text, written.logprobs), Finished("stop", written, "true")]
+    assert parts == [TextPart(written.text, written.logprobs), end(written, "true")]
 
 
 async def test_a_proposal_that_is_valid_by_construction_streams(made: FakeSidecar) -> None:
@@ -261,7 +266,7 @@ async def test_phi3_follows_a_format_or_a_tool_of_the_client(
 ) -> None:
     made.phi3.answers = [TEXT]
     parts = await answered(made, "phi3", Conversation(CHAT, **changes))
-    assert parts[-1] == Finished("stop", TEXT)
+    assert parts[-1] == end(TEXT)
     schema = changes.get("schema")
     guidance = None if schema is None else guidance_of(schema)
     assert made.phi3.requests == [
@@ -315,7 +320,7 @@ async def test_the_schema_of_an_answer_stands_beside_the_tools(made: FakeSidecar
 
 async def test_a_call_that_was_cut_has_the_reason_length(made: FakeSidecar) -> None:
     made.hermes.answers = [completion('{"name":"close","arguments":{"a', finish_reason="length")]
-    conversation = Conversation(CHAT, tools=TOOLS, tool_choice="close")
+    conversation = Conversation(CHAT, tools=TOOLS, tool_choice="required")
     parts = await answered(made, "hermes", conversation)
     assert isinstance(parts[-1], Finished)
     assert parts[-1].reason == "length"
@@ -349,7 +354,7 @@ async def completed(made: FakeSidecar, model: str, prompt: TextPrompt) -> list[P
 async def test_a_text_is_continued_without_a_template(made: FakeSidecar) -> None:
     made.phi3.answers = [TEXT]
     prompt = TextPrompt("AAPL is", 4, 0.5, 0.9, 7, (), 1, 2)
-    assert (await completed(made, "phi3", prompt))[-1] == Finished("stop", TEXT)
+    assert (await completed(made, "phi3", prompt))[-1] == end(TEXT)
     expected = GenerationRequest(
         (), 4, None, 0.5, 7, text="AAPL is", top_p=0.9, logprobs=1, prompt_logprobs=2
     )
@@ -361,12 +366,12 @@ async def test_tokens_are_continued_and_their_log_probabilities_come_first(
 ) -> None:
     made.hermes.answers = [
         [
-            Delta("", "hermes/fake", prompt_logprobs=(TOKEN,)),
+            Delta("", "hermes/fake", prompt_logprobs=(TOKEN,), prompt_text="Hold"),
             Delta(" it.", "hermes/fake", completion_tokens=1, finish_reason="length"),
         ]
     ]
-    parts = await completed(made, "hermes", TextPrompt([1], 1, prompt_logprobs=0))
-    assert parts[:2] == [TextPart("", (), (TOKEN,)), TextPart(" it.")]
+    parts = await completed(made, "hermes", TextPrompt([1], 1, prompt_logprobs=0, echo=True))
+    assert parts[:2] == [TextPart("", (), (TOKEN,), "Hold"), TextPart(" it.")]
     assert made.hermes.requests == [
-        GenerationRequest((), 1, temperature=0.3, tokens=[1], prompt_logprobs=0)
+        GenerationRequest((), 1, temperature=0.3, tokens=[1], prompt_logprobs=0, echo=True)
     ]

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from llm_sidecar.deadline import Deadline
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable, NotFound, QueueFull
 from llm_sidecar.models.base import Adapter, ChoiceScores
 from llm_sidecar.services.decisions import (
@@ -92,7 +93,9 @@ async def test_probabilities_are_normalised_and_their_sum_is_the_mass() -> None:
         ChoiceScores({"True": 0.375, "False": 0.125}, 40, 8),
         ChoiceScores({"1": 0.0625, "2": 0.1875}, 50, 30),
     ]
-    decided = await made.sidecar.decisions.decide("hermes", GIVEN, [PREDICATE, CHOICE])
+    decided = await made.sidecar.decisions.decide(
+        "hermes", GIVEN, [PREDICATE, CHOICE], Deadline.after(60.0)
+    )
     assert decided.answers == (
         Answer((0.75, 0.25), 0.5, is_reliable=True),
         Answer((0.25, 0.75), 0.25, is_reliable=False),
@@ -103,7 +106,7 @@ async def test_probabilities_are_normalised_and_their_sum_is_the_mass() -> None:
 async def test_the_input_comes_first_and_the_question_last() -> None:
     made = FakeSidecar()
     made.hermes.answers = [ChoiceScores({"True": 1.0, "False": 0.0})]
-    await made.sidecar.decisions.decide("hermes", GIVEN, [PREDICATE])
+    await made.sidecar.decisions.decide("hermes", GIVEN, [PREDICATE], Deadline.after(60.0))
     assert made.hermes.requests == [
         (
             [
@@ -120,7 +123,7 @@ async def test_system_messages_of_the_input_replace_our_own() -> None:
     made = FakeSidecar()
     made.hermes.answers = [ChoiceScores({"True": 1.0, "False": 0.0})]
     given = Input("Long ABC.", "You are strict.")
-    await made.sidecar.decisions.decide("hermes", given, [PREDICATE])
+    await made.sidecar.decisions.decide("hermes", given, [PREDICATE], Deadline.after(60.0))
     ((messages, _),) = cast(list[Any], made.hermes.requests)
     assert messages[0] == {"role": "system", "content": "You are strict."}
 
@@ -128,7 +131,7 @@ async def test_system_messages_of_the_input_replace_our_own() -> None:
 async def test_all_questions_have_one_deadline() -> None:
     made = FakeSidecar()
     made.phi3.answers = [ChoiceScores({"True": 1.0, "False": 0.0})] * 2
-    await made.sidecar.decisions.decide("phi3", GIVEN, [PREDICATE, PREDICATE])
+    await made.sidecar.decisions.decide("phi3", GIVEN, [PREDICATE, PREDICATE], Deadline.after(60.0))
     one, other = made.phi3.calls
     assert one.deadline is not None
     assert one.deadline is other.deadline
@@ -141,14 +144,18 @@ async def test_an_answer_without_any_probability_is_left_out() -> None:
         ChoiceScores({"True": 0.0, "False": 0.0}),
         ChoiceScores({"1": 0.5, "2": 0.5}),
     ]
-    decided = await made.sidecar.decisions.decide("hermes", GIVEN, [PREDICATE, CHOICE])
+    decided = await made.sidecar.decisions.decide(
+        "hermes", GIVEN, [PREDICATE, CHOICE], Deadline.after(60.0)
+    )
     assert decided.answers == (None, Answer((0.5, 0.5), 1.0, is_reliable=True))
 
 
 async def test_a_mass_that_rounding_takes_above_one_is_one() -> None:
     made = FakeSidecar()
     made.hermes.answers = [ChoiceScores({"True": 0.75, "False": 0.5})]
-    decided = await made.sidecar.decisions.decide("hermes", GIVEN, [PREDICATE])
+    decided = await made.sidecar.decisions.decide(
+        "hermes", GIVEN, [PREDICATE], Deadline.after(60.0)
+    )
     assert decided.answers == (Answer((0.6, 0.4), 1.0, is_reliable=True),)
 
 
@@ -157,7 +164,7 @@ async def test_a_model_that_leaves_an_answer_out_is_unavailable(found: dict[str,
     made = FakeSidecar()
     made.hermes.answers = [ChoiceScores(found)]
     with pytest.raises(ModelUnavailable, match="no probability") as caught:
-        await made.sidecar.decisions.decide("hermes", GIVEN, [PREDICATE])
+        await made.sidecar.decisions.decide("hermes", GIVEN, [PREDICATE], Deadline.after(60.0))
     assert caught.value.retry_after == 1
 
 
@@ -167,7 +174,7 @@ async def test_an_input_that_does_not_fit_is_named() -> None:
         InvalidRequest("it takes 9000 tokens, which is too many", field="prompt")
     ]
     with pytest.raises(InvalidRequest) as caught:
-        await made.sidecar.decisions.decide("hermes", GIVEN, [PREDICATE])
+        await made.sidecar.decisions.decide("hermes", GIVEN, [PREDICATE], Deadline.after(60.0))
     assert caught.value.detail == (
         "input: with one of the questions it takes 9000 tokens, which is too many"
     )
@@ -177,16 +184,20 @@ async def test_a_full_queue_is_not_hidden() -> None:
     made = FakeSidecar()
     made.hermes.answers = [QueueFull("The hermes queue is full.", retry_after=7)]
     with pytest.raises(QueueFull):
-        await made.sidecar.decisions.decide("hermes", GIVEN, [PREDICATE])
+        await made.sidecar.decisions.decide("hermes", GIVEN, [PREDICATE], Deadline.after(60.0))
 
 
 async def test_an_adapter_answers_only_while_it_is_in_use() -> None:
     made = FakeSidecar()
     made.phi3.answers = [ChoiceScores({"True": 0.5, "False": 0.5}, adapter="20260102")]
     with pytest.raises(NotFound, match="/adapters/swap"):
-        await made.sidecar.decisions.decide("phi3:20260102", GIVEN, [PREDICATE])
+        await made.sidecar.decisions.decide(
+            "phi3:20260102", GIVEN, [PREDICATE], Deadline.after(60.0)
+        )
     await made.phi3.use_adapter(Adapter(Path("/adapters/20260102")))
-    decided = await made.sidecar.decisions.decide("phi3:20260102", GIVEN, [PREDICATE])
+    decided = await made.sidecar.decisions.decide(
+        "phi3:20260102", GIVEN, [PREDICATE], Deadline.after(60.0)
+    )
     assert decided.answers == (Answer((0.5, 0.5), 1.0, is_reliable=True),)
 
 
@@ -198,6 +209,10 @@ async def test_a_swap_before_an_answer_is_an_error_for_the_adapter_that_was_name
     )
     made.phi3.answers = [named, other, named, other]
     with pytest.raises(NotFound, match="not in use"):
-        await made.sidecar.decisions.decide("phi3:20260102", GIVEN, [PREDICATE, PREDICATE])
-    decided = await made.sidecar.decisions.decide("phi3", GIVEN, [PREDICATE, PREDICATE])
+        await made.sidecar.decisions.decide(
+            "phi3:20260102", GIVEN, [PREDICATE, PREDICATE], Deadline.after(60.0)
+        )
+    decided = await made.sidecar.decisions.decide(
+        "phi3", GIVEN, [PREDICATE, PREDICATE], Deadline.after(60.0)
+    )
     assert decided.answers == (Answer((0.5, 0.5), 1.0, is_reliable=True),) * 2

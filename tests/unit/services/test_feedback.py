@@ -12,6 +12,7 @@ import pytest
 from llm_sidecar import timestamps
 from llm_sidecar.db import Correction, Phi3FeedbackSchema
 from llm_sidecar.db.transaction import RequestKey, Transaction
+from llm_sidecar.deadline import Deadline
 from llm_sidecar.errors import DatabaseUnavailable, NotFound
 from llm_sidecar.event_bus.consumer_group import Entry
 from llm_sidecar.input_model import longest_payload
@@ -36,7 +37,7 @@ async def test_feedback_is_stored_together_with_its_event() -> None:
     made = fake_sidecar()
     made.store.corrections = [Correction("Long ABC.", PROPOSAL, "t-1", "f-1")]
     sent = feedback().model_copy(update={"feedback_id": "f-1"})
-    feedback_id, outcome = await made.sidecar.feedback.submit(sent)
+    feedback_id, outcome = await made.sidecar.feedback.submit(sent, None, made.attempt())
     assert (feedback_id, outcome) == ("f-1", Outcome.EXAMPLE)
     assert [(kind, name) for kind, name, _ in made.happened.log] == [
         ("row", "Phi3FeedbackSchema"),
@@ -58,17 +59,17 @@ async def test_feedback_is_stored_together_with_its_event() -> None:
 
 async def test_the_author_is_stored_and_published() -> None:
     made = fake_sidecar()
-    await made.sidecar.feedback.submit(feedback(), "desk")
+    await made.sidecar.feedback.submit(feedback(), "desk", made.attempt())
     ((_, row),), ((_, event),) = made.happened.of("row"), made.happened.of("event")
     assert (row["author"], event["author"]) == ("desk", "desk")
 
 
 async def test_the_event_names_the_database_that_stores_the_feedback() -> None:
     made = fake_sidecar()
-    await made.sidecar.feedback.submit(feedback())
-    await made.sidecar.feedback.submit(feedback())
+    await made.sidecar.feedback.submit(feedback(), None, made.attempt())
+    await made.sidecar.feedback.submit(feedback(), None, made.attempt())
     made.store.database_id = "d-1"
-    await made.sidecar.feedback.submit(feedback())
+    await made.sidecar.feedback.submit(feedback(), None, made.attempt())
     one, again, known = (event["stored_in"] for _, event in made.happened.of("event"))
     assert (one, again, known) == ("journal", "journal", "d-1")
 
@@ -77,13 +78,13 @@ async def test_feedback_that_is_not_stored_is_not_published() -> None:
     made = fake_sidecar()
     made.store.full = DatabaseUnavailable("The disk is full.")
     with pytest.raises(DatabaseUnavailable, match=r"The disk is full\."):
-        await made.sidecar.feedback.submit(feedback())
+        await made.sidecar.feedback.submit(feedback(), None, made.attempt())
     assert made.happened.log == []
 
 
 async def test_feedback_is_one_transaction() -> None:
     made = fake_sidecar()
-    await made.sidecar.feedback.submit(feedback())
+    await made.sidecar.feedback.submit(feedback(), None, made.attempt())
     (transaction,) = made.store.commits
     assert (len(transaction.rows), len(transaction.events)) == (1, 1)
     assert transaction.progress is None
@@ -94,9 +95,13 @@ async def test_feedback_that_is_sent_again_with_its_key_is_stored_once() -> None
     made.store.claimed.add(request)
     # Its id depends on the time, which differs at the second attempt.
     sent = [feedback().model_copy(update={"timestamp": timestamps.now()}) for _ in range(2)]
-    first = await made.sidecar.feedback.submit(sent[0], "desk", Attempt(TaskSet(), request))
+    first = await made.sidecar.feedback.submit(
+        sent[0], "desk", Attempt(TaskSet(), Deadline.after(60.0), request)
+    )
     state = json.loads(made.store.requests[request].state or "")
-    again = await made.sidecar.feedback.submit(sent[1], "desk", Attempt(TaskSet(), request, state))
+    again = await made.sidecar.feedback.submit(
+        sent[1], "desk", Attempt(TaskSet(), Deadline.after(60.0), request, state)
+    )
     assert again == first
     assert [kind for kind, *_ in made.happened.log] == ["row", "event"]
 
@@ -113,7 +118,7 @@ async def test_feedback_is_stored_even_if_its_client_disconnects(
         await commit(transaction)
 
     monkeypatch.setattr(made.store, "commit", slow_commit)
-    submitting = asyncio.create_task(made.sidecar.feedback.submit(feedback()))
+    submitting = asyncio.create_task(made.sidecar.feedback.submit(feedback(), None, made.attempt()))
     await committing.wait()
     submitting.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -239,7 +244,7 @@ async def test_feedback_of_the_same_database_is_not_stored_and_refreshes_the_exa
     stored_in: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = fake_sidecar()
-    await made.sidecar.feedback.submit(feedback())
+    await made.sidecar.feedback.submit(feedback(), None, made.attempt())
     ((_, event),) = made.happened.of("event")
     made.store.database_id = "d-1"
     made.happened.log.clear()

@@ -42,7 +42,9 @@ from tests.unit.services.samples import (
 
 
 async def propose(made: FakeSidecar) -> AssessedProposal:
-    return await last_of(made.sidecar.orchestrator.propose(PROMPT, 300), AssessedProposal)
+    return await last_of(
+        made.sidecar.orchestrator.propose(PROMPT, 300, None, made.attempt()), AssessedProposal
+    )
 
 
 async def test_phi3_is_asked_with_the_examples_oldest_first() -> None:
@@ -310,7 +312,7 @@ async def test_a_client_that_leaves_after_the_proposal_loses_nothing(end: str) -
     hermes = PausedModel()
     made = FakeSidecar(hermes=hermes)
     made.phi3.answers = [WRITTEN]
-    running = made.sidecar.orchestrator.propose(PROMPT, 300)
+    running = made.sidecar.orchestrator.propose(PROMPT, 300, None, made.attempt())
     while getattr(item := await anext(running), "model", None) != "paused/fake":
         assert isinstance(item, Delta | Proposed)
     if end == "close":
@@ -334,7 +336,7 @@ async def test_a_client_that_leaves_after_the_proposal_loses_nothing(end: str) -
 
 async def test_a_client_that_leaves_with_the_proposal_loses_nothing() -> None:
     made = fake_sidecar()
-    running = made.sidecar.orchestrator.propose(PROMPT, 300)
+    running = made.sidecar.orchestrator.propose(PROMPT, 300, None, made.attempt())
     while not isinstance(await anext(running), Proposed):
         pass
     await running.aclose()
@@ -347,7 +349,7 @@ async def test_a_client_that_leaves_with_the_proposal_loses_nothing() -> None:
 async def test_a_client_that_leaves_before_the_proposal_stops_phi3_and_leaves_no_row() -> None:
     phi3 = PausedModel()
     made = FakeSidecar(phi3=phi3)
-    running = made.sidecar.orchestrator.propose(PROMPT, 300)
+    running = made.sidecar.orchestrator.propose(PROMPT, 300, None, made.attempt())
     assert await anext(running) == Delta("{", "paused/fake")
     await running.aclose()
     assert phi3.closed == 1
@@ -358,7 +360,9 @@ async def test_a_client_that_leaves_before_the_proposal_stops_phi3_and_leaves_no
 
 async def test_a_run_streams_the_proposal_the_critique_and_the_result() -> None:
     made = fake_sidecar()
-    items = [item async for item in made.sidecar.orchestrator.propose(PROMPT, 300)]
+    items = [
+        item async for item in made.sidecar.orchestrator.propose(PROMPT, 300, None, made.attempt())
+    ]
     kinds = [type(item).__name__ for item in items]
     assert kinds == ["Delta", "Delta", "Proposed", "Delta", "Delta", "AssessedProposal"]
     texts = [item.text for item in items if isinstance(item, Delta)]
@@ -424,7 +428,7 @@ class Retried:
         return None if kept is None else json.loads(kept.state or "")
 
     def attempt(self) -> Attempt:
-        return Attempt(TaskSet(), REQUEST, self.state, Deadline.after(9.0))
+        return Attempt(TaskSet(), Deadline.after(9.0), REQUEST, self.state)
 
     async def propose(self) -> AssessedProposal:
         running = self.made.sidecar.orchestrator.propose(PROMPT, 300, "desk", self.attempt())

@@ -41,12 +41,9 @@ def proposer(
     fake: FakeModel,
     examples: Sequence[Example] = (),
     temperature: float = 0.0,
-    timeout: float = 60.0,
     retry: bool = False,
 ) -> Proposer:
-    return Proposer(
-        fake, lambda: examples, MetricsSink(), temperature=temperature, timeout=timeout, retry=retry
-    )
+    return Proposer(fake, lambda: examples, MetricsSink(), temperature=temperature, retry=retry)
 
 
 async def propose(
@@ -58,12 +55,15 @@ async def propose(
     **options: Any,
 ) -> Proposed:
     asking = proposer(fake, examples, **options)
-    return await last_of(asking.generate(prompt, max_tokens, deadline), Proposed)
+    return await last_of(
+        asking.generate(prompt, max_tokens, deadline or Deadline.after(60.0)), Proposed
+    )
 
 
 async def test_a_proposal_alone_is_neither_stored_nor_published() -> None:
     made = fake_sidecar()
-    generating = made.sidecar.proposer.generate(PROMPT, 300)
+    deadline = Deadline.after(60.0)
+    generating = made.sidecar.proposer.generate(PROMPT, 300, deadline)
     made_now = await last_of(generating, Proposed)
     assert made_now[:3] == (PROPOSAL, WRITTEN_OF_ABC, ())
     assert (made_now.request, made_now.examples) == (made.phi3.requests[0], ())
@@ -71,14 +71,15 @@ async def test_a_proposal_alone_is_neither_stored_nor_published() -> None:
     messages = proposals.build_messages(PROMPT)
     assert made.phi3.requests == [GenerationRequest(messages, 300, proposals.GUIDANCE, 0.0)]
     (call,) = made.phi3.calls
-    assert call.deadline is not None
-    assert call.deadline.seconds == 60.0
+    assert call.deadline == deadline
 
 
 async def test_a_proposal_alone_is_retried_where_it_is_not_grounded() -> None:
     made = fake_sidecar(proposals={"grounding": "retry"})
     made.phi3.answers = [UNGROUNDED, WRITTEN_OF_ABC]
-    proposed = await last_of(made.sidecar.proposer.generate(PROMPT, 300), Proposed)
+    proposed = await last_of(
+        made.sidecar.proposer.generate(PROMPT, 300, Deadline.after(60.0)), Proposed
+    )
     assert proposed.proposal == PROPOSAL
     assert made.happened.log == [("metric", "proposed", ("adjust",))]
 
@@ -104,14 +105,6 @@ async def test_phi3_is_asked_under_guidance_with_the_examples() -> None:
     assert fake.requests == [request(EXAMPLES, 300, 0.5)]
     (call,) = fake.calls
     assert (call.deadline, call.allow_partial) == (deadline, False)
-
-
-async def test_without_a_deadline_it_has_its_own_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    fake = FakeModel(completion(json.dumps(MADE_UP)), completion(json.dumps(GROUNDED)))
-    await propose(fake, CONTEXT, retry=True, timeout=40.0)
-    assert [call.deadline for call in fake.calls] == [Deadline(now, 40.0), Deadline(now, 20.0)]
 
 
 async def test_too_small_a_budget_is_refused_before_the_model_is_asked() -> None:
@@ -263,7 +256,9 @@ async def test_the_second_request_samples_as_the_client_asked() -> None:
     fake = FakeModel(completion("Buy it."), completion(WRITTEN_OF_ABC.text))
     fake.valid_by_construction = False
     messages = [{"role": "user", "content": "now"}]
-    generating = proposer(fake).answer(messages, 256, temperature=0.9, top_p=0.8, seed=7)
+    generating = proposer(fake).answer(
+        messages, 256, Deadline.after(60.0), temperature=0.9, top_p=0.8, seed=7
+    )
     await last_of(generating, Proposed)
     first, second = fake.requests
     assert isinstance(first, GenerationRequest)
@@ -410,7 +405,7 @@ async def test_a_proposal_that_a_server_refuses_is_not_the_fault_of_the_client()
 async def test_deltas_arrive_while_phi3_generates_and_the_proposal_last() -> None:
     half = len(WRITTEN) // 2
     phi3 = PausedModel(WRITTEN[:half], WRITTEN[half:])
-    generating = proposer(phi3).generate("now", 256)
+    generating = proposer(phi3).generate("now", 256, Deadline.after(60.0))
     assert await anext(generating) == Delta(WRITTEN[:half], "paused/fake")
     assert phi3.closed == 0
     phi3.resumed.set()
@@ -422,7 +417,10 @@ async def test_deltas_arrive_while_phi3_generates_and_the_proposal_last() -> Non
 
 async def test_the_deltas_of_a_retry_stream_too() -> None:
     fake = FakeModel(completion(json.dumps(MADE_UP)), completion(json.dumps(GROUNDED)))
-    items = [item async for item in proposer(fake, retry=True).generate(CONTEXT, 256)]
+    items = [
+        item
+        async for item in proposer(fake, retry=True).generate(CONTEXT, 256, Deadline.after(60.0))
+    ]
     assert [type(item) for item in items] == [Delta] * 4 + [Proposed]
     texts = [item.text for item in items if isinstance(item, Delta)]
     assert ["".join(texts[:2]), "".join(texts[2:])] == [json.dumps(MADE_UP), json.dumps(GROUNDED)]
@@ -430,7 +428,7 @@ async def test_the_deltas_of_a_retry_stream_too() -> None:
 
 async def test_closing_the_stream_closes_the_models() -> None:
     phi3 = PausedModel()
-    generating = proposer(phi3).generate("now", 256)
+    generating = proposer(phi3).generate("now", 256, Deadline.after(60.0))
     await anext(generating)
     await generating.aclose()
     assert phi3.closed == 1

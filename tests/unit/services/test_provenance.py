@@ -18,7 +18,9 @@ EXAMPLE = Correction("Long XYZ.", PROPOSAL, "t-1", "f-1")
 
 async def stored(made: FakeSidecar, api_key: str | None = None) -> Provenance:
     """The stored provenance of one run."""
-    await last_of(made.sidecar.orchestrator.propose(PROMPT, 300, api_key=api_key), AssessedProposal)
+    await last_of(
+        made.sidecar.orchestrator.propose(PROMPT, 300, api_key, made.attempt()), AssessedProposal
+    )
     (row,) = [row for name, row in made.happened.of("row") if name == "ProposalSchema"]
     return Provenance.model_validate_json(row["provenance"])
 
@@ -52,7 +54,9 @@ async def test_a_proposal_without_a_critique_is_recorded_too() -> None:
     made = fake_sidecar()
     made.hermes.answers = [RuntimeError("it breaks")]
     with pytest.raises(RuntimeError):
-        await last_of(made.sidecar.orchestrator.propose(PROMPT, 300), AssessedProposal)
+        await last_of(
+            made.sidecar.orchestrator.propose(PROMPT, 300, None, made.attempt()), AssessedProposal
+        )
     await made.sidecar._tasks.join()
     (row,) = [row for name, row in made.happened.of("row") if name == "ProposalSchema"]
     found = Provenance.model_validate_json(row["provenance"])

@@ -37,7 +37,7 @@ async def test_a_score_is_stored_under_the_proposals_own_id() -> None:
     made.hermes.answers = [SURE]
     name = uuid.uuid4()
     scored = PROPOSAL | {"id": str(name)}
-    result = await made.sidecar.judge.score(scored, "ABC is quiet.")
+    result = await made.sidecar.judge.score(scored, "ABC is quiet.", made.attempt())
     assert (result.proposal_id, result.rating, result.stored) == (name, (0.75, 1.0, True), True)
     messages = hermes_plugin.score_messages(scored, "ABC is quiet.")
     assert made.hermes.requests == [(messages, hermes_plugin.SCORE_ANSWERS)]
@@ -58,7 +58,7 @@ async def test_a_score_is_stored_under_the_proposals_own_id() -> None:
 async def test_a_proposal_whose_id_is_no_uuid_gets_one(identifier: object) -> None:
     made = fake_sidecar()
     made.hermes.answers = [SURE]
-    result = await made.sidecar.judge.score(PROPOSAL | {"id": identifier}, None)
+    result = await made.sidecar.judge.score(PROPOSAL | {"id": identifier}, None, made.attempt())
     assert isinstance(result.proposal_id, uuid.UUID)
     assert result.rating.score == 0.75
     ((_, row),) = made.happened.of("row")
@@ -69,7 +69,7 @@ async def test_a_proposal_whose_id_is_no_uuid_gets_one(identifier: object) -> No
 async def test_a_rationale_that_is_no_text_is_left_out(proposal: dict[str, Any]) -> None:
     made = fake_sidecar()
     made.hermes.answers = [SURE]
-    await made.sidecar.judge.score(proposal, None)
+    await made.sidecar.judge.score(proposal, None, made.attempt())
     ((_, row),) = made.happened.of("row")
     assert row["rationale"] == ""
 
@@ -78,7 +78,7 @@ async def test_a_score_that_is_not_stored_says_so() -> None:
     made = fake_sidecar()
     made.hermes.answers = [SURE]
     made.store.full = DatabaseUnavailable("The disk is full.")
-    result = await made.sidecar.judge.score(PROPOSAL, None)
+    result = await made.sidecar.judge.score(PROPOSAL, None, made.attempt())
     assert (result.rating.score, result.stored) == (0.75, False)
     assert [name for name, _ in made.happened.of("metric")] == ["scored", "row_lost"]
 
@@ -87,7 +87,7 @@ async def test_a_score_that_fails_is_not_stored() -> None:
     made = fake_sidecar()
     made.hermes.answers = [ModelUnavailable("hermes is gone")]
     with pytest.raises(ModelUnavailable, match="hermes is gone"):
-        await made.sidecar.judge.score(PROPOSAL, None)
+        await made.sidecar.judge.score(PROPOSAL, None, made.attempt())
     assert made.happened.log == []
 
 
@@ -96,7 +96,7 @@ async def test_a_score_is_stored_with_its_progress() -> None:
     made.hermes.answers = [SURE]
     deadline, request = Deadline.after(60), RequestKey("desk", "k-1")
     made.store.claimed.add(request)
-    attempt = Attempt(TaskSet(), request, deadline=deadline)
+    attempt = Attempt(TaskSet(), deadline, request)
     result = await made.sidecar.judge.score(PROPOSAL, None, attempt)
     (call,) = made.hermes.calls
     assert call.deadline is deadline
@@ -110,14 +110,15 @@ async def test_a_score_is_stored_with_its_progress() -> None:
         "reliable": True,
     }
     # Another attempt neither asks the model nor stores anything.
-    again = Attempt(TaskSet(), request, state)
+    again = Attempt(TaskSet(), Deadline.after(60.0), request, state)
     assert await made.sidecar.judge.score(PROPOSAL, None, again) == result
     assert (len(made.hermes.calls), len(made.store.commits)) == (1, 1)
 
 
 async def test_a_score_that_an_older_version_has_stored_counts_as_reliable() -> None:
     name = str(uuid.uuid4())
-    attempt = Attempt(TaskSet(), RequestKey("desk", "k-1"), {"proposal_id": name, "score": 0.25})
+    state = {"proposal_id": name, "score": 0.25}
+    attempt = Attempt(TaskSet(), Deadline.after(60.0), RequestKey("desk", "k-1"), state)
     result = await fake_sidecar().sidecar.judge.score(PROPOSAL, None, attempt)
     assert result == ScoredProposal(uuid.UUID(name), Rating(0.25, None, reliable=True), stored=True)
 
@@ -131,7 +132,7 @@ async def test_a_score_of_little_answer_mass_is_marked(
 ) -> None:
     made = fake_sidecar(models={"min_answer_mass": least})
     made.hermes.answers = [scores(_4=mass)]
-    result = await made.sidecar.judge.score(PROPOSAL, None)
+    result = await made.sidecar.judge.score(PROPOSAL, None, made.attempt())
     assert result.rating == pytest.approx((0.4, mass, reliable))
     ((_, row),) = made.happened.of("row")
     assert (row["score"], row["answer_mass"]) == pytest.approx((0.4, mass))
@@ -149,7 +150,7 @@ async def test_a_model_with_prompts_of_its_own_gets_them(tmp_path: Path) -> None
     (tmp_path / "prompts.json").write_text(own.model_dump_json())
     made = fake_sidecar(models={"hermes_path": tmp_path})
     made.hermes.answers = [SURE]
-    await made.sidecar.judge.rate(PROPOSAL, PROMPT)
+    await made.sidecar.judge.rate(PROPOSAL, PROMPT, Deadline.after(60.0))
     messages = hermes_plugin.build_messages("Score!", PROPOSAL, PROMPT, "You judge.")
     messages.append({"role": "assistant", "content": "Score: "})
     assert made.hermes.requests == [(messages, hermes_plugin.SCORE_ANSWERS)]
@@ -161,7 +162,7 @@ async def test_a_model_with_prompts_of_its_own_gets_them(tmp_path: Path) -> None
 async def test_a_sum_of_probabilities_is_at_most_1() -> None:
     made = fake_sidecar()
     made.hermes.answers = [scores(_5=1.0000001)]
-    assert (await made.sidecar.judge.rate(PROPOSAL, None)).answer_mass == 1.0
+    assert (await made.sidecar.judge.rate(PROPOSAL, None, Deadline.after(60.0))).answer_mass == 1.0
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ async def test_an_error_names_the_fields_that_the_caller_sent(
     made = fake_sidecar()
     made.hermes.answers = [InvalidRequest("it takes 9000 tokens; shorten it", field="prompt")]
     with pytest.raises(InvalidRequest) as caught:
-        await made.sidecar.judge.score(PROPOSAL, context)
+        await made.sidecar.judge.score(PROPOSAL, context, made.attempt())
     assert caught.value.detail == f"{fields} takes 9000 tokens; shorten it"
     assert caught.value.__suppress_context__
     assert made.happened.log == []
@@ -185,11 +186,12 @@ async def test_an_error_names_the_fields_that_the_caller_sent(
 async def test_a_score_is_read_from_the_probabilities_of_the_answers() -> None:
     made = fake_sidecar()
     made.hermes.answers = [scores(_0=0.1, _10=0.9), scores(_5=0.25)]
-    assert await made.sidecar.judge.rate(PROPOSAL, PROMPT) == pytest.approx((0.9, 1.0, True))
     deadline = Deadline.after(60)
+    rating = await made.sidecar.judge.rate(PROPOSAL, PROMPT, deadline)
+    assert rating == pytest.approx((0.9, 1.0, True))
     rating = await made.sidecar.judge.rate(PROPOSAL, None, deadline)
     assert rating == pytest.approx((0.5, 0.25, False))
-    assert [call.deadline for call in made.hermes.calls] == [None, deadline]
+    assert [call.deadline for call in made.hermes.calls] == [deadline, deadline]
     assert made.hermes.requests == [
         (hermes_plugin.score_messages(PROPOSAL, PROMPT), hermes_plugin.SCORE_ANSWERS),
         (hermes_plugin.score_messages(PROPOSAL), hermes_plugin.SCORE_ANSWERS),
@@ -202,7 +204,7 @@ async def test_a_model_that_gives_no_answer_any_probability_is_unavailable() -> 
     made = fake_sidecar()
     made.hermes.answers = [scores()]
     with pytest.raises(ModelUnavailable) as caught:
-        await made.sidecar.judge.rate(PROPOSAL, None)
+        await made.sidecar.judge.rate(PROPOSAL, None, Deadline.after(60.0))
     assert caught.value.detail == (
         "hermes gave no score: none of the answers 0 to 10 has any probability"
     )
@@ -267,7 +269,7 @@ async def test_an_error_of_the_model_reaches_the_caller() -> None:
     made = fake_sidecar()
     made.hermes.answers = [QueueFull("full", retry_after=3)] * 2
     with pytest.raises(QueueFull, match="full"):
-        await made.sidecar.judge.rate(PROPOSAL, None)
+        await made.sidecar.judge.rate(PROPOSAL, None, Deadline.after(60.0))
     with pytest.raises(QueueFull, match="full"):
         asked = made.sidecar.judge.critique_request(PROPOSAL, PROMPT, 9)
         await text_of(made.sidecar.judge.assess(asked, Deadline.after(60)))

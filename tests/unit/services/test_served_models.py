@@ -35,7 +35,7 @@ def test_an_unknown_name_is_not_found(models: Models, tmp_path: Path, name: str)
 
 def test_an_adapter_that_is_not_in_use_is_not_found(models: Models, tmp_path: Path) -> None:
     served = ServedModels(models, tmp_path)
-    with pytest.raises(NotFound, match="not in use; POST /adapters/swap switches to it"):
+    with pytest.raises(NotFound, match="not in use or does not exist; GET /v1/models"):
         served.find("phi3:20260102-dpo")
     served.check_adapter("phi3", None)
     served.check_adapter("phi3:20260102", "20260102")
@@ -63,7 +63,13 @@ async def test_the_list_has_the_adapters_newest_first(models: Models, adapter_di
         await served.get("phi3:other")
 
 
-async def test_a_folder_that_cannot_be_read_hides_no_model(models: Models, tmp_path: Path) -> None:
+async def test_a_folder_that_cannot_be_read_hides_no_model_and_is_logged(
+    models: Models, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = tmp_path / "file"
     file.touch()
     assert await ServedModels(models, file).list() == [ServedModel("phi3"), ServedModel("hermes")]
+    assert [record.getMessage() for record in caplog.records] == [
+        "the list of models has no adapters: The adapters cannot be read: "
+        f"{file}: Not a directory; set PHI3_ADAPTER_DIR."
+    ]

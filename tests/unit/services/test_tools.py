@@ -9,7 +9,6 @@ from llm_sidecar.services.tools import (
     answer_schema,
     call_text,
     instructions,
-    offered,
     result_text,
 )
 
@@ -32,16 +31,6 @@ CALL_CLOSE = alternative(
     name={"enum": ["close"]},
     arguments={"type": "object", "properties": {}, "additionalProperties": False},
 )
-
-
-@pytest.mark.parametrize(
-    ("choice", "expected"),
-    [("none", ()), ("auto", TOOLS), ("required", TOOLS), ("close", (CLOSE,)), ("other", ())],
-)
-def test_the_choice_decides_which_tools_are_offered(
-    choice: str, expected: tuple[Tool, ...]
-) -> None:
-    assert offered(TOOLS, choice) == expected
 
 
 def test_the_model_may_call_a_tool_or_answer_with_text() -> None:
@@ -67,11 +56,12 @@ def test_an_answer_without_a_call_may_have_a_schema() -> None:
     assert 'Otherwise answer with {"answer": the answer}.' in text
 
 
-@pytest.mark.parametrize(("tools", "choice"), [(TOOLS, "required"), ((CLOSE,), "close")])
-def test_the_model_has_to_call(tools: tuple[Tool, ...], choice: str) -> None:
-    schema = answer_schema(tools, choice, {"type": "array"})
-    assert schema == (CALL_CLOSE if choice == "close" else {"anyOf": [CALL_PRICE, CALL_CLOSE]})
-    text = instructions(tools, choice, has_schema=True)
+@pytest.mark.parametrize(
+    ("tools", "calls"), [(TOOLS, {"anyOf": [CALL_PRICE, CALL_CLOSE]}), ((CLOSE,), CALL_CLOSE)]
+)
+def test_the_model_has_to_call(tools: tuple[Tool, ...], calls: dict[str, object]) -> None:
+    assert answer_schema(tools, "required", {"type": "array"}) == calls
+    text = instructions(tools, "required", has_schema=True)
     assert text.startswith("Answer with the call of a function: one JSON object")
     assert "Otherwise" not in text
 

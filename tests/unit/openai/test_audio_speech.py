@@ -195,7 +195,9 @@ async def test_a_text_without_a_sound_names_input(
         ({"input": None}, "input"),
         ({"voice": {"id": "voice_1"}}, "voice"),
         ({"voice": None}, "voice"),
+        ({"voice": "a" * 129}, "voice"),
         ({"model": None}, "model"),
+        ({"model": "a" * 129}, "model"),
     ],
 )
 async def test_bad_input_names_its_field(
