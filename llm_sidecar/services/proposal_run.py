@@ -101,7 +101,7 @@ class ProposalRun:
             "ungrounded": list(self.made.ungrounded),
             "assessment": None if self.assessment is None else asdict(self.assessment),
             "rating": None if self.rating is None else self.rating._asdict(),
-            "provenance": self.provenance.model_dump(mode="json"),
+            "provenance": self.provenance.model_dump(),
             "seconds": self._seconds,
         }
 
@@ -241,6 +241,7 @@ class ProposalRun:
         )
 
     def _proposal_row(self, made: Proposed) -> ProposalSchema:
+        assert self.provenance is not None
         return ProposalSchema(
             transaction_id=str(self.transaction_id),
             prompt=self.prompt,
@@ -251,7 +252,7 @@ class ProposalRun:
             adapter=made.completion.adapter,
             latencies=Latencies(**self._seconds),
             grounded=made.grounded,
-            provenance=None if self.provenance is None else self.provenance.model_dump(),
+            provenance=self.provenance.model_dump(),
         )
 
     def _assessment_text(self) -> str | None:

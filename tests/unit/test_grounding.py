@@ -337,6 +337,16 @@ def test_what_is_as_long_as_a_ticker_may_be_is_one() -> None:
     assert tickers_in("ABCDEFGHIJKLM-long XY", MOST) == ["XY"]
 
 
+def test_a_group_of_thousands_has_two_or_three_digits() -> None:
+    assert has_numbers("12,00,000", "1200000 in all.")
+    assert not has_numbers("1,2000,000", "12000000 in all.")
+
+
+def test_a_number_has_at_most_five_groups() -> None:
+    assert has_numbers("1,234,567,891,234", "1234567891234 in all.")
+    assert not has_numbers("1,234,567,891,234,567", "1234567891234567 in all.")
+
+
 def test_long_numbers_are_exact() -> None:
     digits = "1234567890123456789012345678901"
     assert has_numbers(f"{digits}k", f"{digits}000.")

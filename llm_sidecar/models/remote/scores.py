@@ -3,7 +3,8 @@
 1. `/v1/decisions`: one forward pass, for any tokenizer.
 2. The log probabilities of the most likely first tokens of an answer.
 3. The answer as text. It says nothing about the other answers, so its mass is about 0, and its
-   score is unreliable. This is also used if the log probabilities are impossible.
+   score is unreliable. This is also used if the log probabilities are impossible, or do not tell
+   likely answers apart.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ ANSWER_TOKENS: Final = 12
 
 _MOST_TOTAL: Final = 1.01
 """Maximum total probability of the tokens at a position; rounding takes it a little above 1."""
-_LEAST_DIVIDED: Final = 0.01
+LEAST_DIVIDED: Final = 0.01
 """Minimum probability of a token that begins several choices to justify a second request."""
+MOST_UNDECIDED: Final = 0.05
+"""From this probability of such a token, a score that leaves out its choices would mislead."""
 _SAME: Final = 0.01
 """Maximum difference of a token's probability between two requests: it depends on the batch."""
 
@@ -79,9 +82,17 @@ def from_logprobs(
     return scores
 
 
-def undecided(tokens: Sequence[TokenLogprob], start: str, choices: Sequence[str]) -> str | None:
-    """The beginning of a likely answer whose unknown next token decides between choices; None if
-    there is no such answer."""
+def undecided(
+    answers: Sequence[Sequence[TokenLogprob]], start: str, choices: Sequence[str], least: float
+) -> str | None:
+    """The beginning of an answer whose unknown next token decides between choices; None if there is
+    no such answer.
+
+    Args:
+        answers: see `from_logprobs`.
+        least: minimum probability of the token that begins several choices.
+    """
+    tokens = answers[0]
     at = _begin(tokens, start)
     if at is None:
         return None
@@ -89,8 +100,8 @@ def undecided(tokens: Sequence[TokenLogprob], start: str, choices: Sequence[str]
         text = _text(token).strip()
         if not text or sum(choice.startswith(text) for choice in choices) < 2:
             continue
-        known = _shares(text, tokens[at], _following(text, [tokens], start), choices)
-        if not known and _probability(token) >= _LEAST_DIVIDED:
+        known = _shares(text, tokens[at], _following(text, answers, start), choices)
+        if not known and _probability(token) >= least:
             return "".join(map(_text, tokens[:at])) + _text(token)
     return None
 

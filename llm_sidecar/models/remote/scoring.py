@@ -76,9 +76,11 @@ async def _by_answer(
     if not scores.are_possible(answer.logprobs, start):
         return scores.from_text(answer.text, start, choices)
     answers = [answer.logprobs]
-    text = scores.undecided(answer.logprobs, start, choices)
+    text = scores.undecided(answers, start, choices, scores.LEAST_DIVIDED)
     if text is not None:
         answers.append(await _forced(server, model, messages, text, answer.logprobs, deadline))
+        if scores.undecided(answers, start, choices, scores.MOST_UNDECIDED) is not None:
+            return scores.from_text(answer.text, start, choices)
     return scores.from_logprobs(answers, start, choices)
 
 

@@ -155,16 +155,20 @@ async def test_a_server_that_takes_only_json_schemas_divides_an_unlikely_digit(m
         httpx.Response(200, json={"choices": [{"message": {"content": "10"}}]}),
     ],
 )
-async def test_a_digit_that_a_server_does_not_divide_counts_for_nothing(
+async def test_an_answer_is_scored_by_its_text_if_a_likely_digit_is_not_divided(
     make: Make, second: httpx.Response
 ) -> None:
-    first = scored({"2": 0.5, "1": 0.25})
+    first = scored({"2": 0.5, "1": 0.05})
     found, _ = await score(make, first, second, schema_formats={"json_schema"})
+    # The mass of an answer that is known as text only, rounded.
+    assert found == {"2": 0.0}
+
+
+async def test_an_unlikely_digit_that_is_not_divided_counts_for_nothing(make: Make) -> None:
+    first = scored({"2": 0.5, "1": 0.04})
+    found, _ = await score(make, first, answer(400), schema_formats={"json_schema"})
     assert found == {"2": 0.5}
-
-
-async def test_without_a_way_to_ask_for_it_such_a_digit_counts_for_nothing(make: Make) -> None:
-    found, _ = await score(make, scored({"2": 0.5, "1": 0.25}), schema_formats=set())
+    found, _ = await score(make, scored({"2": 0.5, "1": 0.04}), schema_formats=set())
     assert found == {"2": 0.5}
 
 

@@ -47,6 +47,18 @@ async def test_a_new_request_has_no_state_and_the_deadline_of_a_request() -> Non
     assert 6.0 < attempt.deadline.remaining() <= 7.0
 
 
+@pytest.mark.parametrize("has_key", [True, False])
+async def test_the_work_of_an_attempt_is_that_of_the_sidecar(has_key: bool) -> None:
+    made, ended = Made(), asyncio.Event()
+    attempt = await made.begin() if has_key else made.idempotency.without_key()
+    attempt.tasks.start(ended.wait())
+    joining = asyncio.create_task(made.tasks.join())
+    await asyncio.sleep(0)
+    assert not joining.done()
+    ended.set()
+    await joining
+
+
 async def test_an_answer_is_kept_and_repeated() -> None:
     made = Made()
     attempt = await made.begin()
