@@ -14,7 +14,7 @@ from llm_sidecar.event_bus import EventBus
 from llm_sidecar.event_bus.consumer_group import Entry
 from tests.redis_server import RedisServer, require_redis
 
-TIMEOUT = 10.0
+TIMEOUT = 60.0
 """Seconds that a test waits for a condition before it fails."""
 INBOX, DEAD, GROUP = "osiris.inbox", "osiris.inbox.dead", "osiris.sidecars"
 
