@@ -40,7 +40,7 @@ def pytest_collection_finish() -> None:
 TESTS = Path(__file__).parent
 LONGEST = [
     TESTS / "long" / f"test_{name}.py"
-    for name in ("db_crash", "openapi", "redis_trouble", "relay_under_faults", "replay")
+    for name in ("remote", "db_crash", "openapi", "redis_trouble", "relay_under_faults", "replay")
 ]
 
 
