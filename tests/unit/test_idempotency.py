@@ -11,11 +11,12 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI, Request, Response
+from starlette.requests import ClientDisconnect
 
 from llm_sidecar.errors import DatabaseUnavailable, DeadlineExceeded
 from llm_sidecar.services.idempotency import Attempt
 from llm_sidecar.settings import Settings
-from osiris.idempotency import answered_once
+from osiris.idempotency import answered_once, begin_once
 from osiris.server import create_app
 from tests.unit.asgi import Call, client, http_scope
 from tests.unit.fakes import FakeSidecar, PausedModel, completion, until
@@ -99,13 +100,14 @@ async def test_a_request_is_its_method_path_query_and_body() -> None:
         ("/feedback/phi3/", changed),
         ("/adapters/swap", {}),
         ("/feedback/phi3/?a=1&b=2", FEEDBACK),
+        ("/feedback/phi3/?a=", FEEDBACK),
         ("/feedback/phi3/?b=2&a=1", FEEDBACK),
     ]
     async with asking(made) as asked:
         for number, (path, body) in enumerate(requests):
             await asked.post(path, json=body, headers={"Idempotency-Key": f"k-{number}"})
     *different, last = made.store.fingerprints.values()
-    assert len(set(different)) == 4
+    assert len(set(different)) == 5
     assert last == different[3]
 
 
@@ -279,6 +281,29 @@ async def test_a_response_is_kept_as_utf8_and_repeated_with_its_status() -> None
             '{"status": 202, "headers": [["x-name", "é"], ["content-length", "6"]], "body": "価格"}'
         ).encode()
     )
+
+
+async def test_an_attempt_that_fails_after_its_client_has_disconnected_is_no_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problems: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, problem: problems.append(problem))
+    idempotency = fake_sidecar().sidecar.idempotency
+
+    async def begin(*_: object) -> Attempt:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise DeadlineExceeded("It is too late.") from None
+        raise AssertionError
+
+    monkeypatch.setattr(idempotency, "begin", begin)
+    request = Request(http_scope("/later"), Call({"type": "http.request", "body": b""}).receive)
+    await request.body()
+    with pytest.raises(ClientDisconnect):
+        await begin_once(request, "k-1", idempotency)
+    await asyncio.sleep(0)
+    assert problems == []
 
 
 @pytest.fixture

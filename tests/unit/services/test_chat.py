@@ -8,6 +8,7 @@ from llm_sidecar import hermes_plugin
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.errors import QueueFull
 from llm_sidecar.models.base import Delta, GenerationRequest
+from llm_sidecar.services.chat import Chat
 from tests.unit.fakes import FakeSidecar, PausedModel, text_of
 from tests.unit.services.samples import CRITIQUE, fake_sidecar
 
@@ -23,6 +24,15 @@ async def test_a_free_question_is_neither_stored_nor_published(temperature: floa
     # At the deadline, the text so far is better than none.
     assert (call.deadline, call.allow_partial) == (deadline, True)
     assert made.happened.log == []
+
+
+async def test_its_chat_begins_with_the_system_message_of_the_model() -> None:
+    made = fake_sidecar()
+    prompts = hermes_plugin.PROMPTS.model_copy(update={"system": "Answer in one word."})
+    chat = Chat(made.hermes, None, prompts)
+    await text_of(chat.answer("What now?", 12, Deadline.after(60.0)))
+    (call,) = made.hermes.calls
+    assert call.request.messages[0] == {"role": "system", "content": "Answer in one word."}
 
 
 async def test_its_answer_streams_and_closing_it_stops_hermes() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llm_sidecar import hermes_plugin, proposals
-from llm_sidecar.db import Correction
+from llm_sidecar.db import Correction, OrchestratorRunSchema
 from llm_sidecar.db.transaction import RequestKey
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.errors import (
@@ -25,7 +25,7 @@ from llm_sidecar.errors import (
 from llm_sidecar.models.base import Delta, GenerationRequest
 from llm_sidecar.proposals import Proposed
 from llm_sidecar.services.idempotency import Attempt
-from llm_sidecar.services.proposal_run import AssessedProposal
+from llm_sidecar.services.proposal_run import UNFINISHED, AssessedProposal
 from llm_sidecar.tasks import TaskSet
 from tests.unit.fakes import FakeSidecar, PausedModel, last_of, until
 from tests.unit.services.samples import (
@@ -157,6 +157,9 @@ async def test_a_proposal_is_durable_with_its_event_before_it_is_judged() -> Non
     ]
     first, second = made.store.commits
     assert (first.draft, first.replaces, second.draft, second.replaces) == (name, None, None, name)
+    run, _ = first.rows
+    assert isinstance(run, OrchestratorRunSchema)
+    assert (run.status, run.error_message) == ("partial", UNFINISHED)
     (created, assessed) = made.happened.of("event")
     assert created == ("phi3.proposal.created", PROPOSAL | {"transaction_id": name})
     channel, payload = assessed

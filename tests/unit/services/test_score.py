@@ -115,6 +115,16 @@ async def test_a_score_is_stored_with_its_progress() -> None:
     assert (len(made.hermes.calls), len(made.store.commits)) == (1, 1)
 
 
+async def test_a_stored_score_is_as_reliable_as_it_was() -> None:
+    name = str(uuid.uuid4())
+    state = {"proposal_id": name, "score": 0.25, "answer_mass": 0.25, "reliable": False}
+    attempt = Attempt(TaskSet(), Deadline.after(60.0), RequestKey("desk", "k-1"), state)
+    result = await fake_sidecar().sidecar.judge.score(PROPOSAL, None, attempt)
+    assert result == ScoredProposal(
+        uuid.UUID(name), Rating(0.25, 0.25, reliable=False), stored=True
+    )
+
+
 async def test_a_score_that_an_older_version_has_stored_counts_as_reliable() -> None:
     name = str(uuid.uuid4())
     state = {"proposal_id": name, "score": 0.25}
@@ -172,10 +182,13 @@ async def test_an_error_names_the_fields_that_the_caller_sent(
     context: str | None, fields: str
 ) -> None:
     made = fake_sidecar()
-    made.hermes.answers = [InvalidRequest("it takes 9000 tokens; shorten it", field="prompt")]
+    made.hermes.answers = [
+        InvalidRequest("it takes 9000 tokens; shorten it", field="prompt", exceeds_context=True)
+    ]
     with pytest.raises(InvalidRequest) as caught:
         await made.sidecar.judge.score(PROPOSAL, context, made.attempt())
     assert caught.value.detail == f"{fields} takes 9000 tokens; shorten it"
+    assert caught.value.exceeds_context is True
     assert caught.value.__suppress_context__
     assert made.happened.log == []
 
