@@ -32,7 +32,8 @@ async def test_its_chat_begins_with_the_system_message_of_the_model() -> None:
     chat = Chat(made.hermes, None, prompts)
     await text_of(chat.answer("What now?", 12, Deadline.after(60.0)))
     (call,) = made.hermes.calls
-    assert call.request.messages[0] == {"role": "system", "content": "Answer in one word."}
+    messages = hermes_plugin.chat_messages("What now?", "Answer in one word.")
+    assert call.request == GenerationRequest(messages, 12, temperature=None)
 
 
 async def test_its_answer_streams_and_closing_it_stops_hermes() -> None:

@@ -283,6 +283,24 @@ async def test_what_is_not_grounded_is_named() -> None:
     assert len(fake.requests) == 2
 
 
+async def test_the_context_is_all_turns_of_the_user() -> None:
+    fake = FakeModel(completion(json.dumps(GROUNDED)))
+    turns = [{"role": "user", "content": text} for text in ("Long ABC", "112.5 now")]
+    made = await last_of(proposer(fake).answer(turns, 256, Deadline.after(60.0)), Proposed)
+    assert made.ungrounded == ()
+
+
+async def test_a_chat_with_a_system_turn_of_its_own_gets_no_examples() -> None:
+    fake = FakeModel(completion(json.dumps(GROUNDED)))
+    examples = [Example(CONTEXT, GROUNDED, feedback_id="f-1")]
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": CONTEXT}]
+    answering = proposer(fake, examples).answer(turns, 256, Deadline.after(60.0))
+    assert (await last_of(answering, Proposed)).examples == ()
+    (asked,) = fake.requests
+    assert isinstance(asked, GenerationRequest)
+    assert asked.messages == turns
+
+
 def retried(tickers: list[str]) -> GenerationRequest:
     first = request(EXAMPLES, 300, 0.5, CONTEXT)
     guidance = proposals.grounded_guidance(CONTEXT, tickers)
