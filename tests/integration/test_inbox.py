@@ -138,7 +138,7 @@ async def test_entries_wait_while_the_database_is_away_and_do_not_count_as_faile
     bus = await started(server, store)
     data = [str(number) for number in range(10)]
     add(probe, *data)
-    await until(lambda: store.calls == 1)
+    await until(lambda: store.calls >= 1)
     # It claims long-pending entries, but the first sidecar renews its claim on them.
     second = await started(server, other)
     await until(lambda: store.calls > 60)
