@@ -31,6 +31,7 @@ CORRECTED = {"ticker": "ABC", "action": "pass", "confidence": 0.5, "rationale": 
 SCORE = {"proposal": CORRECTED}
 WALK = "/propose_trade_adjustments/"
 QUEUE = 4
+SEVERAL_TOKENS = 20
 DEADLINE = 4
 """Seconds in which Phi-3 writes a proposal, however busy the machine is."""
 PHASES = r"\d\.\d s in earlier model calls, \d\.\d s waiting, 0\.0 s in prefill, 0\.0 s in decode"
@@ -141,7 +142,8 @@ def late(server: Server) -> dict[str, httpx.Response]:
         before = tokens()
         long = PROMPT | {"max_length": 7900}
         asking["text"] = pool.submit(server.post, "/generate/hermes/", long)
-        server.live.wait_until(lambda: tokens() > before)
+        # The first tokens may have no text yet: a character can take several.
+        server.live.wait_until(lambda: tokens() >= before + SEVERAL_TOKENS)
         with server.stopped("hermes"):
             asking["walk"] = pool.submit(server.post, WALK, LONG_PROMPT)
             asking["unbegun"] = pool.submit(server.post, "/generate/hermes/", PROMPT)
