@@ -32,6 +32,7 @@ from llm_sidecar.proposals import Proposed
 from llm_sidecar.services.propose import Proposer
 from llm_sidecar.settings import Settings
 from llm_sidecar.telemetry.metrics import MetricsSink
+from llm_sidecar.text import find_fault
 from osiris.server import create_app
 from tests.demo_cases import cases
 from tests.real_weights import smollm2_gguf
@@ -67,7 +68,9 @@ async def outcomes(model: RemoteModel, at_once: int = PROPOSALS) -> collections.
         assert re.fullmatch(schema_regex(proposals.GUIDANCE), written)
         return "valid"
 
-    contexts = [case.prompt for case in cases(PROPOSALS)]
+    # The sidecar refuses text with control characters, before it asks a model.
+    texts = [case.prompt for case in cases(2 * PROPOSALS) if find_fault(case.prompt) is None]
+    contexts = texts[:PROPOSALS]
     return collections.Counter(await asyncio.gather(*map(propose, contexts)))
 
 
@@ -111,7 +114,8 @@ async def test_every_proposal_of_llama_cpps_server_is_valid(llama: LlamaServer) 
 
 async def test_every_proposal_of_another_sidecar_is_valid(tmp_path: Path) -> None:
     weights = str(smollm2_gguf())
-    environ = {"MICRO_LLM_MODEL_PATH": weights, "REQUEST_TIMEOUT_SECONDS": "3000"}
+    limits = {"REQUEST_TIMEOUT_SECONDS": "3000", "QUEUE_LENGTH": str(PATIENT.queue_length)}
+    environ = {"MICRO_LLM_MODEL_PATH": weights, **limits}
     usual = {"LANCEDB_URI": str(tmp_path), "REDIS_URL": "memory://", "TTS_VOICE": "espeak"}
     app = create_app(Settings.from_environ(environ | usual))
     transport = httpx.ASGITransport(app=app)
