@@ -12,36 +12,43 @@ STAND_IN := .data/chatterbox-stand-in
 CLIENTS_VENV := .venv-clients
 OPENAI2_VENV := .venv-openai2
 LM_EVAL_VENV := .venv-lm-eval
+RAY_VENV := .venv-ray
 CLIENTS := tests/clients
 NODE_MODULES := $(CLIENTS)/node/node_modules
 # Another build of llama.cpp for `make bench-real`.
 NODE_LLAMA := .data/node-llama-cpp
 NODE_LLAMA_VERSION := 3.22.1
 
-.PHONY: .env serve serve-smollm2 test-unit test test-long test-chatterbox test-clients test-lm-eval mutants lint docs bench bench-real train evaluate clean
+.PHONY: .env serve serve-ray serve-smollm2 test-unit test test-long test-scale test-chatterbox test-clients test-lm-eval mutants lint docs bench bench-real train evaluate clean
 .DELETE_ON_ERROR:
 
 # A .gguf file needs llama.cpp: its wheel, unless a llama-server is there.
 GGUF_FILE := $(findstring .gguf,$(MICRO_LLM_MODEL_PATH) $(HERMES_MODEL_PATH))
 LLAMA := $(LLAMA_SERVER)$(shell command -v llama-server 2>/dev/null)
 
-serve: $(VENV)/.$(if $(LLAMA),serve,$(if $(GGUF_FILE),gguf,serve))
-	SIDECAR_DEMO=$${SIDECAR_DEMO:-true} PRELOAD_MODELS=$${PRELOAD_MODELS:-true} \
+DEMO = SIDECAR_DEMO=$${SIDECAR_DEMO:-true} PRELOAD_MODELS=$${PRELOAD_MODELS:-true} \
 	PHI3_ADAPTER_DIR=$${PHI3_ADAPTER_DIR:-.data/adapters} \
 	REDIS_URL=$${REDIS_URL:-memory://} LANCEDB_URI=$${LANCEDB_URI:-.data/lancedb} \
-	ALLOWED_HOSTS=$${ALLOWED_HOSTS-localhost,127.0.0.1,[::1],$(HOST)} \
-	exec $(BIN)/python -m osiris --host $(HOST) --port $(PORT)
+	ALLOWED_HOSTS=$${ALLOWED_HOSTS-localhost,127.0.0.1,[::1],$(HOST)}
+
+serve: $(VENV)/.$(if $(LLAMA),serve,$(if $(GGUF_FILE),gguf,serve))
+	$(DEMO) exec $(BIN)/python -m osiris --host $(HOST) --port $(PORT)
+
+# On loopback only. RAY_OPTIONS="--phi3-min 2", or --help.
+serve-ray: $(RAY_VENV)/.installed
+	$(DEMO) exec $(RAY_VENV)/bin/python -m osiris.ray_serve --port $(PORT) $(RAY_OPTIONS)
 
 # A real language model as Hermes, in a GGUF file of 98 MB; Phi-3 is the demo model.
 serve-smollm2: $(VENV)/.gguf
 	weights=$$($(BIN)/python -m tests.real_weights) && HERMES_MODEL_PATH=$$weights $(MAKE) serve
 
-# A password for the Redis of docker-compose, in a file that git and Docker ignore. The file keeps its
-# other lines.
+# The secrets of docker-compose's Redis and object store, in a file that git and Docker ignore. The
+# file keeps its other lines.
 .env:
 	@if grep -Eqs '^REDIS_(PASSWORD|URL)=' $@; then echo "$@ already names a Redis"; else \
-	  umask 077; password=$$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n'); \
-	  printf '\nREDIS_PASSWORD=%s\nREDIS_URL=redis://:%s@redis:6379/0\n' $$password $$password >> $@; fi
+	  umask 077; secret() { od -An -N24 -tx1 /dev/urandom | tr -d ' \n'; }; password=$$(secret); \
+	  printf '\nREDIS_PASSWORD=%s\nREDIS_URL=redis://:%s@redis:6379/0\nSTORE_SECRET=%s\n' \
+	    $$password $$password $$(secret) >> $@; fi
 
 # One module over fakes, in seconds: two processes need half the time of one.
 test-unit: $(VENV)/.test
@@ -55,6 +62,13 @@ test: $(VENV)/.test
 # Tests that take too long for every change. In one process, because some measure time.
 test-long: $(VENV)/.test
 	$(BIN)/python -m pytest tests/long -v -s -o faulthandler_timeout=3000
+
+# Several machines, as far as one can be several. Gigabytes and minutes: Ray has an environment of its
+# own. The tests of a running server run again, against two sidecars and against Ray.
+test-scale: $(VENV)/.test $(RAY_VENV)/.installed
+	LIVE_TARGET=two $(BIN)/python -m pytest tests/live
+	LIVE_TARGET=ray $(BIN)/python -m pytest tests/live
+	$(BIN)/python -m pytest tests/scale -v -s -o faulthandler_timeout=1200
 
 # Gigabytes and minutes: the real package with random weights, as a worker in its own environment.
 test-chatterbox: $(VENV)/.test $(CHATTERBOX_VENV)/.installed $(STAND_IN)/conds.pt
@@ -113,7 +127,7 @@ evaluate: $(VENV)/.serve
 	$(BIN)/python -m llm_sidecar.demo evaluate
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) $(CHATTERBOX_VENV) $(CLIENTS_VENV) $(OPENAI2_VENV) $(LM_EVAL_VENV) $(NODE_MODULES)
+	rm -rf $(VENV) $(BENCH_VENV) $(CHATTERBOX_VENV) $(CLIENTS_VENV) $(OPENAI2_VENV) $(LM_EVAL_VENV) $(RAY_VENV) $(NODE_MODULES)
 	rm -rf .data .pytest_cache .mypy_cache .ruff_cache
 	rm -rf .schemathesis .hypothesis .import_linter_cache mutants .coverage .coverage.* htmlcov build dist site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -146,6 +160,11 @@ $(VENV)/.mutants: requirements-mutants.txt $(VENV)/.test
 $(BENCH_VENV)/.installed: requirements.txt requirements-gguf.txt requirements-bench.txt
 	$(PYTHON) -m venv $(BENCH_VENV)
 	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-bench.txt
+	touch $@
+
+$(RAY_VENV)/.installed: requirements.txt requirements-ray.txt
+	$(PYTHON) -m venv $(RAY_VENV)
+	$(RAY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-ray.txt
 	touch $@
 
 $(CHATTERBOX_VENV)/.installed: requirements-chatterbox.txt

@@ -21,6 +21,7 @@ MEASURES: Final[dict[str, Callable[[int], Iterator[Row]]]] = {
     "score": prefill.one_score,
     "transformers": throughput.against_transformers_serve,
     "sixteen": proposing.sixteen_at_once,
+    "replicas": proposing.sixteen_on_replicas,
     "streams": streaming.first_token_over_http,
     "threads": throughput.threads_of_two_models,
     "adapters": adapters.swapped_under_load,

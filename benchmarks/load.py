@@ -91,6 +91,7 @@ class _Client(asyncio.Protocol):
     def __init__(self, work: _Work) -> None:
         self._work = work
         self._taken = bytearray()
+        self._waiting = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -116,8 +117,12 @@ class _Client(asyncio.Protocol):
         self._send()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._work.fail("the server ended a connection")
+        # The server ends a connection that has been idle for long.
+        if self._waiting:
+            self._work.fail("the server ended a connection")
 
     def _send(self) -> None:
-        if message := self._work.take():
+        message = self._work.take()
+        self._waiting = message is not None
+        if message is not None:
             self._transport.write(message)

@@ -1,8 +1,11 @@
-"""Guided proposals over HTTP: one, against a loop without a server, and sixteen at once."""
+"""Guided proposals over HTTP: one, against a loop without a server, and sixteen at once, also on
+several replicas."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
 import statistics
 import tempfile
@@ -15,6 +18,7 @@ import httpx
 import onnxruntime_genai as og
 
 from benchmarks import models
+from benchmarks.capacity import all_loaded
 from benchmarks.models import THREADS
 from benchmarks.table import Row
 from llm_sidecar import proposals
@@ -150,8 +154,45 @@ def sixteen_at_once(rounds: int) -> Iterator[Row]:
     )
 
 
+def sixteen_on_replicas(rounds: int) -> Iterator[Row]:
+    """Each worker has the default number of threads: on two cores one."""
+    one = {"PHI3_REPLICAS": "1", "PHI3_THREADS": "", "HERMES_THREADS": ""}
+    sides = {"one": one, "phi3": one | {"PHI3_REPLICAS": "2"}}
+    sides["both"] = sides["phi3"] | {"HERMES_REPLICAS": "2"}
+    alone, whole = "/generate/phi3/", "/propose_trade_adjustments/"
+    seconds: dict[tuple[str, str], list[float]] = {}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        servers = {
+            name: stack.enter_context(models.served(folder / name, **environ))
+            for name, environ in sides.items()
+        }
+        for server in servers.values():
+            server.wait_until(lambda server=server: all_loaded(server), seconds=300, interval=0.2)
+        for number in range(min(rounds, 5) + 1):
+            asked = models.prompts(16)
+            for path, name in itertools.product((alone, whole), servers):
+                url = servers[name].url
+                took, _ = asyncio.run(_concurrently(url, asked, probed=False, path=path))
+                if number:
+                    seconds.setdefault((path, name), []).append(took)
+    median = {key: statistics.median(times) for key, times in seconds.items()}
+    what, critique = "sixteen proposals at once", ", with critique and score"
+    for path, name, text, wanted in (
+        (alone, "phi3", f"{what}: time with PHI3_REPLICAS=2", 0.9),
+        (whole, "both", f"{what}{critique}: time with two replicas of both models", 0.9),
+        (whole, "phi3", f"{what}{critique}: time with PHI3_REPLICAS=2 alone", None),
+    ):
+        yield Row(
+            f"{text}, of that with one",
+            median[path, name] / median[path, "one"],
+            wanted,
+            f"{median[path, name]:.1f} s and {median[path, 'one']:.1f} s; one thread a worker",
+        )
+
+
 async def _concurrently(
-    url: str, asked: Sequence[str], *, probed: bool
+    url: str, asked: Sequence[str], *, probed: bool, path: str = "/generate/phi3/"
 ) -> tuple[float, list[float]]:
     """Seconds for all requests, and for each probe of `/health` meanwhile."""
     probes: list[float] = []
@@ -159,7 +200,7 @@ async def _concurrently(
 
         async def one(prompt: str) -> None:
             body = {"prompt": prompt, "max_length": 256}
-            (await client.post("/generate/phi3/", json=body)).raise_for_status()
+            (await client.post(path, json=body)).raise_for_status()
 
         async def probe() -> None:
             while True:

@@ -13,7 +13,8 @@ from llm_sidecar.logs import start_detached
 from llm_sidecar.models import files
 from llm_sidecar.models.adapter_state import AdapterState
 from llm_sidecar.models.base import Models
-from llm_sidecar.models.registry import create_models
+from llm_sidecar.models.registry import MakeModels, create_models
+from llm_sidecar.services import few_shot
 from llm_sidecar.services.adapters import Adapters
 from llm_sidecar.services.chat import Chat
 from llm_sidecar.services.conversation import Conversations
@@ -56,7 +57,7 @@ class Sidecar:
     def __init__(
         self,
         settings: Settings,
-        models: Models | None = None,
+        models: Models | MakeModels | None = None,
         metrics: MetricsSink | None = None,
         telemetry: Instrument | None = None,
     ) -> None:
@@ -64,22 +65,30 @@ class Sidecar:
 
         Args:
             settings: of all components.
-            models: phi3 and hermes; default: those that the settings specify.
+            models: phi3 and hermes, or what builds them; default: those that the settings specify.
             metrics: receives calls, proposals and scores.
             telemetry: receives calls and failures of models; the caller starts and stops it.
         """
         self.settings = settings
         metrics, telemetry = metrics or MetricsSink(), telemetry or Instrument()
         observers = Observers(metrics, telemetry)
-        self.models = models or create_models(
-            settings, observers, telemetry.worker_died, lambda: self.health.log_forecast()
-        )
+        if not isinstance(models, Models):
+            make_models = models or create_models
+            models = make_models(
+                settings, observers, telemetry.worker_died, lambda: self.health.log_forecast()
+            )
+        self.models = models
         self._store = Store(settings.database.uri, log_dir=settings.database.log_dir)
         self._bus = EventBus(
             settings.events.url.get_secret_value(),
             stream=settings.events.stream,
             stream_maxlen=settings.events.stream_maxlen,
             outbox=self._store.outbox,
+        )
+        self._store.share(
+            on_feedback=lambda: self._bus.watcher.touch_soon(few_shot.FACT),
+            compacting=lambda: self._bus.leases.held("compaction"),
+            opening=lambda: self._bus.leases.held("tables", wait=True),
         )
         self._tasks = TaskSet()
         self._connecting: asyncio.Task[None] | None = None
@@ -103,10 +112,15 @@ class Sidecar:
     def _build_memory(self, settings: Settings, metrics: MetricsSink) -> None:
         self._rows = Rows(self._store, self._bus, metrics)
         self.idempotency = Idempotency(
-            self._store, self._tasks, metrics, timeout=settings.limits.request_timeout
+            self._store,
+            self._bus.requests,
+            self._tasks,
+            metrics,
+            timeout=settings.limits.request_timeout,
         )
         self.few_shot = FewShotExamples(
             self._store,
+            self._bus,
             count=files.few_shot_examples(settings),
             from_bus=settings.proposals.examples_from_bus,
             context_length=lambda: files.phi3_context_length(settings),
@@ -119,13 +133,13 @@ class Sidecar:
             max_chars=settings.limits.max_prompt_chars,
             examples_from_bus=settings.proposals.examples_from_bus,
         )
-        self._adapter_state = AdapterState(self._store.log_folder, settings.models.adapter_dir)
         self.adapters = Adapters(
             self.models.phi3,
             settings.models.adapter_dir,
-            self._adapter_state,
+            AdapterState(self._store.log_folder, settings.models.adapter_dir),
             self._rows,
             self._tasks,
+            self._bus,
         )
 
     def _build_services(self, settings: Settings, metrics: MetricsSink) -> None:
@@ -179,8 +193,9 @@ class Sidecar:
             self._loading_voice = start_detached(self._piper.preload())
         await self._prefill_phi3()
         await self.models.hermes.prefill(hermes_plugin.prefix(self._prompts.system))
-        await self.models.phi3.start(self._adapter_state.load())
+        await self.models.phi3.start(await self.adapters.at_start())
         await self.models.hermes.start()
+        self.adapters.start()
 
     def drain(self) -> None:
         """Refuses requests that wait for a model to load, and ends the streams of events."""
@@ -191,6 +206,7 @@ class Sidecar:
     async def close(self) -> None:
         """Gives running generations the grace period to finish, then stops every component."""
         grace = self.settings.limits.shutdown_grace
+        await self.adapters.close()
         # Models first: the results of running requests are still stored.
         await asyncio.gather(*(model.close(grace) for model in self.models))
         await self._tasks.join()

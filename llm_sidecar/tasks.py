@@ -83,6 +83,29 @@ async def cancel(*tasks: asyncio.Task[None], patience: float) -> None:
             log.debug("a cancelled task ended with %r", error)
 
 
+async def first_success(*works: Coroutine[Any, Any, T]) -> T:
+    """The result of the first work that succeeds; the others are cancelled.
+
+    Raises:
+        Exception: that of the first of `works`, if all fail.
+    """
+    if len(works) == 1:
+        return await works[0]
+    tasks = [asyncio.create_task(work) for work in works]
+    pending = set(tasks)
+    try:
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            # The exception of every task is read, or asyncio would report it.
+            succeeded = [task for task in tasks if task in done and task.exception() is None]
+            if succeeded:
+                return succeeded[0].result()
+        return tasks[0].result()
+    finally:
+        for task in pending:
+            task.cancel()
+
+
 def raise_if_cancelled() -> None:
     """Repeats a cancellation of the current task that got lost."""
     task = asyncio.current_task()

@@ -19,6 +19,7 @@ from llm_sidecar.errors import SettingsError
 from llm_sidecar.logs import log_unhandled, start_detached
 from llm_sidecar.memory_trim import keep_little
 from llm_sidecar.models.base import Models
+from llm_sidecar.models.registry import MakeModels
 from llm_sidecar.settings import Settings
 from llm_sidecar.sidecar import Sidecar
 from llm_sidecar.telemetry import instruments
@@ -118,12 +119,12 @@ class _App(FastAPI):
         return frozenset(path.split("/")[1] for path in openapi.documented_paths(self))
 
 
-def create_app(settings: Settings, models: Models | None = None) -> FastAPI:
+def create_app(settings: Settings, models: Models | MakeModels | None = None) -> FastAPI:
     """The application; its components start and stop with its lifespan.
 
     Args:
         settings: of the whole server.
-        models: phi3 and hermes; default: those that the settings specify.
+        models: phi3 and hermes, or what builds them; default: those that the settings specify.
     """
     telemetry = instruments.build(settings)
     shutdown = Shutdown(settings.limits.shutdown_grace, settings.limits.shutdown_drain)
@@ -161,7 +162,7 @@ def create_app(settings: Settings, models: Models | None = None) -> FastAPI:
 
 def _lifespan(
     settings: Settings,
-    models: Models | None,
+    models: Models | MakeModels | None,
     metrics: MetricsSink,
     telemetry: Instrument,
     shutdown: Shutdown,

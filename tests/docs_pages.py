@@ -34,6 +34,9 @@ NOT_RUN: Final = {
     # the first line of the block: why it is not run
     "make serve   # sets up .venv, then serves http://127.0.0.1:8000": "a server that stays",
     "make serve": "a server that stays",
+    'make serve-ray RAY_OPTIONS="--phi3-min 2 --hermes-min 2"': (
+        "a server that stays; tests/scale/test_ray.py runs it"
+    ),
     "make serve-smollm2": "a server that stays; tests/long/test_gguf.py asks the same model",
     "MICRO_LLM_MODEL_PATH=.data/models/SmolLM2-135M-Instruct.Q4_1.gguf make serve-smollm2": (
         "a server that stays"
@@ -55,10 +58,8 @@ NOT_RUN: Final = {
     "phi3.feedback.submitted data '{}'": "needs a Redis",
     ".venv/bin/python -m llm_sidecar.event_bus tail": "needs a Redis, waits for ever",
     ".venv/bin/python -m llm_sidecar.event_bus dead --full": "needs a Redis",
-    "docker-compose up --build   # with a Redis and the demo models, on http://127.0.0.1:8000": (
-        "needs Docker"
-    ),
     "docker-compose up --build": "needs Docker",
+    "docker-compose --profile scale up --build proxy": "needs Docker",
     "PHI3_HOST_DIR=/srv/models/phi3 HERMES_HOST_DIR=/srv/models/hermes docker-compose \\": (
         "needs Docker"
     ),
@@ -80,10 +81,13 @@ NOT_RUN: Final = {
     ".venv/bin/python -m tests.docs_tables": "writes into the checkout",
     "make test-unit   # tests/unit: less than half a minute": "runs this test",
     "pip install -r requirements-tests.txt": "downloads",
+    "LIVE_TARGET=two .venv/bin/python -m pytest tests/live/test_routes.py": "runs these tests",
     ".venv/bin/python -m llm_sidecar.db replay 0d6c1f0e-2a51-4c46-9d4e-5a8f3d1b7a60": (
         "needs this proposal; tests/integration/test_replay.py replays others"
     ),
     "make bench": "takes minutes",
+    ".venv-bench/bin/python -m benchmarks.capacity plan llm_sidecar/demo/phi3 --threads 1 "
+    "--cores 16": "takes minutes",
     "make train": "takes an hour",
     ".venv/bin/python -m tests.mutants llm_sidecar.reward": "takes minutes",
 }

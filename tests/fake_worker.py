@@ -4,12 +4,15 @@
 
 It generates the words of the last message, one a step. Some messages change what it does: `slow`
 takes a hundredth of a second a step, `fail` raises, `refuse` refuses the request, `alone` fails it
-alone, `nan` has scores that are not numbers.
+alone, `nan` has scores that are not numbers. The word `adapter` becomes the name of the adapter in
+use, or `none`. `FAKE_STEP_SECONDS` is the time of each step of all
+requests together, and `FAKE_CAPACITY` the number of requests at a time.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +23,8 @@ from llm_sidecar.engines import Delta, GenerationRequest
 from llm_sidecar.engines.base import ChoiceScores, Question, TokenLogprob, unless_failed
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable
 from llm_sidecar.models.local import warm_up, worker
+
+_STEP_SECONDS = float(os.environ.get("FAKE_STEP_SECONDS", "0"))
 
 
 class FakeEngine:
@@ -34,21 +39,22 @@ class FakeEngine:
     dtype = None
     prefill_folder = None
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, adapter: Path | None = None) -> None:
         self._folder = folder
+        self._adapter = "none" if adapter is None else adapter.name
 
     def stream(self, request: GenerationRequest) -> Generator[Delta]:
         """One delta a word; fails if the folder is `damaged`."""
         if self._folder.name == "damaged":
             raise RuntimeError("fail")
-        batch = FakeBatch()
+        batch = self.batch()
         batch.add(0, request)
         while batch:
             yield from (unless_failed(result) for _, result in batch.step())
 
     def batch(self) -> FakeBatch:
         """An empty one."""
-        return FakeBatch()
+        return FakeBatch(self._adapter)
 
     def prefill(self, request: GenerationRequest) -> Generator[None]:
         """Two steps, unless it fails."""
@@ -88,11 +94,12 @@ class FakeEngine:
 
 
 class FakeBatch:
-    """At most two requests at a time."""
+    """At most two requests at a time, unless the environment says otherwise."""
 
-    capacity = 2
+    capacity = int(os.environ.get("FAKE_CAPACITY", "2"))
 
-    def __init__(self) -> None:
+    def __init__(self, adapter: str) -> None:
+        self._adapter = adapter
         self._requests: dict[int, tuple[GenerationRequest, int]] = {}
 
     def __len__(self) -> int:
@@ -112,6 +119,7 @@ class FakeBatch:
         """One word for each request, with its log probability if requested. The prompt has one log
         probability for each character."""
         deltas: list[tuple[int, Delta | Exception]] = []
+        time.sleep(_STEP_SECONDS)
         for number, (request, done) in list(self._requests.items()):
             text = _text(request)
             if text == "fail":
@@ -127,7 +135,8 @@ class FakeBatch:
             over = done + 1 == len(words)
             stop = len(words) == len(text.split())
             reason: Any = None if not over else "stop" if stop else "length"
-            delta = Delta(f"{words[done]} ", len(text), done + 1, 1, finish_reason=reason)
+            word = self._adapter if words[done] == "adapter" else words[done]
+            delta = Delta(f"{word} ", len(text), done + 1, 1, finish_reason=reason)
             if request.logprobs is not None:
                 delta = replace(delta, logprobs=(TokenLogprob(done, words[done].encode(), -0.5),))
             if request.prompt_logprobs is not None and not done:
@@ -145,10 +154,15 @@ def _text(request: GenerationRequest) -> str:
 
 
 def load_engine(folder: Path, **options: object) -> FakeEngine:
-    """Loads nothing; fails if the folder is `missing`."""
+    """Loads nothing; fails if the folder is `missing`, or if there is no folder of the adapter."""
     if folder.name == "missing":
         raise ModelUnavailable("it holds no model")
-    return FakeEngine(folder)
+    adapter = options.get("adapter")
+    if not isinstance(adapter, Path):
+        return FakeEngine(folder)
+    if not adapter.is_dir():
+        raise ModelUnavailable("its adapter is missing")
+    return FakeEngine(folder, adapter)
 
 
 if __name__ == "__main__":

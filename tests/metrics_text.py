@@ -9,14 +9,16 @@ from prometheus_client.samples import Sample
 
 
 class MetricsText:
-    """One scrape."""
+    """One scrape, or those of several servers together."""
 
-    def __init__(self, text: str) -> None:
-        self.families = {family.name: family for family in text_string_to_metric_families(text)}
+    def __init__(self, *texts: str) -> None:
+        self._families = [
+            family for text in texts for family in text_string_to_metric_families(text)
+        ]
 
     def samples(self, name: str, **labels: str) -> Iterator[Sample]:
         """The samples of that name that have these labels, and perhaps others."""
-        for family in self.families.values():
+        for family in self._families:
             for sample in family.samples:
                 if sample.name == name and labels.items() <= sample.labels.items():
                     yield sample

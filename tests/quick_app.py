@@ -1,8 +1,12 @@
-"""The app as it is served, with models that answer at once, and a route that counts its tasks."""
+"""The app as it is served, with models that answer at once, and routes that count what runs.
+
+`QUICK_SECONDS` is the time of each generation.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Sequence
 
 from llm_sidecar.deadline import Deadline
@@ -20,12 +24,19 @@ from osiris import logs
 from osiris.server import create_app
 from tests.unit.services.samples import CRITIQUE, SURE, WRITTEN
 
+_SECONDS = float(os.environ.get("QUICK_SECONDS", "0"))
+
 
 class QuickModel(FakeModel):
-    """Writes the same answer and gives the same scores again and again; keeps no calls."""
+    """Writes the same answer and gives the same scores again and again; keeps no calls.
+
+    Attributes:
+        running: the number of generations that run now.
+    """
 
     def __init__(self, written: Completion) -> None:
         super().__init__()
+        self.running = 0
         self._written = written
 
     async def stream(
@@ -35,9 +46,14 @@ class QuickModel(FakeModel):
         *,
         allow_partial: bool = False,
     ) -> AsyncGenerator[Delta, None]:
-        self.calls, self.answers = [], [self._written]
-        async for delta in super().stream(request, deadline, allow_partial=allow_partial):
-            yield delta
+        self.running += 1
+        try:
+            await asyncio.sleep(_SECONDS)
+            self.calls, self.answers = [], [self._written]
+            async for delta in super().stream(request, deadline, allow_partial=allow_partial):
+                yield delta
+        finally:
+            self.running -= 1
 
     async def score_choices(
         self,
@@ -53,10 +69,17 @@ class QuickModel(FakeModel):
 
 _settings = Settings.from_environ()
 logs.configure(_settings.telemetry.log_format)
-app = create_app(_settings, Models(QuickModel(WRITTEN), QuickModel(CRITIQUE)))
+_models = QuickModel(WRITTEN), QuickModel(CRITIQUE)
+app = create_app(_settings, Models(*_models))
 
 
 @app.get("/tasks")
 async def tasks() -> int:
     """How many tasks of asyncio there are, this request's included."""
     return len(asyncio.all_tasks())
+
+
+@app.get("/running")
+async def running() -> int:
+    """How many generations run."""
+    return sum(model.running for model in _models)

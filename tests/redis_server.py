@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,17 +12,12 @@ from typing import Any, Self
 
 import redis
 
+from tests.programs import require_program
+
 
 def require_redis() -> None:
     """Skip the test where there is no redis-server; fail it in CI, which has to have one."""
-    if shutil.which("redis-server") is None:
-        # Benchmarks use this file, too, in an environment without it.
-        import pytest
-
-        reason = "redis-server is not installed"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    require_program("redis-server")
 
 
 class RedisServer:

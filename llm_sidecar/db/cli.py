@@ -131,15 +131,30 @@ def _compact() -> int:
 
 
 @app.command("migrate")
-def _migrate() -> int:
+def _migrate(
+    alone: Annotated[
+        bool,
+        typer.Option(
+            "--alone",
+            help="No other machine uses the database; needed on an object store.",
+        ),
+    ] = False,
+) -> int:
     """Upgrade the tables of an older version."""
-    return run(commands.upgrade())
+    return run(commands.upgrade(alone=alone))
 
 
 @app.command("verify")
-def _verify() -> int:
+def _verify(
+    writers: Annotated[
+        bool,
+        typer.Option(
+            "--writers", help="Instead, check that several machines can write at the same time."
+        ),
+    ] = False,
+) -> int:
     """Read every row and check that ids are unique."""
-    return run(commands.check())
+    return run(commands.check_writers() if writers else commands.check())
 
 
 def _format(given: Format | None, as_json: bool, out: Path | None) -> Format:

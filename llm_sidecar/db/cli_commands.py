@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from llm_sidecar import command_line
 from llm_sidecar.db import cli_output as output
-from llm_sidecar.db import cli_rows
+from llm_sidecar.db import cli_rows, writers
 from llm_sidecar.db.cli_rows import Format
 from llm_sidecar.db.export import Content, Export
 from llm_sidecar.db.filters import Filters
@@ -106,9 +106,19 @@ async def compact() -> int:
     return command_line.OK
 
 
-async def upgrade() -> int:
-    """Migrates the tables."""
-    async for done in migrate(_writable_location("migrate"), command_line.progress):
+async def upgrade(*, alone: bool) -> int:
+    """Migrates the tables.
+
+    Args:
+        alone: whether the operator says that no other machine uses the database.
+    """
+    location = _writable_location("migrate")
+    if location.folder is None and not alone:
+        raise DatabaseUnavailable(
+            "Other machines may use a database on an object store, and what they write during a "
+            "migration is lost; stop all sidecars that use it, then add --alone."
+        )
+    async for done in migrate(location, command_line.progress):
         output.line(done)
     return command_line.OK
 
@@ -127,6 +137,24 @@ async def check() -> int:
             )
         _note_missing(waiting)
     return command_line.OK if all(table.is_sound for table in found) else command_line.FAILED
+
+
+async def check_writers() -> int:
+    """Lets several writers create the same tables; fails if the store loses a commit."""
+    location = _writable_location("verify --writers")
+    found = await writers.check_writers(location, command_line.progress)
+    if not found.lost:
+        output.line(
+            f"{writers.WRITERS} writers created the same table at once, {writers.ROUNDS} times: no "
+            "commit is lost."
+        )
+        return command_line.OK
+    output.line(
+        f"{writers.WRITERS} writers created the same table at once, {writers.ROUNDS} times: "
+        f"{found.lost} of {found.commits} commits are lost, because the store ignores "
+        "If-None-Match. Let one machine alone write to it, or use another store."
+    )
+    return command_line.FAILED
 
 
 async def export(content: Content, since: datetime.datetime | None, out: Path | None) -> int:

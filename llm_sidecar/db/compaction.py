@@ -7,7 +7,8 @@ import contextlib
 import datetime
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Final
 
 from llm_sidecar.db.lance import one_line
@@ -36,6 +37,8 @@ class Compactor:
         due: set when the next compaction is due.
         failure: why the last compaction failed; None if it did not.
         failures: the number of failed compactions.
+        alone: a lock between machines, for tables that several machines share; it yields False if
+            another machine compacts.
     """
 
     def __init__(self) -> None:
@@ -44,6 +47,7 @@ class Compactor:
         self.due = asyncio.Event()
         self.failure: str | None = None
         self.failures = 0
+        self.alone: Callable[[], AbstractAsyncContextManager[bool]] = _unshared
         self._busy = asyncio.Lock()
         self._last_rows: float | None = None
         self._last_trim = time.monotonic()
@@ -96,7 +100,8 @@ class Compactor:
         Raises:
             Exception: whatever lancedb raises.
         """
-        done = await tables.compact()
+        async with self.alone() as mine:
+            done = mine and await tables.compact()
         # Merges and compactions free many megabytes, which glibc would keep.
         await asyncio.to_thread(trim_heap)
         await self.count(tables)
@@ -122,3 +127,8 @@ class Compactor:
             else:
                 self.failure = None
         return max(_PAUSE, _SHARE * (time.monotonic() - began))
+
+
+@contextlib.asynccontextmanager
+async def _unshared() -> AsyncIterator[bool]:
+    yield True

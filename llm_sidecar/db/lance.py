@@ -16,6 +16,9 @@ from llm_sidecar.text import cleaned
 
 _KEEP_VERSIONS: Final = datetime.timedelta(minutes=2)
 """Old versions of a table are kept for this long, because a reader may still use them."""
+_KEEP_VERSIONS_REMOTE: Final = datetime.timedelta(hours=1)
+"""The same on an object store: a reader on another machine holds no lock, and versions have the
+times of their writers' clocks."""
 _KEEP_ALL: Final = datetime.timedelta(days=36500)
 _CACHE_BYTES: Final = 16 << 20
 _LOCAL_CACHE_BYTES: Final = 4 << 20
@@ -66,15 +69,19 @@ async def merge_fragments(table: Any) -> None:
     await table.optimize(cleanup_older_than=_KEEP_ALL)
 
 
-async def delete_old_versions(table: Any, *, unverified: bool = False) -> None:
+async def delete_old_versions(
+    table: Any, *, is_local: bool = True, unverified: bool = False
+) -> None:
     """Deletes the files of versions that nothing reads any more.
 
     Sync the newest version first: a power loss may destroy a version that is not synced.
 
     Args:
+        is_local: whether the table is on this machine.
         unverified: whether to delete files of incomplete writes too; only safe without a writer.
     """
-    await table.optimize(cleanup_older_than=_KEEP_VERSIONS, delete_unverified=unverified)
+    keep = _KEEP_VERSIONS if is_local else _KEEP_VERSIONS_REMOTE
+    await table.optimize(cleanup_older_than=keep, delete_unverified=unverified)
 
 
 def one_line(error: Exception) -> str:

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Final
 
 from llm_sidecar.db.compaction import Compactor
@@ -28,6 +29,8 @@ _MOVE_EVERY: Final = 1.0
 """Seconds between two batches, because every batch adds files. A query or many waiting rows start
 one at once."""
 _MOVE_EVERY_REMOTE: Final = 5.0
+_GATHER_SECONDS: Final = 0.5
+"""Seconds for which feedback waits for more of it, so that a burst is one batch."""
 _MOVE_ROWS: Final = 10_000
 _STALLED_SECONDS: Final = 10.0
 """After this time a write counts as stalled. The mover still waits for it."""
@@ -36,6 +39,8 @@ _BACKOFF_MOST: Final = 30.0
 _OPEN_SECONDS: Final = 60.0
 _MOST_REPAIRS: Final = 20
 _CLOSE_SECONDS: Final = 10.0
+_ID_SECONDS: Final = 2.0
+"""How long the first event of a new machine waits for the id of the database."""
 
 
 class Mover:
@@ -48,7 +53,9 @@ class Mover:
         reason: why the state is `away`; None otherwise.
         compactor: compacts the tables.
         repairs: what was repaired last, in words.
-        database_id: the database's own id; None until it has been opened.
+        database_id: the database's own id; None until it is known.
+        on_feedback: is called after feedback, or a withdrawal, has reached its table.
+        opening: a lock for creating tables; see `Store.share`.
     """
 
     def __init__(self, location: Location, journal: Journal, *, create: bool = True) -> None:
@@ -59,6 +66,8 @@ class Mover:
         self.compactor = Compactor()
         self.repairs: deque[str] = deque(maxlen=_MOST_REPAIRS)
         self.database_id: str | None = None
+        self.on_feedback: Callable[[], None] = lambda: None
+        self.opening: Callable[[], AbstractAsyncContextManager[object]] = contextlib.nullcontext
         self._failure: DatabaseUnavailable | None = None
         self._location = location
         self._journal = journal
@@ -66,6 +75,7 @@ class Mover:
         self._every = _MOVE_EVERY if location.folder is not None else _MOVE_EVERY_REMOTE
         self._old_logs = OldLogs(location, journal, self.note)
         self._asked = asyncio.Event()
+        self._gathering: asyncio.TimerHandle | None = None
         self._changed = asyncio.Condition()
         self._begun = self._done = 0
         self._end = asyncio.Event()
@@ -103,6 +113,21 @@ class Mover:
             )
         return self.tables
 
+    async def known_id(self) -> str | None:
+        """The id of the database, also if it cannot be opened; None if it has never been open.
+
+        Raises:
+            DatabaseUnavailable: the journal cannot be used.
+        """
+        if self.database_id is None:
+            kept = await self._journal.database_id()
+            if kept is None and self._location.folder is None:
+                # Other machines do not know the id of this journal.
+                with contextlib.suppress(DatabaseUnavailable):
+                    await self.opened(_ID_SECONDS)
+            self.database_id = self.database_id or kept
+        return self.database_id
+
     async def flush(self) -> None:
         """Returns once every row that any process has committed so far is in its table, except
         drafts.
@@ -125,6 +150,14 @@ class Mover:
     def soon(self) -> None:
         """Starts a move now."""
         self._asked.set()
+
+    def soon_for_others(self) -> None:
+        """Starts a move within half a second, because other machines see only moved rows."""
+        if self._location.folder is not None:
+            return
+        loop = asyncio.get_running_loop()
+        if self._gathering is None or self._gathering.when() <= loop.time():
+            self._gathering = loop.call_later(_GATHER_SECONDS, self.soon)
 
     def soon_if_many(self) -> None:
         """Starts a move now if many rows wait."""
@@ -194,7 +227,7 @@ class Mover:
                 self._asked.clear()
 
     async def _open(self) -> None:
-        async with asyncio.timeout(_OPEN_SECONDS):
+        async with asyncio.timeout(_OPEN_SECONDS), self.opening():
             tables = await open_tables(self._location, create=self._create)
         try:
             if not self._create:
@@ -210,6 +243,10 @@ class Mover:
         await self.compactor.count(tables)
         self.tables = tables
         self.database_id = tables.database_id
+        if tables.database_id is not None:
+            # The tables can be read even if the journal cannot be written.
+            with contextlib.suppress(DatabaseUnavailable):
+                await self._journal.keep_database_id(tables.database_id)
         await self._set_open()
 
     async def _set_open(self) -> None:
@@ -246,9 +283,16 @@ class Mover:
             # The process that holds the lock may have started before the newest rows were
             # committed.
             async with held(self._location.log_folder / MOVING):
+                await self._drop_finished_drafts()
                 await self._move_until(until)
         self._done = this
         await self._set_open()
+
+    async def _drop_finished_drafts(self) -> None:
+        """Drops drafts whose runs another machine has finished, after this one had died."""
+        if self._location.folder is None and (drafts := await self._journal.expired_drafts()):
+            assert self.tables is not None
+            await self._journal.drop_drafts(await self.tables.finished(drafts))
 
     async def _move_until(self, until: int) -> None:
         assert self.tables is not None
@@ -268,6 +312,8 @@ class Mover:
                 )
             await self.tables.sync({table for table, _ in found.tables})
             await self._journal.delete(journal_id, batch)
+            if any(table in (FEEDBACK, WITHDRAWALS) for table, _ in found.tables):
+                self.on_feedback()
             await self.compactor.rows_added(self.tables)
 
     async def _awaited(self, writing: Coroutine[Any, Any, None]) -> None:

@@ -6,7 +6,9 @@ import asyncio
 import datetime
 import logging
 import math
+import time
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -21,6 +23,7 @@ from llm_sidecar.db.rows import (
     FEEDBACK,
     FEEDBACK_ID,
     SCHEMAS,
+    WITHDRAWALS,
     FeedbackWithdrawalSchema,
     HermesScoreSchema,
     OrchestratorRunSchema,
@@ -53,6 +56,9 @@ _UNBOUNDED: Final = 2**31 - 1
 _QUERY_SECONDS: Final = 5.0
 """The deadline of a query, because a remote store takes much longer to fail."""
 _OPEN_SECONDS: Final = 30.0
+_ELSEWHERE_SECONDS: Final = 2.0
+"""Seconds for which a row of an object store may still be in the journal of another machine."""
+_LOOK_AGAIN_SECONDS: Final = 0.2
 
 
 def table_of(row: AnyRow) -> str:
@@ -108,6 +114,27 @@ class Store:
             await store.close()
             raise
         return store
+
+    def share(
+        self,
+        on_feedback: Callable[[], None],
+        compacting: Callable[[], AbstractAsyncContextManager[bool]],
+        opening: Callable[[], AbstractAsyncContextManager[object]],
+    ) -> None:
+        """Coordinates with other sidecars; call it before `start`.
+
+        Args:
+            on_feedback: is called after feedback, or a withdrawal, has reached its table.
+            compacting: a lock between machines, used on an object store; it yields False if another
+                machine compacts.
+            opening: a lock between machines, used on an object store. A second machine that creates
+                a missing table at the same time would replace the table of the first, rows
+                included.
+        """
+        self._mover.on_feedback = on_feedback
+        if self._location.folder is None:
+            self._mover.compactor.alone = compacting
+            self._mover.opening = opening
 
     def start(self) -> None:
         """Starts to accept rows and to open the database, in the background."""
@@ -174,6 +201,8 @@ class Store:
             transaction.replaces,
         )
         self._mover.soon_if_many()
+        if any(table_of(row) in (FEEDBACK, WITHDRAWALS) for row in transaction.rows):
+            self._mover.soon_for_others()
 
     async def claim(self, request: RequestKey, fingerprint: str) -> Claim:
         """Claims a request for this process. Waits while another live process answers it.
@@ -189,6 +218,14 @@ class Store:
             DatabaseUnavailable: it cannot be claimed now.
         """
         return await self._journal.claims.claim(request, fingerprint)
+
+    async def request_state(self, request: RequestKey) -> str | None:
+        """The durable progress of a claimed request, as JSON text; None without any.
+
+        Raises:
+            DatabaseUnavailable: it cannot be read.
+        """
+        return await self._journal.claims.state(request)
 
     async def release(self, request: RequestKey) -> None:
         """Ends a claim without a response: the next claim gets its state.
@@ -271,10 +308,12 @@ class Store:
     async def prompt(self, run_id: str) -> str | None:
         """The prompt of a run; None if the run is not stored.
 
+        On an object store, it looks again for a while: see `_found`.
+
         Raises:
             DatabaseUnavailable: it cannot be read.
         """
-        return await self._query(lambda tables: queries.prompt(tables, run_id))
+        return await self._found(lambda tables: queries.prompt(tables, run_id))
 
     async def is_withdrawn(self, feedback_id: str) -> bool:
         """Whether feedback is withdrawn.
@@ -287,7 +326,8 @@ class Store:
     async def feedback_transaction(self, feedback_id: str) -> str | None:
         """The transaction_id of feedback; None if it is not stored.
 
-        Feedback that is still in the journal is found even if LanceDB is unavailable.
+        Feedback that is still in the journal is found even if LanceDB is unavailable. On an object
+        store, it looks again for a while: see `_found`.
 
         Raises:
             DatabaseUnavailable: it cannot be read.
@@ -298,7 +338,7 @@ class Store:
         )
         if data is not None and (row := values_of(FEEDBACK, data)) is not None:
             return str(row["transaction_id"])
-        return await self._query(lambda tables: queries.feedback_transaction(tables, feedback_id))
+        return await self._found(lambda tables: queries.feedback_transaction(tables, feedback_id))
 
     async def compact(self) -> bool:
         """Compacts the tables now; returns False if another process is compacting.
@@ -314,12 +354,18 @@ class Store:
         return self._location.log_folder
 
     async def id(self) -> str:
-        """Identifies the database in events: its own id, or its journal's until it is open.
+        """Identifies the database in events: its own id, or its journal's until that is known.
 
         Raises:
             DatabaseUnavailable: neither is known, because the journal cannot be used.
         """
-        return self._mover.database_id or await self._journal.id()
+        return await self._mover.known_id() or await self._journal.id()
+
+    @property
+    def journal_id(self) -> str:
+        """Identifies the journal, which all processes of this machine share; known after the first
+        claim."""
+        return self._journal.current_id
 
     def has_id(self, name: str) -> bool:
         """Whether `id` has returned this name, in this process or in one with the same journal."""
@@ -342,6 +388,15 @@ class Store:
             "compaction_failures": mover.compactor.failures,
             "repairs": list(mover.repairs),
         }
+
+    async def _found(self, query: Callable[[Tables], Awaitable[T | None]]) -> T | None:
+        """The result of a query. If there is none on an object store, it looks again for a while:
+        the row may still be in the journal of another machine."""
+        seconds = 0.0 if self._location.folder is not None else _ELSEWHERE_SECONDS
+        until = time.monotonic() + seconds
+        while (found := await self._query(query)) is None and time.monotonic() < until:  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK_AGAIN_SECONDS)
+        return found
 
     async def _query(
         self, query: Callable[[Tables], Awaitable[T]], seconds: float | None = None

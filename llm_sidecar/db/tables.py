@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import uuid
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from typing import Any, Final
 
@@ -12,7 +13,7 @@ from llm_sidecar.db.disk import Disk
 from llm_sidecar.db.lance import build_indices, connect, delete_old_versions, merge_fragments
 from llm_sidecar.db.location import Location
 from llm_sidecar.db.repair import Repair
-from llm_sidecar.db.rows import FEEDBACK, KEYS, TABLES
+from llm_sidecar.db.rows import FEEDBACK, KEYS, ROW_ID, RUNS, TABLES
 from llm_sidecar.db.schema import (
     database_id,
     is_current,
@@ -23,6 +24,8 @@ from llm_sidecar.errors import DatabaseUnavailable
 from llm_sidecar.journal.locks import held, locked
 
 _LOCK_PAUSE: Final = 0.02
+_MOST_KEYS: Final = 500
+"""The maximum number of keys in one query."""
 FRAGMENTS: Final = 32
 """A table with this many fragments should be compacted."""
 COMPACTING: Final = "compact.lock"
@@ -136,6 +139,23 @@ class Tables:
         merge = self._tables[table].merge_insert([KEYS[table]]).when_not_matched_insert_all()
         await self._complete(merge.execute(rows))
 
+    async def finished(self, run_ids: Iterable[str]) -> list[str]:
+        """Which of these runs have the row of a finished run.
+
+        Args:
+            run_ids: UUIDs.
+
+        Raises:
+            Exception: whatever lancedb raises.
+        """
+        keys = {uuid.UUID(run_id).hex: run_id for run_id in run_ids}
+        found: list[str] = []
+        for start in range(0, len(keys), _MOST_KEYS):
+            quoted = ", ".join(f"'{key}'" for key in list(keys)[start : start + _MOST_KEYS])
+            query = self._tables[RUNS].query().where(f"{ROW_ID} IN ({quoted})").select([ROW_ID])
+            found += [keys[row[ROW_ID]] for row in await query.to_list()]
+        return found
+
     async def _complete(self, writing: Coroutine[Any, Any, Any]) -> None:
         """Waits for a write, which runs to completion even if the caller is cancelled.
 
@@ -205,7 +225,7 @@ class Tables:
             async with held(self._location.log_folder / MOVING):
                 await self.sync()
                 for table in self._tables.values():
-                    await delete_old_versions(table)
+                    await delete_old_versions(table, is_local=self._disk is not None)
             (self._location.log_folder / _COMPACTED).touch()
         return True
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llm_sidecar.cloud_event import CloudEvent
-from llm_sidecar.journal.requests import Claim, Progress, RequestKey
+from llm_sidecar.journal.requests import REUSED, Claim, Progress, RequestKey
 
 if TYPE_CHECKING:
     from llm_sidecar.db.store import AnyRow
 
-__all__ = ["Claim", "Progress", "RequestKey", "Transaction"]
+__all__ = ["REUSED", "Claim", "Progress", "RequestKey", "Transaction"]
 
 
 @dataclass(frozen=True, slots=True)

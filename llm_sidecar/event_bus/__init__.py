@@ -26,9 +26,12 @@ from llm_sidecar.cloud_event import CloudEvent
 from llm_sidecar.event_bus.consumer_group import ConsumerGroup
 from llm_sidecar.event_bus.dead_letters import INBOX, DeadLetters
 from llm_sidecar.event_bus.denied import Denied
+from llm_sidecar.event_bus.fact_watcher import FactWatcher
+from llm_sidecar.event_bus.facts import Facts
 from llm_sidecar.event_bus.followed_stream import FollowedStream
 from llm_sidecar.event_bus.handlers import BatchHandler, Handler, Handlers
 from llm_sidecar.event_bus.inbox import GROUP, Inbox, InboxHandler
+from llm_sidecar.event_bus.leases import Leases
 from llm_sidecar.event_bus.outbox import Outbox
 from llm_sidecar.event_bus.payload_queue import PayloadQueue
 from llm_sidecar.event_bus.publisher import SOURCE, Publisher
@@ -40,6 +43,7 @@ from llm_sidecar.event_bus.redis_url import (
     make_client,
     masked,
 )
+from llm_sidecar.event_bus.request_records import RequestRecords
 from llm_sidecar.event_bus.server_check import durability
 from llm_sidecar.event_bus.subscriber import Subscriber
 from llm_sidecar.logs import start_detached
@@ -70,13 +74,17 @@ class EventBus:
         redis_url: `redis://`, `rediss://`, `unix://` or `redis+sentinel://`, see
             `llm_sidecar.redis_address`; or `memory://`, a Redis inside this process, private to
             this bus, or `memory://name`, one that all buses with that name share.
-        stream: the name of the Redis stream that keeps the events.
+        stream: the name of the Redis stream that keeps the events. It begins the names of all keys
+            that the sidecars share.
         stream_maxlen: about how many of them it keeps.
         outbox: a durable outbox whose events this bus sends too. Close the bus before its owner.
 
     Attributes:
         events: reads the stream of events.
         dead_letters: entries of the inbox that no sidecar could store.
+        facts, watcher: values that all sidecars of this Redis agree on, and their changes.
+        leases: locks between machines.
+        requests: with an `Idempotency-Key`.
 
     Raises:
         ValueError: the URL cannot be read; the message does not repeat it.
@@ -98,17 +106,24 @@ class EventBus:
         self._blocking = make_client(url, blocks=LONGEST_BLOCK)
         self._denied = Denied()
         self._subscriber = Subscriber(self._client, self._url, self._denied)
+        maxlen = min(stream_maxlen, MEMORY_MAXLEN) if self._in_memory else stream_maxlen
         self._publisher = Publisher(
             self._client,
             self._subscriber,
             self._denied,
             stream=stream,
-            maxlen=min(stream_maxlen, MEMORY_MAXLEN) if self._in_memory else stream_maxlen,
+            maxlen=maxlen,
             outbox=outbox,
         )
         self._handlers = Handlers()
         self.events = FollowedStream(self._client, stream, polls=self._in_memory)
         self.dead_letters = DeadLetters(self._client)
+        self.facts = Facts(self._client, stream, maxlen)
+        self.watcher = FactWatcher(self.facts, self._subscriber, self._denied)
+        self.leases = Leases(self._client, stream)
+        self.requests = RequestRecords(
+            self._client, self._subscriber, self._denied, stream, shares=redis_url != MEMORY
+        )
         self._inbox: Inbox | None = None
         # `memory://` has no options, and keeps nothing anyway.
         self._needs_durability = outbox is not None and not self._in_memory
@@ -146,6 +161,8 @@ class EventBus:
             self._run("subscriber", self._subscriber.run())
             for name, job in self._publisher.jobs().items():
                 self._run(name, job)
+            self._run("fact watcher", self.watcher.run())
+            self._run("requests", self.requests.run())
             if self._needs_durability:
                 self._run("server check", self._check_server())
             if self._inbox is not None:
@@ -252,6 +269,7 @@ class EventBus:
         await cancel(*self._running, patience=CANCEL_TIMEOUT)
         await self._handlers.close(drain=DRAIN_TIMEOUT, patience=CANCEL_TIMEOUT)
         self._publisher.stop()
+        self.leases.close()
         if self._inbox is not None:
             await self._inbox.leave()
         await close_client(self._client)

@@ -81,6 +81,10 @@ class Claims:
         except OSError as error:
             raise JournalUnavailable(f"The request cannot be claimed: {error.strerror}.") from None
 
+    async def state(self, request: RequestKey) -> str | None:
+        """See `Store.request_state`."""
+        return await self._writer.run(lambda db: requests.state(db, request))
+
     async def release(self, request: RequestKey) -> None:
         """See `Store.release`."""
         try:

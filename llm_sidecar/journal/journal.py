@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,28 @@ class Journal:
         """The id of the journal in the file; another file has another one."""
         return await self._writer.run(lambda _: self._writer.file.id)
 
+    async def database_id(self) -> str | None:
+        """The id that the database had when it was last open; None if it never was."""
+
+        def read(db: sqlite3.Connection) -> str | None:
+            found = db.execute("SELECT value FROM meta WHERE name = 'database'").fetchone()
+            return None if found is None else str(found[0])
+
+        return await self._writer.run(read)
+
+    async def keep_database_id(self, database_id: str) -> None:
+        """Keeps the id of the database, for a start at which it cannot be opened."""
+
+        def write(db: sqlite3.Connection) -> None:
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('database', ?)", [database_id])
+
+        await self._writer.run(write)
+
+    @property
+    def current_id(self) -> str:
+        """The id of the journal that was opened last."""
+        return self._writer.file.id
+
     @property
     def ids(self) -> frozenset[str]:
         """The ids of all files that this process has opened."""
@@ -147,6 +169,21 @@ class Journal:
         return await self._writer.run(
             lambda db: rows.last_movable(db, self._writer.file.clock.now())
         )
+
+    async def expired_drafts(self) -> list[str]:
+        """The ids of the drafts that would be moved now."""
+        return await self._writer.run(
+            lambda db: rows.expired_drafts(db, self._writer.file.clock.now())
+        )
+
+    async def drop_drafts(self, drafts: Iterable[str]) -> None:
+        """Deletes the rows of drafts that another machine has replaced."""
+
+        def drop(db: sqlite3.Connection) -> None:
+            for draft in drafts:
+                rows.delete_draft(db, draft)
+
+        await self._writer.run(drop)
 
     async def take(self, until: int, most: int) -> tuple[str, Batch] | None:
         """The next batch of rows to move, and the id of the journal that has them."""

@@ -135,6 +135,14 @@ def save(
     return totals.drop_oldest(db, "requests", MOST_REQUESTS, MOST_BYTES, ended)
 
 
+def state(db: sqlite3.Connection, request: RequestKey) -> str | None:
+    """The stored progress of a request; None without any."""
+    found = db.execute(
+        "SELECT state FROM requests WHERE caller = ? AND key = ?", [request.caller, request.key]
+    ).fetchone()
+    return None if found is None else found[0]
+
+
 def release(db: sqlite3.Connection, request: RequestKey, owner: str) -> None:
     """Ends the ownership of a request without a response; without a state, it is forgotten."""
     mine = [request.caller, request.key, owner]

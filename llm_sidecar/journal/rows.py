@@ -96,6 +96,15 @@ def delete_draft(db: sqlite3.Connection, draft: str) -> int:
     return db.execute("DELETE FROM rows WHERE draft = ?", [draft]).rowcount
 
 
+def expired_drafts(db: sqlite3.Connection, now: float) -> list[str]:
+    """The ids of the drafts that are no longer held."""
+    found = db.execute(
+        "SELECT DISTINCT draft FROM rows WHERE draft IS NOT NULL AND time <= ?",
+        [now - DRAFT_SECONDS],
+    )
+    return [draft for (draft,) in found]
+
+
 def last_movable(db: sqlite3.Connection, now: float) -> int | None:
     """The id of the newest row that is not held as a draft."""
     found = db.execute(

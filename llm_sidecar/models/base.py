@@ -25,7 +25,7 @@ from llm_sidecar.engines.base import (
 from llm_sidecar.errors import AdapterRejected, InvalidRequest
 from llm_sidecar.models.completion import Completion, Delta
 from llm_sidecar.models.identity import ModelIdentity
-from llm_sidecar.models.status import Adapter, ModelStatus, ServerStatus, Speed
+from llm_sidecar.models.status import Adapter, ModelStatus, ReplicaStatus, ServerStatus, Speed
 
 __all__ = [
     "Adapter",
@@ -40,6 +40,7 @@ __all__ = [
     "Models",
     "Question",
     "RefusedRequest",
+    "ReplicaStatus",
     "ServerStatus",
     "Speed",
     "TokenLogprob",

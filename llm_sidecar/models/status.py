@@ -1,4 +1,4 @@
-"""The state of a model: its speed, its adapter, and its servers if it is on other machines."""
+"""The state of a model: its speed, its adapter, its replicas and its servers."""
 
 from __future__ import annotations
 
@@ -76,6 +76,22 @@ class ServerStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """The state of one of several replicas of a model.
+
+    Attributes:
+        state, reason, pid, restarts: see `ModelStatus`.
+        adapter: the name of its adapter; during a change, replicas have different ones.
+    """
+
+    state: State
+    reason: str | None
+    adapter: str | None
+    pid: int | None
+    restarts: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelStatus:
     """The state of a model.
 
@@ -96,6 +112,8 @@ class ModelStatus:
         speed: measured when the model was loaded; None until then.
         notes: where the sidecar deviates from the model's files, one sentence each.
         servers: of a remote model.
+        replicas: if there are several; `restarts` is then their sum, and `pid`, `speed` and what
+            else may differ are those of the first one that serves.
     """
 
     state: State = "ready"
@@ -114,3 +132,4 @@ class ModelStatus:
     speed: Speed | None = None
     notes: tuple[str, ...] = ()
     servers: tuple[ServerStatus, ...] = ()
+    replicas: tuple[ReplicaStatus, ...] = ()

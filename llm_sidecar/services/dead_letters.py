@@ -39,7 +39,7 @@ async def page(stream: DeadLetters, limit: int, before: str | None) -> Page:
     """
     letters: list[DeadLetter] = []
     characters = 0
-    with as_unavailable(DEAD):
+    with as_unavailable(f"the stream {DEAD}"):
         while len(letters) < limit and characters < _PAGE_CHARACTERS:
             last = letters[-1].id if letters else before
             wanted = min(_CHUNK, limit - len(letters))
@@ -58,5 +58,5 @@ async def requeue(stream: DeadLetters, dead_id: str) -> str:
         NotFound: there is no such dead letter.
         Unavailable: Redis does not answer, or denies a stream.
     """
-    with as_unavailable(DEAD):
+    with as_unavailable(f"the stream {DEAD}"):
         return await stream.requeue(dead_id)

@@ -81,5 +81,5 @@ class EventFeed:
             )
 
     async def _end(self) -> EntryId:
-        with as_unavailable(self._stream.name):
+        with as_unavailable(f"the stream {self._stream.name}"):
             return await self._stream.end()

@@ -127,11 +127,18 @@ RECEIVED: Final[Mapping[str, type[BaseModel]]] = {FEEDBACK_SUBMITTED: PublishedF
 _CHANNELS: Final = {payload: channel for channel, payload in PAYLOADS.items()}
 
 
-def cloud_event(payload: BaseModel) -> CloudEvent:
-    """The event with this payload, which must be of a class in `PAYLOADS`; it carries the trace
-    context of the current request."""
+def cloud_event(payload: BaseModel, cause: uuid.UUID | None = None) -> CloudEvent:
+    """The event with this payload; it carries the trace context of the current request.
+
+    Args:
+        payload: of a class in `PAYLOADS`.
+        cause: the id of the attempt that makes the event. If a machine dies, and another one
+            executes the attempt again, its event has the same id.
+    """
+    channel = _CHANNELS[type(payload)]
     return CloudEvent(
-        type=_CHANNELS[type(payload)],
+        type=channel,
+        id=str(uuid.uuid4() if cause is None else uuid.uuid5(cause, channel)),
         # An absent key is not null: a proposal without a side has no `side`.
         data=payload.model_dump_json(exclude_unset=True),
         source=SOURCE,

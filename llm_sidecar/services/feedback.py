@@ -92,6 +92,9 @@ class Feedback:
             # An earlier attempt has stored it. Its id may depend on the time of that attempt.
             feedback = feedback.model_copy(update=attempt.state)
         else:
+            if "timestamp" not in feedback.model_fields_set:
+                # Part of the default id, which has to be the same in every attempt.
+                feedback = feedback.model_copy(update={"timestamp": attempt.begun})
             await attempt.tasks.finish(self._submit(feedback.written_by(author), author, attempt))
         return feedback_id_of(feedback), await self._few_shot.outcome(feedback)
 
@@ -107,7 +110,7 @@ class Feedback:
         if author is not None:
             # Omitted otherwise, because version 0.1.0 refuses the field.
             values["author"] = author
-        event = cloud_event(FeedbackSubmitted(**values))
+        event = cloud_event(FeedbackSubmitted(**values), attempt.id)
         progress = attempt.progress({"feedback_id": feedback_id})
         await self._store.commit(Transaction([feedback], [event], progress))
 

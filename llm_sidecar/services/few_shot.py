@@ -1,4 +1,8 @@
-"""The few-shot examples: the latest corrections, which are in the prompt of every proposal."""
+"""The few-shot examples: the latest corrections, which are in the prompt of every proposal.
+
+A sidecar that has moved feedback to the database touches a fact in Redis, and every sidecar then
+reads its examples again.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from typing import Any, Final
 
 from llm_sidecar.db import Correction, Phi3FeedbackSchema, Store
 from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.event_bus import EventBus
+from llm_sidecar.event_bus.facts import Fact
 from llm_sidecar.proposals import Example
 from llm_sidecar.services.example_rules import (
     MAX_PROPOSAL_CHARS,
@@ -22,8 +28,15 @@ from llm_sidecar.services.refresh import REFRESH_SECONDS, Refresher
 
 log = logging.getLogger(__name__)
 
+FACT: Final = "feedback"
+"""The fact that is touched when feedback, or a withdrawal, has reached the database."""
 _READ_DEADLINE: Final = 8.0
 """Seconds to read the examples, including the wait for a read that is already running."""
+_AGAIN_SECONDS: Final = 1.0
+"""Seconds after a change by another sidecar until the examples are read once more: the run of a
+correction may still be in a journal, whose sidecar moves it when it notices the change."""
+_EVERY_WITHOUT_REDIS: Final = 2.0
+"""Seconds between two refreshes while no sidecar can report changes."""
 
 
 class FewShotExamples:
@@ -36,6 +49,7 @@ class FewShotExamples:
     def __init__(
         self,
         store: Store,
+        bus: EventBus,
         *,
         count: int,
         from_bus: bool,
@@ -46,6 +60,7 @@ class FewShotExamples:
 
         Args:
             store: the database.
+            bus: reports changes by other sidecars.
             count: maximum number of examples.
             from_bus: whether feedback that another service published can be one.
             context_length: returns the model's context length in tokens; may read files.
@@ -53,13 +68,16 @@ class FewShotExamples:
         """
         self.corrections: tuple[Correction, ...] = ()
         self._store = store
+        self._bus = bus
         self._count = count
         self._from_bus = from_bus
         self._context_length = context_length
         self._on_change = on_change
         self._lock = asyncio.Lock()
         self._reads_asked = self._reads_done = 0
-        self._refresher = Refresher("the few-shot examples", self._refresh_when_open)
+        self._refresher = Refresher(
+            "the few-shot examples", self._refresh_when_open, self._seconds_between_refreshes
+        )
 
     @property
     def examples(self) -> tuple[Example, ...]:
@@ -68,6 +86,7 @@ class FewShotExamples:
 
     def start(self) -> None:
         """Starts to refresh the examples from the database."""
+        self._bus.watcher.watch(FACT, self._others_changed)
         self._refresher.start()
 
     async def close(self) -> None:
@@ -109,7 +128,7 @@ class FewShotExamples:
     async def _outcome(self, feedback: Phi3FeedbackSchema, corrected: dict[str, Any]) -> Outcome:
         """The outcome of a valid correction that was stored before the last refresh."""
         feedback_id = feedback.as_row()["feedback_id"]
-        if any(used.feedback_id == feedback_id for used in self.corrections):
+        if self._uses(feedback_id):
             return Outcome.EXAMPLE
         prompt = await self._store.prompt(feedback.transaction_id)
         if prompt is None:
@@ -119,9 +138,23 @@ class FewShotExamples:
             return refused
         if await self._store.is_withdrawn(feedback_id):
             return Outcome.WITHDRAWN
+        # The run may have come from another machine since the last refresh.
+        await self._refresh()
+        if self._uses(feedback_id):
+            return Outcome.EXAMPLE
         if any(used.transaction_id == feedback.transaction_id for used in self.corrections):
             return Outcome.REPLACED
         return Outcome.CROWDED_OUT
+
+    def _uses(self, feedback_id: str) -> bool:
+        return any(used.feedback_id == feedback_id for used in self.corrections)
+
+    def _others_changed(self, _: Fact) -> None:
+        self.refresh_soon()
+        asyncio.get_running_loop().call_later(_AGAIN_SECONDS, self.refresh_soon)
+
+    def _seconds_between_refreshes(self) -> float:
+        return REFRESH_SECONDS if self._bus.connected else _EVERY_WITHOUT_REDIS
 
     async def _refresh_when_open(self) -> None:
         await self._store.opened(REFRESH_SECONDS)

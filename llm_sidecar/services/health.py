@@ -72,7 +72,10 @@ class Health:
         if {"phi3", "hermes"} <= set(missing):
             return "error"
         whole = self._bus.connected and self._speaker.available() and self._store.is_open()
-        return "ok" if whole and not missing else "partial_error"
+        whole = whole and self._adapters.problem is None
+        models = [model.status() for model in self._models]
+        failed = any(one.state == "failed" for status in models for one in status.replicas)
+        return "ok" if whole and not missing and not failed else "partial_error"
 
     def log_forecast(self) -> None:
         """Logs what a proposal will take, if both models are loaded, and warns if its deadline is
@@ -102,6 +105,7 @@ class Health:
             "phi3_model_file_exists": files.phi3_model_file_exists(self._settings),
             "device": phi3.device or self._settings.models.device,
             "phi3_adapter_date": None if date is None else date.isoformat(),
+            "phi3_adapter_problem": self._adapters.problem,
             "mean_hermes_score_last_24h": self._rows.mean_score,
             "num_hermes_scores_last_24h": self._rows.num_scores,
             "models": {"phi3": _model(phi3), "hermes": _model(hermes)},
@@ -138,6 +142,7 @@ def _model(status: ModelStatus) -> dict[str, Any]:
     shown["adapter"] = None if status.adapter is None else status.adapter.name
     shown["notes"] = list(status.notes)
     shown["servers"] = list(shown["servers"])
+    shown["replicas"] = list(shown["replicas"])
     if status.speed is not None:
         shown["speed"] = {name: round(value, 2) for name, value in shown["speed"].items()}
     return shown

@@ -167,7 +167,7 @@ class ProposalRun:
         """Stores a proposal before its critique, with the event `phi3.proposal.created`."""
         return Transaction(
             self.rows(UNFINISHED),
-            [cloud_event(self.created_event())],
+            [cloud_event(self.created_event(), self.transaction_id)],
             attempt.progress(self.state()),
             draft=str(self.transaction_id),
         )
@@ -176,7 +176,7 @@ class ProposalRun:
         """Replaces the draft, with the event `phi3.proposal.assessed`."""
         return Transaction(
             self.rows(),
-            [cloud_event(self.assessed_event())],
+            [cloud_event(self.assessed_event(), self.transaction_id)],
             attempt.progress(self.state()),
             replaces=str(self.transaction_id),
         )

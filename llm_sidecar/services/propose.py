@@ -288,7 +288,7 @@ class Orchestrator:
                 the proposal is stored, and the error has its `transaction_id`.
         """
         if attempt.state is None:
-            run = ProposalRun(prompt, api_key)
+            run = ProposalRun(prompt, api_key, attempt.id)
         else:
             run = ProposalRun.resumed(prompt, attempt.state)
             if run.rating is not None:

@@ -16,25 +16,25 @@ _RETRY_DENIED: Final = 30
 
 
 @contextlib.contextmanager
-def as_unavailable(stream: str) -> Iterator[None]:
+def as_unavailable(what: str) -> Iterator[None]:
     """Converts an error of Redis to one for the caller.
 
     Args:
-        stream: the name of the stream that is read or written.
+        what: what is read or written, such as `the stream osiris.events`.
 
     Raises:
-        Unavailable: Redis does not answer, or denies the stream.
+        Unavailable: Redis does not answer, or denies it.
     """
     try:
         yield
     except NoPermissionError:
         raise Unavailable(
-            f"Redis denies the stream {stream} to the sidecar's user; docs/operations.md lists the "
-            "permissions that it needs.",
+            f"Redis denies {what} to the sidecar's user; docs/operations.md lists the permissions "
+            "that it needs.",
             retry_after=_RETRY_DENIED,
         ) from None
     except RedisError:
         raise Unavailable(
-            f"Redis is away or cannot serve the stream {stream}; try again.",
+            f"Redis is away or cannot serve {what}; try again.",
             retry_after=_RETRY_AWAY,
         ) from None

@@ -154,7 +154,7 @@ class Judge:
             # An older version kept no more than the score.
             rating = Rating(kept["score"], kept.get("answer_mass"), kept.get("reliable", True))
             return ScoredProposal(uuid.UUID(kept["proposal_id"]), rating, stored=True)
-        proposal_id = _uuid_or_none(proposal.get("id")) or uuid.uuid4()
+        proposal_id = _uuid_or_none(proposal.get("id")) or attempt.id
         try:
             rating = await self.rate(proposal, context, attempt.deadline)
         except InvalidRequest as error:
@@ -168,7 +168,7 @@ class Judge:
             run_id=str(proposal_id),
             rationale=rationale if isinstance(rationale, str) else "",
             **rating.columns(),
-        )
+        ).keyed(attempt.id.hex)
         progress = attempt.progress({"proposal_id": str(proposal_id), **rating._asdict()})
         storing = self._rows.commit(Transaction([row], progress=progress))
         return ScoredProposal(proposal_id, rating, await attempt.tasks.finish(storing))

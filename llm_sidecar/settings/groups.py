@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, SecretStr
 
@@ -18,6 +19,7 @@ from llm_sidecar.settings.values import (
     Origins,
     QueueLength,
     RedisUrl,
+    Replicas,
     Seconds,
     SentryDsn,
     ServerKey,
@@ -35,9 +37,10 @@ DEFAULT_HERMES: Final = Path("/app/hermes-model")
 DEFAULT_LANCEDB_URI: Final = "/app/lancedb_data"
 
 
-def _cores_per_model() -> int:
-    """Two models share the machine, so each gets half of the cores this process may use."""
-    return max(1, len(os.sched_getaffinity(0)) // 2)
+def _threads(replicas: str) -> Callable[[dict[str, Any]], int]:
+    """The default number of threads of a replica: two models share the cores that this process may
+    use, and the replicas of a model share its half."""
+    return lambda data: max(1, len(os.sched_getaffinity(0)) // 2 // data.get(replicas, 1))
 
 
 class Models(Group):
@@ -94,10 +97,16 @@ class Models(Group):
         None, alias="LLAMA_SERVER", description="the path or the name of a llama-server program"
     )
     """What runs `.gguf` files. Unset: `llama-server` on the PATH, else the wheel `xllamacpp`."""
-    phi3_threads: Threads = Field(default_factory=_cores_per_model, alias="PHI3_THREADS")
-    """CPU threads of Phi-3's runtime. Unset: half of the cores."""
-    hermes_threads: Threads = Field(default_factory=_cores_per_model, alias="HERMES_THREADS")
-    """CPU threads of Hermes' runtime. Unset: half of the cores."""
+    phi3_replicas: Replicas = Field(1, alias="PHI3_REPLICAS")
+    """The number of workers with Phi-3, each with the whole model in its memory."""
+    hermes_replicas: Replicas = Field(1, alias="HERMES_REPLICAS")
+    """The number of workers with Hermes, each with the whole model in its memory."""
+    phi3_threads: Threads = Field(default_factory=_threads("phi3_replicas"), alias="PHI3_THREADS")
+    """CPU threads of each worker with Phi-3. Unset: half of the cores, divided by the workers."""
+    hermes_threads: Threads = Field(
+        default_factory=_threads("hermes_replicas"), alias="HERMES_THREADS"
+    )
+    """CPU threads of each worker with Hermes. Unset: half of the cores, divided by the workers."""
     hermes_dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", alias="HERMES_DTYPE", description="auto, bfloat16 or float32"
     )

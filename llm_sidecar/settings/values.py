@@ -74,6 +74,7 @@ def _sentry_dsn(dsn: SecretStr) -> SecretStr:
 Switch = Annotated[bool, Field(description="true or false")]
 Name = Annotated[str, Field(description="a name")]
 Threads = Annotated[int, integer(1, 1024)]
+Replicas = Annotated[int, integer(1, 64)]
 QueueLength = Annotated[int, integer(1, 10_000)]
 Seconds = Annotated[float, Field(ge=0, le=3600, description="seconds from 0 to 3600")]
 Timeout = Annotated[float, Field(gt=0, le=3600, description="seconds, above 0 up to 3600")]

@@ -60,7 +60,7 @@ def _models(models: Mapping[str, Health]) -> Iterator[Metric]:
     )
     restarts = CounterMetricFamily(
         "sidecar_worker_restarts",
-        "Times that a model's worker died or could not be started.",
+        "Times that a worker of the model died or could not be started.",
         labels=by_model,
     )
     for name, status in models.items():
@@ -70,6 +70,7 @@ def _models(models: Mapping[str, Health]) -> Iterator[Metric]:
         restarts.add_metric([name], status["restarts"])
     yield from (running, waiting, limit, restarts)
     yield _state_of_models(models)
+    yield _replicas_of_models(models)
     yield _info_of_models(models)
     yield _speed_of_models(models)
 
@@ -84,6 +85,19 @@ def _state_of_models(models: Mapping[str, Health]) -> Metric:
         for state in _MODEL_STATES:
             states.add_metric([name, state], status["state"] == state)
     return states
+
+
+def _replicas_of_models(models: Mapping[str, Health]) -> Metric:
+    replicas = GaugeMetricFamily(
+        "sidecar_model_replicas",
+        "Replicas of a model in each state: PHI3_REPLICAS, HERMES_REPLICAS.",
+        labels=["model", "state"],
+    )
+    for name, status in models.items():
+        found = [replica["state"] for replica in status["replicas"] or [status]]
+        for state in _MODEL_STATES:
+            replicas.add_metric([name, state], found.count(state))
+    return replicas
 
 
 def _info_of_models(models: Mapping[str, Health]) -> Metric:

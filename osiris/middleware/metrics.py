@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Final
 
@@ -13,6 +14,7 @@ from osiris.paths import METRICS, route_path
 
 _UNCOUNTED: Final = frozenset({METRICS, "/health/live", "/health/ready"})
 """Paths that are requested every few seconds."""
+_CLIENT_CLOSED_REQUEST: Final = 499
 _NO_ROUTE: Final = "none"
 _TABLES: Final = (db.RUNS, db.SCORES, db.PROPOSALS)
 """Tables whose rows can be lost. Feedback is refused instead if it cannot be stored."""
@@ -39,12 +41,23 @@ class HttpMetrics:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
+        has_started = False
+
+        def count(status: int) -> None:
+            nonlocal has_started
+            has_started = True
+            handler = getattr(scope.get("route"), "path", _NO_ROUTE)
+            self._metrics.answered(scope["method"], status, handler, time.perf_counter() - began)
 
         async def count_and_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                handler = getattr(scope.get("route"), "path", _NO_ROUTE)
-                seconds = time.perf_counter() - began
-                self._metrics.answered(scope["method"], message["status"], handler, seconds)
+                count(message["status"])
             await send(message)
 
-        await self._app(scope, receive, count_and_send)
+        try:
+            await self._app(scope, receive, count_and_send)
+        except asyncio.CancelledError:
+            # Ray Serve cancels the request of a client that disconnects.
+            if not has_started:
+                count(_CLIENT_CLOSED_REQUEST)
+            raise

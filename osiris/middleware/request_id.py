@@ -16,6 +16,11 @@ from llm_sidecar.telemetry.trace_context import is_traceparent, traceparent
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
 
+def is_request_id(text: str) -> bool:
+    """Whether it may be echoed, and written to the log."""
+    return _REQUEST_ID.fullmatch(text) is not None
+
+
 class RequestId:
     """Echoes a well-formed `X-Request-ID`, or makes an id.
 
@@ -32,7 +37,7 @@ class RequestId:
             return
         headers = Headers(scope=scope)
         sent = headers.get("x-request-id", "")
-        request_id = sent if _REQUEST_ID.fullmatch(sent) else str(uuid.uuid4())
+        request_id = sent if is_request_id(sent) else str(uuid.uuid4())
         scope.setdefault("state", {})["request_id"] = request_id
         fields = {"request_id": request_id}
         log_context.set(fields)

@@ -26,6 +26,14 @@ _MODEL: Final[dict[str, Any]] = {
     "speed": {"prefill": 283.1, "decode": 31.4},
     "notes": [],
     "servers": [],
+    "replicas": [],
+}
+_REPLICA: Final[dict[str, Any]] = {
+    "state": "failed",
+    "reason": "The phi3 worker ended (signal SIGKILL)",
+    "adapter": "20260131-dpo",
+    "pid": 4712,
+    "restarts": 1,
 }
 _SERVER: Final[dict[str, Any]] = {
     "url": "http://gpu-1:8000/v1",
@@ -173,8 +181,30 @@ class ServerHealth(BaseModel):
     )
 
 
+class ReplicaHealth(BaseModel):
+    """One of several replicas of a model: a worker process."""
+
+    state: Literal["unloaded", "loading", "ready", "failed"] = Field(
+        description="`unloaded`, `loading`, `ready` or `failed`, as of a model",
+        examples=["failed"],
+    )
+    reason: str | None = Field(
+        description="why it failed; null if it has not", examples=[_REPLICA["reason"]]
+    )
+    adapter: str | None = Field(
+        description="the name of its adapter; during a swap, replicas have different ones",
+        examples=[_REPLICA["adapter"]],
+    )
+    pid: int | None = Field(
+        description="its process id; null while it does not run", examples=[4712]
+    )
+    restarts: int = Field(
+        description="how many times it died or could not be started", examples=[1]
+    )
+
+
 class ModelHealth(BaseModel):
-    """A model and its worker process."""
+    """A model and its worker processes."""
 
     state: Literal["unloaded", "loading", "ready", "failed"] = Field(
         description="`unloaded`: the first request loads it; `loading`: it will answer soon; "
@@ -202,10 +232,12 @@ class ModelHealth(BaseModel):
         examples=["cpu"],
     )
     pid: int | None = Field(
-        description="the process id of its worker; null while there is none", examples=[4711]
+        description="the process id of its worker, or of the first one that serves if there are "
+        "several; null while there is none",
+        examples=[4711],
     )
     restarts: int = Field(
-        description="how many times its worker died or could not be started", examples=[0]
+        description="how many times its workers died or could not be started", examples=[0]
     )
     completion_tokens_total: int = Field(
         description="tokens that it has generated since the server started", examples=[18230]
@@ -227,6 +259,10 @@ class ModelHealth(BaseModel):
     servers: list[ServerHealth] = Field(
         description="the servers that have it; empty if it runs on this machine",
         examples=[[_SERVER]],
+    )
+    replicas: list[ReplicaHealth] = Field(
+        description="its replicas, if `PHI3_REPLICAS` or `HERMES_REPLICAS` is more than 1",
+        examples=[[_REPLICA]],
     )
 
 
@@ -457,6 +493,13 @@ class Health(HealthSummary):
     phi3_adapter_date: str | None = Field(
         description="the date of the adapter in use, `YYYY-MM-DD`; null without one",
         examples=["2026-01-31"],
+    )
+    phi3_adapter_problem: str | None = Field(
+        description="why this sidecar keeps another adapter than the other sidecars of its Redis; "
+        "null if all use the same",
+        examples=[
+            "PHI3_ADAPTER_DIR does not hold the adapter 20260131, which the other sidecars use."
+        ],
     )
     mean_hermes_score_last_24h: float | None = Field(
         description="the mean of Hermes' scores of the last 24 hours, 0 to 1; null without any",

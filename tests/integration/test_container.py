@@ -9,7 +9,6 @@ import functools
 import json
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -25,9 +24,11 @@ from redis.retry import Retry
 
 from llm_sidecar.settings import DEFAULT_HERMES, DEFAULT_PHI3, Settings
 from tests.live_server import ROOT
+from tests.programs import require_program
 from tests.redis_server import RedisServer, require_redis
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
+PROXY = (ROOT / "deploy" / "scale" / "haproxy.cfg").read_text()
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
 COMPOSE_FILES = tuple(sorted(path.name for path in ROOT.glob("docker-compose*.yml")))
 ALIASES = {
@@ -40,6 +41,8 @@ OVERRIDES = {
     "cuda": ["docker-compose.cuda.yml"],
     "models-cuda": ["docker-compose.models.yml", "docker-compose.cuda.yml"],
 }
+PROFILES = [None, "speech", "observability", "scale"]
+SIDECARS = ["llm-sidecar", "sidecar-a", "sidecar-b"]
 HOST_FOLDERS = {"PHI3_HOST_DIR": "/srv/phi3", "HERMES_HOST_DIR": "/srv/hermes"}
 WRITTEN_BY_THE_METRICS = ("prometheus.yml", "alerts.yml", "grafana")
 """Below deploy/observability, what the dashboards and rules bring."""
@@ -47,11 +50,7 @@ WRITTEN_BY_THE_METRICS = ("prometheus.yml", "alerts.yml", "grafana")
 
 def compose_config(*files: str, profile: str | None = None, **environ: str) -> dict[str, Any]:
     """The configuration that docker-compose reads from the files, with only these variables set."""
-    if shutil.which("docker-compose") is None:
-        reason = "docker-compose is not installed"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    require_program("docker-compose")
     config: dict[str, Any] = yaml.safe_load(_config(files, profile, tuple(environ.items())))
     return config
 
@@ -85,7 +84,7 @@ def seconds(duration: str) -> float:
     return sum(float(n) * units[unit] for n, unit in re.findall(r"([\d.]+)([hms])", duration))
 
 
-@pytest.mark.parametrize("profile", [None, "speech", "observability"])
+@pytest.mark.parametrize("profile", PROFILES)
 def test_the_compose_file_is_valid(profile: str | None) -> None:
     config = compose_config(profile=profile)
     assert {"redis", "llm-sidecar"} <= config["services"].keys()
@@ -104,8 +103,8 @@ def test_only_redis_and_the_sidecar_start_without_a_profile() -> None:
     }
 
 
-@pytest.mark.parametrize("profile", [None, "speech", "observability"])
-@pytest.mark.parametrize("service", ["llm-sidecar", "chatterbox"])
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("service", [*SIDECARS, "chatterbox"])
 def test_the_settings_take_what_compose_sets(service: str, profile: str | None) -> None:
     settings = Settings.from_environ(environment(compose_config(profile=profile), service))
     assert settings.events.url.get_secret_value() == "redis://redis:6379/0"
@@ -117,31 +116,35 @@ def environment(config: dict[str, Any], service: str) -> dict[str, str]:
     return {name: str(value) for name, value in variables.items() if value is not None}
 
 
-def test_the_demo_answers_unless_real_models_are_mounted() -> None:
-    assert Settings.from_environ(environment(compose_config(), "llm-sidecar")).models.demo
+@pytest.mark.parametrize("service", SIDECARS)
+def test_the_demo_answers_unless_real_models_are_mounted(service: str) -> None:
+    assert Settings.from_environ(environment(compose_config(), service)).models.demo
     real = compose_config("docker-compose.models.yml", SIDECAR_DEMO="true", **HOST_FOLDERS)
-    assert not Settings.from_environ(environment(real, "llm-sidecar")).models.demo
+    assert not Settings.from_environ(environment(real, service)).models.demo
 
 
-def test_real_models_are_mounted_read_only_where_the_sidecar_looks() -> None:
+@pytest.mark.parametrize("service", SIDECARS)
+def test_real_models_are_mounted_read_only_where_the_sidecar_looks(service: str) -> None:
     real = compose_config("docker-compose.models.yml", **HOST_FOLDERS)
     mounts = {
         mount["target"]: mount
-        for mount in real["services"]["llm-sidecar"]["volumes"]
+        for mount in real["services"][service]["volumes"]
         if isinstance(mount, dict)
     }
     assert mounts[str(DEFAULT_PHI3.parent)]["source"] == "/srv/phi3"
     # The folder and not a file in it, so that the model file may have any name.
-    settings = Settings.from_environ(environment(real, "llm-sidecar"))
+    settings = Settings.from_environ(environment(real, service))
     assert settings.models.phi3_path == DEFAULT_PHI3.parent
     assert mounts[str(DEFAULT_HERMES)]["source"] == "/srv/hermes"
     assert all(mount["read_only"] for mount in mounts.values())
 
 
-def test_the_container_is_not_killed_within_the_grace_period() -> None:
-    sidecar = compose_config()["services"]["llm-sidecar"]
-    settings = Settings.from_environ(environment(compose_config(), "llm-sidecar"))
-    assert seconds(sidecar["stop_grace_period"]) > settings.limits.shutdown_grace + 15
+@pytest.mark.parametrize("service", SIDECARS)
+def test_the_container_is_not_killed_within_the_grace_period(service: str) -> None:
+    config = compose_config(profile="scale")
+    limits = Settings.from_environ(environment(config, service)).limits
+    needed = limits.shutdown_drain + limits.shutdown_grace + 15
+    assert seconds(config["services"][service]["stop_grace_period"]) > needed
 
 
 def test_a_variable_without_a_value_does_not_take_away_one_of_the_image() -> None:
@@ -172,8 +175,8 @@ def test_every_variable_is_a_setting_or_documented(name: str) -> None:
     used = set(re.findall(r"\$\{(\w+)", text)) | set(re.findall(r"^ARG (\w+)", text, re.MULTILINE))
     if name != "Dockerfile":
         for service, content in services_of(name).items():
-            # The variables of Grafana and Redis are in their own documentation.
-            if service not in ("grafana", "redis"):
+            # The variables of Grafana, Redis and the object store are in their own documentation.
+            if service not in ("grafana", "redis", "store"):
                 used |= content.get("environment", {}).keys()
     unknown = {variable for variable in used - ALIASES if f"`{variable}`" not in CONFIGURATION}
     assert not unknown
@@ -195,7 +198,9 @@ def test_every_image_is_pinned(name: str) -> None:
     images = [service["image"] for service in services_of(name).values() if "image" in service]
     for image in images:
         tag = image.partition(":")[2].replace("${SIDECAR_TAG:-", "").replace("}", "")
-        assert re.match(r"v?\d+\.\d+\.\d+", tag), image
+        # Releases of SeaweedFS have two numbers.
+        numbers = r"\d+\.\d+" if "seaweedfs" in image else r"v?\d+\.\d+\.\d+"
+        assert re.match(numbers, tag), image
 
 
 def test_the_base_image_is_pinned_and_the_same_everywhere() -> None:
@@ -217,14 +222,11 @@ def test_the_build_takes_its_target_and_arguments(service: str) -> None:
     assert build["args"].keys() <= set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE))
 
 
-@pytest.mark.parametrize(
-    "service", ["redis", "llm-sidecar", "chatterbox", "prometheus", "grafana", "otel-collector"]
-)
-def test_no_service_can_do_more_than_it_needs(service: str) -> None:
-    config = services_of("docker-compose.yml")[service]
-    assert config["read_only"] is True
-    assert config["cap_drop"] == ["ALL"]
-    assert config["security_opt"] == ["no-new-privileges:true"]
+def test_no_service_can_do_more_than_it_needs() -> None:
+    for name, config in services_of("docker-compose.yml").items():
+        assert config["read_only"] is True, name
+        assert config["cap_drop"] == ["ALL"], name
+        assert config["security_opt"] == ["no-new-privileges:true"], name
 
 
 def test_the_images_run_as_a_user_that_is_not_root() -> None:
@@ -234,9 +236,11 @@ def test_the_images_run_as_a_user_that_is_not_root() -> None:
 
 
 def test_only_this_machine_reaches_the_published_ports() -> None:
-    services = compose_config(profile="observability")["services"]
+    services: dict[str, Any] = {}
+    for profile in PROFILES:
+        services |= compose_config(profile=profile)["services"]
     ports = [port for service in services.values() for port in service.get("ports", [])]
-    assert len(ports) == 3
+    assert len(ports) == 4
     for port in ports:
         text = port if isinstance(port, str) else port.get("host_ip", "")
         assert text.startswith("127.0.0.1"), port
@@ -264,6 +268,7 @@ def test_what_is_mounted_from_the_repository_is_there() -> None:
         observability / "otel-collector.yml",
         observability / "grafana" / "provisioning",
         observability / "grafana" / "dashboards",
+        Path("deploy/scale/haproxy.cfg"),
     }
     missing = {path for path in mounted if not (ROOT / path).exists()}
     if missing and not any(
@@ -278,6 +283,71 @@ def test_the_collectors_pipeline_names_parts_that_it_has() -> None:
     for pipeline in config["service"]["pipelines"].values():
         for kind, names in pipeline.items():
             assert set(names) <= config[kind].keys()
+
+
+# Two sidecars
+
+
+def test_two_sidecars_share_redis_and_the_object_store_and_nothing_else() -> None:
+    config = compose_config(profile="scale", SIDECAR_API_KEYS="desk=0123456789abcdef")
+    both = [config["services"][name] for name in ("sidecar-a", "sidecar-b")]
+    one, other = (dict(service) for service in both)
+    assert (one.pop("volumes"), other.pop("volumes")) == (
+        ["log-a:/app/lancedb_log:rw"],
+        ["log-b:/app/lancedb_log:rw"],
+    )
+    assert one == other
+    settings = Settings.from_environ(environment(config, "sidecar-a"))
+    assert settings.database.uri == "s3://osiris/lancedb"
+    assert settings.database.s3_endpoint == "http://store:8333"
+    assert [key.name for key in settings.access.api_keys] == ["desk"]
+    # Not another sidecar of the same Redis, with another database.
+    assert one["depends_on"].keys() == {"redis", "store"}
+
+
+def test_the_object_store_and_the_sidecars_have_the_same_secret(secrets: dict[str, str]) -> None:
+    config = compose_config(profile="scale", **secrets)
+    assert re.fullmatch("[0-9a-f]{48}", secrets["STORE_SECRET"])
+    for service in ("store", "sidecar-a", "sidecar-b"):
+        variables = environment(config, service)
+        assert variables["AWS_ACCESS_KEY_ID"] == "osiris"
+        assert variables["AWS_SECRET_ACCESS_KEY"] == secrets["STORE_SECRET"]
+
+
+def test_only_the_sidecars_reach_the_object_store() -> None:
+    config = compose_config(profile="scale")
+    assert config["networks"]["store"] == {"internal": True}
+    networks = {name: service.get("networks", {}) for name, service in config["services"].items()}
+    assert {name for name, found in networks.items() if "store" in found} == {
+        "sidecar-a",
+        "sidecar-b",
+        "store",
+    }
+    assert networks["store"].keys() == {"store"}
+
+
+def test_an_ending_sidecar_is_noticed_by_the_proxy() -> None:
+    settings = Settings.from_environ(environment(compose_config(profile="scale"), "sidecar-a"))
+    found = re.search(r"check inter (\d+)s fall (\d+) ", PROXY)
+    assert found is not None
+    assert settings.limits.shutdown_drain > int(found[1]) * (int(found[2]) + 1)
+
+
+def test_the_proxy_waits_longer_than_a_request_may_take() -> None:
+    limits = Settings.from_environ({})
+    longest = max(limits.limits.request_timeout, limits.speech.timeout)
+    for side in ("client", "server"):
+        found = re.search(rf"timeout {side} (\d+)s", PROXY)
+        assert found is not None
+        assert int(found[1]) >= longest + 10
+
+
+def test_the_proxy_asks_the_sidecars_of_the_compose_file() -> None:
+    services = services_of("docker-compose.yml")
+    found = dict(re.findall(r'server (\w) "\$\{SIDECAR_\w-([\w-]+):8000\}"', PROXY))
+    assert found == {"a": "sidecar-a", "b": "sidecar-b"}
+    assert services.keys() >= set(found.values())
+    assert services["proxy"]["ports"] == services["llm-sidecar"]["ports"]
 
 
 # Redis
@@ -386,7 +456,12 @@ def test_make_env_keeps_what_the_file_has_and_is_private(tmp_path: Path) -> None
     make_env(tmp_path)
     written = file.read_text()
     assert written.startswith("SIDECAR_API_KEYS=desk=0123456789abcdef\n")
-    assert len(re.findall("^REDIS_(PASSWORD|URL)=", written, re.MULTILINE)) == 2
+    assert re.findall("^([A-Z_]+)=", written, re.MULTILINE) == [
+        "SIDECAR_API_KEYS",
+        "REDIS_PASSWORD",
+        "REDIS_URL",
+        "STORE_SECRET",
+    ]
     assert make_env(tmp_path) == ".env already names a Redis\n"
     assert file.read_text() == written
     fresh = tmp_path / "fresh"

@@ -903,6 +903,17 @@ def test_verify_counts_the_rows_of_a_sound_database(
     ]
 
 
+def test_verify_writers_finds_a_folder_safe_and_leaves_no_table(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill_in_pieces(folder, 1)
+    before = sorted(folder.glob("*.lance"))
+    assert lines_of(capsys, "verify", "--writers") == [
+        "8 writers created the same table at once, 20 times: no commit is lost."
+    ]
+    assert sorted(folder.glob("*.lance")) == before
+
+
 def test_verify_finds_a_duplicate_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fill_in_pieces(folder, 2)
     table = lancedb.connect(folder).open_table(SCORES)
@@ -1039,7 +1050,7 @@ def test_ctrl_c_exits_with_130_and_no_output(
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with interrupting_store(monkeypatch, tmp_path):
-            assert cli_main(["migrate"]) == 130
+            assert cli_main(["migrate", "--alone"]) == 130
     finally:
         signal.signal(signal.SIGINT, before)
     output = capsys.readouterr()

@@ -28,6 +28,9 @@ ALLOWED = {
     ("osiris/llm_client/core.py", "os.environ.get('OSIRIS_SIDECAR_URL')"): CLIENT,
     ("osiris/llm_client/core.py", "os.environ.get('SIDECAR_API_KEY')"): CLIENT,
     ("osiris/llm_client/proxies.py", "os.environ.items()"): CLIENT,
+    ("osiris/ray_serve/launch.py", "os.environ.pop(name, None)"): CHILD,
+    ("osiris/ray_serve/launch.py", "os.environ.get('PYTHONPATH')"): CHILD,
+    ("osiris/ray_serve/replica.py", "**os.environ"): "the settings of a replica preload its model",
 }
 """A file, how it reads the environment, and why it may."""
 NAMES = {"environ", "environb", "getenv", "getenvb"}

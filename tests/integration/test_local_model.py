@@ -720,7 +720,7 @@ async def test_a_worker_that_loads_prefills_a_prefix_that_changes_meanwhile(
     await until(lambda: len(workers()) == 2)
     await model.prefill(new)
     await swapping
-    worker = await model._supervisor.ready(0.0)
+    (worker,) = model._replicas.live()
     await worker.idle.wait()
     for prefix in (new, old):
         completion = await complete(model, after(prefix))

@@ -45,10 +45,12 @@ def ranges(extra: str | None) -> dict[str, Requirement]:
 
 def pins(file: str) -> dict[str, str]:
     lines = (ROOT / file).read_text().splitlines()
-    return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    pinned = [Requirement(line) for line in lines if "==" in line and not line.startswith("#")]
+    return {one.name: str(one.specifier).removeprefix("==") for one in pinned}
 
 
-PINS = pins("requirements.txt") | pins("requirements-gguf.txt")
+FILES = ("requirements.txt", "requirements-gguf.txt", "requirements-ray.txt")
+PINS = {name: pin for file in FILES for name, pin in pins(file).items()}
 
 
 def test_the_bare_package_needs_httpx_and_pydantic_only() -> None:
@@ -59,7 +61,7 @@ def test_the_bare_package_needs_httpx_and_pydantic_only() -> None:
 def test_the_package_and_its_extras_need_what_is_pinned_and_nothing_else() -> None:
     needed = set(ranges(None)).union(*map(ranges, EXTRAS))
     assert needed == set(PINS)
-    assert {*ranges(None), *ranges("all")} == needed
+    assert {*ranges(None), *ranges("all"), *ranges("ray")} == needed
 
 
 @pytest.mark.parametrize("extra", [None, *EXTRAS])
@@ -86,6 +88,7 @@ DOORS = {
     "llm_sidecar.settings": "speech",
     "osiris.__main__": "server",
     "osiris.server": "server",
+    "osiris.ray_serve.__main__": "server",
     "llm_sidecar.proposals": "server",
     "llm_sidecar.reward": "server",
     "llm_sidecar.db.__main__": "server",

@@ -131,7 +131,12 @@ def add_to_inbox(redis: Any, entry_id: str, feedback: dict[str, Any]) -> None:
 
 
 ALLOWED: Final = {
-    "sidecar": ["XTRIM osiris.events MAXLEN 1", "XADD osiris.inbox * a 1", "GET osiris.x"],
+    "sidecar": [
+        "XTRIM osiris.events MAXLEN 1",
+        "XADD osiris.inbox * a 1",
+        "GET osiris.x",
+        "PUBLISH osiris.events.facts x",
+    ],
     "voice": ["XADD osiris.speech * a 1", "ZRANGE osiris.speech.workers 0 -1", "TIME"],
     "desk": [
         *(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,10 +43,11 @@ def start_request(server: LiveServer, head: bytes) -> socket.socket:
     return connection
 
 
-def all_of(connection: socket.socket) -> bytes:
+def answer_of(connection: socket.socket) -> bytes:
+    """The answer, up to the first line of its body."""
     received = b""
     with connection:
-        while data := connection.recv(1 << 16):
+        while b"}" not in received and (data := connection.recv(1 << 16)):
             received += data
     return received
 
@@ -104,7 +106,7 @@ def test_the_client_sends_the_key_of_the_environment(
 
 def test_no_log_contains_a_key(closed: LiveServer) -> None:
     closed.client.get(f"/docs?key={KEYS[0]}", headers=BEARER)
-    assert KEYS[0] not in closed.log.read_text()
+    assert KEYS[0] not in closed.logged()
 
 
 # Limits
@@ -141,8 +143,9 @@ def test_requests_beyond_the_maximum_are_429(closed: LiveServer) -> None:
     def speak() -> httpx.Response:
         return closed.client.post("/speak", json={"text": "Hi."}, headers=BEARER)
 
-    with listen() as one, listen() as two:
-        assert one.status_code == two.status_code == 200
+    with contextlib.ExitStack() as stack:
+        for _ in range(2 * len(closed.sidecars)):
+            assert stack.enter_context(listen()).status_code == 200
         response = speak()
         assert response.status_code == 429
         assert int(response.headers["Retry-After"]) >= 1
@@ -157,8 +160,8 @@ def test_an_incomplete_body_is_408_and_the_server_still_answers(closed: LiveServ
         b'Content-Length: 1000\r\n\r\n{"text":' % KEYS[0].encode()
     )
     with ThreadPoolExecutor(2) as pool:
-        connections = [start_request(closed, head) for _ in range(2)]
-        answers = list(pool.map(all_of, connections))
+        connections = [start_request(closed, head) for _ in range(2 * len(closed.sidecars))]
+        answers = list(pool.map(answer_of, connections))
     for answer in answers:
         assert answer.startswith(b"HTTP/1.1 408")
         assert b"did not arrive within 0.5 s" in answer

@@ -73,9 +73,14 @@ def proposal(server: LiveServer) -> str:
     return answer.text
 
 
-def saved(folder: Path) -> str | None:
-    """The name that the next start reads."""
-    return next((file.read_text() for file in folder.glob("**/phi3_adapter")), None)
+def saved(folder: Path) -> set[str]:
+    """The names that the next start of each sidecar reads."""
+    return {file.read_text() for file in folder.glob("**/phi3_adapter")}
+
+
+def wait_for_date(server: LiveServer, date: str) -> None:
+    """Returns when every sidecar uses the adapter of that date."""
+    server.wait_until(lambda: {h["phi3_adapter_date"] for h in server.healths()} == {date})
 
 
 def test_an_adapter_is_switched_refused_and_saved(
@@ -83,8 +88,10 @@ def test_an_adapter_is_switched_refused_and_saved(
 ) -> None:
     with running(tmp_path, adapters, random_models) as server:
         assert swap(server, "20260101") == (200, "2026-01-01")
+        wait_for_date(server, "2026-01-01")
         first = proposal(server)
         assert swap(server, "20260102") == (200, "2026-01-02")
+        wait_for_date(server, "2026-01-02")
         second = proposal(server)
         assert second != first
         # The newest one is half written.
@@ -97,9 +104,38 @@ def test_an_adapter_is_switched_refused_and_saved(
         # The name is the caller's, so it is not repeated.
         assert why.startswith("There is no such adapter: PHI3_ADAPTER_DIR holds no folder")
         assert swap(server, "../20260101")[0] == 422
-        assert proposal(server) == second
-        health = server.client.get("/health").json()
-        assert health["phi3_adapter_date"] == "2026-01-02"
+        assert all(proposal(server) == second for _ in server.sidecars)
+        wait_for_date(server, "2026-01-02")
+        server.wait_until(lambda: saved(tmp_path) == {"20260102"})
+    with running(tmp_path, adapters, random_models) as server:
+        wait_for_date(server, "2026-01-02")
+        assert all(proposal(server) == second for _ in server.sidecars)
+        # Back again.
+        assert swap(server, "20260101") == (200, "2026-01-01")
+        wait_for_date(server, "2026-01-01")
+        assert all(proposal(server) == first for _ in server.sidecars)
+
+
+@pytest.mark.not_on("ray", "its proxy drops a request whose client has disconnected at once")
+def test_a_swap_whose_client_disconnects_is_completed_and_saved(
+    adapters: Path, random_models: dict[str, str], tmp_path: Path
+) -> None:
+    with running(tmp_path, adapters, random_models) as server:
+        before = proposal(server)
+        ask_and_go(server, "/adapters/swap", {"adapter": "20260101"})
+        server.wait_until(lambda: saved(tmp_path) == {"20260101"})
+        wait_for_date(server, "2026-01-01")
+        assert {health["models"]["phi3"]["state"] for health in server.healths()} == {"ready"}
+        assert proposal(server) != before
+
+
+@pytest.mark.own_process("reads the log")
+def test_every_swap_and_every_refusal_is_one_line(
+    adapters: Path, random_models: dict[str, str], tmp_path: Path
+) -> None:
+    with running(tmp_path, adapters, random_models) as server:
+        for name in ("20260101", "20260102", None, "20250101"):
+            swap(server, name)
         lines = [json.loads(line) for line in server.log.read_text().splitlines()]
     swaps = [line for line in lines if "previous_adapter" in line]
     assert [(x["model"], x["previous_adapter"], x["adapter"]) for x in swaps] == [
@@ -112,19 +148,9 @@ def test_an_adapter_is_switched_refused_and_saved(
         (True, False),
         (False, True),
     ]
-    assert saved(tmp_path) == "20260102"
-    with running(tmp_path, adapters, random_models) as server:
-        assert server.client.get("/health").json()["phi3_adapter_date"] == "2026-01-02"
-        assert proposal(server) == second
-        # Also where the client disconnects before the swap ends.
-        ask_and_go(server, "/adapters/swap", {"adapter": "20260101"})
-        server.wait_until(lambda: saved(tmp_path) == "20260101")
-        health = server.client.get("/health").json()
-        assert health["phi3_adapter_date"] == "2026-01-01"
-        assert health["models"]["phi3"]["state"] == "ready"
-        assert proposal(server) == first
 
 
+@pytest.mark.own_process("counts the worker processes, and sends a signal")
 def test_an_adapter_whose_files_cannot_be_read_is_refused_while_others_ask(
     adapters: Path, random_models: dict[str, str], tmp_path: Path
 ) -> None:
@@ -188,7 +214,7 @@ async def test_a_swap_whose_caller_is_cancelled_is_completed_and_saved(
             await asking
         assert sidecar.adapters.date() is None
         async with asyncio.timeout(30):
-            while saved(tmp_path) != "20260101":
+            while saved(tmp_path) != {"20260101"}:
                 await asyncio.sleep(0.02)
         assert str(sidecar.adapters.date()) == "2026-01-01"
     finally:

@@ -15,6 +15,8 @@ from click.testing import CliRunner
 from osiris.__main__ import command
 from tests.live_server import ROOT
 
+pytestmark = pytest.mark.own_process("tests the options of the command")
+
 WORKERS = (
     "there can only be 1 worker, because each one would load the models again; to serve more "
     "requests, run more sidecars behind a load balancer."

@@ -146,7 +146,7 @@ def test_the_generated_client_scores(ask: Operations, models: Any) -> None:
 
 
 def test_the_generated_client_sends_lists_and_withdraws_feedback(
-    ask: Operations, models: Any
+    guarded: LiveServer, ask: Operations, models: Any
 ) -> None:
     walked = ask("propose_trade_adjustments", body=models.ProposalRequest(prompt=PROMPT))
     body = models.FeedbackRequest.from_dict(
@@ -159,8 +159,13 @@ def test_the_generated_client_sends_lists_and_withdraws_feedback(
     )
     sent = ask.module("submit_feedback").sync_detailed(client=ask.client, body=body)
     assert sent.parsed.transaction_id == str(walked.transaction_id)
-    page = ask("list_examples", limit=500)
-    (item,) = [item for item in page.items if item.transaction_id == sent.parsed.transaction_id]
+
+    def found() -> list[Any]:
+        items = ask("list_examples", limit=500).items
+        return [item for item in items if item.transaction_id == sent.parsed.transaction_id]
+
+    # Another sidecar learns of it within two seconds.
+    (item,) = guarded.wait_until(found, 5)
     assert item.proposal.to_dict() == PROPOSAL
     feedback_id = sent.headers["X-Feedback-ID"]
     assert item.feedback_id == feedback_id
@@ -235,6 +240,11 @@ def test_the_generated_client_reads_states(ask: Operations, models: Any) -> None
     swapped = ask("swap_adapters", body=models.AdapterChoice())
     assert swapped.phi3_adapter_date is None
     assert "http_requests_total" in ask("scrape_metrics")
+
+
+@pytest.mark.own_process("a process shows the profiles of its own requests")
+def test_the_generated_client_reads_a_profile(ask: Operations, models: Any) -> None:
+    ask("generate_phi3", body=models.ProposalRequest(prompt=PROMPT))
     assert 'id="model-calls"' in ask("profile")
 
 
@@ -338,6 +348,7 @@ def test_the_page_loads_nothing_from_other_servers_and_calls_with_a_key(
         assert faults == []
 
 
+@pytest.mark.own_process("a process shows the profiles of its own requests")
 def test_the_profile_works_under_its_policy(guarded: LiveServer, browser: Browser) -> None:
     path = "/propose_trade_adjustments/"
     profile = f"/debug/prof?path={path}"

@@ -176,7 +176,9 @@ def test_a_last_event_id_that_is_no_id_is_422(streaming: LiveServer, last: str) 
 def test_a_listener_beyond_the_limit_is_429_until_another_one_leaves(
     streaming: LiveServer,
 ) -> None:
-    with listener(streaming), listener(streaming):
+    with contextlib.ExitStack() as stack:
+        for _ in range(2 * len(streaming.sidecars)):
+            stack.enter_context(listener(streaming))
         for method in ("GET", "HEAD"):
             response = streaming.client.request(method, "/events/")
             assert response.status_code == 429
@@ -378,6 +380,7 @@ def test_an_unknown_dead_letter_is_404(streaming: LiveServer, letter: str) -> No
     assert response.json() == {"detail": "There is no dead letter with this id."}
 
 
+@pytest.mark.own_process("sends a signal")
 def test_an_open_stream_does_not_hold_up_a_shutdown(
     redis_url: str, redis: Any, tmp_path: Path
 ) -> None:

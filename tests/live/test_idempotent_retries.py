@@ -20,7 +20,6 @@ import redis
 
 from llm_sidecar.db import Store
 from tests.live_server import LiveServer, serve
-from tests.metrics_text import MetricsText
 from tests.redis_server import RedisServer, require_redis
 
 PROMPT = {"prompt": "Long ABC from 100, now 112.5, RSI 81."}
@@ -56,28 +55,25 @@ class Server:
             yield
 
     @contextlib.contextmanager
-    def hermes_stopped(self) -> Iterator[int]:
-        """Stops Hermes' worker for the duration of the block; yields the worker's process id."""
-        pid = self.live.worker("hermes")
-        os.kill(pid, signal.SIGSTOP)
+    def hermes_stopped(self) -> Iterator[list[int]]:
+        """Stops Hermes' workers for the duration of the block; yields their process ids."""
+        pids = self.live.workers("hermes")
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
         try:
-            yield pid
+            yield pids
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
 
     def wait_for_hermes(self) -> None:
         """Returns when a request waits for Hermes."""
-        self.live.wait_until(lambda: self._health()["models"]["hermes"]["requests"] == 1)
+        self.live.wait_until(lambda: self.live.total("models", "hermes", "requests") == 1)
 
     def tokens(self) -> int:
         """The tokens of all proposals."""
-        text = MetricsText(self.live.client.get("/metrics").text)
-        return int(text.value("sidecar_generation_tokens_total", model="phi3"))
-
-    def _health(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.live.client.get("/health").json()
-        return found
+        return int(self.live.metrics().value("sidecar_generation_tokens_total", model="phi3"))
 
 
 class Shared:
@@ -103,12 +99,14 @@ class Shared:
         name = answer.json()["transaction_id"]
 
         async def ask() -> dict[str, list[dict[str, Any]]]:
-            store = await Store.open(self._folder / "lancedb", create=False)
+            store = await Store.open(server.live.database, create=False)
             try:
                 return await store.transaction(name)
             finally:
                 await store.close()
 
+        # The rows of a sidecar on another machine are there when it has moved them.
+        server.live.wait_until(lambda: asyncio.run(ask())["hermes_scores"], interval=0.5)
         rows = asyncio.run(ask())
         assert {table: len(rows[table]) for table in TABLES} == dict.fromkeys(TABLES, 1)
         assert rows["orchestrator_runs"][0]["status"] == "success"
@@ -172,6 +170,7 @@ def test_a_retry_after_the_client_has_disconnected_goes_on_with_the_assessment(
     shared.check_one_of_each(server, answer)
 
 
+@pytest.mark.own_process("starts a second server on the journal of the first, and kills it")
 def test_two_servers_generate_once_and_one_goes_on_where_the_other_was_killed(
     server: Server, shared: Shared, key: str
 ) -> None:
@@ -190,7 +189,8 @@ def test_two_servers_generate_once_and_one_goes_on_where_the_other_was_killed(
             other.wait_for_hermes()
             retried = pool.submit(server.propose, key)
             other.live.process.kill()
-            os.kill(hermes, signal.SIGKILL)
+            for pid in hermes:
+                os.kill(pid, signal.SIGKILL)
         assert isinstance(killed.exception(), httpx.TransportError)
         answer = retried.result()
     assert answer.status_code == 200

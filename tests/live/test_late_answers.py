@@ -11,6 +11,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ import pytest
 
 from llm_sidecar.db import Store
 from tests.live_server import LiveServer, serve
-from tests.metrics_text import MetricsText
 from tests.random_models import CONTEXT_LENGTH
 
 PROMPT = {"prompt": "Long ABC from 100, now 112.5, RSI 81."}
@@ -38,40 +38,32 @@ PHASES = r"\d\.\d s in earlier model calls, \d\.\d s waiting, 0\.0 s in prefill,
 
 
 class Server:
-    """A server in whose folder a test can look, and whose models it can stop."""
+    """A server in whose database a test can look, and whose models it can stop."""
 
-    def __init__(self, live: LiveServer, folder: Path) -> None:
+    def __init__(self, live: LiveServer) -> None:
         self.live = live
-        self.client = live.client
-        self._folder = folder
+        self.sidecars = len(live.sidecars)
 
     def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
         return httpx.post(f"{self.live.url}{path}", json=body, timeout=60)
 
-    def model(self, name: str) -> dict[str, Any]:
-        status: dict[str, Any] = self.client.get("/health").json()["models"][name]
-        return status
-
     def wait_for_requests(self, name: str, count: int) -> None:
-        self.live.wait_until(lambda: self.model(name)["requests"] == count)
+        self.live.wait_until(lambda: self.live.total("models", name, "requests") == count)
 
     def rows_written(self) -> int:
-        written: int = self._database()["rows_written"]
-        return written
-
-    def _database(self) -> dict[str, Any]:
-        status: dict[str, Any] = self.client.get("/health").json()["database"]
-        return status
+        return self.live.total("database", "rows_written")
 
     @contextlib.contextmanager
     def stopped(self, name: str) -> Iterator[None]:
-        """A model's worker answers nothing meanwhile."""
-        pid = self.live.worker(name)
-        os.kill(pid, signal.SIGSTOP)
+        """A model's workers answer nothing meanwhile."""
+        pids = self.live.workers(name)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
         try:
             yield
         finally:
-            os.kill(pid, signal.SIGCONT)
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
 
     @contextlib.contextmanager
     def asking(self, path: str, body: dict[str, Any]) -> Iterator[None]:
@@ -97,19 +89,12 @@ class Server:
         return found
 
     def metric(self, name: str, **labels: str) -> float:
-        return MetricsText(self.client.get("/metrics").text).value(name, **labels)
+        return self.live.metrics().value(name, **labels)
 
     def _ask(self, query: Callable[[Store], Any]) -> Any:
-        if self.live.process.poll() is None:
-            # What is in the server's log is seen by the server alone.
-            self.live.wait_until(lambda: self._database()["rows_waiting"] == 0)
-
         async def ask() -> Any:
-            store = await Store.open(self._folder / "lancedb", create=False)
-            try:
+            async with self.live.stored() as store:
                 return await query(store)
-            finally:
-                await store.close()
 
         return asyncio.run(ask())
 
@@ -125,30 +110,42 @@ def server(
         folder, PRELOAD_MODELS="true", ENABLE_METRICS="true", **limits, **random_models
     ) as live:
         live.wait_until_ready()
-        yield Server(live, folder)
+        yield Server(live)
 
 
 @pytest.fixture(scope="module")
 def late(server: Server) -> dict[str, httpx.Response]:
     """The answers to requests for whose whole time Hermes was stopped: one that had begun, three
-    that had not, and a proposal request that met the full queue."""
+    that had not, and a proposal request that met the full queue.
 
-    def tokens() -> int:
-        count: int = server.model("hermes")["completion_tokens_total"]
-        return count
+    Behind a proxy each sidecar gets one of each kind, and the answers are those of one of them.
+    """
+
+    def have_begun() -> bool:
+        return all(
+            health["models"]["hermes"]["completion_tokens_total"] >= count + SEVERAL_TOKENS
+            for health, count in zip(server.live.healths(), before, strict=True)
+        )
 
     asking: dict[str, Future[httpx.Response]] = {}
-    with ThreadPoolExecutor(QUEUE) as pool:
-        before = tokens()
-        long = PROMPT | {"max_length": 7900}
-        asking["text"] = pool.submit(server.post, "/generate/hermes/", long)
+    with ThreadPoolExecutor(QUEUE * server.sidecars) as pool:
+
+        def ask(name: str, path: str, body: dict[str, Any]) -> None:
+            for _ in range(server.sidecars):
+                asking[name] = pool.submit(server.post, path, body)
+
+        before = [
+            health["models"]["hermes"]["completion_tokens_total"]
+            for health in server.live.healths()
+        ]
+        ask("text", "/generate/hermes/", PROMPT | {"max_length": 7900})
         # The first tokens may have no text yet: a character can take several.
-        server.live.wait_until(lambda: tokens() >= before + SEVERAL_TOKENS)
+        server.live.wait_until(have_begun)
         with server.stopped("hermes"):
-            asking["walk"] = pool.submit(server.post, WALK, LONG_PROMPT)
-            asking["unbegun"] = pool.submit(server.post, "/generate/hermes/", PROMPT)
-            asking["score"] = pool.submit(server.post, "/score/hermes/", SCORE)
-            server.wait_for_requests("hermes", QUEUE)
+            ask("walk", WALK, LONG_PROMPT)
+            ask("unbegun", "/generate/hermes/", PROMPT)
+            ask("score", "/score/hermes/", SCORE)
+            server.wait_for_requests("hermes", QUEUE * server.sidecars)
             refused = server.post(WALK, PROMPT)
             answers = {name: future.result() for name, future in asking.items()}
     return {**answers, "refused": refused}
@@ -228,7 +225,7 @@ def test_free_text_at_the_deadline_is_returned_as_far_as_it_got(
     assert answer.json()["generated_text"]
     assert 0 < int(answer.headers["X-Completion-Tokens"]) < 7900
     deadline = {"model": "hermes", "finish_reason": "deadline"}
-    assert server.metric("sidecar_request_success_total", **deadline) == 1
+    assert server.metric("sidecar_request_success_total", **deadline) == server.sidecars
 
 
 def test_a_request_that_has_not_begun_at_the_deadline_is_504_and_stores_nothing(
@@ -239,7 +236,7 @@ def test_a_request_that_has_not_begun_at_the_deadline_is_504_and_stores_nothing(
         assert set(answer.json()) == {"detail"}
         assert int(answer.headers["Retry-After"]) >= 1
     exceeded = {"model": "hermes", "error": "DeadlineExceeded"}
-    assert server.metric("sidecar_request_errors_total", **exceeded) == 3
+    assert server.metric("sidecar_request_errors_total", **exceeded) == 3 * server.sidecars
 
 
 # Hermes fails otherwise
@@ -279,6 +276,7 @@ def test_a_client_that_disconnects_during_the_assessment_leaves_the_proposal(
     assert json.loads(proposal["proposal"]) == json.loads(run["final_output"])["proposal"]
 
 
+@pytest.mark.own_process("sends a signal")
 def test_a_shutdown_during_the_assessment_leaves_the_proposal(
     random_models: dict[str, str], tmp_path: Path
 ) -> None:
@@ -289,15 +287,23 @@ def test_a_shutdown_during_the_assessment_leaves_the_proposal(
         ThreadPoolExecutor(1) as pool,
     ):
         live.wait_until_ready()
-        server = Server(live, tmp_path)
+        server = Server(live)
         with server.stopped("hermes"):
             asking = pool.submit(server.post, WALK, PROMPT)
             server.wait_for_requests("hermes", 1)
             live.process.send_signal(signal.SIGTERM)
             assert asking.result(30).status_code == 503
         assert live.process.wait(30) == 0
-        (run,) = server.runs("partial")
-        assert len(server.rows(run["run_id"])["proposals"]) == 1
+    assert asyncio.run(proposals_of_partial_runs(tmp_path / "lancedb")) == [1]
+
+
+async def proposals_of_partial_runs(database: Path) -> list[int]:
+    store = await Store.open(database, create=False)
+    try:
+        runs = await store.last("orchestrator_runs", 0, status="partial")
+        return [len((await store.transaction(run["run_id"]))["proposals"]) for run in runs]
+    finally:
+        await store.close()
 
 
 # Refused
@@ -312,9 +318,9 @@ def test_a_refused_request_writes_no_row(server: Server) -> None:
     ]
     assert [server.post(WALK, body).status_code for body in invalid] == [422, 422, 422]
     with server.stopped("phi3"), contextlib.ExitStack() as clients:
-        for _ in range(QUEUE):
+        for _ in range(QUEUE * server.sidecars):
             clients.enter_context(server.asking("/generate/phi3/", PROMPT))
-        server.wait_for_requests("phi3", QUEUE)
+        server.wait_for_requests("phi3", QUEUE * server.sidecars)
         answer = server.post(WALK, PROMPT)
     assert answer.status_code == 429
     assert set(answer.json()) == {"detail"}
@@ -333,12 +339,16 @@ def unstorable(
 ) -> Iterator[Server]:
     """A server whose database cannot be, and which has answered one request of each kind."""
     folder = tmp_path_factory.mktemp("unstorable")
-    (folder / "lancedb").write_text("in the way")
-    with serve(folder, PRELOAD_MODELS="true", ENABLE_METRICS="true", **random_models) as live:
-        server = Server(live, folder)
-        live.wait_until(lambda: server.model("phi3")["state"] == "ready")
-        live.wait_until(lambda: server.model("hermes")["state"] == "ready")
-        yield server
+    (folder / "file").write_text("in the way")
+    environ = random_models | {"LANCEDB_URI": str(folder / "file" / "db")}
+    with serve(folder, PRELOAD_MODELS="true", ENABLE_METRICS="true", **environ) as live:
+        for name in ("phi3", "hermes"):
+            live.wait_until(partial(is_loaded, live, name))
+        yield Server(live)
+
+
+def is_loaded(live: LiveServer, name: str) -> bool:
+    return all(health["models"][name]["state"] == "ready" for health in live.healths())
 
 
 def lost(server: Server) -> dict[str, float]:

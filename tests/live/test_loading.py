@@ -3,43 +3,56 @@ errors."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import pytest
 
-from tests.live_server import serve
+from tests.live_server import LiveServer, serve
 
 PROMPT = {"prompt": "Long ABC from 100, now 112.5."}
 
 
-def test_a_request_waits_for_a_loading_model_until_its_deadline_or_the_shutdown(
-    random_models: dict[str, str], tmp_path: Path
-) -> None:
-    file = Path(random_models["MICRO_LLM_MODEL_PATH"])
-    folder = shutil.copytree(file.parent, tmp_path / "model")
-    (folder / file.name).unlink()
+@contextlib.contextmanager
+def never_loaded(folder: Path, models: dict[str, str]) -> Iterator[LiveServer]:
+    """A server whose Phi-3 is there and never loads."""
+    file = Path(models["MICRO_LLM_MODEL_PATH"])
+    model = shutil.copytree(file.parent, folder / "model")
+    (model / file.name).unlink()
     # A worker that opens it waits for a writer.
-    os.mkfifo(folder / file.name)
-    environ = random_models | {
-        "MICRO_LLM_MODEL_PATH": str(folder),
+    os.mkfifo(model / file.name)
+    environ = models | {
+        "MICRO_LLM_MODEL_PATH": str(model),
         "REQUEST_TIMEOUT_SECONDS": "2",
         "SHUTDOWN_GRACE_SECONDS": "60",
     }
-    with serve(tmp_path, **environ) as server, ThreadPoolExecutor() as threads:
+    with serve(folder, **environ) as server:
         server.wait_until_ready()
+        yield server
 
-        def ask() -> httpx.Response:
-            return server.client.post("/generate/phi3/", json=PROMPT)
 
+def ask(server: LiveServer) -> httpx.Response:
+    return httpx.post(f"{server.url}/generate/phi3/", json=PROMPT, timeout=60)
+
+
+@pytest.mark.not_on("ray", "a replica starts when its model is loaded")
+def test_a_request_waits_for_a_loading_model_until_its_deadline(
+    random_models: dict[str, str], tmp_path: Path
+) -> None:
+    def are_loading() -> bool:
+        states = {health["models"]["phi3"]["state"] for health in server.healths()}
+        return states == {"loading"}
+
+    with never_loaded(tmp_path, random_models) as server, ThreadPoolExecutor() as threads:
         began = time.monotonic()
-        answers = [threads.submit(ask) for _ in range(2)]
-        server.wait_until(
-            lambda: server.client.get("/health").json()["models"]["phi3"]["state"] == "loading"
-        )
+        answers = [threads.submit(ask, server) for _ in range(2 * len(server.sidecars))]
+        server.wait_until(are_loading)
         assert server.client.get("/health/ready").status_code == 200
         for response in (answer.result() for answer in answers):
             assert response.status_code == 503
@@ -53,12 +66,14 @@ def test_a_request_waits_for_a_loading_model_until_its_deadline_or_the_shutdown(
             "reasons": {"phi3": "The phi3 model is loading."},
         }
 
-        def waiting() -> int:
-            count: int = server.client.get("/health").json()["models"]["phi3"]["requests"]
-            return count
 
-        last = threads.submit(ask)
-        server.wait_until(lambda: waiting() == 1)
+@pytest.mark.own_process("sends a signal")
+def test_a_request_that_waits_for_a_loading_model_ends_with_the_server(
+    random_models: dict[str, str], tmp_path: Path
+) -> None:
+    with never_loaded(tmp_path, random_models) as server, ThreadPoolExecutor() as threads:
+        last = threads.submit(ask, server)
+        server.wait_until(lambda: server.total("models", "phi3", "requests") == 1)
         server.process.terminate()
         response = last.result(timeout=30)
         assert response.status_code == 503

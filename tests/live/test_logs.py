@@ -17,6 +17,8 @@ import pytest
 from llm_sidecar.logs import JsonFormatter, TextFormatter, log_context, log_unhandled
 from tests.live_server import LiveServer, serve
 
+pytestmark = pytest.mark.own_process("reads the log")
+
 
 def record(message: str, *args: object, **attributes: Any) -> logging.LogRecord:
     made = logging.makeLogRecord({"name": "osiris.x", "levelname": "INFO", "msg": message})

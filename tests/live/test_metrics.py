@@ -10,14 +10,16 @@ from collections.abc import Iterator
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 
 from llm_sidecar.engines.batch import MAX_ROWS
 from llm_sidecar.settings import Settings
 from llm_sidecar.telemetry.calls import ModelCall
-from osiris.middleware.metrics import sidecar_metrics
+from osiris.middleware.metrics import HttpMetrics, sidecar_metrics
 from osiris.server import create_app
 from tests.live_server import LiveServer, serve
 from tests.metrics_text import MetricsText
+from tests.unit.asgi import Call, http_scope
 
 ON = {"ENABLE_METRICS": "true"}
 SECRET = "Zebra-4711"
@@ -33,12 +35,6 @@ def measured(
     with serve(folder, PRELOAD_MODELS="true", **ON, **random_models) as running:
         running.wait_until_ready()
         yield running
-
-
-def scrape(server: LiveServer) -> MetricsText:
-    response = server.client.get("/metrics")
-    assert response.status_code == 200
-    return MetricsText(response.text)
 
 
 def rise(before: MetricsText, after: MetricsText, name: str, **labels: str) -> float:
@@ -121,6 +117,25 @@ async def test_an_unexpected_error_counts_as_5xx() -> None:
     assert SECRET not in text
 
 
+async def test_a_cancelled_request_counts_as_4xx_unless_it_has_an_answer() -> None:
+    """Ray Serve cancels the request of a client that disconnects."""
+    metrics = sidecar_metrics()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/begun":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise asyncio.CancelledError
+
+    for path in ("/begun", "/not-begun"):
+        call = Call()
+        with pytest.raises(asyncio.CancelledError):
+            await HttpMetrics(app, metrics)(http_scope(path), call.receive, call.send)
+    text = MetricsText(metrics.render().decode())
+    assert text.value("http_requests_total", method="POST", status="2xx") == 1
+    assert text.value("http_requests_total", method="POST", status="4xx") == 1
+    assert text.value("http_requests_total") == 2
+
+
 # Exact values of calls
 
 
@@ -189,9 +204,9 @@ def test_each_ungrounded_field_of_a_proposal_is_counted() -> None:
 
 
 def test_a_proposal_is_counted_for_both_models(measured: LiveServer) -> None:
-    before = scrape(measured)
+    before = measured.metrics()
     response = measured.client.post("/propose_trade_adjustments/", json=PROMPT)
-    after = scrape(measured)
+    after = measured.metrics()
     tokens = float(response.headers["X-Completion-Tokens"])
     assert rise(before, after, "sidecar_generation_tokens_total", model="phi3") == tokens
     prompt_tokens = float(response.headers["X-Prompt-Tokens"])
@@ -217,18 +232,26 @@ def test_a_proposal_is_counted_for_both_models(measured: LiveServer) -> None:
     assert rise(before, after, "sidecar_database_rows_written_total") == 3
     # Events go out after the answer.
     published = "sidecar_event_bus_published_total"
-    measured.wait_until(lambda: rise(before, scrape(measured), published) == 2)
+    measured.wait_until(lambda: rise(before, measured.metrics(), published) == 2)
 
 
 def test_the_state_of_every_part_has_metrics(measured: LiveServer) -> None:
     measured.client.post("/score/hermes", json={"proposal": {"ticker": "ABC"}})
+    # What a sidecar behind a proxy has received is known to the others in half a minute.
+    for sidecar in measured.sidecars:
+        assert_has_metrics(sidecar)
+
+
+def assert_has_metrics(sidecar: LiveServer) -> None:
     name = "sidecar_mean_hermes_score_last_24h"
-    measured.wait_until(lambda: list(scrape(measured).samples(name)))
-    text, health = scrape(measured), measured.client.get("/health").json()
+    sidecar.wait_until(lambda: list(sidecar.metrics().samples(name)))
+    text, health = sidecar.metrics(), sidecar.client.get("/health").json()
     assert 0 <= text.value(name) <= 1
     for model in ("phi3", "hermes"):
         assert text.value("sidecar_model_state", model=model) == 1
         assert text.value("sidecar_model_state", model=model, state="ready") == 1
+        assert text.value("sidecar_model_replicas", model=model) == 1
+        assert text.value("sidecar_model_replicas", model=model, state="ready") == 1
         (info,) = text.samples("sidecar_model_info", model=model)
         assert info.labels["served_by"] == health["models"][model]["model"]
         assert info.labels["adapter"] == ""
@@ -255,16 +278,18 @@ def test_running_and_waiting_calls_are_counted_and_a_disconnect_is_not_a_success
 ) -> None:
     long = PROMPT | {"max_length": 7500}
     cancelled = {"model": "hermes", "error": "Cancelled"}
+    handled = {"handler": "/generate/hermes", "status": "4xx"}
+    sidecars = len(measured.sidecars)
+    sent = sidecars * (MAX_ROWS + 2)
 
     async def hang_up_midway() -> None:
         async with httpx.AsyncClient(base_url=measured.url, timeout=60) as client:
             asking = [
-                asyncio.create_task(client.post("/generate/hermes", json=long))
-                for _ in range(MAX_ROWS + 2)
+                asyncio.create_task(client.post("/generate/hermes", json=long)) for _ in range(sent)
             ]
             seen = (0.0, 0.0)
-            while seen != (MAX_ROWS, 2.0):
-                text = MetricsText((await client.get("/metrics")).text)
+            while seen != (sidecars * MAX_ROWS, sidecars * 2):
+                text = await asyncio.to_thread(measured.metrics)
                 seen = (
                     text.value("sidecar_requests_running", model="hermes"),
                     text.value("sidecar_requests_waiting", model="hermes"),
@@ -273,24 +298,22 @@ def test_running_and_waiting_calls_are_counted_and_a_disconnect_is_not_a_success
                 task.cancel()
             await asyncio.wait(asking)
 
-    before = scrape(measured)
+    before = measured.metrics()
     asyncio.run(asyncio.wait_for(hang_up_midway(), 60))
     errors = "sidecar_request_errors_total"
-    measured.wait_until(lambda: rise(before, scrape(measured), errors, **cancelled) == MAX_ROWS + 2)
-    after = scrape(measured)
+    measured.wait_until(lambda: rise(before, measured.metrics(), errors, **cancelled) == sent)
+    after = measured.metrics()
     assert rise(before, after, "sidecar_request_success_total", model="hermes") == 0
     assert after.value("sidecar_requests_waiting", model="hermes") == 0
-    assert (
-        after.value("http_requests_total", handler="/generate/hermes", status="4xx") == MAX_ROWS + 2
-    )
+    assert after.value("http_requests_total", **handled) == sent
 
 
 def test_a_worker_that_dies_is_counted_as_a_restart(measured: LiveServer) -> None:
-    before = scrape(measured)
-    os.kill(measured.worker("phi3"), signal.SIGKILL)
+    before = measured.metrics()
+    os.kill(measured.workers("phi3")[0], signal.SIGKILL)
     restarts = "sidecar_worker_restarts_total"
-    measured.wait_until(lambda: rise(before, scrape(measured), restarts, model="phi3") == 1)
-    assert rise(before, scrape(measured), restarts, model="hermes") == 0
+    measured.wait_until(lambda: rise(before, measured.metrics(), restarts, model="phi3") == 1)
+    assert rise(before, measured.metrics(), restarts, model="hermes") == 0
     measured.wait_until_ready()
 
 
@@ -302,9 +325,9 @@ def test_every_label_value_is_bounded(measured: LiveServer) -> None:
         measured.client.get(f"/{SECRET}"),
     ]
     assert [response.status_code for response in responses] == [422, 422, 200, 404]
-    response = measured.client.get("/metrics/")
-    assert SECRET not in response.text
-    text = MetricsText(response.text)
+    for sidecar in measured.sidecars:
+        assert SECRET not in sidecar.client.get("/metrics/").text
+    text = measured.metrics()
     errors = "sidecar_request_errors_total"
     assert text.label_values(errors, "error") == {
         "QueueFull",

@@ -36,7 +36,10 @@ LOAD: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     ("/nowhere", {}),
 )
 
-pytestmark = pytest.mark.usefixtures("_prometheus_is_installed")
+pytestmark = [
+    pytest.mark.usefixtures("_prometheus_is_installed"),
+    pytest.mark.own_process("Prometheus scrapes each process"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ from fastapi import FastAPI
 from llm_sidecar.telemetry.profiling import Profiling
 from tests.live_server import LiveServer, serve
 
+pytestmark = pytest.mark.own_process("a process shows the profiles of its own requests")
+
 PROMPT = {"prompt": "Long ZXQSECRET from 100, now 112.5."}
 
 

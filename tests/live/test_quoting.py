@@ -249,12 +249,14 @@ class Sent:
         answers: attempts with their answers.
         outputs: what was written where, in bytes.
         refused: how many messages on Redis were refused, of how many bad ones.
+        said: the messages of the sidecars' logs.
     """
 
     document: Document
     answers: list[tuple[Attempt, httpx.Response]]
     outputs: dict[str, bytes]
     refused: tuple[int, int]
+    said: list[str]
 
 
 @pytest.fixture(scope="module", params=["whole", "failing"])
@@ -291,16 +293,18 @@ def sent(
             attempts = document.fewer_attempts() if fails else document.attempts()
             answers = list(send(server, attempts))
             refused = publish_what_is_bad(server, redis_server)
-            server.stop()
+            for process in (*server.sidecars, server):
+                process.stop()
         return Sent(
             document,
             answers,
             {
-                "log": server.log.read_bytes(),
+                "log": server.logged().encode(),
                 "spans": traces.bytes,
                 "Sentry events": sentry.bytes,
             },
             refused,
+            [line["message"] for sidecar in server.sidecars for line in sidecar.log_lines()],
         )
 
 
@@ -313,7 +317,8 @@ def send(
 
 
 def publish_what_is_bad(server: LiveServer, redis_server: RedisServer) -> tuple[int, int]:
-    """Returns how many messages were refused, and how many bad ones were published."""
+    """Returns how many messages were refused, and how many bad ones were received, which each
+    sidecar does."""
     good = {"transaction_id": MARK, "feedback_type": "rating", "feedback_content": MARK}
     bad: list[bytes] = [
         *BODIES.values(),
@@ -330,16 +335,16 @@ def publish_what_is_bad(server: LiveServer, redis_server: RedisServer) -> tuple[
     ]
 
     def refused() -> int:
-        count: int = server.client.get("/health").json()["event_bus"]["refused"]
-        return count
+        return server.total("event_bus", "refused")
 
+    sidecars = len(server.sidecars)
     with contextlib.closing(redis.Redis(port=redis_server.port)) as stranger:
-        server.wait_until(lambda: stranger.pubsub_numsub(CHANNEL)[0][1])
+        server.wait_until(lambda: stranger.pubsub_numsub(CHANNEL)[0][1] == sidecars)
         for payload in bad:
             stranger.publish(CHANNEL, payload)
         stranger.publish(CHANNEL, json.dumps(good))
-        server.wait_until(lambda: refused() >= len(bad), 20)
-    return refused(), len(bad)
+        server.wait_until(lambda: refused() >= sidecars * len(bad), 20)
+    return refused(), sidecars * len(bad)
 
 
 def test_answers_that_refuse_quote_nothing(sent: Sent) -> None:
@@ -399,6 +404,4 @@ def test_what_the_server_writes_quotes_nothing(sent: Sent, output: str) -> None:
 def test_every_bad_message_on_redis_is_refused_and_counted(sent: Sent) -> None:
     counted, bad = sent.refused
     assert counted == bad
-    lines = map(json.loads, sent.outputs["log"].splitlines())
-    said = [line["message"] for line in lines if " is refused: " in line["message"]]
-    assert len(said) == bad
+    assert sum(" is refused: " in message for message in sent.said) == bad

@@ -13,6 +13,8 @@ from tests.live_server import LiveServer, serve
 from tests.metrics_text import MetricsText
 from tests.receiver import Receiver
 
+pytestmark = pytest.mark.own_process("tests the options of the command")
+
 KEY = "a-key-of-the-tests-0123"
 WITH_KEY = {"X-API-Key": KEY}
 PREFIXES = ("", "/llm")

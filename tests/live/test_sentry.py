@@ -20,6 +20,8 @@ from llm_sidecar.settings import Settings
 from tests.live_server import LiveServer, free_port, serve
 from tests.receiver import Receiver
 
+pytestmark = pytest.mark.own_process("reads what the process sends to Sentry")
+
 SECRET = "ZXQSECRET"
 HEADERS = {
     "X-Request-ID": "request-of-the-test",

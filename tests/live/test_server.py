@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -38,6 +38,7 @@ def wait_until_gone(server: LiveServer, pids: list[int], seconds: float = 5.0) -
         time.sleep(0.02)
 
 
+@pytest.mark.own_process("starts the app in a process of its own")
 def test_the_api_process_imports_no_model_runtime(
     random_models: dict[str, str], tmp_path: Path
 ) -> None:
@@ -76,12 +77,14 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
     assert not loaded & {"torch", "transformers", "onnxruntime", "onnxruntime_genai", "llguidance"}
 
 
+@pytest.mark.own_process("starts the app in a process of its own")
 def test_importing_the_server_reads_no_environment() -> None:
     command = [sys.executable, "-c", "import osiris.server"]
     environ = {"QUEUE_LENGTH": "bad", "PYTHONPATH": str(ROOT)}
     assert subprocess.run(command, env=environ, check=False).returncode == 0
 
 
+@pytest.mark.own_process("starts the app in a process of its own")
 @pytest.mark.parametrize(
     ("command", "environ", "line"),
     [
@@ -115,6 +118,7 @@ def test_a_bad_variable_stops_the_start_with_one_line(
     assert done.stderr.splitlines() == [line]
 
 
+@pytest.mark.own_process("sends a signal")
 def test_ctrl_c_lets_a_running_request_end_and_leaves_no_worker(
     random_models: dict[str, str], tmp_path: Path
 ) -> None:
@@ -139,28 +143,32 @@ def test_ctrl_c_lets_a_running_request_end_and_leaves_no_worker(
         assert "Traceback" not in server.log.read_text()
 
 
+@pytest.mark.not_on("ray", "another attempt answers: tests/scale kills replicas")
 def test_a_killed_worker_is_503_and_the_next_request_succeeds(server: LiveServer) -> None:
-    restarts = server.client.get("/health").json()["models"]["hermes"]["restarts"]
+    def tokens() -> int:
+        return server.total("models", "hermes", "completion_tokens_total")
 
-    async def kill_midway() -> httpx.Response:
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
-            await client.post("/generate/hermes", json=PROMPT | {"max_length": 1})
-            before = (await client.get("/health")).json()["models"]["hermes"]
-            asking = asyncio.create_task(client.post("/generate/hermes", json=LONG))
-            now = before
-            while now["completion_tokens_total"] == before["completion_tokens_total"]:
-                now = (await client.get("/health")).json()["models"]["hermes"]
-            os.kill(now["pid"], signal.SIGKILL)
-            return await asking
-
-    response = asyncio.run(kill_midway())
+    short = PROMPT | {"max_length": 1}
+    with ThreadPoolExecutor(1) as pool:
+        # Every sidecar loads its model.
+        for sidecar in server.sidecars:
+            assert sidecar.client.post("/generate/hermes", json=short).status_code == 200
+        before, restarts = tokens(), server.total("models", "hermes", "restarts")
+        asking = pool.submit(httpx.post, f"{server.url}/generate/hermes", json=LONG, timeout=60)
+        server.wait_until(lambda: tokens() > before, interval=0.001)
+        for pid in server.workers("hermes"):
+            os.kill(pid, signal.SIGKILL)
+        response = asking.result()
     assert response.status_code == 503
     assert int(response.headers["Retry-After"]) >= 1
     again = server.client.post("/generate/hermes", json=PROMPT | {"max_length": 5})
     assert again.status_code == 200
-    assert server.client.get("/health").json()["models"]["hermes"]["restarts"] == restarts + 1
+    server.wait_until(
+        lambda: server.total("models", "hermes", "restarts") == restarts + len(server.sidecars)
+    )
 
 
+@pytest.mark.own_process("passes an option of uvicorn, and sends a signal")
 def test_reloading_leaves_no_worker(random_models: dict[str, str], tmp_path: Path) -> None:
     watched = tmp_path / "watched"
     watched.mkdir()
@@ -193,33 +201,18 @@ async def collect(url: str, *channels: str) -> tuple[EventBus, dict[str, asyncio
 @pytest.fixture(scope="module")
 def on_redis(
     redis_url: str, random_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[LiveServer, Path]]:
-    """A server whose bus is a real Redis, and the folder of its database."""
+) -> Iterator[LiveServer]:
+    """A server whose bus is a real Redis."""
     folder = tmp_path_factory.mktemp("on-redis")
     with serve(folder, **(random_models | {"REDIS_URL": redis_url})) as server:
         server.wait_until_database_is_open()
-        yield server, folder / "lancedb"
-
-
-@contextlib.asynccontextmanager
-async def stored(server: LiveServer, database: Path) -> AsyncIterator[Store]:
-    """The tables, once every row is in them."""
-
-    def is_empty() -> bool:
-        return bool(server.client.get("/health").json()["database"]["rows_waiting"] == 0)
-
-    await asyncio.to_thread(server.wait_until, is_empty)
-    store = await Store.open(database, create=False)
-    try:
-        yield store
-    finally:
-        await store.close()
+        yield server
 
 
 async def test_a_proposal_and_its_assessment_go_out_on_redis(
-    redis_url: str, on_redis: tuple[LiveServer, Path]
+    redis_url: str, on_redis: LiveServer
 ) -> None:
-    server, _ = on_redis
+    server = on_redis
     bus, queues = await collect(redis_url, "phi3.proposal.created", "phi3.proposal.assessed")
     try:
         response = await asyncio.to_thread(
@@ -240,9 +233,9 @@ async def test_a_proposal_and_its_assessment_go_out_on_redis(
 
 
 async def test_feedback_is_stored_once_from_http_and_from_the_bus(
-    redis_url: str, on_redis: tuple[LiveServer, Path]
+    redis_url: str, on_redis: LiveServer
 ) -> None:
-    server, database = on_redis
+    server = on_redis
     ours = {"transaction_id": "ours", "feedback_type": "rating", "feedback_content": "5"}
     theirs = ours | {"transaction_id": "theirs", "timestamp": "2026-01-02T03:04:05Z"}
     written = rows_written(server)
@@ -260,10 +253,11 @@ async def test_feedback_is_stored_once_from_http_and_from_the_bus(
         # The row of another message comes after any second row of these.
         last = json.dumps(theirs | {"transaction_id": "last"})
         await bus.publish("phi3.feedback.submitted", last)
-        await asyncio.to_thread(wait_for_rows, server, written + 3)
+        # The messages reach every sidecar, the request one of them.
+        await asyncio.to_thread(wait_for_rows, server, written + 1 + 2 * len(server.sidecars))
     finally:
         await bus.close()
-    async with stored(server, database) as store:
+    async with server.stored() as store:
         rows = await store.last("phi3_feedback", 0)
     # This server has received what other tests published, too.
     found = [row["transaction_id"] for row in rows if row["transaction_id"] in ("ours", "theirs")]
@@ -274,32 +268,37 @@ async def test_feedback_received_before_the_database_opens_is_stored(
     redis_url: str, random_models: dict[str, str], tmp_path: Path
 ) -> None:
     feedback = {"transaction_id": "t", "feedback_type": "rating", "feedback_content": "5"}
-    in_the_way = tmp_path / "lancedb"
+    in_the_way = tmp_path / "database"
     in_the_way.write_text("no folder")
+    environ = random_models | {"REDIS_URL": redis_url, "LANCEDB_URI": str(in_the_way)}
     bus, _ = await collect(redis_url, "phi3.feedback.submitted")
     try:
-        with serve(tmp_path, **(random_models | {"REDIS_URL": redis_url})) as server:
+        with serve(tmp_path, **environ) as server:
 
             def has_only_the_bus() -> bool:
-                health = server.client.get("/health").json()
-                connected = bool(health["event_bus"]["connected"])
-                return connected and health["database"]["state"] == "away"
+                return all(
+                    health["event_bus"]["connected"] and health["database"]["state"] == "away"
+                    for health in server.healths()
+                )
+
+            def have_received_it() -> bool:
+                said = server.logged().count("feedback of another service")
+                return said >= len(server.sidecars)
 
             await asyncio.to_thread(server.wait_until, has_only_the_bus)
             await bus.publish("phi3.feedback.submitted", json.dumps(feedback))
-            await asyncio.to_thread(
-                server.wait_until, lambda: "feedback of another service" in server.log.read_text()
-            )
+            await asyncio.to_thread(server.wait_until, have_received_it)
             in_the_way.unlink()
             await asyncio.to_thread(wait_for_rows, server, 1)
     finally:
         await bus.close()
-    store = await Store.open(tmp_path / "lancedb")
+    store = await Store.open(in_the_way)
     rows = await store.last("phi3_feedback", 0)
     await store.close()
     assert [{name: row[name] for name in feedback} for row in rows] == [feedback]
 
 
+@pytest.mark.own_process("starts a second sidecar on the journal of the first")
 async def test_feedback_received_by_several_sidecars_is_stored_once(
     redis_url: str, random_models: dict[str, str], tmp_path: Path
 ) -> None:
@@ -326,6 +325,7 @@ async def test_feedback_received_by_several_sidecars_is_stored_once(
     assert sorted(row["transaction_id"] for row in rows) == [f"t-{n}" for n in range(10)]
 
 
+@pytest.mark.own_process("kills the server")
 async def test_a_killed_server_leaves_no_worker_and_loses_no_acknowledged_row(
     random_models: dict[str, str], tmp_path: Path
 ) -> None:
@@ -345,18 +345,16 @@ async def test_a_killed_server_leaves_no_worker_and_loses_no_acknowledged_row(
 
 
 def rows_written(server: LiveServer) -> int:
-    count: int = server.client.get("/health").json()["database"].get("rows_written", 0)
-    return count
+    return server.total("database", "rows_written")
 
 
 def wait_for_rows(server: LiveServer, count: int) -> None:
     server.wait_until(lambda: rows_written(server) >= count)
 
 
-async def test_a_proposal_stores_a_run_and_a_score(on_redis: tuple[LiveServer, Path]) -> None:
-    server, database = on_redis
-    response = server.client.post("/propose_trade_adjustments", json=PROMPT)
-    async with stored(server, database) as store:
+async def test_a_proposal_stores_a_run_and_a_score(on_redis: LiveServer) -> None:
+    response = on_redis.client.post("/propose_trade_adjustments", json=PROMPT)
+    async with on_redis.stored() as store:
         found = await store.transaction(response.json()["transaction_id"])
     assert found.pop("phi3_feedback") == found.pop("feedback_withdrawals") == []
     run, score, proposal = (rows[0] for rows in found.values())

@@ -23,6 +23,8 @@ from llm_sidecar.db import Store
 from osiris.shutdown import Shutdown
 from tests.live_server import ROOT, LiveServer, free_port, is_running, serve
 
+pytestmark = pytest.mark.own_process("sends a signal")
+
 PROMPT = {"prompt": "Long ABC from 100, now 112.5, RSI 81."}
 LONG = PROMPT | {"max_length": 7900}
 CLIENTS = 16

@@ -220,41 +220,51 @@ def bad_messages() -> dict[str, Any]:
 def test_bad_messages_on_redis_are_refused_counted_and_logged_without_their_content(
     server: LiveServer, redis_server: RedisServer
 ) -> None:
-    def bus() -> dict[str, Any]:
-        found: dict[str, Any] = server.client.get("/health").json()["event_bus"]
-        return found
+    def counts() -> list[tuple[int, int, int]]:
+        """Of each sidecar: the messages that it has refused, the errors, and its rows."""
+        return [
+            (
+                health["event_bus"]["refused"],
+                health["event_bus"]["handler_errors"],
+                health["database"]["rows_written"],
+            )
+            for health in server.healths()
+        ]
 
-    def rows() -> int:
-        count: int = server.client.get("/health").json()["database"]["rows_written"]
-        return count
-
-    def said() -> list[str]:
-        lines = map(json.loads, server.log.read_text().splitlines())
-        return [line["message"] for line in lines if CHANNEL in line["message"]]
+    def said(sidecar: LiveServer) -> list[str]:
+        return [line["message"] for line in sidecar.log_lines() if CHANNEL in line["message"]]
 
     longest = {"a": "價" * (LIMIT - len(dumped({"a": ""})))}
     good = feedback(feedback_content="🚀" * LIMIT, corrected_proposal=longest)
     with contextlib.closing(redis.Redis(port=redis_server.port)) as stranger:
-        server.wait_until(lambda: stranger.pubsub_numsub(CHANNEL)[0][1])
-        refused_before, rows_before, said_before = bus()["refused"], rows(), len(said())
+        sidecars = server.sidecars
+        server.wait_until(lambda: stranger.pubsub_numsub(CHANNEL)[0][1] == len(sidecars))
+        before, said_before = counts(), [len(said(sidecar)) for sidecar in sidecars]
         bad = bad_messages()
         for message in bad.values():
             stranger.publish(CHANNEL, json.dumps(message))
         stranger.publish(CHANNEL, "SECRET")
         # They are taken in order, so that the good one is the last.
         stranger.publish(CHANNEL, json.dumps(good))
-        server.wait_until(lambda: rows() > rows_before)
-    assert rows() == rows_before + 1
-    assert bus()["refused"] == refused_before + len(bad) + 1
-    assert bus()["handler_errors"] == 0
-    lines = said()[said_before:]
-    assert len(lines) == len(bad) + 1
-    assert lines[0] == (
-        f"a message on {CHANNEL} is refused: feedback_content: Text should have no control "
-        "characters but tab, newline and carriage return; its character 10 is one"
-    )
-    assert lines[list(bad).index("a message too long")].endswith("is refused: it is too long")
-    assert "SECRET" not in server.log.read_text()
+        # Every sidecar has received all of them.
+        expected = [(refused + len(bad) + 1, 0, rows + 1) for refused, _, rows in before]
+        server.wait_until(lambda: counts() == expected)
+
+    def have_said() -> bool:
+        more = zip(sidecars, said_before, strict=True)
+        return all(len(said(sidecar)) > earlier + len(bad) for sidecar, earlier in more)
+
+    # Ray collects the logs of its processes.
+    server.wait_until(have_said)
+    for sidecar, earlier in zip(sidecars, said_before, strict=True):
+        lines = said(sidecar)[earlier:]
+        assert len(lines) == len(bad) + 1
+        assert lines[0] == (
+            f"a message on {CHANNEL} is refused: feedback_content: Text should have no control "
+            "characters but tab, newline and carriage return; its character 10 is one"
+        )
+        assert lines[list(bad).index("a message too long")].endswith("is refused: it is too long")
+    assert "SECRET" not in server.logged()
 
 
 # Scripts

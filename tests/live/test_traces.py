@@ -78,10 +78,10 @@ def traced(
     with serve(tmp_path_factory.mktemp("traced"), REDIS_URL=redis_url, **environ) as running:
         running.wait_until_ready()
 
-        def is_connected() -> bool:
-            return bool(running.client.get("/health").json()["event_bus"]["connected"])
+        def are_connected() -> bool:
+            return all(health["event_bus"]["connected"] for health in running.healths())
 
-        running.wait_until(is_connected)
+        running.wait_until(are_connected)
         yield running
 
 
@@ -201,6 +201,7 @@ def test_probes_are_not_traced_and_no_span_contains_a_prompt(
     assert not [span.name for span in spans(receiver) if "/health" in span.name]
 
 
+@pytest.mark.own_process("stops the server, which then sends its spans")
 def test_an_unexpected_error_is_recorded_without_its_text(
     random_models: dict[str, str], tmp_path: Path
 ) -> None:
@@ -222,6 +223,7 @@ def test_an_unexpected_error_is_recorded_without_its_text(
         assert SECRET.encode() not in receiver.bytes
 
 
+@pytest.mark.own_process("reads the log")
 def test_an_unreachable_endpoint_costs_one_warning_and_no_time(tmp_path: Path) -> None:
     """One that hangs and one that is down, at the same time."""
     down = f"http://127.0.0.1:{free_port()}"
@@ -286,6 +288,7 @@ def test_a_log_record_after_the_end_of_a_span_has_no_id() -> None:
     assert "trace_id" not in record.__dict__
 
 
+@pytest.mark.own_process("starts the app in a process of its own")
 def test_what_is_off_is_not_imported(tmp_path: Path) -> None:
     script = """
 import asyncio, json, sys

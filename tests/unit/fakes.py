@@ -6,14 +6,17 @@ The fake of a model is `llm_sidecar.models.fake.FakeModel`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import importlib.util
 import json
 import sys
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, cast
+
+from redis.exceptions import NoPermissionError
 
 from llm_sidecar import hermes_plugin
 from llm_sidecar.cloud_event import CloudEvent
@@ -22,6 +25,9 @@ from llm_sidecar.db.transaction import Claim, Progress, RequestKey, Transaction
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.errors import DatabaseUnavailable, RequestKeyReused
 from llm_sidecar.event_bus import EventBus
+from llm_sidecar.event_bus.facts import ABSENT, Fact
+from llm_sidecar.event_bus.leases import Lease
+from llm_sidecar.event_bus.request_records import Record, SharedClaim
 from llm_sidecar.models.base import ChoiceScores, Completion, Delta, GenerationRequest, Models
 from llm_sidecar.models.fake import IDENTITY, FakeModel
 from llm_sidecar.services.idempotency import Attempt
@@ -115,16 +121,116 @@ class Happened:
         return [(name, content) for happened, name, content in self.log if happened == kind]
 
 
+class FakeFacts:
+    """Facts and leases in memory, which several sidecars can share.
+
+    Attributes:
+        facts: by name.
+        leases: the names of the leases that are held, in order.
+        events: those of replacements.
+        denies_events: whether Redis denies them.
+        failure: raised instead of an answer.
+        before_replace: is called before each replacement.
+    """
+
+    def __init__(self) -> None:
+        self.facts: dict[str, Fact] = {}
+        self.leases: list[str] = []
+        self.failure: Exception | None = None
+        self.events: list[CloudEvent] = []
+        self.denies_events = False
+        self.before_replace: Callable[[], None] = lambda: None
+        self._watching: list[tuple[str, Callable[[Fact], None]]] = []
+
+    async def get(self, name: str) -> Fact:
+        if self.failure is not None:
+            raise self.failure
+        return self.facts.get(name, ABSENT)
+
+    async def replace(
+        self, name: str, version: int, value: Any, event: CloudEvent | None = None
+    ) -> bool:
+        self.before_replace()
+        if (await self.get(name)).version != version:
+            return False
+        if event is not None and self.denies_events:
+            raise NoPermissionError("NOPERM")
+        self.set(name, Fact(version + 1, value))
+        self.events += [] if event is None else [event]
+        return True
+
+    def set(self, name: str, fact: Fact) -> None:
+        """Sets a fact, as another sidecar does."""
+        self.facts[name] = fact
+        for watched, on_change in self._watching:
+            if watched == name:
+                on_change(fact)
+
+    def watch(self, name: str, on_change: Callable[[Fact], None]) -> None:
+        self._watching.append((name, on_change))
+
+    @contextlib.asynccontextmanager
+    async def held(self, name: str, *, wait: bool = False) -> AsyncIterator[bool]:
+        self.leases.append(name)
+        yield True
+
+
+class FakeLease:
+    """The lock of a request."""
+
+    def __init__(self, held: set[str], key: str) -> None:
+        self._held, self._key = held, key
+
+    async def release(self) -> None:
+        self._held.discard(self._key)
+
+
+class FakeRecords:
+    """The requests that several machines share.
+
+    Attributes:
+        records: by key.
+        locked: the keys of requests that a machine answers.
+        away: whether Redis is.
+    """
+
+    def __init__(self, *, away: bool = False) -> None:
+        self.records: dict[str, Record] = {}
+        self.locked: set[str] = set()
+        self.away = away
+
+    async def claim(self, caller: str, key: str, first: Record, owner: str) -> Any:
+        if self.away:
+            return None
+        record = self.records.setdefault(key, first)
+        free = record.response is None and record.fingerprint == first.fingerprint
+        if not free or key in self.locked:
+            return SharedClaim(record, None)
+        self.locked.add(key)
+        return SharedClaim(record, cast(Lease, FakeLease(self.locked, key)))
+
+    async def save(self, caller: str, key: str, record: Record) -> None:
+        if (before := self.records.get(key)) is not None and before.response is not None:
+            return
+        self.records[key] = record
+        if record.state is None and record.response is None:
+            del self.records[key]
+
+
 class FakeBus:
     """An event bus that accepts every event.
 
     Attributes:
+        facts, watcher, leases: the same fake.
+        requests: none is shared.
         subscribers: by channel; that of the inbox by the name of its stream.
         connected: whether Redis can be reached.
     """
 
-    def __init__(self, happened: Happened | None = None) -> None:
+    def __init__(self, happened: Happened | None = None, facts: FakeFacts | None = None) -> None:
         self._happened = happened or Happened()
+        self.facts = self.watcher = self.leases = facts or FakeFacts()
+        self.requests = FakeRecords(away=True)
         self.subscribers: dict[str, Any] = {}
         self.connected = True
 
@@ -206,6 +312,10 @@ class FakeStore:
     async def id(self) -> str:
         return self.database_id or "journal"
 
+    @property
+    def journal_id(self) -> str:
+        return "journal"
+
     def has_id(self, name: str) -> bool:
         return name in (self.database_id, "journal")
 
@@ -259,6 +369,9 @@ class FakeStore:
         if kept.response is None:
             self.claimed.add(request)
         return Claim(kept.state, kept.response)
+
+    async def request_state(self, request: RequestKey) -> str | None:
+        return self.requests[request].state if request in self.requests else None
 
     async def release(self, request: RequestKey) -> None:
         self.released.append(request)

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llm_sidecar.api_keys import ApiKey
 from llm_sidecar.logs import TextFormatter, log_context, start_detached, start_owned
+from osiris import logs
 from osiris.middleware.access import ApiKeys
 from osiris.middleware.access_log import AccessLog
 from osiris.middleware.request_id import RequestId
@@ -180,3 +181,16 @@ async def test_owned_work_keeps_the_request_id_and_detached_work_has_none() -> N
     assert (await owned, await detached) == ("one", None)
     await asyncio.sleep(0)
     assert left[0].run(current_id) is None
+
+
+@pytest.mark.parametrize(
+    ("configured", "access", "turned_off"),
+    [(True, True, False), (True, False, True), (False, False, False)],
+)
+def test_only_uvicorn_with_its_option_turns_the_lines_off(
+    monkeypatch: pytest.MonkeyPatch, configured: bool, access: bool, turned_off: bool
+) -> None:
+    handler = logging.NullHandler()
+    for name, has_one in (("uvicorn", configured), ("uvicorn.access", access)):
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [handler] * has_one)
+    assert logs._is_turned_off() is turned_off

@@ -37,6 +37,8 @@ DEFAULTS: dict[str, object] = {
     "PRELOAD_MODELS": False,
     "DEVICE": "auto",
     "LLAMA_SERVER": None,
+    "PHI3_REPLICAS": 1,
+    "HERMES_REPLICAS": 1,
     "HERMES_DTYPE": "auto",
     "PREFILL_DTYPE": "auto",
     "PHI3_TEMPERATURE": 0.0,
@@ -81,6 +83,8 @@ BY_CORES = {"PHI3_THREADS", "HERMES_THREADS"}
 """Their defaults follow from the machine."""
 BOUNDS: dict[str, tuple[str, str, str, str]] = {
     # variable: a value just below its bounds, the least, the greatest, one just above
+    "PHI3_REPLICAS": ("0", "1", "64", "65"),
+    "HERMES_REPLICAS": ("0", "1", "64", "65"),
     "PHI3_THREADS": ("0", "1", "1024", "1025"),
     "HERMES_THREADS": ("0", "1", "1024", "1025"),
     "PHI3_TEMPERATURE": ("-0.01", "0", "2", "2.01"),
@@ -146,6 +150,17 @@ def test_each_model_gets_half_of_the_cores(
     assert (settings.models.phi3_threads, settings.models.hermes_threads) == (threads, threads)
     # 0 is the process that asks.
     assert asked == [0, 0]
+
+
+@pytest.mark.parametrize(("replicas", "threads"), [("1", 8), ("3", 2), ("8", 1), ("64", 1)])
+def test_the_replicas_of_a_model_share_its_half_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch, replicas: str, threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    phi3 = Settings.from_environ({"PHI3_REPLICAS": replicas}).models
+    assert (phi3.phi3_threads, phi3.hermes_threads) == (threads, 8)
+    hermes = Settings.from_environ({"HERMES_REPLICAS": replicas}).models
+    assert (hermes.phi3_threads, hermes.hermes_threads) == (8, threads)
 
 
 @pytest.mark.parametrize("variable", BOUNDS)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import pytest
 
-from llm_sidecar.tasks import TaskSet, all_of
+from llm_sidecar.tasks import TaskSet, all_of, first_success
 from tests.unit.fakes import until
 
 
@@ -95,3 +96,65 @@ async def test_the_first_error_of_several_coroutines_cancels_the_others() -> Non
     with pytest.raises(KeyError, match="odd"):
         await all_of([wait(), fail()])
     assert ended == ["waiting"]
+
+
+async def after(gate: asyncio.Event, result: str | Exception) -> str:
+    await gate.wait()
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def is_set() -> asyncio.Event:
+    gate = asyncio.Event()
+    gate.set()
+    return gate
+
+
+async def test_the_first_success_is_the_result_and_the_others_are_cancelled() -> None:
+    cancelled = []
+
+    async def slow() -> str:
+        try:
+            return await after(asyncio.Event(), "slow")
+        except asyncio.CancelledError:
+            cancelled.append("slow")
+            raise
+
+    failed = after(is_set(), KeyError("odd"))
+    assert await first_success(slow(), failed, after(is_set(), "quick")) == "quick"
+    await until(lambda: cancelled)
+
+
+async def test_a_failure_at_the_same_time_as_the_first_success_is_not_reported(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    works = after(is_set(), "quick"), after(is_set(), KeyError("odd"))
+    assert await first_success(*works) == "quick"
+    gc.collect()
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("count", [1, 2])
+async def test_if_all_fail_the_error_is_that_of_the_first(count: int) -> None:
+    works = [after(is_set(), KeyError(number)) for number in range(count)]
+    with pytest.raises(KeyError, match="0"):
+        await first_success(*works)
+
+
+async def test_work_is_cancelled_with_who_waits_for_it() -> None:
+    ended = []
+
+    async def endless() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("ended")
+
+    waiting = asyncio.create_task(first_success(endless(), endless()))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await until(lambda: len(ended) == 2)

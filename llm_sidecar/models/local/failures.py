@@ -6,9 +6,25 @@ import logging
 import traceback
 
 from llm_sidecar.errors import InvalidRequest, ModelUnavailable, SidecarError
-from llm_sidecar.models.local.protocol import Died, Failed
+from llm_sidecar.models.failover import ReplicaLost
+from llm_sidecar.models.local.protocol import Failed
 
 log = logging.getLogger(__name__)
+
+
+class WorkerLost(ReplicaLost):
+    """A worker has ended with a request that it had begun."""
+
+    def __init__(self, model: str, how: str) -> None:
+        """The error for the caller, unless another worker repeats the request.
+
+        Args:
+            model: `phi3` or `hermes`.
+            how: its exit status or signal, in words.
+        """
+        super().__init__(
+            f"The {model} worker ended while it answered ({how}); try again.", retry_after=1
+        )
 
 
 def failed(number: int, error: Exception) -> Failed:
@@ -30,12 +46,8 @@ def failed(number: int, error: Exception) -> Failed:
     return Failed(id=number, detail=type(error).__name__)
 
 
-def error_of(answer: Failed | Died, name: str) -> SidecarError:
+def error_of(answer: Failed, name: str) -> SidecarError:
     """The error of a job of this model that has failed."""
-    if isinstance(answer, Died):
-        return ModelUnavailable(
-            f"The {name} worker ended while it answered ({answer.how}); try again.", retry_after=1
-        )
     if answer.invalid:
         return InvalidRequest(
             answer.detail, field=answer.field, exceeds_context=answer.exceeds_context

@@ -1,8 +1,8 @@
-"""A language model on this machine: `ChatModel` over a worker process that holds it.
+"""A language model on this machine: `ChatModel` over worker processes that hold it.
 
-Requests are served in FIFO order, up to the worker's batch capacity at a time, each within its
-deadline. Closing a stream stops the generation in the worker, which a `Supervisor`
-keeps running.
+Requests are served in FIFO order, up to the batch capacity of the workers at a time, each within
+its deadline. Closing a stream stops the generation in the worker. A `Supervisor` keeps each worker
+running. If one dies, another one repeats its requests.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import replace
+
+import msgspec
 
 from llm_sidecar.deadline import Deadline
 from llm_sidecar.engines.base import EngineOptions, TokenLogprob
@@ -28,8 +30,10 @@ from llm_sidecar.models.base import (
     ModelStatus,
     Question,
 )
+from llm_sidecar.models.failover import Failover
 from llm_sidecar.models.files import ModelFiles
-from llm_sidecar.models.local.failures import error_of
+from llm_sidecar.models.local.choice import WorkerChoice
+from llm_sidecar.models.local.failures import WorkerLost, error_of
 from llm_sidecar.models.local.load_state import ModelLimits
 from llm_sidecar.models.local.loader import WorkerLoader
 from llm_sidecar.models.local.process import WorkerProcess
@@ -37,7 +41,6 @@ from llm_sidecar.models.local.protocol import (
     Answer,
     Begun,
     Check,
-    Died,
     Failed,
     Generate,
     Prefill,
@@ -48,8 +51,10 @@ from llm_sidecar.models.local.protocol import (
     Scores,
     is_final,
 )
+from llm_sidecar.models.local.replicas import Replicas
 from llm_sidecar.models.local.request_queue import RequestQueue
 from llm_sidecar.models.local.supervisor import Supervisor
+from llm_sidecar.tasks import first_success
 from llm_sidecar.telemetry.calls import (
     CallObserver,
     ModelCall,
@@ -63,7 +68,7 @@ log = logging.getLogger(__name__)
 
 
 class LocalModel(ChatModel):
-    """One model in a worker process; see the module's docstring."""
+    """One model in one or several worker processes; see the module's docstring."""
 
     def __init__(
         self,
@@ -72,6 +77,7 @@ class LocalModel(ChatModel):
         *,
         options: EngineOptions = EngineOptions(),  # noqa: B008 - frozen
         limits: ModelLimits | None = None,
+        replicas: int = 1,
         preload: bool = False,
         log_format: LogFormat = "auto",
         observer: CallObserver | None = None,
@@ -85,6 +91,7 @@ class LocalModel(ChatModel):
             locate: finds the files at every load; raises ModelUnavailable.
             options: how it is loaded.
             limits: bounds of queue and time.
+            replicas: number of workers, each with the whole model in its memory.
             preload: whether `start` loads the model, which is not ready until then; otherwise the
                 first request loads it.
             log_format: of the worker's log lines.
@@ -96,15 +103,12 @@ class LocalModel(ChatModel):
         self._preload = preload
         self._observer = observer or Observers()
         self._on_death = on_death
+        self._on_ready = on_ready
         self._loader = WorkerLoader(name, locate, options, self._limits.load_timeout, log_format)
-        self._supervisor = Supervisor(
-            self._loader,
-            self._limits,
-            preload=preload,
-            on_death=self._report_death,
-            on_ready=on_ready,
-        )
+        supervisors = [self._supervisor() for _ in range(replicas)]
+        self._replicas = Replicas(supervisors, self._limits.load_timeout)
         self._queue = RequestQueue(name, self._limits.queue_length)
+        self._choice = WorkerChoice()
 
     async def stream(
         self,
@@ -165,31 +169,31 @@ class LocalModel(ChatModel):
     async def prefill(self, prefix: GenerationRequest) -> None:
         """Prefills this prefix, now and at each load; requests have priority."""
         self._loader.prefix = prefix
-        if (worker := self._supervisor.slot.live_worker) is not None:
-            _, inbox = worker.send(Prefill(request=prefix))
+        sent = [worker.send(Prefill(request=prefix)) for worker in self._replicas.live()]
+        for _, inbox in sent:
             await inbox.get()
 
     async def use_adapter(self, adapter: Adapter | None) -> None:
         """Switches the adapter; see `ChatModel.use_adapter`.
 
-        A second worker loads the model with the adapter, so no request waits. Cancelling this call
-        cancels the switch.
+        A second worker loads the model with the adapter, so no request waits; then the next replica
+        switches. Cancelling this call cancels the switch.
         """
-        await self._supervisor.use_adapter(adapter)
+        await self._replicas.use_adapter(adapter)
 
     async def start(self, adapter: Adapter | None = None) -> None:
         """Starts to serve with this adapter; loads the model now if it is preloaded."""
-        self._supervisor.adapter = adapter
+        self._replicas.start(adapter)
         if self._preload:
             try:
-                self._supervisor.start()
+                self._replicas.load()
             except ModelUnavailable as error:
                 log.error("%s", error.detail)
 
     def status(self) -> ModelStatus:
         """The state now."""
         return replace(
-            self._supervisor.status(),
+            self._replicas.status(),
             requests=self._queue.admitted,
             running=self._queue.running,
             queue_length=self._queue.length,
@@ -197,16 +201,16 @@ class LocalModel(ChatModel):
 
     def drain(self) -> None:
         """Refuses requests that wait for the model to load, from now on."""
-        self._supervisor.drain()
+        self._replicas.drain()
 
     async def close(self, grace: float = 0.0) -> None:
         """Refuses new requests, gives running ones `grace` seconds to finish, then ends all
         workers."""
-        self._supervisor.refuse()
+        self._replicas.refuse()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
                 await self._queue.idle.wait()
-        await self._supervisor.close()
+        await self._replicas.close()
 
     async def _run(
         self, call: ModelCall, job: Generate | ScoreQuestions, deadline: Deadline
@@ -214,33 +218,76 @@ class LocalModel(ChatModel):
         """Admits a job, yields its answers and records them in the call; closing it cancels the
         job.
 
-        A job whose worker dies before it begins goes to the next worker. The admission and the turn
-        end with the job, so that a slow reader keeps no other request out.
+        The admission and the turn end with the job, so that a slow reader keeps no other request
+        out.
 
         Raises:
             InvalidRequest, QueueFull, ModelUnavailable
             TimeoutError: the deadline passes first.
         """
-        self._supervisor.check_open()
+        self._replicas.check_open()
         with contextlib.ExitStack() as admission:
             admission.enter_context(self._queue.admit())
-            self._supervisor.start()
+            self._replicas.load()
             ready_by = self._ready_by(deadline)
-            self._supervisor.check_waiting(ready_by)
+            self._replicas.check_waiting(ready_by)
             if self._queue.busy:
                 async with deadline.timeout():
                     await self._check(call, job.largest, ready_by)
             async with self._queue.turn(deadline) as turn:
                 turn.push(admission)
-                answered = False
-                while not answered:
-                    async with deadline.timeout():
-                        worker = await self._supervisor.ready(ready_by)
-                    served = self._serve(worker, call, job, deadline, turn)
-                    async with contextlib.aclosing(served) as answers:
+                answers = self._serve(call, job, deadline, ready_by, turn)
+                async with contextlib.aclosing(answers):
+                    async for answer in answers:
+                        _note(call, answer)
+                        yield answer
+
+    async def _serve(
+        self,
+        call: ModelCall,
+        job: Generate | ScoreQuestions,
+        deadline: Deadline,
+        ready_by: float,
+        turn: contextlib.ExitStack,
+    ) -> AsyncGenerator[Answer, None]:
+        """Sends a job to one worker after the other until one has answered it.
+
+        If a worker dies before it begins the job, the next one gets it. If it dies later, another
+        one repeats the job, at most once and if `Failover` permits it.
+        """
+        failover = Failover(job.request if isinstance(job, Generate) else None)
+        lost: WorkerLost | None = None
+        answered = False
+        while not answered:
+            async with deadline.timeout():
+                workers = await self._workers(ready_by, failover, lost)
+            worker = self._choice.choose(workers, job.largest)
+            answers = worker.serve(call, job, deadline, on_end=turn.close)
+            with contextlib.ExitStack() as running:
+                # The job counts as running until the worker ends it, or its reader stops.
+                turn.push(running)
+                running.enter_context(self._queue.run())
+                try:
+                    async with contextlib.aclosing(answers):
                         async for answer in answers:
                             answered = is_final(answer)
-                            yield answer
+                            new = _not_given(answer, worker, failover)
+                            if new is not None:
+                                yield new
+                except WorkerLost as error:
+                    failover.lost(error)
+                    lost = error
+
+    async def _workers(
+        self, ready_by: float, failover: Failover, lost: WorkerLost | None
+    ) -> list[WorkerProcess]:
+        """The workers that may serve a job; waits for a load, but not after a loss."""
+        if lost is None:
+            return await self._replicas.ready(ready_by)
+        workers = [one for one in self._replicas.live() if failover.takes(one.adapter)]
+        if not workers:
+            raise lost
+        return workers
 
     def _ready_by(self, deadline: Deadline) -> float:
         """How long a new request waits for the model to load, as `time.monotonic` gives it."""
@@ -251,50 +298,11 @@ class LocalModel(ChatModel):
 
     async def _check(self, call: ModelCall, request: GenerationRequest, ready_by: float) -> None:
         """Refuses a prompt that does not fit the context before it waits for its turn."""
-        worker = await self._supervisor.ready(ready_by)
-        _, inbox = worker.send(Check(request=request))
-        answer = await inbox.get()
+        workers = await self._replicas.ready(ready_by)
+        # The first answer counts: one of them may hang.
+        sent = [worker.send(Check(request=request)) for worker in workers]
+        answer = await first_success(*(inbox.get() for _, inbox in sent))
         if isinstance(answer, Failed) and answer.invalid:
-            raise error_of(answer, call.model)
-
-    async def _serve(
-        self,
-        worker: WorkerProcess,
-        call: ModelCall,
-        job: Generate | ScoreQuestions,
-        deadline: Deadline,
-        turn: contextlib.ExitStack,
-    ) -> AsyncGenerator[Answer, None]:
-        """Sends a job to one worker and yields its answers: none if it dies before it begins."""
-        assert worker.ready is not None
-        self._queue.grow(worker.ready.capacity)
-        call.served_by, call.adapter = worker.label, worker.adapter
-        call.identity = worker.ready.identity
-        number, inbox = worker.send(job)
-        worker.calls[number] = call
-        answer: Answer | None = None
-        running = contextlib.ExitStack()
-        running.enter_context(self._queue.run())
-        turn.push(running)
-
-        def ended() -> None:
-            worker.calls.pop(number, None)
-            turn.close()
-
-        inbox.on_end = ended
-        try:
-            async with contextlib.aclosing(inbox.answers(deadline)) as answers:
-                async for answer in answers:
-                    _note(call, answer)
-                    if not isinstance(answer, Failed | Died):
-                        yield answer
-        finally:
-            running.close()
-            if not isinstance(answer, Died):
-                worker.calls.pop(number, None)
-            if answer is None or not is_final(answer):
-                worker.cancel(number, inbox)
-        if isinstance(answer, Failed) or (isinstance(answer, Died) and call.begun is not None):
             raise error_of(answer, call.model)
 
     @contextlib.contextmanager
@@ -304,9 +312,22 @@ class LocalModel(ChatModel):
             try:
                 yield call
             except TimeoutError:
-                if call.begun is None and not self._supervisor.load_state.is_ready:
-                    raise self._supervisor.load_state.error() from None
+                if call.begun is None and (error := self._replicas.load_error()) is not None:
+                    raise error from None
                 raise deadline.exceeded(call, self._queue.retry_after()) from None
+
+    def _supervisor(self) -> Supervisor:
+        return Supervisor(
+            self._loader,
+            self._limits,
+            preload=self._preload,
+            on_death=self._report_death,
+            on_ready=self._report_ready,
+        )
+
+    def _report_ready(self) -> None:
+        self._queue.grow(self._replicas.capacity())
+        self._on_ready()
 
     def _report_death(self, worker: WorkerProcess) -> None:
         call = next(iter(worker.calls.values()), None)
@@ -314,9 +335,19 @@ class LocalModel(ChatModel):
         self._on_death(WorkerDeath(self._loader.name, worker.adapter, how, call))
 
 
+def _not_given(answer: Answer, worker: WorkerProcess, failover: Failover) -> Answer | None:
+    """The new part of an answer; None if a lost worker has already given out all of it."""
+    if isinstance(answer, PromptText | PromptLogprobs):
+        failover.new_text("", worker.adapter)
+    if not isinstance(answer, Progress):
+        return answer
+    text = failover.new_text(answer.text, worker.adapter, is_last=is_final(answer))
+    return None if failover.repeats_text else msgspec.structs.replace(answer, text=text)
+
+
 def _note(call: ModelCall, answer: Answer) -> None:
     """Records the times and counts of an answer in the call."""
-    if isinstance(answer, Begun):
+    if isinstance(answer, Begun) and call.first_token is None:
         call.begun = answer.at
     elif isinstance(answer, Progress):
         call.progressed(

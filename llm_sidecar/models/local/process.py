@@ -11,25 +11,31 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from llm_sidecar.deadline import Deadline
 from llm_sidecar.errors import ModelUnavailable
 from llm_sidecar.logs import start_detached
+from llm_sidecar.models.local.failures import WorkerLost, error_of
 from llm_sidecar.models.local.inbox import Inbox
 from llm_sidecar.models.local.protocol import (
     FROM_WORKER,
     Answer,
+    Begun,
     Cancel,
     Died,
+    Failed,
+    Generate,
     Job,
     Load,
     LoadFailed,
     Progress,
     Ready,
+    ScoreQuestions,
     encode,
     is_final,
 )
@@ -38,6 +44,7 @@ from llm_sidecar.telemetry.calls import ModelCall
 
 log = logging.getLogger(__name__)
 
+_PROGRAM: Final = "llm_sidecar.models.local.worker"
 _ROOT: Final = str(Path(__file__).resolve().parents[3])
 _LINE_LIMIT: Final = 64 << 20
 """Bytes of one line from the worker."""
@@ -72,8 +79,7 @@ class WorkerProcess:
         process: the process.
         ready: the message that the model is loaded; None until then.
         notes: where the sidecar deviates from the model's files, one sentence each.
-        calls: the calls that it serves, by job number; once it has ended, the unanswered ones. The
-            caller of `send` maintains them.
+        calls: the calls that it serves, by job number; once it has ended, the unanswered ones.
         idle: set while it has no job.
         stopping: whether `stop` was called, so that its end is expected.
         ended: set once it has ended.
@@ -171,6 +177,57 @@ class WorkerProcess:
         inbox = self._inboxes[number] = Inbox()
         self.idle.clear()
         return number, inbox
+
+    async def serve(
+        self,
+        call: ModelCall,
+        job: Generate | ScoreQuestions,
+        deadline: Deadline,
+        on_end: Callable[[], None],
+    ) -> AsyncGenerator[Answer, None]:
+        """Sends a job and yields its answers; closing it cancels the job.
+
+        It yields nothing if the worker dies before it begins the job.
+
+        Args:
+            call: records which model answers.
+            job, deadline: what it has to do, and by when.
+            on_end: is called when the worker has ended the job.
+
+        Raises:
+            WorkerLost: the worker dies after it has begun.
+            SidecarError: the job fails.
+            TimeoutError: the deadline passes first.
+        """
+        assert self.ready is not None
+        call.served_by, call.adapter = self.label, self.adapter
+        call.identity = self.ready.identity
+        number, inbox = self.send(job)
+        self.calls[number] = call
+        answer: Answer | None = None
+        begun = False
+
+        def ended() -> None:
+            self.calls.pop(number, None)
+            on_end()
+
+        inbox.on_end = ended
+        try:
+            async with contextlib.aclosing(inbox.answers(deadline)) as answers:
+                async for answer in answers:
+                    begun = begun or isinstance(answer, Begun)
+                    if not isinstance(answer, Failed | Died):
+                        yield answer
+        finally:
+            if answer is None or not is_final(answer):
+                # The call counts until the worker has ended it: the worker may hang.
+                self.cancel(number, inbox)
+            elif not isinstance(answer, Died):
+                self.calls.pop(number, None)
+        if isinstance(answer, Failed):
+            raise error_of(answer, call.model)
+        if isinstance(answer, Died) and begun:
+            raise WorkerLost(call.model, answer.how)
 
     def cancel(self, number: int, inbox: Inbox) -> None:
         """Cancels a job, if the worker still has it; kills a worker that does not end it soon."""
@@ -275,7 +332,7 @@ def _end_all(process: subprocess.Popen[bytes]) -> None:
 def _spawn(end: socket.socket) -> subprocess.Popen[bytes]:
     paths = [_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
-        [sys.executable, "-m", "llm_sidecar.models.local.worker"],
+        [sys.executable, "-m", _PROGRAM],
         stdin=end.fileno(),
         stdout=end.fileno(),
         start_new_session=True,

@@ -154,6 +154,17 @@ class Supervisor:
         what = "The model without an adapter" if adapter is None else f"The adapter {adapter.name}"
         raise AdapterRejected(f"{what} is refused: {reason}")
 
+    def go_back(self, adapter: Adapter | None) -> None:
+        """Gives up the adapter in use at once: serves no new request until the model is loaded
+        again with this one."""
+        if self._closed:
+            return
+        self._release_worker()
+        self.adapter = adapter
+        self.slot.worker = None
+        self.load_state.begin()
+        self._supervision = start_detached(self._reload())
+
     def status(self) -> ModelStatus:
         """The state, without the counts of requests."""
         load = self.load_state
@@ -205,14 +216,24 @@ class Supervisor:
             await asyncio.wait(self._ending)
         successor = await self._loader.load(adapter)
         # No await from here on, so that a cancelled change never leaks a worker.
+        self._release_worker()
+        self.adapter = adapter
+        self._serve(successor)
+        self._supervision = start_detached(self._supervise(successor))
+
+    def _release_worker(self) -> None:
+        """Ends the supervision now, and the worker after its last request."""
         if self._supervision is not None:
             self._supervision.cancel()
             self._keep_until_done(self._supervision, None)
         if (former := self.slot.worker) is not None:
             self._keep_until_done(start_detached(self._retire(former)), former)
-        self.adapter = adapter
-        self._serve(successor)
-        self._supervision = start_detached(self._supervise(successor))
+
+    async def _reload(self) -> None:
+        """Loads the model once no other worker takes memory."""
+        if self._ending:
+            await asyncio.wait(self._ending)
+        await self._supervise(None)
 
     async def _retire(self, worker: WorkerProcess) -> None:
         """Stops a replaced worker once it has answered its requests, or at the request timeout."""

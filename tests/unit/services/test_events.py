@@ -117,6 +117,17 @@ def test_an_event_has_its_channel_and_its_payload(channel: str) -> None:
     assert event.traceparent is None
 
 
+def test_events_of_one_cause_have_the_same_id_if_they_are_of_one_type() -> None:
+    cause, other = uuid.uuid4(), uuid.uuid4()
+    created, assessed = (EVENTS[f"phi3.proposal.{name}"][0] for name in ("created", "assessed"))
+    ids = [
+        cloud_event(payload, of).id
+        for payload, of in ((created, cause), (created, cause), (assessed, cause), (created, other))
+    ]
+    assert ids[0] == ids[1]
+    assert len(set(ids)) == 3
+
+
 def test_every_payload_has_its_event() -> None:
     assert {channel: type(payload) for channel, (payload, _) in EVENTS.items()} == PAYLOADS
 

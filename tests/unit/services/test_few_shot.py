@@ -11,12 +11,13 @@ import pytest
 from llm_sidecar.db import Correction, Phi3FeedbackSchema
 from llm_sidecar.db.transaction import Transaction
 from llm_sidecar.errors import DatabaseUnavailable
+from llm_sidecar.event_bus.facts import Fact
 from llm_sidecar.proposals import Example
 from llm_sidecar.services import few_shot as module
 from llm_sidecar.services import refresh
 from llm_sidecar.services.example_rules import Outcome
 from llm_sidecar.services.few_shot import FewShotExamples
-from tests.unit.fakes import FakeStore, until
+from tests.unit.fakes import FakeBus, FakeStore, until
 
 AWAY = DatabaseUnavailable("It cannot be read.")
 
@@ -51,9 +52,10 @@ class Made:
 
     def __init__(self, count: int = 3, context: int = 100_000, from_bus: bool = False) -> None:
         self.changes = 0
-        self.store = FakeStore()
+        self.store, self.bus = FakeStore(), FakeBus()
         self.few_shot = FewShotExamples(
             self.store.store,
+            self.bus.bus,
             count=count,
             from_bus=from_bus,
             context_length=lambda: context,
@@ -238,6 +240,16 @@ async def test_what_was_not_known_is_read_once_the_database_is_back(made: Made) 
     await until(lambda: made.used == ["f-A"])
 
 
+async def test_a_correction_whose_run_arrives_late_is_an_example(made: Made) -> None:
+    async def arrive(run_id: str) -> str:
+        made.store.corrections = [correction("A")]
+        return "prompt of A"
+
+    made.store.prompt = arrive  # type: ignore[method-assign]
+    assert await made.correct("A") is Outcome.EXAMPLE
+    assert made.used == ["f-A"]
+
+
 # Withdrawing
 
 
@@ -270,3 +282,27 @@ async def test_the_examples_are_there_soon_after_the_start(made: Made) -> None:
     made.few_shot.start()
     await until(lambda: made.used == ["f-A"])
     assert (made.store.timeouts, made.changes) == ([30.0], 1)
+
+
+async def test_a_change_by_another_sidecar_is_read_at_once_and_again_later(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_AGAIN_SECONDS", 0.01)
+    made.few_shot.start()
+    await until(lambda: made.store.queries)
+    made.store.corrections = [correction("A")]
+    made.bus.facts.set("feedback", Fact(1, None))
+    await until(lambda: made.used == ["f-A"])
+    # The run of another correction was still in the journal of its sidecar.
+    made.store.corrections = [correction("B"), correction("A")]
+    await until(lambda: made.used == ["f-A", "f-B"])
+
+
+async def test_while_redis_is_away_the_examples_are_read_more_often(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert module._EVERY_WITHOUT_REDIS == 2.0
+    monkeypatch.setattr(module, "_EVERY_WITHOUT_REDIS", 0.001)
+    made.bus.connected = False
+    made.few_shot.start()
+    await until(lambda: len(made.store.queries) >= 3)

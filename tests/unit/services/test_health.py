@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llm_sidecar.errors import DatabaseUnavailable
-from llm_sidecar.models.base import Adapter, ModelStatus, ServerStatus, Speed
+from llm_sidecar.models.base import Adapter, ModelStatus, ReplicaStatus, ServerStatus, Speed
 from tests.unit.fakes import FakeSidecar
 
 
@@ -70,6 +70,28 @@ def test_without_a_voice_it_is_partial(
     )
 
 
+def test_a_replica_that_failed_makes_it_partial_and_leaves_it_ready(
+    fake_sidecar: FakeSidecar,
+) -> None:
+    failed = ReplicaStatus("failed", "it ended", None, None, 1)
+    fake_sidecar.phi3.state = ModelStatus(
+        replicas=(ReplicaStatus("ready", None, None, 7, 0), failed)
+    )
+    health = fake_sidecar.sidecar.health
+    assert (health.status(), health.missing()) == ("partial_error", {})
+
+
+def test_with_another_adapter_than_the_other_sidecars_it_is_partial(
+    fake_sidecar: FakeSidecar,
+) -> None:
+    fake_sidecar.sidecar.adapters.problem = "It is not there."
+    report = fake_sidecar.sidecar.health.report()
+    assert (report["status"], report["phi3_adapter_problem"]) == (
+        "partial_error",
+        "It is not there.",
+    )
+
+
 def test_the_report_shows_each_model_without_its_readiness(fake_sidecar: FakeSidecar) -> None:
     server = ServerStatus(
         url="http://gpu-1/v1",
@@ -96,6 +118,7 @@ def test_the_report_shows_each_model_without_its_readiness(fake_sidecar: FakeSid
         speed=Speed(128.0, 32.0),
         notes=("the context is cut",),
         servers=(server,),
+        replicas=(ReplicaStatus("ready", None, "20260102", 7, 1),),
     )
     fake_sidecar.hermes.state = ModelStatus("failed", "it is not there", "it is not there")
     report = fake_sidecar.sidecar.health.report()
@@ -117,6 +140,9 @@ def test_the_report_shows_each_model_without_its_readiness(fake_sidecar: FakeSid
         "speed": {"prefill": 128.0, "decode": 32.0},
         "notes": ["the context is cut"],
         "servers": [asdict(server)],
+        "replicas": [
+            {"state": "ready", "reason": None, "adapter": "20260102", "pid": 7, "restarts": 1}
+        ],
     }
     shown = report["models"]
     assert (shown["phi3"], list(shown["phi3"])) == (expected, list(expected))

@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from llm_sidecar.db.transaction import Progress, RequestKey, Transaction
+from llm_sidecar.db.transaction import Claim, Progress, RequestKey, Transaction
 from llm_sidecar.errors import DatabaseUnavailable, DeadlineExceeded, RequestKeyReused
+from llm_sidecar.event_bus.request_records import RequestRecords
 from llm_sidecar.services import idempotency as module
 from llm_sidecar.services.idempotency import Attempt, Idempotency
 from llm_sidecar.tasks import TaskSet
-from tests.unit.fakes import FakeMetrics, FakeStore, Happened, until
+from tests.unit.fakes import FakeMetrics, FakeRecords, FakeStore, Happened, until
 
 REQUEST = RequestKey("desk", "k-1")
 
 
 class Made:
-    """The service over a fake store."""
+    """The service of one machine, over a fake store.
 
-    def __init__(self, timeout: float = 60.0) -> None:
+    Args:
+        timeout: of a request.
+        records: what it shares with other machines; default: nothing.
+    """
+
+    def __init__(self, timeout: float = 60.0, records: FakeRecords | None = None) -> None:
         self.happened = Happened()
         self.store = FakeStore(self.happened)
         self.tasks = TaskSet()
         metrics = FakeMetrics(self.happened)
-        self.idempotency = Idempotency(self.store.store, self.tasks, metrics, timeout=timeout)
+        shared = cast(RequestRecords, records or FakeRecords(away=True))
+        self.idempotency = Idempotency(
+            self.store.store, shared, self.tasks, metrics, timeout=timeout
+        )
 
     async def begin(self, fingerprint: str = "f-1") -> Attempt:
         begun = await self.idempotency.begin(REQUEST, fingerprint)
@@ -206,3 +215,140 @@ async def test_progress_is_json_text() -> None:
     assert isinstance(progress, Progress)
     assert (progress.request, progress.response) == (REQUEST, None)
     assert json.loads(progress.state or "") == {"score": 0.5, "text": "é"}
+
+
+# Several machines
+
+
+class Machines:
+    """Two machines, each with a journal of its own, and what they share."""
+
+    def __init__(self, timeout: float = 60.0) -> None:
+        self.records = FakeRecords()
+        self.one, self.other = (Made(timeout, self.records) for _ in range(2))
+
+
+@pytest.fixture
+def machines(monkeypatch: pytest.MonkeyPatch) -> Machines:
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.0)
+    return Machines()
+
+
+async def test_an_answer_is_repeated_by_another_machine_and_kept_there(machines: Machines) -> None:
+    attempt = await machines.one.begin()
+    await machines.one.idempotency.keep(attempt, "the änswer".encode())
+    await machines.one.end(attempt)
+    assert machines.records.locked == set()
+    for _ in range(2):
+        again = await machines.other.idempotency.begin(REQUEST, "f-1")
+        assert again == "the änswer".encode()
+        # From then on, its own journal has it.
+        machines.records.away = True
+    assert machines.other.happened.of("metric") == [("replayed", None)] * 2
+    assert (machines.other.store.claimed, machines.other.store.released) == (set(), [])
+
+
+async def test_another_content_is_refused_by_another_machine(machines: Machines) -> None:
+    first = await machines.one.begin()
+    # Even while the first attempt runs.
+    with pytest.raises(RequestKeyReused):
+        await machines.other.begin("f-2")
+    await machines.other.tasks.join()
+    assert (machines.other.store.claimed, machines.other.store.fingerprints) == (set(), {})
+    await machines.one.idempotency.keep(first, b"the answer")
+    with pytest.raises(RequestKeyReused):
+        await machines.other.begin("f-2")
+
+
+async def test_an_attempt_waits_for_the_one_of_another_machine(machines: Machines) -> None:
+    first = await machines.one.begin()
+    second = asyncio.create_task(machines.other.begin())
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not second.done()
+    await machines.one.progress(first, step=1)
+    await machines.one.end(first)
+    resumed = await second
+    # It continues from the durable state, with the id of the first attempt.
+    assert (resumed.state, resumed.id, resumed.begun) == ({"step": 1}, first.id, first.begun)
+    await machines.other.idempotency.keep(resumed, b"the answer")
+    await machines.other.tasks.join()
+    assert await machines.one.idempotency.begin(REQUEST, "f-1") == b"the answer"
+
+
+async def test_a_later_state_of_another_machine_counts(machines: Machines) -> None:
+    for made, step in ((machines.one, 1), (machines.other, 2)):
+        attempt = await made.begin()
+        await made.progress(attempt, step=step)
+        await made.end(attempt)
+    assert (await machines.one.begin()).state == {"step": 2}
+
+
+async def test_a_failed_attempt_without_a_state_is_forgotten_by_all(machines: Machines) -> None:
+    await machines.one.end(await machines.one.begin())
+    assert (machines.records.records, machines.records.locked) == ({}, set())
+    assert (await machines.other.begin("f-2")).state is None
+
+
+async def test_the_wait_for_another_machine_has_a_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.0)
+    machines = Machines(timeout=0.01)
+    await machines.one.begin()
+    with pytest.raises(DeadlineExceeded, match=r"still runs after 0\.01 s; try again"):
+        await machines.other.begin()
+    await machines.other.tasks.join()
+    assert machines.other.store.claimed == set()
+
+
+async def test_a_late_failure_does_not_forget_the_answer_of_another_machine(
+    machines: Machines,
+) -> None:
+    late = await machines.one.begin()
+    # The machine is suspended for longer than its lock lasts.
+    machines.records.locked.clear()
+    attempt = await machines.other.begin()
+    await machines.other.idempotency.keep(attempt, b"the answer")
+    await machines.one.end(late)
+    assert await machines.one.idempotency.begin(REQUEST, "f-1") == b"the answer"
+
+
+async def test_while_redis_is_away_the_journal_alone_decides(machines: Machines) -> None:
+    machines.records.away = True
+    attempt = await machines.one.begin()
+    assert attempt.lock is None
+    await machines.one.idempotency.keep(attempt, b"the answer")
+    assert await machines.one.idempotency.begin(REQUEST, "f-1") == b"the answer"
+    # Saved for the other machines, as soon as Redis is back.
+    machines.records.away = False
+    assert await machines.other.idempotency.begin(REQUEST, "f-1") == b"the answer"
+
+
+async def test_a_lock_is_released_even_if_the_journal_fails(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(request: RequestKey) -> str:
+        raise DatabaseUnavailable("The disk hangs.")
+
+    attempt = await machines.one.begin()
+    monkeypatch.setattr(machines.one.store, "request_state", fail)
+    await machines.one.end(attempt)
+    assert machines.records.locked == set()
+    assert caplog.messages == ["a request with an Idempotency-Key is not released: The disk hangs."]
+
+
+async def test_an_answer_that_this_journal_does_not_take_is_repeated_all_the_same(
+    machines: Machines, caplog: pytest.LogCaptureFixture
+) -> None:
+    await machines.one.idempotency.keep(await machines.one.begin(), b"the answer")
+    claim = machines.other.store.claim
+
+    async def claim_and_fill(request: RequestKey, fingerprint: str) -> Claim:
+        claimed = await claim(request, fingerprint)
+        machines.other.store.full = DatabaseUnavailable("The disk is full.")
+        return claimed
+
+    machines.other.store.claim = claim_and_fill  # type: ignore[method-assign]
+    assert await machines.other.idempotency.begin(REQUEST, "f-1") == b"the answer"
+    assert caplog.messages[0] == "an answer is not kept for a retry: The disk is full."

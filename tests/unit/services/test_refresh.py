@@ -57,6 +57,20 @@ async def test_what_other_processes_write_is_read_after_half_a_minute(
     await until(lambda: made.reads == 3)
 
 
+async def test_the_time_between_reads_may_change(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SLICE", 0.0)
+    seconds = [60.0]
+    made.refresher = Refresher("the weather", made._read, lambda: seconds[0])
+    made.refresher.start()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert made.reads == 1
+    seconds[0] = 0.0
+    await until(lambda: made.reads == 2)
+
+
 async def test_it_is_read_again_soon_once_for_many_requests(made: Made) -> None:
     made.refresher.start()
     await until(lambda: made.reads == 1)

@@ -1,0 +1,1 @@
+"""A language model in replicas that Ray Serve runs. Nothing here imports Ray."""
