@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from tests.metrics_text import MetricsText
-
 if TYPE_CHECKING:
     from llm_sidecar.db import Store
+    from tests.metrics_text import MetricsText
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = os.environ.get("LIVE_TARGET", "one")
@@ -101,6 +100,8 @@ class LiveServer:
 
     def metrics(self) -> MetricsText:
         """The metrics of all sidecars."""
+        from tests.metrics_text import MetricsText
+
         headers = self.client.headers
         answers = [one.client.get("/metrics", headers=headers) for one in self.sidecars]
         return MetricsText(*(answer.raise_for_status().text for answer in answers))
